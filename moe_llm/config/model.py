@@ -1,0 +1,94 @@
+"""The model's section of a run: field names are those of transformers' MixtralConfig where it has them."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from moe_llm.config.base import Section, invalid
+
+
+class RouterConfig(Section):
+    """How tokens choose experts; the registry is `moe_llm.model.moe.routers`."""
+
+    type: Literal["mixtral"] = Field("mixtral", description="mixtral: softmax, top-k, renormalised")
+
+
+class ModelConfig(Section):
+    """Architecture of the decoder. Sizes are per layer; `intermediate_size` is one expert's width."""
+
+    vocab_size: int | None = Field(None, ge=1, description="null: taken from the tokenizer")
+    hidden_size: int = Field(4096, ge=1)
+    intermediate_size: int = Field(14336, ge=1, description="width of one expert")
+    num_hidden_layers: int = Field(32, ge=1)
+    num_attention_heads: int = Field(32, ge=1)
+    num_key_value_heads: int | None = Field(None, ge=1, description="null: num_attention_heads")
+    head_dim: int | None = Field(None, ge=2, description="null: hidden_size / num_attention_heads")
+    num_local_experts: int = Field(8, ge=1, description="experts per layer, over all ranks")
+    num_experts_per_tok: int = Field(2, ge=1)
+    router: RouterConfig = RouterConfig()
+    router_aux_loss_coef: float = Field(0.02, ge=0)
+    router_aux_loss_scope: Literal["global", "transformers"] = Field(
+        "global",
+        description="global: per layer, tokens of all ranks, averaged over layers; "
+        "transformers: all layers pooled, each rank alone, as transformers computes it",
+    )
+    router_z_loss_coef: float = Field(0.0, ge=0, description="ST-MoE (Zoph et al. 2022), equation 5")
+    router_jitter_noise: float = Field(
+        0.0, ge=0, lt=1, description="router input times uniform(1 - x, 1 + x) while training"
+    )
+    rope_theta: float = Field(1e6, gt=0)
+    sliding_window: int | None = Field(None, ge=1)
+    max_position_embeddings: int = Field(32768, ge=1)
+    rms_norm_eps: float = Field(1e-5, gt=0)
+    tie_word_embeddings: bool = False
+    initializer_range: float = Field(0.02, gt=0)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def attention_head_dim(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @model_validator(mode="after")
+    def _shapes_fit(self):
+        heads, kv = self.num_attention_heads, self.kv_heads
+        if self.head_dim is None and self.hidden_size % heads:
+            invalid("hidden_size", self.hidden_size, f"is not divisible by num_attention_heads={heads}",
+                    "change one of them or set model.head_dim")
+        if self.attention_head_dim % 2:
+            invalid("head_dim", self.attention_head_dim, "is odd, and rotary embeddings need pairs",
+                    "use an even head_dim")
+        if heads % kv:
+            invalid("num_key_value_heads", kv, f"does not divide num_attention_heads={heads}",
+                    f"use a divisor of {heads}")
+        if self.num_experts_per_tok > self.num_local_experts:
+            invalid("num_experts_per_tok", self.num_experts_per_tok,
+                    f"is above num_local_experts={self.num_local_experts}",
+                    f"use at most {self.num_local_experts}")
+        return self
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters per part, by arithmetic alone; their sum is the model's size.
+
+        Needs `vocab_size`. `embed_tokens` and `lm_head` are one tensor when tied, counted as the former.
+        """
+        assert self.vocab_size is not None, "vocab_size is resolved from the tokenizer first"
+        d, dh, layers = self.hidden_size, self.attention_head_dim, self.num_hidden_layers
+        attention = 2 * d * dh * (self.num_attention_heads + self.kv_heads)
+        return {
+            "embed_tokens": self.vocab_size * d,
+            "attention": layers * attention,
+            "router": layers * self.num_local_experts * d,
+            "experts": layers * self.num_local_experts * 3 * d * self.intermediate_size,
+            "norms": (2 * layers + 1) * d,
+            "lm_head": 0 if self.tie_word_embeddings else self.vocab_size * d,
+        }
+
+    def num_params(self, active: bool = False) -> int:
+        """Parameters in all, or those that one token passes through (`active`)."""
+        counts = self.parameter_counts()
+        if active:
+            counts["experts"] = counts["experts"] // self.num_local_experts * self.num_experts_per_tok
+        return sum(counts.values())

@@ -1,0 +1,219 @@
+"""What a run is: one pydantic model per section of the YAML file."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from moe_llm.config.base import Section, invalid
+from moe_llm.config.model import ModelConfig
+from moe_llm.errors import UserError
+
+
+class RunConfig(Section):
+    dir: str = Field("runs/default", description="run directory; running again resumes what is there")
+    seed: int = Field(0, ge=0, description="initialisation, data order, tokenizer sampling and router noise")
+
+
+class TokenizerConfig(Section):
+    """An existing tokenizer, or how to train one on `data.sources`."""
+
+    path: str | None = Field(
+        None, description="tokenizer directory, sentencepiece .model file or hub name; null: train one"
+    )
+    train_bytes: int = Field(
+        20_000_000, ge=1000, description="text sampled from the sources for training the tokenizer, bytes"
+    )
+    character_coverage: float = Field(
+        0.9995, gt=0, le=1, description="share of characters with a token of their own; the rest are bytes"
+    )
+
+
+class SourceConfig(Section):
+    """One source of text."""
+
+    type: Literal["files", "hub", "python_stdlib"]
+    path: str | list[str] | None = Field(
+        None, description="files: path, glob or list of them; hub: dataset name or local dataset directory"
+    )
+    format: Literal["auto", "text", "jsonl", "parquet"] = Field(
+        "auto", description="files: auto goes by the file name's ending"
+    )
+    name: str | None = Field(None, description="hub: configuration name")
+    split: str = Field("train", description="hub: split")
+    text_field: str = Field("text", description="jsonl, parquet and hub: the column that holds the text")
+    document: Literal["file", "line"] = Field("file", description="text: what one document is")
+    weight: float | None = Field(
+        None, gt=0, description="share of the training blocks (relative); null for all: by size"
+    )
+
+    @model_validator(mode="after")
+    def _path_fits_type(self):
+        if self.type != "python_stdlib" and not self.path:
+            invalid("path", self.path, f"is missing for a source of type {self.type}", "name the data")
+        if self.type == "python_stdlib" and self.path is not None:
+            invalid("path", self.path, "does not apply to python_stdlib", "remove it or use type: files")
+        if self.type == "hub" and isinstance(self.path, list):
+            invalid("path", self.path, "names several datasets", "use one source for each")
+        return self
+
+
+class DataConfig(Section):
+    sources: list[SourceConfig] = Field(min_length=1)
+    validation_sources: list[SourceConfig] = Field(
+        [], description="held-out text of its own; empty: a share of `sources` is held out"
+    )
+    validation_fraction: float = Field(
+        0.01, gt=0, lt=1,
+        description="share of the documents held out, chosen by a hash of their text; "
+        "unused with validation_sources",
+    )
+    sequence_length: int = Field(1024, ge=2, description="tokens a block")
+    isolate_documents: bool = Field(
+        True, description="tokens attend within their own document only; false: across a whole block"
+    )
+    cache_dir: str = Field(
+        "~/.cache/moe_llm", description="tokenised data, keyed by its inputs; safe to delete"
+    )
+    num_workers: int | None = Field(None, ge=1, description="tokenisation processes; null: all cores")
+
+    @model_validator(mode="after")
+    def _weights_all_or_none(self):
+        given = [s.weight is not None for s in self.sources]
+        if any(given) and not all(given):
+            invalid(f"sources.{given.index(False)}.weight", None,
+                    "is missing while other sources have one", "give every source a weight, or none")
+        return self
+
+
+class OptimConfig(Section):
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(3e-4, gt=0)
+    betas: tuple[float, float] = Field((0.9, 0.95), description="adamw")
+    eps: float = Field(1e-8, gt=0, description="adamw")
+    weight_decay: float = Field(0.1, ge=0, description="on matrices; norms are never decayed")
+    grad_clip: float = Field(1.0, ge=0, description="bound on the global gradient norm; 0: off")
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    decay_ratio: float = Field(
+        0.2, gt=0, le=1, description="wsd: share of the steps, at the end, in which the rate falls"
+    )
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final rate as a share of lr")
+
+    @model_validator(mode="after")
+    def _betas_in_range(self):
+        if not all(0 <= b < 1 for b in self.betas):
+            invalid("betas", list(self.betas), "is out of range", "use two numbers in [0, 1)")
+        return self
+
+
+class TrainConfig(Section):
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; or give max_tokens")
+    max_tokens: int | None = Field(None, ge=1, description="training tokens, rounded up to whole steps")
+    micro_batch_size: int = Field(1, ge=1, description="blocks a rank takes through the model at once")
+    global_batch_size: int = Field(1, ge=1, description="blocks an optimizer step, over all ranks")
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16 keeps fp32 master weights")
+    activation_checkpointing: bool = Field(
+        False, description="recompute each layer in the backward pass, with the same routing"
+    )
+    device: Literal["auto", "cpu"] = Field("auto", description="auto: a GPU where there is one")
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        if (self.max_steps is None) == (self.max_tokens is None):
+            invalid("max_steps", self.max_steps, f"stands beside max_tokens={self.max_tokens}",
+                    "give exactly one of train.max_steps and train.max_tokens")
+        return self
+
+
+class ParallelConfig(Section):
+    expert_parallel_size: int = Field(1, ge=1, description="ranks that share one set of experts")
+    zero_stage: Literal[1, 2, 3] = Field(
+        1, description="DeepSpeed ZeRO stage (0 clips wrongly under expert parallelism)"
+    )
+    engine: Literal["auto", "deepspeed"] = Field(
+        "auto", description="auto: DeepSpeed with more than one rank; deepspeed: with one rank too"
+    )
+
+
+class CheckpointConfig(Section):
+    every_steps: int | None = Field(None, ge=1, description="null: at the end only")
+    keep_last: int | None = Field(None, ge=1, description="older ones are deleted; null: keep all")
+    resume: str = Field("auto", description="auto: newest complete checkpoint of the run; never; or a path")
+    dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of the exported weights; fp32 masters are kept in trainer/ if it is bf16"
+    )
+    max_shard_size: str = Field("5GB", pattern=r"^\d+(\.\d+)?(KB|MB|GB)$")
+
+
+class EvaluateConfig(Section):
+    every_steps: int | None = Field(None, ge=1, description="null: at the end only")
+    max_blocks: int | None = Field(None, ge=1, description="validation blocks used; null: all")
+    sample_prompt: str | None = Field(None, description="text continued and printed at the end of a run")
+    sample_tokens: int = Field(128, ge=1, description="tokens of that sample")
+
+
+class LoggingConfig(Section):
+    every_steps: int = Field(1, ge=1, description="a line in metrics.jsonl every so many steps")
+    console: Literal["auto", "bar", "plain", "off"] = Field(
+        "auto", description="auto: a progress bar on a terminal, plain lines elsewhere"
+    )
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "moe_llm"
+
+
+class Config(Section):
+    """A run. Read it with `load_config`; `moe-llm config schema` prints its JSON schema."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _sections_fit(self):
+        model, data, train, ep = self.model, self.data, self.train, self.parallel.expert_parallel_size
+        if model.num_local_experts % ep:
+            invalid("parallel.expert_parallel_size", ep,
+                    f"does not divide model.num_local_experts={model.num_local_experts}",
+                    f"use a divisor of {model.num_local_experts}")
+        if data.sequence_length > model.max_position_embeddings:
+            invalid("data.sequence_length", data.sequence_length,
+                    f"is above model.max_position_embeddings={model.max_position_embeddings}",
+                    "lower the one or raise the other")
+        if train.global_batch_size % train.micro_batch_size:
+            invalid("train.global_batch_size", train.global_batch_size,
+                    f"is not a multiple of train.micro_batch_size={train.micro_batch_size}",
+                    "change one of them")
+        if self.tokenizer.path is None and model.vocab_size is None:
+            invalid("model.vocab_size", None, "is missing while the tokenizer is to be trained",
+                    "set model.vocab_size, or tokenizer.path to an existing tokenizer")
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.global_batch_size * self.data.sequence_length
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.train.max_steps is not None:
+            return self.train.max_steps
+        return -(-self.train.max_tokens // self.tokens_per_step)
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches each rank takes an optimizer step; a `ValueError` names what does not divide."""
+        train = self.train
+        per_round = train.micro_batch_size * world_size
+        if train.global_batch_size % per_round:
+            raise UserError(
+                f"train.global_batch_size={train.global_batch_size} is not a multiple of "
+                f"train.micro_batch_size={train.micro_batch_size} x {world_size} ranks = {per_round}: "
+                "change one of them"
+            )
+        return train.global_batch_size // per_round
