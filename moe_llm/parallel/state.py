@@ -1,0 +1,57 @@
+"""What a checkpoint needs of whatever trains the model: tensors by name, not by rank.
+
+Two things implement it: a torch optimizer in one process, and the DeepSpeed engine.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter as this rank holds it.
+
+    shape: of the whole dense tensor; of this rank's experts, if it is an expert parameter.
+    first_expert: index of the first expert held here; None for dense parameters.
+    trainable: whether it has optimizer tensors.
+    writer: whether this rank is the one that writes it; exactly one of those that hold it is.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    first_expert: int | None
+    trainable: bool
+    writer: bool
+
+    @property
+    def experts(self) -> range | None:
+        return None if self.first_expert is None else range(self.first_expert, self.first_expert + self.shape[0])
+
+
+class TrainedState(Protocol):
+    """Read and write the fp32 weights and the optimizer's tensors of a model in training.
+
+    kinds: optimizer tensors of each trainable parameter, e.g. ("exp_avg", "exp_avg_sq").
+    """
+
+    kinds: tuple[str, ...]
+    rank: int
+    world_size: int
+
+    def entries(self) -> list[Entry]:
+        """Every parameter, in the same order on every rank."""
+
+    def read(self, name: str, kind: str) -> torch.Tensor:
+        """kind "weight" (the fp32 master) or one of `kinds`: fp32 on the CPU, of `Entry.shape`.
+
+        Collective: every rank calls it for the same names and kinds in the same order.
+        """
+
+    def write(self, name: str, kind: str, tensor: torch.Tensor) -> None:
+        """Set what `read` reads; setting "weight" also sets the model's own copy. Collective."""
+
+    def gather(self, value: Any) -> Sequence[Any]:
+        """The small Python objects of all ranks, on every rank; also a barrier."""
