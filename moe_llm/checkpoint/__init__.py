@@ -1,0 +1,12 @@
+"""What a training run leaves on disk, and how it comes back.
+
+hf              the one table of names and layouts: in memory <-> Mixtral's published form
+safetensors_io  tensors to and from disk, one at a time
+weights         a directory's tensors under the model's names, checked
+pretrained      MoEForCausalLM: from_pretrained, save_pretrained
+folder          the directories of a run's checkpoints: names, order, pruning
+manifest        sizes and hashes of a checkpoint's files
+plan            which rank writes which tensor to which file
+state           save and load training checkpoints, at any layout of ranks
+resume          which checkpoint a run goes on from, and whether it is the same run
+"""

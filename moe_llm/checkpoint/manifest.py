@@ -1,0 +1,111 @@
+"""Sizes and hashes of a checkpoint's files, so that a missing, truncated or flipped one is found and named."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moe_llm.checkpoint.ranks import ALONE, Ranks, together
+from moe_llm.checkpoint.safetensors_io import FileRecord, read_json
+from moe_llm.errors import UserError
+
+MANIFEST = "trainer/manifest.json"
+_CHUNK = 1 << 22
+
+
+def write_file(path: Path, content: bytes | str) -> FileRecord:
+    """Write a small file and bring it to the disk."""
+    data = content.encode() if isinstance(content, str) else content
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
+
+
+def write_json(path: Path, content: Any) -> FileRecord:
+    """Write JSON as `write_file` does; floats are written so that they are read back exactly."""
+    return write_file(path, json.dumps(content, indent=2) + "\n")
+
+
+def adopt_file(path: Path) -> FileRecord:
+    """Bring a file that somebody else wrote to the disk; its record, by reading it."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return FileRecord(path.stat().st_size, _hash(path))
+
+
+def write_manifest(directory: Path, records: Mapping[str, FileRecord]) -> None:
+    """`records`: of every file of the checkpoint but the manifest, by path relative to `directory`."""
+    files = {name: {"size": r.size, "sha256": r.sha256} for name, r in sorted(records.items())}
+    write_json(directory / MANIFEST, {"files": files})
+
+
+def read_manifest(directory: Path) -> dict[str, FileRecord]:
+    """The record of every file.
+
+    Raises:
+        UserError: no manifest, or a damaged one.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise UserError(
+            f"{directory} is no training checkpoint, for it has no {MANIFEST}: name a step directory "
+            "of a run's checkpoints"
+        )
+    try:
+        return {
+            name: FileRecord(int(r["size"]), str(r["sha256"])) for name, r in read_json(path)["files"].items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"file {path} is damaged: it is no list of files: use another checkpoint") from error
+
+
+def verify(directory: Path, ranks: Ranks = ALONE, *, hashes: bool = True) -> None:
+    """Compare a checkpoint with its manifest. Collective: the files are shared out among the ranks.
+
+    Args:
+        hashes: read every file and compare its hash; False: sizes alone.
+
+    Raises:
+        UserError: on every rank, naming a file and what is wrong with it.
+    """
+    together(ranks, lambda: _verify_share(directory, ranks.rank, ranks.world_size, hashes))
+
+
+def _verify_share(directory: Path, rank: int, world_size: int, hashes: bool) -> None:
+    records = read_manifest(directory)
+    for name, record in sorted(records.items()):
+        _check_size(directory / name, record)
+    # the largest first, so that the shares are about equal
+    by_size = sorted(records, key=lambda name: (-records[name].size, name))
+    for name in by_size[rank::world_size] if hashes else ():
+        if _hash(directory / name) != records[name].sha256:
+            raise UserError(
+                f"file {directory / name} is damaged: its content is not what was written (SHA-256): "
+                "use another checkpoint"
+            )
+
+
+def _check_size(path: Path, record: FileRecord) -> None:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise UserError(f"file {path} is missing: use another checkpoint") from None
+    if size != record.size:
+        what = "truncated" if size < record.size else "damaged"
+        raise UserError(
+            f"file {path} is {what}: it has {size} bytes instead of {record.size}: use another checkpoint"
+        )
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

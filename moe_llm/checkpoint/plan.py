@@ -1,0 +1,143 @@
+"""Which rank writes which tensor to which file: known to all ranks before anything is written."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moe_llm.checkpoint import hf
+from moe_llm.checkpoint.safetensors_io import (
+    FileRecord,
+    ShardWriter,
+    Spec,
+    index_content,
+    shard_name,
+    split_shards,
+)
+from moe_llm.parallel.state import Entry, TrainedState
+
+MODEL, OPTIMIZER = "model", "trainer/optimizer"  # stems of the files, relative to the checkpoint
+MASTER = "master"  # kind of the fp32 weights that stand beside exported ones of lower precision
+
+
+@dataclass(frozen=True)
+class FileSet:
+    """One stem's files over all ranks, and this rank's share of them.
+
+    mine: file name -> its tensors in the order in which they are written.
+    """
+
+    stem: str
+    mine: dict[str, list[Spec]]
+    weight_map: dict[str, str]
+    specs: list[Spec]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.specs)
+
+    @property
+    def index(self) -> dict | None:
+        """The index file's content; None where one file, or none, says it all."""
+        if len(set(self.weight_map.values())) <= 1:
+            return None
+        names = {tensor: Path(file).name for tensor, file in self.weight_map.items()}
+        return index_content(names, self.specs)
+
+
+def file_set(stem: str, specs_by_rank: Sequence[Sequence[Spec]], rank: int, max_bytes: int) -> FileSet:
+    """Cut each rank's tensors into files of at most `max_bytes` and number them through."""
+    shards_by_rank = [split_shards(specs, max_bytes) for specs in specs_by_rank]
+    count = sum(map(len, shards_by_rank))
+    mine, weight_map, number = {}, {}, 0
+    for owner, shards in enumerate(shards_by_rank):
+        for shard in shards:
+            file = shard_name(stem, number, count)
+            number += 1
+            weight_map |= {spec.name: file for spec in shard}
+            if owner == rank:
+                mine[file] = shard
+    specs = [spec for specs in specs_by_rank for spec in specs]
+    assert len(weight_map) == len(specs), f"a tensor of {stem} has two writers"
+    return FileSet(stem, mine, weight_map, specs)
+
+
+@dataclass(frozen=True)
+class Plan:
+    model: FileSet
+    optimizer: FileSet
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensors that all ranks together write."""
+        return self.model.nbytes + self.optimizer.nbytes
+
+
+def kinds_of(entry: Entry, state: TrainedState, dtype: torch.dtype) -> list[str]:
+    """What of an entry goes into the optimizer's files."""
+    masters = [] if dtype == torch.float32 else [MASTER]
+    return masters + (list(state.kinds) if entry.trainable else [])
+
+
+def make_plan(state: TrainedState, dtype: torch.dtype, max_bytes: int) -> Plan:
+    """The plan of a save with weights exported in `dtype`. Collective."""
+    model, optimizer = [], []
+    for entry in filter(lambda entry: entry.writer, state.entries()):
+        pieces = hf.pieces(entry.name, entry.shape, entry.first_expert)
+        model += [Spec(piece.name, piece.shape, dtype) for piece in pieces]
+        optimizer += [
+            Spec(f"{kind}.{piece.name}", piece.shape, torch.float32)
+            for kind in kinds_of(entry, state, dtype)
+            for piece in pieces
+        ]
+    models, optimizers = zip(*state.gather((model, optimizer)))
+    return Plan(
+        file_set(MODEL, models, state.rank, max_bytes), file_set(OPTIMIZER, optimizers, state.rank, max_bytes)
+    )
+
+
+def stream(state: TrainedState, dtype: torch.dtype) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Read everything from the engine in the plan's order, one tensor at a time: (stem, name, tensor).
+
+    Collective: every rank runs it to its end, and gets only what it is the writer of.
+    """
+    for entry in state.entries():
+        pieces = hf.pieces(entry.name, entry.shape, entry.first_expert) if entry.writer else []
+        weight = state.read(entry.name, "weight")
+        for piece in pieces:
+            yield MODEL, piece.name, weight[piece.index]
+        for kind in kinds_of(entry, state, dtype):
+            tensor = weight if kind == MASTER else state.read(entry.name, kind)
+            for piece in pieces:
+                yield OPTIMIZER, f"{kind}.{piece.name}", tensor[piece.index]
+            del tensor
+        del weight
+
+
+class ShardSet:
+    """Writes this rank's files of one `FileSet`, one after the other, each closed when its last tensor has come."""
+
+    def __init__(self, directory: Path, files: FileSet):
+        self.records: dict[str, FileRecord] = {}
+        self._directory, self._pending = directory, iter(files.mine.items())
+        self._name, self._writer = "", None
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        if self._writer is None:
+            self._name, specs = next(self._pending)
+            self._writer = ShardWriter(self._directory / self._name, specs)
+        self._writer.write(name, tensor)
+        if self._writer.complete:
+            self.records[self._name] = self._writer.close()
+            self._writer = None
+
+    def finish(self) -> dict[str, FileRecord]:
+        """The records of all files, by path relative to the checkpoint."""
+        assert self._writer is None, f"{self._name} is incomplete"
+        assert next(self._pending, None) is None, "files are missing"
+        return self.records
+
+    def abort(self) -> None:
+        if self._writer is not None:
+            self._writer.abort()

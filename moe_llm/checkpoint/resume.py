@@ -1,0 +1,99 @@
+"""Which checkpoint a run goes on from, and whether it is the same run at all."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moe_llm.checkpoint import folder
+from moe_llm.checkpoint.manifest import verify
+from moe_llm.checkpoint.ranks import ALONE, Ranks
+from moe_llm.config import Config
+from moe_llm.config.load import parse_yaml, validate
+from moe_llm.errors import UserError
+
+# What a run may change when it goes on: a section, or one key. All else decides what is learned from what.
+# The length of the run is free: the schedule is computed from it anew.
+FREE = (
+    "run.dir",
+    "parallel",
+    "logging",
+    "evaluate",
+    "checkpoint",
+    "train.max_steps",
+    "train.max_tokens",
+    "train.micro_batch_size",
+    "train.device",
+    "train.activation_checkpointing",
+    "data.num_workers",
+    "data.cache_dir",
+)
+
+
+def find_resumable(
+    root: str | Path, *, report: Callable[[str], None], ranks: Ranks = ALONE, hashes: bool = True
+) -> Path | None:
+    """The newest sound checkpoint of a run; None where there is none. Collective over `ranks`.
+
+    Args:
+        root: the run's `checkpoints` directory.
+        report: told on rank 0, in one sentence, of each newer one that is unsound, and why.
+        hashes: compare every file's SHA-256, shared out among the ranks; False: sizes alone.
+    """
+    candidates = ranks.gather(folder.complete_checkpoints(Path(root)))[0]  # all ranks go by one listing
+    for path in candidates:
+        try:
+            verify(path, ranks, hashes=hashes)
+        except UserError as error:
+            if ranks.rank == 0:
+                report(f"checkpoint {path.name} is passed over: {error}")
+        else:
+            return path
+    return None
+
+
+def check_same_run(old_config_text: str, new: Config) -> None:
+    """Refuse to go on with a configuration that is another run's.
+
+    Args:
+        old_config_text: YAML of the resolved configuration that the run was started with. A key that it lacks
+            had its default then.
+        new: resolved in the same way (`model.vocab_size`).
+
+    Raises:
+        UserError: the first key that differs and may not, with both values and the remedy.
+    """
+    origin = f"the configuration saved in {new.run.dir}"
+    raw = parse_yaml(old_config_text, origin)
+    try:
+        old = validate(raw if isinstance(raw, dict) else {})
+    except UserError as error:
+        raise UserError(f"{origin} cannot be read by this version ({error}): set another run.dir") from error
+    before, now = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    for key in [*now, *(key for key in before if key not in now)]:
+        if not _is_free(key) and before.get(key) != now.get(key):
+            raise UserError(
+                f"{key}={_show(now, key)} differs from {_show(before, key)}, with which the run in "
+                f"{new.run.dir} was started: set it back, or set another run.dir"
+            )
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+
+
+def _show(flat: dict[str, Any], key: str) -> str:
+    return json.dumps(flat[key]) if key in flat else "nothing"
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    """Nested mappings and lists by dotted keys; list items by index, as overrides name them."""
+    items = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    )
+    if items is None:
+        return {key: value}
+    flat = {key: value} if not value and key else {}  # an empty list is a value too
+    for name, inner in items:
+        flat |= _flat(inner, f"{key}.{name}" if key else str(name))
+    return flat

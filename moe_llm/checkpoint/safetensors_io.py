@@ -1,0 +1,324 @@
+"""Tensors to and from safetensors files, one at a time.
+
+The library's own writer takes all tensors of a file at once; here the header is written first, from shapes
+known beforehand, then each tensor as it comes, so that neither side ever holds more than one. Reading takes
+byte ranges and maps nothing: a file that shrinks meanwhile is an error and not a dead process.
+Format: 8 bytes little-endian length of the header, the header as JSON, the tensors' bytes without gaps.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_llm.errors import UserError
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_WORDS = {dtype: word for word, dtype in _DTYPES.items()}
+_CHUNK = 1 << 24  # bytes written and hashed at a time: the hash finds them in the cache
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+_REPLACE = "copy it again or use another checkpoint"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A tensor to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A written file: its size in bytes and the SHA-256 of its content."""
+
+    size: int
+    sha256: str
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB", "200MB" or "1.5KB" (powers of 1000, as transformers counts)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(KB|MB|GB)", text)
+    if match is None or float(match[1]) == 0:
+        raise UserError(f"max_shard_size={text!r} is no size: write a number and KB, MB or GB, as in 5GB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def split_shards(specs: Sequence[Spec], max_bytes: int) -> list[list[Spec]]:
+    """Cut a sequence of tensors, in order, into files of at most `max_bytes`; a larger one stands alone."""
+    shards: list[list[Spec]] = []
+    room = -1
+    for spec in specs:
+        if not shards or spec.nbytes > room:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(spec)
+        room -= spec.nbytes
+    return shards
+
+
+def shard_name(stem: str, number: int, count: int) -> str:
+    """File name of shard `number`, counted from 0, of `count`."""
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def index_content(weight_map: dict[str, str], specs: Sequence[Spec]) -> dict[str, Any]:
+    """The content of `{stem}.safetensors.index.json`."""
+    return {
+        "metadata": {
+            "total_size": sum(spec.nbytes for spec in specs),
+            "total_parameters": sum(math.prod(spec.shape) for spec in specs),
+        },
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+
+
+class ShardWriter:
+    """Writes one safetensors file, tensor by tensor, in the order of its specs.
+
+    The file has its size from the header alone. Nothing is readable before `close`, which needs all tensors.
+    """
+
+    def __init__(self, path: Path, specs: Sequence[Spec]):
+        assert sys.byteorder == "little", (
+            "safetensors files are little-endian, and bytes are written as they lie"
+        )
+        self.path, self._specs, self._next = path, list(specs), 0
+        self._hash, self._size = hashlib.sha256(), 0
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for spec in self._specs:
+            end = offset + spec.nbytes
+            header[spec.name] = {
+                "dtype": _WORDS[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [offset, end],
+            }
+            offset = end
+        assert len(header) == len(self._specs) + 1, f"a name occurs twice in {path.name}"
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+        self._file = open(path, "wb")  # noqa: SIM115 (closed by close and abort)
+        self._put(len(text).to_bytes(8, "little") + text)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all tensors have come."""
+        return self._next == len(self._specs)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Append a tensor, cast to the dtype of its spec."""
+        spec = self._specs[self._next]
+        assert (name, tuple(tensor.shape)) == (spec.name, spec.shape), f"{name} came, {spec} is due"
+        data = tensor.detach().to(device="cpu", dtype=spec.dtype).contiguous().reshape(-1)
+        if data.numel():
+            self._put(memoryview(data.view(torch.uint8).numpy()))
+        self._next += 1
+
+    def close(self) -> FileRecord:
+        """Bring the file to the disk; its size and hash, from what was written."""
+        assert self.complete, f"{self.path.name} lacks {len(self._specs) - self._next} tensors"
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return FileRecord(self._size, self._hash.hexdigest())
+
+    def abort(self) -> None:
+        """Give the file up, whatever its state: what is buffered need not reach the disk."""
+        with contextlib.suppress(OSError):  # that of flushing; the descriptor is closed all the same
+            self._file.close()
+
+    def _put(self, data: bytes | memoryview) -> None:
+        for start in range(0, len(data), _CHUNK):
+            chunk = data[start : start + _CHUNK]
+            self._file.write(chunk)
+            self._hash.update(chunk)
+            self._size += len(chunk)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int  # byte of the file at which it begins
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorFiles:
+    """The tensors of `{stem}.safetensors`, or of the shards that `{stem}.safetensors.index.json` lists.
+
+    Headers are read and checked against the files' sizes at once; tensors when asked for.
+
+    Raises:
+        UserError: a missing, truncated or damaged file, by name.
+    """
+
+    def __init__(self, directory: str | Path, stem: str = "model"):
+        self.directory = Path(directory)
+        self._tensors: dict[str, _Stored] = {}
+        weight_map = self._files(stem)
+        for file in sorted(set(weight_map.values())):
+            for name, stored in _read_header(self.directory / file).items():
+                if name in self._tensors:
+                    raise UserError(
+                        f"tensor {name} is in both {self._tensors[name].file} and {stored.file}: remove one"
+                    )
+                self._tensors[name] = stored
+        lost = [name for name, file in weight_map.items() if name and name not in self._tensors]
+        if lost:
+            raise UserError(
+                f"file {self.directory / weight_map[lost[0]]} lacks the tensor {lost[0]} that its index "
+                f"names: {_REPLACE}"
+            )
+
+    def _files(self, stem: str) -> dict[str, str]:
+        """File of each tensor by the index, or of no name where there is a single file."""
+        if (self.directory / f"{stem}.safetensors").is_file():  # transformers prefers it too
+            return {"": f"{stem}.safetensors"}
+        index = self.directory / f"{stem}.safetensors.index.json"
+        if not index.is_file():
+            pickled = sorted(self.directory.glob("pytorch_model*.bin"))
+            why = (
+                f"it holds {pickled[0].name}; save it as safetensors first"
+                if pickled
+                else "give a checkpoint directory"
+            )
+            raise UserError(f"{self.directory} has neither {stem}.safetensors nor {index.name}: {why}")
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(file, str) and Path(file).name == file for file in weight_map.values()
+        ):
+            raise UserError(f"file {index} has no weight_map from tensors to file names: {_REPLACE}")
+        return weight_map
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+    def file(self, name: str) -> Path:
+        return self._tensors[name].file
+
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """A tensor on the CPU in its stored dtype, or its `rows` (along the first dimension, step 1)."""
+        stored = self._tensors[name]
+        shape, offset = stored.shape, 0
+        if rows is not None:
+            first, last, step = rows.indices(shape[0])
+            assert step == 1, rows
+            offset = first * math.prod(shape[1:]) * stored.dtype.itemsize
+            shape = (max(last - first, 0), *shape[1:])
+        tensor = torch.empty(shape, dtype=stored.dtype)
+        if tensor.numel():
+            view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            _read_into(stored.file, stored.start + offset, view)
+        return tensor
+
+
+def _read_into(path: Path, offset: int, view: memoryview) -> None:
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            got = file.readinto(view)
+    except OSError as error:
+        raise UserError(f"file {path} cannot be read ({error.strerror}): {_REPLACE}") from error
+    if got != len(view):
+        raise UserError(f"file {path} is truncated at {offset + got} bytes: {_REPLACE}")
+
+
+def _read_header(path: Path) -> dict[str, _Stored]:
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(min(length, size))
+    except FileNotFoundError:
+        raise UserError(f"file {path} is missing: {_REPLACE}") from None
+    except OSError as error:
+        raise UserError(f"file {path} cannot be read ({error.strerror}): {_REPLACE}") from error
+    if size < 8 + length:
+        raise UserError(
+            f"file {path} is truncated or damaged: it has {size} bytes and says that its header has "
+            f"{length}: {_REPLACE}"
+        )
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        stored = {
+            name: _Stored(
+                path, _DTYPES[item["dtype"]], tuple(item["shape"]), 8 + length + item["data_offsets"][0]
+            )
+            for name, item in header.items()
+        }
+        spans = sorted((s.start, s.nbytes) for s in stored.values())
+        damaged = any(
+            item["data_offsets"][1] - item["data_offsets"][0] != stored[name].nbytes
+            for name, item in header.items()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"file {path} is damaged: its header is not that of a safetensors file: {_REPLACE}"
+        ) from error
+    end = 8 + length
+    for start, nbytes in spans:
+        damaged |= start != end
+        end = start + nbytes
+    if damaged:
+        raise UserError(f"file {path} is damaged: its header does not add up: {_REPLACE}")
+    if end != size:
+        raise UserError(
+            f"file {path} is truncated or damaged: it has {size} bytes instead of {end}: {_REPLACE}"
+        )
+    return stored
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: missing, unreadable or no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"file {path} is missing: {_REPLACE}") from None
+    except OSError as error:
+        raise UserError(f"file {path} cannot be read ({error.strerror}): {_REPLACE}") from error
+    except ValueError as error:
+        raise UserError(f"file {path} is damaged: it is not JSON: {_REPLACE}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"file {path} is damaged: it is no JSON object: {_REPLACE}")
+    return content

@@ -1,0 +1,291 @@
+"""Training checkpoints: everything a run needs to go on, in a directory that transformers loads as it is.
+
+    step-00000100/config.json, generation_config.json, model*.safetensors (+ index), tokenizer files
+                  trainer/state.json                counters, positions, RNG: whatever the trainer gives, as JSON
+                  trainer/config.yaml               the resolved configuration of the run
+                  trainer/optimizer*.safetensors    exp_avg.NAME, exp_avg_sq.NAME, ... by published weight names, fp32;
+                                                    master.NAME, where the exported weights are of lower precision
+                  trainer/manifest.json             size and SHA-256 of every file
+
+Tensors are named by parameter, never by rank, so any layout of ranks reads what any other wrote. All ranks write
+at once, each the tensors that it is the writer of, one tensor at a time. Reading from the engine (`plan.stream`)
+and writing to the disk (`plan.ShardSet`) meet in `_write_tensors` alone.
+"""
+
+import json
+import platform
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from moe_llm.checkpoint import folder, hf
+from moe_llm.checkpoint.manifest import adopt_file, verify, write_file, write_json, write_manifest
+from moe_llm.checkpoint.plan import MASTER, MODEL, OPTIMIZER, Plan, ShardSet, make_plan, stream
+from moe_llm.checkpoint.ranks import describe, is_disk_full, together
+from moe_llm.checkpoint.safetensors_io import FileRecord, TensorFiles, parse_size, read_json
+from moe_llm.checkpoint.weights import Weights
+from moe_llm.config import ModelConfig
+from moe_llm.errors import UserError
+from moe_llm.parallel.state import TrainedState
+
+T = TypeVar("T")
+FORMAT = 1
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SMALL_FILES = 1 << 24  # bytes allowed for headers, indices and tokenizer when the space is checked
+
+
+def save_checkpoint(
+    root: str | Path,
+    state: TrainedState,
+    *,
+    step: int,
+    trainer_state: Mapping[str, Any],
+    model_config: ModelConfig,
+    run_config_text: str,
+    tokenizer: Any,
+    dtype: str = "fp32",
+    max_shard_size: str = "5GB",
+    keep_last: int | None = None,
+) -> Path:
+    """Write a checkpoint of step `step` and return its directory. Collective.
+
+    Args:
+        root: the run's `checkpoints` directory, on a file system that all ranks share.
+        trainer_state: JSON-able; rank 0's is written.
+        model_config: with `vocab_size` resolved.
+        run_config_text: YAML of the resolved run.
+        tokenizer: anything with transformers' `save_pretrained`, `bos_token_id`, `eos_token_id`; None: none.
+        dtype: of the exported weights, `fp32` or `bf16`; fp32 masters stand beside them if it is not fp32.
+        max_shard_size: of the weights' and the optimizer's files, e.g. "5GB".
+        keep_last: delete all but so many, once this one is complete; None: delete nothing.
+
+    Raises:
+        UserError: no space, or a failing file system, on any rank; on all ranks. What was there before is untouched.
+    """
+    root = Path(root)
+    tmp, final = folder.tmp_path(root, step), root / folder.step_name(step)
+    plan = make_plan(state, DTYPES[dtype], parse_size(max_shard_size))
+    _assert_whole(plan, model_config)
+
+    def prepare() -> dict[str, Any]:
+        head = _trainer_head(root, state, step, dtype, trainer_state)
+        _prepare(root, tmp, plan)
+        return head
+
+    def complete() -> None:
+        small = _write_small_files(tmp, plan, head, run_config_text)
+        model = _write_model_files(tmp, model_config, tokenizer, dtype)
+        write_manifest(tmp, records | small | model)
+        for directory in (tmp / "trainer", tmp):
+            folder.sync_directory(directory)
+        folder.publish(tmp, final)
+        if keep_last is not None:
+            folder.prune(root, keep_last)
+
+    try:
+        with_sentence = partial(_naming_failure, root, final, plan)
+        head = together(state, with_sentence(prepare), only=0)
+        mine = together(state, with_sentence(lambda: _write_tensors(tmp, state, plan, DTYPES[dtype])))
+        records = {name: record for share in state.gather(mine) for name, record in share.items()}
+        together(state, with_sentence(complete), only=0)
+    except Exception:
+        if state.rank == 0:  # `together` has brought all ranks here
+            shutil.rmtree(tmp, ignore_errors=True)
+        raise
+    return final
+
+
+def _prepare(root: Path, tmp: Path, plan: Plan) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    folder.remove_leftovers(root)
+    free = shutil.disk_usage(root).free
+    if free < plan.nbytes + _SMALL_FILES:
+        raise UserError(_no_space(tmp.name.removeprefix(".tmp-"), root, plan.nbytes + _SMALL_FILES, free))
+    (tmp / "trainer").mkdir(parents=True)
+
+
+def _no_space(name: str, root: Path, needed: int, free: int) -> str:
+    return (
+        f"no space left for checkpoint {root / name}: it needs {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are "
+        "free: free some space, lower checkpoint.keep_last or move run.dir"
+    )
+
+
+def _naming_failure(root: Path, final: Path, plan: Plan, work: Callable[[], T]) -> Callable[[], T]:
+    """`work`, but a failure of the file system becomes one sentence that names the checkpoint."""
+
+    def wrapped() -> T:
+        try:
+            return work()
+        except OSError as error:
+            if is_disk_full(error):
+                free = shutil.disk_usage(root).free
+                raise UserError(_no_space(final.name, root, plan.nbytes + _SMALL_FILES, free)) from error
+            raise UserError(
+                f"checkpoint {final} cannot be written: {describe(error)}: mend the file system or "
+                "move run.dir"
+            ) from error
+
+    return wrapped
+
+
+def _write_tensors(tmp: Path, state: TrainedState, plan: Plan, dtype: torch.dtype) -> dict[str, FileRecord]:
+    """Every tensor that this rank is the writer of, to its file; one in memory at a time."""
+    shards = {MODEL: ShardSet(tmp, plan.model), OPTIMIZER: ShardSet(tmp, plan.optimizer)}
+    failure = None
+    for stem, name, tensor in stream(state, dtype):
+        if failure is None:
+            try:
+                shards[stem].write(name, tensor)
+            except Exception as error:  # noqa: BLE001 (raised below: reading is collective, the others wait for us)
+                failure = error
+    if failure is not None:
+        for shard in shards.values():
+            shard.abort()
+        raise failure
+    return shards[MODEL].finish() | shards[OPTIMIZER].finish()
+
+
+def _write_small_files(
+    tmp: Path, plan: Plan, head: dict[str, Any], run_config_text: str
+) -> dict[str, FileRecord]:
+    records = {
+        folder.STATE: write_json(tmp / folder.STATE, head),
+        "trainer/config.yaml": write_file(tmp / "trainer/config.yaml", run_config_text),
+    }
+    for files in (plan.model, plan.optimizer):
+        if files.index is not None:
+            name = f"{files.stem}.safetensors.index.json"
+            records[name] = write_json(tmp / name, files.index)
+    return records
+
+
+def _write_model_files(
+    directory: Path, model: ModelConfig, tokenizer: Any, dtype: str
+) -> dict[str, FileRecord]:
+    """config.json, generation_config.json and the tokenizer's files."""
+    ids = {key: getattr(tokenizer, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    before = set(directory.iterdir())
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(directory))
+    written = sorted(path for new in set(directory.iterdir()) - before for path in _files_under(new))
+    records = {str(path.relative_to(directory)): adopt_file(path) for path in written}
+    for name, content in (
+        ("config.json", hf.to_transformers_config(model, dtype=dtype, **ids)),
+        ("generation_config.json", hf.generation_config(**ids)),
+    ):
+        records[name] = write_json(directory / name, content)
+    return records
+
+
+def _files_under(path: Path) -> list[Path]:
+    return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+
+
+def _trainer_head(root: Path, state: TrainedState, step: int, dtype: str, trainer: Mapping[str, Any]) -> dict:
+    """The content of trainer/state.json; refuses what JSON cannot hold before anything is written."""
+    head = {
+        "format": FORMAT,
+        "serial": folder.next_serial(root),
+        "step": step,
+        "trainer": dict(trainer),
+        "optimizer_tensors": list(state.kinds),
+        "masters": DTYPES[dtype] != torch.float32,
+        "written_by": {"world_size": state.world_size, "python": platform.python_version()}
+        | {
+            d.name: d.version for d in map(_installed, ("torch", "transformers", "deepspeed", "moe_llm")) if d
+        },
+    }
+    json.dumps(head)  # a TypeError now rather than after the tensors
+    return head
+
+
+def _installed(package: str) -> Distribution | None:
+    try:
+        return distribution(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _assert_whole(plan: Plan, model: ModelConfig) -> None:
+    """No expert and no layer is left out, whoever the writers are."""
+    expected = {
+        piece.name: piece.shape
+        for name, shape in hf.parameter_shapes(model).items()
+        for piece in hf.pieces(name, shape)
+    }
+    planned = {spec.name: spec.shape for spec in plan.model.specs}
+    wrong = {name for name, _ in expected.items() ^ planned.items()}
+    assert not wrong, f"the ranks would not write the model that was configured: {sorted(wrong)[:4]}"
+
+
+def load_checkpoint(path: str | Path, state: TrainedState, *, hashes: bool = True) -> dict[str, Any]:
+    """Restore weights and optimizer tensors, written at any layout, into this one. Collective.
+
+    Each rank reads the tensors that it holds, one at a time.
+
+    Args:
+        path: a step directory.
+        hashes: compare every file's SHA-256 first (the files are shared out among the ranks); False where
+            `find_resumable` has just done so. Sizes are always compared.
+
+    Returns:
+        The `trainer_state` that was saved.
+
+    Raises:
+        UserError: on every rank, before anything is changed: a missing, truncated or damaged file, another
+            format, another architecture or another optimizer.
+    """
+    path = Path(path)
+    verify(path, state, hashes=hashes)
+    head, sources = together(state, lambda: _open(path, state))
+    for entry in state.entries():
+        held = (entry.name, entry.shape, entry.first_expert)
+        state.write(entry.name, "weight", sources[MASTER].read(*held))
+        for kind in state.kinds if entry.trainable else ():
+            state.write(entry.name, kind, sources[kind].read(*held))
+    return head["trainer"]
+
+
+def _open(path: Path, state: TrainedState) -> tuple[dict[str, Any], dict[str, Weights]]:
+    """state.json and, by kind, the tensors; everything that can be refused is refused here."""
+    head = read_json(path / folder.STATE)
+    if head.get("format") != FORMAT:
+        raise UserError(
+            f"checkpoint {path} is of format {head.get('format')}, and this version reads {FORMAT}: "
+            "use the version of moe_llm that wrote it"
+        )
+    stored = head["optimizer_tensors"]
+    if set(stored) != set(state.kinds):
+        raise UserError(
+            f"checkpoint {path} has the optimizer tensors {stored}, and this run's optimizer needs "
+            f"{list(state.kinds)}: set optim.name as it was, or start another run.dir"
+        )
+    shapes = hf.parameter_shapes(
+        hf.from_transformers_config(read_json(path / "config.json"), str(path / "config.json"))
+    )
+    for entry in state.entries():
+        whole = shapes.get(entry.name)
+        if whole is None or whole[1:] != entry.shape[1:] or (entry.experts is None and whole != entry.shape):
+            raise UserError(
+                f"checkpoint {path} has {entry.name} of shape {whole}, and this run's is {entry.shape}: "
+                "set model as it was, or start another run.dir"
+            )
+    model = Weights(TensorFiles(path, MODEL))
+    model.check(shapes)
+    sources = {MASTER: model}
+    trainable = {entry.name: shapes[entry.name] for entry in state.entries() if entry.trainable}
+    if head["masters"] or (state.kinds and trainable):
+        files = TensorFiles(path / "trainer", Path(OPTIMIZER).name)
+        if head["masters"]:
+            sources[MASTER] = Weights(files, f"{MASTER}.")
+            sources[MASTER].check(shapes)
+        for kind in state.kinds:
+            sources[kind] = Weights(files, f"{kind}.")
+            sources[kind].check(trainable)
+    return head, sources

@@ -1,0 +1,106 @@
+"""The tensors of a directory under the model's names: whatever style they are stored in, checked, in parts."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from types import EllipsisType
+
+import torch
+
+from moe_llm.checkpoint import hf
+from moe_llm.checkpoint.safetensors_io import TensorFiles
+from moe_llm.errors import UserError
+
+Index = tuple[int, slice] | tuple[int] | EllipsisType
+
+
+class Weights:
+    """The tensors of `files` whose names begin with `prefix`, by in-memory names.
+
+    Per-expert and stacked experts are understood, under `block_sparse_moe` and under `mlp`.
+    """
+
+    def __init__(self, files: TensorFiles, prefix: str = ""):
+        self.files, self.prefix = files, prefix
+        self._stored: dict[str, str] = {}  # published name -> name in the files
+        for stored in files.names():
+            name = hf.published_name(stored.removeprefix(prefix))
+            if not stored.startswith(prefix) or hf.is_derived(name):
+                continue
+            if name in self._stored:
+                raise UserError(
+                    f"tensors {self._stored[name]} and {stored} of {files.directory} are one and the same "
+                    "weight: remove one"
+                )
+            self._stored[name] = stored
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]], optional: Iterable[str] = ()) -> None:
+        """Demand exactly these parameters, each of its whole shape; those in `optional` may be there besides.
+
+        Raises:
+            UserError: names the tensors that are missing, unexpected or of another shape.
+        """
+        expected: dict[str, tuple[int, ...]] = {}
+        for name, shape in shapes.items():
+            if self._stacked(name) is not None:
+                expected[hf.published_name(name)] = tuple(shape)
+            else:
+                expected |= {piece.name: piece.shape for piece in hf.pieces(name, shape)}
+        missing = [name for name in expected if name not in self._stored]
+        unexpected = [name for name in self._stored if name not in expected and name not in set(optional)]
+        misshapen = [
+            f"{name} {list(self.files.shape(self._stored[name]))} instead of {list(shape)}"
+            for name, shape in expected.items()
+            if name in self._stored and self.files.shape(self._stored[name]) != shape
+        ]
+        problems = [
+            f"{what} {_some(names)}"
+            for what, names in (
+                ("missing", missing),
+                ("unexpected", unexpected),
+                ("of another shape", misshapen),
+            )
+            if names
+        ]
+        if problems:
+            kind = f" ({self.prefix.rstrip('.')})" if self.prefix else ""
+            raise UserError(
+                f"{self.files.directory} does not hold this model's tensors{kind}: {'; '.join(problems)}: "
+                "give a checkpoint of the same architecture"
+            )
+
+    def has(self, name: str) -> bool:
+        """Whether a dense parameter of this in-memory name is stored."""
+        return hf.published_name(name) in self._stored
+
+    def parts(
+        self, name: str, shape: tuple[int, ...], first_expert: int | None = None
+    ) -> Iterator[tuple[Index, torch.Tensor]]:
+        """Yield (index, tensor) with `parameter[index]` = tensor, one matrix at a time; reads no other expert.
+
+        Args:
+            shape: of the parameter as held here; dimension 0 counts the held experts of an expert parameter.
+            first_expert: over all ranks, of the first expert held; None: 0.
+        """
+        stacked = self._stacked(name)
+        if stacked is None:
+            for piece in hf.pieces(name, shape, first_expert):
+                yield piece.index, self.files.read(self._stored[piece.name])
+            return
+        first = first_expert or 0
+        for e in range(shape[0]):
+            yield (e,), self.files.read(stacked, slice(first + e, first + e + 1))[0]
+
+    def read(self, name: str, shape: tuple[int, ...], first_expert: int | None = None) -> torch.Tensor:
+        """A parameter as held here, fp32."""
+        whole = torch.empty(shape, dtype=torch.float32)
+        for index, part in self.parts(name, shape, first_expert):
+            whole[index] = part
+        return whole
+
+    def _stacked(self, name: str) -> str | None:
+        """Name in the files of an expert parameter that is stored stacked."""
+        return self._stored.get(hf.published_name(name)) if hf.is_expert(name) else None
+
+
+def _some(names: list[str], shown: int = 3) -> str:
+    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + rest
