@@ -7,7 +7,7 @@ from pydantic_core import PydanticCustomError
 
 
 class Section(BaseModel):
-    """A part of a run's configuration: unknown keys are refused, defaults are validated, nothing is mutable."""
+    """A part of a run's configuration: no unknown keys, no NaN, validated defaults, nothing mutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
 

@@ -59,12 +59,16 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"configuration file {str(path)!r} does not exist: give the path of a YAML file") from None
+        raise UserError(
+            f"configuration file {str(path)!r} does not exist: give the path of a YAML file"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"configuration file {str(path)!r} cannot be read: {error}") from error
     raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
-        raise UserError(f"configuration file {str(path)!r} holds no sections: it needs at least data and train")
+        raise UserError(
+            f"configuration file {str(path)!r} holds no sections: it needs at least data and train"
+        )
     for override in overrides:
         apply_override(raw, override)
     return validate(raw)
