@@ -32,10 +32,9 @@ PATTERNS = {
 
 def make_inputs(dtype, heads=6, groups=2, head_dim=8):
     generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randn(BATCH, LENGTH, n, head_dim, generator=generator).to(dtype).transpose(1, 2).requires_grad_()
-        for n in (heads, groups, groups)
-    ]
+    shapes = [(BATCH, LENGTH, n, head_dim) for n in (heads, groups, groups)]
+    inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    return [x_BSHd.transpose(1, 2).requires_grad_() for x_BSHd in inputs]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
@@ -47,9 +46,8 @@ def test_equals_reference(pattern, groups, dtype, tolerance):
     ids = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
     y = attention(*inputs, pattern=AttentionPattern.build(ids, **pattern))
     real = pattern.get("attention_mask", torch.ones_like(ids)).bool()
-    sees = reference.attention_mask(
-        (BATCH, LENGTH), pattern.get("attention_mask"), pattern.get("document_ids"), pattern.get("sliding_window")
-    )
+    keys = ("attention_mask", "document_ids", "sliding_window")
+    sees = reference.attention_mask((BATCH, LENGTH), *map(pattern.get, keys))
     expected = reference.attention(*inputs, sees)
     real_rows = real[:, None, :, None].expand_as(y)
     assert y.dtype == dtype
@@ -60,7 +58,8 @@ def test_equals_reference(pattern, groups, dtype, tolerance):
     grads = torch.autograd.grad(y, inputs, direction)
     for grad, other in zip(grads, torch.autograd.grad(expected, inputs, direction), strict=True):
         assert grad.isfinite().all()
-        assert (grad - other).abs().max() <= 2 * tolerance * other.abs().max()
+        # where a query sees one key, the true gradient of its score is zero: hence an absolute part
+        assert (grad - other).abs().max() <= 2 * tolerance * max(1, other.abs().max())
 
 
 @pytest.mark.parametrize("mask", [RIGHT_PADDED, LEFT_PADDED, HOLES])
@@ -69,9 +68,7 @@ def test_padding_is_seen_by_nobody(mask):
     q, k, v = make_inputs(torch.float32)
     y = attention(q, k, v, pattern=pattern)
     padding = (mask == 0)[:, None, :, None]
-    other = attention(
-        q, torch.where(padding, 1e3 * k, k), torch.where(padding, v + 7, v), pattern=pattern
-    )
+    other = attention(q, torch.where(padding, 1e3 * k, k), torch.where(padding, v + 7, v), pattern=pattern)
     real_rows = ~padding.expand_as(y)
     assert torch.equal(y[real_rows], other[real_rows])
     grad_k, grad_v = torch.autograd.grad((y * real_rows).square().sum(), (k, v))

@@ -7,8 +7,8 @@ from moe_llm.ops import reference
 from moe_llm.ops.permutation import combine, permute, sort_by_expert
 
 HIDDEN = 24
-# the reference rounds once at the end, as do we; the sums differ in order only
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
+# both sum in fp32 and round once; to bf16 by one unit in the last place apart, where a sum lies halfway
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-7}
 
 
 def make_routing(tokens, experts, top_k, seed=0):
