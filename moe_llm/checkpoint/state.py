@@ -24,18 +24,21 @@ from typing import Any, TypeVar
 import torch
 
 from moe_llm.checkpoint import folder, hf
-from moe_llm.checkpoint.manifest import adopt_file, verify, write_file, write_json, write_manifest
+from moe_llm.checkpoint.export import DTYPES, token_ids, write_model_files
+from moe_llm.checkpoint.manifest import verify, write_file, write_json, write_manifest
 from moe_llm.checkpoint.plan import MASTER, MODEL, OPTIMIZER, Plan, ShardSet, make_plan, stream
 from moe_llm.checkpoint.ranks import describe, is_disk_full, together
+from moe_llm.checkpoint.resume import check_same_run, find_resumable
 from moe_llm.checkpoint.safetensors_io import FileRecord, TensorFiles, parse_size, read_json
 from moe_llm.checkpoint.weights import Weights
 from moe_llm.config import ModelConfig
 from moe_llm.errors import UserError
 from moe_llm.parallel.state import TrainedState
 
+__all__ = ["check_same_run", "find_resumable", "load_checkpoint", "read_trainer_state", "save_checkpoint"]
+
 T = TypeVar("T")
 FORMAT = 1
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SMALL_FILES = 1 << 24  # bytes allowed for headers, indices and tokenizer when the space is checked
 
 
@@ -79,7 +82,7 @@ def save_checkpoint(
 
     def complete() -> None:
         small = _write_small_files(tmp, plan, head, run_config_text)
-        model = _write_model_files(tmp, model_config, tokenizer, dtype)
+        model = write_model_files(tmp, model_config, token_ids(tokenizer), dtype, tokenizer)
         write_manifest(tmp, records | small | model)
         for directory in (tmp / "trainer", tmp):
             folder.sync_directory(directory)
@@ -165,28 +168,6 @@ def _write_small_files(
     return records
 
 
-def _write_model_files(
-    directory: Path, model: ModelConfig, tokenizer: Any, dtype: str
-) -> dict[str, FileRecord]:
-    """config.json, generation_config.json and the tokenizer's files."""
-    ids = {key: getattr(tokenizer, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    before = set(directory.iterdir())
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(directory))
-    written = sorted(path for new in set(directory.iterdir()) - before for path in _files_under(new))
-    records = {str(path.relative_to(directory)): adopt_file(path) for path in written}
-    for name, content in (
-        ("config.json", hf.to_transformers_config(model, dtype=dtype, **ids)),
-        ("generation_config.json", hf.generation_config(**ids)),
-    ):
-        records[name] = write_json(directory / name, content)
-    return records
-
-
-def _files_under(path: Path) -> list[Path]:
-    return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-
-
 def _trainer_head(root: Path, state: TrainedState, step: int, dtype: str, trainer: Mapping[str, Any]) -> dict:
     """The content of trainer/state.json; refuses what JSON cannot hold before anything is written."""
     head = {
@@ -231,8 +212,8 @@ def load_checkpoint(path: str | Path, state: TrainedState, *, hashes: bool = Tru
 
     Args:
         path: a step directory.
-        hashes: compare every file's SHA-256 first (the files are shared out among the ranks); False where
-            `find_resumable` has just done so. Sizes are always compared.
+        hashes: compare every file's SHA-256 first, shared out among the ranks; False where `find_resumable`
+            has just done so. Sizes are always compared.
 
     Returns:
         The `trainer_state` that was saved.
@@ -252,14 +233,28 @@ def load_checkpoint(path: str | Path, state: TrainedState, *, hashes: bool = Tru
     return head["trainer"]
 
 
-def _open(path: Path, state: TrainedState) -> tuple[dict[str, Any], dict[str, Weights]]:
-    """state.json and, by kind, the tensors; everything that can be refused is refused here."""
+def read_trainer_state(path: str | Path) -> dict[str, Any]:
+    """The `trainer_state` of a checkpoint, without the rest of it.
+
+    Raises:
+        UserError: no checkpoint of this format there, or a damaged one.
+    """
+    return _read_head(Path(path))["trainer"]
+
+
+def _read_head(path: Path) -> dict[str, Any]:
     head = read_json(path / folder.STATE)
     if head.get("format") != FORMAT:
         raise UserError(
             f"checkpoint {path} is of format {head.get('format')}, and this version reads {FORMAT}: "
             "use the version of moe_llm that wrote it"
         )
+    return head
+
+
+def _open(path: Path, state: TrainedState) -> tuple[dict[str, Any], dict[str, Weights]]:
+    """state.json and, by kind, the tensors; everything that can be refused is refused here."""
+    head = _read_head(path)
     stored = head["optimizer_tensors"]
     if set(stored) != set(state.kinds):
         raise UserError(

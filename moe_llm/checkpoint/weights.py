@@ -71,6 +71,11 @@ class Weights:
         """Whether a dense parameter of this in-memory name is stored."""
         return hf.published_name(name) in self._stored
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of a dense parameter; fp32 where it is not stored."""
+        stored = self._stored.get(hf.published_name(name))
+        return torch.float32 if stored is None else self.files.dtype(stored)
+
     def parts(
         self, name: str, shape: tuple[int, ...], first_expert: int | None = None
     ) -> Iterator[tuple[Index, torch.Tensor]]:
