@@ -14,7 +14,7 @@ _LAZY = {
     "MoEForCausalLM": "moe_llm.checkpoint.pretrained",
 }
 
-__all__ = ["Config", "ModelConfig", "MoEForCausalLM", "UserError", "load_config"]
+__all__ = ["Config", "MoEForCausalLM", "ModelConfig", "UserError", "load_config"]
 
 
 def __getattr__(name: str):

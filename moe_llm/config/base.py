@@ -1,20 +1,36 @@
 """What every section of a configuration shares."""
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 
 class Section(BaseModel):
-    """A part of a run's configuration: unknown keys are refused, defaults are validated, nothing is mutable."""
+    """A part of a run's configuration: no unknown keys, no NaN, validated defaults, nothing mutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python counts `True` as 1; a user who writes `true` for a number has mistaken the field."""
+        annotation = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+            raise PydanticCustomError("bool_given", "it takes no true or false")
+        return value
 
 
 def invalid(field: str, value: Any, problem: str, remedy: str) -> NoReturn:
     """Refuse a value from a validator: `field` is relative to the section, or dotted from the root."""
     raise PydanticCustomError(
-        "invalid_field", "{problem}: {remedy}",
+        "invalid_field",
+        "{problem}: {remedy}",
         {"field": field, "value": value, "problem": problem, "remedy": remedy},
     )

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -13,31 +13,58 @@ from pydantic import BaseModel, ValidationError
 from moe_llm.config.schema import Config
 from moe_llm.errors import UserError
 
+_YAML_1_2 = {
+    "tag:yaml.org,2002:bool": (r"^(true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    "tag:yaml.org,2002:int": (r"^[-+]?\d[\d_]*$", "-+0123456789"),
+    "tag:yaml.org,2002:float": (
+        r"^[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$",
+        "-+.0123456789",
+    ),
+}
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: `off` and `no` are text, `3e-4` is a number."""
+    """YAML 1.2's scalars: `off` and `no` are text, `3e-4` is a number, `010` is ten, `1:30` is text.
+
+    A key that is given twice is refused; YAML's own rule would drop the first one unseen.
+    """
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, rule) for tag, rule in rules if tag not in {*_YAML_1_2, "tag:yaml.org,2002:timestamp"}]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if key in seen and key != "<<":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in rules if tag not in ("tag:yaml.org,2002:bool",
-                                                                      "tag:yaml.org,2002:float",
-                                                                      "tag:yaml.org,2002:timestamp")]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"),
-                              list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes whatever text `_Loader`, or YAML 1.1, would take for something else."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: list(rules) for first, rules in yaml.SafeDumper.yaml_implicit_resolvers.items()
+    }
+
+
+for _tag, (_pattern, _first) in _YAML_1_2.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list(_first))
+    _Dumper.add_implicit_resolver(_tag, re.compile(_pattern), list(_first))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
 
 
 def parse_yaml(text: str, origin: str) -> Any:
     """The value of a YAML text; `origin` names it in the error."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
@@ -59,12 +86,16 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"configuration file {str(path)!r} does not exist: give the path of a YAML file") from None
+        raise UserError(
+            f"configuration file {str(path)!r} does not exist: give the path of a YAML file"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"configuration file {str(path)!r} cannot be read: {error}") from error
     raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
-        raise UserError(f"configuration file {str(path)!r} holds no sections: it needs at least data and train")
+        raise UserError(
+            f"configuration file {str(path)!r} holds no sections: it needs at least data and train"
+        )
     for override in overrides:
         apply_override(raw, override)
     return validate(raw)
@@ -73,9 +104,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 def apply_override(raw: dict, override: str) -> None:
     """Set one dotted key of a nested dictionary in place."""
     key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"override {override!r} has no value: write section.key=value")
     *parents, last = key.split(".")
+    if not equals or not all([*parents, last]):
+        raise UserError(f"override {override!r} is incomplete: write section.key=value")
     node: Any = raw
     for depth, name in enumerate(parents):
         where = ".".join(parents[: depth + 1])
@@ -95,7 +126,7 @@ def apply_override(raw: dict, override: str) -> None:
 
 
 def _index(items: list, name: str, where: str) -> int:
-    if not name.isdigit() or int(name) >= len(items):
+    if not name.isdecimal() or int(name) >= len(items):
         raise UserError(f"override {where}: {name!r} is no item of a list of {len(items)} (counted from 0)")
     return int(name)
 
@@ -110,38 +141,80 @@ def validate(raw: dict) -> Config:
 
 def _sentence(error: dict) -> str:
     location = [str(part) for part in error["loc"]]
-    name = ".".join(location)
-    if error["type"] == "extra_forbidden":
-        known = _fields_at(location[:-1])
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-        return f"unknown configuration key {name}: {hint}"
-    if error["type"] == "missing":
-        return f"configuration key {name} is missing: set it in the file or as {name}=VALUE"
-    if error["type"] == "invalid_field":
+    name, kind, value = ".".join(location), error["type"], _short(error["input"])
+    if kind == "extra_forbidden":
+        return f"unknown configuration key {name}: {_nearest(location)}"
+    if kind == "missing" and location[-1].isdecimal():
+        return f"{'.'.join(location[:-1])}={value} is too short: give one value more"
+    if kind == "missing":
+        section = _section(location)
+        how = f"with its fields ({', '.join(section.model_fields)})" if section else f"or as {name}=VALUE"
+        return f"configuration key {name} is missing: set it in the file, {how}"
+    if kind == "invalid_field":
         context = error["ctx"]
         full = ".".join([*location, context["field"]])
         return f"{full}={_short(context['value'])} {context['problem']}: {context['remedy']}"
-    return f"{name}={_short(error['input'])} is not valid: {error['msg'][0].lower()}{error['msg'][1:]}"
+    section = _section(location) if kind in ("model_type", "model_attributes_type") else None
+    if section:
+        return f"{name}={value} is not a section: give its fields ({', '.join(section.model_fields)})"
+    return f"{name}={value} is refused: {_remedy(error)}"
+
+
+def _remedy(error: dict) -> str:
+    """Pydantic's message as the second half of a sentence."""
+    if error["type"] == "string_type" and isinstance(error["input"], (int, float)):
+        return "it must be text, so put it in quotes that reach the YAML"
+    text = re.sub(r"^(?!Keys)\w+ should ", "it must ", error["msg"])
+    text = re.sub(r", unable to parse .*| after validation|, got a number with a fractional part", "", text)
+    return text[0].lower() + text[1:]
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    plain = isinstance(value, str) and value.isprintable() and value.strip()
+    text = value if plain else json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _fields_at(location: list[str]) -> list[str]:
-    """Field names of the section that a location leads to."""
-    model: Any = Config
+def _nearest(location: list[str]) -> str:
+    """What the user may have meant by an unknown key: a near name beside it, or a name elsewhere."""
+    *parents, wrong = location
+    parent = _section(parents)
+    siblings = list(parent.model_fields)
+    elsewhere = {
+        key: f"{section}.{key}"
+        for section, field in Config.model_fields.items()
+        for key in getattr(field.annotation, "model_fields", ())
+        if parents != [section]
+    }
+    if wrong in elsewhere:
+        return f"did you mean {elsewhere[wrong]}?"
+    if near := difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.5):
+        return f"did you mean {'.'.join([*parents, near[0]])}?"
+    if near := difflib.get_close_matches(wrong, elsewhere, n=1, cutoff=0.8):
+        return f"did you mean {elsewhere[near[0]]}?"
+    return f"known here: {', '.join(siblings)}"
+
+
+def _section(location: list[str]) -> type[BaseModel] | None:
+    """The section that a location leads to; None where it leads to a value or a list."""
+    model: type[BaseModel] | None = Config
+    nested: list = []
     for part in location:
-        if part.isdigit():
-            continue
-        annotation = model.model_fields[part].annotation
-        nested = [annotation, *getattr(annotation, "__args__", ())]
-        model = next(t for t in nested if isinstance(t, type) and issubclass(t, BaseModel))
-    return list(model.model_fields)
+        if model is not None and part in model.model_fields:
+            annotation = model.model_fields[part].annotation
+            nested = [annotation, *get_args(annotation)]
+            model = annotation if _is_section(annotation) else None
+        elif part.isdecimal():
+            model = next((t for t in nested if _is_section(t)), None)
+        else:
+            return None
+    return model
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML; reading it back gives the same run."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)

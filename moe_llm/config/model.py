@@ -17,31 +17,39 @@ class ModelConfig(Section):
     """Architecture of the decoder. Sizes are per layer; `intermediate_size` is one expert's width."""
 
     vocab_size: int | None = Field(None, ge=1, description="null: taken from the tokenizer")
-    hidden_size: int = Field(4096, ge=1)
+    hidden_size: int = Field(4096, ge=1, description="width of the residual stream")
     intermediate_size: int = Field(14336, ge=1, description="width of one expert")
-    num_hidden_layers: int = Field(32, ge=1)
-    num_attention_heads: int = Field(32, ge=1)
-    num_key_value_heads: int | None = Field(None, ge=1, description="null: num_attention_heads")
-    head_dim: int | None = Field(None, ge=2, description="null: hidden_size / num_attention_heads")
+    num_hidden_layers: int = Field(32, ge=1, description="decoder blocks, each with its own experts")
+    num_attention_heads: int = Field(32, ge=1, description="query heads")
+    num_key_value_heads: int | None = Field(
+        None, ge=1, description="key and value heads, each for a group of query heads; null: as many"
+    )
+    head_dim: int | None = Field(
+        None, ge=2, description="width of a head; null: hidden_size / num_attention_heads"
+    )
     num_local_experts: int = Field(8, ge=1, description="experts per layer, over all ranks")
-    num_experts_per_tok: int = Field(2, ge=1)
-    router: RouterConfig = RouterConfig()
-    router_aux_loss_coef: float = Field(0.02, ge=0)
+    num_experts_per_tok: int = Field(2, ge=1, description="experts that each token passes through (top-k)")
+    router: RouterConfig = Field(RouterConfig(), description="how tokens choose experts")
+    router_aux_loss_coef: float = Field(0.02, ge=0, description="weight of the load-balance loss; 0: off")
     router_aux_loss_scope: Literal["global", "transformers"] = Field(
         "global",
         description="global: per layer, tokens of all ranks, averaged over layers; "
         "transformers: all layers pooled, each rank alone, as transformers computes it",
     )
-    router_z_loss_coef: float = Field(0.0, ge=0, description="ST-MoE (Zoph et al. 2022), equation 5")
+    router_z_loss_coef: float = Field(
+        0.0, ge=0, description="weight of the router z-loss, ST-MoE (Zoph et al. 2022), equation 5; 0: off"
+    )
     router_jitter_noise: float = Field(
         0.0, ge=0, lt=1, description="router input times uniform(1 - x, 1 + x) while training"
     )
-    rope_theta: float = Field(1e6, gt=0)
-    sliding_window: int | None = Field(None, ge=1)
-    max_position_embeddings: int = Field(32768, ge=1)
-    rms_norm_eps: float = Field(1e-5, gt=0)
-    tie_word_embeddings: bool = False
-    initializer_range: float = Field(0.02, gt=0)
+    rope_theta: float = Field(1e6, gt=0, description="base of the rotary embeddings' wavelengths")
+    sliding_window: int | None = Field(
+        None, ge=1, description="tokens that a token attends to, itself included; null: all before it"
+    )
+    max_position_embeddings: int = Field(32768, ge=1, description="longest sequence the model is meant for")
+    rms_norm_eps: float = Field(1e-5, gt=0, description="added to the mean square in RMSNorm")
+    tie_word_embeddings: bool = Field(False, description="input and output embeddings are one tensor")
+    initializer_range: float = Field(0.02, gt=0, description="standard deviation of initial weights")
 
     @property
     def kv_heads(self) -> int:
@@ -69,26 +77,25 @@ class ModelConfig(Section):
                     f"use at most {self.num_local_experts}")
         return self
 
-    def parameter_counts(self) -> dict[str, int]:
+    def parameter_counts(self, active: bool = False) -> dict[str, int]:
         """Parameters per part, by arithmetic alone; their sum is the model's size.
 
+        `active` counts those that one token passes through: `num_experts_per_tok` experts a layer.
         Needs `vocab_size`. `embed_tokens` and `lm_head` are one tensor when tied, counted as the former.
         """
         assert self.vocab_size is not None, "vocab_size is resolved from the tokenizer first"
         d, dh, layers = self.hidden_size, self.attention_head_dim, self.num_hidden_layers
         attention = 2 * d * dh * (self.num_attention_heads + self.kv_heads)
+        experts = self.num_experts_per_tok if active else self.num_local_experts
         return {
             "embed_tokens": self.vocab_size * d,
             "attention": layers * attention,
             "router": layers * self.num_local_experts * d,
-            "experts": layers * self.num_local_experts * 3 * d * self.intermediate_size,
+            "experts": layers * experts * 3 * d * self.intermediate_size,
             "norms": (2 * layers + 1) * d,
             "lm_head": 0 if self.tie_word_embeddings else self.vocab_size * d,
         }
 
     def num_params(self, active: bool = False) -> int:
         """Parameters in all, or those that one token passes through (`active`)."""
-        counts = self.parameter_counts()
-        if active:
-            counts["experts"] = counts["experts"] // self.num_local_experts * self.num_experts_per_tok
-        return sum(counts.values())
+        return sum(self.parameter_counts(active).values())

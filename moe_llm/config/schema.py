@@ -1,5 +1,6 @@
 """What a run is: one pydantic model per section of the YAML file."""
 
+import re
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -10,7 +11,11 @@ from moe_llm.errors import UserError
 
 
 class RunConfig(Section):
-    dir: str = Field("runs/default", description="run directory; running again resumes what is there")
+    """Where a run lives, and its seed."""
+
+    dir: str = Field(
+        "runs/default", min_length=1, description="run directory; running again resumes what is there"
+    )
     seed: int = Field(0, ge=0, description="initialisation, data order, tokenizer sampling and router noise")
 
 
@@ -31,7 +36,9 @@ class TokenizerConfig(Section):
 class SourceConfig(Section):
     """One source of text."""
 
-    type: Literal["files", "hub", "python_stdlib"]
+    type: Literal["files", "hub", "python_stdlib"] = Field(
+        description="python_stdlib: the source text of the running Python's standard library"
+    )
     path: str | list[str] | None = Field(
         None, description="files: path, glob or list of them; hub: dataset name or local dataset directory"
     )
@@ -58,7 +65,9 @@ class SourceConfig(Section):
 
 
 class DataConfig(Section):
-    sources: list[SourceConfig] = Field(min_length=1)
+    """What the model reads."""
+
+    sources: list[SourceConfig] = Field(min_length=1, description="the texts to train on")
     validation_sources: list[SourceConfig] = Field(
         [], description="held-out text of its own; empty: a share of `sources` is held out"
     )
@@ -86,14 +95,20 @@ class DataConfig(Section):
 
 
 class OptimConfig(Section):
-    name: Literal["adamw", "sgd"] = "adamw"
-    lr: float = Field(3e-4, gt=0)
-    betas: tuple[float, float] = Field((0.9, 0.95), description="adamw")
-    eps: float = Field(1e-8, gt=0, description="adamw")
+    """The optimizer and the schedule of its learning rate."""
+
+    name: Literal["adamw", "sgd"] = Field("adamw", description="sgd: plain, without momentum")
+    lr: float = Field(3e-4, gt=0, description="the highest learning rate")
+    betas: tuple[float, float] = Field(
+        (0.9, 0.95), description="adamw: decay rates of the two moments"
+    )
+    eps: float = Field(1e-8, gt=0, description="adamw: added to the denominator")
     weight_decay: float = Field(0.1, ge=0, description="on matrices; norms are never decayed")
     grad_clip: float = Field(1.0, ge=0, description="bound on the global gradient norm; 0: off")
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine", description="wsd: constant, then a decay at the end"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps in which the rate rises from 0")
     decay_ratio: float = Field(
         0.2, gt=0, le=1, description="wsd: share of the steps, at the end, in which the rate falls"
     )
@@ -107,6 +122,8 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
+    """How long and in what portions to train."""
+
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; or give max_tokens")
     max_tokens: int | None = Field(None, ge=1, description="training tokens, rounded up to whole steps")
     micro_batch_size: int = Field(1, ge=1, description="blocks a rank takes through the model at once")
@@ -119,13 +136,17 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _one_length(self):
-        if (self.max_steps is None) == (self.max_tokens is None):
-            invalid("max_steps", self.max_steps, f"stands beside max_tokens={self.max_tokens}",
-                    "give exactly one of train.max_steps and train.max_tokens")
+        remedy = "give exactly one of train.max_steps and train.max_tokens"
+        if self.max_steps is None and self.max_tokens is None:
+            invalid("max_steps", None, "leaves the length of the run open, as train.max_tokens does", remedy)
+        if self.max_steps is not None and self.max_tokens is not None:
+            invalid("max_steps", self.max_steps, f"stands beside train.max_tokens={self.max_tokens}", remedy)
         return self
 
 
 class ParallelConfig(Section):
+    """How ranks share the work."""
+
     expert_parallel_size: int = Field(1, ge=1, description="ranks that share one set of experts")
     zero_stage: Literal[1, 2, 3] = Field(
         1, description="DeepSpeed ZeRO stage (0 clips wrongly under expert parallelism)"
@@ -136,16 +157,31 @@ class ParallelConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """When and how the run is saved."""
+
     every_steps: int | None = Field(None, ge=1, description="null: at the end only")
     keep_last: int | None = Field(None, ge=1, description="older ones are deleted; null: keep all")
-    resume: str = Field("auto", description="auto: newest complete checkpoint of the run; never; or a path")
+    resume: str = Field(
+        "auto", min_length=1, description="auto: newest complete checkpoint of the run; never; or a path"
+    )
     dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="of the exported weights; fp32 masters are kept in trainer/ if it is bf16"
     )
-    max_shard_size: str = Field("5GB", pattern=r"^\d+(\.\d+)?(KB|MB|GB)$")
+    max_shard_size: str = Field(
+        "5GB", description="size above which the weights are split over files: a number and KB, MB or GB"
+    )
+
+    @model_validator(mode="after")
+    def _size_is_readable(self):
+        size = re.fullmatch(r"(\d+(?:\.\d+)?)(KB|MB|GB)", self.max_shard_size)
+        if size is None or float(size[1]) == 0:
+            invalid("max_shard_size", self.max_shard_size, "is not a size", "write it like 5GB or 500MB")
+        return self
 
 
 class EvaluateConfig(Section):
+    """What is measured on held-out text, and when."""
+
     every_steps: int | None = Field(None, ge=1, description="null: at the end only")
     max_blocks: int | None = Field(None, ge=1, description="validation blocks used; null: all")
     sample_prompt: str | None = Field(None, description="text continued and printed at the end of a run")
@@ -153,12 +189,14 @@ class EvaluateConfig(Section):
 
 
 class LoggingConfig(Section):
+    """What is shown and recorded."""
+
     every_steps: int = Field(1, ge=1, description="a line in metrics.jsonl every so many steps")
     console: Literal["auto", "bar", "plain", "off"] = Field(
         "auto", description="auto: a progress bar on a terminal, plain lines elsewhere"
     )
-    wandb: Literal["off", "offline", "online"] = "off"
-    wandb_project: str = "moe_llm"
+    wandb: Literal["off", "offline", "online"] = Field("off", description="Weights & Biases")
+    wandb_project: str = Field("moe_llm", min_length=1, description="the project that runs are filed under")
 
 
 class Config(Section):
@@ -207,7 +245,7 @@ class Config(Section):
         return -(-self.train.max_tokens // self.tokens_per_step)
 
     def accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches each rank takes an optimizer step; a `ValueError` names what does not divide."""
+        """Micro-batches each rank takes an optimizer step; a `UserError` names what does not divide."""
         train = self.train
         per_round = train.micro_batch_size * world_size
         if train.global_batch_size % per_round:

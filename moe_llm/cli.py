@@ -1,0 +1,251 @@
+"""`moe-llm ...`: parse, then one call.
+
+Nothing heavy is imported up here: `moe-llm --help` answers before torch would have begun to load, and a
+mistake in a configuration is told before the code that would have used it is imported.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from moe_llm.errors import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the result is the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    args = _parse(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: args.handler(args))
+
+
+def run_command(command: Callable[[], object]) -> int:
+    """Call `command` and turn a `UserError` into one line on stderr and exit code 2, Ctrl-C into 130.
+
+    With several ranks each of them exits with the code, and rank 0 alone prints: a `UserError` is raised
+    on every rank, by code that has agreed on it.
+    """
+    try:
+        command()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"moe-llm: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse gives up on positionals at the first option: `params CONFIG --json a.b=1` leaves a.b=1 over
+    if any(item.startswith("-") for item in rest) or (rest and "overrides" not in args):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moe-llm",
+        description="Train Mixtral-style mixture-of-experts language models.",
+        epilog="Overrides are section.key=value, the value in YAML: optim.lr=3e-4 data.sources.0.path=x.txt",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = _add(commands, "train", _train, "train, or go on with what the run directory holds")
+    tokenizer = _add(commands, "tokenizer", _tokenizer, "train or fetch the tokenizer only")
+    _add_generate(commands)
+    _add_evaluate(commands)
+    params = _add(commands, "params", _params, "total and active parameters by part, without allocating any")
+    params.add_argument("--json", action="store_true", help="print JSON")
+
+    config = commands.add_parser("config", help="the configuration's schema, or one as resolved")
+    config_commands = config.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add(config_commands, "schema", _config_schema, "print the JSON schema, for editors")
+    show = _add(config_commands, "show", _config_show, "print the configuration with defaults and overrides")
+    for command in (train, tokenizer, params, show):
+        command.add_argument("config", metavar="CONFIG", help="a YAML file")
+        command.add_argument("overrides", metavar="section.key=value", nargs="*", help="override a value")
+    return parser
+
+
+def _add(commands, name: str, handler: Callable, summary: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+    command.set_defaults(handler=handler)
+    return command
+
+
+def _add_generate(commands) -> None:
+    command = _add(commands, "generate", _generate, "continue a text with a checkpoint")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint directory")
+    command.add_argument("--prompt", required=True, help="the text to continue")
+    command.add_argument("--max-new-tokens", type=_at_least(int, 1), default=128, metavar="N", help="at most")
+    command.add_argument(
+        "--temperature", type=_at_least(float, 0), default=0.8, metavar="T", help="0: the likeliest token"
+    )
+    command.add_argument(
+        "--top-p", type=_share, default=0.95, metavar="P", help="sample from the likeliest tokens of mass P"
+    )
+    command.add_argument("--seed", type=_at_least(int, 0), default=0, metavar="N", help="of the sampling")
+
+
+def _add_evaluate(commands) -> None:
+    command = _add(commands, "evaluate", _evaluate, "loss, perplexity and bits per byte on text")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint directory")
+    command.add_argument(
+        "--data", required=True, nargs="+", metavar="FILE_OR_GLOB", help="text, jsonl or parquet"
+    )
+    command.add_argument(
+        "--batch-size", type=_at_least(int, 1), default=8, metavar="N", help="blocks a batch"
+    )
+    command.add_argument("--max-blocks", type=_at_least(int, 1), metavar="N", help="blocks in all")
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+class _Version(argparse.Action):
+    """Looks the version up when it is asked for."""
+
+    def __init__(self, option_strings, dest, **kwargs):
+        super().__init__(option_strings, dest, nargs=0, help="print the version")
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from importlib.metadata import version
+
+        print(f"moe-llm {version('moe_llm')}")
+        parser.exit()
+
+
+def _at_least(number: type, bound: float) -> Callable[[str], float]:
+    def parse(text: str):
+        value = _number(number, text)
+        if not bound <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is out of range: use a number from {bound} upwards")
+        return value
+
+    return parse
+
+
+def _share(text: str) -> float:
+    value = _number(float, text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range: use a number above 0 and at most 1")
+    return value
+
+
+def _number(number: type, text: str):
+    try:
+        return number(text)
+    except ValueError:
+        kind = "a whole number" if number is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {kind}") from None
+
+
+def _train(args) -> None:
+    config = _load(args)
+    from moe_llm.train.run import train
+
+    train(config)
+
+
+def _tokenizer(args) -> None:
+    config = _load(args)
+    from moe_llm.train.commands import build_tokenizer_command
+
+    build_tokenizer_command(config)
+
+
+def _generate(args) -> None:
+    from moe_llm.train.generate import generate
+
+    text = generate(
+        args.checkpoint,
+        args.prompt,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    print(text)
+
+
+def _evaluate(args) -> None:
+    from moe_llm.train.evaluate import evaluate_files
+
+    result = evaluate_files(
+        args.checkpoint, args.data, batch_size=args.batch_size, max_blocks=args.max_blocks
+    )
+    if args.json:
+        _print_json(result)
+    else:
+        for name, value in result.items():
+            print(f"{name:<16} {value:.6g}" if isinstance(value, float) else f"{name:<16} {value}")
+
+
+def _params(args) -> None:
+    config = _load(args)
+    if config.model.vocab_size is None:
+        raise UserError(
+            "model.vocab_size=null leaves the embeddings' size open: "
+            "add model.vocab_size=N, the number of the tokenizer's entries"
+        )
+    total, active = config.model.parameter_counts(), config.model.parameter_counts(active=True)
+    if args.json:
+        parts = {part: {"total": total[part], "active": active[part]} for part in total}
+        _print_json({"total": sum(total.values()), "active": sum(active.values()), "parts": parts})
+    else:
+        _print_params(total, active)
+
+
+def _print_params(total: dict[str, int], active: dict[str, int]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("part")
+    for heading in ("total", "share", "active", "share"):
+        table.add_column(heading, justify="right")
+
+    def row(part: str, count: int, active_count: int) -> tuple[str, ...]:
+        shares = f"{count / sum(total.values()):.1%}", f"{active_count / sum(active.values()):.1%}"
+        return part, f"{count:,}", shares[0], f"{active_count:,}", shares[1]
+
+    for part in total:
+        table.add_row(*row(part, total[part], active[part]), end_section=part == list(total)[-1])
+    table.add_row(*row("model", sum(total.values()), sum(active.values())))
+    console = Console()
+    # a pipe has no width of its own, and a number cut in the middle is worse than a long line
+    console.print(table, width=None if console.is_terminal else 120)
+
+
+def _config_schema(args) -> None:
+    from moe_llm.config import Config
+
+    _print_json(Config.model_json_schema())
+
+
+def _config_show(args) -> None:
+    from moe_llm.config import dump_config
+
+    print(dump_config(_load(args)), end="")
+
+
+def _load(args):
+    from moe_llm.config import load_config
+
+    return load_config(args.config, args.overrides)
+
+
+def _print_json(value) -> None:
+    import json
+
+    print(json.dumps(value, indent=2))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

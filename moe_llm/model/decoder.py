@@ -1,0 +1,168 @@
+"""The decoder: embeddings, blocks of attention and sparse feed-forward layers, and the language-model head.
+
+Parameters bear the names of transformers' MixtralForCausalLM.
+Dimensions: B batch, S sequence, T = B*S tokens, D hidden, V vocabulary, L layers, E experts.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moe_llm.config import ModelConfig
+from moe_llm.model.attention import Attention
+from moe_llm.model.moe.balance import balance_loss, z_loss
+from moe_llm.model.moe.layer import MoELayer
+from moe_llm.model.moe.routing import RoutingStatistics
+from moe_llm.model.norm import RMSNorm
+from moe_llm.model.recomputation import keep_routing
+from moe_llm.ops.attention import AttentionPattern
+from moe_llm.ops.cross_entropy import linear_cross_entropy
+from moe_llm.ops.rope import rotary_cos_sin
+
+
+class MoEOutput(NamedTuple):
+    """loss: lm_loss plus the weighted router losses of this batch; None without labels, as are the next two.
+    loss_sum: cross-entropy summed over the targets (nats); num_targets: how many there are.
+    aux_loss, z_loss: before their coefficients. routing: statistics stacked over the layers.
+    """
+
+    loss: Tensor | None
+    logits: Tensor | None
+    loss_sum: Tensor | None
+    num_targets: Tensor | None
+    aux_loss: Tensor
+    z_loss: Tensor
+    routing: RoutingStatistics
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + experts(norm(x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MoELayer(config)
+
+    def forward(
+        self, x_BSD: Tensor, cos_BSd: Tensor, sin_BSd: Tensor, pattern: AttentionPattern, real_T: Tensor | None
+    ) -> tuple[Tensor, RoutingStatistics]:
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), cos_BSd, sin_BSd, pattern)
+        y_BSD, statistics = self.mlp(self.post_attention_layernorm(x_BSD), real_T)
+        return x_BSD + y_BSD, statistics
+
+
+class Decoder(nn.Module):
+    """Token ids to final hidden states."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.recompute = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, input_ids_BS: Tensor, position_ids_BS: Tensor, pattern: AttentionPattern, real_T: Tensor | None
+    ) -> tuple[Tensor, RoutingStatistics]:
+        x_BSD = self.embed_tokens(input_ids_BS)
+        cos_BSd, sin_BSd = rotary_cos_sin(
+            position_ids_BS, self.config.attention_head_dim, self.config.rope_theta, dtype=x_BSD.dtype
+        )
+        statistics = []
+        for layer in self.layers:
+            arguments = (x_BSD, cos_BSd, sin_BSd, pattern, real_T)
+            if self.recompute and torch.is_grad_enabled():
+                x_BSD, layer_statistics = checkpoint(
+                    layer, *arguments, use_reentrant=False, context_fn=keep_routing
+                )
+            else:
+                x_BSD, layer_statistics = layer(*arguments)
+            statistics.append(layer_statistics)
+        return self.norm(x_BSD), RoutingStatistics.stack(statistics)
+
+
+class LanguageModelHead(nn.Linear):
+    """Hidden states to logits, or straight to the loss without ever holding all logits.
+
+    The loss is computed in this module's own `forward`, since ZeRO-3 gathers its weight only there.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, x_BSD: Tensor, targets_BS: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if targets_BS is None:
+            return super().forward(x_BSD)
+        return linear_cross_entropy(x_BSD.flatten(0, 1), self.weight, targets_BS.flatten())
+
+
+class MoEDecoder(nn.Module):
+    """A Mixtral-style causal language model (Jiang et al. 2024)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        assert config.vocab_size is not None, "vocab_size is resolved from the tokenizer first"
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = LanguageModelHead(config)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the head's weight the embedding, where the configuration says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        targets: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        return_logits: bool = True,
+    ) -> MoEOutput:
+        """Logits and losses of a batch.
+
+        Args:
+            input_ids: (B, S) int64.
+            attention_mask: (B, S), nonzero for real tokens, zero for padding; padding counts in no loss.
+            labels: (B, S) int64 as transformers takes them: position t's label is input t, shifted here;
+                -100 is ignored.
+            targets: (B, S) int64, already shifted: what position t is to predict; instead of `labels`.
+            position_ids: (B, S) int64; by default 0 to S-1.
+            document_ids: (B, S) int64; tokens attend within their own document only.
+            return_logits: without them only the loss is computed, in less memory.
+        """
+        if labels is not None:
+            assert targets is None, "labels are shifted here, targets are shifted already: give one of them"
+            targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        real_T = None if attention_mask is None else attention_mask.flatten() != 0
+        pattern = AttentionPattern.build(
+            input_ids,
+            attention_mask=attention_mask,
+            document_ids=document_ids,
+            sliding_window=self.config.sliding_window,
+        )
+        x_BSD, routing = self.model(input_ids, position_ids, pattern, real_T)
+
+        logits = self.lm_head(x_BSD) if return_logits else None
+        num_tokens = routing.num_tokens[0]
+        aux = balance_loss(
+            routing, routing.tokens_per_expert_E, num_tokens, self.config.router_aux_loss_scope
+        )
+        z = z_loss(routing, num_tokens)
+        loss = loss_sum = num_targets = None
+        if targets is not None:
+            loss_sum, num_targets = self.lm_head(x_BSD, targets)
+            loss = loss_sum / num_targets
+            loss = loss + self.config.router_aux_loss_coef * aux + self.config.router_z_loss_coef * z
+        return MoEOutput(loss, logits, loss_sum, num_targets, aux, z, routing)

@@ -1,0 +1,18 @@
+"""Floating-point operations of a training step, by arithmetic."""
+
+from moe_llm.config import ModelConfig
+
+
+def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """Operations of forward and backward for one token of a causal sequence, recomputation not counted.
+
+    Six per active matrix parameter (two forward, four backward), the embedding look-up excluded, and attention's
+    two products over S/2 visible positions on average (Chowdhery et al. 2022, appendix B; causal half counted once).
+    """
+    counts = config.parameter_counts()
+    matrices = config.num_params(active=True) - counts["embed_tokens"] - counts["norms"]
+    if config.tie_word_embeddings:
+        matrices += counts["embed_tokens"]  # the head multiplies by it
+    visible = min(sequence_length, 2 * (config.sliding_window or sequence_length)) / 2
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.attention_head_dim * visible
+    return 6.0 * matrices + 3.0 * attention

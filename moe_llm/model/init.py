@@ -1,0 +1,59 @@
+"""All weight initialisation."""
+
+import hashlib
+import math
+
+import torch
+from torch import nn
+
+from moe_llm.model.decoder import MoEDecoder
+from moe_llm.model.moe.experts import Experts
+
+
+@torch.no_grad()
+def init_weights(model: MoEDecoder, seed: int) -> None:
+    """Normal weights of deviation `initializer_range`; those that write into the residual stream are divided by
+    sqrt(2 * layers) (Radford et al. 2019); norms are one.
+
+    Every tensor, and every expert, draws from a generator of its own, seeded by (seed, name, expert): a rank that
+    holds some of the experts gets what one process that holds them all would get.
+    """
+    config = model.config
+    residual = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
+    first_expert = {
+        name: module.first_expert for name, module in model.named_modules() if isinstance(module, Experts)
+    }
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+            continue
+        std = residual if leaf == "down_proj" or owner.endswith("o_proj") else config.initializer_range
+        if owner in first_expert:
+            for local, expert in enumerate(parameter):
+                _fill_normal(expert, std, f"{seed}/{name}/{first_expert[owner] + local}")
+        else:
+            _fill_normal(parameter, std, f"{seed}/{name}")
+
+
+def _fill_normal(tensor: torch.Tensor, std: float, key: str) -> None:
+    """Fill from a CPU generator seeded by the key: the same values on every device and in every dtype."""
+    digest = hashlib.sha256(key.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    tensor.copy_(torch.empty(tensor.shape).normal_(0.0, std, generator=generator))
+
+
+def build_model(config, seed: int, *, prepare=lambda model: None) -> MoEDecoder:
+    """An initialised fp32 model on the CPU. `prepare` sees it while it has no storage yet, to shard it."""
+    with torch.device("meta"):
+        model = MoEDecoder(config)
+    prepare(model)
+    materialize(model)
+    init_weights(model, seed)
+    return model
+
+
+def materialize(model: nn.Module) -> None:
+    """Give a model on the meta device uninitialised storage on the CPU, ties kept."""
+    model.to_empty(device="cpu")
+    model.tie_weights()

@@ -1,0 +1,33 @@
+"""The experts of one layer, stacked."""
+
+import torch
+from torch import Tensor, nn
+
+from moe_llm.config import ModelConfig
+from moe_llm.ops.expert_mlp import expert_mlp
+
+
+class Experts(nn.Module):
+    """SwiGLU experts as two 3-D tensors, in transformers' layout: gate rows first, then up rows.
+
+    A built module holds all E experts; expert parallelism keeps those of one rank, from `first_expert` on.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        experts, width, hidden = config.num_local_experts, config.intermediate_size, config.hidden_size
+        self.first_expert = 0
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+
+    def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
+        """Rows sorted by expert in, the same rows out: down(silu(gate(x)) * up(x))."""
+        return expert_mlp(x_ND, self.gate_up_proj, self.down_proj, counts_E)
+
+    def keep(self, experts: range) -> None:
+        """Drop all experts but these."""
+        for name in ("gate_up_proj", "down_proj"):
+            whole = getattr(self, name)
+            kept = whole.detach()[experts.start : experts.stop].clone()
+            setattr(self, name, nn.Parameter(kept, requires_grad=whole.requires_grad))
+        self.first_expert = experts.start

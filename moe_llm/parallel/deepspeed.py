@@ -1,0 +1,169 @@
+"""The one file that knows DeepSpeed's private contract for expert parallelism.
+
+DeepSpeed finds mixture layers by class, expert parameters by tags, and reduces the gradients of the latter over
+the ranks that hold the same experts. We keep our own router, dispatch and experts, and lend DeepSpeed its class:
+`adopt_layers` turns each `MoELayer` of a built model into a subclass of `AutoEPMoELayer` whose `__init__` never runs.
+tests/parallel/test_deepspeed_contract.py says at once when a version of DeepSpeed has moved any of this.
+"""
+
+import logging
+import os
+from typing import Any
+
+import torch
+
+from moe_llm.config import Config
+from moe_llm.model.decoder import MoEDecoder
+from moe_llm.model.moe.layer import MoELayer
+from moe_llm.parallel.dispatch import AllToAllDispatcher
+
+
+def prepare_environment(cpu: bool, world_size: int) -> None:
+    """What DeepSpeed and accelerate read from the environment; before either is imported."""
+    if cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if world_size == 1:
+        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
+                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+            os.environ.setdefault(name, value)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def plugin(config: Config, world_size: int) -> Any:
+    """accelerate's plugin that engages DeepSpeed with our settings."""
+    from accelerate.utils import DeepSpeedPlugin
+
+    return DeepSpeedPlugin(hf_ds_config=engine_config(config, world_size))
+
+
+def engine_config(config: Config, world_size: int) -> dict:
+    """DeepSpeed's configuration, from ours alone: batch sizes, precision and ZeRO stage exist once."""
+    stage = config.parallel.zero_stage
+    zero: dict[str, Any] = {"stage": stage, "contiguous_gradients": True}
+    if stage == 3:
+        # Small tensors (norms, routers) stay whole: gathering them costs more than holding them.
+        zero["stage3_param_persistence_threshold"] = 100_000
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": config.accumulation_steps(world_size),
+        "gradient_clipping": config.optim.grad_clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }
+    if config.train.precision == "bf16":
+        settings["bf16"] = {"enabled": True}
+    return settings
+
+
+def adopt_layers(model: MoEDecoder, expert_parallel_size: int, rank: int) -> None:
+    """Make DeepSpeed see our mixture layers: its class, its attributes, its tags on expert parameters.
+
+    The process groups are made by the engine, which calls each layer's `set_deepspeed_parallelism`.
+    """
+    from deepspeed.checkpoint import autoep_affine
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+    experts = model.config.num_local_experts
+    group_name = f"ep_size_{expert_parallel_size}"
+    adopted = type("ExpertParallelMoELayer", (_EngineContract, MoELayer, AutoEPMoELayer), {})
+    for layer in model.modules():
+        if type(layer) is not MoELayer:
+            continue
+        layer.__class__ = adopted
+        layer.num_experts = experts
+        layer.num_local_experts = experts // expert_parallel_size
+        layer.ep_size = expert_parallel_size
+        layer.ep_rank = rank % expert_parallel_size
+        layer.ep_group_name = group_name
+        layer.ep_group = None
+        layer.folding_group_handles = None
+        layer.expert_placement_descriptor = autoep_affine.legacy_uniform_autoep_placement_descriptor(
+            experts, layer.num_local_experts, expert_parallel_size
+        )
+        for parameter in layer.experts.parameters():
+            parameter.allreduce = False
+            parameter.group_name = group_name
+            parameter.ds_zero_placement_family = "autoep_expert"
+            parameter.ds_zero_partition_group_name = group_name
+
+
+class _EngineContract:
+    """The method through which the engine hands a layer its process group."""
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_=False, folding_group_handles=None):
+        from deepspeed.utils import groups
+
+        assert not use_data_before_expert_parallel_, "experts are spread over neighbouring ranks"
+        if self.ep_group_name not in groups._get_expert_parallel_group_dict():
+            groups._create_expert_and_data_parallel(self.ep_size)
+        self.ep_group = groups._get_expert_parallel_group(self.ep_group_name)
+        assert torch.distributed.get_rank(self.ep_group) == self.ep_rank
+        if self.ep_size > 1:
+            self.dispatcher = AllToAllDispatcher(self.ep_group, self.ep_size)
+
+
+def split_groups(groups: list[dict]) -> list[dict]:
+    """Optimizer parameter groups in which expert parameters stand apart, as the engine demands."""
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    return split_params_into_different_moe_groups_for_optimizer(groups)
+
+
+def read_full(parameter: torch.nn.Parameter, kind: str) -> torch.Tensor:
+    """The whole fp32 weight or optimizer tensor of a parameter (of this rank's experts). Collective."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if kind == "weight":
+        return safe_get_full_fp32_param(parameter)
+    return safe_get_full_optimizer_state(parameter, kind)
+
+
+def write_full(parameter: torch.nn.Parameter, kind: str, value: torch.Tensor) -> None:
+    """Set the fp32 weight (and the model's own copy of it) or an optimizer tensor from the whole tensor.
+
+    Every rank of the parameter's group passes the same value and keeps its own slice.
+    """
+    key = None if kind == "weight" else kind
+    if hasattr(parameter, "ds_id"):  # ZeRO-3: equal slices, the last one padded
+        optimizer, size = parameter._z3_optimizer, parameter.ds_tensor.numel()
+        rank = optimizer._get_param_partition_rank(parameter)
+        group = optimizer._get_param_partition_group(parameter)
+        padded = torch.nn.functional.pad(
+            value.flatten(), (0, size * torch.distributed.get_world_size(group) - value.numel())
+        )
+        piece = padded[rank * size : (rank + 1) * size]
+        optimizer.set_local_hp_param(piece, parameter, key)
+        if kind == "weight":
+            parameter.ds_tensor.data.copy_(piece)
+    else:
+        parameter.set_full_hp_param(value, key)
+    if kind == "weight" and parameter.numel() == value.numel():  # not the placeholder of a partitioned one
+        parameter.data.copy_(value.view_as(parameter))
+
+
+def make_optimizer_state(optimizer: Any, kinds: tuple[str, ...], steps: int) -> None:
+    """Create the torch optimizer's tensors, which exist only after a first step, so that they can be set.
+
+    `optimizer` is the engine's; `steps` is how many steps the state has seen.
+    """
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        flats = optimizer.fp32_partitioned_groups_flat
+    else:
+        flats = optimizer.single_partition_of_fp32_groups
+    for flat in flats:
+        state = optimizer.optimizer.state[flat]
+        state["step"] = torch.tensor(float(steps))
+        for kind in kinds:
+            state[kind] = torch.zeros_like(flat)
+    link_optimizer_state(optimizer)
+
+
+def link_optimizer_state(optimizer: Any) -> None:
+    """Let parameters find their slices of the optimizer's tensors (ZeRO-1 and 2).
+
+    DeepSpeed links them once, in the step of the first parameter group, when the other groups have no state yet.
+    """
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()

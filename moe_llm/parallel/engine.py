@@ -1,0 +1,215 @@
+"""What the training loop drives: forward, backward, step; and the state behind it, by name.
+
+`LocalEngine` is one process with a torch optimizer; `DeepSpeedEngine` any number of ranks with expert parallelism
+and ZeRO. Both keep fp32 master weights, clip by the true global norm and implement `TrainedState`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moe_llm.config import Config
+from moe_llm.model.decoder import MoEDecoder, MoEOutput
+from moe_llm.model.moe.experts import Experts
+from moe_llm.parallel import deepspeed as contract
+from moe_llm.parallel.runtime import Runtime
+from moe_llm.parallel.state import Entry
+
+OptimizerFactory = Callable[[list[dict]], torch.optim.Optimizer]
+
+
+class Engine(Protocol):
+    """kinds, entries, read, write, gather: see `TrainedState`."""
+
+    model: MoEDecoder
+
+    def forward(self, **inputs: Any) -> MoEOutput: ...
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate gradients of one micro-batch's share of the step's loss; `last` ends the step's backward."""
+
+    def step(self, lr: float) -> float:
+        """Clip, update, clear; returns the gradients' global norm before clipping."""
+
+
+def expert_range(config: Config, rank: int) -> range:
+    """The experts of each layer that a rank holds: neighbouring ranks share one set."""
+    ep = config.parallel.expert_parallel_size
+    held = config.model.num_local_experts // ep
+    return range(rank % ep * held, (rank % ep + 1) * held)
+
+
+def shard_experts(model: MoEDecoder, experts: range) -> None:
+    """Keep only these experts of every layer."""
+    for module in model.modules():
+        if isinstance(module, Experts) and len(experts) < module.gate_up_proj.shape[0]:
+            module.keep(experts)
+
+
+def first_experts(model: nn.Module) -> dict[str, int]:
+    """Name of each expert parameter: index of the first expert that it holds."""
+    return {
+        f"{name}.{leaf}": module.first_expert
+        for name, module in model.named_modules()
+        if isinstance(module, Experts)
+        for leaf, _ in module.named_parameters()
+    }
+
+
+class _NamedState:
+    """The parts of `TrainedState` that do not depend on who trains."""
+
+    def __init__(self, model: MoEDecoder, runtime: Runtime, kinds: tuple[str, ...], replicas: int, replica: int):
+        self.model = model
+        self.kinds = kinds
+        self.rank, self.world_size = runtime.rank, runtime.world_size
+        self._runtime = runtime
+        self._parameters = dict(model.named_parameters())
+        first = first_experts(model)
+        self._entries = [
+            Entry(
+                name=name,
+                shape=tuple(getattr(p, "ds_shape", p.shape)),
+                first_expert=first.get(name),
+                trainable=p.requires_grad,
+                # Replicas of a parameter take turns as its writer, so that all ranks write at once.
+                writer=(i % replicas == replica) if name in first else (i % self.world_size == self.rank),
+            )
+            for i, (name, p) in enumerate(self._parameters.items())
+        ]
+
+    def entries(self) -> list[Entry]:
+        return self._entries
+
+    def gather(self, value: Any) -> Sequence[Any]:
+        return self._runtime.gather(value)
+
+
+class LocalEngine(_NamedState):
+    """One process. In bf16 the optimizer steps on fp32 masters, and gradients are summed in fp32."""
+
+    def __init__(
+        self, model: MoEDecoder, runtime: Runtime, config: Config, groups: list[dict],
+        build_optimizer: OptimizerFactory, kinds: tuple[str, ...],
+    ):
+        super().__init__(model.to(runtime.device), runtime, kinds, replicas=1, replica=0)
+        self.clip = config.optim.grad_clip
+        masters = {p: p for p in model.parameters()}
+        if config.train.precision == "bf16":
+            masters = {p: nn.Parameter(p.detach().clone()) for p in model.parameters() if p.requires_grad}
+            model.to(torch.bfloat16)
+            for parameter, master in masters.items():
+                parameter.register_post_accumulate_grad_hook(_move_gradient_to(master))
+        self._masters = masters
+        groups = [{**group, "params": [masters[p] for p in group["params"]]} for group in groups]
+        self.optimizer = build_optimizer(groups)
+        self._trained = [p for group in groups for p in group["params"]]
+
+    def forward(self, **inputs: Any) -> MoEOutput:
+        return self.model(**inputs)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()
+
+    def step(self, lr: float) -> float:
+        norm = torch.nn.utils.clip_grad_norm_(self._trained, self.clip or float("inf"))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._publish()
+        return norm.item()
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Copy masters into the model where they are different tensors."""
+        for parameter, master in self._masters.items():
+            if parameter is not master:
+                parameter.copy_(master)
+
+    def read(self, name: str, kind: str) -> Tensor:
+        parameter = self._parameters[name]
+        master = self._masters.get(parameter, parameter)
+        value = master if kind == "weight" else self.optimizer.state[master][kind]
+        return value.detach().float().cpu()
+
+    @torch.no_grad()
+    def write(self, name: str, kind: str, tensor: Tensor) -> None:
+        parameter = self._parameters[name]
+        master = self._masters.get(parameter, parameter)
+        if kind == "weight":
+            master.copy_(tensor)
+            parameter.copy_(tensor)
+        else:
+            self.optimizer.state[master][kind].copy_(tensor)
+
+    def make_optimizer_state(self, steps: int) -> None:
+        """Optimizer tensors as after `steps` steps, still zero, so that they can be written."""
+        for master in self._trained:
+            state = self.optimizer.state[master]
+            state["step"] = torch.tensor(float(steps))
+            for kind in self.kinds:
+                state[kind] = torch.zeros_like(master)
+
+
+def _move_gradient_to(master: nn.Parameter) -> Callable[[Tensor], None]:
+    def move(parameter: Tensor) -> None:
+        gradient = parameter.grad.float()
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        parameter.grad = None
+
+    return move
+
+
+class DeepSpeedEngine(_NamedState):
+    """Ranks under DeepSpeed: data parallel everywhere, experts spread over `expert_parallel_size` neighbours."""
+
+    def __init__(
+        self, model: MoEDecoder, runtime: Runtime, config: Config, groups: list[dict],
+        build_optimizer: OptimizerFactory, kinds: tuple[str, ...],
+    ):
+        ep = config.parallel.expert_parallel_size
+        self.accumulation = config.accumulation_steps(runtime.world_size)
+        contract.adopt_layers(model, ep, runtime.rank)
+        optimizer = build_optimizer(contract.split_groups(groups))
+        self.engine, _ = runtime.accelerator.prepare(model, optimizer)
+        assert self.engine.has_moe_layers, "DeepSpeed does not see the mixture layers"
+        super().__init__(
+            model, runtime, kinds, replicas=runtime.world_size // ep, replica=runtime.rank // ep
+        )
+
+    def forward(self, **inputs: Any) -> MoEOutput:
+        return self.engine(**inputs)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(is_boundary=last)
+        self.engine.backward(loss * self.accumulation)  # DeepSpeed divides by the number of micro-batches
+
+    def step(self, lr: float) -> float:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    def read(self, name: str, kind: str) -> Tensor:
+        contract.link_optimizer_state(self.engine.optimizer)
+        return contract.read_full(self._parameters[name], kind).cpu()
+
+    def write(self, name: str, kind: str, tensor: Tensor) -> None:
+        contract.write_full(self._parameters[name], kind, tensor.to(self._runtime.device))
+
+    def make_optimizer_state(self, steps: int) -> None:
+        """Optimizer tensors as after `steps` steps, still zero, so that they can be written."""
+        contract.make_optimizer_state(self.engine.optimizer, self.kinds, steps)
+
+
+def build_engine(
+    model: MoEDecoder, runtime: Runtime, config: Config, groups: list[dict],
+    build_optimizer: OptimizerFactory, kinds: tuple[str, ...],
+) -> "LocalEngine | DeepSpeedEngine":
+    """The engine for this run; `model` is fp32, on the CPU, and holds this rank's experts only."""
+    model.model.recompute = config.train.activation_checkpointing
+    engine = DeepSpeedEngine if runtime.deepspeed else LocalEngine
+    return engine(model, runtime, config, groups, build_optimizer, kinds)

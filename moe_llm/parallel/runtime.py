@@ -1,0 +1,111 @@
+"""The processes of a run: who am I, on which device, and the few exchanges of small values that training needs."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moe_llm.config import Config
+from moe_llm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """accelerator: accelerate's, with DeepSpeed engaged if `deepspeed`; device: where this rank computes."""
+
+    accelerator: Any
+    device: torch.device
+    rank: int
+    world_size: int
+    deepspeed: bool
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, in place where there are several."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> Sequence[Any]:
+        """The Python objects of all ranks, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so."""
+        return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item())
+
+    def close(self) -> None:
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+
+def world_size_from_environment() -> int:
+    """Ranks that the launcher started; known before any process group is."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank_from_environment() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def check_layout(config: Config, world_size: int) -> None:
+    """Refuse layouts that do not fit the number of ranks."""
+    ep = config.parallel.expert_parallel_size
+    if world_size % ep:
+        raise UserError(
+            f"parallel.expert_parallel_size={ep} does not divide the {world_size} launched ranks: "
+            "launch a multiple of it, or lower it"
+        )
+    config.accumulation_steps(world_size)
+
+
+def start(config: Config) -> Runtime:
+    """Join the process group that the launcher describes, or stay alone.
+
+    With several ranks, or with `parallel.engine: deepspeed`, accelerate is given a DeepSpeed plugin whose
+    configuration is built from ours.
+
+    Raises:
+        UserError: the layout does not fit the ranks.
+    """
+    world_size = world_size_from_environment()
+    check_layout(config, world_size)
+    cpu = config.train.device == "cpu" or not torch.cuda.is_available()
+    use_deepspeed = world_size > 1 or config.parallel.engine == "deepspeed"
+
+    from accelerate import Accelerator
+
+    if use_deepspeed:
+        from moe_llm.parallel.deepspeed import plugin, prepare_environment
+
+        prepare_environment(cpu, world_size)
+        from accelerate.utils import InitProcessGroupKwargs
+
+        process_group = InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=timedelta(hours=2))
+        accelerator = Accelerator(
+            deepspeed_plugin=plugin(config, world_size),
+            kwargs_handlers=[process_group],
+            mixed_precision="bf16" if config.train.precision == "bf16" else "no",
+            gradient_accumulation_steps=config.accumulation_steps(world_size),
+        )
+    else:
+        accelerator = Accelerator(cpu=cpu)
+    assert accelerator.num_processes == world_size, (
+        f"the launcher started {world_size} ranks, accelerate sees {accelerator.num_processes}"
+    )
+    return Runtime(accelerator, accelerator.device, accelerator.process_index, world_size, use_deepspeed)

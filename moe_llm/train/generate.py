@@ -1,0 +1,34 @@
+"""Continue a text. Checkpoints are transformers checkpoints, so transformers does it."""
+
+from pathlib import Path
+
+import torch
+
+from moe_llm.errors import UserError
+
+
+def generate(
+    checkpoint: str | Path, prompt: str, *, max_new_tokens: int = 128, temperature: float = 0.8, top_p: float = 0.95,
+    seed: int = 0,
+) -> str:
+    """The prompt and its continuation; temperature 0 takes the likeliest token each time.
+
+    Raises:
+        UserError: the directory is no checkpoint.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not (Path(checkpoint) / "config.json").is_file():
+        raise UserError(f"checkpoint {str(checkpoint)!r} holds no config.json: name a checkpoint directory")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").to(device).eval()
+    torch.manual_seed(seed)
+    inputs = tokenizer(prompt, return_tensors="pt").to(device)
+    sampling = {"do_sample": False} if temperature == 0 else {
+        "do_sample": True, "temperature": temperature, "top_p": top_p
+    }
+    output = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling
+    )
+    return tokenizer.decode(output[0], skip_special_tokens=True)

@@ -1,0 +1,93 @@
+"""What a run records: one JSON object a line in metrics.jsonl, and the same to wandb where asked.
+
+Dimensions: L layers, E experts.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from moe_llm.config import Config
+from moe_llm.model.moe.routing import RoutingStatistics
+
+
+def routing_metrics(statistics: RoutingStatistics) -> dict[str, list]:
+    """Per layer, from statistics summed over ranks and micro-batches (stacked, with a leading L).
+
+    tokens_per_expert: counts; load_cv: their standard deviation over their mean, 0 when balanced;
+    router_entropy: mean over tokens, nats, ln E when undecided; dead_experts: indices that got no token.
+    """
+    counts_LE = statistics.tokens_per_expert_E.double()
+    mean_L = counts_LE.mean(-1)
+    return {
+        "tokens_per_expert": [[round(c) for c in layer] for layer in counts_LE.tolist()],
+        "load_cv": (counts_LE.std(-1, correction=0) / mean_L.clamp(min=1e-12)).tolist(),
+        "router_entropy": (statistics.entropy_sum / statistics.num_tokens).tolist(),
+        "dead_experts": [[e for e, c in enumerate(layer) if c == 0] for layer in counts_LE.tolist()],
+    }
+
+
+class MetricsFile:
+    """metrics.jsonl of a run. Opening it at a step drops what an interrupted run wrote after that step."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        kept = [line for line in read_metrics(path) if line["step"] <= step] if path.exists() else []
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line cut short by a crash is left out."""
+    records = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines) - 1:
+                raise
+    return records
+
+
+class Wandb:
+    """The same records as a wandb run, in the run directory, under one id across resumes."""
+
+    def __init__(self, config: Config, run_dir: Path):
+        import wandb
+
+        identity = run_dir / "wandb_id"
+        if not identity.exists():
+            identity.write_text(wandb.util.generate_id(), encoding="utf-8")
+        self._run = wandb.init(
+            project=config.logging.wandb_project, dir=run_dir, mode=config.logging.wandb,
+            id=identity.read_text(encoding="utf-8"), resume="allow", name=run_dir.name,
+            config=config.model_dump(mode="json"),
+        )
+
+    def write(self, record: dict[str, Any]) -> None:
+        scalars = {key: value for key, value in record.items() if isinstance(value, (int, float))}
+        moe = record.get("moe", {})
+        for name in ("load_cv", "router_entropy"):
+            scalars |= {f"moe/{name}/layer_{i}": value for i, value in enumerate(moe.get(name, []))}
+        scalars["moe/dead_experts"] = sum(len(dead) for dead in moe.get("dead_experts", []))
+        self._run.log(scalars, step=record["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """Cross-entropy in nats a token as bits a byte of text: comparable across tokenizers."""
+    return loss / math.log(2) / bytes_per_token

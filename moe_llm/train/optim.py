@@ -1,0 +1,52 @@
+"""The optimizer's parameter groups and the learning-rate schedule."""
+
+import math
+
+import torch
+from torch import nn
+
+from moe_llm.config import Config
+from moe_llm.config.schema import OptimConfig
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices decay, vectors (norms) do not; frozen parameters are in no group."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"name": "matrices", "params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
+        {"name": "vectors", "params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) or SGD without momentum."""
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def optimizer_kinds(config: OptimConfig) -> tuple[str, ...]:
+    """Names of the tensors that the optimizer keeps for each parameter."""
+    return ("exp_avg", "exp_avg_sq") if config.name == "adamw" else ()
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """The rate of optimizer step `step` (counted from 0): a pure function, so nothing of it needs saving.
+
+    Linear warm-up, then: cosine down to min_lr_ratio (Loshchilov and Hutter 2017); wsd: constant, then linear down
+    in the last decay_ratio of the steps (Hu et al. 2024); or constant.
+    """
+    optim, total = config.optim, config.max_steps
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    floor = optim.min_lr_ratio
+    if optim.schedule == "cosine":
+        progress = (step - optim.warmup_steps) / max(1, total - optim.warmup_steps)
+        factor = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    elif optim.schedule == "wsd":
+        decay_steps = max(1, round(optim.decay_ratio * total))
+        factor = floor + (1 - floor) * min(1.0, max(0.0, (total - step) / decay_steps))
+    else:
+        factor = 1.0
+    return optim.lr * factor

@@ -1,0 +1,27 @@
+"""Ctrl-C and SIGTERM ask the loop to save and stop; a second Ctrl-C stops at once."""
+
+import signal
+from types import FrameType
+
+
+class StopRequest:
+    """Remembers that the process was asked to stop. Use as a context manager around the loop."""
+
+    def __init__(self):
+        self.requested = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt
+        self.requested = True
