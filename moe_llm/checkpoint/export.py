@@ -25,7 +25,7 @@ def token_ids(source: Any) -> dict[str, Any]:
 def write_model_files(
     directory: Path, model: ModelConfig, ids: Mapping[str, Any], dtype: str, tokenizer: Any = None
 ) -> dict[str, FileRecord]:
-    """config.json, generation_config.json and the tokenizer's files; records of the new ones, by relative path.
+    """config.json, generation_config.json and the tokenizer's files; records by relative path.
 
     Args:
         ids: from `token_ids`.

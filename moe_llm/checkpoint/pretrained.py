@@ -45,7 +45,8 @@ class MoEForCausalLM(MoEDecoder):
             dtype: a torch dtype or `fp32`, `bf16`, `fp16`; None: as stored.
 
         Raises:
-            UserError: no such directory, another architecture, or missing, damaged, unexpected or misshapen tensors.
+            UserError: no such directory, another architecture, or missing, damaged, unexpected or misshapen
+                tensors.
         """
         config_file = Path(directory) / "config.json"
         if not config_file.is_file():

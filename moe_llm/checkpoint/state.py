@@ -1,15 +1,16 @@
 """Training checkpoints: everything a run needs to go on, in a directory that transformers loads as it is.
 
-    step-00000100/config.json, generation_config.json, model*.safetensors (+ index), tokenizer files
-                  trainer/state.json                counters, positions, RNG: whatever the trainer gives, as JSON
-                  trainer/config.yaml               the resolved configuration of the run
-                  trainer/optimizer*.safetensors    exp_avg.NAME, exp_avg_sq.NAME, ... by published weight names, fp32;
-                                                    master.NAME, where the exported weights are of lower precision
-                  trainer/manifest.json             size and SHA-256 of every file
+    step-00000100/
+      config.json, generation_config.json, model*.safetensors (+ index), tokenizer files
+      trainer/state.json               counters, positions, RNG: whatever the trainer gives, as JSON
+      trainer/config.yaml              the resolved configuration of the run
+      trainer/optimizer*.safetensors   exp_avg.NAME, exp_avg_sq.NAME, ... by published weight names, in fp32;
+                                       master.NAME too, where the exported weights are of lower precision
+      trainer/manifest.json            size and SHA-256 of every file
 
-Tensors are named by parameter, never by rank, so any layout of ranks reads what any other wrote. All ranks write
-at once, each the tensors that it is the writer of, one tensor at a time. Reading from the engine (`plan.stream`)
-and writing to the disk (`plan.ShardSet`) meet in `_write_tensors` alone.
+Tensors are named by parameter, never by rank, so any layout of ranks reads what any other wrote. All ranks
+write at once, each the tensors that it is the writer of, one tensor at a time. Reading from the engine
+(`plan.stream`) and writing to the disk (`plan.ShardSet`) meet in `_write_tensors` alone.
 """
 
 import json
@@ -68,7 +69,7 @@ def save_checkpoint(
         keep_last: delete all but so many, once this one is complete; None: delete nothing.
 
     Raises:
-        UserError: no space, or a failing file system, on any rank; on all ranks. What was there before is untouched.
+        UserError: on all ranks, if one has no space or a failing file system. What was there is untouched.
     """
     root = Path(root)
     tmp, final = folder.tmp_path(root, step), root / folder.step_name(step)
@@ -114,8 +115,8 @@ def _prepare(root: Path, tmp: Path, plan: Plan) -> None:
 
 def _no_space(name: str, root: Path, needed: int, free: int) -> str:
     return (
-        f"no space left for checkpoint {root / name}: it needs {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are "
-        "free: free some space, lower checkpoint.keep_last or move run.dir"
+        f"no space left for checkpoint {root / name}: it needs {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB "
+        "are free: free some space, lower checkpoint.keep_last or move run.dir"
     )
 
 
@@ -261,16 +262,7 @@ def _open(path: Path, state: TrainedState) -> tuple[dict[str, Any], dict[str, We
             f"checkpoint {path} has the optimizer tensors {stored}, and this run's optimizer needs "
             f"{list(state.kinds)}: set optim.name as it was, or start another run.dir"
         )
-    shapes = hf.parameter_shapes(
-        hf.from_transformers_config(read_json(path / "config.json"), str(path / "config.json"))
-    )
-    for entry in state.entries():
-        whole = shapes.get(entry.name)
-        if whole is None or whole[1:] != entry.shape[1:] or (entry.experts is None and whole != entry.shape):
-            raise UserError(
-                f"checkpoint {path} has {entry.name} of shape {whole}, and this run's is {entry.shape}: "
-                "set model as it was, or start another run.dir"
-            )
+    shapes = _stored_shapes(path, state)
     model = Weights(TensorFiles(path, MODEL))
     model.check(shapes)
     sources = {MASTER: model}
@@ -284,3 +276,19 @@ def _open(path: Path, state: TrainedState) -> tuple[dict[str, Any], dict[str, We
             sources[kind] = Weights(files, f"{kind}.")
             sources[kind].check(trainable)
     return head, sources
+
+
+def _stored_shapes(path: Path, state: TrainedState) -> dict[str, tuple[int, ...]]:
+    """The shape over all ranks of every parameter, which must be those of the model in training."""
+    config_file = path / "config.json"
+    shapes = hf.parameter_shapes(hf.from_transformers_config(read_json(config_file), str(config_file)))
+    held = {entry.name: entry for entry in state.entries()}
+    for name in [*held, *(name for name in shapes if name not in held)]:
+        whole, here = shapes.get(name), held[name].shape if name in held else None
+        same = whole == here or (hf.is_expert(name) and whole and here and whole[1:] == here[1:])
+        if not same:
+            raise UserError(
+                f"checkpoint {path} has {name} of shape {whole}, and this run's is of shape {here}: "
+                "set model as it was, or start another run.dir"
+            )
+    return shapes

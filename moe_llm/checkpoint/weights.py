@@ -1,4 +1,4 @@
-"""The tensors of a directory under the model's names: whatever style they are stored in, checked, in parts."""
+"""The tensors of a directory under the model's names: in whatever style stored, checked, in parts."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from types import EllipsisType
@@ -79,7 +79,7 @@ class Weights:
     def parts(
         self, name: str, shape: tuple[int, ...], first_expert: int | None = None
     ) -> Iterator[tuple[Index, torch.Tensor]]:
-        """Yield (index, tensor) with `parameter[index]` = tensor, one matrix at a time; reads no other expert.
+        """Yield (index, tensor) with `parameter[index]` = tensor, a matrix at a time; reads no other expert.
 
         Args:
             shape: of the parameter as held here; dimension 0 counts the held experts of an expert parameter.
