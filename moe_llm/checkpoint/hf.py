@@ -41,7 +41,7 @@ class Piece:
 
 
 def published_name(name: str) -> str:
-    """An in-memory name (or a mixture of both styles, as some converters write) with Mixtral's module names."""
+    """An in-memory name (or a mixture of both styles, as converters write) with Mixtral's module names."""
     return re.sub(r"(model\.layers\.\d+)\.mlp\.", r"\1.block_sparse_moe.", name)
 
 

@@ -1,4 +1,4 @@
-"""Sizes and hashes of a checkpoint's files, so that a missing, truncated or flipped one is found and named."""
+"""Sizes and hashes of a checkpoint's files, so that a missing, truncated or altered one is named."""
 
 import hashlib
 import json

@@ -116,7 +116,7 @@ def stream(state: TrainedState, dtype: torch.dtype) -> Iterator[tuple[str, str, 
 
 
 class ShardSet:
-    """Writes this rank's files of one `FileSet`, one after the other, each closed when its last tensor has come."""
+    """Writes this rank's files of one `FileSet`, one after the other, each closed with its last tensor."""
 
     def __init__(self, directory: Path, files: FileSet):
         self.records: dict[str, FileRecord] = {}

@@ -58,7 +58,7 @@ def check_same_run(old_config_text: str, new: Config) -> None:
     Args:
         old_config_text: YAML of the resolved configuration that the run was started with. A key that it lacks
             had its default then.
-        new: resolved in the same way (`model.vocab_size`).
+        new: `model.vocab_size` may not be resolved yet.
 
     Raises:
         UserError: the first key that differs and may not, with both values and the remedy.
@@ -70,6 +70,9 @@ def check_same_run(old_config_text: str, new: Config) -> None:
     except UserError as error:
         raise UserError(f"{origin} cannot be read by this version ({error}): set another run.dir") from error
     before, now = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    if new.model.vocab_size is None:  # to be taken from the tokenizer, which is compared itself
+        before.pop("model.vocab_size", None)
+        now.pop("model.vocab_size")
     for key in [*now, *(key for key in before if key not in now)]:
         if not _is_free(key) and before.get(key) != now.get(key):
             raise UserError(

@@ -1,15 +1,16 @@
 """Training checkpoints: everything a run needs to go on, in a directory that transformers loads as it is.
 
-    step-00000100/config.json, generation_config.json, model*.safetensors (+ index), tokenizer files
-                  trainer/state.json                counters, positions, RNG: whatever the trainer gives, as JSON
-                  trainer/config.yaml               the resolved configuration of the run
-                  trainer/optimizer*.safetensors    exp_avg.NAME, exp_avg_sq.NAME, ... by published weight names, fp32;
-                                                    master.NAME, where the exported weights are of lower precision
-                  trainer/manifest.json             size and SHA-256 of every file
+    step-00000100/
+      config.json, generation_config.json, model*.safetensors (+ index), tokenizer files
+      trainer/state.json               counters, positions, RNG: whatever the trainer gives, as JSON
+      trainer/config.yaml              the resolved configuration of the run
+      trainer/optimizer*.safetensors   exp_avg.NAME, exp_avg_sq.NAME, ... by published weight names, in fp32;
+                                       master.NAME too, where the exported weights are of lower precision
+      trainer/manifest.json            size and SHA-256 of every file
 
-Tensors are named by parameter, never by rank, so any layout of ranks reads what any other wrote. All ranks write
-at once, each the tensors that it is the writer of, one tensor at a time. Reading from the engine (`plan.stream`)
-and writing to the disk (`plan.ShardSet`) meet in `_write_tensors` alone.
+Tensors are named by parameter, never by rank, so any layout of ranks reads what any other wrote. All ranks
+write at once, each the tensors that it is the writer of, one tensor at a time. Reading from the engine
+(`plan.stream`) and writing to the disk (`plan.ShardSet`) meet in `_write_tensors` alone.
 """
 
 import json
@@ -24,18 +25,21 @@ from typing import Any, TypeVar
 import torch
 
 from moe_llm.checkpoint import folder, hf
-from moe_llm.checkpoint.manifest import adopt_file, verify, write_file, write_json, write_manifest
+from moe_llm.checkpoint.export import DTYPES, token_ids, write_model_files
+from moe_llm.checkpoint.manifest import verify, write_file, write_json, write_manifest
 from moe_llm.checkpoint.plan import MASTER, MODEL, OPTIMIZER, Plan, ShardSet, make_plan, stream
 from moe_llm.checkpoint.ranks import describe, is_disk_full, together
+from moe_llm.checkpoint.resume import check_same_run, find_resumable
 from moe_llm.checkpoint.safetensors_io import FileRecord, TensorFiles, parse_size, read_json
 from moe_llm.checkpoint.weights import Weights
 from moe_llm.config import ModelConfig
 from moe_llm.errors import UserError
 from moe_llm.parallel.state import TrainedState
 
+__all__ = ["check_same_run", "find_resumable", "load_checkpoint", "read_trainer_state", "save_checkpoint"]
+
 T = TypeVar("T")
 FORMAT = 1
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SMALL_FILES = 1 << 24  # bytes allowed for headers, indices and tokenizer when the space is checked
 
 
@@ -65,7 +69,7 @@ def save_checkpoint(
         keep_last: delete all but so many, once this one is complete; None: delete nothing.
 
     Raises:
-        UserError: no space, or a failing file system, on any rank; on all ranks. What was there before is untouched.
+        UserError: on all ranks, if one has no space or a failing file system. What was there is untouched.
     """
     root = Path(root)
     tmp, final = folder.tmp_path(root, step), root / folder.step_name(step)
@@ -79,7 +83,7 @@ def save_checkpoint(
 
     def complete() -> None:
         small = _write_small_files(tmp, plan, head, run_config_text)
-        model = _write_model_files(tmp, model_config, tokenizer, dtype)
+        model = write_model_files(tmp, model_config, token_ids(tokenizer), dtype, tokenizer)
         write_manifest(tmp, records | small | model)
         for directory in (tmp / "trainer", tmp):
             folder.sync_directory(directory)
@@ -111,8 +115,8 @@ def _prepare(root: Path, tmp: Path, plan: Plan) -> None:
 
 def _no_space(name: str, root: Path, needed: int, free: int) -> str:
     return (
-        f"no space left for checkpoint {root / name}: it needs {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are "
-        "free: free some space, lower checkpoint.keep_last or move run.dir"
+        f"no space left for checkpoint {root / name}: it needs {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB "
+        "are free: free some space, lower checkpoint.keep_last or move run.dir"
     )
 
 
@@ -165,28 +169,6 @@ def _write_small_files(
     return records
 
 
-def _write_model_files(
-    directory: Path, model: ModelConfig, tokenizer: Any, dtype: str
-) -> dict[str, FileRecord]:
-    """config.json, generation_config.json and the tokenizer's files."""
-    ids = {key: getattr(tokenizer, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    before = set(directory.iterdir())
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(directory))
-    written = sorted(path for new in set(directory.iterdir()) - before for path in _files_under(new))
-    records = {str(path.relative_to(directory)): adopt_file(path) for path in written}
-    for name, content in (
-        ("config.json", hf.to_transformers_config(model, dtype=dtype, **ids)),
-        ("generation_config.json", hf.generation_config(**ids)),
-    ):
-        records[name] = write_json(directory / name, content)
-    return records
-
-
-def _files_under(path: Path) -> list[Path]:
-    return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-
-
 def _trainer_head(root: Path, state: TrainedState, step: int, dtype: str, trainer: Mapping[str, Any]) -> dict:
     """The content of trainer/state.json; refuses what JSON cannot hold before anything is written."""
     head = {
@@ -231,8 +213,8 @@ def load_checkpoint(path: str | Path, state: TrainedState, *, hashes: bool = Tru
 
     Args:
         path: a step directory.
-        hashes: compare every file's SHA-256 first (the files are shared out among the ranks); False where
-            `find_resumable` has just done so. Sizes are always compared.
+        hashes: compare every file's SHA-256 first, shared out among the ranks; False where `find_resumable`
+            has just done so. Sizes are always compared.
 
     Returns:
         The `trainer_state` that was saved.
@@ -252,30 +234,35 @@ def load_checkpoint(path: str | Path, state: TrainedState, *, hashes: bool = Tru
     return head["trainer"]
 
 
-def _open(path: Path, state: TrainedState) -> tuple[dict[str, Any], dict[str, Weights]]:
-    """state.json and, by kind, the tensors; everything that can be refused is refused here."""
+def read_trainer_state(path: str | Path) -> dict[str, Any]:
+    """The `trainer_state` of a checkpoint, without the rest of it.
+
+    Raises:
+        UserError: no checkpoint of this format there, or a damaged one.
+    """
+    return _read_head(Path(path))["trainer"]
+
+
+def _read_head(path: Path) -> dict[str, Any]:
     head = read_json(path / folder.STATE)
     if head.get("format") != FORMAT:
         raise UserError(
             f"checkpoint {path} is of format {head.get('format')}, and this version reads {FORMAT}: "
             "use the version of moe_llm that wrote it"
         )
+    return head
+
+
+def _open(path: Path, state: TrainedState) -> tuple[dict[str, Any], dict[str, Weights]]:
+    """state.json and, by kind, the tensors; everything that can be refused is refused here."""
+    head = _read_head(path)
     stored = head["optimizer_tensors"]
     if set(stored) != set(state.kinds):
         raise UserError(
             f"checkpoint {path} has the optimizer tensors {stored}, and this run's optimizer needs "
             f"{list(state.kinds)}: set optim.name as it was, or start another run.dir"
         )
-    shapes = hf.parameter_shapes(
-        hf.from_transformers_config(read_json(path / "config.json"), str(path / "config.json"))
-    )
-    for entry in state.entries():
-        whole = shapes.get(entry.name)
-        if whole is None or whole[1:] != entry.shape[1:] or (entry.experts is None and whole != entry.shape):
-            raise UserError(
-                f"checkpoint {path} has {entry.name} of shape {whole}, and this run's is {entry.shape}: "
-                "set model as it was, or start another run.dir"
-            )
+    shapes = _stored_shapes(path, state)
     model = Weights(TensorFiles(path, MODEL))
     model.check(shapes)
     sources = {MASTER: model}
@@ -289,3 +276,19 @@ def _open(path: Path, state: TrainedState) -> tuple[dict[str, Any], dict[str, We
             sources[kind] = Weights(files, f"{kind}.")
             sources[kind].check(trainable)
     return head, sources
+
+
+def _stored_shapes(path: Path, state: TrainedState) -> dict[str, tuple[int, ...]]:
+    """The shape over all ranks of every parameter, which must be those of the model in training."""
+    config_file = path / "config.json"
+    shapes = hf.parameter_shapes(hf.from_transformers_config(read_json(config_file), str(config_file)))
+    held = {entry.name: entry for entry in state.entries()}
+    for name in [*held, *(name for name in shapes if name not in held)]:
+        whole, here = shapes.get(name), held[name].shape if name in held else None
+        same = whole == here or (hf.is_expert(name) and whole and here and whole[1:] == here[1:])
+        if not same:
+            raise UserError(
+                f"checkpoint {path} has {name} of shape {whole}, and this run's is of shape {here}: "
+                "set model as it was, or start another run.dir"
+            )
+    return shapes

@@ -1,4 +1,4 @@
-"""The tensors of a directory under the model's names: whatever style they are stored in, checked, in parts."""
+"""The tensors of a directory under the model's names: in whatever style stored, checked, in parts."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from types import EllipsisType
@@ -71,10 +71,15 @@ class Weights:
         """Whether a dense parameter of this in-memory name is stored."""
         return hf.published_name(name) in self._stored
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of a dense parameter; fp32 where it is not stored."""
+        stored = self._stored.get(hf.published_name(name))
+        return torch.float32 if stored is None else self.files.dtype(stored)
+
     def parts(
         self, name: str, shape: tuple[int, ...], first_expert: int | None = None
     ) -> Iterator[tuple[Index, torch.Tensor]]:
-        """Yield (index, tensor) with `parameter[index]` = tensor, one matrix at a time; reads no other expert.
+        """Yield (index, tensor) with `parameter[index]` = tensor, a matrix at a time; reads no other expert.
 
         Args:
             shape: of the parameter as held here; dimension 0 counts the held experts of an expert parameter.

@@ -1,0 +1,47 @@
+"""What stands beside the weights in a transformers checkpoint: configurations and the tokenizer."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_llm.checkpoint import hf
+from moe_llm.checkpoint.manifest import adopt_file, write_json
+from moe_llm.checkpoint.safetensors_io import FileRecord
+from moe_llm.config import ModelConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def token_ids(source: Any) -> dict[str, Any]:
+    """bos_token_id, eos_token_id and pad_token_id of a tokenizer or of a config.json; None where unknown."""
+    if isinstance(source, Mapping):
+        return {key: source.get(key) for key in _TOKEN_IDS}
+    return {key: getattr(source, key, None) for key in _TOKEN_IDS}
+
+
+def write_model_files(
+    directory: Path, model: ModelConfig, ids: Mapping[str, Any], dtype: str, tokenizer: Any = None
+) -> dict[str, FileRecord]:
+    """config.json, generation_config.json and the tokenizer's files; records by relative path.
+
+    Args:
+        ids: from `token_ids`.
+        dtype: of the stored weights, a key of `DTYPES`.
+        tokenizer: anything with transformers' `save_pretrained`; None: none.
+    """
+    before = set(directory.rglob("*"))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(directory))
+    written = sorted(path for path in set(directory.rglob("*")) - before if path.is_file())
+    return {
+        **{str(path.relative_to(directory)): adopt_file(path) for path in written},
+        "config.json": write_json(
+            directory / "config.json", hf.to_transformers_config(model, dtype=dtype, **ids)
+        ),
+        "generation_config.json": write_json(
+            directory / "generation_config.json", hf.generation_config(**ids)
+        ),
+    }

@@ -1,0 +1,157 @@
+"""The model with its way in and out: from any Mixtral checkpoint directory, and to one.
+
+A directory written here, by transformers or by Mistral AI loads alike; tensors go one at a time.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from moe_llm.checkpoint import hf
+from moe_llm.checkpoint.export import DTYPES, token_ids, write_model_files
+from moe_llm.checkpoint.manifest import write_json
+from moe_llm.checkpoint.plan import MODEL, file_set
+from moe_llm.checkpoint.safetensors_io import ShardWriter, Spec, TensorFiles, parse_size, read_json
+from moe_llm.checkpoint.weights import Weights
+from moe_llm.config import ModelConfig
+from moe_llm.errors import UserError
+from moe_llm.model.decoder import MoEDecoder
+from moe_llm.model.init import materialize
+
+_WORDS = {dtype: word for word, dtype in DTYPES.items()}
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+class MoEForCausalLM(MoEDecoder):
+    """`MoEDecoder` with `from_pretrained` and `save_pretrained`.
+
+    token_ids: bos_token_id, eos_token_id and pad_token_id, as far as known.
+    """
+
+    def __init__(self, config: ModelConfig, ids: Mapping[str, Any] | None = None):
+        super().__init__(config)
+        self.token_ids = token_ids(ids)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, dtype: torch.dtype | str | None = None) -> Self:
+        """A model on the CPU, in evaluation mode as transformers gives it.
+
+        Args:
+            directory: with config.json and safetensors.
+            dtype: a torch dtype or `fp32`, `bf16`, `fp16`; None: as stored.
+
+        Raises:
+            UserError: no such directory, another architecture, or missing, damaged, unexpected or misshapen
+                tensors.
+        """
+        config_file = Path(directory) / "config.json"
+        if not config_file.is_file():
+            raise UserError(f"{str(directory)!r} has no config.json: give a checkpoint directory")
+        content = read_json(config_file)
+        config = hf.from_transformers_config(content, str(config_file))
+        weights = Weights(TensorFiles(directory, MODEL))
+        with torch.device("meta"):
+            model = cls(config, token_ids(content))
+        model.to(_as_dtype(dtype) or weights.dtype(_EMBEDDING))
+        materialize(model)
+        _fill(model, weights, None)
+        return model.eval()
+
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        tokenizer: Any = None,
+        dtype: torch.dtype | str | None = None,
+        max_shard_size: str = "5GB",
+    ) -> None:
+        """Write a checkpoint directory that transformers loads; weights of an earlier save there are replaced.
+
+        Args:
+            tokenizer: anything with transformers' `save_pretrained` and token ids; None: the model's own ids.
+            dtype: of the stored weights; None: the model's.
+            max_shard_size: of a file, e.g. "5GB".
+        """
+        shapes = {name: tuple(p.shape) for name, p in self.named_parameters()}
+        assert shapes == hf.parameter_shapes(self.config), "the model does not hold all of its experts"
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        dtype = _as_dtype(dtype) or self.lm_head.weight.dtype
+        ids = self.token_ids if tokenizer is None else token_ids(tokenizer)
+        _write_weights(self, directory, dtype, parse_size(max_shard_size))
+        write_model_files(directory, self.config, ids, _WORDS[dtype], tokenizer)
+
+
+def load_weights(model: nn.Module, directory: str | Path, experts: range | None = None) -> None:
+    """Fill a model's parameters from a checkpoint directory, one matrix at a time, cast to what they are.
+
+    Args:
+        model: with this package's parameter names; of expert parameters it holds `experts` alone.
+        experts: held here; None: all. No other expert's tensors are read.
+
+    Raises:
+        UserError: missing, damaged, unexpected or misshapen tensors, before anything is changed.
+    """
+    _fill(model, Weights(TensorFiles(directory, MODEL)), experts)
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, weights: Weights, experts: range | None) -> None:
+    parameters = dict(model.named_parameters())
+    shapes = {name: _whole_shape(name, parameters) for name in parameters}
+    tied = _HEAD not in parameters and weights.has(_HEAD)
+    weights.check(shapes, optional=[_HEAD] if tied else [])
+    if tied and not torch.equal(*(weights.read(name, shapes[_EMBEDDING]) for name in (_HEAD, _EMBEDDING))):
+        raise UserError(
+            f"{weights.files.directory} has tie_word_embeddings=true and a {_HEAD} that differs from {_EMBEDDING}: "
+            "set tie_word_embeddings to false in its config.json"
+        )
+    for name, parameter in parameters.items():
+        held = experts if hf.is_expert(name) and experts is not None else range(shapes[name][0])
+        assert len(held) == parameter.shape[0], f"{name} holds {parameter.shape[0]} experts, not {held}"
+        for index, part in weights.parts(name, tuple(parameter.shape), held.start):
+            parameter[index] = part
+
+
+def _whole_shape(name: str, parameters: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
+    """Shape over all ranks: the layer's router knows how many experts there are."""
+    shape = tuple(parameters[name].shape)
+    match = hf.EXPERT_PARAMETER.fullmatch(name)
+    return shape if match is None else (parameters[f"{match['layer']}.mlp.gate.weight"].shape[0], *shape[1:])
+
+
+def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or dtype in _WORDS:
+        return dtype
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} is not a dtype of weights: use one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _write_weights(model: nn.Module, directory: Path, dtype: torch.dtype, max_bytes: int) -> None:
+    """Under temporary names first: the directory may hold the very weights that are being replaced."""
+    parts = {
+        piece.name: (piece, parameter)
+        for name, parameter in model.named_parameters()
+        for piece in hf.pieces(name, tuple(parameter.shape))
+    }
+    specs = [Spec(piece.name, piece.shape, dtype) for piece, _ in parts.values()]
+    files = file_set(MODEL, [specs], 0, max_bytes)
+    for file, shard in files.mine.items():
+        writer = ShardWriter(directory / f".tmp-{file}", shard)
+        for spec in shard:
+            piece, parameter = parts[spec.name]
+            writer.write(spec.name, parameter[piece.index])
+        writer.close()
+    kept = set(files.mine)
+    for file in files.mine:
+        os.replace(directory / f".tmp-{file}", directory / file)
+    if files.index is not None:
+        kept.add(f"{MODEL}.safetensors.index.json")
+        write_json(directory / f"{MODEL}.safetensors.index.json", files.index)
+    for file in directory.glob(f"{MODEL}*.safetensors*"):
+        if file.name not in kept:  # of an earlier save: loaders would take it for this one's
+            file.unlink()

@@ -1,0 +1,210 @@
+"""Training checkpoints: the same tensors back at any layout, and a transformers checkpoint besides."""
+
+import json
+import os
+
+import pytest
+import torch
+from checkpoint_fakes import (
+    FakeState,
+    ThreadRanks,
+    random_tensors,
+    save_arguments,
+    small_config,
+    zeros_like,
+)
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from moe_llm.checkpoint import hf
+from moe_llm.checkpoint.state import load_checkpoint, read_trainer_state, save_checkpoint
+from moe_llm.errors import UserError
+
+
+def save_on(world, ep, root, tensors, config, **changes):
+    ranks = ThreadRanks(world)
+    outcomes = ranks.run(
+        lambda rank: save_checkpoint(
+            root, FakeState(tensors, ep, rank, ranks), **save_arguments(config, **changes)
+        )
+    )
+    assert [error for _, error in outcomes] == [None] * world
+    paths = {path for path, _ in outcomes}
+    assert len(paths) == 1
+    return paths.pop()
+
+
+def load_on(world, ep, path, empty):
+    """The whole tensors, put together from all ranks."""
+    ranks = ThreadRanks(world)
+    states = [FakeState(empty, ep, rank, ranks) for rank in range(world)]
+    outcomes = ranks.run(lambda rank: load_checkpoint(path, states[rank]))
+    assert [error for _, error in outcomes] == [None] * world
+    for key in empty:
+        for group in range(world // ep):
+            held = [state.held[key] for state in states[group * ep : (group + 1) * ep]]
+            yield key, torch.cat(held) if hf.is_expert(key[0]) else held[0]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ((1, 1), (1, 1)),
+        ((1, 1), (2, 2)),
+        ((2, 2), (4, 4)),
+        ((4, 2), (1, 1)),
+        ((4, 4), (2, 1)),
+        ((2, 1), (4, 2)),
+    ],
+)
+def test_every_layout_reads_what_any_other_wrote(tmp_path, written, read, dtype, tied):
+    config = small_config(tie_word_embeddings=tied)
+    tensors = random_tensors(config)
+    path = save_on(*written, tmp_path, tensors, config, dtype=dtype)
+    for key, tensor in load_on(*read, path, zeros_like(tensors)):
+        assert torch.equal(tensor, tensors[key]), key
+
+
+@pytest.mark.parametrize("shard", ["5GB", "1KB"])
+@pytest.mark.parametrize(("world", "ep"), [(1, 1), (4, 2)])
+@pytest.mark.parametrize(("dtype", "torch_dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_transformers_loads_a_step_directory(tmp_path, world, ep, dtype, torch_dtype, shard):
+    config = small_config()
+    tensors = random_tensors(config)
+    path = save_on(world, ep, tmp_path, tensors, config, dtype=dtype, max_shard_size=shard)
+    assert (path / "model.safetensors").exists() == (world == 1 and shard == "5GB")
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, dtype="auto")
+    assert not any(info.values()), info
+    state = model.state_dict()
+    assert set(state) == set(hf.parameter_shapes(config))
+    for name, tensor in state.items():
+        assert tensor.dtype == torch_dtype
+        assert torch.equal(tensor, tensors[name, "weight"].to(torch_dtype)), name
+
+
+def test_shards_stay_below_the_size_asked_for(tmp_path):
+    config = small_config()
+    path = save_on(2, 2, tmp_path, random_tensors(config), config, max_shard_size="2KB")
+    for stem in ("model", "trainer/optimizer"):
+        index = json.loads((path / f"{stem}.safetensors.index.json").read_text())
+        total = 0
+        for file in set(index["weight_map"].values()):
+            with safe_open(path / stem.rpartition("/")[0] / file, "pt") as opened:
+                sizes = [opened.get_tensor(name).nbytes for name in opened.keys()]  # noqa: SIM118
+                assert opened.metadata() == {"format": "pt"}
+            assert sum(sizes) <= 2000 or len(sizes) == 1
+            total += sum(sizes)
+        assert total == index["metadata"]["total_size"]
+
+
+def test_all_ranks_write_at_once(tmp_path):
+    """Each rank's own experts are in its own files: no file holds experts of two ranks."""
+    config = small_config()
+    path = save_on(2, 2, tmp_path, random_tensors(config), config)
+    weight_map = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
+    files = {
+        half: {f for n, f in weight_map.items() if any(f"experts.{e}." in n for e in half)}
+        for half in ((0, 1), (2, 3))
+    }
+    assert all(files.values())
+    assert not files[0, 1] & files[2, 3]
+
+
+def test_trainer_state_comes_back_exactly(tmp_path):
+    config = small_config()
+    tensors = random_tensors(config)
+    given = {"samples": 12345678901234, "loss": 0.1 + 0.2, "rng": "AAEC", "nested": {"a": [1, 2.5, None]}}
+    path = save_on(1, 1, tmp_path, tensors, config, trainer_state=given)
+    assert load_checkpoint(path, FakeState(zeros_like(tensors))) == given
+    assert read_trainer_state(path) == given
+    assert json.loads((path / "trainer/state.json").read_text())["step"] == 100
+
+
+def test_frozen_parameters_have_no_optimizer_tensors(tmp_path):
+    config = small_config()
+    tensors = random_tensors(config)
+    frozen = {"model.embed_tokens.weight", "model.layers.0.mlp.experts.down_proj"}
+    path = save_checkpoint(tmp_path, FakeState(tensors, frozen=frozen), **save_arguments(config))
+    with safe_open(path / "trainer/optimizer.safetensors", "pt") as opened:
+        assert "exp_avg.model.embed_tokens.weight" not in opened.keys()  # noqa: SIM118
+    state = FakeState(zeros_like(tensors), frozen=frozen)
+    load_checkpoint(path, state)
+    for (name, kind), tensor in state.held.items():
+        expected = tensors[name, kind] if kind == "weight" or name not in frozen else torch.zeros_like(tensor)
+        assert torch.equal(tensor, expected), (name, kind)
+    with pytest.raises(UserError, match=r"exp_avg.*missing"):
+        load_checkpoint(path, FakeState(zeros_like(tensors)))
+
+
+def test_an_optimizer_without_tensors(tmp_path):
+    config = small_config()
+    tensors = random_tensors(config, kinds=())
+    path = save_checkpoint(tmp_path, FakeState(tensors), **save_arguments(config))
+    assert sorted(p.name for p in (path / "trainer").iterdir()) == [
+        "config.yaml",
+        "manifest.json",
+        "state.json",
+    ]
+    state = FakeState(zeros_like(tensors))
+    load_checkpoint(path, state)
+    assert all(torch.equal(state.held[key], tensor) for key, tensor in tensors.items())
+    with pytest.raises(UserError, match=r"optim\.name"):
+        load_checkpoint(path, FakeState(random_tensors(config)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"hidden_size": 16}, {"num_hidden_layers": 3}, {"num_local_experts": 2}, {"tie_word_embeddings": True}],
+)
+def test_another_architecture_is_refused_and_nothing_changes(tmp_path, change):
+    config = small_config()
+    path = save_checkpoint(tmp_path, FakeState(random_tensors(config)), **save_arguments(config))
+    state = FakeState(zeros_like(random_tensors(small_config(**change))))
+    with pytest.raises(UserError, match="set model as it was"):
+        load_checkpoint(path, state)
+    assert not any(tensor.any() for tensor in state.held.values())
+
+
+def test_a_newer_format_is_refused(tmp_path):
+    config = small_config()
+    path = save_checkpoint(tmp_path, FakeState(random_tensors(config)), **save_arguments(config))
+    head = json.loads((path / "trainer/state.json").read_text())
+    (path / "trainer/state.json").write_text(json.dumps(head | {"format": 99}))
+    with pytest.raises(UserError, match="format 99"):
+        read_trainer_state(path)
+
+
+def test_a_rank_that_forgets_its_experts_is_caught(tmp_path):
+    config = small_config()
+    tensors = random_tensors(config)
+    state = FakeState(tensors)
+    state._entries = [
+        entry for entry in state.entries() if entry.name != "model.layers.1.mlp.experts.down_proj"
+    ]
+    with pytest.raises(AssertionError, match=r"experts\.0\.w2"):
+        save_checkpoint(tmp_path, state, **save_arguments(config))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_resumed_step_replaces_the_earlier_one(tmp_path):
+    config = small_config()
+    old, new = random_tensors(config, 0), random_tensors(config, 1)
+    save_checkpoint(tmp_path, FakeState(old), **save_arguments(config))
+    path = save_checkpoint(tmp_path, FakeState(new), **save_arguments(config))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000100"]
+    state = FakeState(zeros_like(new))
+    load_checkpoint(path, state)
+    assert torch.equal(state.held["lm_head.weight", "weight"], new["lm_head.weight", "weight"])
+
+
+def test_latest_and_pruning_go_by_the_order_of_saving(tmp_path):
+    """A run that went back to an earlier step keeps what it writes now, not what it left behind."""
+    config = small_config()
+    for step in (10, 20, 30, 15, 18):
+        path = save_checkpoint(
+            tmp_path, FakeState(random_tensors(config)), **save_arguments(config, step=step, keep_last=2)
+        )
+        assert os.readlink(tmp_path / "latest") == path.name
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000015", "step-00000018"]
