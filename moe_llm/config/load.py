@@ -188,10 +188,10 @@ def _nearest(location: list[str]) -> str:
     }
     if wrong in elsewhere:
         return f"did you mean {elsewhere[wrong]}?"
-    if near := difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.5):
-        return f"did you mean {'.'.join([*parents, near[0]])}?"
-    if near := difflib.get_close_matches(wrong, elsewhere, n=1, cutoff=0.8):
-        return f"did you mean {elsewhere[near[0]]}?"
+    beside = {key: ".".join([*parents, key]) for key in siblings}
+    for names, cutoff in ((beside, 0.8), (elsewhere, 0.8), (beside, 0.5)):
+        if near := difflib.get_close_matches(wrong, names, n=1, cutoff=cutoff):
+            return f"did you mean {names[near[0]]}?"
     return f"known here: {', '.join(siblings)}"
 
 
