@@ -55,6 +55,9 @@ def engine_config(config: Config, world_size: int) -> dict:
     }
     if config.train.precision == "bf16":
         settings["bf16"] = {"enabled": True}
+        # Sums of gradients, over micro-batches and over ranks, lose what is small in bf16.
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        settings["communication_data_type"] = "fp32"
     return settings
 
 
@@ -155,6 +158,8 @@ def flat_parameters(optimizer: Any) -> list[torch.Tensor]:
     """The fp32 slices that the torch optimizer behind the engine's optimizer steps on."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3
         return optimizer.fp32_partitioned_groups_flat
+    if hasattr(optimizer, "fp32_groups_flat_partition"):  # ZeRO-1 in bf16
+        return optimizer.fp32_groups_flat_partition
     return optimizer.single_partition_of_fp32_groups
 
 
