@@ -8,12 +8,12 @@ where every document is too large for that (one book, say), the end of the large
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_llm.config import Config
+from moe_llm.config import Config, SourceConfig
+from moe_llm.data.files import replace_file
 from moe_llm.data.sources import fingerprint, named_sources, named_validation_sources, read_documents
 from moe_llm.errors import UserError
 
@@ -54,13 +54,12 @@ class HoldOut:
         return [_VERSION, self.below, sorted(self.listed), list(self.tail) if self.tail else None]
 
 
-def training_texts(config: Config, holdout: HoldOut) -> Iterator[str]:
-    """Training text of all sources, one after the other."""
-    for field, source in named_sources(config):
-        for text in read_documents(source, field):
-            train, _ = holdout.divide(text)
-            if train:
-                yield train
+def training_texts(field: str, source: SourceConfig, holdout: HoldOut) -> Iterator[str]:
+    """Training text of a source's documents, in order."""
+    for text in read_documents(source, field):
+        train, _ = holdout.divide(text)
+        if train:
+            yield train
 
 
 def find_holdout(config: Config) -> HoldOut:
@@ -85,20 +84,8 @@ def find_holdout(config: Config) -> HoldOut:
     else:
         texts = (t for f, s in named_sources(config) for t in read_documents(s, f))
         holdout = choose_holdout(texts, data.validation_fraction)
-    _write_atomically(file, json.dumps(holdout.key()))
+    replace_file(file, json.dumps(holdout.key()).encode())
     return holdout
-
-
-def _write_atomically(file: Path, text: str) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f"{file.name}.{os.getpid()}")
-        temporary.write_text(text)
-        temporary.replace(file)
-    except OSError as error:
-        raise UserError(
-            f"data.cache_dir={file.parent} cannot be written ({error.strerror}): choose another directory"
-        ) from error
 
 
 def choose_holdout(texts: Iterable[str], fraction: float) -> HoldOut:
