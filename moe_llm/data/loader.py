@@ -84,7 +84,7 @@ class TrainLoader:
         self._queue: queue.Queue = queue.Queue(max(prefetch, 1))
         self._thread = None
         if prefetch:
-            self._thread = threading.Thread(target=self._read_ahead, args=(position,), daemon=True, name="data")
+            self._thread = threading.Thread(target=self._read_ahead, args=(position,), daemon=True)
             self._thread.start()
 
     def __iter__(self) -> Iterator[list[Batch]]:
@@ -148,8 +148,12 @@ class ValidationBlocks:
         every = [(s, b) for s, source in enumerate(self.sources) for b in range(len(source))]
         count = len(every) if max_blocks is None else min(max_blocks, len(every))
         self.blocks = [every[i * len(every) // count] for i in range(count)]
-        held = sum(self.sources[s].bytes_of(b) for s, b in self.blocks)
-        targets = sum(self._rows([block]).num_targets for block in self.blocks)
+        if count == len(every):
+            held = sum(source.text.bytes for source in self.sources)
+            targets = sum(source.text.targets for source in self.sources)
+        else:
+            held = sum(self.sources[s].bytes_of(b) for s, b in self.blocks)
+            targets = sum(self._rows([block]).num_targets for block in self.blocks)
         assert targets, "a document has at least one target"
         self.num_targets = targets
         self.bytes_per_token = held / targets
@@ -243,16 +247,21 @@ def load_data(config: Config, tokenizer: "PreTrainedTokenizerFast", *, rank: int
         parts = [part for part in parts if part[1] == "train"]
         parts += [(field, "validation", tokens(field, source, HoldOut())["train"])
                   for field, source in named_validation_sources(config)]
-    statistics = [SourceStatistics(field, split, text.documents, len(text.tokens_N), text.bytes, len(packed(text)))
-                  for field, split, text in parts]
+    statistics = [
+        SourceStatistics(field, split, text.documents, len(text.tokens_N), text.bytes, len(packed(text)))
+        for field, split, text in parts
+    ]
     train = [packed(text) for _, split, text in parts if split == "train"]
     for (field, source), blocks in zip(named_sources(config), train):
         if not len(blocks) and (source.weight is not None or not any(map(len, train))):
-            raise UserError(f"{field} has no text left to train on, all is held out: add text to it or remove it")
-    validation = ValidationBlocks([packed(text) for _, split, text in parts if split == "validation"],
-                                  config.evaluate.max_blocks)
+            raise UserError(
+                f"{field} has no text left to train on, all is held out: add text to it or remove it"
+            )
+    held_out = [packed(text) for _, split, text in parts if split == "validation"]
+    validation = ValidationBlocks(held_out, config.evaluate.max_blocks)
     weights = [source.weight for source in data.sources]
-    return Data(TrainBlocks(train, None if None in weights else weights, config.run.seed), validation, statistics)
+    order = TrainBlocks(train, None if None in weights else weights, config.run.seed)
+    return Data(order, validation, statistics)
 
 
 def load_evaluation(paths: str | list[str], tokenizer: "PreTrainedTokenizerFast", *, sequence_length: int,

@@ -19,8 +19,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
 def permute(index: np.ndarray, length: int, keys: np.ndarray) -> np.ndarray:
     """Where each index goes in a random permutation of range(length).
 
-    A Feistel network over the next even number of bits, walked until it lands inside (Black and Rogaway 2002):
-    O(1) memory, however large the corpus.
+    A Feistel network over the next even number of bits, walked until it lands inside (Black and Rogaway
+    2002): O(1) memory, however large the corpus.
 
     Args:
         index: (R,) integers in [0, length).
@@ -31,12 +31,14 @@ def permute(index: np.ndarray, length: int, keys: np.ndarray) -> np.ndarray:
     """
     half = np.uint64(max(1, ((length - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
+    # Multiplied as Python integers: numpy warns when a scalar wraps around.
+    round_constants = [np.uint64(0x9E3779B97F4A7C15 * r % 2**64) for r in range(1, _ROUNDS + 1)]
     result = index.astype(np.uint64)
     walking = np.ones(len(result), bool)
     while walking.any():
         left, right, key = result[walking] >> half, result[walking] & mask, keys[walking]
         for round_ in range(_ROUNDS):
-            key = _mix(key + np.uint64(0x9E3779B97F4A7C15) * np.uint64(round_ + 1))
+            key = _mix(key + round_constants[round_])
             left, right = right, left ^ (_mix(right + key) & mask)
         result[walking] = (left << half) | right
         walking = result >= np.uint64(length)
