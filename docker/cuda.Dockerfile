@@ -16,7 +16,7 @@ WORKDIR /opt/moe_llm
 
 # From the slowest and most stable layer to the one that changes with every commit.
 ARG TORCH_SPEC="torch==2.13.0"
-# hadolint ignore=SC2086
+# hadolint ignore=DL3013,SC2086
 RUN pip install ${TORCH_SPEC}
 
 COPY pyproject.toml docker/constraints.txt ./
