@@ -251,6 +251,11 @@ def _theta(content: Mapping[str, Any], origin: str) -> float:
                 f"{origin}: {key}.partial_rotary_factor={rope['partial_rotary_factor']} is not "
                 "supported: rotary embeddings here turn the whole head"
             )
+        if layered := [name for name, value in rope.items() if isinstance(value, dict)]:
+            raise UserError(
+                f"{origin}: {key}.{layered[0]} is not supported: rotary embeddings here are the same "
+                "in all layers"
+            )
         inner = rope.get("rope_theta")
         if None not in (theta, inner) and theta != inner:
             raise UserError(

@@ -68,7 +68,7 @@ class MoEForCausalLM(MoEDecoder):
         dtype: torch.dtype | str | None = None,
         max_shard_size: str = "5GB",
     ) -> None:
-        """Write a checkpoint directory that transformers loads; weights of an earlier save there are replaced.
+        """Write a checkpoint directory that transformers loads; weights that are there are replaced.
 
         Args:
             tokenizer: anything with transformers' `save_pretrained` and token ids; None: the model's own ids.
@@ -79,7 +79,7 @@ class MoEForCausalLM(MoEDecoder):
         assert shapes == hf.parameter_shapes(self.config), "the model does not hold all of its experts"
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        dtype = _as_dtype(dtype) or self.lm_head.weight.dtype
+        dtype = _as_dtype(dtype or self.lm_head.weight.dtype)
         ids = self.token_ids if tokenizer is None else token_ids(tokenizer)
         _write_weights(self, directory, dtype, parse_size(max_shard_size))
         write_model_files(directory, self.config, ids, _WORDS[dtype], tokenizer)
@@ -106,8 +106,8 @@ def _fill(model: nn.Module, weights: Weights, experts: range | None) -> None:
     weights.check(shapes, optional=[_HEAD] if tied else [])
     if tied and not torch.equal(*(weights.read(name, shapes[_EMBEDDING]) for name in (_HEAD, _EMBEDDING))):
         raise UserError(
-            f"{weights.files.directory} has tie_word_embeddings=true and a {_HEAD} that differs from {_EMBEDDING}: "
-            "set tie_word_embeddings to false in its config.json"
+            f"{weights.files.directory} has tie_word_embeddings=true and a {_HEAD} that differs from "
+            f"{_EMBEDDING}: set tie_word_embeddings to false in its config.json"
         )
     for name, parameter in parameters.items():
         held = experts if hf.is_expert(name) and experts is not None else range(shapes[name][0])
