@@ -53,10 +53,16 @@ class _Dumper(yaml.SafeDumper):
         first: list(rules) for first, rules in yaml.SafeDumper.yaml_implicit_resolvers.items()
     }
 
+    def represent_text(self, text: str):
+        # only double quotes keep every kind of line break
+        style = None if text.isprintable() else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
 
 for _tag, (_pattern, _first) in _YAML_1_2.items():
     _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list(_first))
     _Dumper.add_implicit_resolver(_tag, re.compile(_pattern), list(_first))
+_Dumper.add_representer(str, _Dumper.represent_text)
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
 
 
@@ -188,10 +194,10 @@ def _nearest(location: list[str]) -> str:
     }
     if wrong in elsewhere:
         return f"did you mean {elsewhere[wrong]}?"
-    if near := difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.5):
-        return f"did you mean {'.'.join([*parents, near[0]])}?"
-    if near := difflib.get_close_matches(wrong, elsewhere, n=1, cutoff=0.8):
-        return f"did you mean {elsewhere[near[0]]}?"
+    beside = {key: ".".join([*parents, key]) for key in siblings}
+    for names, cutoff in ((beside, 0.8), (elsewhere, 0.8), (beside, 0.5)):
+        if near := difflib.get_close_matches(wrong, names, n=1, cutoff=cutoff):
+            return f"did you mean {names[near[0]]}?"
     return f"known here: {', '.join(siblings)}"
 
 

@@ -83,7 +83,7 @@ class DataConfig(Section):
     cache_dir: str = Field(
         "~/.cache/moe_llm", description="tokenised data, keyed by its inputs; safe to delete"
     )
-    num_workers: int | None = Field(None, ge=1, description="tokenisation processes; null: all cores")
+    num_workers: int | None = Field(None, ge=1, description="tokenisation threads; null: all cores")
 
     @model_validator(mode="after")
     def _weights_all_or_none(self):

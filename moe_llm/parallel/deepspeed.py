@@ -22,6 +22,8 @@ def prepare_environment(cpu: bool, world_size: int) -> None:
     """What DeepSpeed and accelerate read from the environment; before either is imported."""
     if cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # accelerate never engages DeepSpeed when it is told to use the CPU itself
+        os.environ["ACCELERATE_USE_CPU"] = "false"
     if world_size == 1:
         for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
                             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
@@ -53,6 +55,9 @@ def engine_config(config: Config, world_size: int) -> dict:
     }
     if config.train.precision == "bf16":
         settings["bf16"] = {"enabled": True}
+        # Sums of gradients, over micro-batches and over ranks, lose what is small in bf16.
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        settings["communication_data_type"] = "fp32"
     return settings
 
 
@@ -119,6 +124,13 @@ def read_full(parameter: torch.nn.Parameter, kind: str) -> torch.Tensor:
     return safe_get_full_optimizer_state(parameter, kind)
 
 
+def read_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The whole gradient of a parameter (of this rank's experts), between backward and step. Collective."""
+    from deepspeed.utils import safe_get_full_grad
+
+    return safe_get_full_grad(parameter)
+
+
 def write_full(parameter: torch.nn.Parameter, kind: str, value: torch.Tensor) -> None:
     """Set the fp32 weight (and the model's own copy of it) or an optimizer tensor from the whole tensor.
 
@@ -142,21 +154,13 @@ def write_full(parameter: torch.nn.Parameter, kind: str, value: torch.Tensor) ->
         parameter.data.copy_(value.view_as(parameter))
 
 
-def make_optimizer_state(optimizer: Any, kinds: tuple[str, ...], steps: int) -> None:
-    """Create the torch optimizer's tensors, which exist only after a first step, so that they can be set.
-
-    `optimizer` is the engine's; `steps` is how many steps the state has seen.
-    """
-    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        flats = optimizer.fp32_partitioned_groups_flat
-    else:
-        flats = optimizer.single_partition_of_fp32_groups
-    for flat in flats:
-        state = optimizer.optimizer.state[flat]
-        state["step"] = torch.tensor(float(steps))
-        for kind in kinds:
-            state[kind] = torch.zeros_like(flat)
-    link_optimizer_state(optimizer)
+def flat_parameters(optimizer: Any) -> list[torch.Tensor]:
+    """The fp32 slices that the torch optimizer behind the engine's optimizer steps on."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3
+        return optimizer.fp32_partitioned_groups_flat
+    if hasattr(optimizer, "fp32_groups_flat_partition"):  # ZeRO-1 in bf16
+        return optimizer.fp32_groups_flat_partition
+    return optimizer.single_partition_of_fp32_groups
 
 
 def link_optimizer_state(optimizer: Any) -> None:

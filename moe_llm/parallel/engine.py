@@ -33,6 +33,14 @@ class Engine(Protocol):
     def step(self, lr: float) -> float:
         """Clip, update, clear; returns the gradients' global norm before clipping."""
 
+    def make_optimizer_state(self, steps: int) -> None:
+        """Give the optimizer, which has none before its first step, the tensors that it has after `steps` steps,
+        all zero: `write` then fills them."""
+
+    def gradient(self, name: str) -> Tensor:
+        """The gradient of a parameter (of this rank's experts), averaged over the ranks; fp32 on the CPU, between
+        `backward` and `step`. Collective."""
+
 
 def expert_range(config: Config, rank: int) -> range:
     """The experts of each layer that a rank holds: neighbouring ranks share one set."""
@@ -129,6 +137,9 @@ class LocalEngine(_NamedState):
             if parameter is not master:
                 parameter.copy_(master)
 
+    def gradient(self, name: str) -> Tensor:
+        return self._masters[self._parameters[name]].grad.float().cpu()
+
     def read(self, name: str, kind: str) -> Tensor:
         parameter = self._parameters[name]
         master = self._masters.get(parameter, parameter)
@@ -146,12 +157,17 @@ class LocalEngine(_NamedState):
             self.optimizer.state[master][kind].copy_(tensor)
 
     def make_optimizer_state(self, steps: int) -> None:
-        """Optimizer tensors as after `steps` steps, still zero, so that they can be written."""
-        for master in self._trained:
-            state = self.optimizer.state[master]
-            state["step"] = torch.tensor(float(steps))
-            for kind in self.kinds:
-                state[kind] = torch.zeros_like(master)
+        _fill_optimizer_state(self.optimizer, self._trained, self.kinds, steps)
+
+
+def _fill_optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: list[Tensor], kinds: tuple[str, ...], steps: int
+) -> None:
+    for parameter in parameters if kinds else ():
+        state = optimizer.state[parameter]
+        state["step"] = torch.tensor(float(steps))
+        for kind in kinds:
+            state[kind] = torch.zeros_like(parameter)
 
 
 def _move_gradient_to(master: nn.Parameter) -> Callable[[Tensor], None]:
@@ -193,6 +209,9 @@ class DeepSpeedEngine(_NamedState):
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
+    def gradient(self, name: str) -> Tensor:
+        return contract.read_gradient(self._parameters[name]).float().cpu()
+
     def read(self, name: str, kind: str) -> Tensor:
         contract.link_optimizer_state(self.engine.optimizer)
         return contract.read_full(self._parameters[name], kind).cpu()
@@ -201,8 +220,9 @@ class DeepSpeedEngine(_NamedState):
         contract.write_full(self._parameters[name], kind, tensor.to(self._runtime.device))
 
     def make_optimizer_state(self, steps: int) -> None:
-        """Optimizer tensors as after `steps` steps, still zero, so that they can be written."""
-        contract.make_optimizer_state(self.engine.optimizer, self.kinds, steps)
+        optimizer = self.engine.optimizer
+        _fill_optimizer_state(optimizer.optimizer, contract.flat_parameters(optimizer), self.kinds, steps)
+        contract.link_optimizer_state(optimizer)
 
 
 def build_engine(

@@ -85,7 +85,8 @@ def start(config: Config) -> Runtime:
     """
     world_size = world_size_from_environment()
     check_layout(config, world_size)
-    cpu = config.train.device == "cpu" or not torch.cuda.is_available()
+    asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
+    cpu = config.train.device == "cpu" or asked_for_cpu or not torch.cuda.is_available()
     use_deepspeed = world_size > 1 or config.parallel.engine == "deepspeed"
 
     from accelerate import Accelerator

@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from moe_llm.checkpoint.pretrained import load_weights
-from moe_llm.checkpoint.state import (
-    check_same_run,
-    find_resumable,
-    load_checkpoint,
-    read_trainer_state,
-    save_checkpoint,
-)
+from moe_llm.checkpoint.resume import check_same_run, find_resumable
+from moe_llm.checkpoint.folder import STATE
+from moe_llm.checkpoint.safetensors_io import read_json
+from moe_llm.checkpoint.state import load_checkpoint, save_checkpoint
 from moe_llm.config import Config, dump_config
 from moe_llm.data.loader import Data, TrainLoader, load_data
 from moe_llm.data.sources import check_sources
@@ -96,18 +93,17 @@ def build_trained(config: Config, runtime: Runtime, source: Path | None) -> tupl
     """The model under its engine, initialised from the seed or restored from a checkpoint at any layout."""
     experts = expert_range(config, runtime.rank)
     model = build_model(config.model, config.run.seed, prepare=lambda m: shard_experts(m, experts))
-    position = Position()
     if source is not None:
         load_weights(model, source, experts=experts)
     groups = parameter_groups(model, config.optim.weight_decay)
     engine = build_engine(
         model, runtime, config, groups, lambda g: build_optimizer(g, config.optim), optimizer_kinds(config.optim)
     )
-    if source is not None:
-        position = Position(**{k: v for k, v in read_trainer_state(source).items() if k in vars(Position())})
-        engine.make_optimizer_state(position.step)
-        load_checkpoint(source, engine)
-    return engine, position
+    if source is None:
+        return engine, Position()
+    step = int(read_json(source / STATE)["step"])
+    engine.make_optimizer_state(step)
+    return engine, Position(**load_checkpoint(source, engine))
 
 
 def on_main(runtime: Runtime, do: Callable[[], T]) -> T:

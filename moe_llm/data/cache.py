@@ -1,0 +1,233 @@
+"""Tokenised text on disk: every source is encoded once, into flat arrays that are memory-mapped.
+
+    CACHE_DIR/tokens-KEY/{train,validation}.{tokens,starts,bytes}.bin   meta.json
+
+`tokens` is the concatenation of the documents, each bos + ids + eos (uint16 where ids fit, else uint32);
+`starts` (documents + 1, int64) is where each begins; `bytes` (documents, int64) is the UTF-8 length of each.
+KEY is a hash of all that determines the content. A directory that has its name is complete.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moe_llm.config import SourceConfig
+from moe_llm.data.files import building, publish
+from moe_llm.data.sources import fingerprint, read_documents, source_bytes
+from moe_llm.data.split import HoldOut
+from moe_llm.data.tokenizer import content_hash
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_VERSION = 1
+_BATCH_BYTES = 256 * 1024
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """Documents as tokens.
+
+    tokens_N: all of them in order; starts (documents + 1,): where each begins; sizes (documents,): UTF-8
+    length of each; bytes: of all together.
+    """
+
+    tokens_N: np.ndarray
+    starts: np.ndarray
+    sizes: np.ndarray
+    bytes: int
+
+    @property
+    def documents(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def targets(self) -> int:
+        """Tokens that are predicted: all but the first of each document."""
+        return len(self.tokens_N) - self.documents
+
+
+class DocumentEncoder:
+    """Text to the tokens of a document, bos + ids + eos, as numpy arrays.
+
+    Text that looks like a special token, such as "</s>", is encoded as the text it is. A tokenizer without
+    bos starts documents with eos. Threads may share an encoder.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast"):
+        from tokenizers import Tokenizer
+
+        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._backend.encode_special_tokens = True
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self.eos = tokenizer.eos_token_id
+        self.bos = self.eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array([self.bos, *e.ids, self.eos], dtype=self.dtype) for e in encodings]
+
+
+def cached_tokens(
+    source: SourceConfig, field: str, holdout: HoldOut, tokenizer: "PreTrainedTokenizerFast", *,
+    cache_dir: str, num_workers: int | None = None, show_progress: bool = False,
+) -> dict[str, TokenizedText]:
+    """Training and validation tokens of a source, from the cache, where they are put first if need be.
+
+    One process builds while others that ask for the same wait. Memory stays bounded by a few batches.
+
+    Args:
+        field: name of the source in the configuration.
+        num_workers: threads that encode; None for all cores. The result does not depend on it.
+
+    Raises:
+        UserError: unreadable text, or no space left; nothing of the cache entry remains then.
+    """
+    cache = Path(cache_dir).expanduser()
+    inputs = [_VERSION, fingerprint(source, field), holdout.key(), content_hash(tokenizer), len(tokenizer)]
+    name = f"tokens-{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]}"
+    directory = cache / name
+    if not directory.exists():
+        with building(cache, name):
+            if not directory.exists():
+                encoder = DocumentEncoder(tokenizer)
+                with publish(directory, field="data.cache_dir") as temporary:
+                    _build(source, field, holdout, encoder, temporary, num_workers, show_progress)
+    return {split: _open(directory, split) for split in SPLITS}
+
+
+def _open(directory: Path, split: str) -> TokenizedText:
+    meta = json.loads((directory / "meta.json").read_text())
+    part = meta[split]
+
+    def array(name: str, dtype: str, length: int) -> np.ndarray:
+        if not length:
+            return np.empty(0, dtype)  # an empty file cannot be mapped
+        return np.memmap(directory / f"{split}.{name}.bin", dtype=dtype, mode="r", shape=(length,))
+
+    return TokenizedText(
+        tokens_N=array("tokens", meta["dtype"], part["tokens"]),
+        starts=array("starts", "int64", part["documents"] + 1),
+        sizes=array("bytes", "int64", part["documents"]),
+        bytes=part["bytes"],
+    )
+
+
+class _SplitWriter:
+    """Appends documents of one split to its three files."""
+
+    def __init__(self, directory: Path, split: str, stack: contextlib.ExitStack):
+        self._files = {
+            name: stack.enter_context((directory / f"{split}.{name}.bin").open("wb"))
+            for name in ("tokens", "starts", "bytes")
+        }
+        self.totals = {"documents": 0, "tokens": 0, "bytes": 0}
+        self._files["starts"].write(np.int64(0).tobytes())
+
+    def write(self, ids: np.ndarray, size: int) -> None:
+        self.totals["documents"] += 1
+        self.totals["tokens"] += len(ids)
+        self.totals["bytes"] += size
+        self._files["tokens"].write(ids.tobytes())
+        self._files["starts"].write(np.int64(self.totals["tokens"]).tobytes())
+        self._files["bytes"].write(np.int64(size).tobytes())
+
+
+def _build(source: SourceConfig, field: str, holdout: HoldOut, encoder: DocumentEncoder, directory: Path,
+           num_workers: int | None, show_progress: bool) -> None:
+    with contextlib.ExitStack() as stack:
+        advance = stack.enter_context(_progress(field, source_bytes(source, field), show_progress))
+        writers = {split: _SplitWriter(directory, split, stack) for split in SPLITS}
+        batches = _batches(_divided(read_documents(source, field), holdout))
+        for batch, encoded in _encode_in_threads(batches, encoder, num_workers or os.cpu_count() or 1):
+            for (split, text), ids in zip(batch, encoded):
+                size = len(text.encode("utf-8"))
+                writers[split].write(ids, size)
+                advance(size)
+    meta = {"dtype": encoder.dtype.name} | {split: writer.totals for split, writer in writers.items()}
+    (directory / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+
+
+def _divided(texts: Iterable[str], holdout: HoldOut) -> Iterator[tuple[str, str]]:
+    """(split, text) of each part of each document."""
+    for text in texts:
+        for split, part in zip(SPLITS, holdout.divide(text)):
+            if part:
+                yield split, part
+
+
+def _batches(items: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    batch, size = [], 0
+    for item in items:
+        batch.append(item)
+        size += len(item[1])
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encode_in_threads(batches: Iterable[list], encoder: DocumentEncoder, workers: int):
+    """(batch, its encoded documents) in order; encoding releases the interpreter lock, so threads do.
+
+    At most two batches a worker are under way, which bounds memory.
+    """
+    waiting: deque[tuple[list, Future]] = deque()
+    with _one_thread_per_call(), ThreadPoolExecutor(workers) as pool:
+        try:
+            for batch in batches:
+                waiting.append((batch, pool.submit(encoder.encode, [text for _, text in batch])))
+                if len(waiting) >= 2 * workers:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            while waiting:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+@contextlib.contextmanager
+def _one_thread_per_call() -> Iterator[None]:
+    """Keep `tokenizers` from threads of its own, which would ignore `data.num_workers`."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+@contextlib.contextmanager
+def _progress(field: str, total: int | None, show: bool):
+    """A function to report encoded bytes to; a bar on stderr if asked for and stderr is a terminal."""
+    from rich import progress as bars
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not (show and console.is_terminal):
+        yield lambda size: None
+        return
+    columns = (bars.TextColumn("tokenising {task.description}"), bars.BarColumn(), bars.DownloadColumn(),
+               bars.TransferSpeedColumn(), bars.TimeRemainingColumn())
+    with bars.Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(field, total=total)
+        yield lambda size: progress.advance(task, size)

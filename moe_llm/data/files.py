@@ -1,0 +1,85 @@
+"""Files that are complete or absent, built by one process at a time."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from moe_llm.errors import UserError
+
+
+@contextlib.contextmanager
+def building(cache: Path, key: str) -> Iterator[None]:
+    """Only one process of this host (of all hosts, where the file system locks) is inside for a key.
+
+    The lock goes with the process, so one that was killed does not block the next.
+    """
+    from filelock import FileLock
+
+    with user_error_on_disk("data.cache_dir", cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(cache / f"{key}.lock")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def publish(directory: Path, field: str) -> Iterator[Path]:
+    """A temporary directory that takes its final name when the block ends, and disappears if it fails.
+
+    Call it under `building`: what killed predecessors left behind is removed first.
+    """
+    prefix = f".{directory.name}.{hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:8]}.tmp-"
+    temporary = directory.with_name(f"{prefix}{os.getpid()}")
+    with user_error_on_disk(field, directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        for stale in directory.parent.glob(f"{prefix}*"):
+            shutil.rmtree(stale)
+        try:
+            temporary.mkdir()
+            yield temporary
+            for file in temporary.iterdir():
+                _flush(file)
+            temporary.rename(directory)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_file(file: Path, content: bytes) -> None:
+    """Write a small file of the cache in one step."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    with user_error_on_disk("data.cache_dir", file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb+") as stream:
+        os.fsync(stream.fileno())
+
+
+@contextlib.contextmanager
+def user_error_on_disk(field: str, path: Path) -> Iterator[None]:
+    """Turn a full, read-only or forbidden disk into a sentence; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"{field}: no space left for {path}: free some or choose another directory"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(
+                f"{field}: {path} cannot be written ({error.strerror}): choose another directory"
+            ) from error
+        raise

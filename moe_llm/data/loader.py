@@ -1,0 +1,287 @@
+"""From a configuration to batches: what is trained on, in which order, and what is held out."""
+
+import math
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from moe_llm.config import Config, SourceConfig
+from moe_llm.data.cache import SPLITS, DocumentEncoder, TokenizedText, cached_tokens
+from moe_llm.data.order import Mixture, shuffled
+from moe_llm.data.packing import Batch, PackedBlocks, as_batch
+from moe_llm.data.sources import check_sources, named_sources, named_validation_sources, read_documents
+from moe_llm.data.split import HoldOut, find_holdout
+from moe_llm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class TrainBlocks:
+    """The endless sequence of training samples; sample g is a pure function of (seed, g).
+
+    Without weights an epoch is every block of every source once, shuffled together. With weights, sources
+    are mixed by them, each going through its own blocks epoch after epoch.
+    """
+
+    def __init__(self, sources: Sequence[PackedBlocks], weights: Sequence[float] | None, seed: int):
+        self.sources, self.seed = list(sources), seed
+        self._ends = np.cumsum([len(source) for source in sources])
+        self._mixture = None if weights is None or len(sources) == 1 else Mixture(list(weights), seed)
+
+    def __len__(self) -> int:
+        """Blocks of all sources; without weights, the samples of an epoch."""
+        return int(self._ends[-1])
+
+    def locate(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(source, block of that source) of samples start .. start + count, (count,) int64 both."""
+        position = np.arange(start, start + count, dtype=np.int64)
+        if self._mixture is None:
+            flat = shuffled(position, len(self), self.seed, 0)
+            source = np.searchsorted(self._ends, flat, side="right")
+            return source, flat - (self._ends[source] - [len(self.sources[s]) for s in source])
+        source, nth = self._mixture(position)
+        block = np.empty_like(nth)
+        for s in np.unique(source):
+            block[source == s] = shuffled(nth[source == s], len(self.sources[s]), self.seed, int(s) + 1)
+        return source, block
+
+    def rows(self, start: int, count: int) -> Batch:
+        """Samples start .. start + count as one batch."""
+        arrays = self.sources[0].empty_arrays(count)
+        for row, (source, block) in enumerate(zip(*self.locate(start, count))):
+            self.sources[source].write(int(block), row, arrays)
+        return as_batch(arrays)
+
+
+class TrainLoader:
+    """Micro-batches of one rank, a list for each optimizer step, read ahead by a thread.
+
+    The step that begins at position p takes samples p .. p + G. Micro-batch j of rank r has its rows
+    p + j*W*m + r*m .. + m, so the ranks' j-th micro-batches together are those of one process that takes
+    W*m at once. The position alone, which counts samples of all ranks, says where to go on, also with
+    another number of ranks.
+
+    Args:
+        position: samples consumed so far.
+        prefetch: steps read ahead; 0 reads in the caller's thread.
+    """
+
+    def __init__(self, blocks: TrainBlocks, *, position: int, global_batch_size: int, micro_batch_size: int,
+                 rank: int = 0, world_size: int = 1, prefetch: int = 2):
+        assert 0 <= rank < world_size
+        assert global_batch_size % (micro_batch_size * world_size) == 0, "checked by Config.accumulation_steps"
+        self.blocks, self.position = blocks, position
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.rank, self.world_size = rank, world_size
+        self._pin = torch.cuda.is_available()
+        self._stop = threading.Event()
+        self._queue: queue.Queue = queue.Queue(max(prefetch, 1))
+        self._thread = None
+        if prefetch:
+            self._thread = threading.Thread(target=self._read_ahead, args=(position,), daemon=True)
+            self._thread.start()
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        """The next step's micro-batches; `position` then counts that step."""
+        if self._stop.is_set():
+            raise StopIteration
+        step = self._step(self.position) if self._thread is None else self._queue.get()
+        if isinstance(step, BaseException):
+            self.close()
+            raise step
+        self.position += self.global_batch_size
+        return step
+
+    def close(self) -> None:
+        """End the thread; nothing can be read afterwards."""
+        self._stop.set()
+        if self._thread is not None:
+            while self._thread.is_alive():
+                self._drain()
+                self._thread.join(0.01)
+            self._drain()
+
+    def __enter__(self) -> "TrainLoader":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _drain(self) -> None:
+        while not self._queue.empty():
+            self._queue.get_nowait()
+
+    def _step(self, position: int) -> list[Batch]:
+        m = self.micro_batch_size
+        stride = m * self.world_size
+        begins = range(position + self.rank * m, position + self.global_batch_size, stride)
+        batches = [self.blocks.rows(begin, m) for begin in begins]
+        return [batch.pin_memory() for batch in batches] if self._pin else batches
+
+    def _read_ahead(self, position: int) -> None:
+        try:
+            while not self._stop.is_set():
+                self._queue.put(self._step(position))
+                position += self.global_batch_size
+        except Exception as error:  # noqa: BLE001 - handed to the caller, who raises it
+            self._queue.put(error)
+
+
+class ValidationBlocks:
+    """Held-out blocks.
+
+    Args:
+        max_blocks: as many, evenly spread over all; None for all.
+    """
+
+    def __init__(self, sources: Sequence[PackedBlocks], max_blocks: int | None = None):
+        self.sources = list(sources)
+        every = [(s, b) for s, source in enumerate(self.sources) for b in range(len(source))]
+        count = len(every) if max_blocks is None else min(max_blocks, len(every))
+        self.blocks = [every[i * len(every) // count] for i in range(count)]
+        if count == len(every):
+            held = sum(source.text.bytes for source in self.sources)
+            targets = sum(source.text.targets for source in self.sources)
+        else:
+            held = sum(self.sources[s].bytes_of(b) for s, b in self.blocks)
+            targets = sum(self._rows([block]).num_targets for block in self.blocks)
+        assert targets, "a document has at least one target"
+        self.num_targets = targets
+        self.bytes_per_token = held / targets
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def bits_per_byte(self, loss: float) -> float:
+        """A mean loss in nats a target token, as bits for each UTF-8 byte of held-out text."""
+        return loss / math.log(2) / self.bytes_per_token
+
+    def _rows(self, blocks: list[tuple[int, int]], rows: int | None = None) -> Batch:
+        arrays = self.sources[0].empty_arrays(rows or len(blocks))
+        for row, (source, block) in enumerate(blocks):
+            self.sources[source].write(block, row, arrays)
+        return as_batch(arrays)
+
+    def batches(self, *, micro_batch_size: int, rank: int = 0, world_size: int = 1) -> Sequence[Batch]:
+        """This rank's batches: as many on every rank and of the same shape; some rows may be all padding."""
+        return _ValidationBatches(self, micro_batch_size, rank, world_size)
+
+
+class _ValidationBatches(Sequence):
+    """Batches made when asked for: a large held-out split is not held in memory."""
+
+    def __init__(self, blocks: ValidationBlocks, micro_batch_size: int, rank: int, world_size: int):
+        self._source, self._m = blocks, micro_batch_size
+        self._mine = blocks.blocks[rank::world_size]
+        self._count = -(-len(blocks) // (micro_batch_size * world_size))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Batch:
+        if not -self._count <= index < self._count:
+            raise IndexError(index)
+        index %= self._count
+        return self._source._rows(self._mine[index * self._m : (index + 1) * self._m], self._m)
+
+
+def validation_batches(validation: ValidationBlocks, *, micro_batch_size: int, rank: int = 0,
+                       world_size: int = 1) -> Sequence[Batch]:
+    """`ValidationBlocks.batches`, as a function."""
+    return validation.batches(micro_batch_size=micro_batch_size, rank=rank, world_size=world_size)
+
+
+@dataclass(frozen=True)
+class SourceStatistics:
+    """One source's share of a split. tokens: with bos and eos; blocks: of the sequence length."""
+
+    name: str
+    split: str
+    documents: int
+    tokens: int
+    bytes: int
+    blocks: int
+
+
+@dataclass(frozen=True)
+class Data:
+    """A run's data."""
+
+    train: TrainBlocks
+    validation: ValidationBlocks
+    statistics: list[SourceStatistics]
+
+
+def load_data(config: Config, tokenizer: "PreTrainedTokenizerFast", *, rank: int = 0, world_size: int = 1,
+              show_progress: bool = True) -> Data:
+    """Everything a run reads: from the cache, which is built first where it is missing.
+
+    Every rank calls it: one rank of a host builds while the others wait. Rank 0 alone shows progress.
+
+    Raises:
+        UserError: unusable sources, or nothing left to train on or to hold out.
+    """
+    data = config.data
+    check_sources(config)
+    holdout = find_holdout(config)
+
+    def tokens(field: str, source: SourceConfig, divide: HoldOut) -> dict[str, TokenizedText]:
+        return cached_tokens(source, field, divide, tokenizer, cache_dir=data.cache_dir,
+                             num_workers=data.num_workers, show_progress=show_progress and rank == 0)
+
+    def packed(text: TokenizedText) -> PackedBlocks:
+        return PackedBlocks(text, data.sequence_length, data.isolate_documents, tokenizer.eos_token_id)
+
+    texts = [(field, tokens(field, source, holdout)) for field, source in named_sources(config)]
+    parts = [(field, split, text[split]) for field, text in texts for split in SPLITS]
+    if data.validation_sources:
+        parts = [part for part in parts if part[1] == "train"]
+        parts += [(field, "validation", tokens(field, source, HoldOut())["train"])
+                  for field, source in named_validation_sources(config)]
+    statistics = [
+        SourceStatistics(field, split, text.documents, len(text.tokens_N), text.bytes, len(packed(text)))
+        for field, split, text in parts
+    ]
+    train = [packed(text) for _, split, text in parts if split == "train"]
+    for (field, source), blocks in zip(named_sources(config), train):
+        if not len(blocks) and (source.weight is not None or not any(map(len, train))):
+            raise UserError(
+                f"{field} has no text left to train on, all is held out: add text to it or remove it"
+            )
+    held_out = [packed(text) for _, split, text in parts if split == "validation"]
+    validation = ValidationBlocks(held_out, config.evaluate.max_blocks)
+    weights = [source.weight for source in data.sources]
+    order = TrainBlocks(train, None if None in weights else weights, config.run.seed)
+    return Data(order, validation, statistics)
+
+
+def load_evaluation(paths: str | list[str], tokenizer: "PreTrainedTokenizerFast", *, sequence_length: int,
+                    isolate_documents: bool = True, text_field: str = "text", document: str = "file",
+                    max_blocks: int | None = None) -> ValidationBlocks:
+    """Any files as held-out blocks, tokenised in memory, with exact byte counts.
+
+    Args:
+        paths: a path, a glob or a list of them: text, jsonl or parquet, as in `data.sources`.
+
+    Raises:
+        UserError: files that are missing, empty or unreadable.
+    """
+    source = SourceConfig(type="files", path=paths, text_field=text_field, document=document)
+    encoder = DocumentEncoder(tokenizer)
+    ids, sizes = [], []
+    for text in read_documents(source, "--data"):
+        ids += encoder.encode([text])
+        sizes.append(len(text.encode("utf-8")))
+    starts = np.cumsum([0] + [len(document_ids) for document_ids in ids])
+    text = TokenizedText(np.concatenate(ids), starts, np.array(sizes), sum(sizes))
+    return ValidationBlocks([PackedBlocks(text, sequence_length, isolate_documents, tokenizer.eos_token_id)],
+                            max_blocks)

@@ -1,0 +1,123 @@
+"""Documents packed into blocks of fixed length, nothing lost and nothing repeated.
+
+Shapes: B blocks, S sequence length, N tokens of a source.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+
+from moe_llm.data.cache import TokenizedText
+
+IGNORED = -100  # label of a position that predicts nothing
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed blocks, ready for the model.
+
+    input_ids_BS: int64 tokens.
+    labels_BS: int64, already shifted: the target of position t stands at t; -100 where there is none.
+    position_ids_BS: int64, from 0 in every document of a block, or, not isolated, 0 to S-1.
+    document_ids_BS: int64 index of the document within its block, -1 on padding; None if not isolated.
+    attention_mask_BS: bool, False on padding.
+    """
+
+    input_ids_BS: torch.Tensor
+    labels_BS: torch.Tensor
+    position_ids_BS: torch.Tensor
+    document_ids_BS: torch.Tensor | None
+    attention_mask_BS: torch.Tensor
+
+    @property
+    def num_targets(self) -> int:
+        return int((self.labels_BS != IGNORED).sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are no padding."""
+        return int(self.attention_mask_BS.sum())
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        return self._map(torch.Tensor.pin_memory)
+
+    def rows(self, start: int, stop: int) -> "Batch":
+        return self._map(lambda tensor: tensor[start:stop])
+
+    def _map(self, function) -> "Batch":
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{k: None if v is None else function(v) for k, v in values.items()})
+
+
+class PackedBlocks:
+    """A source as blocks: block i reads tokens i*S to (i+1)*S and predicts the token after each.
+
+    Documents follow each other; the last block is padded. The first token of a document (bos) is never a
+    target, whether documents are isolated or not, so that losses of both settings compare; every other token
+    is a target exactly once.
+
+    Args:
+        pad: token id that fills the last block; never attended to and never a target.
+    """
+
+    def __init__(self, text: TokenizedText, sequence_length: int, isolate_documents: bool, pad: int):
+        self.text, self.sequence_length = text, sequence_length
+        self.isolate_documents, self.pad = isolate_documents, pad
+
+    def __len__(self) -> int:
+        """Number of blocks: the last token of the source is predicted but not read."""
+        return -(-max(len(self.text.tokens_N) - 1, 0) // self.sequence_length)
+
+    def write(self, block: int, row: int, out: dict[str, np.ndarray]) -> None:
+        """Write one block into row `row` of the arrays of `empty_arrays`."""
+        S, starts = self.sequence_length, self.text.starts
+        begin = block * S
+        chunk = self.text.tokens_N[begin : begin + S + 1]
+        n = len(chunk) - 1
+        out["input_ids_BS"][row, :n] = chunk[:-1]
+        out["labels_BS"][row, :n] = chunk[1:]
+        out["attention_mask_BS"][row, :n] = True
+        first, last = np.searchsorted(starts, [begin, begin + n], side="right")
+        begins = np.asarray(starts[first:last]) - begin  # where documents start, in 1 .. n
+        out["labels_BS"][row, begins - 1] = IGNORED
+        if self.isolate_documents:
+            begins = np.concatenate([[0], begins[begins < n]])
+            lengths = np.diff(begins, append=n)
+            out["document_ids_BS"][row, :n] = np.repeat(np.arange(len(begins)), lengths)
+            out["position_ids_BS"][row, :n] = np.arange(n) - np.repeat(begins, lengths)
+
+    def bytes_of(self, block: int) -> float:
+        """UTF-8 bytes that a block's targets stand for; a document's bytes are shared evenly by its targets.
+
+        The eos is a target too: it is paid for, and stands for no text of its own.
+        """
+        starts, S = self.text.starts, self.sequence_length
+        first_target, stop = block * S + 1, min((block + 1) * S + 1, len(self.text.tokens_N))
+        first = np.searchsorted(starts, first_target, side="right") - 1
+        last = np.searchsorted(starts, stop, side="left")
+        begins, ends = np.asarray(starts[first:last]) + 1, np.asarray(starts[first + 1 : last + 1])
+        targets = np.clip(np.minimum(ends, stop) - np.maximum(begins, first_target), 0, None)
+        return float((self.text.sizes[first:last] * (targets / (ends - begins))).sum())
+
+    def empty_arrays(self, rows: int) -> dict[str, np.ndarray]:
+        """Arrays for `rows` blocks, all padding."""
+        shape = (rows, self.sequence_length)
+        arrays = {
+            "input_ids_BS": np.full(shape, self.pad, np.int64),
+            "labels_BS": np.full(shape, IGNORED, np.int64),
+            "attention_mask_BS": np.zeros(shape, bool),
+        }
+        if self.isolate_documents:
+            return arrays | {"document_ids_BS": np.full(shape, -1, np.int64),
+                             "position_ids_BS": np.zeros(shape, np.int64)}
+        positions = np.broadcast_to(np.arange(self.sequence_length, dtype=np.int64), shape)
+        return arrays | {"position_ids_BS": positions.copy()}
+
+
+def as_batch(arrays: dict[str, np.ndarray]) -> Batch:
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return Batch(**({"document_ids_BS": None} | tensors))

@@ -1,0 +1,309 @@
+"""Sources of text: a `SourceConfig` becomes a stream of documents, in a fixed order.
+
+Everything is streamed: what is held in memory is one document, and a text file that is one document
+is taken in segments, so files may be larger than memory. jsonl and parquet are read directly (a bad line
+is named by file and line); `datasets` is loaded for hub sources alone, because importing it takes seconds.
+"""
+
+import glob
+import gzip
+import hashlib
+import json
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from moe_llm.config import Config, SourceConfig
+from moe_llm.errors import UserError
+
+SEGMENT_BYTES = 4 * 2**20  # a larger text file is several documents, cut at line ends
+HASHED_BYTES = 64 * 2**20  # sources up to this size are recognised by content, larger ones by size and date
+_STDLIB_LEFT_OUT = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+
+
+def named_sources(config: Config) -> list[tuple[str, SourceConfig]]:
+    """Training sources with the names that errors use, in order."""
+    return [(f"data.sources.{i}", source) for i, source in enumerate(config.data.sources)]
+
+
+def named_validation_sources(config: Config) -> list[tuple[str, SourceConfig]]:
+    sources = config.data.validation_sources
+    return [(f"data.validation_sources.{i}", source) for i, source in enumerate(sources)]
+
+
+def check_sources(config: Config) -> None:
+    """Refuse sources whose files do not exist or are all empty; reads no text, so it is instant.
+
+    Raises:
+        UserError: names field, path and remedy.
+    """
+    for field, source in named_sources(config) + named_validation_sources(config):
+        if source.type != "hub":
+            list_files(source, field)
+
+
+def list_files(source: SourceConfig, field: str) -> list[Path]:
+    """Files of a `files` or `python_stdlib` source, sorted within each pattern, none twice."""
+    if source.type == "python_stdlib":
+        return _stdlib_files()
+    patterns = [source.path] if isinstance(source.path, str) else source.path
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        found.update(dict.fromkeys(_expand(pattern, field)))
+    files = list(found)
+    try:
+        empty = not any(path.stat().st_size for path in files)
+    except OSError as error:
+        raise UserError(f"{field}.path={source.path}: {error}") from error
+    if empty:
+        which = f"the file {files[0]} is" if len(files) == 1 else f"all {len(files)} files are"
+        raise UserError(f"{field}.path={source.path}: {which} empty, name files that hold text")
+    return files
+
+
+def _expand(pattern: str, field: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        example = f"{pattern.rstrip('/')}/**/*.txt"
+        raise UserError(f"{field}.path={pattern} is a directory: name its files, such as {example}")
+    if path.exists():
+        return [path]
+    if not glob.has_magic(pattern):
+        raise UserError(
+            f"{field}.path={pattern} does not exist: give an existing file or a pattern such as data/*.txt"
+        )
+    files = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+    if not files:
+        raise UserError(
+            f"{field}.path={pattern} matches no file: check the pattern (** goes into subdirectories)"
+        )
+    return files
+
+
+def _stdlib_files() -> list[Path]:
+    """The running interpreter's own library, without its tests: about 12 MB of Python source."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [
+        path for path in root.rglob("*.py")
+        if not _STDLIB_LEFT_OUT & set(path.relative_to(root).parts[:-1]) and path.is_file()
+    ]
+    return sorted(files)
+
+
+def source_bytes(source: SourceConfig, field: str) -> int | None:
+    """Size of a source's files in bytes, None where it is unknown (hub); for progress bars."""
+    return None if source.type == "hub" else sum(path.stat().st_size for path in list_files(source, field))
+
+
+def fingerprint(source: SourceConfig, field: str) -> list:
+    """What tells one state of a source's text from another, as JSON values.
+
+    Files are known by name, size and, up to 64 MiB in all, content, so that a copy of them counts as the
+    same text; beyond that by modification time. A hub dataset is known by its name, configuration and split.
+    """
+    settings = source.model_dump(mode="json", exclude={"weight", "path"})
+    if source.type == "hub":
+        local = Path(source.path).expanduser()
+        files = sorted(p for p in local.rglob("*") if p.is_file()) if local.is_dir() else []
+        return [settings, source.path, [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]]
+    files = list_files(source, field)
+    stats = [path.stat() for path in files]
+    if sum(stat.st_size for stat in stats) <= HASHED_BYTES:
+        marks: list = []
+        for path in files:
+            try:
+                marks.append(hashlib.sha256(path.read_bytes()).hexdigest())
+            except OSError as error:
+                raise UserError(f"{field}: {path} cannot be read: {error.strerror}") from error
+    else:
+        marks = [stat.st_mtime_ns for stat in stats]
+    return [settings, [[path.name, stat.st_size, mark] for path, stat, mark in zip(files, stats, marks)]]
+
+
+def read_documents(source: SourceConfig, field: str) -> Iterator[str]:
+    """The documents of a source in order, each non-empty and encodable as UTF-8.
+
+    Args:
+        field: name of the source in the configuration, for errors, e.g. "data.sources.0".
+
+    Raises:
+        UserError: unreadable, undecodable or malformed text, by file and line or byte; no text at all.
+    """
+    count = 0
+    documents = _hub_documents(source, field) if source.type == "hub" else _file_documents(source, field)
+    for text in documents:
+        if not text:
+            continue
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{field}: document {count} holds half of a surrogate pair at character {error.start}, "
+                "which is no Unicode text: repair or remove that document"
+            ) from error
+        count += 1
+        yield text
+    if not count:
+        raise UserError(
+            f"{field}: {source.path or source.type} holds no text: name files with non-empty documents"
+        )
+
+
+def _file_documents(source: SourceConfig, field: str) -> Iterator[str]:
+    for path in list_files(source, field):
+        try:
+            yield from _documents_of_file(path, source, field)
+        except UnicodeDecodeError as error:
+            if source.type == "python_stdlib":
+                continue  # a handful of legacy-encoded modules in some distributions
+            raise UserError(
+                f"{field}: {path} is not UTF-8 at {error.reason}: convert it, e.g. with iconv, or remove it"
+            ) from error
+        except (OSError, EOFError, zlib.error) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{field}: {path} cannot be read ({reason}): replace or remove it") from error
+
+
+def _documents_of_file(path: Path, source: SourceConfig, field: str) -> Iterator[str]:
+    suffix = (path.with_suffix("") if path.suffix == ".gz" else path).suffix
+    kind = source.format
+    if kind == "auto":
+        kind = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(suffix, "text")
+    if source.type == "python_stdlib":
+        return _segments(path)
+    if kind == "jsonl":
+        return _jsonl(path, source.text_field, field)
+    if kind == "parquet":
+        return _parquet(path, source.text_field, field)
+    return _lines(path) if source.document == "line" else _segments(path)
+
+
+def _open(path: Path):
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+
+
+def _decode(data: bytes, offset: int, where: str = "") -> str:
+    """UTF-8 to text; the error's `reason` says where in the file."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        position = where or f"byte {offset + error.start}"
+        raise UnicodeDecodeError("utf-8", data, error.start, error.end, position) from error
+
+
+def _segments(path: Path) -> Iterator[str]:
+    """The whole file as one document, or, above `SEGMENT_BYTES`, as several that end at line ends."""
+    with _open(path) as file:
+        rest, offset = b"", 0
+        while True:
+            data = rest + file.read(SEGMENT_BYTES - len(rest))
+            last = len(data) < SEGMENT_BYTES
+            cut = len(data) if last else _cut_point(data)
+            text = _decode(data[:cut], offset)
+            yield text.removeprefix("\ufeff") if offset == 0 else text
+            if last:
+                return
+            rest, offset = data[cut:], offset + cut
+
+
+def _cut_point(data: bytes) -> int:
+    line_end = data.rfind(b"\n") + 1
+    if line_end:
+        return line_end
+    cut = len(data) - 1
+    while len(data) - cut < 4 and data[cut] & 0xC0 == 0x80:  # continuation bytes of a character
+        cut -= 1
+    return cut
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            text = _decode(line, 0, f"line {number}")
+            yield number, text.removeprefix("\ufeff") if number == 1 else text
+
+
+def _lines(path: Path) -> Iterator[str]:
+    for _, line in _numbered_lines(path):
+        yield line.rstrip("\r\n")
+
+
+def _jsonl(path: Path, text_field: str, field: str) -> Iterator[str]:
+    for number, line in _numbered_lines(path):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{field}: {path}, line {number} is not valid JSON ({error.msg}): repair that line"
+            ) from error
+        if not isinstance(record, dict):
+            raise UserError(
+                f"{field}: {path}, line {number} is no JSON object: give it the key {text_field}"
+            )
+        yield _text_of(record, text_field, f"{path}, line {number}", field)
+
+
+def _text_of(record: dict, text_field: str, where: str, field: str) -> str:
+    if text_field not in record:
+        raise _no_column(where, text_field, list(record), field)
+    text = record[text_field]
+    if not isinstance(text, str):
+        raise UserError(
+            f"{field}: {where}: {text_field!r} holds {json.dumps(text, default=str)[:40]} where text is "
+            f"expected: set {field}.text_field to a column of strings, or remove such rows"
+        )
+    return text
+
+
+def _no_column(where: str, text_field: str, columns: list[str], field: str) -> UserError:
+    return UserError(
+        f"{field}.text_field={text_field} is no column of {where}: "
+        f"it has {', '.join(map(str, columns)) or 'none'}, choose one of them"
+    )
+
+
+def _parquet(path: Path, text_field: str, field: str) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if text_field not in file.schema_arrow.names:
+                raise _no_column(str(path), text_field, file.schema_arrow.names, field)
+            row = 0
+            for batch in file.iter_batches(batch_size=256, columns=[text_field]):
+                for text in batch.column(0).to_pylist():
+                    row += 1
+                    yield _text_of({text_field: text}, text_field, f"{path}, row {row}", field)
+    except pyarrow.ArrowException as error:
+        raise UserError(
+            f"{field}: {path} is not a readable parquet file ({_first_line(error)}): write it again"
+        ) from error
+
+
+def _hub_documents(source: SourceConfig, field: str) -> Iterator[str]:
+    import datasets
+    import pyarrow
+
+    try:
+        rows = datasets.load_dataset(
+            str(Path(source.path).expanduser()), name=source.name, split=source.split, streaming=True
+        )
+        for row, record in enumerate(rows):
+            yield _text_of(record, source.text_field, f"{source.path}, row {row}", field)
+    except (UserError, UnicodeEncodeError):
+        raise
+    except (OSError, ValueError, RuntimeError, EOFError, pyarrow.ArrowException,
+            datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"{field}.path={source.path} (name={source.name}, split={source.split}) cannot be loaded "
+            f"({type(error).__name__}: {_first_line(error)}): check the name and the connection, "
+            "or use local files"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no reason given"])[0]

@@ -1,0 +1,89 @@
+"""Cross-entropy of a linear head without ever holding all logits.
+
+Dimensions: T tokens (C: of one chunk), D hidden, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# scratch for the logits of one chunk: large enough that adding to the (V, D) weight gradient is a small share
+# of a chunk's work, small beside the model
+_CHUNK_ELEMENTS = 32 * 2**20
+
+
+def linear_cross_entropy(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    *,
+    ignore_index: int = -100,
+    chunk_tokens: int | None = None,
+    accumulate_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy (nats) of softmax(hidden @ weight^T) at the labels, summed.
+
+    Chunk by chunk the logits are formed, reduced in fp32 and turned into their gradient, which is multiplied
+    out at once; the backward pass only scales. Rows whose label is ignored cost nothing.
+
+    Args:
+        hidden_TD, weight_VD: of one dtype; logits are rounded to it, as a linear layer's are.
+        labels_T: int64 in [0, V) or ignore_index.
+        chunk_tokens: tokens per chunk; None: as many as make 32 Mi logits.
+        accumulate_dtype: in which the weight's gradient is summed over chunks (fp64 weights: fp64).
+
+    Returns: (summed loss, a scalar in fp32 (fp64 for fp64), number of targets, a scalar int64).
+    """
+    weight_VD = weight_VD if torch.is_grad_enabled() else weight_VD.detach()
+    hidden_TD = hidden_TD if torch.is_grad_enabled() else hidden_TD.detach()
+    targets = labels_T != ignore_index
+    num_targets = targets.sum()
+    if num_targets < len(labels_T):
+        hidden_TD, labels_T = hidden_TD[targets], labels_T[targets]
+    if chunk_tokens is None:
+        chunk_tokens = max(1, _CHUNK_ELEMENTS // len(weight_VD))
+    accumulate_dtype = torch.promote_types(accumulate_dtype, weight_VD.dtype)
+    loss = _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, chunk_tokens, accumulate_dtype)
+    return loss, num_targets
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_TD, weight_VD, labels_T, chunk_tokens, accumulate_dtype):
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        wide = torch.promote_types(hidden_TD.dtype, torch.float32)
+        loss = torch.zeros((), dtype=wide, device=hidden_TD.device)
+        grad_hidden = torch.empty_like(hidden_TD) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=accumulate_dtype) if needs_weight else None
+        for start in range(0, len(hidden_TD), chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            hidden_CD, label_C1 = hidden_TD[rows], labels_T[rows, None]
+            logits_CV = (hidden_CD @ weight_VD.t()).to(wide)
+            label_logit_C1 = logits_CV.gather(1, label_C1)
+            log_sum_C1 = logits_CV.logsumexp(1, keepdim=True)
+            loss += (log_sum_C1 - label_logit_C1).sum()
+            if not (needs_hidden or needs_weight):
+                continue
+            grad_CV = logits_CV.sub_(log_sum_C1).exp_()  # softmax; minus one at the label is the gradient
+            grad_CV.scatter_add_(1, label_C1, grad_CV.new_full((1, 1), -1).expand_as(label_C1))
+            grad_CV = grad_CV.to(hidden_TD.dtype)
+            if needs_hidden:
+                torch.mm(grad_CV, weight_VD, out=grad_hidden[rows])
+            if needs_weight and accumulate_dtype == hidden_TD.dtype:
+                grad_weight.addmm_(grad_CV.t(), hidden_CD)
+            elif needs_weight:
+                grad_weight += grad_CV.t() @ hidden_CD
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight_VD.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = (grad_hidden * grad).to(grad_hidden.dtype)
+        if grad_weight is not None:
+            scaled = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
+            grad_weight = torch.mul(grad_weight, grad, out=scaled)
+        return grad_hidden, grad_weight, None, None, None

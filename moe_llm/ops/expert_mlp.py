@@ -1,0 +1,82 @@
+"""The experts' SwiGLU feed-forward over rows sorted by expert: one function, several backends.
+
+Dimensions: N routed rows, D hidden, F expert width, E experts,
+G = 2F (gate rows, then up rows, as in transformers).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_llm.errors import UserError
+from moe_llm.ops.expert_mlp_fused import fused_expert_mlp
+from moe_llm.ops.expert_mlp_grouped import grouped_expert_mlp, grouped_mm_fits
+
+BACKENDS = ("auto", "loop", "fused", "grouped")
+
+
+def expert_mlp(
+    x_ND: Tensor,
+    gate_up_proj_EGD: Tensor,
+    down_proj_EDF: Tensor,
+    counts_E: Tensor,
+    *,
+    backend: str = "auto",
+    weight_N: Tensor | None = None,
+) -> Tensor:
+    """down(silu(gate(x)) * up(x)) of each row by its expert, times weight_N where given (Shazeer 2020).
+
+    Args:
+        x_ND: rows sorted by expert: the first counts_E[0] belong to expert 0, and so on. Rows beyond the
+            counts' sum belong to nobody: their output and their gradient are zero, whatever they hold.
+        gate_up_proj_EGD, down_proj_EDF: the stacked weights, of x's dtype.
+        counts_E: integer rows per expert, zeros allowed.
+        backend: `loop` plain autograd, expert by expert; `fused` one autograd function, expert by expert;
+            `grouped` torch's grouped matrix product, without host synchronisation on CUDA; `auto` see
+            `choose_backend`.
+        weight_N: routing weights, any floating dtype. Weighting here rather than in `combine` saves the
+            memory of the unweighted rows, since their gradient is formed from the hidden activations.
+
+    Returns: (N, D) in x's dtype.
+    """
+    assert x_ND.dtype == gate_up_proj_EGD.dtype == down_proj_EDF.dtype, "rows and weights differ in dtype"
+    assert counts_E.shape == gate_up_proj_EGD.shape[:1] == down_proj_EDF.shape[:1]
+    if backend == "auto":
+        backend = choose_backend(x_ND.device, x_ND.dtype, (len(x_ND), *down_proj_EDF.shape))
+    if backend == "loop":
+        return _loop_expert_mlp(x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N)
+    if backend == "fused":
+        return fused_expert_mlp(x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N)
+    if backend != "grouped":
+        raise UserError(f"expert backend {backend!r} does not exist; use one of {', '.join(BACKENDS)}.")
+    if not grouped_mm_fits(x_ND.device, x_ND.dtype, *down_proj_EDF.shape[1:]):
+        raise UserError(
+            f"expert backend 'grouped' does not take {x_ND.dtype} with hidden_size={down_proj_EDF.shape[1]} "
+            f"and intermediate_size={down_proj_EDF.shape[2]} on {x_ND.device.type}; use 'auto'."
+        )
+    return grouped_expert_mlp(x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N)
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> str:
+    """The backend for `auto`, given shape (N, E, D, F).
+
+    CPU: fused (see scripts/benchmarks/ops.py). CUDA: grouped wherever torch's kernel takes the dtype and
+    shape, because it is the only one that does not wait for the counts; not measured yet.
+    """
+    _, _, hidden, width = shape
+    return "grouped" if device.type == "cuda" and grouped_mm_fits(device, dtype, hidden, width) else "fused"
+
+
+def _loop_expert_mlp(
+    x_ND: Tensor, gate_up_proj_EGD: Tensor, down_proj_EDF: Tensor, counts_E: Tensor, weight_N: Tensor | None
+) -> Tensor:
+    counts = counts_E.tolist()
+    rows = x_ND.split([*counts, len(x_ND) - sum(counts)])
+    outputs = []
+    for x_nD, gate_up_GD, down_DF in zip(rows, gate_up_proj_EGD.unbind(), down_proj_EDF.unbind()):
+        gate_nF, up_nF = F.linear(x_nD, gate_up_GD).chunk(2, dim=-1)
+        outputs.append(F.linear(F.silu(gate_nF) * up_nF, down_DF))
+    y_ND = torch.cat(outputs)
+    if weight_N is not None:
+        y_ND = (y_ND * weight_N[: len(y_ND), None]).to(x_ND.dtype)
+    return torch.cat((y_ND, torch.zeros_like(rows[-1])))

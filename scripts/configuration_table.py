@@ -1,0 +1,72 @@
+"""Write the configuration reference of README.md from the configuration's own schema.
+
+Run it after a change to moe_llm/config; a test says when that was forgotten.
+"""
+
+import json
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from moe_llm.config import Config
+
+README = Path(__file__).parents[1] / "README.md"
+START, END = "<!-- configuration: start -->\n", "<!-- configuration: end -->\n"
+
+
+def tables() -> str:
+    """A markdown table for each section of the configuration."""
+    parts = []
+    for name, field in Config.model_fields.items():
+        rows = [f"| `{key}` | {default} | {text} |" for key, default, text in _rows(name, field.annotation)]
+        parts.append("\n".join([f"**{name}**: {_summary(field.annotation)}", "", _HEAD, *rows, ""]))
+    return "\n".join(parts)
+
+
+_HEAD = "| key | default | what it is |\n|---|---|---|"
+
+
+def _rows(path: str, section: type[BaseModel]):
+    for name, field in section.model_fields.items():
+        key = f"{path}.{name}"
+        inner = [t for t in (field.annotation, *get_args(field.annotation)) if _is_section(t)]
+        if field.annotation in inner:
+            yield from _rows(key, field.annotation)
+            continue
+        choices = " \\| ".join(f"`{choice}`" for choice in _choices(field.annotation))
+        text = field.description.replace("|", "\\|")
+        yield key, _default(field), f"{choices}; {text}" if choices else text
+        if inner and name == "sources":
+            yield from _rows(f"{key}.N", inner[0])
+
+
+def _default(field) -> str:
+    if field.default is PydanticUndefined:
+        return "required"
+    return f"`{json.dumps(field.default).replace('|', chr(92) + '|')}`"
+
+
+def _choices(annotation) -> tuple:
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def _is_section(annotation) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _summary(section: type[BaseModel]) -> str:
+    text = " ".join(section.__doc__.split())
+    return text[0].lower() + text[1:]
+
+
+def updated(readme: str) -> str:
+    """The README's text with the tables as they should be."""
+    before, _, rest = readme.partition(START)
+    _, _, after = rest.partition(END)
+    return f"{before}{START}\n{tables()}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,207 @@
+"""The command line: what it loads, what it prints, how it exits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_llm import cli
+from moe_llm.config import Config, load_config
+from moe_llm.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = str(ROOT / "configs/quickstart.yaml")
+
+
+def run(*argv: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "moe_llm.cli", *argv],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, **env}, check=False,
+    )  # fmt: skip
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys, moe_llm.cli as cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit as done: assert done.code == 0\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'yaml', 'rich', 'deepspeed'}\n"
+        "print('LOADED', sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.endswith("LOADED []\n")
+    assert "tokenizer" in done.stdout
+
+
+def test_reading_a_configuration_loads_no_torch():
+    code = (
+        "import sys, moe_llm.cli as cli\n"
+        f"assert cli.main(['params', {QUICKSTART!r}]) == 0\n"
+        "print('LOADED', sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.endswith("LOADED []\n")
+
+
+@pytest.mark.parametrize("command", [["train"], ["tokenizer"], ["params"], ["config", "show"]])
+def test_a_mistake_in_the_configuration_is_one_line_and_code_2(command, capsys):
+    assert cli.main([*command, QUICKSTART, "model.hiden_size=3"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == (
+        "moe-llm: error: unknown configuration key model.hiden_size: did you mean model.hidden_size?\n"
+    )
+
+
+def test_the_process_exits_with_the_code():
+    done = run("params", "none.yaml")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "moe-llm: error: configuration file 'none.yaml' does not exist: give the path of a YAML file\n"
+    )
+    script = [sys.executable, "scripts/train.py", "none.yaml"]
+    assert subprocess.run(script, capture_output=True, cwd=ROOT, check=False).returncode == 2
+
+
+def test_rank_0_alone_prints_and_all_exit(monkeypatch, capsys):
+    def fail():
+        raise UserError("one sentence")
+
+    printed = {}
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.run_command(fail) == 2
+        printed[rank] = capsys.readouterr().err
+    assert printed == {"0": "moe-llm: error: one sentence\n", "1": ""}
+
+
+def test_interrupts_exit_quietly_and_faults_do_not():
+    def interrupt():
+        raise KeyboardInterrupt
+
+    def fault():
+        raise ValueError("ours")
+
+    assert cli.run_command(interrupt) == 130
+    with pytest.raises(ValueError, match="ours"):
+        cli.run_command(fault)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "required: COMMAND"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["params", QUICKSTART, "--jsn"], "unrecognized arguments: --jsn"),
+        (["config", "schema", "x=1"], "unrecognized arguments: x=1"),
+        (["generate", "c"], "required: --prompt"),
+        (["generate", "c", "--prompt", "p", "--top-p", "0"], "above 0 and at most 1"),
+        (["generate", "c", "--prompt", "p", "--top-p", "nan"], "above 0 and at most 1"),
+        (["generate", "c", "--prompt", "p", "--temperature", "-1"], "from 0 upwards"),
+        (["generate", "c", "--prompt", "p", "--temperature", "inf"], "from 0 upwards"),
+        (["generate", "c", "--prompt", "p", "--max-new-tokens", "1.5"], "'1.5' is not a whole number"),
+        (["evaluate", "c"], "required: --data"),
+        (["evaluate", "c", "--data", "x", "--batch-size", "0"], "from 1 upwards"),
+    ],
+)
+def test_wrong_arguments_exit_with_2(argv, words, capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.main(argv)
+    assert done.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["params", "--json", QUICKSTART, "model.hidden_size=512"],
+        ["params", QUICKSTART, "--json", "model.hidden_size=512"],
+        ["params", QUICKSTART, "model.hidden_size=512", "--json"],
+    ],
+)
+def test_params_as_json_in_any_order_of_arguments(argv, capsys):
+    assert cli.main(argv) == 0
+    printed = json.loads(capsys.readouterr().out)
+    model = load_config(QUICKSTART, ["model.hidden_size=512"]).model
+    assert (printed["total"], printed["active"]) == (model.num_params(), model.num_params(active=True))
+    assert {part: sizes["total"] for part, sizes in printed["parts"].items()} == model.parameter_counts()
+    assert {p: s["active"] for p, s in printed["parts"].items()} == model.parameter_counts(active=True)
+
+
+def test_params_as_a_table(capsys):
+    assert cli.main(["params", str(ROOT / "configs/mixtral_8x7b.yaml")]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.replace("│", " ").splitlines()]
+    assert ["model", "46,702,792,704", "100.0%", "12,879,925,248", "100.0%"] in rows
+    assert ["experts", "45,097,156,608", "96.6%", "11,274,289,152", "87.5%"] in rows
+
+
+def test_params_need_a_vocabulary(capsys):
+    assert cli.main(["params", QUICKSTART, "model.vocab_size=null", "tokenizer.path=t"]) == 2
+    assert "model.vocab_size=null" in capsys.readouterr().err
+
+
+def test_config_show_prints_what_reproduces_the_run(tmp_path, capsys):
+    assert cli.main(["config", "show", QUICKSTART, "optim.lr=1e-3", "run.dir='1e5'"]) == 0
+    path = tmp_path / "shown.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert load_config(path) == load_config(QUICKSTART, ["optim.lr=1e-3", "run.dir='1e5'"])
+
+
+def test_config_schema_is_the_schema(capsys):
+    assert cli.main(["config", "schema"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(Config.model_json_schema()))
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.main(["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out.startswith("moe-llm ")
+
+
+class Recorder:
+    """Stands in for a module of the training layer and keeps the calls made to it."""
+
+    def __init__(self, result=None):
+        self.calls, self.result = [], result
+
+    def __getattr__(self, name):
+        def call(*args, **kwargs):
+            self.calls.append((name, args, kwargs))
+            return self.result
+
+        return call
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "function"),
+    [("train", "run", "train"), ("tokenizer", "commands", "build_tokenizer_command")],
+)
+def test_one_call_with_the_configuration(command, module, function, monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setitem(sys.modules, f"moe_llm.train.{module}", recorder)
+    assert cli.main([command, QUICKSTART, "run.seed=7"]) == 0
+    assert recorder.calls == [(function, (load_config(QUICKSTART, ["run.seed=7"]),), {})]
+
+
+def test_generate_is_one_call(monkeypatch, capsys):
+    recorder = Recorder("def f(): pass")
+    monkeypatch.setitem(sys.modules, "moe_llm.train.generate", recorder)
+    options = ["--max-new-tokens", "5", "--temperature", "0", "--top-p", "1", "--seed", "3"]
+    assert cli.main(["generate", "runs/a", "--prompt", "def ", *options]) == 0
+    sampling = {"max_new_tokens": 5, "temperature": 0.0, "top_p": 1.0, "seed": 3}
+    assert recorder.calls == [("generate", ("runs/a", "def "), sampling)]
+    assert capsys.readouterr().out == "def f(): pass\n"
+
+
+def test_evaluate_is_one_call(monkeypatch, capsys):
+    recorder = Recorder({"loss": 1.25, "blocks": 4})
+    monkeypatch.setitem(sys.modules, "moe_llm.train.evaluate", recorder)
+    assert cli.main(["evaluate", "runs/a", "--data", "a", "b", "--max-blocks", "4", "--json"]) == 0
+    assert recorder.calls == [("evaluate_files", ("runs/a", ["a", "b"]), {"batch_size": 8, "max_blocks": 4})]
+    assert json.loads(capsys.readouterr().out) == {"loss": 1.25, "blocks": 4}
+    assert cli.main(["evaluate", "runs/a", "--data", "a"]) == 0
+    assert capsys.readouterr().out.split() == ["loss", "1.25", "blocks", "4"]
