@@ -125,9 +125,9 @@ def test_small_files_fail_as_gracefully(tmp_path, monkeypatch, target):
 
 
 def test_a_root_that_is_a_file(tmp_path):
-    (tmp_path / "checkpoints").write_text("")
+    root = tmp_path / "checkpoints"
+    root.write_text("")
     with pytest.raises(UserError, match="checkpoints"):
-        root = tmp_path / "checkpoints"
         save_checkpoint(root, FakeState(random_tensors(CONFIG)), **save_arguments(CONFIG))
 
 
@@ -138,7 +138,7 @@ def test_what_json_cannot_hold_is_refused_before_writing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# A child process dies, as by kill -9, before the n-th operation that touches the disk; n goes over all of them.
+# A child process dies, as by kill -9, before the n-th operation that touches the disk, for each n.
 # It is forked from one that has everything imported.
 _DIE = """
 import os, sys
