@@ -36,7 +36,7 @@ from moe_llm.config import ModelConfig
 from moe_llm.errors import UserError
 from moe_llm.parallel.state import TrainedState
 
-__all__ = ["check_same_run", "find_resumable", "load_checkpoint", "read_trainer_state", "save_checkpoint"]
+__all__ = ["check_same_run", "find_resumable", "load_checkpoint", "read_step", "save_checkpoint"]
 
 T = TypeVar("T")
 FORMAT = 1
@@ -234,21 +234,27 @@ def load_checkpoint(path: str | Path, state: TrainedState, *, hashes: bool = Tru
     return head["trainer"]
 
 
-def read_trainer_state(path: str | Path) -> dict[str, Any]:
-    """The `trainer_state` of a checkpoint, without the rest of it.
+def read_step(path: str | Path) -> int:
+    """The step of a checkpoint, before anything else of it is read.
 
     Raises:
         UserError: no checkpoint of this format there, or a damaged one.
     """
-    return _read_head(Path(path))["trainer"]
+    return _read_head(Path(path))["step"]
 
 
 def _read_head(path: Path) -> dict[str, Any]:
+    """The content of trainer/state.json."""
     head = read_json(path / folder.STATE)
     if head.get("format") != FORMAT:
         raise UserError(
             f"checkpoint {path} is of format {head.get('format')}, and this version reads {FORMAT}: "
             "use the version of moe_llm that wrote it"
+        )
+    absent = {"step", "trainer", "optimizer_tensors", "masters"} - head.keys()
+    if absent:
+        raise UserError(
+            f"file {path / folder.STATE} is damaged: it lacks {min(absent)}: use another checkpoint"
         )
     return head
 

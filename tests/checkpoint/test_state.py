@@ -17,7 +17,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from moe_llm.checkpoint import hf
-from moe_llm.checkpoint.state import load_checkpoint, read_trainer_state, save_checkpoint
+from moe_llm.checkpoint.state import load_checkpoint, read_step, save_checkpoint
 from moe_llm.errors import UserError
 
 
@@ -118,7 +118,7 @@ def test_trainer_state_comes_back_exactly(tmp_path):
     given = {"samples": 12345678901234, "loss": 0.1 + 0.2, "rng": "AAEC", "nested": {"a": [1, 2.5, None]}}
     path = save_on(1, 1, tmp_path, tensors, config, trainer_state=given)
     assert load_checkpoint(path, FakeState(zeros_like(tensors))) == given
-    assert read_trainer_state(path) == given
+    assert read_step(path) == 100
     assert json.loads((path / "trainer/state.json").read_text())["step"] == 100
 
 
@@ -167,13 +167,15 @@ def test_another_architecture_is_refused_and_nothing_changes(tmp_path, change):
     assert not any(tensor.any() for tensor in state.held.values())
 
 
-def test_a_newer_format_is_refused(tmp_path):
-    config = small_config()
-    path = save_checkpoint(tmp_path, FakeState(random_tensors(config)), **save_arguments(config))
-    head = json.loads((path / "trainer/state.json").read_text())
-    (path / "trainer/state.json").write_text(json.dumps(head | {"format": 99}))
-    with pytest.raises(UserError, match="format 99"):
-        read_trainer_state(path)
+@pytest.mark.parametrize(
+    ("head", "named"),
+    [({"format": 99}, "format 99"), ({"format": 1, "step": 3}, "lacks masters"), ({}, "format None")],
+)
+def test_a_newer_format_or_a_damaged_head_is_refused(tmp_path, head, named):
+    (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer/state.json").write_text(json.dumps(head))
+    with pytest.raises(UserError, match=named):
+        read_step(tmp_path)
 
 
 def test_a_rank_that_forgets_its_experts_is_caught(tmp_path):
