@@ -51,7 +51,7 @@ def experts_group(dtype, experts, width, top_k, share):
 
 def weighted_experts_group(dtype):
     """The routing weight within the experts' products, or afterwards, in the combination."""
-    token_index_N, order_N, slot_TK, counts_E = sort_by_expert(skewed_routing(EXPERTS, TOP_K, 0), EXPERTS)
+    token_index_N, _, slot_TK, counts_E = sort_by_expert(skewed_routing(EXPERTS, TOP_K, 0), EXPERTS)
     x, weight = normal(dtype, TOKENS, HIDDEN), torch.rand(TOKENS * TOP_K).requires_grad_()
     gate_up = normal(dtype, EXPERTS, 2 * WIDTH, HIDDEN, scale=HIDDEN**-0.5)
     down = normal(dtype, EXPERTS, HIDDEN, WIDTH, scale=WIDTH**-0.5)
