@@ -75,7 +75,8 @@ class TrainLoader:
     def __init__(self, blocks: TrainBlocks, *, position: int, global_batch_size: int, micro_batch_size: int,
                  rank: int = 0, world_size: int = 1, prefetch: int = 2):
         assert 0 <= rank < world_size
-        assert global_batch_size % (micro_batch_size * world_size) == 0, "checked by Config.accumulation_steps"
+        # Users hear of it from Config.accumulation_steps.
+        assert global_batch_size % (micro_batch_size * world_size) == 0
         self.blocks, self.position = blocks, position
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank, self.world_size = rank, world_size

@@ -188,6 +188,7 @@ def _sampled(config: Config) -> Iterator[str]:
                 text = text[: max(_LONG_TEXT, int(share * len(text)))]
             elif chosen.random() >= share:
                 continue
+            text = text[: max(1, int(budget))]
             yield text
             budget -= len(text.encode("utf-8"))
             if budget <= 0:

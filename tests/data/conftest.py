@@ -8,7 +8,8 @@ from moe_llm.config import Config
 from moe_llm.data.loader import PackedBlocks
 from moe_llm.data.tokenizer import build_tokenizer
 
-WORDS = ["def", "return", "the", "router", "sends", "tokens", "to", "experts", "naïve", "漢字", "x1", "(a, b):", "\n    "]
+WORDS = ["def", "return", "the", "router", "sends", "tokens", "to", "experts", "naïve", "漢字", "x1", "(a, b):",
+         "\n    "]
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +46,8 @@ def tokenizer(tmp_path_factory, make_text):
     (root / "corpus.txt").write_text("".join(make_text(seed) for seed in range(200)), encoding="utf-8")
     config = Config.model_validate({
         "model": {"vocab_size": 330},
-        "data": {"sources": [{"type": "files", "path": str(root / "corpus.txt")}], "cache_dir": str(root / "cache")},
+        "data": {"sources": [{"type": "files", "path": str(root / "corpus.txt")}],
+                 "cache_dir": str(root / "cache")},
         "train": {"max_steps": 1},
     })
     return build_tokenizer(config, root / "tokenizer")
@@ -65,7 +67,8 @@ def random_blocks():
             next_id += length
         starts = np.cumsum([0] + [len(d) for d in documents])
         sizes = np.array([3 * length for length in lengths])
-        text = TokenizedText(np.concatenate(documents).astype(np.uint32), starts, sizes, int(sizes.sum()))
+        tokens = np.concatenate(documents).astype(np.uint32)
+        text = TokenizedText(tokens, starts, sizes, int(sizes.sum()))
         return PackedBlocks(text, sequence_length, isolate, pad=2)
 
     return make
