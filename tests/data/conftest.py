@@ -8,8 +8,21 @@ from moe_llm.config import Config
 from moe_llm.data.loader import PackedBlocks
 from moe_llm.data.tokenizer import build_tokenizer
 
-WORDS = ["def", "return", "the", "router", "sends", "tokens", "to", "experts", "naïve", "漢字", "x1", "(a, b):",
-         "\n    "]
+WORDS = [
+    "def",
+    "return",
+    "the",
+    "router",
+    "sends",
+    "tokens",
+    "to",
+    "experts",
+    "naïve",
+    "漢字",
+    "x1",
+    "(a, b):",
+    "\n    ",
+]
 
 
 @pytest.fixture(scope="session")
@@ -29,8 +42,12 @@ def make_config(tmp_path):
         raw = {
             "run": {"dir": str(tmp_path / "run")},
             "model": {"vocab_size": 330},
-            "data": {"sources": sources, "cache_dir": str(tmp_path / "cache"), "sequence_length": 16,
-                     "num_workers": 1},
+            "data": {
+                "sources": sources,
+                "cache_dir": str(tmp_path / "cache"),
+                "sequence_length": 16,
+                "num_workers": 1,
+            },
             "train": {"max_steps": 1},
         }
         for name, values in sections.items():
@@ -44,12 +61,16 @@ def make_config(tmp_path):
 def tokenizer(tmp_path_factory, make_text):
     root = tmp_path_factory.mktemp("tokenizer")
     (root / "corpus.txt").write_text("".join(make_text(seed) for seed in range(200)), encoding="utf-8")
-    config = Config.model_validate({
-        "model": {"vocab_size": 330},
-        "data": {"sources": [{"type": "files", "path": str(root / "corpus.txt")}],
-                 "cache_dir": str(root / "cache")},
-        "train": {"max_steps": 1},
-    })
+    config = Config.model_validate(
+        {
+            "model": {"vocab_size": 330},
+            "data": {
+                "sources": [{"type": "files", "path": str(root / "corpus.txt")}],
+                "cache_dir": str(root / "cache"),
+            },
+            "train": {"max_steps": 1},
+        }
+    )
     return build_tokenizer(config, root / "tokenizer")
 
 
@@ -60,7 +81,9 @@ def random_blocks():
 
     from moe_llm.data.cache import TokenizedText
 
-    def make(lengths: list[int], sequence_length: int, isolate: bool = True, first_id: int = 10) -> PackedBlocks:
+    def make(
+        lengths: list[int], sequence_length: int, isolate: bool = True, first_id: int = 10
+    ) -> PackedBlocks:
         documents, next_id = [], first_id
         for length in lengths:
             documents.append([1, *range(next_id, next_id + length), 2])

@@ -55,7 +55,9 @@ def test_targets_are_the_next_token_of_the_same_document(random_blocks, lengths,
 @given(LENGTHS, st.integers(2, 24))
 def test_positions_restart_with_each_document(random_blocks, lengths, sequence_length):
     batch = all_rows(random_blocks(lengths, sequence_length))
-    for documents, positions, mask in zip(batch.document_ids_BS, batch.position_ids_BS, batch.attention_mask_BS):
+    for documents, positions, mask in zip(
+        batch.document_ids_BS, batch.position_ids_BS, batch.attention_mask_BS
+    ):
         seen = {}
         for document, position, real in zip(documents.tolist(), positions.tolist(), mask.tolist()):
             assert (document == -1) == (not real)
@@ -83,8 +85,13 @@ def test_a_batch_moves_whole_and_in_parts(random_blocks):
     part = batch.rows(1, 3).to("cpu")
     assert part.input_ids_BS.tolist() == batch.input_ids_BS[1:3].tolist()
     assert part.document_ids_BS.shape == (2, 8)
-    dtypes = [batch.input_ids_BS.dtype, batch.labels_BS.dtype, batch.position_ids_BS.dtype,
-              batch.document_ids_BS.dtype, batch.attention_mask_BS.dtype]
+    dtypes = [
+        batch.input_ids_BS.dtype,
+        batch.labels_BS.dtype,
+        batch.position_ids_BS.dtype,
+        batch.document_ids_BS.dtype,
+        batch.attention_mask_BS.dtype,
+    ]
     assert dtypes == [torch.int64] * 4 + [torch.bool]
     loose = all_rows(random_blocks([30], 8, isolate=False)).to("meta")
     assert loose.labels_BS.is_meta

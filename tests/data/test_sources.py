@@ -144,8 +144,15 @@ def test_check_is_about_existence_and_directories(tmp_path, make_config):
     good = {"type": "files", "path": str(tmp_path / "a.txt")}
     check_sources(make_config([good, {"type": "python_stdlib"}]))
     with pytest.raises(UserError, match=r"data\.validation_sources\.0\.path=.*does not exist"):
-        check_sources(make_config([good], data={
-            "sources": [good], "validation_sources": [{"type": "files", "path": str(tmp_path / "b.txt")}]}))
+        check_sources(
+            make_config(
+                [good],
+                data={
+                    "sources": [good],
+                    "validation_sources": [{"type": "files", "path": str(tmp_path / "b.txt")}],
+                },
+            )
+        )
 
 
 def test_fingerprint_follows_the_text_not_the_copy(tmp_path):

@@ -28,8 +28,11 @@ def test_every_corpus_is_divided_without_loss_or_leak(documents, fraction):
 
 @pytest.mark.parametrize("fraction", [0.01, 0.05, 0.3])
 def test_size_of_the_held_out_part(make_text, fraction):
-    for documents in (["line of text\n" * 2000], [make_text(i, 5 + i % 200) for i in range(700)],
-                      [make_text(1, 4000), "tiny", "also tiny"]):
+    for documents in (
+        ["line of text\n" * 2000],
+        [make_text(i, 5 + i % 200) for i in range(700)],
+        [make_text(1, 4000), "tiny", "also tiny"],
+    ):
         holdout = choose_holdout(documents, fraction)
         held = sum(len(holdout.divide(d)[1].encode()) for d in documents)
         assert fraction / 2.5 < held / sum(len(d.encode()) for d in documents) < 2 * fraction
@@ -83,8 +86,10 @@ def test_the_decision_is_remembered_and_follows_the_text(tmp_path, make_config, 
 def test_training_leaves_out_what_validation_sources_hold(tmp_path, make_config):
     (tmp_path / "train.txt").write_text("one\ntwo\nthree\n")
     (tmp_path / "held.txt").write_text("two\nfour\n")
-    train, held = ({"type": "files", "path": str(tmp_path / f"{name}.txt"), "document": "line"}
-                   for name in ("train", "held"))
+    train, held = (
+        {"type": "files", "path": str(tmp_path / f"{name}.txt"), "document": "line"}
+        for name in ("train", "held")
+    )
     config = make_config([train], data={"sources": [train], "validation_sources": [held]})
-    (field, source), = named_sources(config)
+    ((field, source),) = named_sources(config)
     assert list(training_texts(field, source, find_holdout(config))) == ["one", "three"]

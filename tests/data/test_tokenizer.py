@@ -19,8 +19,31 @@ from moe_llm.data.tokenizer import build_tokenizer, check_vocab, resolve_vocab
 from moe_llm.errors import UserError
 
 UNICODE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=60)
-PIECES = st.lists(st.sampled_from(["</s>", "<s>", "<unk>", "<0x0A>", " ", "  ", "▁", "\ue000", "a", "b", "\n", "\t",
-                                   "\r\n", "😀", "e\u0301", "def", "\x01", "\u200b"]), max_size=12).map("".join)
+PIECES = st.lists(
+    st.sampled_from(
+        [
+            "</s>",
+            "<s>",
+            "<unk>",
+            "<0x0A>",
+            " ",
+            "  ",
+            "▁",
+            "\ue000",
+            "a",
+            "b",
+            "\n",
+            "\t",
+            "\r\n",
+            "😀",
+            "e\u0301",
+            "def",
+            "\x01",
+            "\u200b",
+        ]
+    ),
+    max_size=12,
+).map("".join)
 
 
 def mixtral_model() -> bytes:
@@ -98,8 +121,12 @@ def test_training_is_deterministic_and_bounded():
 def test_held_out_text_does_not_train_the_tokenizer(make_config, tmp_path):
     (tmp_path / "a.txt").write_text("aaaa bbbb\n" * 500 + "ЖЖЖЖ ЮЮЮЮ\n" * 60)
     source = {"type": "files", "path": str(tmp_path / "a.txt")}
-    config = make_config([source], model={"vocab_size": 264}, tokenizer={"character_coverage": 1.0},
-                         data={"sources": [source], "validation_fraction": 0.2})
+    config = make_config(
+        [source],
+        model={"vocab_size": 264},
+        tokenizer={"character_coverage": 1.0},
+        data={"sources": [source], "validation_fraction": 0.2},
+    )
     vocabulary = build_tokenizer(config, tmp_path / "tokenizer").get_vocab()
     assert "a" in vocabulary
     assert "Ж" not in vocabulary
@@ -108,19 +135,27 @@ def test_held_out_text_does_not_train_the_tokenizer(make_config, tmp_path):
 def test_every_source_is_sampled_when_there_is_too_much_text(make_config, tmp_path):
     (tmp_path / "a.txt").write_text("aaaa " * 40_000)
     (tmp_path / "b.txt").write_text("bbb\n" * 10_000)
-    listed = [{"type": "files", "path": str(tmp_path / f"{name}.txt"), "document": document}
-              for name, document in (("a", "file"), ("b", "line"))]
-    config = make_config(listed, model={"vocab_size": 262},
-                         tokenizer={"train_bytes": 2000, "character_coverage": 1.0})
+    listed = [
+        {"type": "files", "path": str(tmp_path / f"{name}.txt"), "document": document}
+        for name, document in (("a", "file"), ("b", "line"))
+    ]
+    config = make_config(
+        listed, model={"vocab_size": 262}, tokenizer={"train_bytes": 2000, "character_coverage": 1.0}
+    )
     vocabulary = build_tokenizer(config, tmp_path / "tokenizer").get_vocab()
     assert {"a", "b"} <= set(vocabulary)
 
 
-@pytest.mark.parametrize(("vocab_size", "pattern"), [
-    (5000, r"^model\.vocab_size=5000 is more than .*use at most \d+, "),
-    (257, r"^model\.vocab_size=257 has no room for the characters of the text: use at least \d+, "),
-])
-def test_vocab_size_that_cannot_be_trained_names_one_that_can(make_config, tmp_path, make_text, vocab_size, pattern):
+@pytest.mark.parametrize(
+    ("vocab_size", "pattern"),
+    [
+        (5000, r"^model\.vocab_size=5000 is more than .*use at most \d+, "),
+        (257, r"^model\.vocab_size=257 has no room for the characters of the text: use at least \d+, "),
+    ],
+)
+def test_vocab_size_that_cannot_be_trained_names_one_that_can(
+    make_config, tmp_path, make_text, vocab_size, pattern
+):
     (tmp_path / "a.txt").write_text("".join(make_text(i) for i in range(30)))
     source = {"type": "files", "path": str(tmp_path / "a.txt")}
     with pytest.raises(UserError, match=pattern) as caught:
@@ -160,7 +195,9 @@ def test_an_existing_directory_is_used_as_it_is(make_config, tokenizer, tmp_path
 
 def test_unusable_tokenizers_are_one_sentence(make_config, tokenizer, tmp_path):
     def attempt(path):
-        build_tokenizer(make_config([{"type": "python_stdlib"}], tokenizer={"path": str(path)}), tmp_path / "out")
+        build_tokenizer(
+            make_config([{"type": "python_stdlib"}], tokenizer={"path": str(path)}), tmp_path / "out"
+        )
 
     with pytest.raises(UserError, match=r"tokenizer\.path=.*missing\.model does not exist"):
         attempt(tmp_path / "missing.model")
@@ -187,6 +224,8 @@ def test_vocab_size_must_fit_the_tokenizer(make_config, tokenizer):
         check_vocab(config(size), tokenizer)
         assert resolve_vocab(config(size), tokenizer).model.vocab_size == size
     for size in (329, 513, 32000):
-        with pytest.raises(UserError, match=rf"model\.vocab_size={size} .* 330 tokens: use 330, or up to 512"):
+        with pytest.raises(
+            UserError, match=rf"model\.vocab_size={size} .* 330 tokens: use 330, or up to 512"
+        ):
             check_vocab(config(size), tokenizer)
     assert resolve_vocab(config(None), tokenizer).model.vocab_size == 330
