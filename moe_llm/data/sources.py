@@ -76,7 +76,7 @@ def _expand(pattern: str, field: str) -> list[Path]:
         return [path]
     if not glob.has_magic(pattern):
         raise UserError(
-            f"{_path_key(field)}={pattern} does not exist: give an existing file or a pattern such as data/*.txt"
+            f"{_path_key(field)}={pattern} does not exist: give a file or a pattern like data/*.txt"
         )
     files = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
     if not files:
