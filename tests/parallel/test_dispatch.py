@@ -1,0 +1,96 @@
+"""The all-to-all dispatcher equals the local one, whatever the routing: forward, gradients, empty experts and ranks."""
+
+import pytest
+import torch
+from support.ranks import fresh_accelerate
+from support.training import config
+
+from moe_llm.config import ModelConfig
+from moe_llm.model.moe.dispatch import LocalDispatcher
+from moe_llm.model.moe.experts import Experts
+from moe_llm.model.moe.routing import Routing
+from moe_llm.ops.permutation import sort_by_expert
+from moe_llm.parallel.dispatch import AllToAllDispatcher, _regroup
+from moe_llm.parallel.runtime import start
+
+EXPERTS, HIDDEN = 4, 8
+MODEL = ModelConfig(
+    vocab_size=16, hidden_size=HIDDEN, intermediate_size=6, num_hidden_layers=1, num_attention_heads=2,
+    num_local_experts=EXPERTS, num_experts_per_tok=2, max_position_embeddings=16,
+)
+# For each rank: the experts of its tokens
+ROUTINGS = {
+    "spread": [[[0, 1], [2, 3], [1, 2]], [[3, 0], [0, 2]]],
+    "one_expert_takes_all": [[[2, 2]] * 3, [[2, 2]] * 4],
+    "one_rank_gets_nothing": [[[0, 1], [1, 0]], [[0, 1], [1, 1], [0, 0]]],
+    "a_rank_without_tokens": [[], [[0, 3], [2, 1]]],
+    "nobody_has_tokens": [[], []],
+    "one_token": [[[3, 1]], []],
+}
+
+
+def routing_of(expert_TK: torch.Tensor, weight_TK: torch.Tensor, varying: bool) -> Routing:
+    token_index_N, order_N, slot_TK, counts_E = sort_by_expert(expert_TK, EXPERTS)
+    return Routing(
+        token_index_N, weight_TK.flatten()[order_N], counts_E, None if varying else slot_TK,
+        torch.empty(len(expert_TK), EXPERTS), None,
+    )
+
+
+def stacked_experts() -> Experts:
+    generator = torch.Generator().manual_seed(0)
+    experts = Experts(MODEL)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.normal_(generator=generator)
+    return experts
+
+
+def inputs(rank: int, choice: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(10 + rank)
+    expert_TK = torch.tensor(choice, dtype=torch.int64).view(-1, 2)
+    x_TD = torch.randn(len(choice), HIDDEN, generator=generator, requires_grad=True)
+    weight_TK = torch.rand(len(choice), 2, generator=generator, requires_grad=True)
+    return x_TD, expert_TK, weight_TK
+
+
+def dispatched(choices: list, varying: bool) -> tuple:
+    """On a rank: output and gradients through the all-to-all dispatcher."""
+    fresh_accelerate()
+    runtime = start(config(1, 1, 2, ep=2))
+    experts = stacked_experts()
+    held = EXPERTS // 2
+    experts.keep(range(runtime.rank * held, (runtime.rank + 1) * held))
+    x_TD, expert_TK, weight_TK = inputs(runtime.rank, choices[runtime.rank])
+    dispatcher = AllToAllDispatcher(torch.distributed.group.WORLD, 2)
+    y_TD = dispatcher(x_TD, routing_of(expert_TK, weight_TK, varying), experts)
+    (y_TD * y_TD).sum().backward()
+    return y_TD.detach(), x_TD.grad, weight_TK.grad, [p.grad for p in experts.parameters()]
+
+
+@pytest.mark.parametrize("varying", [False, True])
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_equals_the_local_dispatcher(two_ranks, name, varying):
+    choices = ROUTINGS[name]
+    found = two_ranks.run(dispatched, choices, varying)
+    experts = stacked_experts()
+    for rank, (y_TD, x_grad, weight_grad, _) in enumerate(found):
+        x_TD, expert_TK, weight_TK = inputs(rank, choices[rank])
+        expected = LocalDispatcher()(x_TD, routing_of(expert_TK, weight_TK, varying), experts)
+        (expected * expected).sum().backward()
+        torch.testing.assert_close(y_TD, expected.detach())
+        torch.testing.assert_close(x_grad, x_TD.grad)
+        torch.testing.assert_close(weight_grad, weight_TK.grad)
+    for i, parameter in enumerate(experts.parameters()):
+        parts = [gradients[i] for *_, gradients in found]
+        assert all(part is not None for part in parts), "an expert without tokens still gets a gradient"
+        torch.testing.assert_close(torch.cat(parts), parameter.grad)
+
+
+def test_regroup_transposes_blocks_and_undoes_itself():
+    counts = torch.tensor([[2, 0, 1], [0, 3, 1]])
+    labels = [(a, b) for a in range(2) for b in range(3) for _ in range(counts[a, b])]
+    rows = torch.arange(len(labels)).view(-1, 1)
+    moved = _regroup(rows, counts)
+    assert [labels[i] for i in moved.flatten().tolist()] == sorted(labels, key=lambda ab: (ab[1], ab[0]))
+    assert torch.equal(_regroup(moved, counts.T), rows)
