@@ -1,0 +1,1 @@
+"""Text to packed batches: sources -> split -> tokenizer -> cache -> packing, order -> loader."""

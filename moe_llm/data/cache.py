@@ -81,8 +81,14 @@ class DocumentEncoder:
 
 
 def cached_tokens(
-    source: SourceConfig, field: str, holdout: HoldOut, tokenizer: "PreTrainedTokenizerFast", *,
-    cache_dir: str, num_workers: int | None = None, show_progress: bool = False,
+    source: SourceConfig,
+    field: str,
+    holdout: HoldOut,
+    tokenizer: "PreTrainedTokenizerFast",
+    *,
+    cache_dir: str,
+    num_workers: int | None = None,
+    show_progress: bool = False,
 ) -> dict[str, TokenizedText]:
     """Training and validation tokens of a source, from the cache, where they are put first if need be.
 
@@ -145,8 +151,15 @@ class _SplitWriter:
         self._files["bytes"].write(np.int64(size).tobytes())
 
 
-def _build(source: SourceConfig, field: str, holdout: HoldOut, encoder: DocumentEncoder, directory: Path,
-           num_workers: int | None, show_progress: bool) -> None:
+def _build(
+    source: SourceConfig,
+    field: str,
+    holdout: HoldOut,
+    encoder: DocumentEncoder,
+    directory: Path,
+    num_workers: int | None,
+    show_progress: bool,
+) -> None:
     with contextlib.ExitStack() as stack:
         advance = stack.enter_context(_progress(field, source_bytes(source, field), show_progress))
         writers = {split: _SplitWriter(directory, split, stack) for split in SPLITS}
@@ -226,8 +239,13 @@ def _progress(field: str, total: int | None, show: bool):
     if not (show and console.is_terminal):
         yield lambda size: None
         return
-    columns = (bars.TextColumn("tokenising {task.description}"), bars.BarColumn(), bars.DownloadColumn(),
-               bars.TransferSpeedColumn(), bars.TimeRemainingColumn())
+    columns = (
+        bars.TextColumn("tokenising {task.description}"),
+        bars.BarColumn(),
+        bars.DownloadColumn(),
+        bars.TransferSpeedColumn(),
+        bars.TimeRemainingColumn(),
+    )
     with bars.Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(field, total=total)
         yield lambda size: progress.advance(task, size)

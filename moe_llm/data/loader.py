@@ -72,10 +72,20 @@ class TrainLoader:
         prefetch: steps read ahead; 0 reads in the caller's thread.
     """
 
-    def __init__(self, blocks: TrainBlocks, *, position: int, global_batch_size: int, micro_batch_size: int,
-                 rank: int = 0, world_size: int = 1, prefetch: int = 2):
+    def __init__(
+        self,
+        blocks: TrainBlocks,
+        *,
+        position: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        prefetch: int = 2,
+    ):
         assert 0 <= rank < world_size
-        assert global_batch_size % (micro_batch_size * world_size) == 0, "checked by Config.accumulation_steps"
+        # Users hear of it from Config.accumulation_steps.
+        assert global_batch_size % (micro_batch_size * world_size) == 0
         self.blocks, self.position = blocks, position
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank, self.world_size = rank, world_size
@@ -194,8 +204,9 @@ class _ValidationBatches(Sequence):
         return self._source._rows(self._mine[index * self._m : (index + 1) * self._m], self._m)
 
 
-def validation_batches(validation: ValidationBlocks, *, micro_batch_size: int, rank: int = 0,
-                       world_size: int = 1) -> Sequence[Batch]:
+def validation_batches(
+    validation: ValidationBlocks, *, micro_batch_size: int, rank: int = 0, world_size: int = 1
+) -> Sequence[Batch]:
     """`ValidationBlocks.batches`, as a function."""
     return validation.batches(micro_batch_size=micro_batch_size, rank=rank, world_size=world_size)
 
@@ -221,8 +232,14 @@ class Data:
     statistics: list[SourceStatistics]
 
 
-def load_data(config: Config, tokenizer: "PreTrainedTokenizerFast", *, rank: int = 0, world_size: int = 1,
-              show_progress: bool = True) -> Data:
+def load_data(
+    config: Config,
+    tokenizer: "PreTrainedTokenizerFast",
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    show_progress: bool = True,
+) -> Data:
     """Everything a run reads: from the cache, which is built first where it is missing.
 
     Every rank calls it: one rank of a host builds while the others wait. Rank 0 alone shows progress.
@@ -235,8 +252,15 @@ def load_data(config: Config, tokenizer: "PreTrainedTokenizerFast", *, rank: int
     holdout = find_holdout(config)
 
     def tokens(field: str, source: SourceConfig, divide: HoldOut) -> dict[str, TokenizedText]:
-        return cached_tokens(source, field, divide, tokenizer, cache_dir=data.cache_dir,
-                             num_workers=data.num_workers, show_progress=show_progress and rank == 0)
+        return cached_tokens(
+            source,
+            field,
+            divide,
+            tokenizer,
+            cache_dir=data.cache_dir,
+            num_workers=data.num_workers,
+            show_progress=show_progress and rank == 0,
+        )
 
     def packed(text: TokenizedText) -> PackedBlocks:
         return PackedBlocks(text, data.sequence_length, data.isolate_documents, tokenizer.eos_token_id)
@@ -245,8 +269,10 @@ def load_data(config: Config, tokenizer: "PreTrainedTokenizerFast", *, rank: int
     parts = [(field, split, text[split]) for field, text in texts for split in SPLITS]
     if data.validation_sources:
         parts = [part for part in parts if part[1] == "train"]
-        parts += [(field, "validation", tokens(field, source, HoldOut())["train"])
-                  for field, source in named_validation_sources(config)]
+        parts += [
+            (field, "validation", tokens(field, source, HoldOut())["train"])
+            for field, source in named_validation_sources(config)
+        ]
     statistics = [
         SourceStatistics(field, split, text.documents, len(text.tokens_N), text.bytes, len(packed(text)))
         for field, split, text in parts
@@ -264,9 +290,16 @@ def load_data(config: Config, tokenizer: "PreTrainedTokenizerFast", *, rank: int
     return Data(order, validation, statistics)
 
 
-def load_evaluation(paths: str | list[str], tokenizer: "PreTrainedTokenizerFast", *, sequence_length: int,
-                    isolate_documents: bool = True, text_field: str = "text", document: str = "file",
-                    max_blocks: int | None = None) -> ValidationBlocks:
+def load_evaluation(
+    paths: str | list[str],
+    tokenizer: "PreTrainedTokenizerFast",
+    *,
+    sequence_length: int,
+    isolate_documents: bool = True,
+    text_field: str = "text",
+    document: str = "file",
+    max_blocks: int | None = None,
+) -> ValidationBlocks:
     """Any files as held-out blocks, tokenised in memory, with exact byte counts.
 
     Args:
@@ -283,5 +316,6 @@ def load_evaluation(paths: str | list[str], tokenizer: "PreTrainedTokenizerFast"
         sizes.append(len(text.encode("utf-8")))
     starts = np.cumsum([0] + [len(document_ids) for document_ids in ids])
     text = TokenizedText(np.concatenate(ids), starts, np.array(sizes), sum(sizes))
-    return ValidationBlocks([PackedBlocks(text, sequence_length, isolate_documents, tokenizer.eos_token_id)],
-                            max_blocks)
+    return ValidationBlocks(
+        [PackedBlocks(text, sequence_length, isolate_documents, tokenizer.eos_token_id)], max_blocks
+    )

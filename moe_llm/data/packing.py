@@ -112,8 +112,10 @@ class PackedBlocks:
             "attention_mask_BS": np.zeros(shape, bool),
         }
         if self.isolate_documents:
-            return arrays | {"document_ids_BS": np.full(shape, -1, np.int64),
-                             "position_ids_BS": np.zeros(shape, np.int64)}
+            return arrays | {
+                "document_ids_BS": np.full(shape, -1, np.int64),
+                "position_ids_BS": np.zeros(shape, np.int64),
+            }
         positions = np.broadcast_to(np.arange(self.sequence_length, dtype=np.int64), shape)
         return arrays | {"position_ids_BS": positions.copy()}
 

@@ -43,6 +43,11 @@ def check_sources(config: Config) -> None:
             list_files(source, field)
 
 
+def _path_key(field: str) -> str:
+    """The key of a source's path; a source from the command line is its path."""
+    return field if field.startswith("--") else f"{field}.path"
+
+
 def list_files(source: SourceConfig, field: str) -> list[Path]:
     """Files of a `files` or `python_stdlib` source, sorted within each pattern, none twice."""
     if source.type == "python_stdlib":
@@ -55,10 +60,10 @@ def list_files(source: SourceConfig, field: str) -> list[Path]:
     try:
         empty = not any(path.stat().st_size for path in files)
     except OSError as error:
-        raise UserError(f"{field}.path={source.path}: {error}") from error
+        raise UserError(f"{_path_key(field)}={source.path}: {error}") from error
     if empty:
         which = f"the file {files[0]} is" if len(files) == 1 else f"all {len(files)} files are"
-        raise UserError(f"{field}.path={source.path}: {which} empty, name files that hold text")
+        raise UserError(f"{_path_key(field)}={source.path}: {which} empty, name files that hold text")
     return files
 
 
@@ -66,17 +71,17 @@ def _expand(pattern: str, field: str) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_dir():
         example = f"{pattern.rstrip('/')}/**/*.txt"
-        raise UserError(f"{field}.path={pattern} is a directory: name its files, such as {example}")
+        raise UserError(f"{_path_key(field)}={pattern} is a directory: name its files, such as {example}")
     if path.exists():
         return [path]
     if not glob.has_magic(pattern):
         raise UserError(
-            f"{field}.path={pattern} does not exist: give an existing file or a pattern such as data/*.txt"
+            f"{_path_key(field)}={pattern} does not exist: give a file or a pattern like data/*.txt"
         )
     files = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
     if not files:
         raise UserError(
-            f"{field}.path={pattern} matches no file: check the pattern (** goes into subdirectories)"
+            f"{_path_key(field)}={pattern} matches no file: check the pattern (** goes into subdirectories)"
         )
     return files
 
@@ -85,7 +90,8 @@ def _stdlib_files() -> list[Path]:
     """The running interpreter's own library, without its tests: about 12 MB of Python source."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [
-        path for path in root.rglob("*.py")
+        path
+        for path in root.rglob("*.py")
         if not _STDLIB_LEFT_OUT & set(path.relative_to(root).parts[:-1]) and path.is_file()
     ]
     return sorted(files)
@@ -240,9 +246,7 @@ def _jsonl(path: Path, text_field: str, field: str) -> Iterator[str]:
                 f"{field}: {path}, line {number} is not valid JSON ({error.msg}): repair that line"
             ) from error
         if not isinstance(record, dict):
-            raise UserError(
-                f"{field}: {path}, line {number} is no JSON object: give it the key {text_field}"
-            )
+            raise UserError(f"{field}: {path}, line {number} is no JSON object: give it the key {text_field}")
         yield _text_of(record, text_field, f"{path}, line {number}", field)
 
 
@@ -296,8 +300,14 @@ def _hub_documents(source: SourceConfig, field: str) -> Iterator[str]:
             yield _text_of(record, source.text_field, f"{source.path}, row {row}", field)
     except (UserError, UnicodeEncodeError):
         raise
-    except (OSError, ValueError, RuntimeError, EOFError, pyarrow.ArrowException,
-            datasets.exceptions.DatasetsError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        EOFError,
+        pyarrow.ArrowException,
+        datasets.exceptions.DatasetsError,
+    ) as error:
         raise UserError(
             f"{field}.path={source.path} (name={source.name}, split={source.split}) cannot be loaded "
             f"({type(error).__name__}: {_first_line(error)}): check the name and the connection, "

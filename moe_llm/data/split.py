@@ -46,7 +46,7 @@ class HoldOut:
         if key < self.below or key in self.listed:
             return "", text
         if self.tail is not None and key == self.tail[0]:
-            return text[: self.tail[1]], text[self.tail[1]:]
+            return text[: self.tail[1]], text[self.tail[1] :]
         return text, ""
 
     def key(self) -> list:

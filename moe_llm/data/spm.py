@@ -24,8 +24,9 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # kinds of pi
 _BPE = 2
 
 
-def train_model(texts: Iterable[str], vocab_size: int, max_bytes: int, character_coverage: float,
-                seed: int) -> bytes:
+def train_model(
+    texts: Iterable[str], vocab_size: int, max_bytes: int, character_coverage: float, seed: int
+) -> bytes:
     """Train a BPE model with byte fallback: unk 0, bos 1, eos 2, digits apart, text taken as it is.
 
     Args:
@@ -44,13 +45,26 @@ def train_model(texts: Iterable[str], vocab_size: int, max_bytes: int, character
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts, max_bytes), model_writer=model, model_type="bpe",
-            vocab_size=vocab_size, character_coverage=character_coverage, byte_fallback=True,
-            split_digits=True, allow_whitespace_only_pieces=True, normalization_rule_name="identity",
-            remove_extra_whitespaces=False, required_chars=SPACE, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+            sentence_iterator=_lines(texts, max_bytes),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=character_coverage,
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            required_chars=SPACE,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
             # Lines other than a text's first have no space put before them when text is encoded, so none
             # here; the finished model has it, as Mixtral's.
-            add_dummy_prefix=False, num_threads=1, minloglevel=2,
+            add_dummy_prefix=False,
+            num_threads=1,
+            minloglevel=2,
         )
     except RuntimeError as error:
         raise _vocab_error(vocab_size, str(error)) from error
@@ -67,7 +81,7 @@ def _lines(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
             text = text.replace(plain, escaped)
         for line in re.split(r"[\n\t\0]", text):
             for start in range(0, len(line), _LINE_BYTES // 4):
-                part = line[start: start + _LINE_BYTES // 4]
+                part = line[start : start + _LINE_BYTES // 4]
                 yield part
                 left -= len(part.encode("utf-8"))
                 if left <= 0:
@@ -131,20 +145,30 @@ def convert(model: bytes, exact: bool = False) -> "Tokenizer":
         raise ValueError("only BPE models that leave text as it is (identity normalisation) are supported")
     vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     unk = next(piece.piece for piece in proto.pieces if piece.type == _UNKNOWN)
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=_merges(proto), unk_token=unk, fuse_unk=True,
-                                     byte_fallback=proto.trainer_spec.byte_fallback))
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=_merges(proto),
+            unk_token=unk,
+            fuse_unk=True,
+            byte_fallback=proto.trainer_spec.byte_fallback,
+        )
+    )
     special = [piece.piece for piece in proto.pieces if piece.type in (_UNKNOWN, _CONTROL)]
     tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
-    tokenizer.add_tokens([AddedToken(piece.piece, normalized=False) for piece in proto.pieces
-                          if piece.type == _USER_DEFINED])
+    tokenizer.add_tokens(
+        [AddedToken(piece.piece, normalized=False) for piece in proto.pieces if piece.type == _USER_DEFINED]
+    )
     escapes = _ESCAPES if exact else []
     # The first Metaspace puts one space before the text even where it starts with spaces, since those are
     # U+2581 by then; one Metaspace alone would not, and a leading space would be lost.
     tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(*e) for e in [*escapes, (" ", SPACE)]])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Metaspace(" ", "first" if spec.add_dummy_prefix else "never", split=False),
-        pre_tokenizers.Metaspace(SPACE, "never", split=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(" ", "first" if spec.add_dummy_prefix else "never", split=False),
+            pre_tokenizers.Metaspace(SPACE, "never", split=False),
+        ]
+    )
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if spec.add_dummy_prefix:
         steps.append(decoders.Strip(" ", 1, 0))
@@ -166,7 +190,8 @@ def _merges(proto) -> list[tuple[str, str]]:
     normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
     merges = [
         (-score, -cut, piece[:cut], piece[cut:])
-        for piece, score in normal.items() for cut in range(1, len(piece))
+        for piece, score in normal.items()
+        for cut in range(1, len(piece))
         if piece[:cut] in normal and piece[cut:] in normal
     ]
     merges.sort(key=lambda merge: (merge[0], merge[1], -len(merge[3])))

@@ -26,8 +26,14 @@ _VERSION = 1
 _PADDING = 256  # a vocabulary may be rounded up to a multiple of this
 _LONG_TEXT = 65536  # characters; longer documents are sampled in part, shorter ones whole or not at all
 _PROBES = [
-    "", " ", "  two  spaces ", "def f(x):\n    return x  # comment\n\n\n\tpass", "1234567 3.14 0x1F",
-    "naïve Ω 漢字 😀 \u200b e\u0301", "(" * 40 + " " * 40 + "=" * 40, "the quick brown fox, the lazy dog's",
+    "",
+    " ",
+    "  two  spaces ",
+    "def f(x):\n    return x  # comment\n\n\n\tpass",
+    "1234567 3.14 0x1F",
+    "naïve Ω 漢字 😀 \u200b e\u0301",
+    "(" * 40 + " " * 40 + "=" * 40,
+    "the quick brown fox, the lazy dog's",
 ]
 
 
@@ -157,15 +163,22 @@ def _trained_model(config: Config, cache: Path) -> bytes:
     import sentencepiece
 
     sources = named_sources(config) + named_validation_sources(config)
-    inputs = [_settings(config), sentencepiece.__version__, [fingerprint(s, f) for f, s in sources],
-              None if config.data.validation_sources else config.data.validation_fraction]
+    inputs = [
+        _settings(config),
+        sentencepiece.__version__,
+        [fingerprint(s, f) for f, s in sources],
+        None if config.data.validation_sources else config.data.validation_fraction,
+    ]
     file = cache / f"tokenizer-{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]}.model"
     if file.exists():
         return file.read_bytes()
     logger.info("training a tokenizer of %d tokens", config.model.vocab_size)
     model = spm.train_model(
-        _sampled(config), config.model.vocab_size, config.tokenizer.train_bytes,
-        config.tokenizer.character_coverage, config.run.seed,
+        _sampled(config),
+        config.model.vocab_size,
+        config.tokenizer.train_bytes,
+        config.tokenizer.character_coverage,
+        config.run.seed,
     )
     replace_file(file, model)
     return model
@@ -188,6 +201,7 @@ def _sampled(config: Config) -> Iterator[str]:
                 text = text[: max(_LONG_TEXT, int(share * len(text)))]
             elif chosen.random() >= share:
                 continue
+            text = text[: max(1, int(budget))]
             yield text
             budget -= len(text.encode("utf-8"))
             if budget <= 0:

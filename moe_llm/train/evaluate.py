@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 
 from moe_llm.config import Config
-from moe_llm.data.loader import Data
-from moe_llm.errors import UserError
+from moe_llm.data.loader import Data, load_evaluation
+from moe_llm.data.tokenizer import load_tokenizer
 from moe_llm.parallel.engine import Engine
 from moe_llm.parallel.runtime import Runtime
+from moe_llm.train.generate import check_checkpoint_directory
 from moe_llm.train.loop import model_inputs
-from moe_llm.train.metrics import bits_per_byte
 
 
 @torch.no_grad()
@@ -19,13 +19,16 @@ def validation_loss(config: Config, engine: Engine, runtime: Runtime, data: Data
     """Cross-entropy over the held-out blocks (nats a token) and bits per byte; the same on every rank."""
     engine.model.eval()
     totals = torch.zeros(2, dtype=torch.float32, device=runtime.device)
-    for batch in data.validation_batches(config.train.micro_batch_size):
+    batches = data.validation.batches(
+        micro_batch_size=config.train.micro_batch_size, rank=runtime.rank, world_size=runtime.world_size
+    )
+    for batch in batches:
         output = engine.forward(**model_inputs(batch.to(runtime.device)))
         totals += torch.stack([output.loss_sum.float(), output.num_targets.float()])
     engine.model.train()
     loss_sum, targets = runtime.sum(totals).tolist()
     loss = loss_sum / targets
-    return {"val_loss": loss, "val_bits_per_byte": bits_per_byte(loss, data.bytes_per_token)}
+    return {"val_loss": loss, "val_bits_per_byte": data.validation.bits_per_byte(loss)}
 
 
 @torch.no_grad()
@@ -38,20 +41,16 @@ def evaluate_files(
     Raises:
         UserError: no checkpoint there, or no text.
     """
-    from transformers import AutoTokenizer
-
     from moe_llm.checkpoint.pretrained import MoEForCausalLM
-    from moe_llm.data.loader import file_batches
 
-    if not (Path(checkpoint) / "config.json").is_file():
-        raise UserError(f"checkpoint {str(checkpoint)!r} holds no config.json: name a checkpoint directory")
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    check_checkpoint_directory(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = MoEForCausalLM.from_pretrained(checkpoint).to(device).eval()
+    model = MoEForCausalLM.from_pretrained(checkpoint).to(device)
     length = sequence_length or min(model.config.max_position_embeddings, 4096)
-    evaluation = file_batches(files, tokenizer, sequence_length=length, batch_size=batch_size, max_blocks=max_blocks)
+    text = load_evaluation(files, tokenizer, sequence_length=length, max_blocks=max_blocks)
     loss_sum, targets = 0.0, 0
-    for batch in evaluation.batches:
+    for batch in text.batches(micro_batch_size=batch_size):
         output = model(**model_inputs(batch.to(device)))
         loss_sum += output.loss_sum.item()
         targets += int(output.num_targets)
@@ -59,6 +58,6 @@ def evaluate_files(
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": bits_per_byte(loss, evaluation.bytes_per_token),
+        "bits_per_byte": text.bits_per_byte(loss),
         "tokens": targets,
     }

@@ -7,6 +7,12 @@ import torch
 from moe_llm.errors import UserError
 
 
+def check_checkpoint_directory(checkpoint: str | Path) -> None:
+    """Refuse what is plainly no checkpoint, before anything heavy is imported."""
+    if not (Path(checkpoint) / "config.json").is_file():
+        raise UserError(f"checkpoint {str(checkpoint)!r} holds no config.json: name a checkpoint directory")
+
+
 def generate(
     checkpoint: str | Path, prompt: str, *, max_new_tokens: int = 128, temperature: float = 0.8, top_p: float = 0.95,
     seed: int = 0,
@@ -17,9 +23,10 @@ def generate(
         UserError: the directory is no checkpoint.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
-    if not (Path(checkpoint) / "config.json").is_file():
-        raise UserError(f"checkpoint {str(checkpoint)!r} holds no config.json: name a checkpoint directory")
+    check_checkpoint_directory(checkpoint)
+    disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").to(device).eval()

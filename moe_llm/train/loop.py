@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from moe_llm.config import Config
-from moe_llm.data.loader import Batch, TrainLoader
+from moe_llm.data.loader import TrainLoader
+from moe_llm.data.packing import Batch
 from moe_llm.model.moe.routing import RoutingStatistics
 from moe_llm.parallel.engine import Engine
 from moe_llm.parallel.runtime import Runtime

@@ -4,7 +4,6 @@ Dimensions: L layers, E experts.
 """
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -87,7 +86,3 @@ class Wandb:
     def close(self) -> None:
         self._run.finish()
 
-
-def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-    """Cross-entropy in nats a token as bits a byte of text: comparable across tokenizers."""
-    return loss / math.log(2) / bytes_per_token

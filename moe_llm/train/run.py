@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from moe_llm.checkpoint.folder import STATE
 from moe_llm.checkpoint.pretrained import load_weights
 from moe_llm.checkpoint.resume import check_same_run, find_resumable
-from moe_llm.checkpoint.folder import STATE
 from moe_llm.checkpoint.safetensors_io import read_json
 from moe_llm.checkpoint.state import load_checkpoint, save_checkpoint
 from moe_llm.config import Config, dump_config
@@ -18,7 +18,12 @@ from moe_llm.data.tokenizer import build_tokenizer, check_vocab, resolve_vocab
 from moe_llm.errors import UserError
 from moe_llm.model.init import build_model
 from moe_llm.parallel.engine import Engine, build_engine, expert_range, shard_experts
-from moe_llm.parallel.runtime import Runtime, check_layout, rank_from_environment, start, world_size_from_environment
+from moe_llm.parallel.runtime import (
+    Runtime,
+    check_layout,
+    start,
+    world_size_from_environment,
+)
 from moe_llm.train.console import Console
 from moe_llm.train.evaluate import validation_loss
 from moe_llm.train.loop import Callbacks, Position, train_loop
@@ -185,10 +190,11 @@ def _announce(
     layout = f"{world} rank{'s' if world > 1 else ''}"
     if world > 1:
         layout += f", {parallel.expert_parallel_size} of them share a set of experts, ZeRO-{parallel.zero_stage}"
+    training = sum(part.tokens for part in data.statistics if part.split == "train")
     reporter.say(
         f"{config.model.num_params():,} parameters, {config.model.num_params(active=True):,} active · {layout} · "
         f"{config.train.precision} · {config.tokens_per_step:,} tokens a step · "
-        f"{data.train.num_tokens:,} training tokens"
+        f"{training:,} training tokens"
     )
     if source is not None:
         reporter.say(f"resuming from {source} at step {position.step}")

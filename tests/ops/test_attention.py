@@ -104,3 +104,42 @@ def test_documents_in_one_row_equal_documents_alone():
         alone = [tensor[:1, :, start:end] for tensor in inputs]
         expected = attention(*alone, pattern=AttentionPattern.build(DOCUMENTS[:1, start:end]))
         torch.testing.assert_close(y[:1, :, start:end], expected)
+
+
+SEGMENTS = {
+    "documents": (4, 5, 4, 13),
+    "documents that come back": None,
+    "documents and window": None,
+    "right padding": (9, 4, 13),
+    "left padding": (4, 9, 12, 1),
+    "holes": None,
+    "window": None,
+}
+
+
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_runs_become_segments_and_all_else_a_mask(name):
+    pattern = AttentionPattern.build(torch.zeros(BATCH, LENGTH), **PATTERNS[name])
+    assert pattern.segments == SEGMENTS[name]
+    assert (pattern.mask_B1SS is None) == (pattern.segments is not None)
+
+
+def test_a_window_beyond_every_document_leaves_segments():
+    documents = DOCUMENTS[:1]
+    ids = torch.zeros(1, LENGTH)
+    assert AttentionPattern.build(ids, document_ids=documents, sliding_window=5).segments == (4, 5, 4)
+    assert AttentionPattern.build(ids, document_ids=documents, sliding_window=4).segments is None
+
+
+def test_segments_equal_the_mask():
+    """On the real tokens' rows; of padding rows both are finite, but they see different padding."""
+    inputs = make_inputs(torch.float32)
+    options = {"attention_mask": RIGHT_PADDED, "document_ids": DOCUMENTS}
+    segments = AttentionPattern.build(RIGHT_PADDED, **options)
+    assert segments.segments == (4, 5, 4, 13)
+    mask = reference.attention_mask((BATCH, LENGTH), *options.values()) | torch.eye(LENGTH, dtype=torch.bool)
+    y = attention(*inputs, pattern=segments)
+    expected = attention(*inputs, pattern=AttentionPattern(mask[:, None]))
+    real = RIGHT_PADDED.bool()[:, None, :, None]
+    torch.testing.assert_close(y * real, expected * real)
+    assert y.transpose(1, 2).is_contiguous()

@@ -6,7 +6,7 @@ import torch
 from support.ranks import fresh_accelerate
 
 from moe_llm.config.load import validate
-from moe_llm.data.loader import Batch
+from moe_llm.data.packing import Batch
 from moe_llm.parallel.runtime import start
 from moe_llm.train.loop import model_inputs, seed_noise
 from moe_llm.train.loss import micro_batch_loss
