@@ -2,6 +2,7 @@
 
 import json
 import os
+import weakref
 
 import pytest
 import torch
@@ -210,3 +211,39 @@ def test_latest_and_pruning_go_by_the_order_of_saving(tmp_path):
         )
         assert os.readlink(tmp_path / "latest") == path.name
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000015", "step-00000018"]
+
+
+class CountingState(FakeState):
+    """Counts the bytes of all tensors read from it, or given to it, that are alive at once."""
+
+    live = peak = 0
+
+    def _count(self, tensor):
+        storage = tensor.untyped_storage()
+        CountingState.live += storage.nbytes()
+        CountingState.peak = max(self.peak, self.live)
+        weakref.finalize(storage, CountingState._release, storage.nbytes())
+        return tensor
+
+    @staticmethod
+    def _release(nbytes):
+        CountingState.live -= nbytes
+
+    def read(self, name, kind):
+        return self._count(super().read(name, kind))
+
+    def write(self, name, kind, tensor):
+        super().write(name, kind, self._count(tensor))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_few_tensors_are_in_memory_at_once(tmp_path, monkeypatch, dtype):
+    config = small_config(num_hidden_layers=6)
+    tensors = random_tensors(config)
+    largest = max(tensor.nbytes for tensor in tensors.values())
+    monkeypatch.setattr(CountingState, "peak", 0)
+    path = save_checkpoint(tmp_path, CountingState(tensors), **save_arguments(config, dtype=dtype))
+    assert largest <= CountingState.peak <= 3 * largest
+    monkeypatch.setattr(CountingState, "peak", 0)
+    load_checkpoint(path, CountingState(zeros_like(tensors)))
+    assert largest <= CountingState.peak <= 3 * largest
