@@ -2,8 +2,9 @@
 
     python scripts/benchmarks/ops.py [--dtype bf16] [--threads 2] [--rounds 9] [--only experts]
 
-The candidates of a group take turns within one process, so that a busy machine slows all of them alike: read the
-ratios, not the times. A candidate whose output or gradients differ from the reference's is reported, not timed.
+The candidates of a group take turns within one process, so that a busy machine slows all of them alike: read
+the ratios, not the times. A candidate whose output or gradients differ from the reference's is reported, not
+timed.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def experts_group(dtype, experts, width, top_k, share):
 
 def weighted_experts_group(dtype):
     """The routing weight within the experts' products, or afterwards, in the combination."""
-    token_index_N, order_N, slot_TK, counts_E = sort_by_expert(skewed_routing(EXPERTS, TOP_K, 0), EXPERTS)
+    token_index_N, _, slot_TK, counts_E = sort_by_expert(skewed_routing(EXPERTS, TOP_K, 0), EXPERTS)
     x, weight = normal(dtype, TOKENS, HIDDEN), torch.rand(TOKENS * TOP_K).requires_grad_()
     gate_up = normal(dtype, EXPERTS, 2 * WIDTH, HIDDEN, scale=HIDDEN**-0.5)
     down = normal(dtype, EXPERTS, HIDDEN, WIDTH, scale=WIDTH**-0.5)
