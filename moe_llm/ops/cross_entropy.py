@@ -10,6 +10,8 @@ from torch.autograd.function import once_differentiable
 # scratch for the logits of one chunk: large enough that adding to the (V, D) weight gradient is a small share
 # of a chunk's work, small beside the model
 _CHUNK_ELEMENTS = 32 * 2**20
+# of these, how many are turned into probabilities at a time on a CPU
+_SLAB_ELEMENTS = 2**18
 
 
 def linear_cross_entropy(
@@ -57,16 +59,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VD, dtype=accumulate_dtype) if needs_weight else None
         for start in range(0, len(hidden_TD), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            hidden_CD, label_C1 = hidden_TD[rows], labels_T[rows, None]
-            logits_CV = (hidden_CD @ weight_VD.t()).to(wide)
-            label_logit_C1 = logits_CV.gather(1, label_C1)
-            log_sum_C1 = logits_CV.logsumexp(1, keepdim=True)
-            loss += (log_sum_C1 - label_logit_C1).sum()
-            if not (needs_hidden or needs_weight):
-                continue
-            grad_CV = logits_CV.sub_(log_sum_C1).exp_()  # softmax; minus one at the label is the gradient
-            grad_CV.scatter_add_(1, label_C1, grad_CV.new_full((1, 1), -1).expand_as(label_C1))
-            grad_CV = grad_CV.to(hidden_TD.dtype)
+            hidden_CD = hidden_TD[rows]
+            logits_CV = hidden_CD @ weight_VD.t()
+            loss += _loss_and_gradient_(logits_CV, labels_T[rows], needs_hidden or needs_weight)
+            grad_CV = logits_CV  # by now, if one is needed
             if needs_hidden:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden[rows])
             if needs_weight and accumulate_dtype == hidden_TD.dtype:
@@ -87,3 +83,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
             scaled = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
             grad_weight = torch.mul(grad_weight, grad, out=scaled)
         return grad_hidden, grad_weight, None, None, None
+
+
+def _loss_and_gradient_(logits_CV: Tensor, labels_C: Tensor, needs_gradient: bool) -> Tensor:
+    """The rows' summed loss; the logits are overwritten with its gradient, softmax minus one at the label.
+
+    In slabs that stay in cache on a CPU. The log of the normaliser comes from the largest probability, which
+    is never below 1/V, so that one pass of exponentials serves both results.
+    """
+    wide = torch.promote_types(logits_CV.dtype, torch.float32)
+    rows = max(1, _SLAB_ELEMENTS // logits_CV.shape[1]) if logits_CV.device.type == "cpu" else len(logits_CV)
+    losses = []
+    for logits_cV, label_c in zip(logits_CV.split(rows), labels_C.split(rows), strict=True):
+        label_c1 = label_c[:, None]
+        probability_cV = logits_cV.softmax(1, dtype=wide)
+        log_sum_c1 = logits_cV.amax(1, keepdim=True) - probability_cV.amax(1, keepdim=True).log()
+        losses.append((log_sum_c1 - logits_cV.gather(1, label_c1)).sum())
+        if needs_gradient:
+            probability_cV.scatter_add_(1, label_c1, probability_cV.new_full((1, 1), -1).expand_as(label_c1))
+            logits_cV.copy_(probability_cV)
+    return torch.stack(losses).sum()

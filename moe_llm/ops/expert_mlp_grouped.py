@@ -84,4 +84,5 @@ def _bounds(counts_E: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
 def _weight_gradient(grad_NO: Tensor, input_NI: Tensor, ends_E: Tensor, counts_E: Tensor) -> Tensor:
     """(E, O, I): grad^T input over each expert's rows, exactly zero where an expert has none."""
     grad_EOI = F.grouped_mm(grad_NO.t(), input_NI, offs=ends_E)
+    # torch does not say what it leaves for a group of no rows (the CPU kernel leaves zeros)
     return grad_EOI.masked_fill_((counts_E == 0)[:, None, None], 0)

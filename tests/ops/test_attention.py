@@ -76,6 +76,13 @@ def test_padding_is_seen_by_nobody(mask):
     assert (grad_v.where(padding, 0.0) == 0).all()
 
 
+def test_every_query_of_a_mask_sees_at_least_itself():
+    """Not every kernel gives zero for a query that sees nothing."""
+    mask_B1SS = AttentionPattern.build(HOLES, attention_mask=HOLES, sliding_window=3).mask_B1SS
+    assert mask_B1SS.diagonal(dim1=-2, dim2=-1).all()
+    assert mask_B1SS[1, 0].sum() == LENGTH  # nothing but padding: nothing but themselves
+
+
 def test_gradients_of_padding_rows_are_finite():
     """Even if the loss reads them, and even for a sequence of nothing but padding."""
     inputs = make_inputs(torch.float32)

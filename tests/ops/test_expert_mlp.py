@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_llm.errors import UserError
 from moe_llm.ops import reference
 from moe_llm.ops.expert_mlp import BACKENDS, choose_backend, expert_mlp
+from moe_llm.ops.expert_mlp_fused import _round_up
 
 HIDDEN, WIDTH = 24, 40
 COUNTS = {
@@ -85,24 +86,28 @@ def test_experts_without_rows_get_exactly_zero(backend):
         assert (grad[[0, 2]] != 0).any(dim=(1, 2)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("backend", ["loop", "fused", "grouped"])
-def test_rows_of_no_expert_give_zero_even_if_they_hold_nan(backend, weighted):
-    x, gate_up, down, counts_E, weight = make_inputs([4, 0, 9, 2], torch.float32, extra_rows=6)
+def test_rows_of_no_expert_give_zero_even_if_they_hold_nan(backend, weighted, dtype):
+    x, gate_up, down, counts_E, weight = make_inputs([4, 0, 9, 2], dtype, extra_rows=6)
     with torch.no_grad():
         x[15:] = math.nan
         weight[15:] = math.nan
     weight = weight if weighted else None
     used = None if weight is None else weight[:15]
-    inputs = (x, gate_up, down, weight)
-    y, grads = gradients(
-        lambda: expert_mlp(x, gate_up, down, counts_E, backend=backend, weight_N=weight), inputs
-    )
+    leaves = [tensor for tensor in (x, gate_up, down, weight) if tensor is not None]
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected_y = reference.expert_mlp(x[:15], gate_up, down, counts_E, used)
+    expected = torch.autograd.grad(expected_y, leaves, direction[:15])
+    direction[15:] = math.nan
+    y = expert_mlp(x, gate_up, down, counts_E, backend=backend, weight_N=weight)
+    grads = torch.autograd.grad(y, leaves, direction)
     assert (y[15:] == 0).all()
     assert (grads[0][15:] == 0).all()
-    assert_close(y[:15], reference.expert_mlp(x[:15], gate_up, down, counts_E, used), torch.float32)
-    for grad in grads:
-        assert grad.isfinite().all()
+    assert_close(y[:15], expected_y, dtype)
+    for grad, other in zip(grads, expected, strict=True):
+        assert_close(grad, other, dtype)
 
 
 @pytest.mark.parametrize("backend", ["loop", "fused"])
@@ -140,10 +145,11 @@ def test_strides_do_not_matter(backend):
         assert_close(grad, reference_grad, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["fused", "grouped"])
 @pytest.mark.parametrize("frozen", range(4))
-def test_frozen_inputs_get_no_gradient_and_change_no_other(backend, frozen):
-    *inputs, counts_E, weight = make_inputs([3, 0, 17, 8], torch.float32)
+def test_frozen_inputs_get_no_gradient_and_change_no_other(backend, frozen, dtype):
+    *inputs, counts_E, weight = make_inputs([3, 0, 17, 8], dtype)
     inputs = [*inputs, weight]
 
     def run():
@@ -197,6 +203,30 @@ def test_what_is_kept_for_the_backward_pass():
         expert_mlp(x, gate_up, down, counts_E, backend="fused", weight_N=weight)
     rows = sorted(shape for shape in kept if shape[0] == 55)
     assert rows == [(55,), (55, HIDDEN), (55, 2 * WIDTH)]
+
+
+def test_bf16_products_come_in_few_shapes():
+    """Counts up to 4096 make fewer than 100 different shapes, and at most a 16th more rows from 256 on."""
+    rounded = [_round_up(count) for count in range(1, 4097)]
+    assert len(set(rounded)) < 100
+    assert all(rows >= count for count, rows in enumerate(rounded, start=1))
+    assert all(rows <= count * (1 + 1 / 16) for count, rows in enumerate(rounded, start=1) if count >= 256)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_bf16_blocks_that_overlap_many_small_experts(seed):
+    """Blocks are extended over several following experts, also over all that is left."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.randint(0, 5, (12,), generator=generator).tolist()
+    x, gate_up, down, counts_E, weight = make_inputs(counts, torch.bfloat16, extra_rows=seed % 3, seed=seed)
+    inputs = (x, gate_up, down, weight)
+    y, grads = gradients(
+        lambda: expert_mlp(x, gate_up, down, counts_E, backend="fused", weight_N=weight), inputs
+    )
+    expected_y, expected = gradients(lambda: reference.expert_mlp(x, gate_up, down, counts_E, weight), inputs)
+    assert_close(y, expected_y, torch.bfloat16)
+    for grad, other in zip(grads, expected, strict=True):
+        assert_close(grad, other, torch.bfloat16)
 
 
 def test_choice_of_backend():
