@@ -6,11 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from moe_llm.checkpoint.folder import STATE
-from moe_llm.checkpoint.pretrained import load_weights
 from moe_llm.checkpoint.resume import check_same_run, find_resumable
-from moe_llm.checkpoint.safetensors_io import read_json
-from moe_llm.checkpoint.state import load_checkpoint, save_checkpoint
+from moe_llm.checkpoint.state import load_checkpoint, read_step, save_checkpoint
 from moe_llm.config import Config, dump_config
 from moe_llm.data.loader import Data, TrainLoader, load_data
 from moe_llm.data.sources import check_sources
@@ -61,7 +58,7 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
         config, tokenizer, rank=runtime.rank, world_size=runtime.world_size,
         show_progress=runtime.is_main and config.logging.console != "off",
     )
-    source = on_main(runtime, lambda: _resume_source(config, run_dir))
+    source = _resume_source(config, run_dir, runtime)
     engine, position = build_trained(config, runtime, source)
     if runtime.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -98,17 +95,15 @@ def build_trained(config: Config, runtime: Runtime, source: Path | None) -> tupl
     """The model under its engine, initialised from the seed or restored from a checkpoint at any layout."""
     experts = expert_range(config, runtime.rank)
     model = build_model(config.model, config.run.seed, prepare=lambda m: shard_experts(m, experts))
-    if source is not None:
-        load_weights(model, source, experts=experts)
     groups = parameter_groups(model, config.optim.weight_decay)
     engine = build_engine(
         model, runtime, config, groups, lambda g: build_optimizer(g, config.optim), optimizer_kinds(config.optim)
     )
     if source is None:
         return engine, Position()
-    step = int(read_json(source / STATE)["step"])
-    engine.make_optimizer_state(step)
-    return engine, Position(**load_checkpoint(source, engine))
+    engine.make_optimizer_state(read_step(source))
+    # the newest sound one was found by its hashes; one that the user names has not been looked at
+    return engine, Position(**load_checkpoint(source, engine, hashes=config.checkpoint.resume != "auto"))
 
 
 def on_main(runtime: Runtime, do: Callable[[], T]) -> T:
@@ -137,11 +132,11 @@ def _check_run_dir(run_dir: Path, config: Config) -> None:
         check_same_run(held.read_text(encoding="utf-8"), config)
 
 
-def _resume_source(config: Config, run_dir: Path) -> Path | None:
-    """The checkpoint to start from, if any."""
+def _resume_source(config: Config, run_dir: Path, runtime: Runtime) -> Path | None:
+    """The checkpoint to start from, if any; the same on every rank."""
     resume, root = config.checkpoint.resume, run_dir / "checkpoints"
     if resume == "auto":
-        return find_resumable(root, report=lambda sentence: print(sentence, file=sys.stderr))
+        return find_resumable(root, report=lambda sentence: print(sentence, file=sys.stderr), ranks=runtime)
     if resume == "never":
         if root.is_dir() and any(root.glob("step-*")):
             raise UserError(

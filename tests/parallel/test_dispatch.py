@@ -42,7 +42,7 @@ def stacked_experts() -> Experts:
     experts = Experts(MODEL)
     with torch.no_grad():
         for parameter in experts.parameters():
-            parameter.normal_(generator=generator)
+            parameter.normal_(std=0.3, generator=generator)
     return experts
 
 
