@@ -11,6 +11,14 @@ class RouterConfig(Section):
     """How tokens choose experts; the registry is `moe_llm.model.moe.routers`."""
 
     type: Literal["mixtral"] = Field("mixtral", description="mixtral: softmax, top-k, renormalised")
+    capacity_factor: float | None = Field(
+        None, gt=0,
+        description="an expert takes at most this many times its even share of each sequence, while training; "
+        "null: no limit",
+    )
+    overflow: Literal["drop", "next"] = Field(
+        "drop", description="beyond the capacity: drop, or pass on to the next expert that has room"
+    )
 
 
 class ModelConfig(Section):
@@ -31,10 +39,10 @@ class ModelConfig(Section):
     num_experts_per_tok: int = Field(2, ge=1, description="experts that each token passes through (top-k)")
     router: RouterConfig = Field(RouterConfig(), description="how tokens choose experts")
     router_aux_loss_coef: float = Field(0.02, ge=0, description="weight of the load-balance loss; 0: off")
-    router_aux_loss_scope: Literal["global", "transformers"] = Field(
+    router_aux_loss_scope: Literal["global", "sequence", "transformers"] = Field(
         "global",
-        description="global: per layer, tokens of all ranks, averaged over layers; "
-        "transformers: all layers pooled, each rank alone, as transformers computes it",
+        description="global: per layer, over the tokens of all ranks, averaged over layers; sequence: per layer and "
+        "sequence, averaged; transformers: all layers pooled, each rank alone, as transformers computes it",
     )
     router_z_loss_coef: float = Field(
         0.0, ge=0, description="weight of the router z-loss, ST-MoE (Zoph et al. 2022), equation 5; 0: off"

@@ -48,10 +48,10 @@ class DecoderLayer(nn.Module):
         self.mlp = MoELayer(config)
 
     def forward(
-        self, x_BSD: Tensor, cos_BSd: Tensor, sin_BSd: Tensor, pattern: AttentionPattern, real_T: Tensor | None
+        self, x_BSD: Tensor, cos_BSd: Tensor, sin_BSd: Tensor, pattern: AttentionPattern, real_BS: Tensor
     ) -> tuple[Tensor, RoutingStatistics]:
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), cos_BSd, sin_BSd, pattern)
-        y_BSD, statistics = self.mlp(self.post_attention_layernorm(x_BSD), real_T)
+        y_BSD, statistics = self.mlp(self.post_attention_layernorm(x_BSD), real_BS)
         return x_BSD + y_BSD, statistics
 
 
@@ -67,7 +67,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, input_ids_BS: Tensor, position_ids_BS: Tensor, pattern: AttentionPattern, real_T: Tensor | None
+        self, input_ids_BS: Tensor, position_ids_BS: Tensor, pattern: AttentionPattern, real_BS: Tensor
     ) -> tuple[Tensor, RoutingStatistics]:
         x_BSD = self.embed_tokens(input_ids_BS)
         cos_BSd, sin_BSd = rotary_cos_sin(
@@ -75,7 +75,7 @@ class Decoder(nn.Module):
         )
         statistics = []
         for layer in self.layers:
-            arguments = (x_BSD, cos_BSd, sin_BSd, pattern, real_T)
+            arguments = (x_BSD, cos_BSd, sin_BSd, pattern, real_BS)
             if self.recompute and torch.is_grad_enabled():
                 x_BSD, layer_statistics = checkpoint(
                     layer, *arguments, use_reentrant=False, context_fn=keep_routing
@@ -145,21 +145,18 @@ class MoEDecoder(nn.Module):
             targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        real_T = None if attention_mask is None else attention_mask.flatten() != 0
+        real_BS = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
         pattern = AttentionPattern.build(
             input_ids,
             attention_mask=attention_mask,
             document_ids=document_ids,
             sliding_window=self.config.sliding_window,
         )
-        x_BSD, routing = self.model(input_ids, position_ids, pattern, real_T)
+        x_BSD, routing = self.model(input_ids, position_ids, pattern, real_BS)
 
         logits = self.lm_head(x_BSD) if return_logits else None
-        num_tokens = routing.num_tokens[0]
-        aux = balance_loss(
-            routing, routing.tokens_per_expert_E, num_tokens, self.config.router_aux_loss_scope
-        )
-        z = z_loss(routing, num_tokens)
+        aux = balance_loss(routing, self.config.router_aux_loss_scope)
+        z = z_loss(routing)
         loss = loss_sum = num_targets = None
         if targets is not None:
             loss_sum, num_targets = self.lm_head(x_BSD, targets)

@@ -8,6 +8,7 @@ tests/parallel/test_deepspeed_contract.py says at once when a version of DeepSpe
 
 import logging
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -28,7 +29,10 @@ def prepare_environment(cpu: bool, world_size: int) -> None:
         for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
                             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
             os.environ.setdefault(name, value)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)  # it warns of every optimizer that is not its own
 
 
 def plugin(config: Config, world_size: int) -> Any:

@@ -12,9 +12,10 @@ from moe_llm.config import Config
 from moe_llm.data.loader import TrainLoader
 from moe_llm.data.packing import Batch
 from moe_llm.model.moe.routing import RoutingStatistics
+from moe_llm.parallel.dispatch import traffic
 from moe_llm.parallel.engine import Engine
 from moe_llm.parallel.runtime import Runtime
-from moe_llm.train.loss import micro_batch_loss
+from moe_llm.train.loss import StepLoss, StepLosses
 from moe_llm.train.metrics import routing_metrics
 from moe_llm.train.optim import learning_rate
 from moe_llm.train.signals import StopRequest
@@ -51,28 +52,29 @@ def train_loop(
     while position.step < config.max_steps:
         batches = [batch.to(runtime.device) for batch in next(loader)]
         seed_noise(config.run.seed, position.step, runtime.rank)
-        step_targets = _count_targets(batches, runtime)
+        step_loss = StepLoss(config.model, runtime, batches)
         for i, batch in enumerate(batches):
-            output = engine.forward(**model_inputs(batch))
-            losses, routing = micro_batch_loss(output, config.model, runtime, step_targets, len(batches))
+            losses = step_loss(engine.forward(**model_inputs(batch)))
             engine.backward(losses.total, last=i == len(batches) - 1)
-            window.add(losses, routing)
+            window.add(losses)
         rate = learning_rate(config, position.step)
         norm = engine.step(rate)
         position.step += 1
         position.samples += config.train.global_batch_size
         position.tokens += config.tokens_per_step
-        window.end_step()
+        window.end_step(step_loss.routing)
 
         last = position.step == config.max_steps
         stopping = runtime.any(stop.requested)
-        measured = callbacks.evaluate() if last or _due(config.evaluate.every_steps, position.step) else {}
-        if measured or last or stopping or _due(config.logging.every_steps, position.step):
-            callbacks.record(
-                {"step": position.step, "tokens": position.tokens, **window.read(config),
-                 "grad_norm": norm, "lr": rate, **measured, "moe": routing_metrics(window.routing)}
-            )
+        evaluating = last or _due(config.evaluate.every_steps, position.step)
+        if evaluating or stopping or _due(config.logging.every_steps, position.step):
+            record = {
+                "step": position.step, "tokens": position.tokens, **window.read(config), "grad_norm": norm, "lr": rate,
+                "moe": routing_metrics(window.routing) | traffic(engine.model),
+            }
+            callbacks.record(record | (callbacks.evaluate() if evaluating else {}))
             window.clear()
+            traffic(engine.model)  # what the evaluation exchanged belongs to no step
         if last or stopping or _due(config.checkpoint.every_steps, position.step):
             callbacks.save(position)
             window.restart_clock()
@@ -98,11 +100,6 @@ def seed_noise(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def _count_targets(batches: list[Batch], runtime: Runtime) -> float:
-    count = sum((batch.labels_BS != -100).sum() for batch in batches)
-    return runtime.sum(count.to(torch.float64 if runtime.device.type == "cpu" else torch.float32)).item()
-
-
 def _due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
 
@@ -125,14 +122,12 @@ class _Window:
     def restart_clock(self) -> None:
         self.clock = time.perf_counter()
 
-    def add(self, losses, routing: RoutingStatistics) -> None:
+    def add(self, losses: StepLosses) -> None:
         values = torch.stack([losses.lm, losses.aux, losses.z])
         self.losses = values if self.losses is None else self.losses + values
-        self.routing = (
-            routing if self.routing is None else RoutingStatistics(*(a + b for a, b in zip(self.routing, routing)))
-        )
 
-    def end_step(self) -> None:
+    def end_step(self, routing: RoutingStatistics) -> None:
+        self.routing = routing.plus(self.routing)
         now = time.perf_counter()
         self.seconds += now - self.clock
         self.clock = now

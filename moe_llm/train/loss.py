@@ -1,16 +1,20 @@
 """One optimizer step's loss, cut into what each rank contributes for each of its micro-batches.
 
-The whole is: cross-entropy averaged over all targets of the step; balance and z-loss of each round of micro-batches
-(the one that all ranks take at the same time), averaged over the rounds. Engines average gradients over the ranks,
-so each rank's share is multiplied by their number.
+The whole is the cross-entropy averaged over all targets of the step, and the balance and z-loss over all of its real
+tokens: ranks and micro-batches are cuts that change nothing. One exception: the fractions in the global balance loss
+are those of the micro-batches up to the present one, because the later ones are not known yet (Qiu et al. 2025); with
+one micro-batch a step it is exact. Engines average gradients over the ranks, so each share is multiplied by their
+number.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe_llm.config import ModelConfig
+from moe_llm.data.packing import IGNORED, Batch
 from moe_llm.model.decoder import MoEOutput
 from moe_llm.model.moe.balance import balance_loss, z_loss
 from moe_llm.model.moe.routing import RoutingStatistics
@@ -18,8 +22,8 @@ from moe_llm.parallel.runtime import Runtime
 
 
 class StepLosses(NamedTuple):
-    """This rank's shares, fp32 scalars: `total` has the gradient; summed over ranks and micro-batches and divided
-    by the number of ranks they are the step's losses."""
+    """A micro-batch's shares, fp32 scalars, `total` with gradient: summed over ranks and micro-batches and divided by
+    the number of ranks they are the step's losses."""
 
     total: Tensor
     lm: Tensor
@@ -27,26 +31,36 @@ class StepLosses(NamedTuple):
     z: Tensor
 
 
-def micro_batch_loss(
-    output: MoEOutput, model: ModelConfig, runtime: Runtime, step_targets: float, rounds: int
-) -> tuple[StepLosses, RoutingStatistics]:
-    """The share of one micro-batch, and the routing statistics summed over the ranks (detached).
+class StepLoss:
+    """The shares of one step's micro-batches, which are known beforehand.
 
-    Args:
-        step_targets: targets of all micro-batches of all ranks in this step.
-        rounds: micro-batches each rank takes in this step.
+    routing: statistics of the micro-batches so far, summed over the ranks, without gradient.
     """
-    ranks = runtime.world_size
-    summed = sum_over_ranks(output.routing, runtime)
-    own = output.routing
-    if model.router_aux_loss_scope == "transformers":
-        aux = balance_loss(own, own.tokens_per_expert_E, own.num_tokens[0].clamp(min=1), "transformers")
-    else:
-        aux = ranks * balance_loss(own, summed.tokens_per_expert_E, summed.num_tokens[0], "global")
-    z = ranks * z_loss(own, summed.num_tokens[0])
-    lm = ranks * output.loss_sum / step_targets
-    total = lm + (model.router_aux_loss_coef * aux + model.router_z_loss_coef * z) / rounds
-    return StepLosses(total, lm.detach(), aux.detach() / rounds, z.detach() / rounds), summed
+
+    def __init__(self, model: ModelConfig, runtime: Runtime, batches: Sequence[Batch]):
+        self.model, self.runtime, self.rounds = model, runtime, len(batches)
+        self.routing: RoutingStatistics | None = None
+        counts = torch.stack([_counts(batch) for batch in batches]).sum(0)
+        self.targets, self.tokens, self.sequences = runtime.sum(counts)
+
+    def __call__(self, output: MoEOutput) -> StepLosses:
+        own, ranks, model = output.routing, self.runtime.world_size, self.model
+        self.routing = sum_over_ranks(own, self.runtime).plus(self.routing)
+        total = self.routing._replace(
+            num_tokens=self.tokens.expand_as(own.num_tokens), num_sequences=self.sequences.expand_as(own.num_tokens)
+        )
+        aux = balance_loss(own, model.router_aux_loss_scope, total=total, seen=self.routing)
+        aux = aux / self.rounds if model.router_aux_loss_scope == "transformers" else ranks * aux
+        z = ranks * z_loss(own, total=total)
+        lm = ranks * output.loss_sum / self.targets
+        whole = lm + model.router_aux_loss_coef * aux + model.router_z_loss_coef * z
+        return StepLosses(whole, lm.detach(), aux.detach(), z.detach())
+
+
+def _counts(batch: Batch) -> Tensor:
+    """Targets, real tokens, and sequences that have one: fp32, exact up to 2^24 a batch."""
+    real_BS = batch.attention_mask_BS
+    return torch.stack([(batch.labels_BS != IGNORED).sum(), real_BS.sum(), real_BS.any(1).sum()]).float()
 
 
 def sum_over_ranks(statistics: RoutingStatistics, runtime: Runtime) -> RoutingStatistics:

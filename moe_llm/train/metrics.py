@@ -16,7 +16,8 @@ def routing_metrics(statistics: RoutingStatistics) -> dict[str, list]:
     """Per layer, from statistics summed over ranks and micro-batches (stacked, with a leading L).
 
     tokens_per_expert: counts; load_cv: their standard deviation over their mean, 0 when balanced;
-    router_entropy: mean over tokens, nats, ln E when undecided; dead_experts: indices that got no token.
+    router_entropy: mean over tokens, nats, ln E when undecided; dead_experts: indices that got no token;
+    dropped_share: choices that no expert had room for, 0 without a limit of capacity.
     """
     counts_LE = statistics.tokens_per_expert_E.double()
     mean_L = counts_LE.mean(-1)
@@ -24,6 +25,7 @@ def routing_metrics(statistics: RoutingStatistics) -> dict[str, list]:
         "tokens_per_expert": [[round(c) for c in layer] for layer in counts_LE.tolist()],
         "load_cv": (counts_LE.std(-1, correction=0) / mean_L.clamp(min=1e-12)).tolist(),
         "router_entropy": (statistics.entropy_sum / statistics.num_tokens).tolist(),
+        "dropped_share": (statistics.dropped / counts_LE.sum(-1).clamp(min=1)).tolist(),
         "dead_experts": [[e for e, c in enumerate(layer) if c == 0] for layer in counts_LE.tolist()],
     }
 
@@ -78,7 +80,7 @@ class Wandb:
     def write(self, record: dict[str, Any]) -> None:
         scalars = {key: value for key, value in record.items() if isinstance(value, (int, float))}
         moe = record.get("moe", {})
-        for name in ("load_cv", "router_entropy"):
+        for name in ("load_cv", "router_entropy", "dropped_share"):
             scalars |= {f"moe/{name}/layer_{i}": value for i, value in enumerate(moe.get(name, []))}
         scalars["moe/dead_experts"] = sum(len(dead) for dead in moe.get("dead_experts", []))
         self._run.log(scalars, step=record["step"])

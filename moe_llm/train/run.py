@@ -184,7 +184,7 @@ def _announce(
     parallel, world = config.parallel, engine.world_size
     layout = f"{world} rank{'s' if world > 1 else ''}"
     if world > 1:
-        layout += f", {parallel.expert_parallel_size} of them share a set of experts, ZeRO-{parallel.zero_stage}"
+        layout += f" (expert parallel {parallel.expert_parallel_size}, ZeRO-{parallel.zero_stage})"
     training = sum(part.tokens for part in data.statistics if part.split == "train")
     reporter.say(
         f"{config.model.num_params():,} parameters, {config.model.num_params(active=True):,} active · {layout} · "
@@ -208,9 +208,10 @@ def _farewell(config: Config, run_dir: Path, checkpoint: Path | None, finished: 
     measured = [r for r in read_metrics(run_dir / "metrics.jsonl") if "val_loss" in r]
     if measured:
         first, last = measured[0], measured[-1]
+        fall = f"{first['val_loss']:.4f} at step {first['step']}, " if len(measured) > 1 else ""
         print(
-            f"validation loss {first['val_loss']:.4f} at step {first['step']}, {last['val_loss']:.4f} at step "
-            f"{last['step']}: {last['val_bits_per_byte']:.4f} bits per byte"
+            f"validation loss {fall}{last['val_loss']:.4f} at step {last['step']}: "
+            f"{last['val_bits_per_byte']:.4f} bits per byte"
         )
     print("plots: " + " ".join(str(p) for p in plots))
     if config.evaluate.sample_prompt is not None:

@@ -1,7 +1,7 @@
 """N ranks with expert parallelism compute what one process computes that takes their micro-batches together."""
 
 import pytest
-from support.training import config, difference, train_steps
+from support.training import MODEL, config, difference, train_steps
 
 STEPS = 20
 MICRO = 3
@@ -49,3 +49,44 @@ def test_expert_parallel_ranks_equal_one_process(request, references, world, sta
     if optimizer == "sgd":
         worst, where = difference(found, expected, "weights")
         assert worst < 1e-5, where
+
+
+FEATURES = {
+    "sequence_scope": {"router_aux_loss_scope": "sequence"},
+    "capacity_drop": {"router": {"capacity_factor": 0.8}},
+    "capacity_next": {"router": {"capacity_factor": 0.8, "overflow": "next"}},
+    "tied": {"tie_word_embeddings": True},
+    "top1": {"num_experts_per_tok": 1},
+}
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_features_do_not_depend_on_the_layout(two_ranks, feature, stage):
+    model = {**MODEL, **FEATURES[feature]}
+    expected = train_steps(config(MICRO * 2, 2, 1, model=model), 5)
+    found = two_ranks.run(train_steps, config(MICRO, 2, 2, ep=2, stage=stage, model=model), 5)
+    worst, where = difference(found, expected, "gradients")
+    assert worst < 1e-5, where
+    for per_rank in found:
+        assert largest(per_rank["losses"], expected["losses"]) < 1e-5
+        assert largest(per_rank["aux"], expected["aux"]) < 1e-5
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_recomputation_under_expert_parallelism(two_ranks, stage):
+    train = {"activation_checkpointing": True}
+    expected = train_steps(config(MICRO * 2, 1, 1), 5)
+    found = two_ranks.run(train_steps, config(MICRO, 1, 2, ep=2, stage=stage, train=train), 5)
+    worst, where = difference(found, expected, "gradients")
+    assert worst < 1e-5, where
+    assert max(largest(per_rank["losses"], expected["losses"]) for per_rank in found) < 1e-5
+
+
+def test_global_balance_over_accumulated_micro_batches_is_near_the_exact_one():
+    """With several micro-batches a step the fractions are those seen so far; with one, the exact ones."""
+    exact = train_steps(config(6, 1, 1), 10)
+    accumulated = train_steps(config(1, 6, 1), 10)
+    departure = max(abs(a - b) / b for a, b in zip(accumulated["aux"], exact["aux"], strict=True))
+    assert 0 < departure < 0.1
+    assert largest(accumulated["losses"], exact["losses"]) < 0.01

@@ -9,7 +9,7 @@ from moe_llm.config.load import validate
 from moe_llm.data.packing import Batch
 from moe_llm.parallel.runtime import start
 from moe_llm.train.loop import model_inputs, seed_noise
-from moe_llm.train.loss import micro_batch_loss
+from moe_llm.train.loss import StepLoss
 from moe_llm.train.optim import learning_rate
 from moe_llm.train.run import build_trained
 
@@ -75,12 +75,10 @@ def train_steps(cfg, steps: int, *, source: str | None = None, first: int = 0, s
         batches = [
             rows(step, (j * runtime.world_size + runtime.rank) * micro, micro) for j in range(rounds)
         ]
-        targets = runtime.sum(torch.tensor(float(sum((b.labels_BS != -100).sum() for b in batches)))).item()
+        step_loss = StepLoss(cfg.model, runtime, batches)
         shares = torch.zeros(2)
         for j, batch in enumerate(batches):
-            losses, _ = micro_batch_loss(
-                engine.forward(**model_inputs(batch)), cfg.model, runtime, targets, rounds
-            )
+            losses = step_loss(engine.forward(**model_inputs(batch)))
             engine.backward(losses.total, last=j == rounds - 1)
             shares += torch.stack([losses.total.detach(), losses.aux])
         if step == first:

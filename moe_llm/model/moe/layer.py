@@ -21,8 +21,7 @@ class MoELayer(nn.Module):
         self.experts = Experts(config)
         self.dispatcher: Dispatcher = LocalDispatcher()
 
-    def forward(self, x_BSD: Tensor, real_T: Tensor | None) -> tuple[Tensor, RoutingStatistics]:
-        x_TD = x_BSD.flatten(0, 1)
-        routing = self.gate(x_TD, real_T)
-        y_TD = self.dispatcher(x_TD, routing, self.experts)
+    def forward(self, x_BSD: Tensor, real_BS: Tensor) -> tuple[Tensor, RoutingStatistics]:
+        routing = self.gate(x_BSD, real_BS)
+        y_TD = self.dispatcher(x_BSD.flatten(0, 1), routing, self.experts)
         return y_TD.view_as(x_BSD), routing.statistics

@@ -1,6 +1,6 @@
 """The one record that every router returns and dispatch, experts and combine understand.
 
-Dimensions: T tokens, E experts, K experts per token, N routed rows (T*K for token choice), L layers.
+Dimensions: B sequences, T tokens, E experts, K experts per token, N routed rows (T*K for token choice), L layers.
 """
 
 from typing import NamedTuple
@@ -10,20 +10,27 @@ from torch import Tensor
 
 
 class RoutingStatistics(NamedTuple):
-    """Sums over the real (not padding) tokens, so that they add up over ranks and micro-batches.
+    """Sums over the real (not padding) tokens, so that they add up over ranks and micro-batches; fp32.
 
-    One layer's have the shapes below; `stack` gives them a leading L.
+    One layer's have the shapes below; `stack` gives them a leading L. tokens_per_expert_E counts choices before any
+    limit of capacity; dropped those that no expert had room for.
     """
 
-    tokens_per_expert_E: Tensor  # fp32 counts, no gradient
-    probability_sum_E: Tensor  # sum of the router's probabilities, fp32, with gradient
-    z_sum: Tensor  # sum of logsumexp(logits)^2, scalar fp32, with gradient
-    entropy_sum: Tensor  # sum of the router's entropy in nats, scalar fp32, no gradient
-    num_tokens: Tensor  # real tokens, scalar fp32
+    tokens_per_expert_E: Tensor
+    probability_sum_E: Tensor  # the router's probabilities, with gradient
+    sequence_balance: Tensor  # sum over sequences of each one's own balance loss, with gradient; 0 if not asked for
+    z_sum: Tensor  # logsumexp(logits)^2, with gradient
+    entropy_sum: Tensor  # the router's entropy in nats
+    dropped: Tensor
+    num_tokens: Tensor
+    num_sequences: Tensor  # that have a real token
 
     @staticmethod
     def stack(layers: "list[RoutingStatistics]") -> "RoutingStatistics":
         return RoutingStatistics(*(torch.stack(parts) for parts in zip(*layers)))
+
+    def plus(self, other: "RoutingStatistics | None") -> "RoutingStatistics":
+        return self if other is None else RoutingStatistics(*(a + b for a, b in zip(self, other)))
 
 
 class Routing(NamedTuple):
@@ -42,21 +49,46 @@ class Routing(NamedTuple):
 
 
 def router_statistics(
-    logits_TE: Tensor, probability_TE: Tensor, expert_TK: Tensor, real_T: Tensor | None
+    logits_TE: Tensor,
+    probability_TE: Tensor,
+    expert_TK: Tensor,
+    real_BS: Tensor,
+    *,
+    per_sequence: bool,
+    dropped: Tensor | None = None,
 ) -> RoutingStatistics:
-    """Sums over the tokens for which `real_T` (bool; None: all) holds."""
-    experts = logits_TE.shape[-1]
+    """Sums over the tokens for which `real_BS` (bool) holds.
+
+    per_sequence: also form the balance loss of each sequence by itself (DeepSeek-AI 2024, equations 17 to 20, in the
+    normalisation of `balance.balance_loss`).
+    """
+    (sequences, length), experts = real_BS.shape, logits_TE.shape[-1]
+    weight_T = real_BS.flatten().to(logits_TE.dtype)
     log_z_T = logits_TE.logsumexp(-1)
     with torch.no_grad():
         entropy_T = log_z_T - (probability_TE * logits_TE).sum(-1)
-        weight_T = logits_TE.new_ones(len(logits_TE)) if real_T is None else real_T.to(logits_TE.dtype)
-        tokens_per_expert_E = logits_TE.new_zeros(experts).scatter_add_(
-            0, expert_TK.flatten(), weight_T[:, None].expand_as(expert_TK).flatten()
+        rows = sequences if per_sequence else 1
+        row_T = torch.arange(sequences, device=real_BS.device).repeat_interleave(length) if per_sequence else 0
+        flat_TK = expert_TK + (row_T * experts)[:, None] if per_sequence else expert_TK
+        count_RE = logits_TE.new_zeros(rows * experts).scatter_add_(
+            0, flat_TK.flatten(), weight_T[:, None].expand_as(flat_TK).flatten()
+        ).view(rows, experts)
+        tokens_B = weight_T.view(sequences, length).sum(1)
+    sequence_balance = logits_TE.new_zeros(())
+    if per_sequence:
+        probability_BE = torch.einsum(
+            "bs,bse->be", weight_T.view(sequences, length), probability_TE.view(sequences, length, experts)
         )
+        sequence_balance = experts * (
+            (count_RE * probability_BE).sum(-1) / tokens_B.clamp(min=1).square()
+        ).sum()
     return RoutingStatistics(
-        tokens_per_expert_E=tokens_per_expert_E,
+        tokens_per_expert_E=count_RE.sum(0),
         probability_sum_E=weight_T @ probability_TE,
+        sequence_balance=sequence_balance,
         z_sum=weight_T @ log_z_T.square(),
         entropy_sum=weight_T @ entropy_T,
+        dropped=logits_TE.new_zeros(()) if dropped is None else dropped.to(logits_TE.dtype),
         num_tokens=weight_T.sum(),
+        num_sequences=(tokens_B > 0).sum().to(logits_TE.dtype),
     )

@@ -11,5 +11,5 @@ ROUTERS: dict[str, type[nn.Module]] = {
 
 
 def build_router(config: ModelConfig) -> nn.Module:
-    """A module that maps (x_TD, real_T) to a `Routing`."""
+    """A module that maps hidden states (B, S, D) and a bool mask of real tokens (B, S) to a `Routing`."""
     return ROUTERS[config.router.type](config)
