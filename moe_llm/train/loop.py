@@ -67,13 +67,15 @@ def train_loop(
         last = position.step == config.max_steps
         stopping = runtime.any(stop.requested)
         measured = callbacks.evaluate() if last or _due(config.evaluate.every_steps, position.step) else {}
-        if measured or last or stopping or _due(config.logging.every_steps, position.step):
+        saving = last or stopping or _due(config.checkpoint.every_steps, position.step)
+        # Also at each save, so that a resumed run's records are means over the same steps as an uninterrupted one's.
+        if measured or saving or _due(config.logging.every_steps, position.step):
             callbacks.record(
                 {"step": position.step, "tokens": position.tokens, **window.read(config),
                  "grad_norm": norm, "lr": rate, **measured, "moe": routing_metrics(window.routing)}
             )
             window.clear()
-        if last or stopping or _due(config.checkpoint.every_steps, position.step):
+        if saving:
             callbacks.save(position)
             window.restart_clock()
         if stopping and not last:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_llm.config import Config
+from moe_llm.errors import UserError
 from moe_llm.model.moe.routing import RoutingStatistics
 
 
@@ -48,15 +49,22 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """The records of a metrics.jsonl; a last line cut short by a crash is left out.
+
+    Raises:
+        UserError: any other line is damaged.
+    """
     records = []
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines):
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:
+        except json.JSONDecodeError as error:
             if number < len(lines) - 1:
-                raise
+                raise UserError(
+                    f"file {path} is damaged: line {number + 1} is not valid JSON: remove that line, or set another "
+                    "run.dir"
+                ) from error
     return records
 
 
@@ -85,4 +93,3 @@ class Wandb:
 
     def close(self) -> None:
         self._run.finish()
-

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from moe_llm.checkpoint.folder import STATE
+from moe_llm.checkpoint.manifest import verify
 from moe_llm.checkpoint.pretrained import load_weights
+from moe_llm.checkpoint.ranks import is_disk_full
 from moe_llm.checkpoint.resume import check_same_run, find_resumable
-from moe_llm.checkpoint.safetensors_io import read_json
-from moe_llm.checkpoint.state import load_checkpoint, save_checkpoint
+from moe_llm.checkpoint.state import check_space, load_checkpoint, read_step, save_checkpoint
 from moe_llm.config import Config, dump_config
 from moe_llm.data.loader import Data, TrainLoader, load_data
 from moe_llm.data.sources import check_sources
@@ -21,6 +21,7 @@ from moe_llm.parallel.engine import Engine, build_engine, expert_range, shard_ex
 from moe_llm.parallel.runtime import (
     Runtime,
     check_layout,
+    rank_from_environment,
     start,
     world_size_from_environment,
 )
@@ -29,7 +30,7 @@ from moe_llm.train.evaluate import validation_loss
 from moe_llm.train.loop import Callbacks, Position, train_loop
 from moe_llm.train.metrics import MetricsFile, Wandb, read_metrics
 from moe_llm.train.optim import build_optimizer, optimizer_kinds, parameter_groups
-from moe_llm.train.signals import StopRequest
+from moe_llm.train.signals import StoppedEarly, StopRequest
 
 T = TypeVar("T")
 
@@ -44,15 +45,26 @@ def train(config: Config) -> None:
     check_layout(config, world_size_from_environment())
     check_sources(config)
     _check_run_dir(run_dir, config)
-    runtime = start(config)
+    _check_resume(run_dir, config)
     try:
         with StopRequest() as stop:
-            _train(config, run_dir, runtime, stop)
-    finally:
-        runtime.close()
+            runtime = start(config)
+            try:
+                _train(config, run_dir, runtime, stop)
+            finally:
+                runtime.close()
+    except StoppedEarly:
+        if rank_from_environment() == 0:
+            print("stopped before training, so nothing was saved: run the same command again to start")
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        where = f" for {error.filename}" if error.filename else f" for run.dir={config.run.dir!r}"
+        raise UserError(f"no space left{where}: free some, or set another run.dir") from error
 
 
 def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -> None:
+    source = _resume_source(config, run_dir, runtime)
     on_main(runtime, lambda: build_tokenizer(config, run_dir / "tokenizer") and None)
     tokenizer = build_tokenizer(config, run_dir / "tokenizer")
     config = resolve_vocab(config, tokenizer)
@@ -61,11 +73,12 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
         config, tokenizer, rank=runtime.rank, world_size=runtime.world_size,
         show_progress=runtime.is_main and config.logging.console != "off",
     )
-    source = on_main(runtime, lambda: _resume_source(config, run_dir))
     engine, position = build_trained(config, runtime, source)
+    storage = {"dtype": config.checkpoint.dtype, "max_shard_size": config.checkpoint.max_shard_size}
+    if position.step < config.max_steps:
+        check_space(run_dir / "checkpoints", engine, **storage)
     if runtime.is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        _write_config(config, run_dir)
 
     reporter = Reporter(config, run_dir, runtime, position)
     _announce(reporter, config, engine, data, source, position)
@@ -78,13 +91,13 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
     def save(at: Position) -> None:
         saved.append(save_checkpoint(
             run_dir / "checkpoints", engine, step=at.step, trainer_state=vars(at), model_config=config.model,
-            run_config_text=dump_config(config), tokenizer=tokenizer, dtype=config.checkpoint.dtype,
-            max_shard_size=config.checkpoint.max_shard_size, keep_last=config.checkpoint.keep_last,
+            run_config_text=dump_config(config), tokenizer=tokenizer, keep_last=config.checkpoint.keep_last, **storage,
         ))
 
     callbacks = Callbacks(
         evaluate=lambda: validation_loss(config, engine, runtime, data), record=reporter.record, save=save
     )
+    stop.defer()
     try:
         finished = train_loop(config, engine, runtime, loader, position, stop, callbacks)
     finally:
@@ -106,9 +119,8 @@ def build_trained(config: Config, runtime: Runtime, source: Path | None) -> tupl
     )
     if source is None:
         return engine, Position()
-    step = int(read_json(source / STATE)["step"])
-    engine.make_optimizer_state(step)
-    return engine, Position(**load_checkpoint(source, engine))
+    engine.make_optimizer_state(read_step(source))
+    return engine, Position(**load_checkpoint(source, engine, hashes=False))  # `_resume_source` has compared them
 
 
 def on_main(runtime: Runtime, do: Callable[[], T]) -> T:
@@ -137,21 +149,42 @@ def _check_run_dir(run_dir: Path, config: Config) -> None:
         check_same_run(held.read_text(encoding="utf-8"), config)
 
 
-def _resume_source(config: Config, run_dir: Path) -> Path | None:
-    """The checkpoint to start from, if any."""
-    resume, root = config.checkpoint.resume, run_dir / "checkpoints"
-    if resume == "auto":
-        return find_resumable(root, report=lambda sentence: print(sentence, file=sys.stderr))
-    if resume == "never":
-        if root.is_dir() and any(root.glob("step-*")):
-            raise UserError(
-                f"checkpoint.resume=never, but run.dir={str(run_dir)!r} holds checkpoints: "
-                "name another run.dir, or delete them"
-            )
-        return None
-    if not Path(resume).is_dir():
+    metrics = run_dir / "metrics.jsonl"
+    if metrics.exists():
+        read_metrics(metrics)
+
+
+def _check_resume(run_dir: Path, config: Config) -> None:
+    """Refuse a `checkpoint.resume` that cannot be followed; all ranks do, before any of them writes."""
+    resume = config.checkpoint.resume
+    if resume == "never" and any((run_dir / "checkpoints").glob("step-*")):
+        raise UserError(
+            f"checkpoint.resume=never, but run.dir={str(run_dir)!r} holds checkpoints: "
+            "name another run.dir, or delete them"
+        )
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
         raise UserError(f"checkpoint.resume={resume!r} is no checkpoint directory: give auto, never or a path")
+
+
+def _resume_source(config: Config, run_dir: Path, runtime: Runtime) -> Path | None:
+    """The checkpoint to start from, if any, every file of it compared with its hash. Collective."""
+    resume = config.checkpoint.resume
+    if resume == "auto":
+        return find_resumable(
+            run_dir / "checkpoints", report=lambda sentence: print(sentence, file=sys.stderr), ranks=runtime
+        )
+    if resume == "never":
+        return None
+    verify(Path(resume), runtime)
     return Path(resume)
+
+
+def _write_config(config: Config, run_dir: Path) -> None:
+    """In one step: a file cut short by a crash would shut its owner out of the run."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    temporary = run_dir / "config.yaml.tmp"
+    temporary.write_text(dump_config(config), encoding="utf-8")
+    os.replace(temporary, run_dir / "config.yaml")
 
 
 class Reporter:
@@ -203,7 +236,10 @@ def _announce(
 def _farewell(config: Config, run_dir: Path, checkpoint: Path | None, finished: bool) -> None:
     """Last words: how to go on, or what came out."""
     if not finished:
-        print(f"stopped and saved: run the same command again to go on from {checkpoint}")
+        again = "the same command again"
+        if config.checkpoint.resume != "auto":  # it would not look at what has been saved now
+            again += " with checkpoint.resume=auto"
+        print(f"stopped and saved: run {again} to go on from {checkpoint}")
         return
     from moe_llm.train.plots import plot_run
 
