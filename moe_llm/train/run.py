@@ -50,9 +50,11 @@ def train(config: Config) -> None:
         with StopRequest() as stop:
             runtime = start(config)
             try:
-                _train(config, run_dir, runtime, stop)
+                checkpoint, finished = _train(config, run_dir, runtime, stop)
             finally:
                 runtime.close()
+            if runtime.is_main:  # the other ranks may leave: nothing from here on is computed together
+                _farewell(config, run_dir, checkpoint, finished)
     except StoppedEarly:
         if rank_from_environment() == 0:
             print("stopped before training, so nothing was saved: run the same command again to start")
@@ -63,7 +65,8 @@ def train(config: Config) -> None:
         raise UserError(f"no space left{where}: free some, or set another run.dir") from error
 
 
-def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -> None:
+def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -> tuple[Path | None, bool]:
+    """The last checkpoint, and whether the run has come to its end."""
     source = _resume_source(config, run_dir, runtime)
     on_main(runtime, lambda: build_tokenizer(config, run_dir / "tokenizer") and None)
     tokenizer = build_tokenizer(config, run_dir / "tokenizer")
@@ -103,8 +106,7 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
     finally:
         loader.close()
         reporter.close()
-    if runtime.is_main:
-        _farewell(config, run_dir, saved[-1] if saved else source, finished)
+    return saved[-1] if saved else source, finished
 
 
 def build_trained(config: Config, runtime: Runtime, source: Path | None) -> tuple[Engine, Position]:
@@ -248,11 +250,9 @@ def _farewell(config: Config, run_dir: Path, checkpoint: Path | None, finished: 
         return
     measured = [r for r in read_metrics(run_dir / "metrics.jsonl") if "val_loss" in r]
     if measured:
-        first, last = measured[0], measured[-1]
-        print(
-            f"validation loss {first['val_loss']:.4f} at step {first['step']}, {last['val_loss']:.4f} at step "
-            f"{last['step']}: {last['val_bits_per_byte']:.4f} bits per byte"
-        )
+        values = [f"{r['val_loss']:.4f} at step {r['step']}" for r in (measured[0], measured[-1])]
+        told = ", ".join(dict.fromkeys(values))  # once, if it was measured once
+        print(f"validation loss {told}: {measured[-1]['val_bits_per_byte']:.4f} bits per byte")
     print("plots: " + " ".join(str(p) for p in plots))
     if config.evaluate.sample_prompt is not None:
         from moe_llm.train.generate import generate

@@ -68,14 +68,14 @@ def timeless(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def fingerprint(directory: Path) -> dict[str, str]:
-    """Everything under a directory, by relative path, with hashes of files and targets of links."""
+    """Every file and link under a directory, by relative path, with hashes of files and targets of links."""
     found = {}
     for path in sorted(directory.rglob("*")):
         name = str(path.relative_to(directory))
         if path.is_symlink():
             found[name] = f"-> {os.readlink(path)}"
-        else:
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "directory"
+        elif path.is_file():
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
 
