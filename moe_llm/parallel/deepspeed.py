@@ -8,6 +8,7 @@ tests/parallel/test_deepspeed_contract.py says at once when a version of DeepSpe
 
 import logging
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ def prepare_environment(cpu: bool, world_size: int) -> None:
                             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
             os.environ.setdefault(name, value)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that torch is about to change: a line for each of them, every step
+    warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
 
 
 def plugin(config: Config, world_size: int) -> Any:

@@ -36,8 +36,8 @@ def generate(
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"checkpoint {str(checkpoint)!r} cannot be loaded, model.safetensors or config.json is unusable ({reason}): "
-            "use another checkpoint"
+            f"checkpoint {str(checkpoint)!r} cannot be loaded, its config.json or model.safetensors is unusable "
+            f"({reason}): use another checkpoint"
         ) from error
     model.to(device).eval()
     torch.manual_seed(seed)

@@ -5,6 +5,7 @@ Dimensions: L layers, E experts.
 
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class Wandb:
 
         identity = run_dir / "wandb_id"
         if not identity.exists():
-            identity.write_text(wandb.util.generate_id(), encoding="utf-8")
+            identity.write_text(secrets.token_hex(4), encoding="utf-8")
         self._run = wandb.init(
             project=config.logging.wandb_project, dir=run_dir, mode=config.logging.wandb,
             id=identity.read_text(encoding="utf-8"), resume="allow", name=run_dir.name,

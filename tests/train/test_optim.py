@@ -1,6 +1,7 @@
 """The learning rate is a pure function of the step; the optimizer has what the configuration says."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -30,14 +31,14 @@ def test_cosine():
     assert found[55] == pytest.approx(2.0 * 0.55), "half way between the rate and its floor"
     assert found[TOTAL] == pytest.approx(0.2)
     assert 0.2 < found[TOTAL - 1] < 0.2 * 1.01
-    assert all(a > b for a, b in zip(found[10:], found[11:]))
+    assert all(a > b for a, b in pairwise(found[10:]))
     assert found[40] == pytest.approx(0.2 + 1.8 * 0.5 * (1 + math.cos(math.pi / 3)))
 
 
 def test_wsd_is_constant_until_its_decay():
     found = rates(schedule="wsd", warmup_steps=10, decay_ratio=0.25)
     assert found[10:76] == [2.0] * 66
-    falls = [a - b for a, b in zip(found[75:], found[76:])]
+    falls = [a - b for a, b in pairwise(found[75:])]
     assert falls == pytest.approx([1.8 / 25] * 25)
     assert found[TOTAL] == pytest.approx(0.2)
 
