@@ -62,19 +62,19 @@ def test_what_decides_the_learning_changes_the_losses(overrides, train_with, pla
     [
         "train.activation_checkpointing=true", "train.device=auto", "checkpoint.every_steps=1", "checkpoint.dtype=bf16",
         "checkpoint.max_shard_size=10KB", "data.num_workers=2", "parallel.zero_stage=3",
-        "model.router_aux_loss_scope=transformers model.num_hidden_layers=2",
     ],
 )  # fmt: skip
 def test_what_is_about_the_machine_does_not(overrides, train_with, plain):
-    """(The last: pooling layers is another loss, but with coefficient 0.02 it must first come to the weights.)"""
     found, expected = runs.records(train_with(*overrides.split())), runs.records(plain)
-    if "transformers" in overrides:
-        assert found[0]["lm_loss"] == expected[0]["lm_loss"]
-        assert found[0]["aux_loss"] != expected[0]["aux_loss"]
-        return
     assert [r["loss"] for r in found] == [r["loss"] for r in expected]
     assert [r["grad_norm"] for r in found] == [r["grad_norm"] for r in expected]
     assert found[-1]["val_loss"] == expected[-1]["val_loss"]
+
+
+def test_the_balance_loss_of_transformers_is_another_one(train_with, plain):
+    found, expected = (runs.records(d)[0] for d in (train_with("model.router_aux_loss_scope=transformers"), plain))
+    assert found["lm_loss"] == expected["lm_loss"]
+    assert found["aux_loss"] != expected["aux_loss"]
 
 
 def test_floors_of_the_schedules_reach_the_records(train_with):
@@ -184,14 +184,11 @@ def test_off_leaves_nothing_of_wandb(plain):
     assert not list(plain.glob("wandb*"))
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_deepspeed_on_one_rank_equals_the_plain_process(stage, make_config, tmp_path, plain):
+def test_deepspeed_on_one_rank_equals_the_plain_process(make_config, tmp_path, plain):
     """In a process of its own: DeepSpeed leaves its mark on the one that it is used in."""
-    overrides = ["parallel.engine=deepspeed", f"parallel.zero_stage={stage}", "evaluate.sample_prompt=abc"]
-    done = runs.finish(runs.single(make_config(**SHORT), *overrides))
+    done = runs.finish(runs.single(make_config(**SHORT), "parallel.engine=deepspeed"))
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
-    assert "--- a sample, from 'abc' ---" in done.stdout
     for ours, theirs in zip(runs.records(tmp_path / "run"), runs.records(plain), strict=True):
         for key in {"loss", "aux_loss", "grad_norm", "val_loss"} & set(theirs):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5), key
