@@ -36,7 +36,7 @@ from moe_llm.config import ModelConfig
 from moe_llm.errors import UserError
 from moe_llm.parallel.state import TrainedState
 
-__all__ = ["check_same_run", "find_resumable", "load_checkpoint", "read_step", "save_checkpoint"]
+__all__ = ["check_same_run", "check_space", "find_resumable", "load_checkpoint", "read_step", "save_checkpoint"]
 
 T = TypeVar("T")
 FORMAT = 1
@@ -104,12 +104,32 @@ def save_checkpoint(
     return final
 
 
+def check_space(
+    root: str | Path, state: TrainedState, *, dtype: str = "fp32", max_shard_size: str = "5GB"
+) -> None:
+    """Refuse a disk that has no room for the first checkpoint, before a run spends hours on it. Collective.
+
+    Args: as of `save_checkpoint`; `root` need not exist.
+
+    Raises:
+        UserError: on every rank.
+    """
+    root = Path(root)
+    plan = make_plan(state, DTYPES[dtype], parse_size(max_shard_size))
+    together(state, lambda: _check_space(root, "step-*", plan), only=0)
+
+
+def _check_space(root: Path, name: str, plan: Plan) -> None:
+    there = next(path for path in [root, *root.absolute().parents] if path.exists())
+    free, needed = shutil.disk_usage(there).free, plan.nbytes + _SMALL_FILES
+    if free < needed:
+        raise UserError(_no_space(name, root, needed, free))
+
+
 def _prepare(root: Path, tmp: Path, plan: Plan) -> None:
     root.mkdir(parents=True, exist_ok=True)
     folder.remove_leftovers(root)
-    free = shutil.disk_usage(root).free
-    if free < plan.nbytes + _SMALL_FILES:
-        raise UserError(_no_space(tmp.name.removeprefix(".tmp-"), root, plan.nbytes + _SMALL_FILES, free))
+    _check_space(root, tmp.name.removeprefix(".tmp-"), plan)
     (tmp / "trainer").mkdir(parents=True)
 
 

@@ -57,6 +57,7 @@ def build_tokenizer(config: Config, directory: Path) -> "PreTrainedTokenizerFast
         else:
             with publish(directory, field="run.dir") as temporary:
                 _build(config, cache, temporary)
+                check_vocab(config, load_tokenizer(temporary))  # a refused one leaves no directory behind
                 (temporary / _KEY_FILE).write_text(json.dumps(key, indent=1) + "\n")
     return load_tokenizer(directory)
 

@@ -29,10 +29,11 @@ def prepare_environment(cpu: bool, world_size: int) -> None:
         for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
                             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
             os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)  # it warns of every optimizer that is not its own
+    # DeepSpeed calls collectives by names that torch is about to change: a line for each of them, every step
+    warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
 
 
 def plugin(config: Config, world_size: int) -> Any:

@@ -50,6 +50,12 @@ class Runtime:
         return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item())
 
     def close(self) -> None:
+        """Leave the group; this process can then load models on its own."""
+        if self.deepspeed:
+            from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+            # Otherwise transformers would load every model together with all ranks, as ZeRO-3 asks it to.
+            unset_hf_deepspeed_config()
         if self.world_size > 1:
             dist.destroy_process_group()
 

@@ -18,13 +18,13 @@ from moe_llm.train.loop import model_inputs
 def validation_loss(config: Config, engine: Engine, runtime: Runtime, data: Data) -> dict[str, float]:
     """Cross-entropy over the held-out blocks (nats a token) and bits per byte; the same on every rank."""
     engine.model.eval()
-    totals = torch.zeros(2, dtype=torch.float32, device=runtime.device)
+    totals = torch.zeros(2, dtype=torch.float64, device=runtime.device)
     batches = data.validation.batches(
         micro_batch_size=config.train.micro_batch_size, rank=runtime.rank, world_size=runtime.world_size
     )
     for batch in batches:
         output = engine.forward(**model_inputs(batch.to(runtime.device)))
-        totals += torch.stack([output.loss_sum.float(), output.num_targets.float()])
+        totals += torch.stack([output.loss_sum.double(), output.num_targets.double()])
     engine.model.train()
     loss_sum, targets = runtime.sum(totals).tolist()
     loss = loss_sum / targets

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from moe_llm.data.tokenizer import load_tokenizer
 from moe_llm.errors import UserError
 
 
@@ -20,16 +21,25 @@ def generate(
     """The prompt and its continuation; temperature 0 takes the likeliest token each time.
 
     Raises:
-        UserError: the directory is no checkpoint.
+        UserError: the directory is no checkpoint, or a damaged one.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     check_checkpoint_directory(checkpoint)
     disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").to(device).eval()
+    tokenizer = load_tokenizer(checkpoint)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"checkpoint {str(checkpoint)!r} cannot be loaded, its config.json or model.safetensors is unusable "
+            f"({reason}): use another checkpoint"
+        ) from error
+    model.to(device).eval()
     torch.manual_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
     sampling = {"do_sample": False} if temperature == 0 else {

@@ -67,7 +67,9 @@ def train_loop(
         last = position.step == config.max_steps
         stopping = runtime.any(stop.requested)
         evaluating = last or _due(config.evaluate.every_steps, position.step)
-        if evaluating or stopping or _due(config.logging.every_steps, position.step):
+        saving = last or stopping or _due(config.checkpoint.every_steps, position.step)
+        # Also at each save, so that a resumed run's records are means over the same steps as an uninterrupted one's.
+        if evaluating or saving or _due(config.logging.every_steps, position.step):
             record = {
                 "step": position.step, "tokens": position.tokens, **window.read(config), "grad_norm": norm, "lr": rate,
                 "moe": routing_metrics(window.routing) | traffic(engine.model),
@@ -75,7 +77,7 @@ def train_loop(
             callbacks.record(record | (callbacks.evaluate() if evaluating else {}))
             window.clear()
             traffic(engine.model)  # what the evaluation exchanged belongs to no step
-        if last or stopping or _due(config.checkpoint.every_steps, position.step):
+        if saving:
             callbacks.save(position)
             window.restart_clock()
         if stopping and not last:

@@ -5,10 +5,12 @@ Dimensions: L layers, E experts.
 
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
 from moe_llm.config import Config
+from moe_llm.errors import UserError
 from moe_llm.model.moe.routing import RoutingStatistics
 
 
@@ -50,15 +52,22 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """The records of a metrics.jsonl; a last line cut short by a crash is left out.
+
+    Raises:
+        UserError: any other line is damaged.
+    """
     records = []
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines):
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:
+        except json.JSONDecodeError as error:
             if number < len(lines) - 1:
-                raise
+                raise UserError(
+                    f"file {path} is damaged: line {number + 1} is not valid JSON: remove that line, or set another "
+                    "run.dir"
+                ) from error
     return records
 
 
@@ -70,7 +79,7 @@ class Wandb:
 
         identity = run_dir / "wandb_id"
         if not identity.exists():
-            identity.write_text(wandb.util.generate_id(), encoding="utf-8")
+            identity.write_text(secrets.token_hex(4), encoding="utf-8")
         self._run = wandb.init(
             project=config.logging.wandb_project, dir=run_dir, mode=config.logging.wandb,
             id=identity.read_text(encoding="utf-8"), resume="allow", name=run_dir.name,
@@ -87,4 +96,3 @@ class Wandb:
 
     def close(self) -> None:
         self._run.finish()
-

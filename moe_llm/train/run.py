@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from moe_llm.checkpoint.manifest import verify
+from moe_llm.checkpoint.ranks import is_disk_full
 from moe_llm.checkpoint.resume import check_same_run, find_resumable
-from moe_llm.checkpoint.state import load_checkpoint, read_step, save_checkpoint
+from moe_llm.checkpoint.state import check_space, load_checkpoint, read_step, save_checkpoint
 from moe_llm.config import Config, dump_config
 from moe_llm.data.loader import Data, TrainLoader, load_data
 from moe_llm.data.sources import check_sources
@@ -18,6 +20,7 @@ from moe_llm.parallel.engine import Engine, build_engine, expert_range, shard_ex
 from moe_llm.parallel.runtime import (
     Runtime,
     check_layout,
+    rank_from_environment,
     start,
     world_size_from_environment,
 )
@@ -26,7 +29,7 @@ from moe_llm.train.evaluate import validation_loss
 from moe_llm.train.loop import Callbacks, Position, train_loop
 from moe_llm.train.metrics import MetricsFile, Wandb, read_metrics
 from moe_llm.train.optim import build_optimizer, optimizer_kinds, parameter_groups
-from moe_llm.train.signals import StopRequest
+from moe_llm.train.signals import StoppedEarly, StopRequest
 
 T = TypeVar("T")
 
@@ -41,15 +44,29 @@ def train(config: Config) -> None:
     check_layout(config, world_size_from_environment())
     check_sources(config)
     _check_run_dir(run_dir, config)
-    runtime = start(config)
+    _check_resume(run_dir, config)
     try:
         with StopRequest() as stop:
-            _train(config, run_dir, runtime, stop)
-    finally:
-        runtime.close()
+            runtime = start(config)
+            try:
+                checkpoint, finished = _train(config, run_dir, runtime, stop)
+            finally:
+                runtime.close()
+            if runtime.is_main:  # the other ranks may leave: nothing from here on is computed together
+                _farewell(config, run_dir, checkpoint, finished)
+    except StoppedEarly:
+        if rank_from_environment() == 0:
+            print("stopped before training, so nothing was saved: run the same command again to start")
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        where = f" for {error.filename}" if error.filename else f" for run.dir={config.run.dir!r}"
+        raise UserError(f"no space left{where}: free some, or set another run.dir") from error
 
 
-def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -> None:
+def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -> tuple[Path | None, bool]:
+    """The last checkpoint, and whether the run has come to its end."""
+    source = _resume_source(config, run_dir, runtime)
     on_main(runtime, lambda: build_tokenizer(config, run_dir / "tokenizer") and None)
     tokenizer = build_tokenizer(config, run_dir / "tokenizer")
     config = resolve_vocab(config, tokenizer)
@@ -58,11 +75,12 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
         config, tokenizer, rank=runtime.rank, world_size=runtime.world_size,
         show_progress=runtime.is_main and config.logging.console != "off",
     )
-    source = _resume_source(config, run_dir, runtime)
     engine, position = build_trained(config, runtime, source)
+    storage = {"dtype": config.checkpoint.dtype, "max_shard_size": config.checkpoint.max_shard_size}
+    if position.step < config.max_steps:
+        check_space(run_dir / "checkpoints", engine, **storage)
     if runtime.is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        _write_config(config, run_dir)
 
     reporter = Reporter(config, run_dir, runtime, position)
     _announce(reporter, config, engine, data, source, position)
@@ -75,20 +93,19 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
     def save(at: Position) -> None:
         saved.append(save_checkpoint(
             run_dir / "checkpoints", engine, step=at.step, trainer_state=vars(at), model_config=config.model,
-            run_config_text=dump_config(config), tokenizer=tokenizer, dtype=config.checkpoint.dtype,
-            max_shard_size=config.checkpoint.max_shard_size, keep_last=config.checkpoint.keep_last,
+            run_config_text=dump_config(config), tokenizer=tokenizer, keep_last=config.checkpoint.keep_last, **storage,
         ))
 
     callbacks = Callbacks(
         evaluate=lambda: validation_loss(config, engine, runtime, data), record=reporter.record, save=save
     )
+    stop.defer()
     try:
         finished = train_loop(config, engine, runtime, loader, position, stop, callbacks)
     finally:
         loader.close()
         reporter.close()
-    if runtime.is_main:
-        _farewell(config, run_dir, saved[-1] if saved else source, finished)
+    return saved[-1] if saved else source, finished
 
 
 def build_trained(config: Config, runtime: Runtime, source: Path | None) -> tuple[Engine, Position]:
@@ -102,8 +119,7 @@ def build_trained(config: Config, runtime: Runtime, source: Path | None) -> tupl
     if source is None:
         return engine, Position()
     engine.make_optimizer_state(read_step(source))
-    # the newest sound one was found by its hashes; one that the user names has not been looked at
-    return engine, Position(**load_checkpoint(source, engine, hashes=config.checkpoint.resume != "auto"))
+    return engine, Position(**load_checkpoint(source, engine, hashes=False))  # `_resume_source` has compared them
 
 
 def on_main(runtime: Runtime, do: Callable[[], T]) -> T:
@@ -132,21 +148,42 @@ def _check_run_dir(run_dir: Path, config: Config) -> None:
         check_same_run(held.read_text(encoding="utf-8"), config)
 
 
-def _resume_source(config: Config, run_dir: Path, runtime: Runtime) -> Path | None:
-    """The checkpoint to start from, if any; the same on every rank."""
-    resume, root = config.checkpoint.resume, run_dir / "checkpoints"
-    if resume == "auto":
-        return find_resumable(root, report=lambda sentence: print(sentence, file=sys.stderr), ranks=runtime)
-    if resume == "never":
-        if root.is_dir() and any(root.glob("step-*")):
-            raise UserError(
-                f"checkpoint.resume=never, but run.dir={str(run_dir)!r} holds checkpoints: "
-                "name another run.dir, or delete them"
-            )
-        return None
-    if not Path(resume).is_dir():
+    metrics = run_dir / "metrics.jsonl"
+    if metrics.exists():
+        read_metrics(metrics)
+
+
+def _check_resume(run_dir: Path, config: Config) -> None:
+    """Refuse a `checkpoint.resume` that cannot be followed; all ranks do, before any of them writes."""
+    resume = config.checkpoint.resume
+    if resume == "never" and any((run_dir / "checkpoints").glob("step-*")):
+        raise UserError(
+            f"checkpoint.resume=never, but run.dir={str(run_dir)!r} holds checkpoints: "
+            "name another run.dir, or delete them"
+        )
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
         raise UserError(f"checkpoint.resume={resume!r} is no checkpoint directory: give auto, never or a path")
+
+
+def _resume_source(config: Config, run_dir: Path, runtime: Runtime) -> Path | None:
+    """The checkpoint to start from, if any, every file of it compared with its hash. Collective."""
+    resume = config.checkpoint.resume
+    if resume == "auto":
+        return find_resumable(
+            run_dir / "checkpoints", report=lambda sentence: print(sentence, file=sys.stderr), ranks=runtime
+        )
+    if resume == "never":
+        return None
+    verify(Path(resume), runtime)
     return Path(resume)
+
+
+def _write_config(config: Config, run_dir: Path) -> None:
+    """In one step: a file cut short by a crash would shut its owner out of the run."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    temporary = run_dir / "config.yaml.tmp"
+    temporary.write_text(dump_config(config), encoding="utf-8")
+    os.replace(temporary, run_dir / "config.yaml")
 
 
 class Reporter:
@@ -198,7 +235,10 @@ def _announce(
 def _farewell(config: Config, run_dir: Path, checkpoint: Path | None, finished: bool) -> None:
     """Last words: how to go on, or what came out."""
     if not finished:
-        print(f"stopped and saved: run the same command again to go on from {checkpoint}")
+        again = "the same command again"
+        if config.checkpoint.resume != "auto":  # it would not look at what has been saved now
+            again += " with checkpoint.resume=auto"
+        print(f"stopped and saved: run {again} to go on from {checkpoint}")
         return
     from moe_llm.train.plots import plot_run
 
@@ -207,12 +247,9 @@ def _farewell(config: Config, run_dir: Path, checkpoint: Path | None, finished: 
         return
     measured = [r for r in read_metrics(run_dir / "metrics.jsonl") if "val_loss" in r]
     if measured:
-        first, last = measured[0], measured[-1]
-        fall = f"{first['val_loss']:.4f} at step {first['step']}, " if len(measured) > 1 else ""
-        print(
-            f"validation loss {fall}{last['val_loss']:.4f} at step {last['step']}: "
-            f"{last['val_bits_per_byte']:.4f} bits per byte"
-        )
+        values = [f"{r['val_loss']:.4f} at step {r['step']}" for r in (measured[0], measured[-1])]
+        told = ", ".join(dict.fromkeys(values))  # once, if it was measured once
+        print(f"validation loss {told}: {measured[-1]['val_bits_per_byte']:.4f} bits per byte")
     print("plots: " + " ".join(str(p) for p in plots))
     if config.evaluate.sample_prompt is not None:
         from moe_llm.train.generate import generate

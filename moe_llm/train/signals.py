@@ -4,11 +4,20 @@ import signal
 from types import FrameType
 
 
+class StoppedEarly(KeyboardInterrupt):
+    """Asked to stop while there was nothing to save yet."""
+
+
 class StopRequest:
-    """Remembers that the process was asked to stop. Use as a context manager around the loop."""
+    """Remembers that the process was asked to stop. Use as a context manager around the run.
+
+    Preparation (tokenising may take hours) has nothing to save, so until `defer` is called a request raises
+    `StoppedEarly` where the process is; from then on the loop asks for `requested` after each step.
+    """
 
     def __init__(self):
         self.requested = False
+        self._deferred = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -20,8 +29,14 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def defer(self) -> None:
+        """From now on there is something to save."""
+        self._deferred = True
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt
+        if not self._deferred:
+            raise StoppedEarly
         self.requested = True

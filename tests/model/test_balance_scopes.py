@@ -1,5 +1,7 @@
 """The balance loss is one number with one gradient, however a batch is split; its scopes are what they say."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -56,7 +58,7 @@ def test_the_summands_of_any_split_add_up_to_the_whole(scope, cuts, recompute):
 
     model.model.recompute = recompute
     edges = [sum(cuts[:i]) for i in range(len(cuts) + 1)]
-    outputs = [model(**rows(slice(a, b))) for a, b in zip(edges, edges[1:])]
+    outputs = [model(**rows(slice(a, b))) for a, b in pairwise(edges)]
     total = None
     for output in outputs:
         total = detached(output.routing).plus(total)

@@ -72,7 +72,7 @@ def test_tight_capacity_drops_and_passing_on_drops_less():
         model = model_of(capacity_factor=1.0, overflow=overflow)
         counts = []
         for layer in model.model.layers:
-            layer.mlp.experts.register_forward_hook(lambda m, args, out: counts.append(args[1]))
+            layer.mlp.experts.register_forward_hook(lambda m, args, out, seen=counts: seen.append(args[1]))
         output = model(TOKENS, labels=TOKENS)
         output.loss.backward()
         assert all(p.grad.isfinite().all() for p in model.parameters())
