@@ -65,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     params = _add(commands, "params", _params, "total and active parameters by part, without allocating any")
     params.add_argument("--json", action="store_true", help="print JSON")
+    params.add_argument(
+        "--parallel", type=_at_least(int, 1), metavar="RANKS", help="also show which rank holds which experts"
+    )
 
     config = commands.add_parser("config", help="the configuration's schema, or one as resolved")
     config_commands = config.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -196,15 +199,44 @@ def _params(args) -> None:
             "add model.vocab_size=N, the number of the tokenizer's entries"
         )
     total, active = config.model.parameter_counts(), config.model.parameter_counts(active=True)
+    ranks = _placement(config, args.parallel) if args.parallel else []
     if args.json:
         parts = {part: {"total": total[part], "active": active[part]} for part in total}
-        _print_json({"total": sum(total.values()), "active": sum(active.values()), "parts": parts})
-    else:
-        _print_params(total, active)
+        counts = {"total": sum(total.values()), "active": sum(active.values()), "parts": parts}
+        _print_json(counts | ({"ranks": ranks} if ranks else {}))
+        return
+    _print_params(total, active)
+    if ranks:
+        _print_placement(ranks)
+
+
+def _placement(config, world_size: int) -> list[dict]:
+    """What each rank holds: its experts of every layer, its parameters, and which ranks have the same experts."""
+    config.check_layout(world_size)
+    size, counts = config.parallel.expert_parallel_size, config.model.parameter_counts()
+    held = sum(counts.values()) - counts["experts"] + counts["experts"] // size
+    return [
+        {
+            "rank": rank,
+            "experts": list(config.expert_range(rank)),
+            "parameters": held,
+            "same_experts": [other for other in range(rank % size, world_size, size) if other != rank],
+        }
+        for rank in range(world_size)
+    ]
+
+
+def _print_placement(ranks: list[dict]) -> None:
+    from rich.table import Table
+
+    table = Table("rank", "experts of each layer", "parameters held, before ZeRO", "ranks with the same experts")
+    for row in ranks:
+        same = ", ".join(map(str, row["same_experts"])) or "none"
+        table.add_row(str(row["rank"]), ", ".join(map(str, row["experts"])), f"{row['parameters']:,}", same)
+    _print_table(table)
 
 
 def _print_params(total: dict[str, int], active: dict[str, int]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("part")
@@ -218,6 +250,12 @@ def _print_params(total: dict[str, int], active: dict[str, int]) -> None:
     for part in total:
         table.add_row(*row(part, total[part], active[part]), end_section=part == list(total)[-1])
     table.add_row(*row("model", sum(total.values()), sum(active.values())))
+    _print_table(table)
+
+
+def _print_table(table) -> None:
+    from rich.console import Console
+
     console = Console()
     # a pipe has no width of its own, and a number cut in the middle is worse than a long line
     console.print(table, width=None if console.is_terminal else 120)

@@ -138,6 +138,20 @@ def test_params_as_a_table(capsys):
     assert ["experts", "45,097,156,608", "96.6%", "11,274,289,152", "87.5%"] in rows
 
 
+def test_params_show_which_rank_holds_which_experts(capsys):
+    argv = ["params", QUICKSTART, "--parallel", "4", "parallel.expert_parallel_size=2", "train.micro_batch_size=4", "--json"]
+    assert cli.main(argv) == 0
+    ranks = json.loads(capsys.readouterr().out)["ranks"]
+    assert [row["experts"] for row in ranks] == [[0, 1, 2, 3], [4, 5, 6, 7]] * 2
+    assert [row["same_experts"] for row in ranks] == [[2], [3], [0], [1]]
+    model = load_config(QUICKSTART).model
+    counts = model.parameter_counts()
+    assert {row["parameters"] for row in ranks} == {model.num_params() - counts["experts"] // 2}
+    assert cli.main([a for a in argv if a != "--json"]) == 0
+    assert "4, 5, 6, 7" in capsys.readouterr().out
+    assert cli.main(["params", QUICKSTART, "--parallel", "3", "parallel.expert_parallel_size=2"]) == 2
+
+
 def test_params_need_a_vocabulary(capsys):
     assert cli.main(["params", QUICKSTART, "model.vocab_size=null", "tokenizer.path=t"]) == 2
     assert "model.vocab_size=null" in capsys.readouterr().err

@@ -244,6 +244,22 @@ class Config(Section):
             return self.train.max_steps
         return -(-self.train.max_tokens // self.tokens_per_step)
 
+    def expert_range(self, rank: int) -> range:
+        """The experts of each layer that a rank holds: `expert_parallel_size` neighbours share one set."""
+        size = self.parallel.expert_parallel_size
+        held = self.model.num_local_experts // size
+        return range(rank % size * held, (rank % size + 1) * held)
+
+    def check_layout(self, world_size: int) -> None:
+        """Refuse a number of ranks that the expert-parallel size or the batch sizes do not fit."""
+        size = self.parallel.expert_parallel_size
+        if world_size % size:
+            raise UserError(
+                f"parallel.expert_parallel_size={size} does not divide the {world_size} launched ranks: "
+                "launch a multiple of it, or lower it"
+            )
+        self.accumulation_steps(world_size)
+
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches each rank takes an optimizer step; a `UserError` names what does not divide."""
         train = self.train

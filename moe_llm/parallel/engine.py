@@ -42,13 +42,6 @@ class Engine(Protocol):
         `backward` and `step`. Collective."""
 
 
-def expert_range(config: Config, rank: int) -> range:
-    """The experts of each layer that a rank holds: neighbouring ranks share one set."""
-    ep = config.parallel.expert_parallel_size
-    held = config.model.num_local_experts // ep
-    return range(rank % ep * held, (rank % ep + 1) * held)
-
-
 def shard_experts(model: MoEDecoder, experts: range) -> None:
     """Keep only these experts of every layer."""
     for module in model.modules():

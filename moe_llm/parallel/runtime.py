@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from moe_llm.config import Config
-from moe_llm.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -69,17 +68,6 @@ def rank_from_environment() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def check_layout(config: Config, world_size: int) -> None:
-    """Refuse layouts that do not fit the number of ranks."""
-    ep = config.parallel.expert_parallel_size
-    if world_size % ep:
-        raise UserError(
-            f"parallel.expert_parallel_size={ep} does not divide the {world_size} launched ranks: "
-            "launch a multiple of it, or lower it"
-        )
-    config.accumulation_steps(world_size)
-
-
 def start(config: Config) -> Runtime:
     """Join the process group that the launcher describes, or stay alone.
 
@@ -90,7 +78,7 @@ def start(config: Config) -> Runtime:
         UserError: the layout does not fit the ranks.
     """
     world_size = world_size_from_environment()
-    check_layout(config, world_size)
+    config.check_layout(world_size)
     asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
     cpu = config.train.device == "cpu" or asked_for_cpu or not torch.cuda.is_available()
     use_deepspeed = world_size > 1 or config.parallel.engine == "deepspeed"

@@ -16,10 +16,9 @@ from moe_llm.data.sources import check_sources
 from moe_llm.data.tokenizer import build_tokenizer, check_vocab, resolve_vocab
 from moe_llm.errors import UserError
 from moe_llm.model.init import build_model
-from moe_llm.parallel.engine import Engine, build_engine, expert_range, shard_experts
+from moe_llm.parallel.engine import Engine, build_engine, shard_experts
 from moe_llm.parallel.runtime import (
     Runtime,
-    check_layout,
     rank_from_environment,
     start,
     world_size_from_environment,
@@ -41,7 +40,7 @@ def train(config: Config) -> None:
         UserError: bad input, found before any training and before anything is overwritten.
     """
     run_dir = Path(config.run.dir)
-    check_layout(config, world_size_from_environment())
+    config.check_layout(world_size_from_environment())
     check_sources(config)
     _check_run_dir(run_dir, config)
     _check_resume(run_dir, config)
@@ -110,7 +109,7 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
 
 def build_trained(config: Config, runtime: Runtime, source: Path | None) -> tuple[Engine, Position]:
     """The model under its engine, initialised from the seed or restored from a checkpoint at any layout."""
-    experts = expert_range(config, runtime.rank)
+    experts = config.expert_range(runtime.rank)
     model = build_model(config.model, config.run.seed, prepare=lambda m: shard_experts(m, experts))
     groups = parameter_groups(model, config.optim.weight_decay)
     engine = build_engine(
