@@ -139,7 +139,8 @@ def test_params_as_a_table(capsys):
 
 
 def test_params_show_which_rank_holds_which_experts(capsys):
-    argv = ["params", QUICKSTART, "--parallel", "4", "parallel.expert_parallel_size=2", "train.micro_batch_size=4", "--json"]
+    layout = ["parallel.expert_parallel_size=2", "train.micro_batch_size=4"]
+    argv = ["params", QUICKSTART, "--parallel", "4", *layout, "--json"]
     assert cli.main(argv) == 0
     ranks = json.loads(capsys.readouterr().out)["ranks"]
     assert [row["experts"] for row in ranks] == [[0, 1, 2, 3], [4, 5, 6, 7]] * 2
