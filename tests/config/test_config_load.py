@@ -196,7 +196,7 @@ def _refused(key: str) -> str:
         (["train.max_tokens=5"], ["train.max_steps=300", "train.max_tokens=5", "exactly one"]),
         (["train.max_steps=null"], ["train.max_steps=null", "exactly one"]),
         (["train.precision=fp16"], ["train.precision=fp16", "'fp32' or 'bf16'"]),
-        (["train.global_batch_size=24"], ["train.global_batch_size=24", "train.micro_batch_size=16"]),
+        (["train.global_batch_size=20"], ["train.global_batch_size=20", "train.micro_batch_size=16"]),
         (["parallel.expert_parallel_size=3"], ["parallel.expert_parallel_size=3", "num_local_experts=8"]),
         (["parallel.zero_stage=0"], ["parallel.zero_stage=0", "1, 2 or 3"]),
         (["checkpoint.max_shard_size=5G"], ["checkpoint.max_shard_size=5G", "5GB"]),
