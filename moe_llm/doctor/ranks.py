@@ -1,0 +1,146 @@
+"""Local processes that are a run's ranks, over gloo; they stay up and run one function after the other."""
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+# Something to be put in place around the work of a process, whose rank it is given (None: the one process alone).
+Plant = Callable[[int | None], AbstractContextManager]
+
+
+class RankError(Exception):
+    """A rank raised, died or hung: `message` is the last line of its trace, the text the whole of it."""
+
+    def __init__(self, message: str, trace: str):
+        super().__init__(trace)
+        self.message = message
+
+
+def no_plant(rank: int | None) -> AbstractContextManager:
+    return contextlib.nullcontext()
+
+
+class LocalRanks:
+    """`size` processes with the environment that a launcher gives. A context manager; after a `RankError` the
+    processes are gone and the next `run` starts new ones."""
+
+    def __init__(self, size: int, timeout: float = 300):
+        self.size, self.timeout = size, timeout
+        self._processes: list = []
+        self._pipes: list = []
+
+    def __enter__(self) -> "LocalRanks":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Start the processes, which takes seconds; `send` does it where it has not been done."""
+        context, port = multiprocessing.get_context("spawn"), _free_port()
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, self.size, port), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def send(self, function: Callable[..., Any], *args: Any, plant: Plant = no_plant) -> None:
+        """Have every rank begin `function(*args)`."""
+        if not self._processes:
+            self.start()
+        for pipe in self._pipes:
+            pipe.send((function, args, plant))
+
+    def receive(self) -> list[Any]:
+        """What `send` has every rank compute.
+
+        Raises:
+            RankError: a rank raised, ended or gave no answer in time. All are stopped, since the others would wait
+                for it in an exchange.
+        """
+        answers: dict[int, Any] = {}
+        deadline = time.monotonic() + self.timeout
+        while len(answers) < self.size:
+            waiting = {self._pipes[rank]: rank for rank in range(self.size) if rank not in answers}
+            ready = multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self._fail(f"ranks {sorted(waiting.values())} gave no answer in {self.timeout:g} s")
+            for pipe in ready:
+                rank = waiting[pipe]
+                try:
+                    failed, value = pipe.recv()
+                except EOFError:
+                    self._processes[rank].join(5)
+                    self._fail(f"rank {rank} ended with exit code {self._processes[rank].exitcode}")
+                if failed:
+                    self._fail(f"rank {rank}: {value.strip().splitlines()[-1]}", value)
+                answers[rank] = value
+        return [answers[rank] for rank in range(self.size)]
+
+    def run(self, function: Callable[..., Any], *args: Any, plant: Plant = no_plant) -> list[Any]:
+        """`send`, then `receive`."""
+        self.send(function, *args, plant=plant)
+        return self.receive()
+
+    def close(self) -> None:
+        """End the processes; those that are at work or do not end by themselves are killed."""
+        for pipe in self._pipes:
+            with contextlib.suppress(OSError):  # a process that is gone needs no goodbye
+                pipe.send(None)
+        for process in self._processes:
+            process.join(10)
+        self._kill()
+
+    def _fail(self, message: str, trace: str = "") -> None:
+        self._kill()
+        raise RankError(message, trace or message)
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes, self._pipes = [], []
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _serve(pipe, rank: int, size: int, port: int) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true",
+        CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1",
+    )
+    import torch
+
+    torch.set_num_threads(1)
+    while (work := _next_work(pipe)) is not None:
+        function, args, plant = work
+        try:
+            with plant(rank):
+                answer = (False, function(*args))
+        except Exception:  # noqa: BLE001 - carried to the parent, which raises
+            answer = (True, traceback.format_exc())
+        pipe.send(answer)
+
+
+def _next_work(pipe) -> tuple | None:
+    try:
+        return pipe.recv()
+    except (EOFError, KeyboardInterrupt):  # the parent is gone, or Ctrl-C went to all of us
+        return None
