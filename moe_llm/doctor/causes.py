@@ -47,7 +47,7 @@ def _gradient(finding: Finding, failed: Failed, ranks: int) -> str:
 def _aux(finding: Finding, failed: Failed, ranks: int) -> str:
     if "routing" in failed and "lm_loss" in failed:
         return ""
-    if _only_padded(finding):
+    if _only_padded(failed.get("reference_aux", finding)):
         return "padding is counted as tokens"
     return "token counts are not summed over the ranks before the product, or are of another round of micro-batches"
 
@@ -55,20 +55,43 @@ def _aux(finding: Finding, failed: Failed, ranks: int) -> str:
 def _reference_aux(finding: Finding, failed: Failed, ranks: int) -> str:
     if _only_padded(finding):
         return "padding is counted as tokens"
+    if "reference_lm" in failed:
+        return "follows from the forward pass"
     return "the balance loss has another formula than in the paper, or its coefficient is applied twice"
 
 
 def _only_padded(finding: Finding) -> bool:
-    """Whether the first step that departs has padding, while an earlier one without is right."""
-    padded = finding.evidence["padded"]
-    first = finding.where.split(",")[0]
-    return bool(padded) and first in {f"step {step + 1}" for step in padded} and first != "step 1"
+    """Whether steps with padding depart and none before the first of them."""
+    padded = {f"step {step + 1}" for step in finding.evidence["padded"]}
+    beyond = finding.evidence["beyond"]
+    return bool(padded) and beyond[0] in padded and (set(beyond) <= padded or beyond[0] != "step 1")
+
+
+def _run(finding: Finding, failed: Failed, ranks: int) -> str:
+    trace = finding.evidence["trace"]
+    for words, cause in _TRACES.items():
+        if words in trace:
+            return cause
+    return "a rank raised, ended or hung: --json has the trace"
+
+
+_TRACES = {
+    "None of the param groups are marked as MoE": "experts are not in the optimizer",
+    "is in no parameter group of the optimizer": "parameters that are to be trained are not in the optimizer",
+    "the ranks would not write the model that was configured": "the ranks do not export all experts, or some twice",
+}
+
+
+def _routing(finding: Finding, failed: Failed, ranks: int) -> str:
+    if "aux_loss" in failed and "lm_loss" not in failed:
+        return "tokens go where they should, so their counts are wrong: not summed over the ranks, or with padding"
+    return "tokens go elsewhere than in one process: look at the router's input and at its precision"
 
 
 def _later(finding: Finding, failed: Failed, ranks: int) -> str:
     """Losses that are right at first and depart later."""
     if finding.where and not finding.where.startswith("step 1"):
-        for key in ("weights", "experts_train", "norm", "gradients"):
+        for key in ("experts_train", "gradients", "weights"):
             if key in failed:
                 return f"follows from: {failed[key].check}"
     return ""
@@ -87,21 +110,22 @@ def _weights(finding: Finding, failed: Failed, ranks: int) -> str:
 _FOLLOWS_SAMPLES = _says("follows from the data: the blocks are not those that were due", if_failed="samples")
 _RULES: list[tuple[set[str], Callable[[Finding, Failed, int], str]]] = [
     ({"samples"}, _says("ranks share out the blocks wrongly: look at the loader's rank, world size and position")),
-    ({"run"}, _says("a rank raised or ended: the trace is in the output of --json")),
-    ({"tokens", "lm_loss", "aux_loss", "z_loss", "loss", "gradients", "norm", "weights", "routing", "val_loss"},
+    ({"run"}, _run),
+    ({"tokens", "lm_loss", "aux_loss", "z_loss", "loss", "gradients", "norm", "weights", "routing", "val_loss",
+      "resume_one_data", "resume_one_loss", "resume_ranks_data", "resume_ranks_loss"},
      _FOLLOWS_SAMPLES),
     ({"start"}, _says("a rank's initial weights are not those of one process: initialisation depends on the rank")),
     ({"tokens"}, _says("padding is counted, or the ranks' masks differ from those of one process")),
     ({"experts_train"}, _says("experts are not in the optimizer, or their learning rate is zero")),
     ({"others_train"}, _says("these parameters are not in the optimizer")),
-    ({"aux_loss", "z_loss", "lm_loss", "loss", "routing"}, _later),
+    ({"aux_loss", "z_loss", "lm_loss", "loss", "routing", "norm"}, _later),
     ({"aux_loss"}, _aux),
     ({"loss"}, _says("follows from the balance loss", if_failed="aux_loss")),
     ({"loss"}, _says("follows from the z-loss", if_failed="z_loss")),
     ({"z_loss"}, _says("the number of tokens it is divided by is not that of all ranks")),
     ({"lm_loss", "loss"}, _says("the targets it is divided by are not those of the whole step, or the forward pass of "
                                "the layout differs: look at dispatch and attention")),
-    ({"routing"}, _says("tokens go elsewhere than in one process: look at the router's input and at its precision")),
+    ({"routing"}, _routing),
     ({"gradients", "reference_gradients"}, _gradient),
     ({"gradients"}, _says("backward departs where forward does not: look at the exchange's backward and at "
                           "accumulation over micro-batches")),
@@ -110,6 +134,7 @@ _RULES: list[tuple[set[str], Callable[[Finding, Failed, int], str]]] = [
     ({"weights"}, _weights),
     ({"val_loss"}, _says("follows from the weights", if_failed="weights")),
     ({"val_loss"}, _says("held-out blocks are shared out wrongly among the ranks")),
+    ({"bf16"}, _says("bf16 loses more than rounding: look at what is kept in fp32 (router, norms, sums, masters)")),
     ({"reference_aux"}, _reference_aux),
     ({"reference_z"}, lambda finding, failed, ranks: _only_padded(finding) and "padding is counted as tokens"),
     ({"reference_lm"}, _says("documents see each other, targets are shifted wrongly or padding is counted")),

@@ -14,7 +14,7 @@ from moe_llm.config import Config
 from moe_llm.doctor import compare
 from moe_llm.doctor.causes import diagnose
 from moe_llm.doctor.exported import check_export
-from moe_llm.doctor.findings import FAIL, Finding, note, within
+from moe_llm.doctor.findings import FAIL, Finding, exact, note
 from moe_llm.doctor.observe import Observation, expected_samples, observe
 from moe_llm.doctor.ranks import LocalRanks, Plant, RankError, no_plant
 from moe_llm.doctor.reference import Reference
@@ -59,13 +59,7 @@ def examine(
         raise UserError("doctor starts its ranks itself: run it without a launcher, with --ranks N")
     begin = time.monotonic()
     small = shrink(config, ranks, steps)
-    parallel = small.config.parallel
-    report = Report(
-        f"{ranks} ranks, {parallel.expert_parallel_size} of them share a set of experts, ZeRO-{parallel.zero_stage}, "
-        f"{small.config.accumulation_steps(ranks)} micro-batches a step, {small.config.train.precision}"
-        + (", recomputation" if small.config.train.activation_checkpointing else ""),
-        small.changes, [note(sentence) for sentence in small.notes],
-    )
+    report = Report(_layout(small.config, ranks), small.changes, [note(sentence) for sentence in small.notes])
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moe-llm-doctor-")))
         stack.enter_context(_one_thread())
@@ -84,6 +78,19 @@ def examine(
     return report
 
 
+def _layout(config: Config, ranks: int) -> str:
+    """In words: what the ranks do."""
+    rounds, shared = config.accumulation_steps(ranks), config.parallel.expert_parallel_size
+    return ", ".join([
+        f"{ranks} ranks",
+        "each with all experts" if shared == 1 else f"{shared} of them share a set of experts",
+        f"ZeRO-{config.parallel.zero_stage}",
+        f"{rounds} micro-batch{'es' if rounds > 1 else ''} a step",
+        config.train.precision,
+        *(["recomputation"] if config.train.activation_checkpointing else []),
+    ])
+
+
 class _Case:
     """One examination: `run` goes through it and appends to `findings`."""
 
@@ -99,8 +106,12 @@ class _Case:
     def run(self) -> None:
         self.say(f"training on {self.ranks} ranks and in one process")
         self.pool.send(observe, self.config, plant=self.plant)
-        one = self._alone("one", keep_batches=True)
-        self._compare_with_transformers(one)
+        one = self._alone(self.config, "one", keep_batches=True)
+        precise = one
+        if self.config.train.precision != "fp32":
+            precise = self._alone(self._in_fp32(), "one_in_fp32", keep_batches=True)
+            self.findings.append(compare.against_fp32(one, precise))
+        self._compare_with_transformers(precise)
         ranks = self.pool.receive()
         self._compare(ranks, one)
         self.say("exporting, and resuming at other layouts")
@@ -110,7 +121,7 @@ class _Case:
             one.batches[0][0], self.allowed,
         )
         self._compare_resumed("one", f"{self.ranks} ranks -> one process", ranks,
-                              [self._alone("resumed", source=ranks[0].saved[0])])
+                              [self._alone(self.config, "resumed", source=ranks[0].saved[0])])
         other = self._elsewhere().parallel
         title = f"one process -> {self.ranks} ranks, EP {other.expert_parallel_size}, ZeRO-{other.zero_stage}"
         self._compare_resumed("ranks", title, [one], self.pool.receive())
@@ -121,17 +132,18 @@ class _Case:
         """A bound that the first gradient exceeds: one that never clips would show nothing."""
         if not config.optim.grad_clip:
             return config
-        with self.plant(None):
-            probe = observe(replace(self._alone_config(config, "probe"), train={"max_steps": 1}))
+        probe = self._alone(replace(config, train={"max_steps": 1}), "probe")
         norm = probe.records[0]["grad_norm"]
         return replace(config, optim={"grad_clip": min(config.optim.grad_clip, norm / 2)})
 
-    def _alone_config(self, config: Config, name: str) -> Config:
-        return replace(one_process(config, self.ranks), run={"dir": str(self.directory / name)})
-
-    def _alone(self, name: str, **how: Any) -> Observation:
+    def _alone(self, config: Config, name: str, **how: Any) -> Observation:
+        """One process, in a run directory of its own."""
+        config = replace(one_process(config, self.ranks), run={"dir": str(self.directory / name)})
         with self.plant(None):
-            return observe(self._alone_config(self.config, name), **how)
+            return observe(config, **how)
+
+    def _in_fp32(self) -> Config:
+        return replace(self.config, train={"precision": "fp32"})
 
     def _elsewhere(self) -> Config:
         """The ranks in another layout than the configured one."""
@@ -148,7 +160,7 @@ class _Case:
         expected = [
             self.reference.step(compare.whole([weights]), rounds) for weights, rounds in zip(before, one.batches)
         ]
-        self.findings += compare.against_transformers(one, expected, self.allowed)
+        self.findings += compare.against_transformers(one, expected, compare.tolerances(self._in_fp32()))
 
     def _compare(self, ranks: Sequence[Observation], one: Observation) -> None:
         allowed = self.allowed
@@ -160,7 +172,7 @@ class _Case:
             compare.routing(ranks, one, allowed),
             compare.gradients(
                 compare.whole([rank.gradients[0] for rank in ranks]), compare.whole([one.gradients[0]]),
-                allowed.gradient, "gradients", "gradients of step 1",
+                allowed, "gradients", "gradients of step 1",
             ),
             compare.norms(ranks, one, allowed, self.config.optim.grad_clip),
             compare.weights(ranks, one, allowed),
@@ -188,11 +200,10 @@ class _Case:
         plain, again, silent = (
             compare.whole([rank.gradients[0] for rank in run]) for run in (runs[0], runs[1], quiet)
         )
-        seen = compare.gradients(again, plain, self.allowed.gradient, "noise_recomputed",
+        seen = compare.gradients(again, plain, self.allowed, "noise_recomputed",
                                  "router noise: seeded, and the same in recomputation")
-        acts = compare.gradients(plain, silent, 0.0, "noise_acts", "")
-        self.findings += [seen, within("noise_acts", "router noise: acts on the gradients", [
-            (0.0 if acts.failed else 1.0, 0.5, "no gradient depends on it")])]
+        idle = [] if any((plain[name] != silent[name]).any() for name in plain) else ["no gradient depends on it"]
+        self.findings += [seen, exact("noise_acts", "router noise: acts on the gradients", idle)]
 
 
 def _observe_from(config: Config, source: str) -> Observation:

@@ -17,7 +17,9 @@ def check_export(
 ) -> list[Finding]:
     """Every tensor of `weights` (whole, as in training) is there, no other is, and logits are those of our model."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     theirs, report = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
     wrong = [f"{kind.replace('_', ' ')}: {name}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
              for name in sorted(map(str, report[kind]))]

@@ -5,10 +5,12 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import socket
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 # Something to be put in place around the work of a process, whose rank it is given (None: the one process alone).
@@ -29,12 +31,14 @@ def no_plant(rank: int | None) -> AbstractContextManager:
 
 class LocalRanks:
     """`size` processes with the environment that a launcher gives. A context manager; after a `RankError` the
-    processes are gone and the next `run` starts new ones."""
+    processes are gone and the next `run` starts new ones. What they print goes to files that nobody sees but a
+    `RankError`."""
 
     def __init__(self, size: int, timeout: float = 300):
         self.size, self.timeout = size, timeout
         self._processes: list = []
         self._pipes: list = []
+        self._prints: tempfile.TemporaryDirectory | None = None
 
     def __enter__(self) -> "LocalRanks":
         return self
@@ -45,9 +49,10 @@ class LocalRanks:
     def start(self) -> None:
         """Start the processes, which takes seconds; `send` does it where it has not been done."""
         context, port = multiprocessing.get_context("spawn"), _free_port()
+        self._prints = tempfile.TemporaryDirectory(prefix="moe-llm-doctor-ranks-")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, self.size, port), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, rank, self.size, port, self._print_file(rank)), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -80,7 +85,8 @@ class LocalRanks:
                     failed, value = pipe.recv()
                 except EOFError:
                     self._processes[rank].join(5)
-                    self._fail(f"rank {rank} ended with exit code {self._processes[rank].exitcode}")
+                    ended = f"rank {rank} ended with exit code {self._processes[rank].exitcode}"
+                    self._fail(ended, f"{ended}\n{self._last_words(rank)}")
                 if failed:
                     self._fail(f"rank {rank}: {value.strip().splitlines()[-1]}", value)
                 answers[rank] = value
@@ -100,6 +106,12 @@ class LocalRanks:
             process.join(10)
         self._kill()
 
+    def _print_file(self, rank: int) -> str:
+        return str(Path(self._prints.name) / f"rank_{rank}.txt")
+
+    def _last_words(self, rank: int) -> str:
+        return Path(self._print_file(rank)).read_text(encoding="utf-8", errors="replace")[-4000:]
+
     def _fail(self, message: str, trace: str = "") -> None:
         self._kill()
         raise RankError(message, trace or message)
@@ -112,6 +124,9 @@ class LocalRanks:
         for pipe in self._pipes:
             pipe.close()
         self._processes, self._pipes = [], []
+        if self._prints is not None:
+            self._prints.cleanup()
+            self._prints = None
 
 
 def _free_port() -> int:
@@ -120,7 +135,10 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _serve(pipe, rank: int, size: int, port: int) -> None:
+def _serve(pipe, rank: int, size: int, port: int, prints: str) -> None:
+    with open(prints, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true",

@@ -33,14 +33,15 @@ def print_report(report: Report) -> None:
     from rich.table import Table
 
     console = Console()
-    width = None if console.is_terminal else 120
+    if not console.is_terminal:
+        console = Console(width=120)  # a pipe has no width of its own
     changes = ", ".join(f"{key} {_show(old)} -> {_show(new)}" for key, (old, new) in report.changes.items())
-    console.print(f"examined: {escape(report.layout)}", width=width, highlight=False)
+    console.print(f"examined: {escape(report.layout)}", highlight=False)
     if changes:
-        console.print(f"in small: {escape(changes)}", width=width, highlight=False)
+        console.print(f"in small: {escape(changes)}", highlight=False)
     for finding in report.findings:
         if finding.status == NOTE:
-            console.print(f"[yellow]note[/]: {escape(finding.check)}", width=width, highlight=False)
+            console.print(f"[yellow]note[/]: {escape(finding.check)}", highlight=False)
     table = Table("check", "", show_edge=False)
     for heading in ("difference", "tolerance"):
         table.add_column(heading, justify="right")
@@ -49,13 +50,12 @@ def print_report(report: Report) -> None:
         status = f"[{_STYLES[finding.status]}]{finding.status}[/]"
         table.add_row(escape(finding.check), status, _number(finding, finding.difference),
                       _number(finding, finding.tolerance))
-    console.print(table, width=width)
+    console.print(table)
     for finding in checks:
         if finding.status == FAIL:
-            console.print(f"[bold red]FAIL[/] {escape(finding.check)}: {escape(finding.where)}", width=width,
-                          highlight=False)
+            console.print(f"[bold red]FAIL[/] {escape(finding.check)}: {escape(finding.where)}", highlight=False)
             if finding.cause:
-                console.print(f"     likely: {escape(finding.cause)}", width=width, highlight=False)
+                console.print(f"     likely: {escape(finding.cause)}", highlight=False)
     failures = sum(finding.failed for finding in checks)
     verdict = "[green]all checks pass[/]" if report.passed else f"[bold red]{failures} of {len(checks)} checks fail[/]"
     console.print(f"{verdict}, {report.seconds:.0f} s", highlight=False)
