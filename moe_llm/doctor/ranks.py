@@ -25,6 +25,16 @@ class RankError(Exception):
         self.message = message
 
 
+_VALUE, _RAISED, _ENDED = "value", "raised", "ended"
+_GRACE = 3.0  # seconds that the others get to say why, once one has failed
+
+
+def _least_telling(answer: tuple[str, Any]) -> int:
+    """Sort key: a rank that ended, then one that raised, last one that only lost its connection to the others."""
+    kind, trace = answer
+    return 0 if kind == _ENDED else 2 if "Connection closed by peer" in trace else 1
+
+
 def no_plant(rank: int | None) -> AbstractContextManager:
     return contextlib.nullcontext()
 
@@ -69,28 +79,40 @@ class LocalRanks:
         """What `send` has every rank compute.
 
         Raises:
-            RankError: a rank raised, ended or gave no answer in time. All are stopped, since the others would wait
-                for it in an exchange.
+            RankError: a rank raised, ended or gave no answer in time. Where one did not raise, all are stopped, since
+                it may wait for the others in an exchange for ever.
         """
-        answers: dict[int, Any] = {}
+        answers: dict[int, tuple[str, Any]] = {}
         deadline = time.monotonic() + self.timeout
         while len(answers) < self.size:
             waiting = {self._pipes[rank]: rank for rank in range(self.size) if rank not in answers}
             ready = multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not ready:
-                self._fail(f"ranks {sorted(waiting.values())} gave no answer in {self.timeout:g} s")
+                break
             for pipe in ready:
                 rank = waiting[pipe]
-                try:
-                    failed, value = pipe.recv()
-                except EOFError:
-                    self._processes[rank].join(5)
-                    ended = f"rank {rank} ended with exit code {self._processes[rank].exitcode}"
-                    self._fail(ended, f"{ended}\n{self._last_words(rank)}")
-                if failed:
-                    self._fail(f"rank {rank}: {value.strip().splitlines()[-1]}", value)
-                answers[rank] = value
-        return [answers[rank] for rank in range(self.size)]
+                answers[rank] = self._answer(rank)
+                if answers[rank][0] != _VALUE:  # another may be the reason: let it speak
+                    deadline = min(deadline, time.monotonic() + _GRACE)
+        failures = sorted((a for a in answers.values() if a[0] != _VALUE), key=_least_telling)
+        if not failures and len(answers) == self.size:
+            return [answers[rank][1] for rank in range(self.size)]
+        if any(answers.get(rank, (None,))[0] != _RAISED for rank in range(self.size)):
+            self._kill()
+        if not failures:
+            silent = [rank for rank in range(self.size) if rank not in answers]
+            failures = [(_ENDED, f"ranks {silent} gave no answer in {self.timeout:g} s")]
+        _, trace = failures[0]
+        raise RankError(trace.strip().splitlines()[0 if failures[0][0] == _ENDED else -1], trace)
+
+    def _answer(self, rank: int) -> tuple[str, Any]:
+        """(what kind it is, the value or the trace)."""
+        try:
+            return self._pipes[rank].recv()
+        except EOFError:
+            self._processes[rank].join(5)
+            code = self._processes[rank].exitcode
+            return _ENDED, f"rank {rank} ended with exit code {code}\n{self._last_words(rank)}"
 
     def run(self, function: Callable[..., Any], *args: Any, plant: Plant = no_plant) -> list[Any]:
         """`send`, then `receive`."""
@@ -111,10 +133,6 @@ class LocalRanks:
 
     def _last_words(self, rank: int) -> str:
         return Path(self._print_file(rank)).read_text(encoding="utf-8", errors="replace")[-4000:]
-
-    def _fail(self, message: str, trace: str = "") -> None:
-        self._kill()
-        raise RankError(message, trace or message)
 
     def _kill(self) -> None:
         for process in self._processes:
@@ -151,9 +169,10 @@ def _serve(pipe, rank: int, size: int, port: int, prints: str) -> None:
         function, args, plant = work
         try:
             with plant(rank):
-                answer = (False, function(*args))
-        except Exception:  # noqa: BLE001 - carried to the parent, which raises
-            answer = (True, traceback.format_exc())
+                answer = (_VALUE, function(*args))
+        except Exception as error:  # noqa: BLE001 - carried to the parent, which raises
+            last = traceback.format_exception_only(error)[-1].strip()
+            answer = (_RAISED, f"{traceback.format_exc()}\nrank {rank}: {last.splitlines()[0]}")
         pipe.send(answer)
 
 

@@ -100,9 +100,9 @@ def _model(config: Config, ranks: int, notes: list[str]) -> dict[str, Any]:
     group = model.num_attention_heads // model.kv_heads
     kv = max(1, min(model.kv_heads, KV_HEADS, 16 // group))
     heads = kv * group
-    head = min(model.attention_head_dim, HEAD)
+    head = min(model.attention_head_dim, HEAD if heads * HEAD <= WIDTH else HEAD // 2)
     width = heads * head * model.hidden_size / (model.num_attention_heads * model.attention_head_dim)
-    hidden = min(model.hidden_size, max(8, 2 * round(min(width, WIDTH) / 2)))
+    hidden = min(model.hidden_size, max(8, 2 * round(width / 2)))
     scale = math.sqrt(model.hidden_size / hidden)  # narrower layers keep the size of what they put out
     shape = {
         "hidden_size": hidden,

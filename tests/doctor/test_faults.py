@@ -28,7 +28,6 @@ PLANTED = [
     (faults.documents_see_each_other, "reference_lm", "documents see each other", []),
     (faults.recomputation_with_other_noise, "noise_recomputed", "recomputation draws other noise", [NOISE]),
     (faults.noise_without_effect, "noise_acts", "never drawn", [NOISE]),
-    (faults.a_rank_dies, "run", "a rank raised, ended or hung", []),
 ]
 # What a fault may be seen by besides; all other checks must still pass, or nobody could tell faults apart.
 FOLLOWING = {
@@ -68,5 +67,6 @@ def test_without_a_fault_all_checks_pass(doctor_ranks):
 def test_a_dead_rank_leaves_its_last_words(doctor_ranks):
     report = examine(load_config(QUICKSTART), steps=2, plant=faults.a_rank_dies, processes=doctor_ranks)
     (failed,) = [finding for finding in report.findings if finding.failed]
-    assert failed.where == "rank 1 ended with exit code 7"
+    assert (failed.key, failed.where) == ("run", "rank 1 ended with exit code 7")
+    assert "a rank raised, ended or hung" in failed.cause
     assert "the end is near" in failed.evidence["trace"]
