@@ -31,11 +31,13 @@ class Reference:
     """transformers' model of the same shape. Construct once, then `step` with any weights."""
 
     def __init__(self, config: ModelConfig):
-        from transformers import MixtralConfig, MixtralForCausalLM
+        from transformers import AutoModelForCausalLM, MixtralConfig
 
         content = to_transformers_config(config, bos_token_id=1, eos_token_id=2, dtype="fp32")
         self.config = config
-        self.model = MixtralForCausalLM(MixtralConfig(**content)).float().eval()
+        # The plain loop over experts takes any width; grouped products want multiples of 16 bytes.
+        model = AutoModelForCausalLM.from_config(MixtralConfig(**content), experts_implementation="eager")
+        self.model = model.float().eval()
 
     def step(self, weights: Mapping[str, np.ndarray], rounds: Sequence[Batch]) -> Expected:
         """What one optimizer step should see, whose rounds of micro-batches are these.

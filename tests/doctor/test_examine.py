@@ -28,7 +28,8 @@ def test_the_quickstart_passes_and_leaves_nothing_behind(tmp_path, monkeypatch, 
     assert report["passed"]
     assert {check["status"] for check in report["checks"]} == {"PASS"}
     assert "doctor: training on 2 ranks" in err
-    assert list(tmp_path.iterdir()) == []
+    # torch makes an empty cache of its own when it is imported
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith("torchinductor")] == []
 
 
 VARIANTS = {
