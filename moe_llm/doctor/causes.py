@@ -138,8 +138,8 @@ _RULES: list[tuple[set[str], Callable[[Finding, Failed, int], str]]] = [
     ({"reference_aux"}, _reference_aux),
     ({"reference_z"}, lambda finding, failed, ranks: _only_padded(finding) and "padding is counted as tokens"),
     ({"reference_lm"}, _says("documents see each other, targets are shifted wrongly or padding is counted")),
-    ({"export", "export_keys"}, _says("the checkpoint does not hold what was trained: experts of some ranks are missing, "
-                                      "doubled or in another's place")),
+    ({"export", "export_keys"}, _says("the checkpoint does not hold what was trained: experts of some ranks are "
+                                      "missing, doubled or in another's place")),
     ({"export_logits"}, _says("follows from the exported weights", if_failed="export")),
     ({"export_logits"}, _says("config.json does not describe the model that was trained")),
     ({"resume_one_data", "resume_ranks_data"}, _says("the data position in the checkpoint is not that of its step")),

@@ -168,7 +168,7 @@ class _Case:
             compare.samples(ranks, self.expected, "samples", "each block is read once, by one rank"),
             compare.tokens(ranks, one),
             compare.start_weights(ranks, one),
-            *compare.losses(ranks, one, allowed),
+            *compare.losses(ranks, one, allowed, same_rounds=self.config.model.router_aux_loss_scope == "global"),
             compare.routing(ranks, one, allowed),
             compare.gradients(
                 compare.whole([rank.gradients[0] for rank in ranks]), compare.whole([one.gradients[0]]),

@@ -62,7 +62,8 @@ class LocalRanks:
         self._prints = tempfile.TemporaryDirectory(prefix="moe-llm-doctor-ranks-")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, self.size, port, self._print_file(rank)), daemon=True)
+            arguments = (theirs, rank, self.size, port, self._print_file(rank))
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)

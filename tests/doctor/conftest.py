@@ -7,5 +7,5 @@ import pytest
 def doctor_ranks():
     from moe_llm.doctor.ranks import LocalRanks
 
-    with LocalRanks(2, timeout=120) as ranks:
+    with LocalRanks(2, timeout=300) as ranks:
         yield ranks
