@@ -11,31 +11,33 @@ from collections.abc import Callable, Sequence
 
 from moe_llm.errors import UserError
 
+EXIT_FAILED_CHECKS = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the result is the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Run one command; the result is the exit code: 0, 1 where doctor finds a fault, 2 for a user's mistake, 130 for
+    Ctrl-C."""
     args = _parse(sys.argv[1:] if argv is None else argv)
     return run_command(lambda: args.handler(args))
 
 
-def run_command(command: Callable[[], object]) -> int:
-    """Call `command` and turn a `UserError` into one line on stderr and exit code 2, Ctrl-C into 130.
+def run_command(command: Callable[[], int | None]) -> int:
+    """Call `command`, which may return an exit code, and turn a `UserError` into one line on stderr and exit code 2,
+    Ctrl-C into 130.
 
     With several ranks each of them exits with the code, and rank 0 alone prints: a `UserError` is raised
     on every rank, by code that has agreed on it.
     """
     try:
-        command()
+        return command() or 0
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"moe-llm: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    return 0
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -69,11 +71,16 @@ def _parser() -> argparse.ArgumentParser:
         "--parallel", type=_at_least(int, 1), metavar="RANKS", help="also show which rank holds which experts"
     )
 
+    doctor = _add(commands, "doctor", _doctor, "run a small copy on local ranks and in one process, and compare")
+    doctor.add_argument("--ranks", type=_at_least(int, 2), default=2, metavar="N", help="local processes (default 2)")
+    doctor.add_argument("--steps", type=_at_least(int, 2), default=4, metavar="N", help="optimizer steps (default 4)")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+
     config = commands.add_parser("config", help="the configuration's schema, or one as resolved")
     config_commands = config.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add(config_commands, "schema", _config_schema, "print the JSON schema, for editors")
     show = _add(config_commands, "show", _config_show, "print the configuration with defaults and overrides")
-    for command in (train, tokenizer, params, show):
+    for command in (train, tokenizer, params, doctor, show):
         command.add_argument("config", metavar="CONFIG", help="a YAML file")
         command.add_argument("overrides", metavar="section.key=value", nargs="*", help="override a value")
     return parser
@@ -259,6 +266,22 @@ def _print_table(table) -> None:
     console = Console()
     # a pipe has no width of its own, and a number cut in the middle is worse than a long line
     console.print(table, width=None if console.is_terminal else 120)
+
+
+def _doctor(args) -> int:
+    config = _load(args)
+    from moe_llm.doctor.examine import examine
+    from moe_llm.doctor.report import as_json, print_report
+
+    def say(sentence: str) -> None:
+        print(f"doctor: {sentence}", file=sys.stderr)
+
+    report = examine(config, ranks=args.ranks, steps=args.steps, say=say)
+    if args.json:
+        _print_json(as_json(report))
+    else:
+        print_report(report)
+    return 0 if report.passed else EXIT_FAILED_CHECKS
 
 
 def _config_schema(args) -> None:

@@ -99,7 +99,8 @@ class LocalEngine(_NamedState):
         self.clip = config.optim.grad_clip
         masters = {p: p for p in model.parameters()}
         if config.train.precision == "bf16":
-            masters = {p: nn.Parameter(p.detach().clone()) for p in model.parameters() if p.requires_grad}
+            # Masters begin with what bf16 can hold, as DeepSpeed's do: initial weights are the same in every layout.
+            masters = {p: nn.Parameter(p.detach().bfloat16().float()) for p in model.parameters() if p.requires_grad}
             model.to(torch.bfloat16)
             for parameter, master in masters.items():
                 parameter.register_post_accumulate_grad_hook(_move_gradient_to(master))
@@ -207,7 +208,9 @@ class DeepSpeedEngine(_NamedState):
 
     def read(self, name: str, kind: str) -> Tensor:
         contract.link_optimizer_state(self.engine.optimizer)
-        return contract.read_full(self._parameters[name], kind).cpu()
+        value = contract.read_full(self._parameters[name], kind)
+        assert value is not None, f"{name} is in no parameter group of the optimizer"
+        return value.cpu()
 
     def write(self, name: str, kind: str, tensor: Tensor) -> None:
         contract.write_full(self._parameters[name], kind, tensor.to(self._runtime.device))

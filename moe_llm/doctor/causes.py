@@ -1,0 +1,155 @@
+"""From a pattern of failures to what usually lies behind it: the table of `_RULES`, first match first."""
+
+from collections.abc import Callable
+
+from moe_llm.doctor.findings import FAIL, Finding
+
+Failed = dict[str, Finding]
+
+
+def diagnose(findings: list[Finding], ranks: int) -> None:
+    """Write each failed finding's likely cause."""
+    failed = {finding.key: finding for finding in findings if finding.failed}
+    for finding in failed.values():
+        for keys, cause in _RULES:
+            if finding.key in keys and (sentence := cause(finding, failed, ranks)):
+                finding.cause = sentence
+                break
+        assert finding.status == FAIL
+
+
+def _says(sentence: str, *, if_failed: str | None = None) -> Callable:
+    return lambda finding, failed, ranks: sentence if if_failed is None or if_failed in failed else ""
+
+
+def _gradient(finding: Finding, failed: Failed, ranks: int) -> str:
+    kinds, factor = finding.evidence["kinds"], finding.evidence["factor"]
+    who = "of the experts" if kinds == ["experts"] else "of the routers" if kinds == ["routers"] else ""
+    if factor is not None and (kinds == ["experts"] or not finding.evidence["spared"]):
+        number = f"{factor:.3g}"
+        if abs(factor - ranks) < 1e-2 * ranks:
+            number += ", the number of ranks"
+        elif abs(factor * ranks - 1) < 1e-2:
+            number = f"1/{ranks}, one over the number of ranks"
+        scaled = f"gradients {who or 'of all parameters'} are scaled by {number}"
+        return f"{scaled}: they are averaged or multiplied once too often"
+    if factor == 0:
+        return f"gradients {who or 'of these parameters'} are zero: they are cut off the loss"
+    if kinds == ["experts"]:
+        return "gradients of the experts alone depart: look at their reduction over the ranks that hold the same ones"
+    if kinds == ["routers"]:
+        return "gradients of the routers alone depart: look at the balance and z-loss and at the rows' weights"
+    if "aux_loss" in failed or "reference_aux" in failed:
+        return "follows from the balance loss"
+    return ""
+
+
+def _aux(finding: Finding, failed: Failed, ranks: int) -> str:
+    if "routing" in failed and "lm_loss" in failed:
+        return ""
+    if _only_padded(failed.get("reference_aux", finding)):
+        return "padding is counted as tokens"
+    return "token counts are not summed over the ranks before the product, or are of another round of micro-batches"
+
+
+def _reference_aux(finding: Finding, failed: Failed, ranks: int) -> str:
+    if _only_padded(finding):
+        return "padding is counted as tokens"
+    if "reference_lm" in failed:
+        return "follows from the forward pass"
+    return "the balance loss has another formula than in the paper, or its coefficient is applied twice"
+
+
+def _only_padded(finding: Finding) -> bool:
+    """Whether steps with padding depart and none before the first of them."""
+    padded = {f"step {step + 1}" for step in finding.evidence["padded"]}
+    beyond = finding.evidence["beyond"]
+    return bool(padded) and beyond[0] in padded and (set(beyond) <= padded or beyond[0] != "step 1")
+
+
+def _run(finding: Finding, failed: Failed, ranks: int) -> str:
+    trace = finding.evidence["trace"]
+    for words, cause in _TRACES.items():
+        if words in trace:
+            return cause
+    return "a rank raised, ended or hung: --json has the trace"
+
+
+_TRACES = {
+    "None of the param groups are marked as MoE": "experts are not in the optimizer",
+    "is in no parameter group of the optimizer": "parameters that are to be trained are not in the optimizer",
+    "the ranks would not write the model that was configured": "the ranks do not export all experts, or some twice",
+}
+
+
+def _routing(finding: Finding, failed: Failed, ranks: int) -> str:
+    if "aux_loss" in failed and "lm_loss" not in failed:
+        return "tokens go where they should, so their counts are wrong: not summed over the ranks, or with padding"
+    return "tokens go elsewhere than in one process: look at the router's input and at its precision"
+
+
+def _later(finding: Finding, failed: Failed, ranks: int) -> str:
+    """Losses that are right at first and depart later."""
+    if finding.where and not finding.where.startswith("step 1"):
+        for key in ("experts_train", "gradients", "weights"):
+            if key in failed:
+                return f"follows from: {failed[key].check}"
+    return ""
+
+
+def _weights(finding: Finding, failed: Failed, ranks: int) -> str:
+    if "experts_train" in failed:
+        return "follows from: experts that do not change"
+    if "gradients" in failed:
+        return "follows from the gradients"
+    if "norm" in failed:
+        return "clipped by another norm"
+    return "gradients and norm are right, so the optimizer's step is not: its groups, rate, decay or bound of the norm"
+
+
+_FOLLOWS_SAMPLES = _says("follows from the data: the blocks are not those that were due", if_failed="samples")
+_RULES: list[tuple[set[str], Callable[[Finding, Failed, int], str]]] = [
+    ({"samples"}, _says("ranks share out the blocks wrongly: look at the loader's rank, world size and position")),
+    ({"run"}, _run),
+    ({"tokens", "lm_loss", "aux_loss", "z_loss", "loss", "gradients", "norm", "weights", "routing", "val_loss",
+      "resume_one_data", "resume_one_loss", "resume_ranks_data", "resume_ranks_loss"},
+     _FOLLOWS_SAMPLES),
+    ({"start"}, _says("a rank's initial weights are not those of one process: initialisation depends on the rank")),
+    ({"tokens"}, _says("padding is counted, or the ranks' masks differ from those of one process")),
+    ({"experts_train"}, _says("experts are not in the optimizer, or their learning rate is zero")),
+    ({"others_train"}, _says("these parameters are not in the optimizer")),
+    ({"aux_loss", "z_loss", "lm_loss", "loss", "routing", "norm"}, _later),
+    ({"aux_loss"}, _aux),
+    ({"loss"}, _says("follows from the balance loss", if_failed="aux_loss")),
+    ({"loss"}, _says("follows from the z-loss", if_failed="z_loss")),
+    ({"z_loss"}, _says("the number of tokens it is divided by is not that of all ranks")),
+    ({"lm_loss", "loss"}, _says("the targets it is divided by are not those of the whole step, or the forward pass of "
+                               "the layout differs: look at dispatch and attention")),
+    ({"routing"}, _routing),
+    ({"gradients", "reference_gradients"}, _gradient),
+    ({"gradients"}, _says("backward departs where forward does not: look at the exchange's backward and at "
+                          "accumulation over micro-batches")),
+    ({"norm"}, _says("follows from the gradients", if_failed="gradients")),
+    ({"norm"}, _says("gradients are right, so the norm is not taken over all ranks and parameters: clipping is wrong")),
+    ({"weights"}, _weights),
+    ({"val_loss"}, _says("follows from the weights", if_failed="weights")),
+    ({"val_loss"}, _says("held-out blocks are shared out wrongly among the ranks")),
+    ({"bf16"}, _says("bf16 loses more than rounding: look at what is kept in fp32 (router, norms, sums, masters)")),
+    ({"reference_aux"}, _reference_aux),
+    ({"reference_z"}, lambda finding, failed, ranks: _only_padded(finding) and "padding is counted as tokens"),
+    ({"reference_lm"}, _says("documents see each other, targets are shifted wrongly or padding is counted")),
+    ({"export", "export_keys"}, _says("the checkpoint does not hold what was trained: experts of some ranks are "
+                                      "missing, doubled or in another's place")),
+    ({"export_logits"}, _says("follows from the exported weights", if_failed="export")),
+    ({"export_logits"}, _says("config.json does not describe the model that was trained")),
+    ({"resume_one_data", "resume_ranks_data"}, _says("the data position in the checkpoint is not that of its step")),
+    ({"resume_one_state", "resume_ranks_state"}, _says("the checkpoint misses or misplaces state at another layout")),
+    ({"resume_one_loss"}, _says("follows from the data position", if_failed="resume_one_data")),
+    ({"resume_ranks_loss"}, _says("follows from the data position", if_failed="resume_ranks_data")),
+    ({"resume_one_loss"}, _says("follows from the restored state", if_failed="resume_one_state")),
+    ({"resume_ranks_loss"}, _says("follows from the restored state", if_failed="resume_ranks_state")),
+    ({"resume_one_loss", "resume_ranks_loss"},
+     _says("the state is right and the steps after it are not: step count, schedule or noise")),
+    ({"noise_recomputed"}, _says("recomputation draws other noise than the forward pass, or noise is not seeded")),
+    ({"noise_acts"}, _says("the noise is drawn but not used, or never drawn")),
+]

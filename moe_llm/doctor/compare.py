@@ -1,0 +1,278 @@
+"""Observations -> findings. `ranks` are the observations of the configured layout, `one` that of the one process."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_llm.checkpoint.hf import is_expert
+from moe_llm.config import Config
+from moe_llm.doctor.findings import Finding, exact, within
+from moe_llm.doctor.observe import Observation, Tensors
+from moe_llm.doctor.reference import Expected
+
+Whole = dict[str, np.ndarray]
+_FP32_EPS = 2.0**-23
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """Of the first step and of later ones, where differences have gone through the optimizer.
+
+    loss, norm: relative. gradient: the largest value of the difference over that of the tensor; in bf16, where a token
+    that goes to another expert spoils single values, root mean squares. weights: root mean square relative to
+    that of what training has changed. routing: share of the routed tokens.
+    """
+
+    loss: tuple[float, float]
+    gradient: float
+    norm: tuple[float, float]
+    weights: float
+    routing: tuple[float, float]
+    logits: float
+    in_bf16: bool = False
+
+
+def tolerances(config: Config) -> Tolerances:
+    """By precision and optimizer: AdamW divides by the gradient's own size and so magnifies rounding where that is
+    near zero, and in bf16 a token near the border between two experts may cross it."""
+    if config.train.precision == "bf16":
+        return Tolerances((0.005, 0.03), 0.05, (0.01, 0.05), 0.3, (0.03, 0.10), 1e-4, in_bf16=True)
+    if config.optim.name == "adamw":
+        return Tolerances((1e-5, 1e-4), 1e-5, (1e-5, 1e-3), 1e-3, (0.0, 0.01), 1e-5)
+    return Tolerances((1e-5, 1e-5), 1e-5, (1e-5, 1e-5), 1e-4, (0.0, 0.01), 1e-5)
+
+
+def whole(ranks: Sequence[Tensors]) -> Whole:
+    """Whole tensors from the parts that ranks hold: experts by their index, dense ones from the first rank."""
+    result: Whole = {}
+    for name, held in ranks[0].items():
+        if held.first is None:
+            result[name] = held.value
+            continue
+        parts = {tensors[name].first: tensors[name].value for tensors in ranks}
+        result[name] = np.concatenate([parts[first] for first in sorted(parts)])
+    return result
+
+
+def samples(seen: Sequence[Observation], expected: list[list[str]], key: str, check: str) -> Finding:
+    """Every block of each step is read once, by one rank, and belongs to that step."""
+    wrong = []
+    for at in range(len(seen[0].samples)):
+        step = seen[0].first_step + at
+        read = Counter(row for rank in seen for micro in rank.samples[at] for row in micro)
+        due = Counter(expected[step])
+        lost, extra = (due - read).total(), (read - due).total()
+        if lost or extra:
+            wrong.append(f"step {step + 1}: {lost} of {due.total()} blocks not read, {extra} read that were not due")
+    return exact(key, check, wrong)
+
+
+def tokens(ranks: Sequence[Observation], one: Observation) -> Finding:
+    wrong = [
+        f"step {step + 1}: {sum(seen)} over the ranks, {alone} in one process"
+        for step, (*seen, alone) in enumerate(zip(*(rank.tokens for rank in ranks), one.tokens, strict=True))
+        if sum(seen) != alone
+    ]
+    return exact("tokens", "tokens that are no padding, summed over the ranks", wrong)
+
+
+LOSSES = {"lm_loss": "language-model loss", "aux_loss": "balance loss", "z_loss": "z-loss", "loss": "whole loss"}
+
+
+def losses(
+    ranks: Sequence[Observation], one: Observation, allowed: Tolerances, *, same_rounds: bool
+) -> list[Finding]:
+    """Loss by loss, each step. `same_rounds`: the one process takes the ranks' micro-batches together, not one by one;
+    otherwise its z-loss is another number wherever there is padding."""
+    padded = [step for step, count in enumerate(one.tokens) if count < max(one.tokens)]
+    findings = []
+    for name, title in LOSSES.items():
+        if name == "z_loss" and not same_rounds:
+            continue
+        compared = [
+            (relative(record[name], alone[name]), allowed.loss[step > 0], f"step {step + 1}")
+            for rank in ranks
+            for step, (record, alone) in enumerate(zip(rank.records, one.records, strict=True))
+        ]
+        findings.append(within(name, title, compared, padded=padded))
+    compared = [
+        (relative(rank.records[-1]["val_loss"], one.records[-1]["val_loss"]), allowed.loss[1], "last step")
+        for rank in ranks
+    ]
+    return [*findings, within("val_loss", "validation loss", compared)]
+
+
+def norms(ranks: Sequence[Observation], one: Observation, allowed: Tolerances, clip: float) -> Finding:
+    compared = [
+        (relative(record["grad_norm"], alone["grad_norm"]), allowed.norm[step > 0], f"step {step + 1}")
+        for rank in ranks
+        for step, (record, alone) in enumerate(zip(rank.records, one.records, strict=True))
+    ]
+    active = f", clipped at {clip:.3g}" if clip else ", not clipped"
+    return within("norm", f"norm of all gradients{active}", compared)
+
+
+def gradients(
+    found: Whole, expected: Whole, allowed: Tolerances, key: str, check: str
+) -> Finding:
+    """Of the first step, tensor by tensor. Evidence: which kinds of tensors depart, and the factor if it is one."""
+    size = _rms if allowed.in_bf16 else _largest
+    floor = 1e-4 * max(size(value) for value in expected.values())
+    compared, factors, tolerance = [], {}, allowed.gradient
+    for name, value in expected.items():
+        difference = size(found[name] - value) / max(size(value), floor)
+        compared.append((difference, tolerance, name))
+        if not difference <= tolerance:
+            factors[name] = _factor(found[name], value, tolerance)
+    kinds = sorted({kind_of(name) for name in factors})
+    same = {round(f, 3) for f in factors.values() if f is not None}
+    factor = same.pop() if len(same) == 1 and None not in factors.values() else None
+    return within(key, check, compared, kinds=kinds, factor=factor,
+                  spared=sorted({kind_of(name) for name in expected} - set(kinds)))
+
+
+def _factor(found: np.ndarray, expected: np.ndarray, tolerance: float) -> float | None:
+    """c where found = c * expected, else None."""
+    square = float((expected.astype(np.float64) ** 2).sum())
+    if not square or not np.isfinite(found).all():
+        return None
+    factor = float((found.astype(np.float64) * expected).sum()) / square
+    rest = np.abs(found - factor * expected).max() / np.abs(expected).max()
+    return factor if rest <= max(10 * tolerance, 1e-4) * max(1.0, abs(factor)) else None
+
+
+def kind_of(name: str) -> str:
+    if is_expert(name):
+        return "experts"
+    return "routers" if ".mlp.gate." in name else "dense"
+
+
+def weights(ranks: Sequence[Observation], one: Observation, allowed: Tolerances) -> Finding:
+    """After each step, measured against what training has changed so far."""
+    start, compared = whole([one.start["weight"]]), []
+    for step in range(len(one.weights)):
+        found, expected = whole([rank.weights[step] for rank in ranks]), whole([one.weights[step]])
+        for name, value in expected.items():
+            change = value - start[name]
+            compared.append(
+                (_apart(found[name], value, change), allowed.weights, f"{name} after step {step + 1}")
+            )
+    return within("weights", "weights after each step, against their change", compared)
+
+
+def _apart(found: np.ndarray, expected: np.ndarray, change: np.ndarray) -> float:
+    """Root mean square of the difference over that of the change, rounding of the weights set aside."""
+    rounding = 2 * _FP32_EPS * _rms(expected)
+    difference = max(0.0, _rms(found - expected) - rounding)
+    return 0.0 if difference == 0 else difference / max(_rms(change), rounding)
+
+
+def _largest(values: np.ndarray) -> float:
+    return float(np.abs(values).max())
+
+
+def _rms(values: np.ndarray) -> float:
+    return float(np.sqrt((values.astype(np.float64) ** 2).mean()))
+
+
+def start_weights(ranks: Sequence[Observation], one: Observation) -> Finding:
+    found, expected = whole([rank.start["weight"] for rank in ranks]), whole([one.start["weight"]])
+    wrong = [name for name, value in expected.items() if not np.array_equal(found[name], value)]
+    return exact("start", "initial weights, to the bit", wrong)
+
+
+def routing(ranks: Sequence[Observation], one: Observation, allowed: Tolerances) -> Finding:
+    compared = []
+    for rank in ranks:
+        for step, (record, alone) in enumerate(zip(rank.records, one.records, strict=True)):
+            here, there = (np.array(r["moe"]["tokens_per_expert"]) for r in (record, alone))
+            for layer, (a, b) in enumerate(zip(here, there)):
+                moved = abs(a - b).sum() / 2 / max(1, b.sum())
+                compared.append((float(moved), allowed.routing[step > 0], f"step {step + 1}, layer {layer}"))
+    return within("routing", "tokens per expert, share that goes elsewhere", compared)
+
+
+def trained(ranks: Sequence[Observation]) -> list[Finding]:
+    """Each expert that got tokens, and each other tensor that got a gradient, has been changed by training."""
+    start = whole([rank.start["weight"] for rank in ranks])
+    end = whole([rank.weights[-1] for rank in ranks])
+    slopes = [whole([rank.gradients[step] for rank in ranks]) for step in range(len(ranks[0].gradients))]
+    stuck: dict[str, list[str]] = {"experts": [], "others": []}
+    counted = idle = 0
+    for name in slopes[0]:
+        if not is_expert(name):
+            if any(slope[name].any() for slope in slopes) and np.array_equal(start[name], end[name]):
+                stuck["others"].append(name)
+            continue
+        for expert in range(len(start[name])):
+            counted += 1
+            if not any(slope[name][expert].any() for slope in slopes):
+                idle += 1
+            elif np.array_equal(start[name][expert], end[name][expert]):
+                stuck["experts"].append(f"{name}, expert {expert}")
+    title = "every expert's weights change" + (f" ({idle} of {counted} had no tokens)" if idle else "")
+    return [exact("experts_train", title, stuck["experts"]), exact("others_train", "all else changes", stuck["others"])]
+
+
+def against_fp32(one: Observation, precise: Observation) -> Finding:
+    """The run in bf16 beside the same in fp32."""
+    compared = [
+        (relative(record["loss"], other["loss"]), 0.03, f"step {step + 1}")
+        for step, (record, other) in enumerate(zip(one.records, precise.records, strict=True))
+    ]
+    return within("bf16", "whole loss in bf16 beside that in fp32", compared)
+
+
+def against_transformers(one: Observation, expected: list[Expected], allowed: Tolerances) -> list[Finding]:
+    """One process in fp32 against transformers: each step's losses, and the first step's gradients."""
+    findings = []
+    padded = [step for step, count in enumerate(one.tokens) if count < max(one.tokens)]
+    for name, title in (("lm", "language-model loss"), ("aux", "balance loss"), ("z", "z-loss")):
+        compared = [
+            (relative(record[f"{name}_loss"], getattr(theirs, name)), allowed.loss[0], f"step {step + 1}")
+            for step, (record, theirs) in enumerate(zip(one.records, expected, strict=True))
+        ]
+        findings.append(within(f"reference_{name}", f"{title}, as transformers computes it", compared,
+                               padded=padded))
+    slopes = {name: expected[0].gradients[name] for name in one.gradients[0]}
+    findings.append(gradients(whole([one.gradients[0]]), slopes, allowed, "reference_gradients",
+                              "gradients of step 1, as transformers computes them"))
+    return findings
+
+
+def resumed(
+    title: str, key: str, straight: Sequence[Observation], after: Sequence[Observation], expected: list[list[str]],
+    allowed: Tolerances,
+) -> list[Finding]:
+    """A run that went on at another layout.
+
+    Args:
+        straight: the run that wrote the checkpoint, and went on to its end. after: the one that resumed from it.
+        expected: the samples of each step.
+    """
+    wrong = []
+    for kind in straight[0].at_save:
+        before = whole([rank.at_save[kind] for rank in straight])
+        now = whole([rank.start.get(kind, {}) for rank in after])
+        wrong += [
+            f"{kind} of {name}" for name, value in before.items()
+            if name not in now or not np.array_equal(now[name], value)
+        ]
+    first = after[0].first_step
+    compared = [
+        (relative(record["loss"], alone["loss"]), allowed.loss[1], f"step {first + at + 1}")
+        for rank in after
+        for at, (record, alone) in enumerate(zip(rank.records, straight[0].records[first:], strict=True))
+    ]
+    return [
+        exact(f"{key}_state", f"{title}: weights and optimizer, to the bit", wrong),
+        samples(after, expected, f"{key}_data", f"{title}: no block lost or read again"),
+        within(f"{key}_loss", f"{title}: losses as if uninterrupted", compared),
+    ]
+
+
+def relative(found: float, expected: float) -> float:
+    """|found - expected| over |expected|; where that is tiny, over the rounding of a sum around one."""
+    return abs(found - expected) / max(abs(expected), 1e-3)

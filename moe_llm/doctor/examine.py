@@ -1,0 +1,221 @@
+"""The examination: runs in order, comparisons as their results come in."""
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_llm.config import Config
+from moe_llm.doctor import compare
+from moe_llm.doctor.causes import diagnose
+from moe_llm.doctor.exported import check_export
+from moe_llm.doctor.findings import FAIL, Finding, exact, note
+from moe_llm.doctor.observe import Observation, expected_samples, observe
+from moe_llm.doctor.ranks import LocalRanks, Plant, RankError, no_plant
+from moe_llm.doctor.reference import Reference
+from moe_llm.doctor.sample import small_data
+from moe_llm.doctor.shrink import one_process, replace, shrink
+from moe_llm.errors import UserError
+from moe_llm.parallel.runtime import world_size_from_environment
+
+STEPS = 4
+
+
+@dataclass
+class Report:
+    """changes: configuration keys as they are -> as they were examined. layout: in words."""
+
+    layout: str
+    changes: dict[str, tuple[Any, Any]]
+    findings: list[Finding] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        return not any(finding.failed for finding in self.findings)
+
+
+def examine(
+    config: Config, *, ranks: int = 2, steps: int = STEPS, plant: Plant = no_plant, processes: LocalRanks | None = None,
+    say: Callable[[str], None] = lambda sentence: None,
+) -> Report:
+    """Compare a small copy of the run on `ranks` local ranks with one process and with transformers.
+
+    Args:
+        steps: optimizer steps, at least 2; the checkpoint that is resumed from is written after half of them.
+        plant: put in place around each process's work; a way to see a fault found.
+        processes: started before, for several examinations; they are used and left running.
+        say: told what is going on.
+
+    Raises:
+        UserError: the configuration cannot be examined.
+    """
+    if world_size_from_environment() > 1:
+        raise UserError("doctor starts its ranks itself: run it without a launcher, with --ranks N")
+    begin = time.monotonic()
+    small = shrink(config, ranks, steps)
+    report = Report(_layout(small.config, ranks), small.changes, [note(sentence) for sentence in small.notes])
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moe-llm-doctor-")))
+        stack.enter_context(_one_thread())
+        pool = processes or stack.enter_context(LocalRanks(ranks))
+        say("preparing text and tokenizer")
+        prepared, notes = small_data(config, small.config, directory)
+        report.findings += map(note, notes)
+        case = _Case(config, prepared, directory, pool, plant, ranks, report.findings, say)
+        try:
+            case.run()
+        except RankError as error:
+            report.findings.append(Finding("run", "the ranks run", FAIL, where=error.message,
+                                           evidence={"trace": str(error)}))
+    diagnose(report.findings, ranks)
+    report.seconds = time.monotonic() - begin
+    return report
+
+
+def _layout(config: Config, ranks: int) -> str:
+    """In words: what the ranks do."""
+    rounds, shared = config.accumulation_steps(ranks), config.parallel.expert_parallel_size
+    return ", ".join([
+        f"{ranks} ranks",
+        "each with all experts" if shared == 1 else f"{shared} of them share a set of experts",
+        f"ZeRO-{config.parallel.zero_stage}",
+        f"{rounds} micro-batch{'es' if rounds > 1 else ''} a step",
+        config.train.precision,
+        *(["recomputation"] if config.train.activation_checkpointing else []),
+    ])
+
+
+class _Case:
+    """One examination: `run` goes through it and appends to `findings`."""
+
+    def __init__(self, user: Config, config: Config, directory: Path, pool: LocalRanks, plant: Plant, ranks: int,
+                 findings: list[Finding], say: Callable[[str], None]):
+        self.user, self.directory, self.pool, self.plant, self.ranks = user, directory, pool, plant, ranks
+        self.findings, self.say = findings, say
+        self.reference = Reference(config.model)
+        self.config = self._with_active_clip(config)
+        self.allowed = compare.tolerances(self.config)
+        self.expected, _ = expected_samples(self.config)
+
+    def run(self) -> None:
+        self.say(f"training on {self.ranks} ranks and in one process")
+        self.pool.send(observe, self.config, plant=self.plant)
+        one = self._alone(self.config, "one", keep_batches=True)
+        precise = one
+        if self.config.train.precision != "fp32":
+            precise = self._alone(self._in_fp32(), "one_in_fp32", keep_batches=True)
+            self.findings.append(compare.against_fp32(one, precise))
+        self._compare_with_transformers(precise)
+        ranks = self.pool.receive()
+        self._compare(ranks, one)
+        self.say("exporting, and resuming at other layouts")
+        self.pool.send(_observe_from, self._elsewhere(), one.saved[0], plant=self.plant)
+        self.findings += check_export(
+            ranks[0].saved[0], compare.whole([rank.at_save["weight"] for rank in ranks]), self.config,
+            one.batches[0][0], self.allowed,
+        )
+        self._compare_resumed("one", f"{self.ranks} ranks -> one process", ranks,
+                              [self._alone(self.config, "resumed", source=ranks[0].saved[0])])
+        other = self._elsewhere().parallel
+        title = f"one process -> {self.ranks} ranks, EP {other.expert_parallel_size}, ZeRO-{other.zero_stage}"
+        self._compare_resumed("ranks", title, [one], self.pool.receive())
+        if self.user.model.router_jitter_noise:
+            self._compare_noise(ranks)
+
+    def _with_active_clip(self, config: Config) -> Config:
+        """A bound that the first gradient exceeds: one that never clips would show nothing."""
+        if not config.optim.grad_clip:
+            return config
+        probe = self._alone(replace(config, train={"max_steps": 1}), "probe")
+        norm = probe.records[0]["grad_norm"]
+        return replace(config, optim={"grad_clip": min(config.optim.grad_clip, norm / 2)})
+
+    def _alone(self, config: Config, name: str, **how: Any) -> Observation:
+        """One process, in a run directory of its own."""
+        config = replace(one_process(config, self.ranks), run={"dir": str(self.directory / name)})
+        with self.plant(None):
+            return observe(config, **how)
+
+    def _in_fp32(self) -> Config:
+        return replace(self.config, train={"precision": "fp32"})
+
+    def _elsewhere(self) -> Config:
+        """The ranks in another layout than the configured one."""
+        now, experts = self.config.parallel, self.config.model.num_local_experts
+        sizes = [s for s in range(self.ranks, 0, -1) if self.ranks % s == 0 and experts % s == 0]
+        size = next((s for s in sizes if s != now.expert_parallel_size), 1)
+        return replace(
+            self.config, run={"dir": str(self.directory / "elsewhere")},
+            parallel={"expert_parallel_size": size, "zero_stage": 1 if now.zero_stage == 3 else 3},
+        )
+
+    def _compare_with_transformers(self, one: Observation) -> None:
+        before = [one.start["weight"], *one.weights[:-1]]
+        expected = [
+            self.reference.step(compare.whole([weights]), rounds) for weights, rounds in zip(before, one.batches)
+        ]
+        self.findings += compare.against_transformers(one, expected, compare.tolerances(self._in_fp32()))
+
+    def _compare(self, ranks: Sequence[Observation], one: Observation) -> None:
+        allowed = self.allowed
+        self.findings += [
+            compare.samples(ranks, self.expected, "samples", "each block is read once, by one rank"),
+            compare.tokens(ranks, one),
+            compare.start_weights(ranks, one),
+            *compare.losses(ranks, one, allowed, same_rounds=self.config.model.router_aux_loss_scope == "global"),
+            compare.routing(ranks, one, allowed),
+            compare.gradients(
+                compare.whole([rank.gradients[0] for rank in ranks]), compare.whole([one.gradients[0]]),
+                allowed, "gradients", "gradients of step 1",
+            ),
+            compare.norms(ranks, one, allowed, self.config.optim.grad_clip),
+            compare.weights(ranks, one, allowed),
+            *compare.trained(ranks),
+        ]
+
+    def _compare_resumed(
+        self, key: str, title: str, straight: Sequence[Observation], after: Sequence[Observation]
+    ) -> None:
+        self.findings += compare.resumed(
+            f"resume, {title}", f"resume_{key}", straight, after, self.expected, self.allowed
+        )
+
+    def _compare_noise(self, quiet: Sequence[Observation]) -> None:
+        """The router's noise, on the ranks: with and without recomputation, from the same seed."""
+        self.say("router noise")
+        runs = []
+        for recompute in (False, True):
+            noisy = replace(
+                self.config, run={"dir": str(self.directory / f"noise_{recompute}")},
+                model={"router_jitter_noise": self.user.model.router_jitter_noise},
+                train={"max_steps": 1, "activation_checkpointing": recompute},
+            )
+            runs.append(self.pool.run(observe, noisy, plant=self.plant))
+        plain, again, silent = (
+            compare.whole([rank.gradients[0] for rank in run]) for run in (runs[0], runs[1], quiet)
+        )
+        seen = compare.gradients(again, plain, self.allowed, "noise_recomputed",
+                                 "router noise: seeded, and the same in recomputation")
+        idle = [] if any((plain[name] != silent[name]).any() for name in plain) else ["no gradient depends on it"]
+        self.findings += [seen, exact("noise_acts", "router noise: acts on the gradients", idle)]
+
+
+def _observe_from(config: Config, source: str) -> Observation:
+    return observe(config, source=source)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Like each rank, so that they do not wait for each other's threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

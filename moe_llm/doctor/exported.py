@@ -1,0 +1,52 @@
+"""A checkpoint of the ranks as transformers sees it."""
+
+import numpy as np
+import torch
+
+from moe_llm.checkpoint.export import DTYPES
+from moe_llm.checkpoint.pretrained import MoEForCausalLM
+from moe_llm.config import Config
+from moe_llm.data.packing import Batch
+from moe_llm.doctor.compare import Tolerances, Whole
+from moe_llm.doctor.findings import Finding, exact, within
+
+
+@torch.no_grad()
+def check_export(
+    directory: str, weights: Whole, config: Config, batch: Batch, allowed: Tolerances
+) -> list[Finding]:
+    """Every tensor of `weights` (whole, as in training) is there, no other is, and logits are those of our model."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    theirs, report = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, output_loading_info=True, experts_implementation="eager"
+    )
+    wrong = [f"{kind.replace('_', ' ')}: {name}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+             for name in sorted(map(str, report[kind]))]
+    keys = exact("export_keys", "checkpoint in transformers: all tensors, no others", wrong)
+
+    parameters, unequal = dict(theirs.named_parameters()), []
+    for name, value in weights.items():
+        stored = torch.from_numpy(value).to(DTYPES[config.checkpoint.dtype]).float()
+        found = parameters.get(name)
+        if found is None or found.shape != stored.shape:
+            unequal.append(name)
+        elif not torch.equal(found, stored):
+            unequal += _where(name, found, stored)
+    tensors = exact("export", "checkpoint in transformers: every weight, to the bit", unequal)
+
+    ours = MoEForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    ids_BS = batch.input_ids_BS[:1, : int(batch.attention_mask_BS[0].sum())]
+    a, b = theirs.eval()(ids_BS).logits.numpy(), ours(ids_BS).logits.numpy()
+    apart = float(np.abs(a - b).max() / np.abs(a).max())
+    return [keys, tensors, within("export_logits", "checkpoint in transformers: logits", [
+        (apart, allowed.logits, "the largest logit")])]
+
+
+def _where(name: str, found: torch.Tensor, stored: torch.Tensor) -> list[str]:
+    """The name; for experts, with those that differ."""
+    if found.dim() != 3:
+        return [name]
+    return [f"{name}, expert {e}" for e in range(len(found)) if not torch.equal(found[e], stored[e])]

@@ -1,0 +1,164 @@
+"""One run of the real training loop, with everything written down that comparisons need.
+
+The pieces are those of `moe_llm.train.run`: data, model, engine, loop, checkpoints. Only the engine is wrapped, to read
+gradients before a step and weights after it. Tensors come as numpy arrays, which cross between processes by value.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_llm.checkpoint.state import save_checkpoint
+from moe_llm.config import Config, dump_config
+from moe_llm.data.loader import Data, TrainLoader, load_data
+from moe_llm.data.packing import Batch
+from moe_llm.data.tokenizer import build_tokenizer
+from moe_llm.parallel.engine import Engine
+from moe_llm.parallel.runtime import start
+from moe_llm.train import loop
+from moe_llm.train.evaluate import validation_loss
+from moe_llm.train.run import build_trained
+from moe_llm.train.signals import StopRequest
+
+
+@dataclass(frozen=True)
+class Held:
+    """A rank's part of a parameter: `first` is its first expert, None for a dense one."""
+
+    first: int | None
+    value: np.ndarray
+
+
+Tensors = dict[str, Held]
+
+
+@dataclass
+class Observation:
+    """What one rank saw, lists by step.
+
+    samples: digests of the rows of each micro-batch. tokens: real ones. records: as in metrics.jsonl, plus the rate.
+    start: the weights and the optimizer's tensors before the first step, by kind. saved: the checkpoints.
+    at_save: the same tensors as `start` when the first checkpoint was written. batches: kept for the one process only.
+    """
+
+    first_step: int = 0
+    samples: list[list[list[str]]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)
+    gradients: list[Tensors] = field(default_factory=list)
+    weights: list[Tensors] = field(default_factory=list)
+    start: dict[str, Tensors] = field(default_factory=dict)
+    at_save: dict[str, Tensors] = field(default_factory=dict)
+    saved: list[str] = field(default_factory=list)
+    batches: list[list[Batch]] = field(default_factory=list)
+
+
+def observe(config: Config, *, source: str | None = None, keep_batches: bool = False) -> Observation:
+    """Train as configured, from the checkpoint `source` where given, to `config.max_steps`. Collective."""
+    _forget_accelerator()
+    runtime = start(config)
+    run_dir = Path(config.run.dir)
+    tokenizer = build_tokenizer(config, run_dir / "tokenizer")
+    data = load_data(
+        config, tokenizer, rank=runtime.rank, world_size=runtime.world_size, show_progress=False
+    )
+    engine, position = build_trained(config, runtime, Path(source) if source else None)
+    seen = Observation(first_step=position.step, start=_state(engine, with_optimizer=position.step > 0))
+    watched = Watched(engine, seen, keep_batches)
+
+    def save(at: loop.Position) -> None:
+        if not seen.saved:
+            seen.at_save = _state(engine, with_optimizer=True)
+        path = save_checkpoint(
+            run_dir / "checkpoints", engine, step=at.step, trainer_state=vars(at), model_config=config.model,
+            run_config_text=dump_config(config), tokenizer=tokenizer, dtype=config.checkpoint.dtype,
+            max_shard_size=config.checkpoint.max_shard_size,
+        )
+        seen.saved.append(str(path))
+
+    callbacks = loop.Callbacks(
+        evaluate=lambda: validation_loss(config, watched, runtime, data), record=seen.records.append, save=save
+    )
+    loader = TrainLoader(
+        data.train, position=position.samples, global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size, rank=runtime.rank, world_size=runtime.world_size,
+    )
+    with loader:
+        loop.train_loop(config, watched, runtime, loader, position, StopRequest(), callbacks)
+    return seen
+
+
+def expected_samples(config: Config) -> tuple[list[list[str]], int]:
+    """The samples of each step straight from the data's order, without a loader, and the blocks of an epoch."""
+    data = _data(config)
+    G = config.train.global_batch_size
+    steps = [_digests(data.train.rows(step * G, G)) for step in range(config.max_steps)]
+    return steps, len(data.train)
+
+
+def _data(config: Config) -> Data:
+    return load_data(config, build_tokenizer(config, Path(config.run.dir) / "tokenizer"), show_progress=False)
+
+
+class Watched:
+    """An engine that is written about while the loop drives it."""
+
+    def __init__(self, engine: Engine, seen: Observation, keep_batches: bool):
+        self._engine, self._seen, self._keep = engine, seen, keep_batches
+        self._micro: list[Batch] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def forward(self, **inputs: Any) -> Any:
+        if self._engine.model.training:
+            self._micro.append(Batch(
+                input_ids_BS=inputs["input_ids"], labels_BS=inputs["targets"], position_ids_BS=inputs["position_ids"],
+                document_ids_BS=inputs["document_ids"], attention_mask_BS=inputs["attention_mask"],
+            ))
+        return self._engine.forward(**inputs)
+
+    def step(self, lr: float) -> float:
+        self._seen.gradients.append(_read(self._engine, self._engine.gradient, trainable=True))
+        norm = self._engine.step(lr)
+        self._seen.weights.append(_read(self._engine, lambda name: self._engine.read(name, "weight")))
+        self._seen.samples.append([_digests(batch) for batch in self._micro])
+        self._seen.tokens.append(sum(batch.num_tokens for batch in self._micro))
+        if self._keep:
+            self._seen.batches.append(self._micro)
+        self._micro = []
+        return norm
+
+
+def _read(engine: Engine, read: Callable, *, trainable: bool = False) -> Tensors:
+    entries = [entry for entry in engine.entries() if entry.trainable or not trainable]
+    return {entry.name: Held(entry.first_expert, read(entry.name).numpy().copy()) for entry in entries}
+
+
+def _state(engine: Engine, *, with_optimizer: bool) -> dict[str, Tensors]:
+    kinds = ("weight", *(engine.kinds if with_optimizer else ()))
+    return {
+        kind: _read(engine, lambda name, kind=kind: engine.read(name, kind), trainable=kind != "weight")
+        for kind in kinds
+    }
+
+
+def _digests(batch: Batch) -> list[str]:
+    """A name for each row: what is read, what is predicted, and where."""
+    parts = (batch.input_ids_BS, batch.labels_BS, batch.position_ids_BS, batch.attention_mask_BS)
+    return [
+        hashlib.sha256(b"".join(part[row].numpy().tobytes() for part in parts)).hexdigest()[:16]
+        for row in range(len(batch.input_ids_BS))
+    ]
+
+
+def _forget_accelerator() -> None:
+    """Let the next Accelerator of this process be configured otherwise; the process group stays."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state()
+    GradientState._reset_state()

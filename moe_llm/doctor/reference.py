@@ -1,0 +1,102 @@
+"""transformers' Mixtral on the same batches: losses and gradients of a step that share no code with the package.
+
+Documents go through the model one by one, as rows of their own, so that neither packing nor its mask is needed; the
+balance and z-loss are written out from the papers. Everything in fp32.
+Dimensions: B documents, S longest of them, T real tokens, E experts, L layers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from moe_llm.checkpoint.hf import to_transformers_config
+from moe_llm.config import ModelConfig
+from moe_llm.data.packing import Batch
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A step's losses, and the gradient of their weighted sum by parameter name."""
+
+    lm: float
+    aux: float
+    z: float
+    gradients: dict[str, np.ndarray]
+
+
+class Reference:
+    """transformers' model of the same shape. Construct once, then `step` with any weights."""
+
+    def __init__(self, config: ModelConfig):
+        from transformers import AutoModelForCausalLM, MixtralConfig
+
+        content = to_transformers_config(config, bos_token_id=1, eos_token_id=2, dtype="fp32")
+        self.config = config
+        # The plain loop over experts takes any width; grouped products want multiples of 16 bytes.
+        model = AutoModelForCausalLM.from_config(MixtralConfig(**content), experts_implementation="eager")
+        self.model = model.float().eval()
+
+    def step(self, weights: Mapping[str, np.ndarray], rounds: Sequence[Batch]) -> Expected:
+        """What one optimizer step should see, whose rounds of micro-batches are these.
+
+        Args:
+            weights: whole tensors, by the names that transformers gives them too.
+        """
+        self._load(weights)
+        self.model.zero_grad()
+        targets = sum(batch.num_targets for batch in rounds)
+        sums = torch.zeros(3)
+        for batch in rounds:
+            loss_sum, aux, z = self._losses(batch)
+            parts = torch.stack([loss_sum / targets, aux / len(rounds), z / len(rounds)])
+            total = parts @ torch.tensor([1.0, self.config.router_aux_loss_coef, self.config.router_z_loss_coef])
+            total.backward()
+            sums += parts.detach()
+        gradients = {name: p.grad.numpy().copy() for name, p in self.model.named_parameters()}
+        return Expected(*sums.tolist(), gradients)
+
+    @torch.no_grad()
+    def _load(self, weights: Mapping[str, np.ndarray]) -> None:
+        parameters = dict(self.model.named_parameters())
+        assert parameters.keys() == weights.keys(), parameters.keys() ^ weights.keys()
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.from_numpy(weights[name]))
+
+    def _losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Cross-entropy summed over the targets, balance loss and z-loss of one round."""
+        ids_BS, labels_BS, real_BS = documents_of(batch)
+        output = self.model(ids_BS, attention_mask=real_BS.long(), output_router_logits=True, use_cache=False)
+        loss_sum = F.cross_entropy(output.logits.flatten(0, 1), labels_BS.flatten(), ignore_index=-100, reduction="sum")
+        logits_LTE = torch.stack([layer[real_BS.flatten()] for layer in output.router_logits]).float()
+        return loss_sum, self._balance(logits_LTE), logits_LTE.logsumexp(-1).square().mean()
+
+    def _balance(self, logits_LTE: torch.Tensor) -> torch.Tensor:
+        """E * sum_e f_e P_e (Fedus et al. 2021, equations 4 to 6), top-k choices a token counted one each."""
+        probability_LTE = logits_LTE.softmax(-1)
+        chosen = probability_LTE.topk(self.config.num_experts_per_tok, dim=-1).indices
+        fraction_LE = F.one_hot(chosen, logits_LTE.shape[-1]).sum(2).float().mean(1)
+        mean_LE = probability_LTE.mean(1)
+        if self.config.router_aux_loss_scope == "transformers":
+            fraction_LE, mean_LE = fraction_LE.mean(0, keepdim=True), mean_LE.mean(0, keepdim=True)
+        return logits_LTE.shape[-1] * (fraction_LE * mean_LE).sum(-1).mean()
+
+
+def documents_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The isolated documents of packed rows, or the rows where they are not isolated: (ids, labels, real), each
+    padded on the right to (B, S)."""
+    pieces = []
+    for row in range(len(batch.input_ids_BS)):
+        real_S = batch.attention_mask_BS[row]
+        together = batch.document_ids_BS is None
+        owner_S = torch.zeros_like(batch.labels_BS[row]) if together else batch.document_ids_BS[row]
+        for document in owner_S[real_S].unique():
+            mine_S = real_S & (owner_S == document)
+            pieces.append((batch.input_ids_BS[row][mine_S], batch.labels_BS[row][mine_S]))
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids_BS = pad([ids for ids, _ in pieces], batch_first=True)
+    labels_BS = pad([labels for _, labels in pieces], batch_first=True, padding_value=-100)
+    real_BS = pad([torch.ones_like(ids, dtype=torch.bool) for ids, _ in pieces], batch_first=True)
+    return ids_BS, labels_BS, real_BS

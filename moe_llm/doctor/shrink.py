@@ -1,0 +1,155 @@
+"""A run's configuration in small. Sizes shrink; whatever can be wrong independently of size stays."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from moe_llm.config import Config
+from moe_llm.config.load import validate
+
+LENGTH, WIDTH, LAYERS, HEAD, KV_HEADS, EXPERTS, ROUNDS, MICRO = 40, 96, 2, 8, 2, 64, 2, 2
+_INIT_LIMIT = 0.2
+
+
+@dataclass(frozen=True)
+class Small:
+    """config: of the ranks; alone: of the one process that takes the ranks' micro-batches together; changes: what
+    the user's configuration says -> what it is here; notes: where the comparison leaves the user's features."""
+
+    config: Config
+    alone: Config
+    changes: dict[str, tuple[Any, Any]]
+    notes: list[str]
+
+
+def shrink(config: Config, ranks: int, steps: int) -> Small:
+    """The configuration in small, for `ranks` ranks and `steps` steps; text and tokenizer are not decided here.
+
+    Kept: experts (up to 64) and top-k, query heads for each key and value head, ties, window, packing, router and its
+    losses, precision, recomputation, optimizer, schedule, decay, ZeRO stage, engine, dtype on disk. The ranks that
+    share a set of experts are as many as divide `ranks`.
+    """
+    notes: list[str] = []
+    model, train = _model(config, ranks, notes), _train(config, ranks)
+    expert_parallel = fitting_expert_parallel(config.parallel.expert_parallel_size, model["num_local_experts"], ranks)
+    if expert_parallel != config.parallel.expert_parallel_size:
+        notes.append(
+            f"parallel.expert_parallel_size={config.parallel.expert_parallel_size} is {expert_parallel} here, "
+            f"the most that {ranks} ranks allow: raise --ranks to see more"
+        )
+    raw = config.model_dump(mode="json")
+    changed = {
+        "model": model,
+        "data": {"sequence_length": _length(config)},
+        "optim": {"warmup_steps": min(config.optim.warmup_steps, 1)},
+        "train": {**train, "max_steps": steps, "max_tokens": None, "device": "cpu"},
+        "parallel": {"expert_parallel_size": expert_parallel},
+        "checkpoint": {"every_steps": max(1, steps // 2), "keep_last": None, "resume": "auto"},
+        "evaluate": {"every_steps": None, "max_blocks": 8, "sample_prompt": None},
+        "logging": {"every_steps": 1, "console": "off", "wandb": "off"},
+    }
+    changes = {
+        f"{section}.{key}": (raw[section][key], value)
+        for section in ("model", "data", "train", "parallel")
+        for key, value in changed[section].items()
+        if raw[section][key] != value and key not in ("device", "max_tokens")
+    }
+    small = validate({name: {**raw[name], **changed.get(name, {})} for name in raw})
+    return Small(small, one_process(small, ranks), changes, notes)
+
+
+def one_process(config: Config, ranks: int) -> Config:
+    """One process whose micro-batches are the ranks' taken together, so that its rounds are theirs.
+
+    With `router_aux_loss_scope: transformers` each rank's micro-batch has a balance loss of its own, by definition;
+    one process then takes them one by one.
+    """
+    together = 1 if config.model.router_aux_loss_scope == "transformers" else ranks
+    return replace(
+        config,
+        train={"micro_batch_size": config.train.micro_batch_size * together},
+        parallel={"expert_parallel_size": 1, "zero_stage": 1, "engine": "auto"},
+    )
+
+
+def replace(config: Config, **sections: dict[str, Any]) -> Config:
+    """A copy with some values of some sections changed, validated."""
+    raw = config.model_dump(mode="json")
+    return validate({name: {**raw[name], **sections.get(name, {})} for name in raw})
+
+
+def fitting_expert_parallel(asked: int, experts: int, ranks: int) -> int:
+    """The largest size up to `asked` that divides ranks and experts."""
+    return max(size for size in range(1, asked + 1) if ranks % size == 0 and experts % size == 0)
+
+
+def _length(config: Config) -> int:
+    return min(config.data.sequence_length, LENGTH)
+
+
+def _train(config: Config, ranks: int) -> dict[str, Any]:
+    """Several rounds where the user accumulates on this many ranks, one where not; at most two rows a micro-batch."""
+    train = config.train
+    rounds = max(1, min(ROUNDS, train.global_batch_size // (train.micro_batch_size * ranks)))
+    micro = min(train.micro_batch_size, MICRO)
+    return {"micro_batch_size": micro, "global_batch_size": micro * rounds * ranks}
+
+
+def _model(config: Config, ranks: int, notes: list[str]) -> dict[str, Any]:
+    model = config.model
+    group = model.num_attention_heads // model.kv_heads
+    kv = max(1, min(model.kv_heads, KV_HEADS, 16 // group))
+    heads = kv * group
+    head = min(model.attention_head_dim, HEAD if heads * HEAD <= WIDTH else HEAD // 2)
+    width = heads * head * model.hidden_size / (model.num_attention_heads * model.attention_head_dim)
+    hidden = min(model.hidden_size, max(8, 2 * round(width / 2)))
+    scale = math.sqrt(model.hidden_size / hidden)  # narrower layers keep the size of what they put out
+    shape = {
+        "hidden_size": hidden,
+        "intermediate_size": min(
+            model.intermediate_size,
+            max(4, round(hidden * min(2.0, model.intermediate_size / model.hidden_size)))
+        ),
+        "num_hidden_layers": min(model.num_hidden_layers, LAYERS),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "head_dim": head,
+        "num_local_experts": _experts(config, ranks),
+        "sliding_window": _window(config),
+        "router_jitter_noise": 0.0,
+        "initializer_range": max(model.initializer_range, min(_INIT_LIMIT, model.initializer_range * scale)),
+    }
+    if model.router_jitter_noise:
+        notes.append(
+            f"model.router_jitter_noise={model.router_jitter_noise:g} is off where layouts are compared, since each "
+            "rank draws its own; rows of their own check it"
+        )
+    if shape["num_local_experts"] != model.num_local_experts:
+        notes.append(f"model.num_local_experts={model.num_local_experts} is {shape['num_local_experts']} here")
+    if model.router_aux_loss_scope == "transformers" and model.router_z_loss_coef:
+        shape["router_z_loss_coef"] = 0.0
+        notes.append(
+            "model.router_z_loss_coef is 0 here: with router_aux_loss_scope=transformers one process takes the ranks' "
+            "micro-batches one by one, and the z-loss is a mean over all of them"
+        )
+    return shape
+
+
+def _experts(config: Config, ranks: int) -> int:
+    """All of them up to 64; beyond, what the ranks divide as they divide the user's."""
+    model = config.model
+    if model.num_local_experts <= EXPERTS:
+        return model.num_local_experts
+    size = fitting_expert_parallel(config.parallel.expert_parallel_size, model.num_local_experts, ranks)
+    least = max(EXPERTS, model.num_experts_per_tok)
+    return min(model.num_local_experts, -(-least // size) * size)
+
+
+def _window(config: Config) -> int | None:
+    """A window that cuts a block short as the user's does; one that never bites stays one."""
+    window, length = config.model.sliding_window, _length(config)
+    if window is None or length == config.data.sequence_length:
+        return window
+    if window >= config.data.sequence_length:
+        return length
+    return max(2, min(length // 2, round(window * length / config.data.sequence_length)))

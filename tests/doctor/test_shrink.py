@@ -1,0 +1,105 @@
+"""Sizes go down, features stay."""
+
+from pathlib import Path
+
+import pytest
+
+from moe_llm.config import load_config
+from moe_llm.doctor.shrink import one_process, shrink
+
+CONFIGS = sorted(path for path in (Path(__file__).parents[2] / "configs").glob("*.yaml"))
+QUICKSTART = next(path for path in CONFIGS if path.stem == "quickstart")
+FEATURES = {
+    "model": ["num_local_experts", "num_experts_per_tok", "router", "router_aux_loss_coef", "router_aux_loss_scope",
+              "router_z_loss_coef", "rope_theta", "rms_norm_eps", "tie_word_embeddings"],
+    "data": ["isolate_documents"],
+    "optim": ["name", "lr", "betas", "eps", "weight_decay", "grad_clip", "schedule"],
+    "train": ["precision", "activation_checkpointing"],
+    "parallel": ["zero_stage", "engine"],
+    "checkpoint": ["dtype"],
+    "run": ["seed"],
+}
+
+
+def small(*overrides: str, ranks: int = 2, steps: int = 4):
+    return shrink(load_config(QUICKSTART, overrides), ranks, steps)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_shipped_configurations_keep_their_features_and_get_small(path, ranks):
+    config = load_config(path)
+    made = shrink(config, ranks, 4).config
+    for section, names in FEATURES.items():
+        for name in names:
+            assert getattr(getattr(made, section), name) == getattr(getattr(config, section), name), name
+    assert made.model.num_attention_heads // made.model.kv_heads == (
+        config.model.num_attention_heads // config.model.kv_heads
+    )
+    assert made.model.model_copy(update={"vocab_size": 512}).num_params() < 2_000_000
+    assert made.max_steps == 4
+    assert ranks % made.parallel.expert_parallel_size == 0
+    assert made.accumulation_steps(ranks) >= 1
+
+
+@pytest.mark.parametrize(("micro", "whole", "rounds"), [(16, 16, 1), (1, 4, 2), (1, 64, 2), (4, 8, 1)])
+def test_a_run_that_accumulates_still_does(micro, whole, rounds):
+    made = small(f"train.micro_batch_size={micro}", f"train.global_batch_size={whole}").config
+    assert made.accumulation_steps(2) == rounds
+
+
+@pytest.mark.parametrize(("window", "expected"), [("null", None), (64, 10), (4, 2), (255, 20), (300, 40)])
+def test_a_window_bites_where_the_users_does(window, expected):
+    made = small(f"model.sliding_window={window}", "model.max_position_embeddings=1024").config
+    assert made.model.sliding_window == expected
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv", "head_dim", "hidden"), [(8, 2, "null", 256), (32, 1, "null", 256), (6, 3, 32, 100), (2, 2, 6, 30)]
+)
+def test_heads_keep_their_groups_and_width_its_relation_to_them(heads, kv, head_dim, hidden):
+    config = load_config(QUICKSTART, [
+        f"model.num_attention_heads={heads}", f"model.num_key_value_heads={kv}", f"model.head_dim={head_dim}",
+        f"model.hidden_size={hidden}",
+    ])
+    model = shrink(config, 2, 4).config.model
+    assert model.num_attention_heads // model.kv_heads == heads // kv
+    square = config.model.attention_head_dim * heads == hidden
+    assert (model.attention_head_dim * model.num_attention_heads == model.hidden_size) == square
+
+
+def test_expert_parallelism_is_what_the_ranks_allow_and_says_so():
+    made = small("parallel.expert_parallel_size=8")
+    assert made.config.parallel.expert_parallel_size == 2
+    assert any("expert_parallel_size=8 is 2 here" in note for note in made.notes)
+    assert small("parallel.expert_parallel_size=8", ranks=4).config.parallel.expert_parallel_size == 4
+    assert small().config.parallel.expert_parallel_size == 1
+    assert small().notes == []
+
+
+def test_a_huge_number_of_experts_is_cut_and_still_divides():
+    made = small("model.num_local_experts=384", "parallel.expert_parallel_size=4", ranks=4)
+    assert made.config.model.num_local_experts == 64
+    assert made.config.parallel.expert_parallel_size == 4
+    assert any("num_local_experts=384 is 64 here" in note for note in made.notes)
+
+
+def test_one_process_takes_the_ranks_micro_batches_together():
+    made = small("train.micro_batch_size=1", "train.global_batch_size=8", ranks=4).config
+    alone = one_process(made, 4)
+    assert alone.accumulation_steps(1) == made.accumulation_steps(4)
+    assert alone.train.global_batch_size == made.train.global_batch_size
+
+
+def test_a_balance_loss_per_rank_is_compared_micro_batch_by_micro_batch():
+    made = small("model.router_aux_loss_scope=transformers")
+    alone = one_process(made.config, 2)
+    assert alone.accumulation_steps(1) == 2 * made.config.accumulation_steps(2)
+    assert made.config.model.router_z_loss_coef == 0
+    assert any("router_z_loss_coef is 0 here" in note for note in made.notes)
+
+
+def test_noise_is_off_between_layouts_and_says_so():
+    made = small("model.router_jitter_noise=0.1")
+    assert made.config.model.router_jitter_noise == 0
+    assert any("router_jitter_noise=0.1 is off" in note for note in made.notes)
