@@ -9,30 +9,33 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from moe_llm.errors import UserError
+from moe_llm.errors import TrainingFailure, UserError
 
+EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the result is the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Run one command; the result is the exit code: 0, 1 for training that cannot go on, 2 for a
+    user's mistake, 130 for Ctrl-C."""
     args = _parse(sys.argv[1:] if argv is None else argv)
     return run_command(lambda: args.handler(args))
 
 
 def run_command(command: Callable[[], object]) -> int:
-    """Call `command` and turn a `UserError` into one line on stderr and exit code 2, Ctrl-C into 130.
+    """Call `command` and turn a `UserError` into one line on stderr and exit code 2, a `TrainingFailure` likewise
+    into 1, Ctrl-C into 130.
 
-    With several ranks each of them exits with the code, and rank 0 alone prints: a `UserError` is raised
+    With several ranks each of them exits with the code, and rank 0 alone prints: these errors are raised
     on every rank, by code that has agreed on it.
     """
     try:
         command()
-    except UserError as error:
+    except (UserError, TrainingFailure) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"moe-llm: error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILURE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return 0

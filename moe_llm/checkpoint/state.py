@@ -36,7 +36,7 @@ from moe_llm.config import ModelConfig
 from moe_llm.errors import UserError
 from moe_llm.parallel.state import TrainedState
 
-__all__ = ["check_same_run", "find_resumable", "load_checkpoint", "read_step", "save_checkpoint"]
+__all__ = ["check_same_run", "find_resumable", "load_checkpoint", "read_step", "read_trainer_state", "save_checkpoint"]
 
 T = TypeVar("T")
 FORMAT = 1
@@ -241,6 +241,15 @@ def read_step(path: str | Path) -> int:
         UserError: no checkpoint of this format there, or a damaged one.
     """
     return _read_head(Path(path))["step"]
+
+
+def read_trainer_state(path: str | Path) -> dict[str, Any]:
+    """What `load_checkpoint` will return, before anything else is read.
+
+    Raises:
+        UserError: no checkpoint of this format there, or a damaged one.
+    """
+    return _read_head(Path(path))["trainer"]
 
 
 def _read_head(path: Path) -> dict[str, Any]:
