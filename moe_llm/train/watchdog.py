@@ -22,7 +22,7 @@ from moe_llm.parallel.runtime import Runtime
 
 EXIT_HUNG = 1
 # A live process answers within seconds, whatever its training does
-SILENCE_SECONDS = 40.0
+SILENCE_SECONDS = 25.0
 _BEAT_SECONDS = 2.0
 
 
