@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.training import config, train_steps
 
-STEPS = 5
+STEPS = 4
 
 
 def twice(cfg) -> list[dict]:
@@ -31,7 +31,7 @@ def test_one_process_twice(precision):
 
 
 @pytest.mark.parametrize(
-    ("ep", "stage", "precision"), [(2, 1, "fp32"), (2, 1, "bf16"), (2, 2, "fp32"), (2, 3, "bf16"), (1, 3, "fp32")]
+    ("ep", "stage", "precision"), [(2, 1, "bf16"), (2, 2, "fp32"), (2, 3, "fp32")]
 )
 def test_two_ranks_twice(two_ranks, ep, stage, precision):
     found = two_ranks.run(twice, cfg_of(2, precision, ep, stage))
