@@ -9,33 +9,33 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from moe_llm.errors import UserError
+from moe_llm.errors import TrainingFailure, UserError
 
-EXIT_FAILED_CHECKS = 1
+EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the result is the exit code: 0, 1 where doctor finds a fault, 2 for a user's mistake, 130 for
-    Ctrl-C."""
+    """Run one command; the result is the exit code: 0, 1 where doctor finds a fault or training cannot go on, 2 for a
+    user's mistake, 130 for Ctrl-C."""
     args = _parse(sys.argv[1:] if argv is None else argv)
     return run_command(lambda: args.handler(args))
 
 
 def run_command(command: Callable[[], int | None]) -> int:
     """Call `command`, which may return an exit code, and turn a `UserError` into one line on stderr and exit code 2,
-    Ctrl-C into 130.
+    a `TrainingFailure` likewise into 1, Ctrl-C into 130.
 
-    With several ranks each of them exits with the code, and rank 0 alone prints: a `UserError` is raised
+    With several ranks each of them exits with the code, and rank 0 alone prints: these errors are raised
     on every rank, by code that has agreed on it.
     """
     try:
         return command() or 0
-    except UserError as error:
+    except (UserError, TrainingFailure) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"moe-llm: error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILURE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 
@@ -281,7 +281,7 @@ def _doctor(args) -> int:
         _print_json(as_json(report))
     else:
         print_report(report)
-    return 0 if report.passed else EXIT_FAILED_CHECKS
+    return 0 if report.passed else EXIT_FAILURE
 
 
 def _config_schema(args) -> None:

@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend."""
+"""The errors that are told in one sentence, without a trace."""
 
 
 class UserError(ValueError):
@@ -6,4 +6,11 @@ class UserError(ValueError):
 
     The command line prints it as one line and exits with code 2; nothing has been written by then.
     Invariants of our own are `assert`s instead.
+    """
+
+
+class TrainingFailure(RuntimeError):
+    """Training cannot go on, though nothing was wrong with the input: one sentence with what happened and what to do.
+
+    Raised on every rank alike. The command line prints it as one line and exits with code 1.
     """

@@ -25,6 +25,10 @@ FREE = (
     "train.micro_batch_size",
     "train.device",
     "train.activation_checkpointing",
+    "train.on_nan",
+    "train.max_bad_steps",
+    "train.spike_threshold",
+    "train.hang_timeout_seconds",
     "data.num_workers",
     "data.cache_dir",
 )

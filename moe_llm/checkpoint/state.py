@@ -36,7 +36,10 @@ from moe_llm.config import ModelConfig
 from moe_llm.errors import UserError
 from moe_llm.parallel.state import TrainedState
 
-__all__ = ["check_same_run", "check_space", "find_resumable", "load_checkpoint", "read_step", "save_checkpoint"]
+__all__ = [
+    "check_same_run", "check_space", "find_resumable", "load_checkpoint", "read_trainer_state",
+    "save_checkpoint",
+]
 
 T = TypeVar("T")
 FORMAT = 1
@@ -254,13 +257,13 @@ def load_checkpoint(path: str | Path, state: TrainedState, *, hashes: bool = Tru
     return head["trainer"]
 
 
-def read_step(path: str | Path) -> int:
-    """The step of a checkpoint, before anything else of it is read.
+def read_trainer_state(path: str | Path) -> dict[str, Any]:
+    """What `load_checkpoint` will return, before anything else is read.
 
     Raises:
         UserError: no checkpoint of this format there, or a damaged one.
     """
-    return _read_head(Path(path))["step"]
+    return _read_head(Path(path))["trainer"]
 
 
 def _read_head(path: Path) -> dict[str, Any]:

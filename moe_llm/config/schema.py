@@ -133,6 +133,20 @@ class TrainConfig(Section):
         False, description="recompute each layer in the backward pass, with the same routing"
     )
     device: Literal["auto", "cpu"] = Field("auto", description="auto: a GPU where there is one")
+    on_nan: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="a loss or gradient that is not finite, found before the step: stop: save what was before it and "
+        "end; skip: leave its batch out; rollback: also go back to the newest checkpoint's weights",
+    )
+    max_bad_steps: int = Field(
+        3, ge=1, description="skip: such steps in a row, rollback: without a new checkpoint between, that end the run"
+    )
+    spike_threshold: float | None = Field(
+        8.0, gt=0, description="deviations above the running median at which a loss is told as a spike; null: off"
+    )
+    hang_timeout_seconds: float | None = Field(
+        1800.0, gt=0, description="a rank that shows no progress for so long ends the run; null: never"
+    )
 
     @model_validator(mode="after")
     def _one_length(self):
@@ -228,6 +242,9 @@ class Config(Section):
             invalid("train.global_batch_size", train.global_batch_size,
                     f"is not a multiple of train.micro_batch_size={train.micro_batch_size}",
                     "change one of them")
+        if train.on_nan == "rollback" and self.checkpoint.every_steps is None:
+            invalid("train.on_nan", train.on_nan, "has no checkpoint to go back to",
+                    "set checkpoint.every_steps, or use skip or stop")
         if self.tokenizer.path is None and model.vocab_size is None:
             invalid("model.vocab_size", None, "is missing while the tokenizer is to be trained",
                     "set model.vocab_size, or tokenizer.path to an existing tokenizer")

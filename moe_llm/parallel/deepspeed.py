@@ -59,7 +59,8 @@ def engine_config(config: Config, world_size: int) -> dict:
         "steps_per_print": 2**31,
     }
     if config.train.precision == "bf16":
-        settings["bf16"] = {"enabled": True}
+        # the check is what leaves out a step in ZeRO-1 and 2: see `discard_step`
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
         # Sums of gradients, over micro-batches and over ranks, lose what is small in bf16.
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
         settings["communication_data_type"] = "fp32"
@@ -166,6 +167,38 @@ def flat_parameters(optimizer: Any) -> list[torch.Tensor]:
     if hasattr(optimizer, "fp32_groups_flat_partition"):  # ZeRO-1 in bf16
         return optimizer.fp32_groups_flat_partition
     return optimizer.single_partition_of_fp32_groups
+
+
+def held_parameters(model: torch.nn.Module) -> list[torch.Tensor]:
+    """The model's own parameters, or this rank's slices of them (ZeRO-3)."""
+    return [getattr(p, "ds_tensor", p).detach() for p in model.parameters()]
+
+
+def held_gradients(optimizer: Any) -> list[torch.Tensor]:
+    """This rank's slices of the reduced and accumulated gradients, between backward and step.
+
+    Slices of all ranks together are every gradient once: replicas share them out.
+    """
+    if hasattr(optimizer, "fp32_groups_gradient_flat_partition"):  # ZeRO-1 in bf16
+        return optimizer.fp32_groups_gradient_flat_partition
+    groups = [group for group in optimizer.averaged_gradients.values() if group is not None]
+    return [gradient for group in groups for gradient in group if gradient is not None and gradient.numel()]
+
+
+@torch.no_grad()
+def discard_step(engine: Any) -> None:
+    """End a step without an update.
+
+    DeepSpeed does that itself, with all its own bookkeeping, when it finds the gradient's norm not finite: so every
+    rank makes it so. (Here, too, the loss alone may be what is not finite.)
+    """
+    optimizer = engine.optimizer
+    # ZeRO-1 in bf16 takes the norm from whole gradients, of which every rank has its own sum
+    gradients = getattr(optimizer, "fp32_groups_gradients_flat", None) or held_gradients(optimizer)
+    for gradient in gradients:
+        gradient.view(-1)[0] = float("nan")
+    engine.step()
+    assert optimizer.overflow, "DeepSpeed has taken a step whose gradients are not finite"
 
 
 def link_optimizer_state(optimizer: Any) -> None:

@@ -30,8 +30,18 @@ class Engine(Protocol):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate gradients of one micro-batch's share of the step's loss; `last` ends the step's backward."""
 
+    def gradient_square(self) -> Tensor:
+        """This rank's summand of the square of the gradients' global norm (fp32 scalar on its device), between
+        `backward` and `step`. Not finite if any gradient that it holds is not."""
+
     def step(self, lr: float) -> float:
-        """Clip, update, clear; returns the gradients' global norm before clipping."""
+        """Clip, update, clear; returns the gradients' global norm before clipping. The gradients must be finite."""
+
+    def discard(self) -> None:
+        """Clear the gradients and update nothing, in place of `step`; on every rank."""
+
+    def weights_finite(self) -> bool:
+        """Whether this rank's part of the weights is."""
 
     def make_optimizer_state(self, steps: int) -> None:
         """Give the optimizer, which has none before its first step, the tensors that it has after `steps` steps,
@@ -115,6 +125,15 @@ class LocalEngine(_NamedState):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
 
+    def gradient_square(self) -> Tensor:
+        return _norm([p.grad for p in self._trained if p.grad is not None], self._runtime.device).square()
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def weights_finite(self) -> bool:
+        return bool(_norm(list(self._masters.values()), self._runtime.device).isfinite())
+
     def step(self, lr: float) -> float:
         norm = torch.nn.utils.clip_grad_norm_(self._trained, self.clip or float("inf"))
         for group in self.optimizer.param_groups:
@@ -164,6 +183,12 @@ def _fill_optimizer_state(
             state[kind] = torch.zeros_like(parameter)
 
 
+@torch.no_grad()
+def _norm(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """Euclidean norm over all of them, fp32; 0 of nothing."""
+    return torch.nn.utils.get_total_norm(tensors).float() if tensors else torch.zeros((), device=device)
+
+
 def _move_gradient_to(master: nn.Parameter) -> Callable[[Tensor], None]:
     def move(parameter: Tensor) -> None:
         gradient = parameter.grad.float()
@@ -197,10 +222,21 @@ class DeepSpeedEngine(_NamedState):
         self.engine.set_gradient_accumulation_boundary(is_boundary=last)
         self.engine.backward(loss * self.accumulation)  # DeepSpeed divides by the number of micro-batches
 
+    def gradient_square(self) -> Tensor:
+        return _norm(contract.held_gradients(self.engine.optimizer), self._runtime.device).square()
+
+    def discard(self) -> None:
+        contract.discard_step(self.engine)
+
+    def weights_finite(self) -> bool:
+        weights = [*contract.flat_parameters(self.engine.optimizer), *contract.held_parameters(self.model)]
+        return bool(_norm(weights, self._runtime.device).isfinite())
+
     def step(self, lr: float) -> float:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
+        assert not self.engine.optimizer.overflow, "DeepSpeed has left out a step whose gradients are finite"
         return float(self.engine.get_global_grad_norm())
 
     def gradient(self, name: str) -> Tensor:

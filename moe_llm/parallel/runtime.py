@@ -68,6 +68,12 @@ def rank_from_environment() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def _longest_wait(config: Config) -> timedelta:
+    """How long one exchange may take. Ranks that wait for the main one's tokenisation wait in one, and a hang in
+    training is for the watchdog to end, which knows more: so this is the longer time."""
+    return max(timedelta(hours=2), timedelta(seconds=2 * (config.train.hang_timeout_seconds or 0)))
+
+
 def start(config: Config) -> Runtime:
     """Join the process group that the launcher describes, or stay alone.
 
@@ -91,7 +97,7 @@ def start(config: Config) -> Runtime:
         prepare_environment(cpu, world_size)
         from accelerate.utils import InitProcessGroupKwargs
 
-        process_group = InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=timedelta(hours=2))
+        process_group = InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=_longest_wait(config))
         accelerator = Accelerator(
             deepspeed_plugin=plugin(config, world_size),
             kwargs_handlers=[process_group],

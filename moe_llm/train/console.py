@@ -16,6 +16,7 @@ def duration(seconds: float) -> str:
 def summary(record: dict[str, Any]) -> str:
     """The scalars of a record, as one line."""
     parts = [f"loss {record['loss']:.4f}"]
+    parts += [word for word in ("skipped", "spike") if record.get(word)]
     if "val_loss" in record:
         parts.append(f"val {record['val_loss']:.4f}")
     moe = record["moe"]

@@ -1,6 +1,7 @@
 """Loss on held-out text, during training and of a checkpoint."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,14 +16,21 @@ from moe_llm.train.loop import model_inputs
 
 
 @torch.no_grad()
-def validation_loss(config: Config, engine: Engine, runtime: Runtime, data: Data) -> dict[str, float]:
-    """Cross-entropy over the held-out blocks (nats a token) and bits per byte; the same on every rank."""
+def validation_loss(
+    config: Config, engine: Engine, runtime: Runtime, data: Data, alive: Callable[[str], None] = lambda phase: None
+) -> dict[str, float]:
+    """Cross-entropy over the held-out blocks (nats a token) and bits per byte; the same on every rank.
+
+    Args:
+        alive: called before each batch.
+    """
     engine.model.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=runtime.device)
     batches = data.validation.batches(
         micro_batch_size=config.train.micro_batch_size, rank=runtime.rank, world_size=runtime.world_size
     )
-    for batch in batches:
+    for i, batch in enumerate(batches):
+        alive(f"validation, batch {i + 1} of {len(batches)}")
         output = engine.forward(**model_inputs(batch.to(runtime.device)))
         totals += torch.stack([output.loss_sum.double(), output.num_targets.double()])
     engine.model.train()

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import hashlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,10 +12,12 @@ import torch
 from moe_llm.config import Config
 from moe_llm.data.loader import TrainLoader
 from moe_llm.data.packing import Batch
+from moe_llm.errors import TrainingFailure
 from moe_llm.model.moe.routing import RoutingStatistics
 from moe_llm.parallel.dispatch import traffic
 from moe_llm.parallel.engine import Engine
 from moe_llm.parallel.runtime import Runtime
+from moe_llm.train.health import Health, Trouble
 from moe_llm.train.loss import StepLoss, StepLosses
 from moe_llm.train.metrics import routing_metrics
 from moe_llm.train.optim import learning_rate
@@ -28,16 +31,26 @@ class Position:
     step: int = 0
     samples: int = 0
     tokens: int = 0
+    skipped: int = 0
+
+    @property
+    def updates(self) -> int:
+        """Steps that changed the weights."""
+        return self.step - self.skipped
 
 
 @dataclass
 class Callbacks:
     """What the loop calls: `evaluate` gives validation metrics, `record` takes a finished record, `save` writes a
-    checkpoint."""
+    checkpoint, `rollback` restores the newest one (None if there is none), `say` tells the user a sentence, and
+    `alive` is told what comes next, again and again."""
 
     evaluate: Callable[[], dict[str, float]]
     record: Callable[[dict[str, Any]], None]
     save: Callable[[Position], None]
+    rollback: Callable[[], Position | None] = lambda: None
+    say: Callable[[str], None] = lambda sentence: None
+    alive: Callable[[str], None] = lambda phase: None
 
 
 def train_loop(
@@ -46,19 +59,35 @@ def train_loop(
 ) -> bool:
     """Train until `config.max_steps`; false if asked to stop before. Saved either way, `position` is moved on.
 
+    A step whose loss or gradient is not finite is not taken: see `train.on_nan`.
     Resuming is exact because all else is a function of (seed, step): data order, learning rate, router noise.
     """
-    window = _Window(runtime)
+    window, health = _Window(runtime), Health(config, engine, runtime)
+    saved_step = position.step
     while position.step < config.max_steps:
+        name = f"step {position.step + 1}"
+        callbacks.alive(f"{name}, data")
         batches = [batch.to(runtime.device) for batch in next(loader)]
         seed_noise(config.run.seed, position.step, runtime.rank)
         step_loss = StepLoss(config.model, runtime, batches)
         for i, batch in enumerate(batches):
+            callbacks.alive(f"{name}, micro-batch {i + 1} of {len(batches)}")
             losses = step_loss(engine.forward(**model_inputs(batch)))
             engine.backward(losses.total, last=i == len(batches) - 1)
             window.add(losses)
+        callbacks.alive(f"{name}, optimizer")
         rate = learning_rate(config, position.step)
-        norm = engine.step(rate)
+        trouble = health.inspect(position.step + 1, position.samples, window.step_losses)
+        if trouble is None:
+            norm = engine.step(rate)
+        else:
+            norm = math.nan
+            engine.discard()
+            if _rolled_back(trouble, health, engine, position, saved_step, callbacks):
+                position.samples += config.train.global_batch_size
+                window.clear(rolled_back_from=trouble.step)
+                continue
+            position.skipped += 1
         position.step += 1
         position.samples += config.train.global_batch_size
         position.tokens += config.tokens_per_step
@@ -68,17 +97,19 @@ def train_loop(
         stopping = runtime.any(stop.requested)
         evaluating = last or _due(config.evaluate.every_steps, position.step)
         saving = last or stopping or _due(config.checkpoint.every_steps, position.step)
+        remarks = window.remarks | _remarks(trouble, health.spike, position.step, callbacks.say)
         # Also at each save, so that a resumed run's records are means over the same steps as an uninterrupted one's.
-        if evaluating or saving or _due(config.logging.every_steps, position.step):
+        if evaluating or saving or remarks or _due(config.logging.every_steps, position.step):
             record = {
                 "step": position.step, "tokens": position.tokens, **window.read(config), "grad_norm": norm, "lr": rate,
-                "moe": routing_metrics(window.routing) | traffic(engine.model),
+                **remarks, "moe": routing_metrics(window.routing) | traffic(engine.model),
             }
             callbacks.record(record | (callbacks.evaluate() if evaluating else {}))
             window.clear()
             traffic(engine.model)  # what the evaluation exchanged belongs to no step
         if saving:
-            callbacks.save(position)
+            _save(health, position, callbacks)
+            saved_step = position.step
             window.restart_clock()
         if stopping and not last:
             return False
@@ -102,6 +133,69 @@ def seed_noise(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
+def _rolled_back(
+    trouble: Trouble, health: Health, engine: Engine, position: Position, saved_step: int, callbacks: Callbacks
+) -> bool:
+    """Answer to a step that must not be taken: true after going back to a checkpoint, false to leave its batch out.
+
+    Either way the data goes on behind the batch. After going back, what the lost steps had read is not read again,
+    as in PaLM's training (Chowdhery et al. 2022, section 5.1): the same data would lead to the same place.
+
+    Raises:
+        TrainingFailure: neither is wanted, or neither has helped.
+    """
+    response, why = health.respond(trouble)
+    if response == "stop":
+        raise TrainingFailure(f"{trouble.sentence} ({why}): {_last_words(trouble, position, saved_step, callbacks)}")
+    restored = callbacks.rollback() if response == "rollback" else None
+    if restored is None:
+        callbacks.say(f"{trouble.sentence}: its batch is left out ({why})")
+        if position.updates == 0:
+            engine.make_optimizer_state(0)  # a checkpoint has the optimizer's tensors, also before the first update
+        return False
+    callbacks.say(
+        f"{trouble.sentence}: back to the weights of step {restored.step}, on with the data behind its batch ({why})"
+    )
+    position.step, position.tokens, position.skipped = restored.step, restored.tokens, restored.skipped
+    return True
+
+
+def _last_words(trouble: Trouble, position: Position, saved_step: int, callbacks: Callbacks) -> str:
+    """Save what was before the bad step, if it is sound and new, and say how to go on."""
+    if not trouble.weights_finite:
+        return "go on from an older checkpoint (checkpoint.resume=PATH) with a lower optim.lr"
+    if position.step != saved_step and position.updates > 0:
+        callbacks.save(position)
+        saved_step = position.step
+    kept = f"the weights of step {position.step} are saved" if position.step == saved_step > 0 else "nothing is changed"
+    return (
+        f"{kept}; the same command meets the same batch again: add train.on_nan=skip to leave it out, or go on from "
+        "an older checkpoint (checkpoint.resume=PATH) with a lower optim.lr"
+    )
+
+
+def _remarks(trouble: Trouble | None, spike: str | None, step: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """What a record says of a step beside its numbers."""
+    if trouble is not None:
+        return {"skipped": True, "trouble": trouble.record()}
+    if spike is not None:
+        say(f"step {step}: {spike}")
+        return {"spike": True}
+    return {}
+
+
+def _save(health: Health, position: Position, callbacks: Callbacks) -> None:
+    """Save, unless the checkpoint would be one that no run can go on from."""
+    if not health.weights_finite():
+        raise TrainingFailure(
+            f"the weights of step {position.step} are not finite and are not saved, though its gradient was: "
+            "go on from the newest checkpoint with a lower optim.lr or a larger optim.eps"
+        )
+    callbacks.alive("saving")
+    callbacks.save(position)
+    health.saved()
+
+
 def _due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
 
@@ -113,11 +207,13 @@ class _Window:
         self.runtime = runtime
         self.clear()
 
-    def clear(self) -> None:
-        """Start over."""
+    def clear(self, **remarks: Any) -> None:
+        """Start over, with what the next record says beside its numbers."""
+        self.remarks = remarks
         self.steps = 0
         self.losses: torch.Tensor | None = None
         self.routing: RoutingStatistics | None = None
+        self.step_losses: list[torch.Tensor] = []
         self.seconds = 0.0
         self.restart_clock()
 
@@ -125,6 +221,7 @@ class _Window:
         self.clock = time.perf_counter()
 
     def add(self, losses: StepLosses) -> None:
+        self.step_losses.append(losses.total.detach())
         values = torch.stack([losses.lm, losses.aux, losses.z])
         self.losses = values if self.losses is None else self.losses + values
 
@@ -134,6 +231,7 @@ class _Window:
         self.seconds += now - self.clock
         self.clock = now
         self.steps += 1
+        self.step_losses = []
 
     def read(self, config: Config) -> dict[str, float]:
         """Means over the steps of the window, the same on every rank."""

@@ -4,6 +4,7 @@ Dimensions: L layers, E experts.
 """
 
 import json
+import math
 import os
 import secrets
 from pathlib import Path
@@ -37,18 +38,35 @@ class MetricsFile:
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        kept = [line for line in read_metrics(path) if line["step"] <= step] if path.exists() else []
-        temporary = path.with_suffix(".tmp")
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step] if self.path.exists() else []
+        temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
-        self._file = path.open("a", encoding="utf-8")
+        os.replace(temporary, self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def rewind(self, step: int) -> None:
+        """Drop what was written after a step, which the run has gone back to."""
+        self.close()
+        self._open(step)
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    """The same, with null for NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -85,6 +103,9 @@ class Wandb:
             id=identity.read_text(encoding="utf-8"), resume="allow", name=run_dir.name,
             config=config.model_dump(mode="json"),
         )
+
+    def rewind(self, step: int) -> None:
+        """wandb keeps what it was told, and leaves out steps until they are new to it."""
 
     def write(self, record: dict[str, Any]) -> None:
         scalars = {key: value for key, value in record.items() if isinstance(value, (int, float))}

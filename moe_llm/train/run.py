@@ -9,7 +9,7 @@ from typing import TypeVar
 from moe_llm.checkpoint.manifest import verify
 from moe_llm.checkpoint.ranks import is_disk_full
 from moe_llm.checkpoint.resume import check_same_run, find_resumable
-from moe_llm.checkpoint.state import check_space, load_checkpoint, read_step, save_checkpoint
+from moe_llm.checkpoint.state import check_space, load_checkpoint, read_trainer_state, save_checkpoint
 from moe_llm.config import Config, dump_config
 from moe_llm.data.loader import Data, TrainLoader, load_data
 from moe_llm.data.sources import check_sources
@@ -29,6 +29,7 @@ from moe_llm.train.loop import Callbacks, Position, train_loop
 from moe_llm.train.metrics import MetricsFile, Wandb, read_metrics
 from moe_llm.train.optim import build_optimizer, optimizer_kinds, parameter_groups
 from moe_llm.train.signals import StoppedEarly, StopRequest
+from moe_llm.train.watchdog import Telling, Watchdog
 
 T = TypeVar("T")
 
@@ -87,20 +88,33 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
         data.train, position=position.samples, global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size, rank=runtime.rank, world_size=runtime.world_size,
     )
+    watchdog = Watchdog(runtime, config.train.hang_timeout_seconds)
     saved: list[Path] = []
 
     def save(at: Position) -> None:
         saved.append(save_checkpoint(
-            run_dir / "checkpoints", engine, step=at.step, trainer_state=vars(at), model_config=config.model,
-            run_config_text=dump_config(config), tokenizer=tokenizer, keep_last=config.checkpoint.keep_last, **storage,
+            run_dir / "checkpoints", Telling(engine, watchdog.alive), step=at.step, trainer_state=vars(at),
+            model_config=config.model, run_config_text=dump_config(config), tokenizer=tokenizer,
+            keep_last=config.checkpoint.keep_last, **storage,
         ))
 
+    def rollback() -> Position | None:
+        watchdog.alive("going back to a checkpoint")
+        newest = find_resumable(run_dir / "checkpoints", report=reporter.say, ranks=runtime)
+        if newest is None:
+            return None
+        restored = restore(engine, newest, hashes=False)
+        reporter.rewind(restored.step)
+        return restored
+
     callbacks = Callbacks(
-        evaluate=lambda: validation_loss(config, engine, runtime, data), record=reporter.record, save=save
+        evaluate=lambda: validation_loss(config, engine, runtime, data, watchdog.alive), record=reporter.record,
+        save=save, rollback=rollback, say=reporter.say, alive=watchdog.alive,
     )
     stop.defer()
     try:
-        finished = train_loop(config, engine, runtime, loader, position, stop, callbacks)
+        with watchdog:
+            finished = train_loop(config, engine, runtime, loader, position, stop, callbacks)
     finally:
         loader.close()
         reporter.close()
@@ -117,8 +131,13 @@ def build_trained(config: Config, runtime: Runtime, source: Path | None) -> tupl
     )
     if source is None:
         return engine, Position()
-    engine.make_optimizer_state(read_step(source))
-    return engine, Position(**load_checkpoint(source, engine, hashes=False))  # `_resume_source` has compared them
+    return engine, restore(engine, source, hashes=False)  # `_resume_source` has compared them
+
+
+def restore(engine: Engine, source: Path, *, hashes: bool) -> Position:
+    """Give the engine a checkpoint's weights and optimizer tensors, whatever it has done before. Collective."""
+    engine.make_optimizer_state(Position(**read_trainer_state(source)).updates)
+    return Position(**load_checkpoint(source, engine, hashes=hashes))
 
 
 def on_main(runtime: Runtime, do: Callable[[], T]) -> T:
@@ -202,6 +221,11 @@ class Reporter:
         if self._console is not None:
             tokens_left = (self._config.max_steps - record["step"]) * self._config.tokens_per_step
             self._console.update(record, tokens_left / record["tokens_per_second"])
+
+    def rewind(self, step: int) -> None:
+        """The run has gone back to a step."""
+        for sink in self._sinks:
+            sink.rewind(step)
 
     def say(self, sentence: str) -> None:
         if self._console is not None:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from moe_llm.checkpoint import hf
-from moe_llm.checkpoint.state import load_checkpoint, read_step, save_checkpoint
+from moe_llm.checkpoint.state import load_checkpoint, read_trainer_state, save_checkpoint
 from moe_llm.errors import UserError
 
 
@@ -119,7 +119,7 @@ def test_trainer_state_comes_back_exactly(tmp_path):
     given = {"samples": 12345678901234, "loss": 0.1 + 0.2, "rng": "AAEC", "nested": {"a": [1, 2.5, None]}}
     path = save_on(1, 1, tmp_path, tensors, config, trainer_state=given)
     assert load_checkpoint(path, FakeState(zeros_like(tensors))) == given
-    assert read_step(path) == 100
+    assert read_trainer_state(path) == given
     assert json.loads((path / "trainer/state.json").read_text())["step"] == 100
 
 
@@ -176,7 +176,7 @@ def test_a_newer_format_or_a_damaged_head_is_refused(tmp_path, head, named):
     (tmp_path / "trainer").mkdir()
     (tmp_path / "trainer/state.json").write_text(json.dumps(head))
     with pytest.raises(UserError, match=named):
-        read_step(tmp_path)
+        read_trainer_state(tmp_path)
 
 
 def test_a_rank_that_forgets_its_experts_is_caught(tmp_path):
