@@ -1,6 +1,7 @@
 """Which rank writes which tensor to which file: known to all ranks before anything is written."""
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from moe_llm.checkpoint.safetensors_io import (
 from moe_llm.parallel.state import Entry, TrainedState
 
 MODEL, OPTIMIZER = "model", "trainer/optimizer"  # stems of the files, relative to the checkpoint
+Named = tuple[str, str, torch.Tensor]  # stem of the files, name in them, tensor
 MASTER = "master"  # kind of the fp32 weights that stand beside exported ones of lower precision
 
 
@@ -97,7 +99,7 @@ def make_plan(state: TrainedState, dtype: torch.dtype, max_bytes: int) -> Plan:
     )
 
 
-def stream(state: TrainedState, dtype: torch.dtype) -> Iterator[tuple[str, str, torch.Tensor]]:
+def stream(state: TrainedState, dtype: torch.dtype) -> Iterator[Named]:
     """Read everything from the engine in the plan's order, one tensor at a time: (stem, name, tensor).
 
     Collective: every rank runs it to its end, and gets only what it is the writer of.
@@ -113,6 +115,31 @@ def stream(state: TrainedState, dtype: torch.dtype) -> Iterator[tuple[str, str, 
                 yield OPTIMIZER, f"{kind}.{piece.name}", tensor[piece.index]
             del tensor
         del weight
+
+
+def copied(tensors: Iterable[Named], dtype: torch.dtype) -> deque[Named]:
+    """What `stream` gives, in host memory of its own and as it will lie in the files: `dtype` is the weights'.
+
+    Collective, since `stream` is: run to its end even where there is no memory left.
+    """
+    copies: deque[Named] = deque()
+    failure = None
+    for stem, name, tensor in tensors:
+        if failure is None:
+            try:
+                copies.append((stem, name, tensor.to("cpu", dtype if stem == MODEL else torch.float32, copy=True)))
+            except Exception as error:  # noqa: BLE001 (raised below: the other ranks wait for us)
+                failure = error
+                copies.clear()
+    if failure is not None:
+        raise failure
+    return copies
+
+
+def drained(copies: deque[Named]) -> Iterator[Named]:
+    """Take the copies one after the other; each is freed when its taker is done with it."""
+    while copies:
+        yield copies.popleft()
 
 
 class ShardSet:

@@ -3,9 +3,11 @@
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeVar
 
+from moe_llm.checkpoint.background import Background
 from moe_llm.checkpoint.resume import check_same_run, find_resumable
 from moe_llm.checkpoint.state import load_checkpoint, read_step, save_checkpoint
 from moe_llm.config import Config, dump_config
@@ -21,6 +23,7 @@ from moe_llm.parallel.runtime import (
     start,
     world_size_from_environment,
 )
+from moe_llm.parallel.side_group import SideGroup
 from moe_llm.train.console import Console
 from moe_llm.train.evaluate import validation_loss
 from moe_llm.train.loop import Callbacks, Position, train_loop
@@ -71,19 +74,22 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
         micro_batch_size=config.train.micro_batch_size, rank=runtime.rank, world_size=runtime.world_size,
     )
     saved: list[Path] = []
+    background = Background(SideGroup(runtime), _complain) if config.checkpoint.async_ else None
 
     def save(at: Position) -> None:
         saved.append(save_checkpoint(
             run_dir / "checkpoints", engine, step=at.step, trainer_state=vars(at), model_config=config.model,
             run_config_text=dump_config(config), tokenizer=tokenizer, dtype=config.checkpoint.dtype,
             max_shard_size=config.checkpoint.max_shard_size, keep_last=config.checkpoint.keep_last,
+            background=background,
         ))
 
     callbacks = Callbacks(
         evaluate=lambda: validation_loss(config, engine, runtime, data), record=reporter.record, save=save
     )
     try:
-        finished = train_loop(config, engine, runtime, loader, position, stop, callbacks)
+        with background or nullcontext():  # the last save is complete before anything is said of it
+            finished = train_loop(config, engine, runtime, loader, position, stop, callbacks)
     finally:
         loader.close()
         reporter.close()
@@ -136,7 +142,7 @@ def _resume_source(config: Config, run_dir: Path, runtime: Runtime) -> Path | No
     """The checkpoint to start from, if any; the same on every rank."""
     resume, root = config.checkpoint.resume, run_dir / "checkpoints"
     if resume == "auto":
-        return find_resumable(root, report=lambda sentence: print(sentence, file=sys.stderr), ranks=runtime)
+        return find_resumable(root, report=_complain, ranks=runtime)
     if resume == "never":
         if root.is_dir() and any(root.glob("step-*")):
             raise UserError(
@@ -147,6 +153,10 @@ def _resume_source(config: Config, run_dir: Path, runtime: Runtime) -> Path | No
     if not Path(resume).is_dir():
         raise UserError(f"checkpoint.resume={resume!r} is no checkpoint directory: give auto, never or a path")
     return Path(resume)
+
+
+def _complain(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
 
 
 class Reporter:
