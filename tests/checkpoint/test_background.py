@@ -7,7 +7,15 @@ import weakref
 
 import pytest
 import torch
-from checkpoint_fakes import FakeState, ThreadRank, ThreadRanks, random_tensors, save_arguments, small_config, zeros_like
+from checkpoint_fakes import (
+    FakeState,
+    ThreadRank,
+    ThreadRanks,
+    random_tensors,
+    save_arguments,
+    small_config,
+    zeros_like,
+)
 
 from moe_llm.checkpoint import safetensors_io
 from moe_llm.checkpoint.background import Background
@@ -209,12 +217,17 @@ def test_copies_are_freed_as_they_are_written():
     assert taken == len(alive) > 10
 
 
+def save_and_raise(root, background, error):
+    with background:
+        save_checkpoint(root, FakeState(random_tensors(CONFIG)), **save_arguments(CONFIG), background=background)
+        raise error
+
+
 def test_a_failure_of_training_waits_for_the_save_and_goes_on_its_way(tmp_path, disk):
     background = Background(ALONE, unheard)
     threading.Timer(0.2, disk.goes.set).start()
-    with pytest.raises(ZeroDivisionError), background:
-        save_checkpoint(tmp_path, FakeState(random_tensors(CONFIG)), **save_arguments(CONFIG), background=background)
-        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        save_and_raise(tmp_path, background, ZeroDivisionError())
     assert find_resumable(tmp_path, report=unheard).name == "step-00000100"
 
 
@@ -222,18 +235,16 @@ def test_a_failure_of_training_does_not_hide_that_of_the_save(tmp_path, monkeypa
     failing_on(monkeypatch, "model", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     told = []
     background = Background(ALONE, told.append)
-    with pytest.raises(ZeroDivisionError), background:
-        save_checkpoint(tmp_path, FakeState(random_tensors(CONFIG)), **save_arguments(CONFIG), background=background)
-        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        save_and_raise(tmp_path, background, ZeroDivisionError())
     assert len(told) == 1
     assert "no space left" in told[0]
 
 
 def test_an_interrupt_waits_for_nothing(tmp_path, disk):
     background = Background(ALONE, unheard)
-    with pytest.raises(KeyboardInterrupt), background:
-        save_checkpoint(tmp_path, FakeState(random_tensors(CONFIG)), **save_arguments(CONFIG), background=background)
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        save_and_raise(tmp_path, background, KeyboardInterrupt())
     assert find_resumable(tmp_path, report=unheard) is None
     disk.goes.set()
     background.wait()
