@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from types import TracebackType
 
+from moe_llm.checkpoint.plan import HostCopy
 from moe_llm.checkpoint.ranks import Ranks, describe, together
 
 
@@ -20,6 +21,8 @@ class Background:
     Leaving the context waits for the work. If training has failed, that failure goes on its way and `report` is
     told of the work's own, if any; an interrupt waits for nothing. The thread is a daemon, so that a process that
     is told to stop at once does.
+
+    copy: what the work writes; to be changed only while there is no work.
     """
 
     def __init__(self, ranks: Ranks, report: Callable[[str], None]):
@@ -29,6 +32,7 @@ class Background:
             report: takes one sentence; called on rank 0 alone.
         """
         self.ranks = ranks
+        self.copy = HostCopy()
         self._report = report
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None

@@ -1,6 +1,5 @@
 """Which rank writes which tensor to which file: known to all ranks before anything is written."""
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,29 +116,41 @@ def stream(state: TrainedState, dtype: torch.dtype) -> Iterator[Named]:
         del weight
 
 
-def copied(tensors: Iterable[Named], dtype: torch.dtype) -> deque[Named]:
-    """What `stream` gives, in host memory of its own and as it will lie in the files: `dtype` is the weights'.
+class HostCopy:
+    """A copy in host memory of what this rank writes, as it will lie in the files. Iterate over it as over `stream`.
 
-    Collective, since `stream` is: run to its end even where there is no memory left.
+    The memory is kept from one save to the next: to be given new pages takes longer than to fill old ones, and the
+    next copy has the same shapes.
     """
-    copies: deque[Named] = deque()
-    failure = None
-    for stem, name, tensor in tensors:
-        if failure is None:
-            try:
-                copies.append((stem, name, tensor.to("cpu", dtype if stem == MODEL else torch.float32, copy=True)))
-            except Exception as error:  # noqa: BLE001 (raised below: the other ranks wait for us)
-                failure = error
-                copies.clear()
-    if failure is not None:
-        raise failure
-    return copies
 
+    def __init__(self):
+        self._tensors: dict[tuple[str, str], torch.Tensor] = {}
 
-def drained(copies: deque[Named]) -> Iterator[Named]:
-    """Take the copies one after the other; each is freed when its taker is done with it."""
-    while copies:
-        yield copies.popleft()
+    def take(self, tensors: Iterable[Named], dtype: torch.dtype) -> None:
+        """Copy what `stream` gives; `dtype` is the weights'. Returns when nothing of the engine is needed any more.
+
+        Collective, since `stream` is: run to its end even where there is no memory left.
+        """
+        failure = None
+        for stem, name, tensor in tensors:
+            if failure is None:
+                try:
+                    self._buffer(stem, name, tensor.shape, dtype if stem == MODEL else torch.float32).copy_(tensor)
+                except Exception as error:  # noqa: BLE001 (raised below: the other ranks wait for us)
+                    failure = error
+                    self._tensors.clear()
+        if failure is not None:
+            raise failure
+
+    def _buffer(self, stem: str, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        buffer = self._tensors.get((stem, name))
+        if buffer is None:
+            buffer = self._tensors[stem, name] = torch.empty(shape, dtype=dtype)
+        assert (buffer.shape, buffer.dtype) == (shape, dtype), f"{name} has changed between two saves"
+        return buffer
+
+    def __iter__(self) -> Iterator[Named]:
+        return ((stem, name, tensor) for (stem, name), tensor in self._tensors.items())
 
 
 class ShardSet:

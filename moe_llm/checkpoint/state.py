@@ -11,7 +11,7 @@
 Tensors are named by parameter, never by rank, so any layout of ranks reads what any other wrote. All ranks
 write at once, each the tensors that it is the writer of, one tensor at a time. Reading from the engine
 (`plan.stream`) and writing to the disk (`plan.ShardSet`) meet in `_write_tensors` alone; in between, a save in the
-background keeps a copy in host memory of what its rank writes (`plan.copied`).
+background keeps a copy in host memory of what its rank writes (`plan.HostCopy`).
 """
 
 import json
@@ -30,7 +30,7 @@ from moe_llm.checkpoint import folder, hf
 from moe_llm.checkpoint.background import Background
 from moe_llm.checkpoint.export import DTYPES, token_ids, write_model_files
 from moe_llm.checkpoint.manifest import verify, write_file, write_json, write_manifest
-from moe_llm.checkpoint.plan import MASTER, MODEL, OPTIMIZER, Named, Plan, ShardSet, copied, drained, make_plan, stream
+from moe_llm.checkpoint.plan import MASTER, MODEL, OPTIMIZER, Named, Plan, ShardSet, make_plan, stream
 from moe_llm.checkpoint.ranks import Ranks, describe, is_disk_full, together
 from moe_llm.checkpoint.resume import check_same_run, find_resumable
 from moe_llm.checkpoint.safetensors_io import FileRecord, TensorFiles, parse_size, read_json
@@ -63,8 +63,8 @@ def save_checkpoint(
     """Write a checkpoint of step `step` and return its directory. Collective.
 
     With `background`, return when the tensors have been copied to host memory (on each rank those that it writes:
-    of fp32 training with Adam 12 bytes a parameter, over all ranks together; freed as they are written), and write
-    them there. The directory then gets its name later, at the latest when `background` has been waited for.
+    in fp32 with Adam 12 bytes a parameter, over all ranks together; kept for the next save), and write them from
+    there. The directory then gets its name later, at the latest when `background` has been waited for.
 
     Args:
         root: the run's `checkpoints` directory, on a file system that all ranks share.
@@ -113,11 +113,12 @@ def save_checkpoint(
     tensors = stream(state, DTYPES[dtype])
     with _removed_on_failure(tmp, state):
         head = together(state, with_sentence(prepare), only=0)
-        copies = None if background is None else together(state, lambda: copied(tensors, DTYPES[dtype]))
+        if background is not None:
+            together(state, lambda: background.copy.take(tensors, DTYPES[dtype]))
     if background is None:
         write(state, tensors)
     else:
-        background.start(lambda: write(background.ranks, drained(copies)))
+        background.start(lambda: write(background.ranks, background.copy))
     return final
 
 

@@ -3,7 +3,6 @@
 import errno
 import os
 import threading
-import weakref
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from checkpoint_fakes import (
 
 from moe_llm.checkpoint import safetensors_io
 from moe_llm.checkpoint.background import Background
-from moe_llm.checkpoint.plan import copied, drained, stream
+from moe_llm.checkpoint.plan import HostCopy, stream
 from moe_llm.checkpoint.ranks import ALONE
 from moe_llm.checkpoint.resume import find_resumable
 from moe_llm.checkpoint.state import load_checkpoint, save_checkpoint
@@ -188,17 +187,17 @@ def test_a_bug_in_the_thread_of_one_rank_reaches_all(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def no_memory(*_):
+    raise RuntimeError("cannot allocate memory")
+
+
 def test_too_little_memory_for_the_copy_of_one_rank_is_told_to_all(tmp_path, monkeypatch):
     tensors = random_tensors(CONFIG)
 
     def work(rank, ranks, background):
         state = FakeState(tensors, 2, rank, ranks)
-        if rank == 1:  # its copies fail; it must go on reading with the others all the same
-            class Full(torch.Tensor):
-                def to(self, *args, **options):
-                    raise RuntimeError("cannot allocate memory")
-
-            monkeypatch.setattr(state, "read", lambda *a: FakeState.read(state, *a).as_subclass(Full))
+        if rank == 1:  # it must go on reading with the others all the same
+            monkeypatch.setattr(background.copy, "_buffer", no_memory)
         with background:
             save_checkpoint(tmp_path, state, **save_arguments(CONFIG), background=background)
 
@@ -207,14 +206,28 @@ def test_too_little_memory_for_the_copy_of_one_rank_is_told_to_all(tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
-def test_copies_are_freed_as_they_are_written():
-    copies = copied(stream(FakeState(random_tensors(CONFIG)), torch.float32), torch.float32)
-    alive = [weakref.ref(tensor) for _, _, tensor in copies]
-    taken = 0
-    for _, _, tensor in drained(copies):  # noqa: B007 (as a writer has it)
-        taken += 1
-        assert sum(ref() is not None for ref in alive) == len(alive) - taken + 1
-    assert taken == len(alive) > 10
+def test_the_copy_is_of_what_this_rank_writes_and_its_memory_is_used_again():
+    ranks, tensors = ThreadRanks(2), random_tensors(CONFIG)
+
+    def work(rank):
+        state, copy = FakeState(tensors, 2, rank, ranks), HostCopy()
+        copy.take(stream(state, torch.bfloat16), torch.bfloat16)
+        first = {name: (tensor.data_ptr(), tensor.clone()) for _, name, tensor in copy}
+        for tensor in state.held.values():
+            tensor.mul_(2.0)
+        copy.take(stream(state, torch.bfloat16), torch.bfloat16)
+        for _, name, tensor in copy:
+            where, before = first.pop(name)
+            assert tensor.data_ptr() == where
+            assert torch.equal(tensor, 2 * before)
+        assert not first
+        return sum(tensor.nbytes for _, _, tensor in copy)
+
+    outcomes = ranks.run(work)
+    assert [error for _, error in outcomes] == [None, None]
+    # weights in bf16, master and two moments in fp32, of each parameter once over the ranks
+    parameters = sum(tensor.numel() for (_, kind), tensor in tensors.items() if kind == "weight")
+    assert sum(nbytes for nbytes, _ in outcomes) == 14 * parameters
 
 
 def save_and_raise(root, background, error):
