@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from moe_llm.config import Config
+from moe_llm.config.base import fields_by_key
 
 README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- configuration: start -->\n", "<!-- configuration: end -->\n"
@@ -29,7 +30,7 @@ _HEAD = "| key | default | what it is |\n|---|---|---|"
 
 
 def _rows(path: str, section: type[BaseModel]):
-    for name, field in section.model_fields.items():
+    for name, field in fields_by_key(section).items():
         key = f"{path}.{name}"
         inner = [t for t in (field.annotation, *get_args(field.annotation)) if _is_section(t)]
         if field.annotation in inner:

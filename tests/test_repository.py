@@ -13,6 +13,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from moe_llm.config import Config
+from moe_llm.config.base import fields_by_key
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -190,7 +191,7 @@ def load(path: Path):
 
 
 def keys(section, path: str = ""):
-    for name, field in section.model_fields.items():
+    for name, field in fields_by_key(section).items():
         key = f"{path}{name}"
         if hasattr(field.annotation, "model_fields"):
             yield from keys(field.annotation, f"{key}.")

@@ -1,6 +1,6 @@
 """Which rank writes which tensor to which file: known to all ranks before anything is written."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from moe_llm.checkpoint.safetensors_io import (
 from moe_llm.parallel.state import Entry, TrainedState
 
 MODEL, OPTIMIZER = "model", "trainer/optimizer"  # stems of the files, relative to the checkpoint
+Named = tuple[str, str, torch.Tensor]  # stem of the files, name in them, tensor
 MASTER = "master"  # kind of the fp32 weights that stand beside exported ones of lower precision
 
 
@@ -97,7 +98,7 @@ def make_plan(state: TrainedState, dtype: torch.dtype, max_bytes: int) -> Plan:
     )
 
 
-def stream(state: TrainedState, dtype: torch.dtype) -> Iterator[tuple[str, str, torch.Tensor]]:
+def stream(state: TrainedState, dtype: torch.dtype) -> Iterator[Named]:
     """Read everything from the engine in the plan's order, one tensor at a time: (stem, name, tensor).
 
     Collective: every rank runs it to its end, and gets only what it is the writer of.
@@ -113,6 +114,43 @@ def stream(state: TrainedState, dtype: torch.dtype) -> Iterator[tuple[str, str, 
                 yield OPTIMIZER, f"{kind}.{piece.name}", tensor[piece.index]
             del tensor
         del weight
+
+
+class HostCopy:
+    """A copy in host memory of what this rank writes, as it will lie in the files. Iterate over it as over `stream`.
+
+    The memory is kept from one save to the next: to be given new pages takes longer than to fill old ones, and the
+    next copy has the same shapes.
+    """
+
+    def __init__(self):
+        self._tensors: dict[tuple[str, str], torch.Tensor] = {}
+
+    def take(self, tensors: Iterable[Named], dtype: torch.dtype) -> None:
+        """Copy what `stream` gives; `dtype` is the weights'. Returns when nothing of the engine is needed any more.
+
+        Collective, since `stream` is: run to its end even where there is no memory left.
+        """
+        failure = None
+        for stem, name, tensor in tensors:
+            if failure is None:
+                try:
+                    self._buffer(stem, name, tensor.shape, dtype if stem == MODEL else torch.float32).copy_(tensor)
+                except Exception as error:  # noqa: BLE001 (raised below: the other ranks wait for us)
+                    failure = error
+                    self._tensors.clear()
+        if failure is not None:
+            raise failure
+
+    def _buffer(self, stem: str, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        buffer = self._tensors.get((stem, name))
+        if buffer is None:
+            buffer = self._tensors[stem, name] = torch.empty(shape, dtype=dtype)
+        assert (buffer.shape, buffer.dtype) == (shape, dtype), f"{name} has changed between two saves"
+        return buffer
+
+    def __iter__(self) -> Iterator[Named]:
+        return ((stem, name, tensor) for (stem, name), tensor in self._tensors.items())
 
 
 class ShardSet:

@@ -10,13 +10,15 @@
 
 Tensors are named by parameter, never by rank, so any layout of ranks reads what any other wrote. All ranks
 write at once, each the tensors that it is the writer of, one tensor at a time. Reading from the engine
-(`plan.stream`) and writing to the disk (`plan.ShardSet`) meet in `_write_tensors` alone.
+(`plan.stream`) and writing to the disk (`plan.ShardSet`) meet in `_write_tensors` alone; in between, a save in the
+background keeps a copy in host memory of what its rank writes (`plan.HostCopy`).
 """
 
 import json
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
@@ -25,10 +27,11 @@ from typing import Any, TypeVar
 import torch
 
 from moe_llm.checkpoint import folder, hf
+from moe_llm.checkpoint.background import Background
 from moe_llm.checkpoint.export import DTYPES, token_ids, write_model_files
 from moe_llm.checkpoint.manifest import verify, write_file, write_json, write_manifest
-from moe_llm.checkpoint.plan import MASTER, MODEL, OPTIMIZER, Plan, ShardSet, make_plan, stream
-from moe_llm.checkpoint.ranks import describe, is_disk_full, together
+from moe_llm.checkpoint.plan import MASTER, MODEL, OPTIMIZER, Named, Plan, ShardSet, make_plan, stream
+from moe_llm.checkpoint.ranks import Ranks, describe, is_disk_full, together
 from moe_llm.checkpoint.resume import check_same_run, find_resumable
 from moe_llm.checkpoint.safetensors_io import FileRecord, TensorFiles, parse_size, read_json
 from moe_llm.checkpoint.weights import Weights
@@ -58,8 +61,13 @@ def save_checkpoint(
     dtype: str = "fp32",
     max_shard_size: str = "5GB",
     keep_last: int | None = None,
+    background: Background | None = None,
 ) -> Path:
     """Write a checkpoint of step `step` and return its directory. Collective.
+
+    With `background`, return when the tensors have been copied to host memory (on each rank those that it writes:
+    in fp32 with Adam 12 bytes a parameter, over all ranks together; kept for the next save), and write them from
+    there. The directory then gets its name later, at the latest when `background` has been waited for.
 
     Args:
         root: the run's `checkpoints` directory, on a file system that all ranks share.
@@ -70,10 +78,14 @@ def save_checkpoint(
         dtype: of the exported weights, `fp32` or `bf16`; fp32 masters stand beside them if it is not fp32.
         max_shard_size: of the weights' and the optimizer's files, e.g. "5GB".
         keep_last: delete all but so many, once this one is complete; None: delete nothing.
+        background: waits for the save before; with a group of ranks other than that of `state`.
 
     Raises:
-        UserError: on all ranks, if one has no space or a failing file system. What was there is untouched.
+        UserError: on all ranks, if one has no space or a failing file system; in the background, the one before.
+            What was there is untouched.
     """
+    if background is not None:
+        together(state, background.wait)
     root = Path(root)
     tmp, final = folder.tmp_path(root, step), root / folder.step_name(step)
     plan = make_plan(state, DTYPES[dtype], parse_size(max_shard_size))
@@ -84,7 +96,7 @@ def save_checkpoint(
         _prepare(root, tmp, plan)
         return head
 
-    def complete() -> None:
+    def complete(records: dict[str, FileRecord]) -> None:
         small = _write_small_files(tmp, plan, head, run_config_text)
         model = write_model_files(tmp, model_config, token_ids(tokenizer), dtype, tokenizer)
         write_manifest(tmp, records | small | model)
@@ -94,17 +106,34 @@ def save_checkpoint(
         if keep_last is not None:
             folder.prune(root, keep_last)
 
-    try:
-        with_sentence = partial(_naming_failure, root, final, plan)
+    def write(ranks: Ranks, tensors: Iterable[Named]) -> None:
+        with _removed_on_failure(tmp, ranks):
+            mine = together(ranks, with_sentence(lambda: _write_tensors(tmp, plan, tensors)))
+            records = {name: record for share in ranks.gather(mine) for name, record in share.items()}
+            together(ranks, with_sentence(lambda: complete(records)), only=0)
+
+    with_sentence = partial(_naming_failure, root, final, plan)
+    tensors = stream(state, DTYPES[dtype])
+    with _removed_on_failure(tmp, state):
         head = together(state, with_sentence(prepare), only=0)
-        mine = together(state, with_sentence(lambda: _write_tensors(tmp, state, plan, DTYPES[dtype])))
-        records = {name: record for share in state.gather(mine) for name, record in share.items()}
-        together(state, with_sentence(complete), only=0)
+        if background is not None:
+            together(state, lambda: background.copy.take(tensors, DTYPES[dtype]))
+    if background is None:
+        write(state, tensors)
+    else:
+        background.start(lambda: write(background.ranks, background.copy))
+    return final
+
+
+@contextmanager
+def _removed_on_failure(tmp: Path, ranks: Ranks) -> Iterator[None]:
+    """`tmp` does not outlive a failure inside, of which `together` has told all ranks."""
+    try:
+        yield
     except Exception:
-        if state.rank == 0:  # `together` has brought all ranks here
+        if ranks.rank == 0:
             shutil.rmtree(tmp, ignore_errors=True)
         raise
-    return final
 
 
 def check_space(
@@ -161,11 +190,11 @@ def _naming_failure(root: Path, final: Path, plan: Plan, work: Callable[[], T]) 
     return wrapped
 
 
-def _write_tensors(tmp: Path, state: TrainedState, plan: Plan, dtype: torch.dtype) -> dict[str, FileRecord]:
-    """Every tensor that this rank is the writer of, to its file; one in memory at a time."""
+def _write_tensors(tmp: Path, plan: Plan, tensors: Iterable[Named]) -> dict[str, FileRecord]:
+    """Every tensor that this rank is the writer of, to its file, as they come."""
     shards = {MODEL: ShardSet(tmp, plan.model), OPTIMIZER: ShardSet(tmp, plan.optimizer)}
     failure = None
-    for stem, name, tensor in stream(state, dtype):
+    for stem, name, tensor in tensors:
         if failure is None:
             try:
                 shards[stem].write(name, tensor)
@@ -206,8 +235,8 @@ def _trainer_head(root: Path, state: TrainedState, step: int, dtype: str, traine
             d.name: d.version for d in map(_installed, ("torch", "transformers", "deepspeed", "moe_llm")) if d
         },
     }
-    json.dumps(head)  # a TypeError now rather than after the tensors
-    return head
+    # A TypeError now rather than after the tensors; and training may go on to change what it gave us.
+    return json.loads(json.dumps(head))
 
 
 def _installed(package: str) -> Distribution | None:

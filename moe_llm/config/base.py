@@ -3,11 +3,15 @@
 from typing import Any, NoReturn, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 
 class Section(BaseModel):
-    """A part of a run's configuration: no unknown keys, no NaN, validated defaults, nothing mutable."""
+    """A part of a run's configuration: no unknown keys, no NaN, validated defaults, nothing mutable.
+
+    A field whose key is a word of Python has the key as its alias, in which it is read and written.
+    """
 
     model_config = ConfigDict(
         extra="forbid",
@@ -15,6 +19,7 @@ class Section(BaseModel):
         validate_default=True,
         allow_inf_nan=False,
         protected_namespaces=(),
+        serialize_by_alias=True,
     )
 
     @field_validator("*", mode="before")
@@ -25,6 +30,11 @@ class Section(BaseModel):
         if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise PydanticCustomError("bool_given", "it takes no true or false")
         return value
+
+
+def fields_by_key(section: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields of a section by the keys that a user writes."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
 def invalid(field: str, value: Any, problem: str, remedy: str) -> NoReturn:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from moe_llm.config.base import fields_by_key
 from moe_llm.config.schema import Config
 from moe_llm.errors import UserError
 
@@ -154,7 +155,7 @@ def _sentence(error: dict) -> str:
         return f"{'.'.join(location[:-1])}={value} is too short: give one value more"
     if kind == "missing":
         section = _section(location)
-        how = f"with its fields ({', '.join(section.model_fields)})" if section else f"or as {name}=VALUE"
+        how = f"with its fields ({', '.join(fields_by_key(section))})" if section else f"or as {name}=VALUE"
         return f"configuration key {name} is missing: set it in the file, {how}"
     if kind == "invalid_field":
         context = error["ctx"]
@@ -162,7 +163,7 @@ def _sentence(error: dict) -> str:
         return f"{full}={_short(context['value'])} {context['problem']}: {context['remedy']}"
     section = _section(location) if kind in ("model_type", "model_attributes_type") else None
     if section:
-        return f"{name}={value} is not a section: give its fields ({', '.join(section.model_fields)})"
+        return f"{name}={value} is not a section: give its fields ({', '.join(fields_by_key(section))})"
     return f"{name}={value} is refused: {_remedy(error)}"
 
 
@@ -185,11 +186,11 @@ def _nearest(location: list[str]) -> str:
     """What the user may have meant by an unknown key: a near name beside it, or a name elsewhere."""
     *parents, wrong = location
     parent = _section(parents)
-    siblings = list(parent.model_fields)
+    siblings = list(fields_by_key(parent))
     elsewhere = {
         key: f"{section}.{key}"
         for section, field in Config.model_fields.items()
-        for key in getattr(field.annotation, "model_fields", ())
+        for key in fields_by_key(field.annotation)
         if parents != [section]
     }
     if wrong in elsewhere:
@@ -206,8 +207,8 @@ def _section(location: list[str]) -> type[BaseModel] | None:
     model: type[BaseModel] | None = Config
     nested: list = []
     for part in location:
-        if model is not None and part in model.model_fields:
-            annotation = model.model_fields[part].annotation
+        if model is not None and part in fields_by_key(model):
+            annotation = fields_by_key(model)[part].annotation
             nested = [annotation, *get_args(annotation)]
             model = annotation if _is_section(annotation) else None
         elif part.isdecimal():

@@ -174,6 +174,11 @@ class CheckpointConfig(Section):
     """When and how the run is saved."""
 
     every_steps: int | None = Field(None, ge=1, description="null: at the end only")
+    async_: bool = Field(
+        False, alias="async",
+        description="write in the background: a step waits for a copy in host memory of what its rank writes, "
+        "not for the disk",
+    )
     keep_last: int | None = Field(None, ge=1, description="older ones are deleted; null: keep all")
     resume: str = Field(
         "auto", min_length=1, description="auto: newest complete checkpoint of the run; never; or a path"

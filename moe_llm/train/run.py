@@ -3,11 +3,13 @@
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeVar
 
+from moe_llm.checkpoint.background import Background
 from moe_llm.checkpoint.manifest import verify
-from moe_llm.checkpoint.ranks import is_disk_full
+from moe_llm.checkpoint.ranks import is_disk_full, together
 from moe_llm.checkpoint.resume import check_same_run, find_resumable
 from moe_llm.checkpoint.state import check_space, load_checkpoint, read_trainer_state, save_checkpoint
 from moe_llm.config import Config, dump_config
@@ -23,6 +25,7 @@ from moe_llm.parallel.runtime import (
     start,
     world_size_from_environment,
 )
+from moe_llm.parallel.side_group import SideGroup
 from moe_llm.train.console import Console
 from moe_llm.train.evaluate import validation_loss
 from moe_llm.train.loop import Callbacks, Position, train_loop
@@ -90,16 +93,20 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
     )
     watchdog = Watchdog(runtime, config.train.hang_timeout_seconds)
     saved: list[Path] = []
+    background = Background(SideGroup(runtime), _complain) if config.checkpoint.async_ else None
 
     def save(at: Position) -> None:
         saved.append(save_checkpoint(
             run_dir / "checkpoints", Telling(engine, watchdog.alive), step=at.step, trainer_state=vars(at),
             model_config=config.model, run_config_text=dump_config(config), tokenizer=tokenizer,
             keep_last=config.checkpoint.keep_last, **storage,
+            background=background,
         ))
 
     def rollback() -> Position | None:
         watchdog.alive("going back to a checkpoint")
+        if background is not None:
+            together(background.ranks, background.wait)  # the newest one may still be on its way to the disk
         newest = find_resumable(run_dir / "checkpoints", report=reporter.say, ranks=runtime)
         if newest is None:
             return None
@@ -113,7 +120,7 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
     )
     stop.defer()
     try:
-        with watchdog:
+        with watchdog, background or nullcontext():  # the last save is complete before anything is said of it
             finished = train_loop(config, engine, runtime, loader, position, stop, callbacks)
     finally:
         loader.close()
@@ -188,7 +195,7 @@ def _resume_source(config: Config, run_dir: Path, runtime: Runtime) -> Path | No
     resume = config.checkpoint.resume
     if resume == "auto":
         return find_resumable(
-            run_dir / "checkpoints", report=lambda sentence: print(sentence, file=sys.stderr), ranks=runtime
+            run_dir / "checkpoints", report=_complain, ranks=runtime
         )
     if resume == "never":
         return None
@@ -202,6 +209,10 @@ def _write_config(config: Config, run_dir: Path) -> None:
     temporary = run_dir / "config.yaml.tmp"
     temporary.write_text(dump_config(config), encoding="utf-8")
     os.replace(temporary, run_dir / "config.yaml")
+
+
+def _complain(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
 
 
 class Reporter:

@@ -78,6 +78,16 @@ class ThreadRanks:
         return outcomes
 
 
+class ThreadRank:
+    """One rank of `ThreadRanks`, to whom its thread does not matter."""
+
+    def __init__(self, ranks: ThreadRanks, rank: int):
+        self.ranks, self.rank, self.world_size = ranks, rank, ranks.world_size
+
+    def gather(self, value):
+        return self.ranks.exchange(self.rank, value)
+
+
 class FakeState:
     """A `TrainedState`: dense tensors whole, experts shared out over `ep` neighbouring ranks.
 

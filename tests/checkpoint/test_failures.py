@@ -147,8 +147,10 @@ sys.path.insert(0, sys.argv[3])
 import torch
 from checkpoint_fakes import FakeState, random_tensors, save_arguments, small_config, zeros_like
 from moe_llm.checkpoint import safetensors_io
+from moe_llm.checkpoint.background import Background
+from moe_llm.checkpoint.ranks import ALONE
 from moe_llm.checkpoint.state import save_checkpoint
-import builtins, shutil
+import builtins
 
 root, again = Path(sys.argv[1]), int(sys.argv[2])
 config = small_config(num_hidden_layers=1, num_local_experts=2)
@@ -164,8 +166,11 @@ def dying(module, name):
     setattr(module, name, wrapped)
 
 def save(step, seed, keep_last):
-    save_checkpoint(root, FakeState(random_tensors(config, seed)),
+    background = Background(ALONE, print) if sys.argv[4] == "background" else None
+    save_checkpoint(root, FakeState(random_tensors(config, seed)), background=background,
                     **save_arguments(config, step=step, keep_last=keep_last, max_shard_size="8KB"))
+    if background is not None:
+        background.wait()
 
 left = -1
 save(1, 1, None)
@@ -206,11 +211,12 @@ while True:
 """
 
 
+@pytest.mark.parametrize("how", ["at once", "background"])
 @pytest.mark.parametrize("again", [3, 2], ids=["a new step", "the same step"])
-def test_dying_at_any_moment_of_a_save_loses_nothing_that_was_complete(tmp_path, again):
+def test_dying_at_any_moment_of_a_save_loses_nothing_that_was_complete(tmp_path, again, how):
     """The newest complete checkpoint is the previous one or, at the end, the new one; never half a one."""
     done = subprocess.run(
-        [sys.executable, "-c", _DIE, str(tmp_path), str(again), str(Path(__file__).parent)],
+        [sys.executable, "-c", _DIE, str(tmp_path), str(again), str(Path(__file__).parent), how],
         capture_output=True,
         text=True,
         timeout=120,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from moe_llm.config import Config, dump_config, load_config
+from moe_llm.config.base import fields_by_key
 from moe_llm.config.load import parse_yaml, validate
 from moe_llm.errors import UserError
 
@@ -64,6 +65,17 @@ def test_override_values_are_yaml(override, value):
     assert type(node) is type(value)
 
 
+def test_a_key_that_is_a_word_of_python_is_the_same_everywhere():
+    """In overrides, dumps, the schema and refusals it is `async`; only Python code spells it `async_`."""
+    config = load_config(QUICKSTART, ["checkpoint.async=true"])
+    assert config.checkpoint.async_ is True
+    assert config.model_dump(mode="json")["checkpoint"]["async"] is True
+    assert yaml.safe_load(dump_config(config))["checkpoint"]["async"] is True
+    assert "async" in Config.model_json_schema()["$defs"]["CheckpointConfig"]["properties"]
+    assert refusal("checkpoint.async_=true").endswith("did you mean checkpoint.async?")
+    assert refusal("checkpoint.async=3").startswith("checkpoint.async=3 is refused")
+
+
 def test_defaults_then_file_then_overrides_in_order(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(minimal(optim={"lr": 0.5, "eps": 0.25})))
@@ -110,7 +122,7 @@ def test_any_number_survives_a_dump(lr):
 def sections(model: type[BaseModel] = Config, path: tuple[str, ...] = ()):
     """Every section of a configuration with the path to it; list items go by index 0."""
     yield path, model
-    for name, field in model.model_fields.items():
+    for name, field in fields_by_key(model).items():
         nested = [field.annotation, *getattr(field.annotation, "__args__", ())]
         for inner in nested:
             if isinstance(inner, type) and issubclass(inner, BaseModel):
@@ -127,7 +139,7 @@ SECTIONS = [(path, model) for path, model in sections() if path != ("data", "val
 def test_unknown_keys_are_refused_in_every_section(path, model):
     key = ".".join([*path, "zzqx"])
     assert refusal(f"{key}=1") == (
-        f"unknown configuration key {key}: known here: {', '.join(model.model_fields)}"
+        f"unknown configuration key {key}: known here: {', '.join(fields_by_key(model))}"
     )
 
 
@@ -135,7 +147,7 @@ def test_unknown_keys_are_refused_in_every_section(path, model):
     ("path", "model"), SECTIONS, ids=lambda v: ".".join(v) if isinstance(v, tuple) else ""
 )
 def test_a_misspelt_key_gets_the_right_one(path, model):
-    for name in model.model_fields:
+    for name in fields_by_key(model):
         wrong = ".".join([*path, f"{name}q"])
         assert refusal(f"{wrong}=1").endswith(f"did you mean {'.'.join([*path, name])}?")
 

@@ -1,0 +1,287 @@
+"""Kill a run at random moments and show that nothing is lost: python scripts/crash_test.py [--kills 30] [--seed 0]
+
+A tiny model is trained on 2 ranks with expert parallelism and saves every few steps. All its processes are killed
+(kill -9) at random moments, drawn from a seed, and the same command is given again, until the run ends. Then
+metrics.jsonl must have every step exactly once, with the losses of a run that nobody interrupted; and at each kill
+the newest complete checkpoint must be one that the next start resumes from. Once with checkpoints written
+synchronously and once in the background. Prints a table; the exit code is 1 if anything failed.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+STEPS_A_KILL = 8  # a run advances by at most so many steps before it is killed
+SAVE_EVERY = 3
+TOLERANCE = 1e-5
+EXACT = ("step", "tokens", "lr")
+COMPARED = ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm", "val_loss")
+PHASES = ("starting", "training", "writing a checkpoint", "publishing a checkpoint")
+
+
+@dataclass
+class Outcome:
+    """What became of the killed run of one mode."""
+
+    phases: Counter = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+    worst: float = 0.0
+    records: int = 0
+    seconds: float = 0.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
+    parser.add_argument("--kills", type=int, default=30, help="of each mode")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--modes", nargs="+", choices=("sync", "async"), default=("sync", "async"))
+    options = parser.parse_args()
+    steps = STEPS_A_KILL * options.kills + 2 * SAVE_EVERY
+    with tempfile.TemporaryDirectory(prefix="crash_test_") as directory:
+        work = Path(directory)
+        print(f"seed {options.seed}, {options.kills} kills a mode, {steps} steps, saved every {SAVE_EVERY}", flush=True)
+        expected = uninterrupted(work, steps)
+        outcomes = {mode: killed(work, mode, steps, options.kills, options.seed, expected) for mode in options.modes}
+    print_table(outcomes, options.kills)
+    return int(any(outcome.problems for outcome in outcomes.values()))
+
+
+def uninterrupted(work: Path, steps: int) -> list[dict]:
+    """The records of the run that everything is compared with."""
+    (work / "text.txt").write_text(invented_text(), encoding="utf-8")
+    done = subprocess.run(command(work, "reference", steps, "sync"), env=environment(), cwd=ROOT, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        sys.exit(f"the uninterrupted run failed:\n{done.stdout}")
+    return read_records(work / "reference")
+
+
+def killed(work: Path, mode: str, steps: int, kills: int, seed: int, expected: list[dict]) -> Outcome:
+    """Kill a run so many times, let it end, and compare it with the uninterrupted one."""
+    draw, outcome, start = random.Random(f"{seed}/{mode}"), Outcome(), time.monotonic()
+    run_dir = work / mode
+    launch = command(work, mode, steps, mode)
+    for number in range(1, kills + 1):
+        before, log_file = newest(run_dir), work / f"{mode}.log"
+        moment, when = draw_moment(draw, number, run_dir, log_file)
+        started = time.time()
+        log, ended = start_and_kill(launch, log_file, when)
+        outcome.problems += [f"kill {number}: {problem}" for problem in check_start(log, ended, before)]
+        phase = phase_of(run_dir, log, started)
+        outcome.phases[phase] += 1
+        print(f"{mode} {number}/{kills}: wanted {moment}, killed while {phase}, {len(read_lines(run_dir))} steps "
+              f"recorded, newest checkpoint {newest(run_dir)}", flush=True)
+    before = newest(run_dir)
+    log, ended = start_and_kill(launch, work / f"{mode}.log", lambda _: False)
+    outcome.problems += [f"last start: {problem}" for problem in check_start(log, ended, before, to_the_end=True)]
+    compare(outcome, run_dir, expected)
+    outcome.seconds = time.monotonic() - start
+    return outcome
+
+
+def draw_moment(draw: random.Random, number: int, run_dir: Path, log: Path) -> tuple[str, Callable[[float], bool]]:
+    """What to wait for, in words and as a condition on the seconds since the start.
+
+    Every fifth kill comes at any time of the start; the others some steps after it: half of them a moment later,
+    half of them a moment after a directory for a new checkpoint has appeared.
+    """
+    drawn = time.time()
+    if number % 5 == 1:
+        seconds = draw.uniform(0.5, 12)
+        return f"{seconds:.1f} s after the start", lambda elapsed: elapsed > seconds
+    goal = resumed_step(run_dir) + draw.randint(1, STEPS_A_KILL - SAVE_EVERY - 1)
+    if number % 2:
+        saving, what, later = False, f"step {goal}", draw.uniform(0, 0.1)
+    else:
+        saving, what, later = True, f"the save after step {goal}", draw.choice((0, 1)) * draw.uniform(0, 0.08)
+    since: list[float] = []
+
+    def when(elapsed: float) -> bool:
+        if not since and last_step(log.read_text()) >= goal and (not saving or unfinished(run_dir, drawn)):
+            since.append(elapsed)
+        return bool(since) and elapsed - since[0] >= later
+
+    return f"{1000 * later:.0f} ms after {what}", when
+
+
+def start_and_kill(launch: list[str], log: Path, when: Callable[[float], bool]) -> tuple[str, int | None]:
+    """Start a run; kill all its processes once `when(seconds)`. What it printed, and its exit code if it ended."""
+    with log.open("w") as output:
+        process = subprocess.Popen(launch, env=environment(), cwd=ROOT, stdout=output, stderr=output,
+                                   start_new_session=True)
+        start = time.monotonic()
+        try:
+            while process.poll() is None and not when(time.monotonic() - start):
+                time.sleep(0.001)
+            ended = process.poll()
+        finally:
+            kill_all(process)
+    return log.read_text(encoding="utf-8", errors="replace"), ended
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """The launcher and its ranks at once: the launcher is held first, so that it does not end them by itself."""
+    if process.poll() is not None:
+        return
+    os.kill(process.pid, signal.SIGSTOP)
+    for pid in [*descendants(process.pid), process.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process has started, and those that they have."""
+    found = []
+    for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for child in map(int, tasks.read_text().split()):
+                found += [child, *descendants(child)]
+    return found
+
+
+def check_start(log: str, ended: int | None, before: str | None, to_the_end: bool = False) -> list[str]:
+    """What is wrong with how a run came up, and with how it went until it was killed."""
+    problems = []
+    if ended is not None and (ended or not to_the_end):
+        problems.append(f"it ended by itself with exit code {ended}: {log[-600:]}")
+    if "passed over" in log:
+        problems.append(f"a complete checkpoint was unsound: {log[-600:]}")
+    resumed = re.search(r"resuming from .*/(step-\d+)", log)
+    trained = re.search(r"training tokens", log)  # announced just before
+    if before and trained and (resumed is None or resumed[1] != before):
+        problems.append(f"it resumed from {resumed and resumed[1]} and not from {before}")
+    return problems
+
+
+def phase_of(run_dir: Path, log: str, started: float) -> str:
+    """What the run was doing, by what it has left behind."""
+    if not last_step(log):
+        return "starting"
+    left = unfinished(run_dir, started)
+    if any(not path.name.startswith(".tmp-step-") or (path / "trainer/manifest.json").exists() for path in left):
+        return "publishing a checkpoint"
+    return "writing a checkpoint" if left else "training"
+
+
+def unfinished(run_dir: Path, since: float) -> list[Path]:
+    """What is being written or deleted among the checkpoints, without what an earlier run has left."""
+    found = []
+    for path in run_dir.glob("checkpoints/.tmp-*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.lstat().st_ctime > since:
+                found.append(path)
+    return found
+
+
+def newest(run_dir: Path) -> str | None:
+    """The complete checkpoint of the highest step; steps only grow here, since each start resumes from it."""
+    return max((path.name for path in run_dir.glob("checkpoints/step-*")), default=None)
+
+
+def resumed_step(run_dir: Path) -> int:
+    return int((newest(run_dir) or "step-0").removeprefix("step-").removesuffix(".old"))
+
+
+def read_lines(run_dir: Path) -> list[str]:
+    path = run_dir / "metrics.jsonl"
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def last_step(log: str) -> int:
+    """The last step that a run has told of, in plain lines; 0 before the first."""
+    return max(map(int, re.findall(r"^step +(\d+)/", log, re.MULTILINE)), default=0)
+
+
+def read_records(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in read_lines(run_dir)]
+
+
+def compare(outcome: Outcome, run_dir: Path, expected: list[dict]) -> None:
+    """Every record of the killed run with that of the uninterrupted one."""
+    found = read_records(run_dir)
+    outcome.records = len(found)
+    if [r["step"] for r in found] != [r["step"] for r in expected]:
+        outcome.problems.append(f"the steps recorded are {[r['step'] for r in found]}")
+        return
+    for ours, theirs in zip(found, expected, strict=True):
+        if ours.keys() != theirs.keys() or any(ours[key] != theirs[key] for key in EXACT):
+            outcome.problems.append(f"step {theirs['step']} has other keys, tokens or learning rate")
+        for key in COMPARED:
+            if key in theirs and key in ours:
+                outcome.worst = max(outcome.worst, abs(ours[key] - theirs[key]) / max(abs(theirs[key]), 1e-12))
+    if not outcome.worst <= TOLERANCE:
+        outcome.problems.append(f"the largest relative difference is {outcome.worst:.2e}")
+
+
+def print_table(outcomes: dict[str, Outcome], kills: int) -> None:
+    head = ["mode", "kills", *PHASES, "steps", "largest difference", "minutes", "result"]
+    rows = [
+        [mode, str(kills), *(str(o.phases[phase]) for phase in PHASES), str(o.records), f"{o.worst:.1e}",
+         f"{o.seconds / 60:.1f}", "FAIL" if o.problems else "PASS"]
+        for mode, o in outcomes.items()
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    for row in [head, *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    for mode, outcome in outcomes.items():
+        for problem in outcome.problems:
+            print(f"{mode}: {problem}")
+
+
+def command(work: Path, name: str, steps: int, mode: str) -> list[str]:
+    """The run, as a user starts it: the same command each time."""
+    model = {
+        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "max_position_embeddings": 32, "router_z_loss_coef": 0.001,
+    }
+    config = {
+        "run": {"dir": str(work / name), "seed": 3},
+        "model": model,
+        "data": {"sources": [{"type": "files", "path": str(work / "text.txt"), "document": "line"}],
+                 "sequence_length": 32, "validation_fraction": 0.1, "num_workers": 1,
+                 "cache_dir": str(work / "cache")},
+        "train": {"max_steps": steps, "micro_batch_size": 2, "global_batch_size": 4, "precision": "fp32"},
+        "parallel": {"expert_parallel_size": 2},
+        # many small files: more moments between which a save may be cut
+        "checkpoint": {"every_steps": SAVE_EVERY, "keep_last": 2, "max_shard_size": "40KB", "async": mode == "async"},
+        "evaluate": {"every_steps": 10, "max_blocks": 4},
+        "logging": {"console": "plain"},
+    }
+    path = work / f"{name}.yaml"
+    path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
+    return [
+        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file",
+        str(ROOT / "configs/accelerate/cpu_2.yaml"), str(ROOT / "scripts/train.py"), str(path),
+    ]
+
+
+def environment() -> dict[str, str]:
+    """One thread a rank: the same sums in the same order each time."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
+def invented_text() -> str:
+    """A document a line, of invented words: the same text each time."""
+    draw = random.Random(1)
+    words = ["".join(draw.choice("abcdefghijklmnop") for _ in range(draw.randint(2, 6))) for _ in range(200)]
+    return "".join(" ".join(draw.choice(words) for _ in range(draw.randint(4, 40))) + "\n" for _ in range(400))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
