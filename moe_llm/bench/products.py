@@ -1,0 +1,149 @@
+"""A training step's bare matrix products, timed alone at their own shapes: the limit that the step is held against.
+
+Dimensions: B batch, S sequence, T tokens (B * S), D hidden, F expert width, E experts, L layers, V vocabulary,
+H query heads, G key-value heads, d head dimension, R rows, I input and O output features of a product.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_llm.config import ModelConfig
+
+
+class Linear(NamedTuple):
+    """A linear map of `rows` rows: one product forward, two backward, `times` times. weights: different matrices
+    that successive products take turns with, as experts do."""
+
+    part: str
+    rows: int
+    inputs: int
+    outputs: int
+    times: int = 1
+
+
+class Scores(NamedTuple):
+    """Attention's products for `heads` (over the batch) of `length` positions: two forward, four backward, over the
+    causal half, counted as half as many keys."""
+
+    part: str
+    heads: int
+    length: int
+    head_dim: int
+    times: int = 1
+
+
+class PartLimit(NamedTuple):
+    """flops of a part's products in one step, and the seconds that they take alone."""
+
+    flops: float
+    seconds: float
+
+
+def step_products(
+    config: ModelConfig, batch: int, length: int, counts_LE: list[list[int]], num_targets: int | None = None
+) -> list[Linear | Scores]:
+    """The products of forward and backward for `batch` sequences, given the rows of each expert in each layer."""
+    T, D, d, L = batch * length, config.hidden_size, config.attention_head_dim, config.num_hidden_layers
+    heads, kv = config.num_attention_heads, config.kv_heads
+    F = config.intermediate_size
+    products: list[Linear | Scores] = [
+        Linear("attention", T, D, heads * d, L),
+        Linear("attention", T, D, kv * d, 2 * L),
+        Linear("attention", T, heads * d, D, L),
+        Scores("attention", batch * heads, length, d, L),
+        Linear("router", T, D, config.num_local_experts, L),
+        Linear("loss", T if num_targets is None else num_targets, D, config.vocab_size),
+    ]
+    for counts_E in counts_LE:
+        for rows in filter(None, counts_E):
+            products += [Linear("experts", rows, D, 2 * F), Linear("experts", rows, F, D)]
+    return products
+
+
+def flops(product: Linear | Scores) -> float:
+    """Floating-point operations, forward and backward."""
+    if isinstance(product, Linear):
+        return 6.0 * product.times * product.rows * product.inputs * product.outputs
+    return 6.0 * product.times * product.heads * product.length * product.length * product.head_dim
+
+
+def measure_products(
+    products: Iterable[Linear | Scores], dtype: torch.dtype, device: torch.device, rounds: int = 3
+) -> dict[str, PartLimit]:
+    """Seconds of each part's products, by themselves, with operands and results in memory that exists already.
+
+    The median of `rounds` after one that compiles what kernels compile. The router's products are in fp32.
+    """
+    parts: dict[str, list] = {}
+    for product in products:
+        parts.setdefault(product.part, []).append(product)
+    limits = {}
+    for part, members in parts.items():
+        kind = torch.float32 if part == "router" else dtype
+        prepared = {product: _prepare(product, kind, device) for product in dict.fromkeys(members)}
+        runs = [prepared[product] for product in members]
+        seconds = _median_seconds(lambda runs=runs: [run() for run in runs], device, rounds)
+        limits[part] = PartLimit(sum(map(flops, members)), seconds)
+    return limits
+
+
+def peak_rate(dtype: torch.dtype, device: torch.device, size: int = 2048, rounds: int = 5) -> float:
+    """FLOP/s of a plain square product."""
+    a, b, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
+    return 2.0 * size**3 / _median_seconds(lambda: torch.mm(a, b, out=out), device, rounds)
+
+
+def _prepare(product: Linear | Scores, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    if isinstance(product, Linear):
+        _, R, I, O, times = product
+        x_RI, w_OI, y_RO = normal(R, I), normal(O, I), normal(R, O)
+        dx_RI, dw_OI = torch.empty_like(x_RI), torch.empty_like(w_OI)
+
+        def run() -> None:
+            for _ in range(times):
+                torch.mm(x_RI, w_OI.t(), out=y_RO)
+                torch.mm(y_RO, w_OI, out=dx_RI)
+                torch.mm(y_RO.t(), x_RI, out=dw_OI)
+
+        return run
+
+    _, N, S, d, times = product
+    keys = max(1, S // 2)
+    q_NSd, k_NKd, p_NSK = normal(N, S, d), normal(N, keys, d), normal(N, S, keys)
+    out_NSd, out_NKd = torch.empty_like(q_NSd), torch.empty_like(k_NKd)
+
+    def run_scores() -> None:
+        for _ in range(times):
+            torch.bmm(q_NSd, k_NKd.transpose(1, 2), out=p_NSK)  # scores
+            torch.bmm(p_NSK, k_NKd, out=out_NSd)  # their product with the values
+            torch.bmm(p_NSK.transpose(1, 2), q_NSd, out=out_NKd)  # gradient of the values
+            torch.bmm(q_NSd, k_NKd.transpose(1, 2), out=p_NSK)  # of the probabilities
+            torch.bmm(p_NSK, k_NKd, out=out_NSd)  # of the queries
+            torch.bmm(p_NSK.transpose(1, 2), q_NSd, out=out_NKd)  # of the keys
+
+    return run_scores
+
+
+def _median_seconds(run: Callable[[], object], device: torch.device, rounds: int) -> float:
+    seconds = []
+    for _ in range(rounds + 1):
+        synchronize(device)
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was launched; nothing to wait for on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

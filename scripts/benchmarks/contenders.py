@@ -1,0 +1,138 @@
+"""The models that `step.py` compares: the same weights and the same batches for each of them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moe_llm.config import ModelConfig
+from moe_llm.model.decoder import MoEDecoder
+
+# transformers' experts that hold a copy of the weights for every routed row: 15 GB a layer at the main shape
+_COPIES_WEIGHTS = "batched_mm"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and a batch. share: of the tokens that expert 0 is forced upon; 0: as the random router has it."""
+
+    batch: int
+    length: int
+    hidden: int = 512
+    width: int = 1792
+    experts: int = 8
+    top_k: int = 2
+    layers: int = 4
+    heads: int = 8
+    kv_heads: int = 2
+    vocabulary: int = 8192
+    share: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+    @property
+    def config(self) -> ModelConfig:
+        return ModelConfig(
+            vocab_size=self.vocabulary, hidden_size=self.hidden, intermediate_size=self.width,
+            num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
+            num_local_experts=self.experts, num_experts_per_tok=self.top_k,
+            max_position_embeddings=max(self.length, 64), router_aux_loss_scope="transformers",
+        )
+
+
+def weights(shape: Shape, seed: int = 0) -> dict[str, Tensor]:
+    """Random fp32 weights by name, those of a fresh model but for what steers the routing.
+
+    Residual component 0 is +1 in the embeddings of `share` of the vocabulary and -1 in the others, nothing writes to
+    it later, and expert 0's router row reads little else: it is the first choice of the one and no choice of the
+    other. The other rows are as large as it takes for choices to be clear.
+    """
+    from moe_llm.model.init import build_model
+
+    state = build_model(shape.config, seed).state_dict()
+    generator = torch.Generator().manual_seed(seed)
+    embedding = state["model.embed_tokens.weight"]
+    if shape.share:
+        embedding[:, 0] = -8 * embedding.std()
+        embedding[: round(shape.share * shape.vocabulary), 0] *= -1
+    for name, tensor in state.items():
+        if name.endswith("gate.weight"):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 2 * shape.hidden**-0.5)
+            if shape.share:
+                tensor[:, 0] = 0
+                tensor[0] = 0
+                tensor[0, 0] = 4.0
+        elif shape.share and name.endswith(("o_proj.weight", "down_proj")):
+            tensor[..., 0, :] = 0
+    return state
+
+
+def batches(shape: Shape, count: int, seed: int = 1) -> list[Tensor]:
+    """Token ids; every batch routes differently, so that no shape of a product repeats by accident."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(shape.vocabulary, (shape.batch, shape.length), generator=generator) for _ in range(count)]
+
+
+class Ours(nn.Module):
+    """This package's decoder, as the training loop calls it."""
+
+    def __init__(self, shape: Shape, state: dict[str, Tensor], dtype: torch.dtype):
+        super().__init__()
+        with torch.device("meta"):
+            self.model = MoEDecoder(shape.config)
+        self.model.to_empty(device="cpu").to(dtype)
+        self.model.load_state_dict(state)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(ids, labels=ids, return_logits=False).loss
+
+    @torch.no_grad()
+    def counts(self, ids: Tensor) -> list[list[int]]:
+        """Tokens of each expert in each layer."""
+        return self.model(ids, return_logits=False).routing.tokens_per_expert_E.int().tolist()
+
+
+class Transformers(nn.Module):
+    """transformers' Mixtral, attention by torch's fused kernels, experts by one of its implementations."""
+
+    def __init__(self, shape: Shape, state: dict[str, Tensor], dtype: torch.dtype, experts: str):
+        super().__init__()
+        from transformers import MixtralConfig, MixtralForCausalLM
+
+        config = shape.config
+        names = (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "num_local_experts", "num_experts_per_tok", "max_position_embeddings",
+            "rms_norm_eps", "router_aux_loss_coef", "tie_word_embeddings",
+        )
+        theirs = MixtralConfig(
+            **{name: getattr(config, name) for name in names},
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            output_router_logits=True, use_cache=False, attn_implementation="sdpa", experts_implementation=experts,
+            sliding_window=None,
+        )
+        self.model = MixtralForCausalLM(theirs).to(dtype)
+        self.model.load_state_dict(state)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids, labels=ids).loss
+
+
+def contender(name: str, shape: Shape, state: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    """`ours` or `transformers:IMPLEMENTATION`."""
+    if name == "ours":
+        return Ours(shape, state, dtype)
+    return Transformers(shape, state, dtype, name.removeprefix("transformers:"))
+
+
+def contender_names(shape: Shape, memory_bytes: float = 4e9) -> list[str]:
+    """Ours, and transformers with each of its implementations that the shape leaves room for."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    names = ["eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
+    copied = shape.tokens * shape.top_k * 3 * shape.hidden * shape.width * 4.0
+    if copied > memory_bytes and _COPIES_WEIGHTS in names:
+        names.remove(_COPIES_WEIGHTS)
+    return ["ours", *(f"transformers:{name}" for name in dict.fromkeys(names))]

@@ -1,0 +1,320 @@
+"""Time the training step of this package against transformers', on the same weights and the same batches.
+
+    python scripts/benchmarks/step.py [--suites main skew tokens experts lengths memory] [--dtype bf16 fp32]
+                                      [--threads 2] [--rounds 9] [--optimizer] [--out scripts/benchmarks/results]
+
+Contenders take turns within one process, so that a busy machine slows all of them alike: read the ratios, not the
+times. Every batch is new, and routes differently: kernels that are compiled for a shape pay for it as in training.
+The step's bare matrix products are timed alone, at their own shapes, in the same run, and so is a plain product of
+2048 x 2048. A contender whose loss or gradients differ from those of transformers' plain loop in fp32 by more than
+transformers' own rounding explains is reported and not timed. Peak memory is that of a process of its own.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from datetime import date
+from pathlib import Path
+
+import torch
+from contenders import Shape, batches, contender, contender_names, weights
+
+from moe_llm.bench.products import measure_products, peak_rate, step_products, synchronize
+
+MAIN = Shape(batch=4, length=512)
+QUICKSTART = Shape(16, 256, hidden=256, width=448, vocabulary=4096)
+MIXTRAL_LAYER = Shape(1, 512, hidden=4096, width=14336, layers=1, heads=32, kv_heads=8, vocabulary=32000)
+FINE_GRAINED = Shape(4, 512, width=256, experts=64, top_k=6)
+SUITES: dict[str, dict[str, Shape]] = {
+    "main": {"main": MAIN, "quickstart": QUICKSTART, "fine-grained": FINE_GRAINED},
+    "mixtral": {"one layer of Mixtral 8x7B": MIXTRAL_LAYER},
+    "lengths": {f"1 x {length}": replace(MAIN, batch=1, length=length) for length in (512, 1024, 2048, 4096, 8192)},
+    "skew": {"balanced": MAIN, "60% of tokens to one expert": replace(MAIN, share=0.6)},
+    "tokens": {f"{n} tokens": replace(MAIN, batch=n // 512) for n in (1024, 2048, 4096, 8192, 16384)},
+    # as many parameters in each, and as many active: experts cut in halves, twice as many chosen
+    "experts": {f"{8 * n} experts": replace(MAIN, experts=8 * n, top_k=2 * n, width=1792 // n) for n in (1, 2, 4, 8)},
+}
+MEMORY = {f"4 x {length}": replace(MAIN, length=length) for length in (512, 4096)}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Gradients against fp32's. In bf16 the bound is a multiple of what transformers' plain loop itself has.
+FP32_TOLERANCE, BF16_MULTIPLE = 1e-4, 1.5
+
+
+def gradient_vector(model, ids) -> tuple[float, torch.Tensor]:
+    """(loss, all gradients of one step as one fp32 vector in the order of their names)."""
+    model.zero_grad(set_to_none=True)
+    loss = model(ids)
+    loss.backward()
+    named = sorted(model.model.named_parameters())
+    vector = torch.cat([parameter.grad.float().flatten() for _, parameter in named])
+    model.zero_grad(set_to_none=True)
+    return loss.item(), vector
+
+
+def departures(models, shape, state, ids) -> dict[str, float]:
+    """Relative distance of each model's gradients (or its loss, if that is larger) from the fp32 plain loop's."""
+    golden = contender("transformers:eager", shape, state, torch.float32)
+    loss, vector = gradient_vector(golden, ids)
+    del golden
+    found = {}
+    for name, model in models.items():
+        own_loss, own = gradient_vector(model, ids)
+        found[name] = max(abs(own_loss - loss) / abs(loss), ((own - vector).norm() / vector.norm()).item())
+    return found
+
+
+def admitted(found: dict[str, float], dtype: str) -> float:
+    """The largest departure with which a contender is timed."""
+    return FP32_TOLERANCE if dtype == "fp32" else BF16_MULTIPLE * found["transformers:eager"]
+
+
+def timed_step(model, ids, optimizer) -> float:
+    device = ids.device
+    synchronize(device)
+    start = time.perf_counter()
+    model(ids).backward()
+    if optimizer is not None:
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def compare(name: str, shape: Shape, dtype: str, arguments) -> dict:
+    """Median step times of all contenders at one shape, with what they are to be held against."""
+    kind, device = DTYPES[dtype], torch.device("cpu")
+    state = weights(shape)
+    ids = batches(shape, arguments.rounds + 2)
+    chosen = [n for n in contender_names(shape) if n in arguments.only or not arguments.only]
+    models, failures = build_all([*dict.fromkeys([*chosen, "transformers:eager"])], shape, state, kind, ids[0])
+    found = departures(models, shape, state, ids[0])
+    bound = admitted(found, dtype)
+    refused = {n: f"differs by {d:.1e}, above {bound:.1e}: not timed" for n, d in found.items() if d > bound}
+    models = {n: m for n, m in models.items() if n not in refused and n in chosen}
+    optimizers = {
+        n: torch.optim.AdamW(m.parameters(), lr=1e-5, fused=True) if arguments.optimizer else None
+        for n, m in models.items()
+    }
+    seconds: dict[str, list[float]] = {n: [] for n in models}
+    for round_, batch in enumerate(ids):
+        order = list(models) if round_ % 2 else list(reversed(models))
+        for n in order:
+            elapsed = timed_step(models[n], batch, optimizers[n])
+            if round_ >= 2:
+                seconds[n].append(elapsed)
+    counts = models["ours"].counts(ids[0]) if "ours" in models else even_counts(shape)
+    limit = measure_products(step_products(shape.config, shape.batch, shape.length, counts), kind, device)
+    flops = sum(part.flops for part in limit.values())
+    bare = sum(part.seconds for part in limit.values())
+    result = {
+        "name": name, "dtype": dtype, "shape": asdict(shape), "flops": flops, "busiest_expert": busiest(counts, shape),
+        "bare_products": {"seconds": bare, "flops_per_second": flops / bare,
+                          "parts": {p: v.seconds for p, v in limit.items()}},
+        "peak_flops_per_second": peak_rate(kind, device), "failures": failures | refused, "contenders": {},
+    }
+    rivals = [n for n in seconds if n != "ours"]
+    best = min(rivals, key=lambda n: statistics.median(seconds[n])) if rivals else None
+    for n, samples in seconds.items():
+        median = statistics.median(samples)
+        result["contenders"][n] = {
+            "seconds": median, "quartiles": statistics.quantiles(samples, n=4), "departure": found[n],
+            "flops_per_second": flops / median, "share_of_bare_products": bare / median,
+            "tokens_per_second": shape.tokens / median,
+        }
+        if best is not None:
+            result["contenders"][n]["times_best_transformers"] = statistics.median(
+                theirs / own for theirs, own in zip(seconds[best], samples, strict=True)
+            )
+    del models, optimizers
+    gc.collect()
+    return result
+
+
+def build_all(names, shape, state, dtype, ids) -> tuple[dict, dict]:
+    """The contenders that run, and what the others said."""
+    models, failures = {}, {}
+    for name in names:
+        try:
+            model = contender(name, shape, state, dtype)
+            model(ids)
+            models[name] = model
+        except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
+            if name in ("ours", "transformers:eager"):
+                raise
+            failures[name] = f"does not run: {str(error).splitlines()[0][:120]}"
+    return models, failures
+
+
+def even_counts(shape: Shape) -> list[list[int]]:
+    rows = shape.tokens * shape.top_k // shape.experts
+    return [[rows] * shape.experts] * shape.layers
+
+
+def busiest(counts: list[list[int]], shape: Shape) -> float:
+    """The largest share of the tokens that one expert got, in any layer."""
+    return max(max(layer) for layer in counts) / shape.tokens
+
+
+def peak_memory(name: str, shape: Shape, dtype: str, threads: int, optimizer: bool) -> dict:
+    """Bytes that a process of its own took at most for `name`'s steps, beyond what it had before the model."""
+    arguments = json.dumps({"name": name, "shape": asdict(shape), "dtype": dtype, "threads": threads,
+                            "optimizer": optimizer})
+    done = subprocess.run(
+        [sys.executable, __file__, "--measure-memory", arguments], capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_memory(arguments: str) -> None:
+    """In the process of its own: peak resident memory over three steps, and what the model and its gradients take."""
+    given = json.loads(arguments)
+    torch.set_num_threads(given["threads"])
+    shape, dtype = Shape(**given["shape"]), DTYPES[given["dtype"]]
+    import transformers  # noqa: F401 - so that both contenders have paid for it
+
+    state = weights(shape)
+    model = contender(given["name"], shape, state, dtype)
+    del state
+    gc.collect()
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    before = resident() - parameters
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True) if given["optimizer"] else None
+    Path("/proc/self/clear_refs").write_text("5")
+    for ids in batches(shape, 3):
+        timed_step(model, ids, optimizer)
+    print(json.dumps({"peak": resident("VmHWM") - before, "parameters": parameters}))
+
+
+def resident(field: str = "VmRSS") -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith(field)).split()[1])
+
+
+def memory_suite(arguments, dtype: str) -> list[dict]:
+    rows = []
+    names = [n for n in ("ours", "transformers:grouped_mm", "transformers:eager") if n in arguments.only
+             or not arguments.only]
+    for name, shape in MEMORY.items():
+        row = {"name": f"memory {name}", "dtype": dtype, "shape": asdict(shape), "peak_bytes": {}}
+        for contender_name in names:
+            row["peak_bytes"][contender_name] = peak_memory(
+                contender_name, shape, dtype, arguments.threads, arguments.optimizer
+            )
+        rivals = [v["peak"] for n, v in row["peak_bytes"].items() if n != "ours"]
+        if rivals and "ours" in row["peak_bytes"]:
+            row["ours_to_best_transformers"] = row["peak_bytes"]["ours"]["peak"] / min(rivals)
+        rows.append(row)
+    return rows
+
+
+def show(result: dict) -> None:
+    if "peak_bytes" in result:
+        print(f"{result['name']}, {result['dtype']}")
+        for name, value in result["peak_bytes"].items():
+            print(f"  {name:28} {value['peak'] / 2**20:8.0f} MiB, of which parameters "
+                  f"{value['parameters'] / 2**20:.0f}")
+        if "ours_to_best_transformers" in result:
+            print(f"  ours / transformers' least    {result['ours_to_best_transformers']:.2f}")
+        return
+    bare = result["bare_products"]
+    print(
+        f"{result['name']}, {result['dtype']}: {result['flops'] / 1e9:.0f} GFLOP a step; its bare products alone "
+        f"{bare['seconds'] * 1e3:.0f} ms, {bare['flops_per_second'] / 1e9:.0f} GFLOP/s; 2048 x 2048 "
+        f"{result['peak_flops_per_second'] / 1e9:.0f}; busiest expert {result['busiest_expert']:.0%} of tokens"
+    )
+    for name, row in sorted(result["contenders"].items(), key=lambda item: item[1]["seconds"]):
+        ratio = row.get("times_best_transformers")
+        print(
+            f"  {name:28} {row['seconds'] * 1e3:9.1f} ms {row['flops_per_second'] / 1e9:7.0f} GFLOP/s  "
+            f"products {row['share_of_bare_products']:4.0%}  {row['tokens_per_second']:8.0f} tokens/s"
+            + ("" if ratio is None else f"  {ratio:5.2f}x")
+        )
+    for name, why in result["failures"].items():
+        print(f"  {name:28} {why}")
+
+
+def environment(arguments) -> dict:
+    import platform
+
+    import transformers
+
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = next((line.split(":")[1].strip() for line in flags.splitlines() if line.startswith("model name")), "")
+    return {
+        "date": date.today().isoformat(), "command": " ".join(["python", *sys.argv]),
+        "cpu": model or platform.machine(),
+        "amx": "amx_bf16" in flags, "threads": arguments.threads, "python": platform.python_version(),
+        "torch": torch.__version__, "transformers": transformers.__version__, "optimizer": arguments.optimizer,
+    }
+
+
+def write(results: list[dict], about: dict, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    stem = out / f"step-{about['date']}-{'-'.join(dict.fromkeys(r['dtype'] for r in results))}"
+    stem.with_suffix(".json").write_text(json.dumps({"environment": about, "results": results}, indent=1) + "\n")
+    plot([r for r in results if "contenders" in r], stem.with_suffix(".png"))
+    print(f"written: {stem}.json, {stem}.png")
+
+
+def plot(results: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    if not results:
+        return
+    figure, axis = pyplot.subplots(figsize=(9, 0.5 + 0.7 * len(results)))
+    labels = [f"{r['name']}, {r['dtype']}" for r in results]
+    series = {"ours": [], "transformers' best": [], "bare products": []}
+    for r in results:
+        rates = {n: c["flops_per_second"] / 1e9 for n, c in r["contenders"].items()}
+        series["ours"].append(rates.get("ours", 0))
+        series["transformers' best"].append(max((v for n, v in rates.items() if n != "ours"), default=0))
+        series["bare products"].append(r["bare_products"]["flops_per_second"] / 1e9)
+    for offset, (name, values) in enumerate(series.items()):
+        axis.barh([i + 0.27 * (offset - 1) for i in range(len(labels))], values, 0.25, label=name)
+    axis.set_yticks(range(len(labels)), labels)
+    axis.invert_yaxis()
+    axis.set_xlabel("GFLOP/s")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suites", nargs="+", choices=[*SUITES, "memory"], default=["main", "skew", "tokens",
+                        "experts", "memory"])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", nargs="+", default=[], help="contenders, such as ours transformers:grouped_mm")
+    parser.add_argument("--optimizer", action="store_true", help="with the update, by AdamW")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--measure-memory", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure_memory:
+        return measure_memory(arguments.measure_memory)
+    torch.set_num_threads(arguments.threads)
+    about, results = environment(arguments), []
+    print(", ".join(f"{key} {value}" for key, value in about.items() if key != "command"))
+    for dtype in arguments.dtype:
+        for suite in arguments.suites:
+            rows = memory_suite(arguments, dtype) if suite == "memory" else [
+                compare(name, shape, dtype, arguments) for name, shape in SUITES[suite].items()
+            ]
+            for row in rows:
+                row["suite"] = suite
+                show(row)
+            results += rows
+    write(results, about, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
