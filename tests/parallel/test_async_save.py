@@ -16,7 +16,7 @@ from moe_llm.config import dump_config
 from moe_llm.parallel.runtime import start
 from moe_llm.parallel.side_group import SideGroup
 from moe_llm.train.loop import model_inputs
-from moe_llm.train.loss import micro_batch_loss
+from moe_llm.train.loss import StepLoss
 from moe_llm.train.optim import learning_rate
 from moe_llm.train.run import build_trained
 
@@ -54,9 +54,8 @@ def train_beside_a_save(cfg, root: Path) -> tuple[list[str], bool]:
 
     def step(number: int) -> None:
         batch = rows(number, runtime.rank * 2, 2)
-        targets = runtime.sum((batch.labels_BS != -100).sum().float()).item()
-        losses, _ = micro_batch_loss(engine.forward(**model_inputs(batch)), cfg.model, runtime, targets, 1)
-        engine.backward(losses.total, last=True)
+        step_loss = StepLoss(cfg.model, runtime, [batch])
+        engine.backward(step_loss(engine.forward(**model_inputs(batch))).total, last=True)
         engine.step(learning_rate(cfg, number))
 
     def save(name: str, background: Background | None) -> Path:
