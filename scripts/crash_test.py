@@ -29,7 +29,9 @@ SAVE_EVERY = 3
 TOLERANCE = 1e-5
 EXACT = ("step", "tokens", "lr")
 COMPARED = ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm", "val_loss")
-PHASES = ("starting", "training", "writing a checkpoint", "publishing a checkpoint")
+WRITING, PUBLISHING = "writing a checkpoint", "publishing a checkpoint"
+PHASES = ("starting", "training", WRITING, PUBLISHING)
+ENOUGH = 20  # kills, for each phase to have met one
 
 
 @dataclass
@@ -88,6 +90,9 @@ def killed(work: Path, mode: str, steps: int, kills: int, seed: int, expected: l
     log, ended = start_and_kill(launch, work / f"{mode}.log", lambda _: False)
     outcome.problems += [f"last start: {problem}" for problem in check_start(log, ended, before, to_the_end=True)]
     compare(outcome, run_dir, expected)
+    if kills >= ENOUGH:
+        missed = [phase for phase in PHASES if not outcome.phases[phase]]
+        outcome.problems += [f"no kill came while {phase}: take another seed" for phase in missed]
     outcome.seconds = time.monotonic() - start
     return outcome
 
@@ -95,26 +100,29 @@ def killed(work: Path, mode: str, steps: int, kills: int, seed: int, expected: l
 def draw_moment(draw: random.Random, number: int, run_dir: Path, log: Path) -> tuple[str, Callable[[float], bool]]:
     """What to wait for, in words and as a condition on the seconds since the start.
 
-    Every fifth kill comes at any time of the start; the others some steps after it: half of them a moment later,
-    half of them a moment after a directory for a new checkpoint has appeared.
+    Of five kills one comes at any time of the start. The others come some steps after it: a moment after a step,
+    at once or a moment after a directory for a new checkpoint has appeared, and while one is being published.
     """
     drawn = time.time()
     if number % 5 == 1:
         seconds = draw.uniform(0.5, 12)
         return f"{seconds:.1f} s after the start", lambda elapsed: elapsed > seconds
     goal = resumed_step(run_dir) + draw.randint(1, STEPS_A_KILL - SAVE_EVERY - 1)
-    if number % 2:
-        saving, what, later = False, f"step {goal}", draw.uniform(0, 0.1)
-    else:
-        saving, what, later = True, f"the save after step {goal}", draw.choice((0, 1)) * draw.uniform(0, 0.08)
+    phases, what, later = [
+        ((WRITING, PUBLISHING), f"step {goal} a save begins", draw.uniform(0, 0.08)),
+        (),  # above
+        ((WRITING, PUBLISHING), f"step {goal} a save begins", 0.0),
+        (PHASES, f"step {goal}", draw.uniform(0, 0.1)),
+        ((PUBLISHING,), f"step {goal} a save is published", draw.uniform(0, 0.005)),
+    ][number % 5]
     since: list[float] = []
 
     def when(elapsed: float) -> bool:
-        if not since and last_step(log.read_text()) >= goal and (not saving or unfinished(run_dir, drawn)):
+        if not since and last_step(log.read_text()) >= goal and disk_phase(run_dir, drawn) in phases:
             since.append(elapsed)
         return bool(since) and elapsed - since[0] >= later
 
-    return f"{1000 * later:.0f} ms after {what}", when
+    return f"{what}, and {1000 * later:.0f} ms", when
 
 
 def start_and_kill(launch: list[str], log: Path, when: Callable[[float], bool]) -> tuple[str, int | None]:
@@ -169,12 +177,14 @@ def check_start(log: str, ended: int | None, before: str | None, to_the_end: boo
 
 def phase_of(run_dir: Path, log: str, started: float) -> str:
     """What the run was doing, by what it has left behind."""
-    if not last_step(log):
-        return "starting"
-    left = unfinished(run_dir, started)
+    return disk_phase(run_dir, started) if last_step(log) else "starting"
+
+
+def disk_phase(run_dir: Path, since: float) -> str:
+    left = unfinished(run_dir, since)
     if any(not path.name.startswith(".tmp-step-") or (path / "trainer/manifest.json").exists() for path in left):
-        return "publishing a checkpoint"
-    return "writing a checkpoint" if left else "training"
+        return PUBLISHING
+    return WRITING if left else "training"
 
 
 def unfinished(run_dir: Path, since: float) -> list[Path]:

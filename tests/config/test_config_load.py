@@ -215,7 +215,7 @@ def _refused(key: str) -> str:
         (["checkpoint.max_shard_size=0GB"], ["checkpoint.max_shard_size=0GB", "5GB"]),
         (["run.dir=2024"], ["run.dir=2024", "quotes"]),
         (["run.dir=''"], ['run.dir=""', "at least 1 character"]),
-        (["checkpoint=5"], ["checkpoint=5", "every_steps, keep_last"]),
+        (["checkpoint=5"], ["checkpoint=5", "every_steps, async, keep_last"]),
         (["model="], ["model=null", "hidden_size"]),
         (["data.sources=[3]"], ["data.sources.0=3", "type, path"]),
         (["data.sources=x"], ["data.sources=x", "list"]),
