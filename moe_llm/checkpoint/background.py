@@ -25,15 +25,18 @@ class Background:
     copy: what the work writes; to be changed only while there is no work.
     """
 
-    def __init__(self, ranks: Ranks, report: Callable[[str], None]):
+    def __init__(
+        self, ranks: Ranks, report: Callable[[str], None], alive: Callable[[str], None] = lambda phase: None
+    ):
         """
         Args:
             ranks: for the work's own exchanges; nothing else may use it while work is going on.
             report: takes one sentence; called on rank 0 alone.
+            alive: told, while `wait` waits, whenever more of the copy has been written.
         """
         self.ranks = ranks
         self.copy = HostCopy()
-        self._report = report
+        self._report, self._alive = report, alive
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -45,9 +48,14 @@ class Background:
 
     def wait(self) -> None:
         """Until there is no work; raises its failure, once."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        given = -1
+        while self._thread is not None:
+            self._thread.join(timeout=1.0)
+            if not self._thread.is_alive():
+                self._thread = None
+            elif self.copy.given != given:
+                given = self.copy.given
+                self._alive("waiting for the save in the background")
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure

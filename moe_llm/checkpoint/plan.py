@@ -121,10 +121,13 @@ class HostCopy:
 
     The memory is kept from one save to the next: to be given new pages takes longer than to fill old ones, and the
     next copy has the same shapes.
+
+    given: tensors that have been asked for so far, over all saves: whoever waits can see that it goes on.
     """
 
     def __init__(self):
         self._tensors: dict[tuple[str, str], torch.Tensor] = {}
+        self.given = 0
 
     def take(self, tensors: Iterable[Named], dtype: torch.dtype) -> None:
         """Copy what `stream` gives; `dtype` is the weights'. Returns when nothing of the engine is needed any more.
@@ -150,7 +153,9 @@ class HostCopy:
         return buffer
 
     def __iter__(self) -> Iterator[Named]:
-        return ((stem, name, tensor) for (stem, name), tensor in self._tensors.items())
+        for (stem, name), tensor in self._tensors.items():
+            self.given += 1
+            yield stem, name, tensor
 
 
 class ShardSet:

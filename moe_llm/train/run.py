@@ -93,7 +93,7 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
     )
     watchdog = Watchdog(runtime, config.train.hang_timeout_seconds)
     saved: list[Path] = []
-    background = Background(SideGroup(runtime), _complain) if config.checkpoint.async_ else None
+    background = Background(SideGroup(runtime), _complain, watchdog.alive) if config.checkpoint.async_ else None
 
     def save(at: Position) -> None:
         saved.append(save_checkpoint(

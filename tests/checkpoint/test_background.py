@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+import time
 
 import pytest
 import torch
@@ -261,3 +262,19 @@ def test_an_interrupt_waits_for_nothing(tmp_path, disk):
     assert find_resumable(tmp_path, report=unheard) is None
     disk.goes.set()
     background.wait()
+
+
+def test_waiting_shows_that_the_save_goes_on(tmp_path, monkeypatch):
+    """Whoever watches over hangs must not end a run that waits for a slow disk."""
+    told = []
+    background = Background(ALONE, unheard, told.append)
+    background.copy._tensors = {("model", str(i)): torch.zeros(1) for i in range(3)}
+
+    def slowly():
+        for _ in background.copy:
+            time.sleep(1.2)
+
+    background.start(slowly)
+    background.wait()
+    assert len(told) >= 2
+    assert background.copy.given == 3
