@@ -178,7 +178,8 @@ def _fill_optimizer_state(
 ) -> None:
     for parameter in parameters if kinds else ():
         state = optimizer.state[parameter]
-        state["step"] = torch.tensor(float(steps))
+        # a fused optimizer counts on the device
+        state["step"] = torch.tensor(float(steps), device=parameter.device)
         for kind in kinds:
             state[kind] = torch.zeros_like(parameter)
 

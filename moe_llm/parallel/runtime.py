@@ -74,6 +74,22 @@ def _longest_wait(config: Config) -> timedelta:
     return max(timedelta(hours=2), timedelta(seconds=2 * (config.train.hang_timeout_seconds or 0)))
 
 
+def _meet_again(backend: str, config: Config) -> None:
+    """Join the process group after a restart of all ranks by the launcher, under names of this attempt's own.
+
+    accelerate's launcher keeps one store over restarts, with the addresses of the ranks that are gone still in it:
+    who reads one of these before it is overwritten waits for the dead, or is refused. accelerate and DeepSpeed take
+    the group that they find.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, world_size_from_environment(), is_master=False)
+    attempt = dist.PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(
+        backend, store=attempt, rank=rank_from_environment(), world_size=world_size_from_environment(),
+        timeout=_longest_wait(config),
+    )
+
+
 def start(config: Config) -> Runtime:
     """Join the process group that the launcher describes, or stay alone.
 
@@ -97,7 +113,10 @@ def start(config: Config) -> Runtime:
         prepare_environment(cpu, world_size)
         from accelerate.utils import InitProcessGroupKwargs
 
-        process_group = InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=_longest_wait(config))
+        backend = "gloo" if cpu else "nccl"
+        process_group = InitProcessGroupKwargs(backend=backend, timeout=_longest_wait(config))
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+            _meet_again(backend, config)
         accelerator = Accelerator(
             deepspeed_plugin=plugin(config, world_size),
             kwargs_handlers=[process_group],

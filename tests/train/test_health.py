@@ -12,7 +12,7 @@ from moe_llm.parallel.runtime import start
 from moe_llm.train.health import Health
 from moe_llm.train.loop import model_inputs
 from moe_llm.train.loss import StepLoss
-from moe_llm.train.run import build_trained
+from moe_llm.train.run import build_trained, restore
 
 LAYOUTS = ["1", "z1", "z2", "z3"]  # one process; two ranks that share the experts, by ZeRO stage
 TRAIN = {"max_steps": 100, "micro_batch_size": 2, "global_batch_size": 8, "device": "cpu"}
@@ -192,3 +192,37 @@ def test_leaving_a_batch_out_is_no_answer_to_bad_weights():
     with torch.no_grad():
         next(run.engine.model.parameters())[0, 0] = math.nan
     assert run.health.respond(bad_step(run)) == ("stop", "leaving out a batch does not mend weights")
+
+
+def gone_back(cfg, root: str) -> list[str]:
+    """What differs from the first time: the tensors after going back, and after one more step from there."""
+    from moe_llm.checkpoint.state import save_checkpoint
+    from moe_llm.config import dump_config
+
+    run = Steps(cfg)
+    run.backward(0)
+    run.engine.step(1e-2)
+    path = save_checkpoint(
+        root, run.engine, step=2, trainer_state={"step": 2, "samples": 16, "tokens": 192, "skipped": 1},
+        model_config=cfg.model, run_config_text=dump_config(cfg), tokenizer=None, dtype="fp32",
+    )
+    saved = run.state()
+    norms, states = [], []
+    for _ in range(2):
+        run.backward(1)
+        norms.append(run.engine.step(1e-2))
+        states.append(run.state())
+        run.backward(2)
+        run.engine.discard()
+        position = restore(run.engine, path, hashes=True)
+        assert (position.step, position.updates) == (2, 1)
+        states.append(run.state())
+    assert norms[0] == norms[1]
+    pairs = [(saved, states[1]), (saved, states[3]), (states[0], states[2])]
+    return [name for before, after in pairs for name, tensor in before.items() if not torch.equal(tensor, after[name])]
+
+
+@pytest.mark.parametrize(("layout", "precision"), [("1", "bf16"), ("z1", "bf16"), ("z2", "fp32"), ("z3", "bf16")])
+def test_going_back_in_the_process_restores_every_bit(request, tmp_path, layout, precision):
+    for differing in on_ranks(request, layout, gone_back, cfg_of(layout, precision), str(tmp_path)):
+        assert differing == []

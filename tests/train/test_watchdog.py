@@ -148,4 +148,4 @@ def test_a_stopped_rank_is_named_and_ended_and_a_restart_goes_on_by_itself(tmp_p
 
 @pytest.mark.grid
 def test_a_killed_rank_ends_the_other_and_a_restart_goes_on_by_itself(tmp_path):
-    assert "Signal 9 (SIGKILL)" in ended_and_restarted(tmp_path, signal.SIGKILL)
+    assert "(exitcode: -9) local_rank: 1" in ended_and_restarted(tmp_path, signal.SIGKILL)
