@@ -61,9 +61,10 @@ def assert_same(found, expected):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("scope", ["global", "sequence"])
 @pytest.mark.parametrize("split", SPLITS[1:], ids=str)
-def test_any_split_over_ranks_is_the_same_number_and_gradient(split):
-    assert_same(step_of(split), step_of([ROWS]))
+def test_any_split_over_ranks_is_the_same_number_and_gradient(split, scope):
+    assert_same(step_of(split, scope=scope), step_of([ROWS], scope=scope))
 
 
 @pytest.mark.parametrize("split", [[1, 2], [1, 1, 1]], ids=str)

@@ -68,16 +68,17 @@ def test_damage_elsewhere_is_not_passed_over(metrics):
 
 
 def test_routing_metrics_by_hand():
-    statistics = RoutingStatistics(
+    zeros = RoutingStatistics(*(torch.zeros(2) for _ in RoutingStatistics._fields))
+    statistics = zeros._replace(
         tokens_per_expert_E=torch.tensor([[3.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]),
-        probability_sum_E=torch.zeros(2, 4), z_sum=torch.zeros(2), entropy_sum=torch.tensor([1.0, 2.0]),
-        num_tokens=torch.tensor([2.0, 2.0]),
+        entropy_sum=torch.tensor([1.0, 2.0]), num_tokens=torch.tensor([2.0, 2.0]), dropped=torch.tensor([1.0, 0.0]),
     )  # fmt: skip
     found = routing_metrics(statistics)
     assert found["tokens_per_expert"] == [[3, 1, 0, 0], [1, 1, 1, 1]]
     assert found["load_cv"] == pytest.approx([1.5**0.5, 0.0])
     assert found["router_entropy"] == [0.5, 1.0]
     assert found["dead_experts"] == [[2, 3], []]
+    assert found["dropped_share"] == [0.25, 0.0]
     json.dumps(found)
 
 

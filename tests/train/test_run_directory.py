@@ -63,9 +63,11 @@ def test_records_have_the_documented_keys(finished_run):
 def test_routing_records_describe_every_layer(finished_run):
     for record in runs.records(finished_run):
         moe = record["moe"]
-        assert set(moe) == {"tokens_per_expert", "load_cv", "router_entropy", "dead_experts"}
+        keys = ["tokens_per_expert", "load_cv", "router_entropy", "dead_experts", "dropped_share"]
+        assert sorted(moe) == sorted(keys)
         assert {len(values) for values in moe.values()} == {2}
-        for counts, cv, entropy, dead in zip(*moe.values()):
+        for counts, cv, entropy, dead, dropped in zip(*(moe[key] for key in keys)):
+            assert dropped == 0
             assert len(counts) == 4
             # two experts for each of the step's tokens; the source's last block has padding, which does not count
             assert 2 * (128 - 32) < sum(counts) <= 2 * 128
