@@ -13,24 +13,19 @@ from moe_llm.checkpoint.ranks import is_disk_full, together
 from moe_llm.checkpoint.resume import check_same_run, find_resumable
 from moe_llm.checkpoint.state import check_space, load_checkpoint, read_trainer_state, save_checkpoint
 from moe_llm.config import Config, dump_config
-from moe_llm.data.loader import Data, TrainLoader, load_data
+from moe_llm.data.loader import TrainLoader, load_data
 from moe_llm.data.sources import check_sources
 from moe_llm.data.tokenizer import build_tokenizer, check_vocab, resolve_vocab
 from moe_llm.errors import UserError
 from moe_llm.model.init import build_model
 from moe_llm.parallel.engine import Engine, build_engine, shard_experts
-from moe_llm.parallel.runtime import (
-    Runtime,
-    rank_from_environment,
-    start,
-    world_size_from_environment,
-)
+from moe_llm.parallel.runtime import Runtime, rank_from_environment, start, world_size_from_environment
 from moe_llm.parallel.side_group import SideGroup
-from moe_llm.train.console import Console
 from moe_llm.train.evaluate import validation_loss
 from moe_llm.train.loop import Callbacks, Position, train_loop
-from moe_llm.train.metrics import MetricsFile, Wandb, read_metrics
+from moe_llm.train.metrics import read_metrics
 from moe_llm.train.optim import build_optimizer, optimizer_kinds, parameter_groups
+from moe_llm.train.reporter import Reporter, announce, farewell
 from moe_llm.train.signals import StoppedEarly, StopRequest
 from moe_llm.train.watchdog import Telling, Watchdog
 
@@ -56,7 +51,7 @@ def train(config: Config) -> None:
             finally:
                 runtime.close()
             if runtime.is_main:  # the other ranks may leave: nothing from here on is computed together
-                _farewell(config, run_dir, checkpoint, finished)
+                farewell(config, run_dir, checkpoint, finished)
     except StoppedEarly:
         if rank_from_environment() == 0:
             print("stopped before training, so nothing was saved: run the same command again to start")
@@ -86,7 +81,7 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
         _write_config(config, run_dir)
 
     reporter = Reporter(config, run_dir, runtime, position)
-    _announce(reporter, config, engine, data, source, position)
+    announce(reporter, config, engine, data, source, position)
     loader = TrainLoader(
         data.train, position=position.samples, global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size, rank=runtime.rank, world_size=runtime.world_size,
@@ -99,8 +94,7 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
         saved.append(save_checkpoint(
             run_dir / "checkpoints", Telling(engine, watchdog.alive), step=at.step, trainer_state=vars(at),
             model_config=config.model, run_config_text=dump_config(config), tokenizer=tokenizer,
-            keep_last=config.checkpoint.keep_last, **storage,
-            background=background,
+            keep_last=config.checkpoint.keep_last, background=background, **storage,
         ))
 
     def rollback() -> Position | None:
@@ -171,8 +165,6 @@ def _check_run_dir(run_dir: Path, config: Config) -> None:
     held = run_dir / "config.yaml"
     if held.exists():
         check_same_run(held.read_text(encoding="utf-8"), config)
-
-
     metrics = run_dir / "metrics.jsonl"
     if metrics.exists():
         read_metrics(metrics)
@@ -194,9 +186,7 @@ def _resume_source(config: Config, run_dir: Path, runtime: Runtime) -> Path | No
     """The checkpoint to start from, if any, every file of it compared with its hash. Collective."""
     resume = config.checkpoint.resume
     if resume == "auto":
-        return find_resumable(
-            run_dir / "checkpoints", report=_complain, ranks=runtime
-        )
+        return find_resumable(run_dir / "checkpoints", report=_complain, ranks=runtime)
     if resume == "never":
         return None
     verify(Path(resume), runtime)
@@ -213,83 +203,3 @@ def _write_config(config: Config, run_dir: Path) -> None:
 
 def _complain(sentence: str) -> None:
     print(sentence, file=sys.stderr)
-
-
-class Reporter:
-    """Where records go: metrics.jsonl, wandb, the console. Silent on ranks other than the main one."""
-
-    def __init__(self, config: Config, run_dir: Path, runtime: Runtime, position: Position):
-        self._config, self._sinks, self._console = config, [], None
-        if runtime.is_main:
-            self._sinks.append(MetricsFile(run_dir / "metrics.jsonl", position.step))
-            if config.logging.wandb != "off":
-                self._sinks.append(Wandb(config, run_dir))
-            self._console = Console(config, position.step)
-
-    def record(self, record: dict) -> None:
-        for sink in self._sinks:
-            sink.write(record)
-        if self._console is not None:
-            tokens_left = (self._config.max_steps - record["step"]) * self._config.tokens_per_step
-            self._console.update(record, tokens_left / record["tokens_per_second"])
-
-    def rewind(self, step: int) -> None:
-        """The run has gone back to a step."""
-        for sink in self._sinks:
-            sink.rewind(step)
-
-    def say(self, sentence: str) -> None:
-        if self._console is not None:
-            self._console.say(sentence)
-
-    def close(self) -> None:
-        if self._console is not None:
-            self._console.close()
-        for sink in self._sinks:
-            sink.close()
-
-
-def _announce(
-    reporter: Reporter, config: Config, engine: Engine, data: Data, source: Path | None, position: Position
-) -> None:
-    parallel, world = config.parallel, engine.world_size
-    layout = f"{world} rank{'s' if world > 1 else ''}"
-    if world > 1:
-        layout += f" (expert parallel {parallel.expert_parallel_size}, ZeRO-{parallel.zero_stage})"
-    training = sum(part.tokens for part in data.statistics if part.split == "train")
-    reporter.say(
-        f"{config.model.num_params():,} parameters, {config.model.num_params(active=True):,} active · {layout} · "
-        f"{config.train.precision} · {config.tokens_per_step:,} tokens a step · "
-        f"{training:,} training tokens"
-    )
-    if source is not None:
-        reporter.say(f"resuming from {source} at step {position.step}")
-
-
-def _farewell(config: Config, run_dir: Path, checkpoint: Path | None, finished: bool) -> None:
-    """Last words: how to go on, or what came out."""
-    if not finished:
-        again = "the same command again"
-        if config.checkpoint.resume != "auto":  # it would not look at what has been saved now
-            again += " with checkpoint.resume=auto"
-        print(f"stopped and saved: run {again} to go on from {checkpoint}")
-        return
-    from moe_llm.train.plots import plot_run
-
-    plots = plot_run(run_dir)
-    if checkpoint is None:
-        return
-    measured = [r for r in read_metrics(run_dir / "metrics.jsonl") if "val_loss" in r]
-    if measured:
-        values = [f"{r['val_loss']:.4f} at step {r['step']}" for r in (measured[0], measured[-1])]
-        told = ", ".join(dict.fromkeys(values))  # once, if it was measured once
-        print(f"validation loss {told}: {measured[-1]['val_bits_per_byte']:.4f} bits per byte")
-    print("plots: " + " ".join(str(p) for p in plots))
-    if config.evaluate.sample_prompt is not None:
-        from moe_llm.train.generate import generate
-
-        print(f"--- a sample, from {config.evaluate.sample_prompt!r} ---")
-        print(generate(checkpoint, config.evaluate.sample_prompt, max_new_tokens=config.evaluate.sample_tokens,
-                       seed=config.run.seed))
-        print("---")
-    print(f"checkpoint: {checkpoint}")

@@ -1,0 +1,92 @@
+"""What a run says and records: at its start, at each record, and at its end."""
+
+from pathlib import Path
+
+from moe_llm.config import Config
+from moe_llm.data.loader import Data
+from moe_llm.parallel.engine import Engine
+from moe_llm.parallel.runtime import Runtime
+from moe_llm.train.console import Console
+from moe_llm.train.loop import Position
+from moe_llm.train.metrics import MetricsFile, Wandb, read_metrics
+
+
+class Reporter:
+    """Where records go: metrics.jsonl, wandb, the console. Silent on ranks other than the main one."""
+
+    def __init__(self, config: Config, run_dir: Path, runtime: Runtime, position: Position):
+        self._config, self._sinks, self._console = config, [], None
+        if runtime.is_main:
+            self._sinks.append(MetricsFile(run_dir / "metrics.jsonl", position.step))
+            if config.logging.wandb != "off":
+                self._sinks.append(Wandb(config, run_dir))
+            self._console = Console(config, position.step)
+
+    def record(self, record: dict) -> None:
+        for sink in self._sinks:
+            sink.write(record)
+        if self._console is not None:
+            tokens_left = (self._config.max_steps - record["step"]) * self._config.tokens_per_step
+            self._console.update(record, tokens_left / record["tokens_per_second"])
+
+    def rewind(self, step: int) -> None:
+        """The run has gone back to a step."""
+        for sink in self._sinks:
+            sink.rewind(step)
+
+    def say(self, sentence: str) -> None:
+        if self._console is not None:
+            self._console.say(sentence)
+
+    def close(self) -> None:
+        if self._console is not None:
+            self._console.close()
+        for sink in self._sinks:
+            sink.close()
+
+
+def announce(
+    reporter: Reporter, config: Config, engine: Engine, data: Data, source: Path | None, position: Position
+) -> None:
+    """First words: how large the model is, in which layout, on how much text, and from where."""
+    parallel, world = config.parallel, engine.world_size
+    layout = f"{world} rank{'s' if world > 1 else ''}"
+    if world > 1:
+        layout += f" (expert parallel {parallel.expert_parallel_size}, ZeRO-{parallel.zero_stage})"
+    training = sum(part.tokens for part in data.statistics if part.split == "train")
+    reporter.say(
+        f"{config.model.num_params():,} parameters, {config.model.num_params(active=True):,} active · {layout} · "
+        f"{config.train.precision} · {config.tokens_per_step:,} tokens a step · "
+        f"{training:,} training tokens"
+    )
+    if source is not None:
+        reporter.say(f"resuming from {source} at step {position.step}")
+
+
+def farewell(config: Config, run_dir: Path, checkpoint: Path | None, finished: bool) -> None:
+    """Last words: how to go on, or what came out, with a sample from the checkpoint as transformers loads it."""
+    if not finished:
+        again = "the same command again"
+        if config.checkpoint.resume != "auto":  # it would not look at what has been saved now
+            again += " with checkpoint.resume=auto"
+        print(f"stopped and saved: run {again} to go on from {checkpoint}")
+        return
+    from moe_llm.train.plots import plot_run
+
+    plots = plot_run(run_dir)
+    if checkpoint is None:
+        return
+    measured = [r for r in read_metrics(run_dir / "metrics.jsonl") if "val_loss" in r]
+    if measured:
+        values = [f"{r['val_loss']:.4f} at step {r['step']}" for r in (measured[0], measured[-1])]
+        told = ", ".join(dict.fromkeys(values))  # once, if it was measured once
+        print(f"validation loss {told}: {measured[-1]['val_bits_per_byte']:.4f} bits per byte")
+    print("plots: " + " ".join(str(p) for p in plots))
+    if config.evaluate.sample_prompt is not None:
+        from moe_llm.train.generate import generate
+
+        print(f"--- a sample, from {config.evaluate.sample_prompt!r} ---")
+        print(generate(checkpoint, config.evaluate.sample_prompt, max_new_tokens=config.evaluate.sample_tokens,
+                       seed=config.run.seed))
+        print("---")
+    print(f"checkpoint: {checkpoint}")
