@@ -146,7 +146,7 @@ SPOILED = [
 ]
 
 
-@pytest.mark.parametrize(("file", "spoil", "words"), SPOILED, ids=str)
+@pytest.mark.parametrize(("file", "spoil", "words"), SPOILED)
 def test_resuming_from_a_spoiled_checkpoint(file, spoil, words, refused, held, make_config, tmp_path):
     spoil(held / "checkpoints/step-00000006" / file)
     resume = f"checkpoint.resume={held / 'checkpoints/step-00000006'}"
@@ -155,7 +155,7 @@ def test_resuming_from_a_spoiled_checkpoint(file, spoil, words, refused, held, m
     assert "step-00000006" in sentence
 
 
-@pytest.mark.parametrize(("file", "spoil", "words"), SPOILED[1:4], ids=str)
+@pytest.mark.parametrize(("file", "spoil", "words"), SPOILED[1:4])
 def test_auto_passes_over_a_spoiled_checkpoint_and_says_so(file, spoil, words, held, finished_run, capsys):
     spoil(held / "checkpoints/step-00000006" / file)
     assert main(["train", str(held.parent / "held.yaml")]) == 0
