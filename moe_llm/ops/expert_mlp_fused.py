@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_llm.ops import native
 from moe_llm.ops.permutation import row_dot
+from moe_llm.ops.shapes import round_up
 
 
 def fused_expert_mlp(
@@ -37,10 +39,8 @@ class _FusedExperts(torch.autograd.Function):
         for expert, start, end, stop in blocks.busy:
             gate_up_nG, h_nF = gate_up_NG[start:stop], hidden_nF[: stop - start]
             torch.mm(blocks.rows(x_ND, start, stop), gate_up_proj_EGD[expert].t(), out=gate_up_nG)
-            swiglu(gate_up_nG, out_nF=h_nF)
+            _weighted_swiglu(gate_up_nG, None if weight_N is None else weight_N[start:end], h_nF)
             torch.mm(h_nF, down_proj_EDF[expert].t(), out=y_ND[start:stop])
-            if weight_N is not None:
-                y_ND[start:end].mul_(weight_N[start:end, None])
         # the counts are kept as a tensor, not as integers on ctx, so that checkpointing recomputes them too
         ctx.save_for_backward(x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, gate_up_NG)
         return blocks.only_used_(y_ND, len(x_ND))
@@ -63,20 +63,16 @@ class _FusedExperts(torch.autograd.Function):
             grad_nD, gate_up_nG = blocks.rows(grad_ND, start, stop), gate_up_NG[start:stop]
             h_nF, grad_h_nF, grad_nG = hidden_nF[:rows], grad_hidden_nF[:rows], grad_gate_up_nG[:rows]
             torch.mm(grad_nD, down_proj_EDF[expert], out=grad_h_nF)
-            swiglu_again(gate_up_nG, out_nF=h_nF, silu_nG=grad_nG)
+            # y = (weight h) W^T, so dL/dweight = grad . (h W^T) = (grad W) . h: y itself is not needed
+            grad_weight_n = _weighted_swiglu_backward(
+                gate_up_nG, grad_h_nF, None if weight_N is None else weight_N[start:end], h_nF, grad_nG
+            )
             if needs_weight:
-                # y = weight * (h W^T), so dL/dweight = grad . (h W^T) = (grad W) . h: y itself is not needed
-                grad_weight[start:end] = row_dot(grad_h_nF[:n], h_nF[:n])
-            if weight_N is not None:
-                weight_n1 = weight_N[start:end, None]
-                grad_h_nF[:n].mul_(weight_n1)
-                grad_nD = torch.cat(((grad_nD[:n] * weight_n1).to(x_ND.dtype), grad_nD[n:]))
+                grad_weight[start:end] = grad_weight_n
             if needs_down:
                 h_nF[n:].zero_()
                 torch.mm(grad_nD.t(), h_nF, out=grad_down[expert])
-            if needs_gate_up or needs_x:
-                swiglu_backward_(gate_up_nG, grad_h_nF, grad_nG)
-                grad_nG[n:].zero_()
+            grad_nG[n:].zero_()
             if needs_gate_up:
                 torch.mm(grad_nG.t(), blocks.rows(x_ND, start, stop), out=grad_gate_up[expert])
             if needs_x:
@@ -104,7 +100,7 @@ class _Blocks(NamedTuple):
         busy, start = [], 0
         for expert, count in enumerate(counts_E.tolist()):
             if count:
-                rows = _round_up(count) if rounded else count
+                rows = round_up(count) if rounded else count
                 busy.append((expert, start, start + count, start + rows))
             start += count
         assert start <= len(x_ND), f"the counts sum to {start}, but there are {len(x_ND)} rows"
@@ -132,13 +128,6 @@ class _Blocks(NamedTuple):
         return grad
 
 
-def _round_up(rows: int) -> int:
-    """To a multiple of a 16th of the power of two below, at least of 16: 16 shapes an octave, 6% more at most
-    from 256 rows on."""
-    step = max(16, 2 ** (rows.bit_length() - 1) // 16)
-    return -(-rows // step) * step
-
-
 def swiglu(gate_up_nG: Tensor, out_nF: Tensor) -> None:
     """out = silu(gate) * up."""
     gate_nF, up_nF = gate_up_nG.chunk(2, dim=-1)
@@ -160,3 +149,40 @@ def swiglu_backward_(gate_up_nG: Tensor, grad_nF: Tensor, silu_nG: Tensor) -> No
     grad_gate_nF, grad_up_nF = silu_nG.chunk(2, dim=-1)
     grad_up_nF.mul_(grad_nF)
     torch.ops.aten.silu_backward.grad_input(grad_nF.mul_(up_nF), gate_nF, grad_input=grad_gate_nF)
+
+
+def _weighted_swiglu(gate_up_nG: Tensor, weight_m: Tensor | None, out_nF: Tensor) -> None:
+    """out = weight * silu(gate) * up; rows beyond those that have a weight are anything finite."""
+    if native.fits(gate_up_nG):
+        rows, width = len(gate_up_nG) if weight_m is None else len(weight_m), out_nF.shape[1]
+        weight_m = None if weight_m is None else weight_m.float().contiguous()
+        native.call("swiglu_forward", gate_up_nG.dtype, gate_up_nG, weight_m, out_nF, rows, width)
+        out_nF[rows:].zero_()
+        return
+    swiglu(gate_up_nG, out_nF)
+    if weight_m is not None:
+        out_nF[: len(weight_m)].mul_(weight_m[:, None])
+
+
+def _weighted_swiglu_backward(
+    gate_up_nG: Tensor, grad_nF: Tensor, weight_m: Tensor | None, out_nF: Tensor, grad_nG: Tensor
+) -> Tensor | None:
+    """From the gradient of weight * silu(gate) * up, given before the weight was multiplied to it: the product again
+    into out_nF, the gradients of gate and up into grad_nG; returns that of the weight. grad_nF may be used up."""
+    if native.fits(gate_up_nG):
+        rows, width = len(gate_up_nG) if weight_m is None else len(weight_m), out_nF.shape[1]
+        grad_weight_m = None if weight_m is None else torch.empty(rows)
+        wide_m = None if weight_m is None else weight_m.float().contiguous()
+        native.call(
+            "swiglu_backward", gate_up_nG.dtype, gate_up_nG, grad_nF, wide_m, out_nF, grad_nG, grad_weight_m, rows, width
+        )
+        return grad_weight_m
+    swiglu_again(gate_up_nG, out_nF=out_nF, silu_nG=grad_nG)
+    grad_weight_m = None
+    if weight_m is not None:
+        m = len(weight_m)
+        grad_weight_m = row_dot(grad_nF[:m], out_nF[:m])
+        out_nF[:m].mul_(weight_m[:, None])
+        grad_nF[:m].mul_(weight_m[:, None])
+    swiglu_backward_(gate_up_nG, grad_nF, grad_nG)
+    return grad_weight_m

@@ -20,7 +20,8 @@ from torch import Tensor
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = (
-    "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC",
+    "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
+    "-fopenmp", "-shared", "-fPIC",
 )
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # p pointer, q int64, f float, i int; the last int of each is the number of threads and is filled in by `call`
