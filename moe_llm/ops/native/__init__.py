@@ -50,7 +50,7 @@ def fits(*tensors: Tensor | None) -> bool:
     )
 
 
-def call(name: str, dtype: torch.dtype, *arguments: Tensor | None | float) -> None:
+def call(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> None:
     """Run a kernel for `dtype` on torch's number of threads. Tensors must be contiguous, unless a stride is passed,
     and stay referenced by the caller; None is a null pointer."""
     function = _function(name, dtype)

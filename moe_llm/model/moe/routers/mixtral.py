@@ -1,12 +1,12 @@
 """Mixtral's router (Jiang et al. 2024, section 2.1): softmax over experts, top-k, renormalised."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_llm.config import ModelConfig
 from moe_llm.model.moe.routing import Routing, router_statistics
 from moe_llm.ops.permutation import sort_by_expert
+from moe_llm.ops.wide_linear import wide_linear
 
 
 class MixtralRouter(nn.Module):
@@ -24,10 +24,10 @@ class MixtralRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_local_experts, config.hidden_size))
 
     def forward(self, x_TD: Tensor, real_T: Tensor | None) -> Routing:
-        x_TD = x_TD.float()
         if self.training and self.jitter:
-            x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.jitter, 1 + self.jitter)
-        logits_TE = F.linear(x_TD, self.weight.float())
+            noise_TD = torch.empty_like(x_TD, dtype=torch.float32).uniform_(1 - self.jitter, 1 + self.jitter)
+            x_TD = x_TD.float() * noise_TD
+        logits_TE = wide_linear(x_TD, self.weight)
         probability_TE = logits_TE.softmax(-1)
         expert_TK = probability_TE.topk(self.top_k, dim=-1).indices
         weight_TK = probability_TE.gather(-1, expert_TK)
