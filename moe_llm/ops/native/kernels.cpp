@@ -209,26 +209,38 @@ template <typename T>
 static void probabilities(T* scores, float* log_sums, const int32_t* starts, i64 sequences, i64 groups, i64 heads,
                           i64 queries, i64 keys, i64 first_query, i64 first_key, i64 length, float scale, int fresh,
                           int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (i64 line = 0; line < sequences * heads * queries; line++) {
-        i64 q = first_query + line % queries, nh = line / queries, n = nh / heads;
-        T* row = scores + line * keys;
-        i64 begin = (starts ? starts[n / groups * length + q] : 0) - first_key, end = q + 1 - first_key;
-        float* log_sum = log_sums + nh * length + q;
-        float offset = *log_sum;
-        if (fresh) {
-            float top = -INFINITY, sum = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> buffer(keys);
+        float* e = buffer.data();
+#pragma omp for schedule(static)
+        for (i64 line = 0; line < sequences * heads * queries; line++) {
+            i64 q = first_query + line % queries, nh = line / queries, n = nh / heads;
+            T* row = scores + line * keys;
+            i64 begin = (starts ? starts[n / groups * length + q] : 0) - first_key, end = q + 1 - first_key;
+            float* log_sum = log_sums + nh * length + q;
+            memset(static_cast<void*>(row), 0, begin * sizeof(T));
+            if (fresh) {
+                float top = -INFINITY, sum = 0;
 #pragma omp simd reduction(max : top)
-            for (i64 i = begin; i < end; i++) top = get(row, i) > top ? get(row, i) : top;
-            top *= scale;
+                for (i64 i = begin; i < end; i++) top = get(row, i) > top ? get(row, i) : top;
+                top *= scale;
 #pragma omp simd reduction(+ : sum)
-            for (i64 i = begin; i < end; i++) sum += exponential(get(row, i) * scale - top);
-            offset = *log_sum = top + std::log(sum);
-        }
-        for (i64 i = 0; i < begin; i++) put(row, i, 0.0f);
+                for (i64 i = begin; i < end; i++) {
+                    e[i] = exponential(get(row, i) * scale - top);
+                    sum += e[i];
+                }
+                *log_sum = top + std::log(sum);
+                float inverse = 1.0f / sum;
 #pragma omp simd
-        for (i64 i = begin; i < end; i++) put(row, i, exponential(get(row, i) * scale - offset));
-        for (i64 i = end; i < keys; i++) put(row, i, 0.0f);
+                for (i64 i = begin; i < end; i++) put(row, i, e[i] * inverse);
+            } else {
+                float offset = *log_sum;
+#pragma omp simd
+                for (i64 i = begin; i < end; i++) put(row, i, exponential(get(row, i) * scale - offset));
+            }
+            memset(static_cast<void*>(row + end), 0, (keys - end) * sizeof(T));
+        }
     }
 }
 
