@@ -65,12 +65,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     params = _add(commands, "params", _params, "total and active parameters by part, without allocating any")
     params.add_argument("--json", action="store_true", help="print JSON")
+    bench = _add_bench(commands)
 
     config = commands.add_parser("config", help="the configuration's schema, or one as resolved")
     config_commands = config.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add(config_commands, "schema", _config_schema, "print the JSON schema, for editors")
     show = _add(config_commands, "show", _config_show, "print the configuration with defaults and overrides")
-    for command in (train, tokenizer, params, show):
+    for command in (train, tokenizer, params, bench, show):
         command.add_argument("config", metavar="CONFIG", help="a YAML file")
         command.add_argument("overrides", metavar="section.key=value", nargs="*", help="override a value")
     return parser
@@ -79,6 +80,15 @@ def _parser() -> argparse.ArgumentParser:
 def _add(commands, name: str, handler: Callable, summary: str) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
     command.set_defaults(handler=handler)
+    return command
+
+
+def _add_bench(commands) -> argparse.ArgumentParser:
+    summary = "time a few training steps of a configuration on this machine, by part"
+    command = _add(commands, "bench", _bench, summary)
+    command.add_argument("--steps", type=_at_least(int, 1), default=5, metavar="N", help="timed steps (default 5)")
+    command.add_argument("--trace", metavar="FILE", help="write a trace of one step, for chrome://tracing or Perfetto")
+    command.add_argument("--json", action="store_true", help="print JSON")
     return command
 
 
@@ -152,6 +162,15 @@ def _train(args) -> None:
     from moe_llm.train.run import train
 
     train(config)
+
+
+def _bench(args) -> None:
+    config = _load(args)
+    from moe_llm.bench.run import bench, format_report
+
+    report = bench(config, steps=args.steps, trace=args.trace)
+    if report is not None:  # of the main rank
+        _print_json(report) if args.json else print(format_report(report))
 
 
 def _tokenizer(args) -> None:

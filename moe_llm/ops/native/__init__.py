@@ -5,6 +5,7 @@ half of a bf16 training step on a CPU. Each kernel here does with one pass what 
 is found, or `MOE_LLM_NATIVE=0` is set, every operation falls back to torch's, and the first says so once.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -13,6 +14,7 @@ import platform
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -57,6 +59,23 @@ def call(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> No
     and stay referenced by the caller; None is a null pointer."""
     function = _function(name, dtype)
     function(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments], torch.get_num_threads())
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[None]:
+    """Meanwhile torch's profiler sees each kernel, under its name."""
+    global call
+    plain = call
+
+    def call_recorded(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> None:
+        with torch.profiler.record_function(f"moe_llm::{name}"):
+            plain(name, dtype, *arguments)
+
+    call = call_recorded
+    try:
+        yield
+    finally:
+        call = plain
 
 
 @functools.cache
