@@ -115,8 +115,8 @@ def _loss_and_gradient_(logits_CV: Tensor, labels_C: Tensor, needs_gradient: boo
     """The rows' summed loss; the logits are overwritten with its gradient, softmax minus one at the label, and zero
     in rows without one.
 
-    Without the kernel: in slabs that stay in cache on a CPU. The log of the normaliser comes from the largest probability, which
-    is never below 1/V, so that one pass of exponentials serves both results.
+    Without the kernel: in slabs that stay in cache on a CPU. The log of the normaliser comes from the largest
+    probability, which is never below 1/V, so that one pass of exponentials serves both results.
     """
     if native.fits(logits_CV) and logits_CV.is_contiguous():
         loss_C, labels_C = torch.empty(len(labels_C)), labels_C.contiguous()

@@ -1,8 +1,8 @@
 """Experts one after the other, in one autograd function, into buffers allocated once.
 
-Kept for the backward pass: the input rows and their gate and up projections. silu(gate) * up is computed
-again, expert by expert, in buffers as large as the busiest expert needs; weight gradients are written
-straight into one (E, ...) tensor.
+Kept for the backward pass: the input rows (or the tokens that they are gathered from) and their gate and up
+projections. silu(gate) * up is computed again, expert by expert, in buffers as large as the busiest expert needs;
+weight gradients are written straight into one (E, ...) tensor.
 
 bf16 products on a CPU are compiled for their exact shape at its first use, which takes as long as the
 product itself, and row counts hardly ever repeat. There an expert's block is extended to a round number of
@@ -198,9 +198,8 @@ def _weighted_swiglu_backward(
         rows, width = len(gate_up_nG) if weight_m is None else len(weight_m), out_nF.shape[1]
         grad_weight_m = None if weight_m is None else torch.empty(rows)
         wide_m = None if weight_m is None else weight_m.float().contiguous()
-        native.call(
-            "swiglu_backward", gate_up_nG.dtype, gate_up_nG, grad_nF, wide_m, out_nF, grad_nG, grad_weight_m, rows, width
-        )
+        tensors = gate_up_nG, grad_nF, wide_m, out_nF, grad_nG, grad_weight_m
+        native.call("swiglu_backward", gate_up_nG.dtype, *tensors, rows, width)
         return grad_weight_m
     swiglu_again(gate_up_nG, out_nF=out_nF, silu_nG=grad_nG)
     grad_weight_m = None
