@@ -75,12 +75,13 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--ranks", type=_at_least(int, 2), default=2, metavar="N", help="local processes (default 2)")
     doctor.add_argument("--steps", type=_at_least(int, 2), default=4, metavar="N", help="optimizer steps (default 4)")
     doctor.add_argument("--json", action="store_true", help="print JSON")
+    bench = _add_bench(commands)
 
     config = commands.add_parser("config", help="the configuration's schema, or one as resolved")
     config_commands = config.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add(config_commands, "schema", _config_schema, "print the JSON schema, for editors")
     show = _add(config_commands, "show", _config_show, "print the configuration with defaults and overrides")
-    for command in (train, tokenizer, params, doctor, show):
+    for command in (train, tokenizer, params, doctor, bench, show):
         command.add_argument("config", metavar="CONFIG", help="a YAML file")
         command.add_argument("overrides", metavar="section.key=value", nargs="*", help="override a value")
     return parser
@@ -89,6 +90,15 @@ def _parser() -> argparse.ArgumentParser:
 def _add(commands, name: str, handler: Callable, summary: str) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
     command.set_defaults(handler=handler)
+    return command
+
+
+def _add_bench(commands) -> argparse.ArgumentParser:
+    summary = "time a few training steps of a configuration on this machine, by part"
+    command = _add(commands, "bench", _bench, summary)
+    command.add_argument("--steps", type=_at_least(int, 1), default=5, metavar="N", help="timed steps (default 5)")
+    command.add_argument("--trace", metavar="FILE", help="write a trace of one step, for chrome://tracing or Perfetto")
+    command.add_argument("--json", action="store_true", help="print JSON")
     return command
 
 
@@ -162,6 +172,15 @@ def _train(args) -> None:
     from moe_llm.train.run import train
 
     train(config)
+
+
+def _bench(args) -> None:
+    config = _load(args)
+    from moe_llm.bench.run import bench, format_report
+
+    report = bench(config, steps=args.steps, trace=args.trace)
+    if report is not None:  # of the main rank
+        _print_json(report) if args.json else print(format_report(report))
 
 
 def _tokenizer(args) -> None:

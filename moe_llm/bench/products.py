@@ -45,9 +45,16 @@ class PartLimit(NamedTuple):
 
 
 def step_products(
-    config: ModelConfig, batch: int, length: int, counts_LE: list[list[int]], num_targets: int | None = None
+    config: ModelConfig, batch: int, length: int, counts_LE: list[list[int]],
+    num_targets: int | None = None, visible: int | None = None,
 ) -> list[Linear | Scores]:
-    """The products of forward and backward for `batch` sequences, given the rows of each expert in each layer."""
+    """The products of forward and backward for `batch` sequences.
+
+    Args:
+        counts_LE: rows of each expert in each layer.
+        num_targets: rows of the loss; None: all.
+        visible: the length of sequences as blind to each other as documents are; None: the whole length.
+    """
     T, D, d, L = batch * length, config.hidden_size, config.attention_head_dim, config.num_hidden_layers
     heads, kv = config.num_attention_heads, config.kv_heads
     F = config.intermediate_size
@@ -55,7 +62,7 @@ def step_products(
         Linear("attention", T, D, heads * d, L),
         Linear("attention", T, D, kv * d, 2 * L),
         Linear("attention", T, heads * d, D, L),
-        Scores("attention", batch * heads, length, d, L),
+        Scores("attention", round(batch * heads * length / (visible or length)), visible or length, d, L),
         Linear("router", T, D, config.num_local_experts, L),
         Linear("loss", T if num_targets is None else num_targets, D, config.vocab_size),
     ]

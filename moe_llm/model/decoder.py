@@ -38,7 +38,11 @@ class MoEOutput(NamedTuple):
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + experts(norm(x))."""
+    """x + attention(norm(x)), then x + experts(norm(x)).
+
+    The last addition is left to whoever comes next, together with its norm: the layer takes and returns the residual
+    stream and what is still to be added to it.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -48,11 +52,14 @@ class DecoderLayer(nn.Module):
         self.mlp = MoELayer(config)
 
     def forward(
-        self, x_BSD: Tensor, cos_BSd: Tensor, sin_BSd: Tensor, pattern: AttentionPattern, real_BS: Tensor
-    ) -> tuple[Tensor, RoutingStatistics]:
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), cos_BSd, sin_BSd, pattern)
-        y_BSD, statistics = self.mlp(self.post_attention_layernorm(x_BSD), real_BS)
-        return x_BSD + y_BSD, statistics
+        self, x_BSD: Tensor, delta_BSD: Tensor | None, cos_BSd: Tensor, sin_BSd: Tensor, pattern: AttentionPattern,
+        real_BS: Tensor,
+    ) -> tuple[Tensor, Tensor, RoutingStatistics]:
+        x_BSD, normed_BSD = self.input_layernorm.after_adding(x_BSD, delta_BSD)
+        attended_BSD = self.self_attn(normed_BSD, cos_BSd, sin_BSd, pattern)
+        x_BSD, normed_BSD = self.post_attention_layernorm.after_adding(x_BSD, attended_BSD)
+        y_BSD, statistics = self.mlp(normed_BSD, real_BS)
+        return x_BSD, y_BSD, statistics
 
 
 class Decoder(nn.Module):
@@ -73,17 +80,18 @@ class Decoder(nn.Module):
         cos_BSd, sin_BSd = rotary_cos_sin(
             position_ids_BS, self.config.attention_head_dim, self.config.rope_theta, dtype=x_BSD.dtype
         )
-        statistics = []
+        statistics, delta_BSD = [], None
         for layer in self.layers:
-            arguments = (x_BSD, cos_BSd, sin_BSd, pattern, real_BS)
+            arguments = (x_BSD, delta_BSD, cos_BSd, sin_BSd, pattern, real_BS)
             if self.recompute and torch.is_grad_enabled():
-                x_BSD, layer_statistics = checkpoint(
+                x_BSD, delta_BSD, layer_statistics = checkpoint(
                     layer, *arguments, use_reentrant=False, context_fn=keep_routing
                 )
             else:
-                x_BSD, layer_statistics = layer(*arguments)
+                x_BSD, delta_BSD, layer_statistics = layer(*arguments)
             statistics.append(layer_statistics)
-        return self.norm(x_BSD), RoutingStatistics.stack(statistics)
+        _, normed_BSD = self.norm.after_adding(x_BSD, delta_BSD)
+        return normed_BSD, RoutingStatistics.stack(statistics)
 
 
 class LanguageModelHead(nn.Linear):

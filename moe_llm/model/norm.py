@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from moe_llm.ops.norm import rms_norm
+from moe_llm.ops.norm import add_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -14,5 +14,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, delta: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The normed x; with a delta, x + delta and that normed."""
+        if delta is None:
+            return rms_norm(x, self.weight, self.eps)
+        return add_rms_norm(x, delta, self.weight, self.eps)
+
+    def after_adding(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(x + delta, that normed); nothing is added where delta is None."""
+        return (x, self(x)) if delta is None else self(x, delta)

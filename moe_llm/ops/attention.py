@@ -9,21 +9,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_llm.ops import native
+from moe_llm.ops.attention_blocked import blocked_attention
+
 
 @dataclass(frozen=True)
 class AttentionPattern:
     """Causal attention, narrowed by documents, padding and a window; built once and shared by all layers.
 
-    At most one of the two is set, and neither for plain causal attention:
+    At most one of the first two is set, and neither for plain causal attention:
     mask_B1SS: bool, true where the query (row) sees the key (column).
     segments: lengths that cut the B * S positions into runs, each causal within itself and blind to all else.
         The cost is that of the documents instead of the whole square. Built on the CPU, where reading the
         lengths is free; with documents of 128 to 400 tokens in 512 to 2048, forward and backward take 0.2 to
         0.7 of the masked time (scripts/benchmarks/ops.py). Variable-length kernels want the same numbers.
+    starts_BS: int32, with segments: the first key that each query sees.
     """
 
     mask_B1SS: Tensor | None = None
     segments: tuple[int, ...] | None = None
+    starts_BS: Tensor | None = None
 
     @staticmethod
     def build(
@@ -56,12 +61,14 @@ class AttentionPattern:
         if like_BS.device.type == "cpu":
             segments = _segments(like_BS, real_BS, document_ids)
             if segments is not None and (sliding_window is None or max(segments) <= sliding_window):
-                return AttentionPattern(segments=segments)
+                return AttentionPattern(segments=segments, starts_BS=_starts(segments, like_BS.shape))
         return AttentionPattern(_mask(like_BS, real_BS, document_ids, sliding_window))
 
 
 def attention(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, *, pattern: AttentionPattern) -> Tensor:
     """softmax(q k^T / sqrt(d)) v under the pattern, (B, H, S, d); head h reads key-value head h * G // H."""
+    if pattern.mask_B1SS is None and native.fits(q_BHSd, k_BGSd, v_BGSd):
+        return blocked_attention(q_BHSd, k_BGSd, v_BGSd, pattern.starts_BS)
     if pattern.segments is not None:
         return _segment_attention(q_BHSd, k_BGSd, v_BGSd, pattern.segments)
     return F.scaled_dot_product_attention(
@@ -104,6 +111,13 @@ def _segments(like_BS: Tensor, real_BS: Tensor | None, document_ids: Tensor | No
     if len(real_run_R3.unique(dim=0)) != len(real_run_R3):
         return None
     return tuple(run_length_R.tolist())
+
+
+def _starts(segments: tuple[int, ...], shape_BS: torch.Size) -> Tensor:
+    """The first position of each one's run, within its row."""
+    length_R = torch.tensor(segments)
+    first_R = length_R.cumsum(0) - length_R
+    return (first_R % shape_BS[1]).repeat_interleave(length_R).view(shape_BS).to(torch.int32)
 
 
 def _mask(

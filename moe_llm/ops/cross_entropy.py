@@ -7,11 +7,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_llm.ops import native
+from moe_llm.ops.shapes import round_up
+
 # scratch for the logits of one chunk: large enough that adding to the (V, D) weight gradient is a small share
 # of a chunk's work, small beside the model
 _CHUNK_ELEMENTS = 32 * 2**20
 # of these, how many are turned into probabilities at a time on a CPU
 _SLAB_ELEMENTS = 2**18
+_NO_LABEL = -1
 
 
 def linear_cross_entropy(
@@ -40,13 +44,28 @@ def linear_cross_entropy(
     hidden_TD = hidden_TD if torch.is_grad_enabled() else hidden_TD.detach()
     targets = labels_T != ignore_index
     num_targets = targets.sum()
-    if num_targets < len(labels_T):
-        hidden_TD, labels_T = hidden_TD[targets], labels_T[targets]
+    kept = _kept_rows(targets, int(num_targets), hidden_TD)
+    if kept is not None:
+        hidden_TD, labels_T = hidden_TD[kept], labels_T[kept]
+    labels_T = labels_T.masked_fill(labels_T == ignore_index, _NO_LABEL)
     if chunk_tokens is None:
         chunk_tokens = max(1, _CHUNK_ELEMENTS // len(weight_VD))
     accumulate_dtype = torch.promote_types(accumulate_dtype, weight_VD.dtype)
     loss = _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, chunk_tokens, accumulate_dtype)
     return loss, num_targets
+
+
+def _kept_rows(targets_T: Tensor, num_targets: int, hidden_TD: Tensor) -> Tensor | None:
+    """Which rows to go through: those with a target, and on a CPU in bf16 as many more as make their number round,
+    since there a product is compiled for each new number of rows. None: all of them."""
+    count = num_targets
+    if hidden_TD.dtype == torch.bfloat16 and hidden_TD.device.type == "cpu":
+        count = min(round_up(num_targets), len(targets_T))
+    if count == len(targets_T):
+        return None
+    if count == num_targets:
+        return targets_T.nonzero()[:, 0]
+    return targets_T.byte().argsort(stable=True, descending=True)[:count]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -56,7 +75,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden_TD.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=hidden_TD.device)
         grad_hidden = torch.empty_like(hidden_TD) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=accumulate_dtype) if needs_weight else None
+        single = len(hidden_TD) <= chunk_tokens and len(hidden_TD) > 0
+        grad_weight = None
+        if needs_weight and single:  # no sum to be kept in a wider dtype
+            grad_weight = torch.empty_like(weight_VD)
+        elif needs_weight:
+            grad_weight = torch.zeros_like(weight_VD, dtype=accumulate_dtype)
         for start in range(0, len(hidden_TD), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             hidden_CD = hidden_TD[rows]
@@ -65,7 +89,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_CV = logits_CV  # by now, if one is needed
             if needs_hidden:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden[rows])
-            if needs_weight and accumulate_dtype == hidden_TD.dtype:
+            if needs_weight and single:
+                torch.mm(grad_CV.t(), hidden_CD, out=grad_weight)
+            elif needs_weight and accumulate_dtype == hidden_TD.dtype:
                 grad_weight.addmm_(grad_CV.t(), hidden_CD)
             elif needs_weight:
                 grad_weight += grad_CV.t() @ hidden_CD
@@ -86,20 +112,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _loss_and_gradient_(logits_CV: Tensor, labels_C: Tensor, needs_gradient: bool) -> Tensor:
-    """The rows' summed loss; the logits are overwritten with its gradient, softmax minus one at the label.
+    """The rows' summed loss; the logits are overwritten with its gradient, softmax minus one at the label, and zero
+    in rows without one.
 
-    In slabs that stay in cache on a CPU. The log of the normaliser comes from the largest probability, which
-    is never below 1/V, so that one pass of exponentials serves both results.
+    Without the kernel: in slabs that stay in cache on a CPU. The log of the normaliser comes from the largest
+    probability, which is never below 1/V, so that one pass of exponentials serves both results.
     """
+    if native.fits(logits_CV) and logits_CV.is_contiguous():
+        loss_C, labels_C = torch.empty(len(labels_C)), labels_C.contiguous()
+        native.call("cross_entropy", logits_CV.dtype, logits_CV, labels_C, loss_C, *logits_CV.shape, needs_gradient)
+        return loss_C.sum()
     wide = torch.promote_types(logits_CV.dtype, torch.float32)
     rows = max(1, _SLAB_ELEMENTS // logits_CV.shape[1]) if logits_CV.device.type == "cpu" else len(logits_CV)
     losses = []
     for logits_cV, label_c in zip(logits_CV.split(rows), labels_C.split(rows), strict=True):
-        label_c1 = label_c[:, None]
+        ignored_c1 = label_c[:, None] == _NO_LABEL
+        label_c1 = label_c[:, None].clamp(min=0)
         probability_cV = logits_cV.softmax(1, dtype=wide)
         log_sum_c1 = logits_cV.amax(1, keepdim=True) - probability_cV.amax(1, keepdim=True).log()
-        losses.append((log_sum_c1 - logits_cV.gather(1, label_c1)).sum())
+        losses.append((log_sum_c1 - logits_cV.gather(1, label_c1)).masked_fill(ignored_c1, 0).sum())
         if needs_gradient:
             probability_cV.scatter_add_(1, label_c1, probability_cV.new_full((1, 1), -1).expand_as(label_c1))
-            logits_cV.copy_(probability_cV)
+            logits_cV.copy_(probability_cV.masked_fill_(ignored_c1, 0))
     return torch.stack(losses).sum()

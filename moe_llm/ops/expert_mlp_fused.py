@@ -1,8 +1,8 @@
 """Experts one after the other, in one autograd function, into buffers allocated once.
 
-Kept for the backward pass: the input rows and their gate and up projections. silu(gate) * up is computed
-again, expert by expert, in buffers as large as the busiest expert needs; weight gradients are written
-straight into one (E, ...) tensor.
+Kept for the backward pass: the input rows (or the tokens that they are gathered from) and their gate and up
+projections. silu(gate) * up is computed again, expert by expert, in buffers as large as the busiest expert needs;
+weight gradients are written straight into one (E, ...) tensor.
 
 bf16 products on a CPU are compiled for their exact shape at its first use, which takes as long as the
 product itself, and row counts hardly ever repeat. There an expert's block is extended to a round number of
@@ -17,41 +17,56 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_llm.ops.permutation import row_dot
+from moe_llm.ops import native
+from moe_llm.ops.permutation import gather_sum, row_dot
+from moe_llm.ops.shapes import round_up
 
 
 def fused_expert_mlp(
     x_ND: Tensor, gate_up_proj_EGD: Tensor, down_proj_EDF: Tensor, counts_E: Tensor, weight_N: Tensor | None
 ) -> Tensor:
     """See `moe_llm.ops.expert_mlp.expert_mlp`."""
-    return _FusedExperts.apply(x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N)
+    return _FusedExperts.apply(x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, None, None)
+
+
+def fused_routed_expert_mlp(
+    x_TD: Tensor, gate_up_proj_EGD: Tensor, down_proj_EDF: Tensor, counts_E: Tensor, weight_N: Tensor,
+    token_index_N: Tensor, slot_TK: Tensor,
+) -> Tensor:
+    """See `moe_llm.ops.routed_experts.routed_expert_mlp`. An expert's rows are gathered when it is their turn, in both
+    passes, so that of N rows only the gate and up projections are kept."""
+    return _FusedExperts.apply(
+        x_TD, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N, slot_TK
+    )
 
 
 class _FusedExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N):
-        blocks = _Blocks.of(counts_E, x_ND)
+    def forward(ctx, x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N, slot_TK):
+        blocks = _Blocks.of(counts_E, x_ND, token_index_N)
         gate_up_NG = x_ND.new_empty(blocks.stop, gate_up_proj_EGD.shape[1])
         hidden_nF = x_ND.new_empty(blocks.largest, down_proj_EDF.shape[2])
-        y_ND = x_ND.new_empty(max(blocks.stop, len(x_ND)), x_ND.shape[1])
+        y_ND = x_ND.new_empty(max(blocks.stop, blocks.num_rows), x_ND.shape[1])
         for expert, start, end, stop in blocks.busy:
             gate_up_nG, h_nF = gate_up_NG[start:stop], hidden_nF[: stop - start]
             torch.mm(blocks.rows(x_ND, start, stop), gate_up_proj_EGD[expert].t(), out=gate_up_nG)
-            swiglu(gate_up_nG, out_nF=h_nF)
+            _weighted_swiglu(gate_up_nG, None if weight_N is None else weight_N[start:end], h_nF)
             torch.mm(h_nF, down_proj_EDF[expert].t(), out=y_ND[start:stop])
-            if weight_N is not None:
-                y_ND[start:end].mul_(weight_N[start:end, None])
         # the counts are kept as a tensor, not as integers on ctx, so that checkpointing recomputes them too
-        ctx.save_for_backward(x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, gate_up_NG)
-        return blocks.only_used_(y_ND, len(x_ND))
+        ctx.save_for_backward(
+            x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, gate_up_NG, token_index_N, slot_TK
+        )
+        y_ND = blocks.only_used_(y_ND)
+        return y_ND if slot_TK is None else gather_sum(y_ND, slot_TK, None)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_ND):
-        x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, gate_up_NG = ctx.saved_tensors
-        needs_x, needs_gate_up, needs_down, _, needs_weight = ctx.needs_input_grad
-        blocks = _Blocks.of(counts_E, x_ND)
-        grad_x = x_ND.new_empty(max(blocks.stop, len(x_ND)), x_ND.shape[1]) if needs_x else None
+        x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, gate_up_NG, *routing = ctx.saved_tensors
+        token_index_N, slot_TK = routing
+        needs_x, needs_gate_up, needs_down, _, needs_weight, _, _ = ctx.needs_input_grad
+        blocks = _Blocks.of(counts_E, x_ND, token_index_N)
+        grad_x = x_ND.new_empty(max(blocks.stop, blocks.num_rows), x_ND.shape[1]) if needs_x else None
         grad_gate_up = blocks.weight_gradient(gate_up_proj_EGD) if needs_gate_up else None
         grad_down = blocks.weight_gradient(down_proj_EDF) if needs_down else None
         grad_weight = torch.zeros_like(weight_N) if needs_weight else None
@@ -63,27 +78,24 @@ class _FusedExperts(torch.autograd.Function):
             grad_nD, gate_up_nG = blocks.rows(grad_ND, start, stop), gate_up_NG[start:stop]
             h_nF, grad_h_nF, grad_nG = hidden_nF[:rows], grad_hidden_nF[:rows], grad_gate_up_nG[:rows]
             torch.mm(grad_nD, down_proj_EDF[expert], out=grad_h_nF)
-            swiglu_again(gate_up_nG, out_nF=h_nF, silu_nG=grad_nG)
+            # y = (weight h) W^T, so dL/dweight = grad . (h W^T) = (grad W) . h: y itself is not needed
+            grad_weight_n = _weighted_swiglu_backward(
+                gate_up_nG, grad_h_nF, None if weight_N is None else weight_N[start:end], h_nF, grad_nG
+            )
             if needs_weight:
-                # y = weight * (h W^T), so dL/dweight = grad . (h W^T) = (grad W) . h: y itself is not needed
-                grad_weight[start:end] = row_dot(grad_h_nF[:n], h_nF[:n])
-            if weight_N is not None:
-                weight_n1 = weight_N[start:end, None]
-                grad_h_nF[:n].mul_(weight_n1)
-                grad_nD = torch.cat(((grad_nD[:n] * weight_n1).to(x_ND.dtype), grad_nD[n:]))
+                grad_weight[start:end] = grad_weight_n
             if needs_down:
                 h_nF[n:].zero_()
                 torch.mm(grad_nD.t(), h_nF, out=grad_down[expert])
-            if needs_gate_up or needs_x:
-                swiglu_backward_(gate_up_nG, grad_h_nF, grad_nG)
-                grad_nG[n:].zero_()
+            grad_nG[n:].zero_()
             if needs_gate_up:
                 torch.mm(grad_nG.t(), blocks.rows(x_ND, start, stop), out=grad_gate_up[expert])
             if needs_x:
                 torch.mm(grad_nG, gate_up_proj_EGD[expert], out=grad_x[start:stop])
         if needs_x:
-            grad_x = blocks.only_used_(grad_x, len(x_ND))
-        return grad_x, grad_gate_up, grad_down, None, grad_weight
+            grad_x = blocks.only_used_(grad_x)
+            grad_x = grad_x if slot_TK is None else gather_sum(grad_x, slot_TK, None)
+        return grad_x, grad_gate_up, grad_down, None, grad_weight, None, None
 
 
 class _Blocks(NamedTuple):
@@ -91,36 +103,45 @@ class _Blocks(NamedTuple):
 
     busy: (expert, first row, end, stop): its rows end at `end`, its products at `stop`, which may be beyond.
     used: rows that belong to an expert. stop: the last of the stops. largest: rows of the largest product.
+    num_rows: rows in all. token_index: of each row up to `stop`, where rows are gathered from tokens.
     """
 
     busy: list[tuple[int, int, int, int]]
     used: int
     stop: int
     largest: int
+    num_rows: int
+    token_index: Tensor | None
 
     @staticmethod
-    def of(counts_E: Tensor, x_ND: Tensor) -> "_Blocks":
+    def of(counts_E: Tensor, x_ND: Tensor, token_index_N: Tensor | None) -> "_Blocks":
         rounded = x_ND.dtype == torch.bfloat16 and x_ND.device.type == "cpu"
         busy, start = [], 0
         for expert, count in enumerate(counts_E.tolist()):
             if count:
-                rows = _round_up(count) if rounded else count
+                rows = round_up(count) if rounded else count
                 busy.append((expert, start, start + count, start + rows))
             start += count
-        assert start <= len(x_ND), f"the counts sum to {start}, but there are {len(x_ND)} rows"
-        stops = [stop for _, _, _, stop in busy]
-        return _Blocks(busy, start, max(stops, default=0), max((b[3] - b[1] for b in busy), default=0))
+        num_rows = len(x_ND) if token_index_N is None else len(token_index_N)
+        assert start <= num_rows, f"the counts sum to {start}, but there are {num_rows} rows"
+        stop = max((stop for _, _, _, stop in busy), default=0)
+        largest = max((stop - start for _, start, _, stop in busy), default=0)
+        if token_index_N is not None and stop > num_rows:  # any token does: what comes of those rows is multiplied by 0
+            token_index_N = torch.nn.functional.pad(token_index_N, (0, stop - num_rows))
+        return _Blocks(busy, start, stop, largest, num_rows, token_index_N)
 
     def rows(self, x_ND: Tensor, start: int, stop: int) -> Tensor:
-        """Rows start to stop, with zeros for those that belong to nobody."""
+        """Rows start to stop, gathered, or with zeros for those that belong to nobody."""
+        if self.token_index is not None:
+            return x_ND.index_select(0, self.token_index[start:stop])
         if stop <= self.used:
             return x_ND[start:stop]
         return torch.cat((x_ND[start : self.used], x_ND.new_zeros(stop - self.used, x_ND.shape[1])))
 
-    def only_used_(self, y_ND: Tensor, num_rows: int) -> Tensor:
+    def only_used_(self, y_ND: Tensor) -> Tensor:
         """The first num_rows rows, those that belong to nobody set to zero."""
         y_ND[self.used :].zero_()
-        return y_ND[:num_rows]
+        return y_ND[: self.num_rows]
 
     def weight_gradient(self, weight: Tensor) -> Tensor:
         """Uninitialised, but zero for the experts that have no rows."""
@@ -130,13 +151,6 @@ class _Blocks(NamedTuple):
             if expert not in busy:
                 grad[expert].zero_()
         return grad
-
-
-def _round_up(rows: int) -> int:
-    """To a multiple of a 16th of the power of two below, at least of 16: 16 shapes an octave, 6% more at most
-    from 256 rows on."""
-    step = max(16, 2 ** (rows.bit_length() - 1) // 16)
-    return -(-rows // step) * step
 
 
 def swiglu(gate_up_nG: Tensor, out_nF: Tensor) -> None:
@@ -160,3 +174,39 @@ def swiglu_backward_(gate_up_nG: Tensor, grad_nF: Tensor, silu_nG: Tensor) -> No
     grad_gate_nF, grad_up_nF = silu_nG.chunk(2, dim=-1)
     grad_up_nF.mul_(grad_nF)
     torch.ops.aten.silu_backward.grad_input(grad_nF.mul_(up_nF), gate_nF, grad_input=grad_gate_nF)
+
+
+def _weighted_swiglu(gate_up_nG: Tensor, weight_m: Tensor | None, out_nF: Tensor) -> None:
+    """out = weight * silu(gate) * up; rows beyond those that have a weight are anything finite."""
+    if native.fits(gate_up_nG):
+        rows, width = len(gate_up_nG) if weight_m is None else len(weight_m), out_nF.shape[1]
+        weight_m = None if weight_m is None else weight_m.float().contiguous()
+        native.call("swiglu_forward", gate_up_nG.dtype, gate_up_nG, weight_m, out_nF, rows, width)
+        out_nF[rows:].zero_()
+        return
+    swiglu(gate_up_nG, out_nF)
+    if weight_m is not None:
+        out_nF[: len(weight_m)].mul_(weight_m[:, None])
+
+
+def _weighted_swiglu_backward(
+    gate_up_nG: Tensor, grad_nF: Tensor, weight_m: Tensor | None, out_nF: Tensor, grad_nG: Tensor
+) -> Tensor | None:
+    """From the gradient of weight * silu(gate) * up, given before the weight was multiplied to it: the product again
+    into out_nF, the gradients of gate and up into grad_nG; returns that of the weight. grad_nF may be used up."""
+    if native.fits(gate_up_nG):
+        rows, width = len(gate_up_nG) if weight_m is None else len(weight_m), out_nF.shape[1]
+        grad_weight_m = None if weight_m is None else torch.empty(rows)
+        wide_m = None if weight_m is None else weight_m.float().contiguous()
+        tensors = gate_up_nG, grad_nF, wide_m, out_nF, grad_nG, grad_weight_m
+        native.call("swiglu_backward", gate_up_nG.dtype, *tensors, rows, width)
+        return grad_weight_m
+    swiglu_again(gate_up_nG, out_nF=out_nF, silu_nG=grad_nG)
+    grad_weight_m = None
+    if weight_m is not None:
+        m = len(weight_m)
+        grad_weight_m = row_dot(grad_nF[:m], out_nF[:m])
+        out_nF[:m].mul_(weight_m[:, None])
+        grad_nF[:m].mul_(weight_m[:, None])
+    swiglu_backward_(gate_up_nG, grad_nF, grad_nG)
+    return grad_weight_m

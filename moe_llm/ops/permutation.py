@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_llm.ops import native
+
 
 def sort_by_expert(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Order the T*K choices by expert; stable, so that an expert sees its tokens in order. No host sync.
@@ -106,6 +108,12 @@ def gather_sum(x_RD: Tensor, index_MK: Tensor, weight_MK: Tensor | None) -> Tens
     """
     if index_MK.numel() == 0:
         return x_RD.new_zeros(len(index_MK), x_RD.shape[1])
+    if native.fits(x_RD):
+        x_RD, index_MK = x_RD.contiguous(), index_MK.contiguous()
+        weight_MK = None if weight_MK is None else weight_MK.float().contiguous()
+        out_MD = x_RD.new_empty(len(index_MK), x_RD.shape[1])
+        native.call("gather_sum", x_RD.dtype, x_RD, index_MK, weight_MK, out_MD, *index_MK.shape, x_RD.shape[1])
+        return out_MD
     if weight_MK is not None and weight_MK.dtype != x_RD.dtype:
         high_MK = weight_MK.to(x_RD.dtype)
         low_MK = (weight_MK - high_MK).to(x_RD.dtype)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_llm.ops import native
+
 
 def rotary_cos_sin(
     position_ids_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype = torch.float32
@@ -44,6 +46,8 @@ class _Rotate(torch.autograd.Function):
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
     """(x1 cos - x2 sin, x2 cos + x1 sin), or the transposed rotation, without building rotate_half(x)."""
+    if native.fits(x, cos, sin) and x.dim() == 4 and cos.shape[0] == x.shape[0] and cos.shape[2] == x.shape[2]:
+        return _rotate_natively(x, cos.contiguous(), sin.contiguous(), transposed)
     first, second = x.chunk(2, dim=-1)
     sin_first, sin_second = sin.chunk(2, dim=-1)
     out = x * cos
@@ -55,3 +59,17 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
         out_first.sub_(second * sin_first)
         out_second.add_(first * sin_second)
     return out
+
+
+def _rotate_natively(x_BHSd: Tensor, cos_B1Sd: Tensor, sin_B1Sd: Tensor, transposed: bool) -> Tensor:
+    """The result is a view of (B, S, H, d), as what a projection gives is."""
+    x_BSHd = x_BHSd.transpose(1, 2)
+    batch, length, heads, width = x_BSHd.shape
+    if x_BSHd.stride()[2:] != (width, 1) or x_BSHd.stride(0) != length * x_BSHd.stride(1):
+        x_BSHd = x_BSHd.contiguous()
+    out_BSHd = torch.empty(x_BSHd.shape, dtype=x_BSHd.dtype)
+    sign, stride = -1.0 if transposed else 1.0, x_BSHd.stride(1)
+    native.call(
+        "rotate", x_BSHd.dtype, x_BSHd, cos_B1Sd, sin_B1Sd, out_BSHd, batch * length, heads, width, stride, sign
+    )
+    return out_BSHd.transpose(1, 2)

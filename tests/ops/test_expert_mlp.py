@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_llm.errors import UserError
 from moe_llm.ops import reference
 from moe_llm.ops.expert_mlp import BACKENDS, choose_backend, expert_mlp
-from moe_llm.ops.expert_mlp_fused import _round_up
+from moe_llm.ops.shapes import round_up
 
 HIDDEN, WIDTH = 24, 40
 COUNTS = {
@@ -207,7 +207,7 @@ def test_what_is_kept_for_the_backward_pass():
 
 def test_bf16_products_come_in_few_shapes():
     """Counts up to 4096 make fewer than 100 different shapes, and at most a 16th more rows from 256 on."""
-    rounded = [_round_up(count) for count in range(1, 4097)]
+    rounded = [round_up(count) for count in range(1, 4097)]
     assert len(set(rounded)) < 100
     assert all(rows >= count for count, rows in enumerate(rounded, start=1))
     assert all(rows <= count * (1 + 1 / 16) for count, rows in enumerate(rounded, start=1) if count >= 256)

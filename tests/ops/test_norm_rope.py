@@ -30,8 +30,10 @@ def test_norm_equals_transformers(shape, dtype, tolerance):
     x = (3 * seeded(*shape, dtype=dtype)).requires_grad_()
     y, expected = rms_norm(x, module.weight, 1e-5), module(x)
     assert y.dtype == dtype
-    assert torch.equal(y, reference.rms_norm(x, module.weight, 1e-5))
-    assert relative(y, expected) <= (0 if dtype == torch.bfloat16 else 1e-7)
+    # in fp32 the kernel sums a row in another order: two units in the last place
+    bound = 0 if dtype == torch.bfloat16 else 2**-22
+    assert relative(y, reference.rms_norm(x, module.weight, 1e-5)) <= bound
+    assert relative(y, expected) <= bound
     direction = seeded(*shape, dtype=dtype, seed=2)
     grads = torch.autograd.grad(y, (x, module.weight), direction)
     others = torch.autograd.grad(expected, (x, module.weight), direction)

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from moe_llm.model.moe.experts import Experts
 from moe_llm.model.moe.routing import Routing
-from moe_llm.ops.permutation import combine, permute
 
 
 class Dispatcher(Protocol):
@@ -15,9 +14,7 @@ class Dispatcher(Protocol):
 
 
 class LocalDispatcher:
-    """All experts are here: sort the rows by expert, compute, sum them back."""
+    """All experts are here: one operation gathers each expert's rows, computes, and sums them back."""
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        x_ND = permute(x_TD, routing.token_index_N, routing.slot_TK)
-        y_ND = experts(x_ND, routing.counts_E)
-        return combine(y_ND, routing.weight_N, routing.token_index_N, len(x_TD), routing.slot_TK)
+        return experts(x_TD, routing.counts_E, routing)

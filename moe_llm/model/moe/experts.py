@@ -4,7 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_llm.config import ModelConfig
+from moe_llm.model.moe.routing import Routing
 from moe_llm.ops.expert_mlp import expert_mlp
+from moe_llm.ops.routed_experts import routed_expert_mlp
 
 
 class Experts(nn.Module):
@@ -20,9 +22,16 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
 
-    def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
-        """Rows sorted by expert in, the same rows out: down(silu(gate(x)) * up(x))."""
-        return expert_mlp(x_ND, self.gate_up_proj, self.down_proj, counts_E)
+    def forward(self, x: Tensor, counts_E: Tensor, routing: Routing | None = None) -> Tensor:
+        """Rows sorted by expert in, the same rows out: down(silu(gate(x)) * up(x)).
+
+        With a routing, tokens in and tokens out, (T, D): each one's weighted sum over its experts.
+        """
+        if routing is None:
+            return expert_mlp(x, self.gate_up_proj, self.down_proj, counts_E)
+        return routed_expert_mlp(
+            x, self.gate_up_proj, self.down_proj, counts_E, routing.weight_N, routing.token_index_N, routing.slot_TK
+        )
 
     def keep(self, experts: range) -> None:
         """Drop all experts but these."""

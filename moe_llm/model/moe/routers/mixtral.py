@@ -5,13 +5,13 @@ R choices that a token may propose.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_llm.config import ModelConfig
 from moe_llm.model.moe.capacity import assign, capacity_of
 from moe_llm.model.moe.routing import Routing, router_statistics
 from moe_llm.ops.permutation import sort_by_expert
+from moe_llm.ops.wide_linear import wide_linear
 
 
 class MixtralRouter(nn.Module):
@@ -35,10 +35,11 @@ class MixtralRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_local_experts, config.hidden_size))
 
     def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Routing:
-        x_TD = x_BSD.flatten(0, 1).float()
+        x_TD = x_BSD.flatten(0, 1)
         if self.training and self.jitter:
-            x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.jitter, 1 + self.jitter)
-        logits_TE = F.linear(x_TD, self.weight.float())
+            noise_TD = torch.empty_like(x_TD, dtype=torch.float32).uniform_(1 - self.jitter, 1 + self.jitter)
+            x_TD = x_TD.float() * noise_TD
+        logits_TE = wide_linear(x_TD, self.weight)
         probability_TE = logits_TE.softmax(-1)
         if self.training and self.capacity_factor is not None:
             return self._within_capacity(logits_TE, probability_TE, real_BS)

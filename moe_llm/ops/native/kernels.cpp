@@ -1,0 +1,341 @@
+// The elementwise parts of a training step on a CPU, each in one pass over memory, in fp32 inside.
+//
+// Plain C++ behind a C interface: no header of torch's, so that it compiles in seconds on the user's machine.
+// Rows are independent; a function cuts them into one run for each thread, so that results depend on the number of
+// threads at most in the order of a sum. T is float or bf16; every pointer is to contiguous memory.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+typedef int64_t i64;
+
+struct bf16 {
+    uint16_t bits;
+};
+
+static inline float get(const float* p, i64 i) { return p[i]; }
+static inline float get(const bf16* p, i64 i) {
+    uint32_t wide = uint32_t(p[i].bits) << 16;
+    float value;
+    memcpy(&value, &wide, 4);
+    return value;
+}
+static inline void put(float* p, i64 i, float value) { p[i] = value; }
+static inline void put(bf16* p, i64 i, float value) {
+    uint32_t wide;
+    memcpy(&wide, &value, 4);
+    uint32_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;  // to nearest, ties to even
+    p[i].bits = value != value ? 0x7fc0 : uint16_t(rounded);
+}
+template <typename T>
+static inline float rounded(float value) {
+    T cell;
+    put(&cell, 0, value);
+    return get(&cell, 0);
+}
+
+// e^x to two units in the last place, in a form that compilers turn into vector code; 0 below -87, inf above 88.7.
+static inline float exponential(float x) {
+    float bounded = x < -87.0f ? -87.0f : (x > 89.0f ? 89.0f : x);
+    float n = std::nearbyint(bounded * 1.44269504f);
+    float r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    // 2^n in two factors, since n may be 128
+    int32_t whole = int32_t(n), half = whole / 2;
+    uint32_t first = uint32_t(half + 127) << 23, second = uint32_t(whole - half + 127) << 23;
+    float a, b;
+    memcpy(&a, &first, 4);
+    memcpy(&b, &second, 4);
+    float y = p * a * b;
+    y = x < -87.0f ? 0.0f : y;
+    return x != x ? x : y;
+}
+
+static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// sum = x + delta (rounded to T; delta may be null, then sum is not written), y = T(sum / rms) * weight.
+template <typename T>
+static void norm_forward(const T* x, const T* delta, const T* weight, T* sum, T* y, float* scale, i64 rows, i64 width,
+                         float eps, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (i64 row = 0; row < rows; row++) {
+        const T* in = x + row * width;
+        T* out = y + row * width;
+        float square = 0;
+        if (delta) {
+            const T* other = delta + row * width;
+            T* total = sum + row * width;
+#pragma omp simd reduction(+ : square)
+            for (i64 i = 0; i < width; i++) {
+                float value = rounded<T>(get(in, i) + get(other, i));
+                put(total, i, value);
+                square += value * value;
+            }
+            in = total;
+        } else {
+#pragma omp simd reduction(+ : square)
+            for (i64 i = 0; i < width; i++) square += get(in, i) * get(in, i);
+        }
+        float s = 1.0f / std::sqrt(square / width + eps);
+        scale[row] = s;
+#pragma omp simd
+        for (i64 i = 0; i < width; i++) put(out, i, rounded<T>(get(in, i) * s) * get(weight, i));
+    }
+}
+
+// grad_x = the norm's gradient plus grad_sum (may be null); partial: (threads, width), their sum is the weight's.
+template <typename T>
+static void norm_backward(const T* grad, const T* x, const T* weight, const float* scale, const T* grad_sum, T* grad_x,
+                          float* partial, i64 rows, i64 width, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int thread = 0; thread < threads; thread++) {
+        float* own = partial + thread * width;
+        std::vector<float> buffer(width);
+        float* g = buffer.data();
+        for (i64 i = 0; i < width; i++) own[i] = 0;
+        for (i64 row = rows * thread / threads; row < rows * (thread + 1) / threads; row++) {
+            const T *in = x + row * width, *gy = grad + row * width;
+            float s = scale[row], dot = 0;
+#pragma omp simd reduction(+ : dot)
+            for (i64 i = 0; i < width; i++) {
+                float normed = get(in, i) * s, gradient = get(gy, i);
+                own[i] += gradient * normed;
+                g[i] = gradient * get(weight, i);
+                dot += g[i] * normed;
+            }
+            float mean = dot / width * s;
+            T* out = grad_x + row * width;
+            if (grad_sum) {
+                const T* other = grad_sum + row * width;
+#pragma omp simd
+                for (i64 i = 0; i < width; i++) put(out, i, get(other, i) + s * (g[i] - get(in, i) * mean));
+            } else {
+#pragma omp simd
+                for (i64 i = 0; i < width; i++) put(out, i, s * (g[i] - get(in, i) * mean));
+            }
+        }
+    }
+}
+
+// hidden = silu(gate) * up, times the row's weight (may be null). gate_up: (rows, 2 width).
+template <typename T>
+static void swiglu_forward(const T* gate_up, const float* weight, T* hidden, i64 rows, i64 width, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (i64 row = 0; row < rows; row++) {
+        const T *gate = gate_up + row * 2 * width, *up = gate + width;
+        T* out = hidden + row * width;
+        float w = weight ? weight[row] : 1.0f;
+#pragma omp simd
+        for (i64 i = 0; i < width; i++) {
+            float x = get(gate, i);
+            put(out, i, x * sigmoid(x) * get(up, i) * w);
+        }
+    }
+}
+
+// From the gradient of the unweighted hidden activations' product: hidden again (weighted), the gradients of gate and
+// up, and of the row's weight (both may be null).
+template <typename T>
+static void swiglu_backward(const T* gate_up, const T* grad_hidden, const float* weight, T* hidden, T* grad_gate_up,
+                            float* grad_weight, i64 rows, i64 width, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (i64 row = 0; row < rows; row++) {
+        const T *gate = gate_up + row * 2 * width, *up = gate + width, *grad = grad_hidden + row * width;
+        T *out = hidden + row * width, *grad_gate = grad_gate_up + row * 2 * width, *grad_up = grad_gate + width;
+        float w = weight ? weight[row] : 1.0f, dot = 0;
+#pragma omp simd reduction(+ : dot)
+        for (i64 i = 0; i < width; i++) {
+            float x = get(gate, i), u = get(up, i), g = get(grad, i);
+            float s = sigmoid(x), silu = x * s, h = silu * u;
+            dot += g * h;
+            g *= w;
+            put(out, i, h * w);
+            put(grad_up, i, g * silu);
+            put(grad_gate, i, g * u * s * (1.0f + x * (1.0f - s)));
+        }
+        if (grad_weight) grad_weight[row] = dot;
+    }
+}
+
+// losses[row] = log sum exp(logits) - logits[label], 0 where the label is negative; where `gradient` is set the
+// logits become softmax minus one at the label (0 where the label is negative).
+template <typename T>
+static void cross_entropy(T* logits, const i64* labels, float* losses, i64 rows, i64 width, int gradient,
+                          int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> buffer(width);
+        float* e = buffer.data();
+#pragma omp for schedule(static)
+        for (i64 row = 0; row < rows; row++) {
+            T* x = logits + row * width;
+            i64 label = labels[row];
+            if (label < 0) {
+                losses[row] = 0;
+                if (gradient) memset(static_cast<void*>(x), 0, width * sizeof(T));
+                continue;
+            }
+            float top = -INFINITY, sum = 0, chosen = get(x, label);
+#pragma omp simd reduction(max : top)
+            for (i64 i = 0; i < width; i++) top = get(x, i) > top ? get(x, i) : top;
+#pragma omp simd reduction(+ : sum)
+            for (i64 i = 0; i < width; i++) {
+                e[i] = exponential(get(x, i) - top);
+                sum += e[i];
+            }
+            losses[row] = top + std::log(sum) - chosen;
+            if (gradient) {
+                float inverse = 1.0f / sum;
+                e[label] -= sum;
+#pragma omp simd
+                for (i64 i = 0; i < width; i++) put(x, i, e[i] * inverse);
+            }
+        }
+    }
+}
+
+// Rows of scores become probabilities in place. Row (n, h, q) of `scores` (sequences, heads, queries, keys) is that of
+// query first_query + q, and its column c that of key first_key + c; the query sees the keys from starts[n / groups]
+// [its position] to itself. log_sums (sequences, heads, length) is written if `fresh`, and read if not.
+template <typename T>
+static void probabilities(T* scores, float* log_sums, const int32_t* starts, i64 sequences, i64 groups, i64 heads,
+                          i64 queries, i64 keys, i64 first_query, i64 first_key, i64 length, float scale, int fresh,
+                          int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> buffer(keys);
+        float* e = buffer.data();
+#pragma omp for schedule(static)
+        for (i64 line = 0; line < sequences * heads * queries; line++) {
+            i64 q = first_query + line % queries, nh = line / queries, n = nh / heads;
+            T* row = scores + line * keys;
+            i64 begin = (starts ? starts[n / groups * length + q] : 0) - first_key, end = q + 1 - first_key;
+            float* log_sum = log_sums + nh * length + q;
+            memset(static_cast<void*>(row), 0, begin * sizeof(T));
+            if (fresh) {
+                float top = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : top)
+                for (i64 i = begin; i < end; i++) top = get(row, i) > top ? get(row, i) : top;
+                top *= scale;
+#pragma omp simd reduction(+ : sum)
+                for (i64 i = begin; i < end; i++) {
+                    e[i] = exponential(get(row, i) * scale - top);
+                    sum += e[i];
+                }
+                *log_sum = top + std::log(sum);
+                float inverse = 1.0f / sum;
+#pragma omp simd
+                for (i64 i = begin; i < end; i++) put(row, i, e[i] * inverse);
+            } else {
+                float offset = *log_sum;
+#pragma omp simd
+                for (i64 i = begin; i < end; i++) put(row, i, exponential(get(row, i) * scale - offset));
+            }
+            memset(static_cast<void*>(row + end), 0, (keys - end) * sizeof(T));
+        }
+    }
+}
+
+// grad becomes probability * (grad - row's sum of grad * probability) * scale, in place.
+template <typename T>
+static void softmax_backward(const T* probability, T* grad, i64 rows, i64 width, float scale, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (i64 row = 0; row < rows; row++) {
+        const T* p = probability + row * width;
+        T* g = grad + row * width;
+        float dot = 0;
+#pragma omp simd reduction(+ : dot)
+        for (i64 i = 0; i < width; i++) dot += get(p, i) * get(g, i);
+#pragma omp simd
+        for (i64 i = 0; i < width; i++) put(g, i, get(p, i) * (get(g, i) - dot) * scale);
+    }
+}
+
+// out[m] = sum over k of weight[m, k] * x[index[m, k]]; weight may be null.
+template <typename T>
+static void gather_sum(const T* x, const i64* index, const float* weight, T* out, i64 rows, i64 per_row, i64 width,
+                       int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> buffer(width);
+        float* sum = buffer.data();
+#pragma omp for schedule(static)
+        for (i64 row = 0; row < rows; row++) {
+            for (i64 k = 0; k < per_row; k++) {
+                const T* from = x + index[row * per_row + k] * width;
+                float w = weight ? weight[row * per_row + k] : 1.0f;
+                if (k == 0) {
+#pragma omp simd
+                    for (i64 i = 0; i < width; i++) sum[i] = w * get(from, i);
+                } else {
+#pragma omp simd
+                    for (i64 i = 0; i < width; i++) sum[i] += w * get(from, i);
+                }
+            }
+#pragma omp simd
+            for (i64 i = 0; i < width; i++) put(out + row * width, i, sum[i]);
+        }
+    }
+}
+
+// Rotary embedding of x (tokens, heads, width), rows of x `stride` apart: halves (a, b) become
+// (a cos - b sin, b cos + a sin), or, with sign -1, the inverse. out is contiguous; cos, sin: (tokens, width).
+template <typename T>
+static void rotate(const T* x, const T* cosine, const T* sine, T* out, i64 tokens, i64 heads, i64 width, i64 stride,
+                   float sign, int threads) {
+    i64 half = width / 2;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (i64 token = 0; token < tokens; token++) {
+        const T *c = cosine + token * width, *s = sine + token * width;
+        for (i64 head = 0; head < heads; head++) {
+            const T* a = x + token * stride + head * width;
+            T* y = out + (token * heads + head) * width;
+#pragma omp simd
+            for (i64 i = 0; i < half; i++) {
+                float first = get(a, i), second = get(a, i + half);
+                put(y, i, first * get(c, i) - sign * second * get(s, i));
+                put(y, i + half, second * get(c, i) + sign * first * get(s, i));
+            }
+        }
+    }
+}
+
+#define BOTH(name, parameters, arguments)                          \
+    extern "C" void name##_fp32 parameters(float) { name arguments; } \
+    extern "C" void name##_bf16 parameters(bf16) { name arguments; }
+
+#define P(T) (const T* x, const T* delta, const T* weight, T* sum, T* y, float* scale, i64 rows, i64 width, float eps, int threads)
+BOTH(norm_forward, P, (x, delta, weight, sum, y, scale, rows, width, eps, threads))
+#undef P
+#define P(T) (const T* grad, const T* x, const T* weight, const float* scale, const T* grad_sum, T* grad_x, float* partial, i64 rows, i64 width, int threads)
+BOTH(norm_backward, P, (grad, x, weight, scale, grad_sum, grad_x, partial, rows, width, threads))
+#undef P
+#define P(T) (const T* gate_up, const float* weight, T* hidden, i64 rows, i64 width, int threads)
+BOTH(swiglu_forward, P, (gate_up, weight, hidden, rows, width, threads))
+#undef P
+#define P(T) (const T* gate_up, const T* grad_hidden, const float* weight, T* hidden, T* grad_gate_up, float* grad_weight, i64 rows, i64 width, int threads)
+BOTH(swiglu_backward, P, (gate_up, grad_hidden, weight, hidden, grad_gate_up, grad_weight, rows, width, threads))
+#undef P
+#define P(T) (T* logits, const i64* labels, float* losses, i64 rows, i64 width, int gradient, int threads)
+BOTH(cross_entropy, P, (logits, labels, losses, rows, width, gradient, threads))
+#undef P
+#define P(T) (T* scores, float* log_sums, const int32_t* starts, i64 sequences, i64 groups, i64 heads, i64 queries, i64 keys, i64 first_query, i64 first_key, i64 length, float scale, int fresh, int threads)
+BOTH(probabilities, P, (scores, log_sums, starts, sequences, groups, heads, queries, keys, first_query, first_key, length, scale, fresh, threads))
+#undef P
+#define P(T) (const T* probability, T* grad, i64 rows, i64 width, float scale, int threads)
+BOTH(softmax_backward, P, (probability, grad, rows, width, scale, threads))
+#undef P
+#define P(T) (const T* x, const i64* index, const float* weight, T* out, i64 rows, i64 per_row, i64 width, int threads)
+BOTH(gather_sum, P, (x, index, weight, out, rows, per_row, width, threads))
+#undef P
+#define P(T) (const T* x, const T* cosine, const T* sine, T* out, i64 tokens, i64 heads, i64 width, i64 stride, float sign, int threads)
+BOTH(rotate, P, (x, cosine, sine, out, tokens, heads, width, stride, sign, threads))
+#undef P

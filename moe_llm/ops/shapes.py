@@ -1,0 +1,8 @@
+"""Round numbers of rows: bf16 products on a CPU are compiled for their exact shape, at its first use."""
+
+
+def round_up(rows: int) -> int:
+    """To a multiple of a 16th of the power of two below, at least of 16: 16 shapes an octave, 6% more at most
+    from 256 rows on."""
+    step = max(16, 2 ** (rows.bit_length() - 1) // 16) if rows else 1
+    return -(-rows // step) * step

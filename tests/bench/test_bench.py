@@ -1,0 +1,102 @@
+"""The products are the step's arithmetic, the parts its time, and a mistake one sentence."""
+
+import json
+
+import pytest
+import torch
+from support.training import config as training_config
+
+from moe_llm import cli
+from moe_llm.bench.parts import PARTS
+from moe_llm.bench.products import Linear, Scores, flops, measure_products, step_products
+from moe_llm.bench.run import bench, format_report, synthetic_loader
+from moe_llm.config import load_config
+from moe_llm.errors import UserError
+from moe_llm.model.flops import train_flops_per_token
+from moe_llm.ops import native
+from moe_llm.parallel.runtime import Runtime
+
+CPU = torch.device("cpu")
+
+
+def test_flops_of_the_products_are_those_of_the_model():
+    model = training_config(2, 1, 1).model
+    rows = 3 * 16 * model.num_experts_per_tok // model.num_local_experts
+    counts = [[rows] * model.num_local_experts] * model.num_hidden_layers
+    total = sum(map(flops, step_products(model, 3, 16, counts)))
+    assert total == pytest.approx(3 * 16 * train_flops_per_token(model, 16), rel=1e-9)
+
+
+def test_documents_leave_less_to_attend_to():
+    model = training_config(2, 1, 1).model
+    whole, cut = (step_products(model, 2, 64, [], visible=visible) for visible in (None, 16))
+    scores = [next(p for p in products if isinstance(p, Scores)) for products in (whole, cut)]
+    assert flops(scores[1]) == flops(scores[0]) / 4
+
+
+def test_measured_products_have_their_flops_and_take_time():
+    limits = measure_products([Linear("a", 8, 4, 6), Linear("a", 8, 4, 6), Scores("b", 2, 8, 4)], torch.float32, CPU)
+    assert limits["a"].flops == 2 * 6 * 8 * 4 * 6
+    assert limits["b"].flops == 6 * 2 * 8 * 8 * 4
+    assert all(limit.seconds > 0 for limit in limits.values())
+
+
+def test_batches_read_as_training_reads_them():
+    config = training_config(2, 3, 1)
+    with synthetic_loader(config, Runtime(None, CPU, 0, 1, False), 4) as loader:
+        steps = [next(loader) for _ in range(4)]
+    assert [len(step) for step in steps] == [3] * 4
+    for batch in (batch for step in steps for batch in step):
+        assert batch.input_ids_BS.shape == (2, config.data.sequence_length)
+        assert batch.input_ids_BS.max() < config.model.vocab_size
+    assert not torch.equal(steps[0][0].input_ids_BS, steps[1][0].input_ids_BS)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_report(precision, tmp_path):
+    config = training_config(2, 2, 1, optimizer="adamw", train={"precision": precision})
+    plain = native.call
+    report = bench(config, steps=2, trace=tmp_path / "trace.json")
+    assert native.call is plain
+    assert report["tokens_per_second"] == pytest.approx(config.tokens_per_step / report["seconds"])
+    assert set(report["parts"]) == set(PARTS)
+    assert sum(part["share"] for part in report["parts"].values()) == pytest.approx(1)
+    for part in ("attention", "router", "experts", "norms", "loss", "optimizer", "data"):
+        assert report["parts"][part]["seconds"] > 0, part
+    assert report["parts"]["communication"]["seconds"] == 0
+    assert report["products_seconds"] > 0
+    table = format_report(report)
+    assert all(part in table for part in PARTS)
+    names = {event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
+    assert {"part:experts", "moe_llm::swiglu_backward", "_FusedExpertsBackward"} <= names
+
+
+def test_backward_work_is_given_to_the_part_that_asked_for_it():
+    """The experts' backward has twice the products of their forward: they must not end up elsewhere."""
+    config = training_config(
+        8, 1, 1, model={"hidden_size": 64, "intermediate_size": 512, "num_attention_heads": 2, "num_hidden_layers": 1}
+    )
+    parts = bench(config, steps=1)["parts"]
+    assert parts["experts"]["share"] > 2 * parts["attention"]["share"]
+
+
+def test_without_a_vocabulary_or_a_place_for_the_trace(tmp_path, capsys):
+    config = training_config(2, 1, 1)
+    with pytest.raises(UserError, match=r"model\.vocab_size=null"):
+        bench(config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": None})}))
+    with pytest.raises(UserError, match="cannot be written"):
+        bench(config, trace=tmp_path / "missing" / "trace.json")
+
+
+def test_from_the_command_line(tmp_path, capsys, monkeypatch):
+    seen = {}
+
+    def fake(config, **options):
+        seen.update(options, hidden=config.model.hidden_size)
+        return {"seconds": 1.0}
+
+    monkeypatch.setattr("moe_llm.bench.run.bench", fake)
+    quickstart = load_config.__globals__["__file__"].replace("moe_llm/config/load.py", "configs/quickstart.yaml")
+    assert cli.main(["bench", quickstart, "--steps", "3", "--json", "model.hidden_size=128"]) == 0
+    assert seen == {"steps": 3, "trace": None, "hidden": 128}
+    assert json.loads(capsys.readouterr().out) == {"seconds": 1.0}
