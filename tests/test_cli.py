@@ -117,15 +117,15 @@ def test_wrong_arguments_exit_with_2(argv, words, capsys):
 @pytest.mark.parametrize(
     "argv",
     [
-        ["params", "--json", QUICKSTART, "model.hidden_size=512"],
-        ["params", QUICKSTART, "--json", "model.hidden_size=512"],
-        ["params", QUICKSTART, "model.hidden_size=512", "--json"],
+        ["params", "--json", QUICKSTART, "model.hidden_size=384"],
+        ["params", QUICKSTART, "--json", "model.hidden_size=384"],
+        ["params", QUICKSTART, "model.hidden_size=384", "--json"],
     ],
 )
 def test_params_as_json_in_any_order_of_arguments(argv, capsys):
     assert cli.main(argv) == 0
     printed = json.loads(capsys.readouterr().out)
-    model = load_config(QUICKSTART, ["model.hidden_size=512"]).model
+    model = load_config(QUICKSTART, ["model.hidden_size=384"]).model
     assert (printed["total"], printed["active"]) == (model.num_params(), model.num_params(active=True))
     assert {part: sizes["total"] for part, sizes in printed["parts"].items()} == model.parameter_counts()
     assert {p: s["active"] for p, s in printed["parts"].items()} == model.parameter_counts(active=True)
