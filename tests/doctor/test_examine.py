@@ -45,6 +45,13 @@ VARIANTS = {
         "model.router_aux_loss_scope=transformers", "train.global_batch_size=64", "optim.grad_clip=0",
         "model.head_dim=48", "parallel.zero_stage=3",
     ],
+    "capacity, saving in the background": [
+        "model.router.capacity_factor=1.0", "checkpoint.async=true", "parallel.expert_parallel_size=2",
+    ],
+    "capacity passed on, balance by sequence, accumulation": [
+        "model.router.capacity_factor=1.0", "model.router.overflow=next", "model.router_aux_loss_scope=sequence",
+        "train.global_batch_size=64",
+    ],
 }
 
 
