@@ -16,7 +16,7 @@ from moe_llm.doctor import compare
 from moe_llm.doctor.causes import diagnose
 from moe_llm.doctor.exported import check_export
 from moe_llm.doctor.findings import FAIL, Finding, exact, note
-from moe_llm.doctor.observe import Observation, expected_samples, observe
+from moe_llm.doctor.observe import Observation, expected_samples, made_ready, observe
 from moe_llm.doctor.ranks import LocalRanks, Plant, RankError, no_plant
 from moe_llm.doctor.reference import Reference
 from moe_llm.doctor.sample import small_data
@@ -67,6 +67,7 @@ def examine(
         pool = processes or stack.enter_context(LocalRanks(ranks))
         stack.callback(pool.settle)  # before the directory goes that they write to
         say("preparing text and tokenizer")
+        pool.send(made_ready)  # the ranks import in the meantime
         prepared, notes = small_data(config, small.config, directory)
         report.findings += map(note, notes)
         try:
@@ -105,6 +106,7 @@ class _Case:
         self.expected, _ = expected_samples(self.config)
 
     def run(self) -> None:
+        self.pool.receive()
         self.say(f"training on {self.ranks} ranks and in one process")
         self.pool.send(observe, self.config, plant=self.plant)
         one = self._alone(self.config, "one", keep_batches=True)

@@ -62,6 +62,10 @@ class Observation:
     batches: list[list[Batch]] = field(default_factory=list)
 
 
+def made_ready() -> None:
+    """Nothing more than that a process has imported what `observe` needs."""
+
+
 def observe(config: Config, *, source: str | None = None, keep_batches: bool = False) -> Observation:
     """Train as configured, from the checkpoint `source` where given, to `config.max_steps`. Collective."""
     _forget_accelerator()

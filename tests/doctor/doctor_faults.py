@@ -167,3 +167,25 @@ def noise_without_effect(rank):
         return real(self, x_BSD, real_BS)
 
     return mock.patch.object(mixtral.MixtralRouter, "forward", forward)
+
+
+def capacity_beyond_a_sequence(rank):
+    """Whoever comes first in the micro-batch is served, so that the layout decides."""
+    from moe_llm.model.moe.routers import mixtral
+
+    real = mixtral.assign
+
+    def assign(preference_BSR, real_BS, top_k, num_experts, capacity):
+        together, all_real = preference_BSR.flatten(0, 1)[None], real_BS.flatten()[None]
+        return real(together, all_real, top_k, num_experts, capacity).view_as(preference_BSR)
+
+    return mock.patch.object(mixtral, "assign", assign)
+
+
+def one_process_raises(rank):
+    from moe_llm.train import loop
+
+    def no_step(*arguments):
+        raise RuntimeError("no step today")
+
+    return mock.patch.object(loop, "learning_rate", no_step) if rank is None else contextlib.nullcontext()

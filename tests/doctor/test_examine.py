@@ -1,7 +1,9 @@
 """What a user of `moe-llm doctor` sees, for configurations that are sound."""
 
+import contextlib
 import json
 import math
+import os
 import tempfile
 from pathlib import Path
 
@@ -19,7 +21,9 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 QUICKSTART = str(CONFIGS / "quickstart.yaml")
 
 
-def test_the_quickstart_passes_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+def test_the_quickstart_passes_and_leaves_nothing_behind(doctor_ranks, tmp_path, monkeypatch, capsys):
+    doctor_ranks.run(os.getpid)  # they have started, with files of their own elsewhere
+    monkeypatch.setattr(examination, "LocalRanks", lambda ranks: contextlib.nullcontext(doctor_ranks))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert cli.main(["doctor", QUICKSTART, "--json"]) == 0
