@@ -1,5 +1,6 @@
 """From a pattern of failures to what usually lies behind it: the table of `_RULES`, first match first."""
 
+import re
 from collections.abc import Callable
 
 from moe_llm.doctor.findings import FAIL, Finding
@@ -45,7 +46,7 @@ def _gradient(finding: Finding, failed: Failed, ranks: int) -> str:
 
 
 def _aux(finding: Finding, failed: Failed, ranks: int) -> str:
-    if "routing" in failed and "lm_loss" in failed:
+    if "routing" in failed and "lm_loss" in failed and _begins(failed["lm_loss"]) <= _begins(finding):
         return ""
     if _only_padded(failed.get("reference_aux", finding)):
         return "padding is counted as tokens"
@@ -67,6 +68,11 @@ def _only_padded(finding: Finding) -> bool:
     return bool(padded) and beyond[0] in padded and (set(beyond) <= padded or beyond[0] != "step 1")
 
 
+def _begins(finding: Finding) -> list[int]:
+    """Step, and layer where the check has one, of the first departure, in an order."""
+    return [int(number) for number in re.findall(r"\d+", finding.evidence["beyond"][0])]
+
+
 def _run(finding: Finding, failed: Failed, ranks: int) -> str:
     trace = finding.evidence["trace"]
     for words, cause in _TRACES.items():
@@ -82,7 +88,15 @@ _TRACES = {
 }
 
 
+def _dropped(finding: Finding, failed: Failed, ranks: int) -> str:
+    if "routing" in failed and _begins(failed["routing"]) <= _begins(finding):
+        return "follows from the routing"
+    return "who is dropped depends on the layout: capacity must not look beyond a sequence"
+
+
 def _routing(finding: Finding, failed: Failed, ranks: int) -> str:
+    if "dropped" in failed and _begins(failed["dropped"]) < _begins(finding):
+        return "follows from who is dropped"
     if "aux_loss" in failed and "lm_loss" not in failed:
         return "tokens go where they should, so their counts are wrong: not summed over the ranks, or with padding"
     return "tokens go elsewhere than in one process: look at the router's input and at its precision"
@@ -111,20 +125,21 @@ _FOLLOWS_SAMPLES = _says("follows from the data: the blocks are not those that w
 _RULES: list[tuple[set[str], Callable[[Finding, Failed, int], str]]] = [
     ({"samples"}, _says("ranks share out the blocks wrongly: look at the loader's rank, world size and position")),
     ({"run"}, _run),
-    ({"tokens", "lm_loss", "aux_loss", "z_loss", "loss", "gradients", "norm", "weights", "routing", "val_loss",
-      "resume_one_data", "resume_one_loss", "resume_ranks_data", "resume_ranks_loss"},
+    ({"tokens", "lm_loss", "aux_loss", "z_loss", "loss", "gradients", "norm", "weights", "routing", "dropped",
+      "val_loss", "resume_one_data", "resume_one_loss", "resume_ranks_data", "resume_ranks_loss"},
      _FOLLOWS_SAMPLES),
     ({"start"}, _says("a rank's initial weights are not those of one process: initialisation depends on the rank")),
     ({"tokens"}, _says("padding is counted, or the ranks' masks differ from those of one process")),
     ({"experts_train"}, _says("experts are not in the optimizer, or their learning rate is zero")),
     ({"others_train"}, _says("these parameters are not in the optimizer")),
-    ({"aux_loss", "z_loss", "lm_loss", "loss", "routing", "norm"}, _later),
+    ({"aux_loss", "z_loss", "lm_loss", "loss", "routing", "dropped", "norm"}, _later),
     ({"aux_loss"}, _aux),
     ({"loss"}, _says("follows from the balance loss", if_failed="aux_loss")),
     ({"loss"}, _says("follows from the z-loss", if_failed="z_loss")),
     ({"z_loss"}, _says("the number of tokens it is divided by is not that of all ranks")),
     ({"lm_loss", "loss"}, _says("the targets it is divided by are not those of the whole step, or the forward pass of "
                                "the layout differs: look at dispatch and attention")),
+    ({"dropped"}, _dropped),
     ({"routing"}, _routing),
     ({"gradients", "reference_gradients"}, _gradient),
     ({"gradients"}, _says("backward departs where forward does not: look at the exchange's backward and at "

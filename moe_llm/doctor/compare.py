@@ -81,16 +81,11 @@ def tokens(ranks: Sequence[Observation], one: Observation) -> Finding:
 LOSSES = {"lm_loss": "language-model loss", "aux_loss": "balance loss", "z_loss": "z-loss", "loss": "whole loss"}
 
 
-def losses(
-    ranks: Sequence[Observation], one: Observation, allowed: Tolerances, *, same_rounds: bool
-) -> list[Finding]:
-    """Loss by loss, each step. `same_rounds`: the one process takes the ranks' micro-batches together, not one by one;
-    otherwise its z-loss is another number wherever there is padding."""
+def losses(ranks: Sequence[Observation], one: Observation, allowed: Tolerances) -> list[Finding]:
+    """Loss by loss, each step."""
     padded = [step for step, count in enumerate(one.tokens) if count < max(one.tokens)]
     findings = []
     for name, title in LOSSES.items():
-        if name == "z_loss" and not same_rounds:
-            continue
         compared = [
             (relative(record[name], alone[name]), allowed.loss[step > 0], f"step {step + 1}")
             for rank in ranks
@@ -192,6 +187,18 @@ def routing(ranks: Sequence[Observation], one: Observation, allowed: Tolerances)
                 moved = abs(a - b).sum() / 2 / max(1, b.sum())
                 compared.append((float(moved), allowed.routing[step > 0], f"step {step + 1}, layer {layer}"))
     return within("routing", "tokens per expert, share that goes elsewhere", compared)
+
+
+def dropped(ranks: Sequence[Observation], one: Observation, allowed: Tolerances) -> Finding:
+    """The share of choices that no expert had room for, in each layer."""
+    compared = [
+        (abs(here - there), allowed.routing[step > 0], f"step {step + 1}, layer {layer}")
+        for rank in ranks
+        for step, (record, alone) in enumerate(zip(rank.records, one.records, strict=True))
+        for layer, (here, there) in enumerate(zip(record["moe"]["dropped_share"], alone["moe"]["dropped_share"]))
+    ]
+    largest = max(max(record["moe"]["dropped_share"]) for record in one.records)
+    return within("dropped", f"share dropped for capacity (up to {largest:.0%} of a layer)", compared)
 
 
 def trained(ranks: Sequence[Observation]) -> list[Finding]:

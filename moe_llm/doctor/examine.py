@@ -3,6 +3,7 @@
 import contextlib
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from moe_llm.doctor import compare
 from moe_llm.doctor.causes import diagnose
 from moe_llm.doctor.exported import check_export
 from moe_llm.doctor.findings import FAIL, Finding, exact, note
-from moe_llm.doctor.observe import Observation, expected_samples, observe
+from moe_llm.doctor.observe import Observation, expected_samples, made_ready, observe
 from moe_llm.doctor.ranks import LocalRanks, Plant, RankError, no_plant
 from moe_llm.doctor.reference import Reference
 from moe_llm.doctor.sample import small_data
@@ -64,12 +65,13 @@ def examine(
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moe-llm-doctor-")))
         stack.enter_context(_one_thread())
         pool = processes or stack.enter_context(LocalRanks(ranks))
+        stack.callback(pool.settle)  # before the directory goes that they write to
         say("preparing text and tokenizer")
+        pool.send(made_ready)  # the ranks import in the meantime
         prepared, notes = small_data(config, small.config, directory)
         report.findings += map(note, notes)
-        case = _Case(config, prepared, directory, pool, plant, ranks, report.findings, say)
         try:
-            case.run()
+            _Case(config, prepared, directory, pool, plant, ranks, report.findings, say).run()
         except RankError as error:
             report.findings.append(Finding("run", "the ranks run", FAIL, where=error.message,
                                            evidence={"trace": str(error)}))
@@ -98,12 +100,13 @@ class _Case:
                  findings: list[Finding], say: Callable[[str], None]):
         self.user, self.directory, self.pool, self.plant, self.ranks = user, directory, pool, plant, ranks
         self.findings, self.say = findings, say
-        self.reference = Reference(config.model)
+        self.reference, self._capacity = Reference(config.model), config.model.router.capacity_factor
         self.config = self._with_active_clip(config)
         self.allowed = compare.tolerances(self.config)
         self.expected, _ = expected_samples(self.config)
 
     def run(self) -> None:
+        self.pool.receive()
         self.say(f"training on {self.ranks} ranks and in one process")
         self.pool.send(observe, self.config, plant=self.plant)
         one = self._alone(self.config, "one", keep_batches=True)
@@ -111,7 +114,7 @@ class _Case:
         if self.config.train.precision != "fp32":
             precise = self._alone(self._in_fp32(), "one_in_fp32", keep_batches=True)
             self.findings.append(compare.against_fp32(one, precise))
-        self._compare_with_transformers(precise)
+        self._compare_with_transformers(precise if self._capacity is None else self._unbounded())
         ranks = self.pool.receive()
         self._compare(ranks, one)
         self.say("exporting, and resuming at other layouts")
@@ -137,13 +140,27 @@ class _Case:
         return replace(config, optim={"grad_clip": min(config.optim.grad_clip, norm / 2)})
 
     def _alone(self, config: Config, name: str, **how: Any) -> Observation:
-        """One process, in a run directory of its own."""
+        """One process, in a run directory of its own; where it raises, that is found as a rank's error is."""
         config = replace(one_process(config, self.ranks), run={"dir": str(self.directory / name)})
-        with self.plant(None):
-            return observe(config, **how)
+        try:
+            with self.plant(None):
+                return observe(config, **how)
+        except Exception as error:
+            if isinstance(error, UserError) and "source" not in how:  # a checkpoint is none of the user's
+                raise
+            last = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
+            raise RankError(f"one process: {last}", traceback.format_exc()) from error
 
     def _in_fp32(self) -> Config:
         return replace(self.config, train={"precision": "fp32"})
+
+    def _unbounded(self) -> Observation:
+        """One process in fp32 whose experts take all that comes, as transformers' do."""
+        self.findings.append(note(
+            f"model.router.capacity_factor={self._capacity:g} is null beside transformers, which has no such limit"
+        ))
+        router = {**self.config.model.router.model_dump(mode="json"), "capacity_factor": None}
+        return self._alone(replace(self._in_fp32(), model={"router": router}), "one_unbounded", keep_batches=True)
 
     def _elsewhere(self) -> Config:
         """The ranks in another layout than the configured one."""
@@ -168,8 +185,9 @@ class _Case:
             compare.samples(ranks, self.expected, "samples", "each block is read once, by one rank"),
             compare.tokens(ranks, one),
             compare.start_weights(ranks, one),
-            *compare.losses(ranks, one, allowed, same_rounds=self.config.model.router_aux_loss_scope == "global"),
+            *compare.losses(ranks, one, allowed),
             compare.routing(ranks, one, allowed),
+            *([] if self._capacity is None else [compare.dropped(ranks, one, allowed)]),
             compare.gradients(
                 compare.whole([rank.gradients[0] for rank in ranks]), compare.whole([one.gradients[0]]),
                 allowed, "gradients", "gradients of step 1",

@@ -5,13 +5,17 @@ gradients before a step and weights after it. Tensors come as numpy arrays, whic
 """
 
 import hashlib
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moe_llm.checkpoint.background import Background
+from moe_llm.checkpoint.manifest import verify
 from moe_llm.checkpoint.state import save_checkpoint
 from moe_llm.config import Config, dump_config
 from moe_llm.data.loader import Data, TrainLoader, load_data
@@ -19,6 +23,7 @@ from moe_llm.data.packing import Batch
 from moe_llm.data.tokenizer import build_tokenizer
 from moe_llm.parallel.engine import Engine
 from moe_llm.parallel.runtime import start
+from moe_llm.parallel.side_group import SideGroup
 from moe_llm.train import loop
 from moe_llm.train.evaluate import validation_loss
 from moe_llm.train.run import build_trained
@@ -57,6 +62,10 @@ class Observation:
     batches: list[list[Batch]] = field(default_factory=list)
 
 
+def made_ready() -> None:
+    """Nothing more than that a process has imported what `observe` needs."""
+
+
 def observe(config: Config, *, source: str | None = None, keep_batches: bool = False) -> Observation:
     """Train as configured, from the checkpoint `source` where given, to `config.max_steps`. Collective."""
     _forget_accelerator()
@@ -66,9 +75,13 @@ def observe(config: Config, *, source: str | None = None, keep_batches: bool = F
     data = load_data(
         config, tokenizer, rank=runtime.rank, world_size=runtime.world_size, show_progress=False
     )
+    if source:
+        verify(Path(source), runtime)
     engine, position = build_trained(config, runtime, Path(source) if source else None)
     seen = Observation(first_step=position.step, start=_state(engine, with_optimizer=position.step > 0))
     watched = Watched(engine, seen, keep_batches)
+
+    background = Background(SideGroup(runtime), _complain) if config.checkpoint.async_ else None
 
     def save(at: loop.Position) -> None:
         if not seen.saved:
@@ -76,7 +89,7 @@ def observe(config: Config, *, source: str | None = None, keep_batches: bool = F
         path = save_checkpoint(
             run_dir / "checkpoints", engine, step=at.step, trainer_state=vars(at), model_config=config.model,
             run_config_text=dump_config(config), tokenizer=tokenizer, dtype=config.checkpoint.dtype,
-            max_shard_size=config.checkpoint.max_shard_size,
+            max_shard_size=config.checkpoint.max_shard_size, background=background,
         )
         seen.saved.append(str(path))
 
@@ -87,7 +100,7 @@ def observe(config: Config, *, source: str | None = None, keep_batches: bool = F
         data.train, position=position.samples, global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size, rank=runtime.rank, world_size=runtime.world_size,
     )
-    with loader:
+    with loader, background or nullcontext():
         loop.train_loop(config, watched, runtime, loader, position, StopRequest(), callbacks)
     return seen
 
@@ -154,6 +167,10 @@ def _digests(batch: Batch) -> list[str]:
         hashlib.sha256(b"".join(part[row].numpy().tobytes() for part in parts)).hexdigest()[:16]
         for row in range(len(batch.input_ids_BS))
     ]
+
+
+def _complain(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
 
 
 def _forget_accelerator() -> None:

@@ -49,6 +49,7 @@ class LocalRanks:
         self._processes: list = []
         self._pipes: list = []
         self._prints: tempfile.TemporaryDirectory | None = None
+        self._at_work = False
 
     def __enter__(self) -> "LocalRanks":
         return self
@@ -73,8 +74,10 @@ class LocalRanks:
         """Have every rank begin `function(*args)`."""
         if not self._processes:
             self.start()
+        self._at_work = True
         for pipe in self._pipes:
-            pipe.send((function, args, plant))
+            with contextlib.suppress(ConnectionError):  # of a rank that has ended, `receive` says how
+                pipe.send((function, args, plant))
 
     def receive(self) -> list[Any]:
         """What `send` has every rank compute.
@@ -95,8 +98,9 @@ class LocalRanks:
                 answers[rank] = self._answer(rank)
                 if answers[rank][0] != _VALUE:  # another may be the reason: let it speak
                     deadline = min(deadline, time.monotonic() + _GRACE)
+        self._at_work = len(answers) < self.size
         failures = sorted((a for a in answers.values() if a[0] != _VALUE), key=_least_telling)
-        if not failures and len(answers) == self.size:
+        if not failures and not self._at_work:
             return [answers[rank][1] for rank in range(self.size)]
         if any(answers.get(rank, (None,))[0] != _RAISED for rank in range(self.size)):
             self._kill()
@@ -110,7 +114,7 @@ class LocalRanks:
         """(what kind it is, the value or the trace)."""
         try:
             return self._pipes[rank].recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             self._processes[rank].join(5)
             code = self._processes[rank].exitcode
             return _ENDED, f"rank {rank} ended with exit code {code}\n{self._last_words(rank)}"
@@ -120,8 +124,15 @@ class LocalRanks:
         self.send(function, *args, plant=plant)
         return self.receive()
 
+    def settle(self) -> None:
+        """See to it that no rank is at work: what nobody has received is given up, and the processes with it. Files
+        that ranks write to can be removed from here on."""
+        if self._at_work:
+            self._kill()
+
     def close(self) -> None:
         """End the processes; those that are at work or do not end by themselves are killed."""
+        self.settle()
         for pipe in self._pipes:
             with contextlib.suppress(OSError):  # a process that is gone needs no goodbye
                 pipe.send(None)
@@ -142,7 +153,7 @@ class LocalRanks:
             process.join()
         for pipe in self._pipes:
             pipe.close()
-        self._processes, self._pipes = [], []
+        self._processes, self._pipes, self._at_work = [], [], False
         if self._prints is not None:
             self._prints.cleanup()
             self._prints = None
@@ -163,9 +174,6 @@ def _serve(pipe, rank: int, size: int, port: int, prints: str) -> None:
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true",
         CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1",
     )
-    import torch
-
-    torch.set_num_threads(1)
     while (work := _next_work(pipe)) is not None:
         function, args, plant = work
         try:

@@ -42,7 +42,8 @@ def shrink(config: Config, ranks: int, steps: int) -> Small:
         "model": model,
         "data": {"sequence_length": _length(config)},
         "optim": {"warmup_steps": min(config.optim.warmup_steps, 1)},
-        "train": {**train, "max_steps": steps, "max_tokens": None, "device": "cpu"},
+        # a step that is not finite is a finding, not one to leave out
+        "train": {**train, "max_steps": steps, "max_tokens": None, "device": "cpu", "on_nan": "stop"},
         "parallel": {"expert_parallel_size": expert_parallel},
         "checkpoint": {"every_steps": max(1, steps // 2), "keep_last": None, "resume": "auto"},
         "evaluate": {"every_steps": None, "max_blocks": 8, "sample_prompt": None},
@@ -52,7 +53,7 @@ def shrink(config: Config, ranks: int, steps: int) -> Small:
         f"{section}.{key}": (raw[section][key], value)
         for section in ("model", "data", "train", "parallel")
         for key, value in changed[section].items()
-        if raw[section][key] != value and key not in ("device", "max_tokens")
+        if raw[section][key] != value and key not in ("device", "max_tokens", "on_nan")
     }
     small = validate({name: {**raw[name], **changed.get(name, {})} for name in raw})
     return Small(small, one_process(small, ranks), changes, notes)
@@ -126,12 +127,6 @@ def _model(config: Config, ranks: int, notes: list[str]) -> dict[str, Any]:
         )
     if shape["num_local_experts"] != model.num_local_experts:
         notes.append(f"model.num_local_experts={model.num_local_experts} is {shape['num_local_experts']} here")
-    if model.router_aux_loss_scope == "transformers" and model.router_z_loss_coef:
-        shape["router_z_loss_coef"] = 0.0
-        notes.append(
-            "model.router_z_loss_coef is 0 here: with router_aux_loss_scope=transformers one process takes the ranks' "
-            "micro-batches one by one, and the z-loss is a mean over all of them"
-        )
     return shape
 
 

@@ -85,7 +85,11 @@ def padding_counted(rank):
     from moe_llm.model.moe.routers import mixtral
 
     real = mixtral.router_statistics
-    return mock.patch.object(mixtral, "router_statistics", lambda a, b, c, real_T: real(a, b, c, None))
+
+    def everything(logits_TE, probability_TE, expert_TK, real_BS, **options):
+        return real(logits_TE, probability_TE, expert_TK, torch.ones_like(real_BS), **options)
+
+    return mock.patch.object(mixtral, "router_statistics", everything)
 
 
 def clip_norm_per_rank(rank):
@@ -115,7 +119,7 @@ def stale_data_position(rank):
     from moe_llm.train import run
 
     real = run.load_checkpoint
-    return mock.patch.object(run, "load_checkpoint", lambda path, engine: {**real(path, engine), "samples": 0})
+    return mock.patch.object(run, "load_checkpoint", lambda *a, **k: {**real(*a, **k), "samples": 0})
 
 
 def ranks_read_the_same_blocks(rank):
@@ -158,8 +162,30 @@ def noise_without_effect(rank):
 
     real = mixtral.MixtralRouter.forward
 
-    def forward(self, x_TD, real_T):
+    def forward(self, x_BSD, real_BS):
         self.jitter = 0.0
-        return real(self, x_TD, real_T)
+        return real(self, x_BSD, real_BS)
 
     return mock.patch.object(mixtral.MixtralRouter, "forward", forward)
+
+
+def capacity_beyond_a_sequence(rank):
+    """Whoever comes first in the micro-batch is served, so that the layout decides."""
+    from moe_llm.model.moe.routers import mixtral
+
+    real = mixtral.assign
+
+    def assign(preference_BSR, real_BS, top_k, num_experts, capacity):
+        together, all_real = preference_BSR.flatten(0, 1)[None], real_BS.flatten()[None]
+        return real(together, all_real, top_k, num_experts, capacity).view_as(preference_BSR)
+
+    return mock.patch.object(mixtral, "assign", assign)
+
+
+def one_process_raises(rank):
+    from moe_llm.train import loop
+
+    def no_step(*arguments):
+        raise RuntimeError("no step today")
+
+    return mock.patch.object(loop, "learning_rate", no_step) if rank is None else contextlib.nullcontext()

@@ -1,7 +1,9 @@
 """What a user of `moe-llm doctor` sees, for configurations that are sound."""
 
+import contextlib
 import json
 import math
+import os
 import tempfile
 from pathlib import Path
 
@@ -19,7 +21,9 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 QUICKSTART = str(CONFIGS / "quickstart.yaml")
 
 
-def test_the_quickstart_passes_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+def test_the_quickstart_passes_and_leaves_nothing_behind(doctor_ranks, tmp_path, monkeypatch, capsys):
+    doctor_ranks.run(os.getpid)  # they have started, with files of their own elsewhere
+    monkeypatch.setattr(examination, "LocalRanks", lambda ranks: contextlib.nullcontext(doctor_ranks))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert cli.main(["doctor", QUICKSTART, "--json"]) == 0
@@ -44,6 +48,13 @@ VARIANTS = {
     "transformers' balance loss, accumulation, no clipping": [
         "model.router_aux_loss_scope=transformers", "train.global_batch_size=64", "optim.grad_clip=0",
         "model.head_dim=48", "parallel.zero_stage=3",
+    ],
+    "capacity, saving in the background": [
+        "model.router.capacity_factor=1.0", "checkpoint.async=true", "parallel.expert_parallel_size=2",
+    ],
+    "capacity passed on, balance by sequence, accumulation": [
+        "model.router.capacity_factor=1.0", "model.router.overflow=next", "model.router_aux_loss_scope=sequence",
+        "train.global_batch_size=64",
     ],
 }
 

@@ -1,5 +1,6 @@
 """Each check fails when its fault is there, and the likely cause is the one that was planted."""
 
+import os
 from pathlib import Path
 
 import doctor_faults as faults
@@ -9,7 +10,7 @@ from moe_llm.config import load_config
 from moe_llm.doctor.examine import examine
 
 QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
-NOISE = "model.router_jitter_noise=0.1"
+NOISE, LIMIT = "model.router_jitter_noise=0.1", "model.router.capacity_factor=1"
 
 # fault: the check that finds it, words of the cause, overrides
 PLANTED = [
@@ -28,6 +29,7 @@ PLANTED = [
     (faults.documents_see_each_other, "reference_lm", "documents see each other", []),
     (faults.recomputation_with_other_noise, "noise_recomputed", "recomputation draws other noise", [NOISE]),
     (faults.noise_without_effect, "noise_acts", "never drawn", [NOISE]),
+    (faults.capacity_beyond_a_sequence, "dropped", "capacity must not look beyond a sequence", [LIMIT]),
 ]
 # What a fault may be seen by besides; all other checks must still pass, or nobody could tell faults apart.
 FOLLOWING = {
@@ -39,6 +41,8 @@ FOLLOWING = {
     "clip_norm_per_rank": {"weights", "val_loss", "lm_loss", "loss"},
     "one_ranks_experts_exported": {"resume_one_state", "resume_one_loss"},
     "stale_data_position": {"resume_one_loss", "resume_ranks_data", "resume_ranks_loss"},
+    "capacity_beyond_a_sequence": {"lm_loss", "aux_loss", "z_loss", "loss", "val_loss", "gradients", "norm", "weights",
+                                   "routing"},
     "documents_see_each_other": {"reference_aux", "reference_z", "reference_gradients"},
 }
 
@@ -57,7 +61,7 @@ def test_a_planted_fault_is_found_and_named(doctor_ranks, fault, key, words, ove
 
 
 def test_without_a_fault_all_checks_pass(doctor_ranks):
-    config = load_config(QUICKSTART, ["parallel.expert_parallel_size=2", NOISE])
+    config = load_config(QUICKSTART, ["parallel.expert_parallel_size=2", NOISE, LIMIT])
     report = examine(config, steps=2, processes=doctor_ranks)
     assert [finding for finding in report.findings if finding.failed] == []
     seen = {finding.key for finding in report.findings}
@@ -70,3 +74,12 @@ def test_a_dead_rank_leaves_its_last_words(doctor_ranks):
     assert (failed.key, failed.where) == ("run", "rank 1 ended with exit code 7")
     assert "a rank raised, ended or hung" in failed.cause
     assert "the end is near" in failed.evidence["trace"]
+
+
+def test_a_fault_in_one_process_is_found_and_leaves_no_rank_at_work(doctor_ranks):
+    report = examine(load_config(QUICKSTART), steps=2, plant=faults.one_process_raises,
+                     processes=doctor_ranks)
+    (failed,) = [finding for finding in report.findings if finding.failed]
+    assert (failed.key, failed.where) == ("run", "one process: RuntimeError: no step today")
+    assert "in train_loop" in failed.evidence["trace"]
+    assert doctor_ranks.run(os.getpid), "the next examination finds ranks"

@@ -1,6 +1,7 @@
 """Ranks answer, and when one does not, everybody hears why."""
 
 import os
+import tempfile
 import time
 
 import pytest
@@ -35,6 +36,37 @@ def ranks():
 
 def test_every_rank_answers_in_order(ranks):
     assert ranks.run(rank_and_size) == [(0, 2), (1, 2)]
+
+
+def test_ranks_that_end_leave_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with LocalRanks(2) as ranks:
+        ranks.run(rank_and_size)
+        assert list(tmp_path.iterdir())
+        processes = list(ranks._processes)
+    assert list(tmp_path.iterdir()) == []
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def test_a_rank_at_work_for_nobody_is_ended(ranks):
+    ranks.settle()
+    before = ranks.run(os.getpid)
+    ranks.settle()
+    assert ranks.run(os.getpid) == before, "ranks at rest stay"
+    ranks.send(misbehave, {0: "hang"})
+    processes = list(ranks._processes)
+    ranks.settle()
+    assert not any(process.is_alive() for process in processes)
+    assert ranks.run(rank_and_size) == [(0, 2), (1, 2)]
+
+
+def test_a_rank_that_died_at_rest_is_named(ranks):
+    ranks.run(rank_and_size)
+    ranks._processes[1].kill()
+    ranks._processes[1].join()
+    with pytest.raises(RankError) as error:
+        ranks.run(rank_and_size)
+    assert error.value.message == "rank 1 ended with exit code -9"
 
 
 def test_processes_stay_where_all_have_raised(ranks):
