@@ -7,4 +7,6 @@ source scripts/lib.sh
 install_package dev
 ruff check .
 lint-imports
-exec python -m pytest "$@"
+# Two processes of one thread each: threads of several processes that share cores wait for one another.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec python -m pytest -n 2 --dist loadfile "$@"

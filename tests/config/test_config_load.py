@@ -174,11 +174,11 @@ def _refused(key: str) -> str:
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (["model.hidden_size=250"], ["model.hidden_size=250", "num_attention_heads=8", "head_dim"]),
+        (["model.hidden_size=250"], ["model.hidden_size=250", "num_attention_heads=6", "head_dim"]),
         (["model.head_dim=5"], ["model.head_dim=5", "even"]),
         (
-            ["model.num_key_value_heads=3"],
-            ["model.num_key_value_heads=3", "num_attention_heads=8", "divisor"],
+            ["model.num_key_value_heads=4"],
+            ["model.num_key_value_heads=4", "num_attention_heads=6", "divisor"],
         ),
         (
             ["model.num_experts_per_tok=9"],
@@ -205,10 +205,10 @@ def _refused(key: str) -> str:
         (["train.max_steps=true"], ["train.max_steps=true", "no true or false"]),
         (["optim.lr=true"], ["optim.lr=true", "no true or false"]),
         (["parallel.zero_stage=true"], ["parallel.zero_stage=true", "no true or false"]),
-        (["train.max_tokens=5"], ["train.max_steps=300", "train.max_tokens=5", "exactly one"]),
+        (["train.max_tokens=5"], ["train.max_steps=240", "train.max_tokens=5", "exactly one"]),
         (["train.max_steps=null"], ["train.max_steps=null", "exactly one"]),
         (["train.precision=fp16"], ["train.precision=fp16", "'fp32' or 'bf16'"]),
-        (["train.global_batch_size=20"], ["train.global_batch_size=20", "train.micro_batch_size=16"]),
+        (["train.global_batch_size=20"], ["train.global_batch_size=20", "train.micro_batch_size=8"]),
         (["parallel.expert_parallel_size=3"], ["parallel.expert_parallel_size=3", "num_local_experts=8"]),
         (["parallel.zero_stage=0"], ["parallel.zero_stage=0", "1, 2 or 3"]),
         (["checkpoint.max_shard_size=5G"], ["checkpoint.max_shard_size=5G", "5GB"]),
@@ -239,7 +239,7 @@ def test_a_wrong_value_is_one_sentence_with_field_value_and_remedy(overrides, pa
         ("data.sources.1.path=x", "'1' is no item of a list of 1 (counted from 0)"),
         ("data.sources.-1.path=x", "'-1' is no item of a list of 1 (counted from 0)"),
         ("data.sources.²=x", "'²' is no item of a list of 1 (counted from 0)"),
-        ("model.hidden_size.x=1", "model.hidden_size is the value 256 and has no fields"),
+        ("model.hidden_size.x=1", "model.hidden_size is the value 192 and has no fields"),
         ("model=[1", "the value of override 'model=[1', line 1 is not valid YAML"),
         ("model={a: 1, a: 2}", "the key 'a' is given twice"),
         ("run.seed=!!int x", "is not valid YAML"),

@@ -144,7 +144,7 @@ def rank_processes(pid: int) -> dict[int, int]:
     return found
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen, timeout: float = 90) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, timeout: float = 300) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         if process.poll() is not None:

@@ -139,6 +139,7 @@ def ended_and_restarted(tmp_path, number: int) -> str:
     return log.read_text()
 
 
+@pytest.mark.grid
 def test_a_stopped_rank_is_named_and_ended_and_a_restart_goes_on_by_itself(tmp_path):
     told = ended_and_restarted(tmp_path, signal.SIGSTOP)
     assert "rank 0 has made no progress for" in told
