@@ -42,7 +42,7 @@ FOLLOWING = {
     "one_ranks_experts_exported": {"resume_one_state", "resume_one_loss"},
     "stale_data_position": {"resume_one_loss", "resume_ranks_data", "resume_ranks_loss"},
     "capacity_beyond_a_sequence": {"lm_loss", "aux_loss", "z_loss", "loss", "val_loss", "gradients", "norm", "weights",
-                                   "routing"},
+                                   "routing", "resume_one_loss", "resume_ranks_loss"},
     "documents_see_each_other": {"reference_aux", "reference_z", "reference_gradients"},
 }
 
