@@ -130,7 +130,7 @@ def _removed_on_failure(tmp: Path, ranks: Ranks) -> Iterator[None]:
     """`tmp` does not outlive a failure inside, of which `together` has told all ranks."""
     try:
         yield
-    except Exception:
+    except Exception:  # of whatever kind: it is raised again, and half a checkpoint helps no one
         if ranks.rank == 0:
             shutil.rmtree(tmp, ignore_errors=True)
         raise
