@@ -153,6 +153,8 @@ _RULES: list[tuple[set[str], Callable[[Finding, Failed, int], str]]] = [
     ({"reference_aux"}, _reference_aux),
     ({"reference_z"}, lambda finding, failed, ranks: _only_padded(finding) and "padding is counted as tokens"),
     ({"reference_lm"}, _says("documents see each other, targets are shifted wrongly or padding is counted")),
+    ({"export_load"}, _says("config.json or the files of the checkpoint are not what transformers reads: --json has "
+                            "the trace")),
     ({"export", "export_keys"}, _says("the checkpoint does not hold what was trained: experts of some ranks are "
                                       "missing, doubled or in another's place")),
     ({"export_logits"}, _says("follows from the exported weights", if_failed="export")),
