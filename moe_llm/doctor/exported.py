@@ -26,7 +26,7 @@ def check_export(
         theirs, report = AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, output_loading_info=True, experts_implementation="eager"
         )
-    except Exception as error:  # whatever it is, it is what the user's users would meet
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is what the user's users would meet
         said = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
         return [Finding("export_load", "checkpoint in transformers: loads", FAIL, where=said,
                         evidence={"trace": traceback.format_exc()})]
