@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     show = _add(config_commands, "show", _config_show, "print the configuration with defaults and overrides")
     for command in (train, tokenizer, params, doctor, bench, show):
         command.add_argument("config", metavar="CONFIG", help="a YAML file")
-        command.add_argument("overrides", metavar="section.key=value", nargs="*", help="override a value")
+        command.add_argument("overrides", metavar="section.key=value", nargs="*", default=[], help="override a value")
     return parser
 
 
@@ -188,7 +188,7 @@ def _tokenizer(args) -> None:
     config = _load(args)
     from moe_llm.train.commands import build_tokenizer_command
 
-    build_tokenizer_command(config)
+    print(build_tokenizer_command(config))
 
 
 def _generate(args) -> None:

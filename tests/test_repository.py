@@ -239,3 +239,11 @@ def test_the_license_is_the_one_declared():
 
 def test_the_version_is_that_of_the_package():
     assert version("moe_llm") == PYPROJECT["project"]["version"]
+
+
+def test_a_clone_in_the_working_directory_does_not_hide_the_package(tmp_path):
+    """`git clone` gives the clone the package's name, and a directory of that name is importable."""
+    (tmp_path / "moe_llm").mkdir()
+    code = "import moe_llm; print(moe_llm.UserError.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "UserError"

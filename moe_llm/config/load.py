@@ -96,6 +96,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise UserError(
             f"configuration file {str(path)!r} does not exist: give the path of a YAML file"
         ) from None
+    except IsADirectoryError:
+        raise UserError(f"configuration file {str(path)!r} is a directory: give the path of a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"configuration file {str(path)!r} cannot be read: {error}") from error
     raw = parse_yaml(text, str(path))
@@ -170,7 +172,9 @@ def _sentence(error: dict) -> str:
 def _remedy(error: dict) -> str:
     """Pydantic's message as the second half of a sentence."""
     if error["type"] == "string_type" and isinstance(error["input"], (int, float)):
-        return "it must be text, so put it in quotes that reach the YAML"
+        return "it must be text, in quotes that reach the YAML where it looks like a number"
+    if error["type"] == "tuple_type":
+        return "it must be a list, such as [0.9, 0.95]"
     text = re.sub(r"^(?!Keys)\w+ should ", "it must ", error["msg"])
     text = re.sub(r", unable to parse .*| after validation|, got a number with a fractional part", "", text)
     return text[0].lower() + text[1:]

@@ -3,7 +3,7 @@
 import re
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from moe_llm.config.base import Section, invalid
 from moe_llm.config.model import ModelConfig
@@ -190,6 +190,11 @@ class CheckpointConfig(Section):
         "5GB", description="size above which the weights are split over files: a number and KB, MB or GB"
     )
 
+    @field_validator("max_shard_size", mode="before")
+    @classmethod
+    def _number_is_no_size(cls, value: object) -> object:
+        return str(value) if isinstance(value, int | float) else value  # what it lacks is a unit, not quotes
+
     @model_validator(mode="after")
     def _size_is_readable(self):
         size = re.fullmatch(r"(\d+(?:\.\d+)?)(KB|MB|GB)", self.max_shard_size)
@@ -277,8 +282,8 @@ class Config(Section):
         size = self.parallel.expert_parallel_size
         if world_size % size:
             raise UserError(
-                f"parallel.expert_parallel_size={size} does not divide the {world_size} launched ranks: "
-                "launch a multiple of it, or lower it"
+                f"parallel.expert_parallel_size={size} does not divide the number of launched ranks, {world_size}: "
+                "launch a multiple of it (accelerate launch --num_processes), or lower it"
             )
         self.accumulation_steps(world_size)
 

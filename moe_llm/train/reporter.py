@@ -61,6 +61,13 @@ def announce(
     )
     if source is not None:
         reporter.say(f"resuming from {source} at step {position.step}")
+    if position.step >= config.max_steps:
+        reporter.say(f"nothing is left to train: the run has {position.step} of {config.max_steps} steps")
+    elif config.optim.warmup_steps >= config.max_steps:
+        reporter.say(
+            f"the learning rate does not reach optim.lr={config.optim.lr:g}: its warm-up takes "
+            f"{config.optim.warmup_steps} steps of {config.max_steps}"
+        )
 
 
 def farewell(config: Config, run_dir: Path, checkpoint: Path | None, finished: bool) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from moe_llm.checkpoint.background import Background
+from moe_llm.checkpoint.folder import complete_checkpoints
 from moe_llm.checkpoint.manifest import verify
 from moe_llm.checkpoint.ranks import is_disk_full, together
 from moe_llm.checkpoint.resume import check_same_run, find_resumable
@@ -30,6 +31,8 @@ from moe_llm.train.signals import StoppedEarly, StopRequest
 from moe_llm.train.watchdog import Telling, Watchdog
 
 T = TypeVar("T")
+# what may be in a run directory before its config.yaml is: of a run that was ended early, and of `moe-llm tokenizer`
+_OF_A_RUN = {"tokenizer", "config.yaml.tmp", "checkpoints", "wandb"}
 
 
 def train(config: Config) -> None:
@@ -41,8 +44,8 @@ def train(config: Config) -> None:
     run_dir = Path(config.run.dir)
     config.check_layout(world_size_from_environment())
     check_sources(config)
-    _check_run_dir(run_dir, config)
     _check_resume(run_dir, config)
+    _check_run_dir(run_dir, config)
     try:
         with StopRequest() as stop:
             runtime = start(config)
@@ -56,6 +59,8 @@ def train(config: Config) -> None:
         if rank_from_environment() == 0:
             print("stopped before training, so nothing was saved: run the same command again to start")
     except OSError as error:
+        if not run_dir.is_dir():
+            raise UserError(f"run.dir={str(run_dir)!r} cannot be made ({error.strerror}): name another") from error
         if not is_disk_full(error):
             raise
         where = f" for {error.filename}" if error.filename else f" for run.dir={config.run.dir!r}"
@@ -165,6 +170,10 @@ def _check_run_dir(run_dir: Path, config: Config) -> None:
     held = run_dir / "config.yaml"
     if held.exists():
         check_same_run(held.read_text(encoding="utf-8"), config)
+    elif run_dir.is_dir() and (others := {path.name for path in run_dir.iterdir()} - _OF_A_RUN):
+        raise UserError(
+            f"run.dir={str(run_dir)!r} holds {min(others)!r} and is no run's directory: name a new or an empty one"
+        )
     metrics = run_dir / "metrics.jsonl"
     if metrics.exists():
         read_metrics(metrics)
@@ -186,7 +195,14 @@ def _resume_source(config: Config, run_dir: Path, runtime: Runtime) -> Path | No
     """The checkpoint to start from, if any, every file of it compared with its hash. Collective."""
     resume = config.checkpoint.resume
     if resume == "auto":
-        return find_resumable(run_dir / "checkpoints", report=_complain, ranks=runtime)
+        root = run_dir / "checkpoints"
+        source = find_resumable(root, report=_complain, ranks=runtime)
+        if source is None and on_main(runtime, lambda: bool(complete_checkpoints(root))):
+            raise UserError(
+                f"run.dir={str(run_dir)!r} has checkpoints and none is sound: bring one back, name one elsewhere with "
+                "checkpoint.resume=PATH, or set another run.dir to start anew"
+            )
+        return source
     if resume == "never":
         return None
     verify(Path(resume), runtime)
