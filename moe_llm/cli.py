@@ -125,6 +125,7 @@ def _add_evaluate(commands) -> None:
     command.add_argument(
         "--batch-size", type=_at_least(int, 1), default=8, metavar="N", help="blocks a batch"
     )
+    command.add_argument("--chat", action="store_true", help="the files hold chat: score the assistant's turns")
     command.add_argument("--max-blocks", type=_at_least(int, 1), metavar="N", help="blocks in all")
     command.add_argument("--json", action="store_true", help="print JSON")
 
@@ -208,7 +209,7 @@ def _evaluate(args) -> None:
     from moe_llm.train.evaluate import evaluate_files
 
     result = evaluate_files(
-        args.checkpoint, args.data, batch_size=args.batch_size, max_blocks=args.max_blocks
+        args.checkpoint, args.data, batch_size=args.batch_size, max_blocks=args.max_blocks, chat=args.chat
     )
     if args.json:
         _print_json(result)
