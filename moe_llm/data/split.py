@@ -123,19 +123,14 @@ def _choose(texts: Iterable[tuple[str, bool]], fraction: float) -> HoldOut:
             total += sizes[key]
     if total >= target / 2:
         return HoldOut(listed=frozenset(listed))
+    if len(longest) < 2 and len(sizes) > 1:  # none can be cut: they are short, or examples of chat
+        return HoldOut(listed=frozenset([min(sizes, key=lambda key: (sizes[key], key))]))
     if largest < 0:
-        return _hold_out_whole(sizes)
-    return _hold_out_tail(longest, target)
-
-
-def _hold_out_whole(sizes: dict[int, int]) -> HoldOut:
-    """Hold out the smallest of a few examples of chat, which cannot be divided."""
-    if len(sizes) < 2:
         raise UserError(
             "data.sources holds one example, which cannot be both learned and held out: add others or set "
             "data.validation_sources"
         )
-    return HoldOut(listed=frozenset([min(sizes, key=lambda key: (sizes[key], key))]))
+    return _hold_out_tail(longest, target)
 
 
 def _hold_out_tail(text: str, target_bytes: float) -> HoldOut:
