@@ -116,7 +116,7 @@ def train_on_rank(arguments: list[str]) -> tuple[int, str]:
 
     fresh_accelerate()
     out = io.StringIO()
-    with contextlib.redirect_stdout(out):
+    with contextlib.redirect_stderr(out):
         code = main(["train", CONFIG, *arguments])
     return code, out.getvalue()
 
