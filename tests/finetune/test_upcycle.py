@@ -99,14 +99,17 @@ def experts(directory: Path, matrix: str, layer: int = 0) -> list[torch.Tensor]:
 
 def test_noise_is_as_large_as_asked_and_differs_between_experts(llama, tmp_path):
     upcycle(llama, tmp_path / "out", Recipe(4, 2, noise=0.1))
-    dense = load_file(llama / "model.safetensors")
+    dense, every = load_file(llama / "model.safetensors"), {}
     for matrix, name in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
         old = dense[f"model.layers.0.mlp.{name}.weight"]
         noise = [expert - old for expert in experts(tmp_path / "out", matrix)]
+        every[matrix] = noise[0].flatten()
         for one in noise:
             assert one.std().item() == pytest.approx(0.1 * old.std().item(), rel=0.1)
         both = torch.stack([one.flatten() for one in noise]).corrcoef()
         assert (both - torch.eye(4)).abs().max() < 0.2
+    both = torch.stack(list(every.values())).corrcoef()
+    assert (both - torch.eye(3)).abs().max() < 0.2, "each matrix has noise of its own"
 
 
 def test_reinit_draws_the_same_units_of_all_three_matrices_anew(llama, tmp_path):
