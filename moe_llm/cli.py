@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     tokenizer = _add(commands, "tokenizer", _tokenizer, "train or fetch the tokenizer only")
     _add_generate(commands)
     _add_evaluate(commands)
+    _add_upcycle(commands)
     params = _add(commands, "params", _params, "total and active parameters by part, without allocating any")
     params.add_argument("--json", action="store_true", help="print JSON")
     params.add_argument(
@@ -126,8 +127,22 @@ def _add_evaluate(commands) -> None:
     command.add_argument(
         "--batch-size", type=_at_least(int, 1), default=8, metavar="N", help="blocks a batch"
     )
+    command.add_argument("--chat", action="store_true", help="the files hold chat: score the assistant's turns")
     command.add_argument("--max-blocks", type=_at_least(int, 1), metavar="N", help="blocks in all")
     command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_upcycle(commands) -> None:
+    command = _add(commands, "upcycle", _upcycle, "make a Mixtral checkpoint of a dense Mistral or Llama one")
+    command.add_argument("dense", metavar="DENSE_DIR", help="a checkpoint directory as transformers saves it")
+    command.add_argument("out", metavar="OUT", help="the new checkpoint directory, which must not exist")
+    count, share = _at_least(int, 1), _at_least(float, 0)
+    command.add_argument("--num-local-experts", type=count, default=8, metavar="N", help="copies of each feed-forward")
+    command.add_argument("--num-experts-per-tok", type=count, default=2, metavar="K", help="copies a token takes")
+    command.add_argument("--granularity", type=count, default=1, metavar="M", help="cut each copy into M experts")
+    command.add_argument("--noise", type=share, default=0.0, metavar="S", help="noise, a share of a matrix's deviation")
+    command.add_argument("--reinit", type=_fraction, default=0.0, metavar="R", help="share of units drawn anew")
+    command.add_argument("--seed", type=_at_least(int, 0), default=0, metavar="N", help="of router, noise and reinit")
 
 
 class _Version(argparse.Action):
@@ -158,6 +173,10 @@ def _share(text: str) -> float:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is out of range: use a number above 0 and at most 1")
     return value
+
+
+def _fraction(text: str) -> float:
+    return _share(text) if _number(float, text) else 0.0
 
 
 def _number(number: type, text: str):
@@ -209,13 +228,24 @@ def _evaluate(args) -> None:
     from moe_llm.train.evaluate import evaluate_files
 
     result = evaluate_files(
-        args.checkpoint, args.data, batch_size=args.batch_size, max_blocks=args.max_blocks
+        args.checkpoint, args.data, batch_size=args.batch_size, max_blocks=args.max_blocks, chat=args.chat
     )
     if args.json:
         _print_json(result)
     else:
         for name, value in result.items():
             print(f"{name:<16} {value:.6g}" if isinstance(value, float) else f"{name:<16} {value}")
+
+
+def _upcycle(args) -> None:
+    from moe_llm.finetune.upcycle import Recipe, upcycle
+
+    recipe = Recipe(
+        args.num_local_experts, args.num_experts_per_tok, args.noise, args.reinit, args.granularity, args.seed
+    )
+    model = upcycle(args.dense, args.out, recipe)
+    print(f"{args.out}: {model.num_local_experts} experts, {model.num_experts_per_tok} a token, "
+          f"{model.num_params():,} parameters, {model.num_params(active=True):,} active")
 
 
 def _params(args) -> None:

@@ -45,6 +45,10 @@ class SourceConfig(Section):
     format: Literal["auto", "text", "jsonl", "parquet"] = Field(
         "auto", description="files: auto goes by the file name's ending"
     )
+    content: Literal["text", "chat"] = Field(
+        "text",
+        description="chat: rows with `messages`, or `prompt` and `completion`; the assistant's turns are learned",
+    )
     name: str | None = Field(None, description="hub: configuration name")
     split: str = Field("train", description="hub: split")
     text_field: str = Field("text", description="jsonl, parquet and hub: the column that holds the text")
@@ -61,6 +65,10 @@ class SourceConfig(Section):
             invalid("path", self.path, "does not apply to python_stdlib", "remove it or use type: files")
         if self.type == "hub" and isinstance(self.path, list):
             invalid("path", self.path, "names several datasets", "use one source for each")
+        if self.content == "chat" and self.type == "python_stdlib":
+            invalid("content", self.content, "does not apply to python_stdlib", "use content: text, or name chat data")
+        if self.content == "chat" and self.format == "text":
+            invalid("format", self.format, "has no rows, and content is chat", "use jsonl or parquet")
         return self
 
 
@@ -80,6 +88,14 @@ class DataConfig(Section):
     isolate_documents: bool = Field(
         True, description="tokens attend within their own document only; false: across a whole block"
     )
+    chat_template: str = Field(
+        "auto", min_length=1,
+        description="for content chat: tokenizer: its own; mixtral: Mixtral-Instruct's; auto: its own where it has "
+        "one, else Mixtral's; or a jinja file",
+    )
+    over_long: Literal["drop", "truncate"] = Field(
+        "drop", description="chat examples longer than a block: left out, or their end is; counted at the start"
+    )
     cache_dir: str = Field(
         "~/.cache/moe_llm", description="tokenised data, keyed by its inputs; safe to delete"
     )
@@ -91,6 +107,19 @@ class DataConfig(Section):
         if any(given) and not all(given):
             invalid(f"sources.{given.index(False)}.weight", None,
                     "is missing while other sources have one", "give every source a weight, or none")
+        return self
+
+    @property
+    def has_chat(self) -> bool:
+        return any(source.content == "chat" for source in [*self.sources, *self.validation_sources])
+
+    @model_validator(mode="after")
+    def _chat_settings_apply(self):
+        if self.has_chat and not self.isolate_documents:
+            invalid("isolate_documents", False, "would let chat examples attend to each other", "leave it true")
+        for name in ("chat_template", "over_long"):
+            if not self.has_chat and getattr(self, name) != type(self).model_fields[name].default:
+                invalid(name, getattr(self, name), "applies to no source", "set content: chat on one, or remove it")
         return self
 
 

@@ -59,6 +59,12 @@ def announce(
         f"{config.train.precision} · {config.tokens_per_step:,} tokens a step · "
         f"{training:,} training tokens"
     )
+    for part in data.statistics:
+        if part.dropped or part.truncated:
+            reporter.say(
+                f"{part.name} ({part.split}): of {part.documents} examples {part.dropped} are left out and "
+                f"{part.truncated} cut, because a block has {config.data.sequence_length} tokens"
+            )
     if source is not None:
         reporter.say(f"resuming from {source} at step {position.step}")
     if position.step >= config.max_steps:
