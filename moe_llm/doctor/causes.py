@@ -83,6 +83,7 @@ def _run(finding: Finding, failed: Failed, ranks: int) -> str:
 
 _TRACES = {
     "None of the param groups are marked as MoE": "experts are not in the optimizer",
+    "tensors of the experts are left out": "experts are not in the optimizer",
     "is in no parameter group of the optimizer": "parameters that are to be trained are not in the optimizer",
     "the ranks would not write the model that was configured": "the ranks do not export all experts, or some twice",
 }

@@ -17,6 +17,8 @@ from moe_llm.data.loader import TrainLoader, load_data
 from moe_llm.data.sources import check_sources
 from moe_llm.data.tokenizer import build_tokenizer, check_vocab, resolve_vocab
 from moe_llm.errors import UserError
+from moe_llm.finetune.freeze import freeze
+from moe_llm.finetune.selection import trained_names
 from moe_llm.model.init import build_model
 from moe_llm.parallel.engine import Engine, build_engine, shard_experts
 from moe_llm.parallel.runtime import Runtime, rank_from_environment, start, world_size_from_environment
@@ -24,7 +26,7 @@ from moe_llm.parallel.side_group import SideGroup
 from moe_llm.train.evaluate import validation_loss
 from moe_llm.train.loop import Callbacks, Position, train_loop
 from moe_llm.train.metrics import read_metrics
-from moe_llm.train.optim import build_optimizer, optimizer_kinds, parameter_groups
+from moe_llm.train.optim import build_optimizer, groups_by_part, optimizer_kinds, parameter_groups
 from moe_llm.train.reporter import Reporter, announce, farewell
 from moe_llm.train.signals import StoppedEarly, StopRequest
 from moe_llm.train.watchdog import Telling, Watchdog
@@ -41,6 +43,7 @@ def train(config: Config) -> None:
     run_dir = Path(config.run.dir)
     config.check_layout(world_size_from_environment())
     check_sources(config)
+    trained_names(config)  # refuses what names nothing
     _check_run_dir(run_dir, config)
     _check_resume(run_dir, config)
     try:
@@ -126,7 +129,8 @@ def build_trained(config: Config, runtime: Runtime, source: Path | None) -> tupl
     """The model under its engine, initialised from the seed or restored from a checkpoint at any layout."""
     experts = config.expert_range(runtime.rank)
     model = build_model(config.model, config.run.seed, prepare=lambda m: shard_experts(m, experts))
-    groups = parameter_groups(model, config.optim.weight_decay)
+    freeze(model, config)
+    groups = groups_by_part(model, parameter_groups(model, config.optim.weight_decay), config)
     engine = build_engine(
         model, runtime, config, groups, lambda g: build_optimizer(g, config.optim), optimizer_kinds(config.optim)
     )
