@@ -317,8 +317,9 @@ def _config_show(args) -> None:
 
 def _load(args):
     from moe_llm.config import load_config
+    from moe_llm.finetune.origin import complete
 
-    return load_config(args.config, args.overrides)
+    return load_config(args.config, args.overrides, complete)
 
 
 def _print_json(value) -> None:

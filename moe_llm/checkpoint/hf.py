@@ -174,7 +174,7 @@ def to_transformers_config(
         "torch_dtype": _DTYPE_WORDS[dtype],
         "dtype": _DTYPE_WORDS[dtype],
         "transformers_version": version("transformers"),
-        _OURS: model.model_dump(mode="json", exclude={*_DEFAULTS, "rope_theta"}),
+        _OURS: model.model_dump(mode="json", exclude={*_DEFAULTS, "rope_theta", "init_from"}),
     }
 
 

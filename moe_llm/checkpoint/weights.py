@@ -1,5 +1,6 @@
 """The tensors of a directory under the model's names: in whatever style stored, checked, in parts."""
 
+import functools
 from collections.abc import Container, Iterable, Iterator, Mapping
 from types import EllipsisType
 
@@ -83,6 +84,10 @@ class Weights:
         """Stored dtype of a dense parameter; fp32 where it is not stored."""
         stored = self._stored.get(hf.published_name(name))
         return torch.float32 if stored is None else self.files.dtype(stored)
+
+    def widest_dtype(self) -> torch.dtype:
+        """A dtype that holds every stored tensor exactly: what fine-tuning has left as it was may be in another one."""
+        return functools.reduce(torch.promote_types, map(self.files.dtype, self._stored.values()))
 
     def parts(
         self, name: str, shape: tuple[int, ...], first_expert: int | None = None

@@ -133,6 +133,7 @@ _RULES: list[tuple[set[str], Callable[[Finding, Failed, int], str]]] = [
     ({"tokens"}, _says("padding is counted, or the ranks' masks differ from those of one process")),
     ({"experts_train"}, _says("experts are not in the optimizer, or their learning rate is zero")),
     ({"others_train"}, _says("these parameters are not in the optimizer")),
+    ({"frozen"}, _says("what is frozen is in the optimizer, or decays")),
     ({"aux_loss", "z_loss", "lm_loss", "loss", "routing", "dropped", "norm"}, _later),
     ({"aux_loss"}, _aux),
     ({"loss"}, _says("follows from the balance loss", if_failed="aux_loss")),
