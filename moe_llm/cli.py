@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--steps", type=_at_least(int, 2), default=4, metavar="N", help="optimizer steps (default 4)")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     bench = _add_bench(commands)
+    _add_diff(commands)
 
     config = commands.add_parser("config", help="the configuration's schema, or one as resolved")
     config_commands = config.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -126,6 +127,15 @@ def _add_evaluate(commands) -> None:
         "--batch-size", type=_at_least(int, 1), default=8, metavar="N", help="blocks a batch"
     )
     command.add_argument("--max-blocks", type=_at_least(int, 1), metavar="N", help="blocks in all")
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_diff(commands) -> None:
+    command = _add(commands, "diff", _diff, "what has changed between two checkpoints of one model, by part")
+    command.add_argument("base", metavar="BASE", help="a checkpoint directory")
+    command.add_argument("tuned", metavar="TUNED", help="another, of the same shapes")
+    command.add_argument("--layers", action="store_true", help="a row for each layer")
+    command.add_argument("--experts", action="store_true", help="a row for each expert")
     command.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -202,6 +212,13 @@ def _generate(args) -> None:
         seed=args.seed,
     )
     print(text)
+
+
+def _diff(args) -> None:
+    from moe_llm.finetune.diff import as_table, diff
+
+    rows = diff(args.base, args.tuned, layers=args.layers, experts=args.experts)
+    _print_json(rows) if args.json else _print_table(as_table(rows))
 
 
 def _evaluate(args) -> None:

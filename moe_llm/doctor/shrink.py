@@ -108,7 +108,7 @@ def _model(config: Config, ranks: int, notes: list[str]) -> dict[str, Any]:
     hidden = min(model.hidden_size, max(8, 2 * round(width / 2)))
     scale = math.sqrt(model.hidden_size / hidden)  # narrower layers keep the size of what they put out
     if model.init_from is not None:
-        notes.append(f"model.init_from={model.init_from} is not loaded: the copy is smaller, and its weights are random")
+        notes.append(f"model.init_from={model.init_from} is not loaded: the copy is smaller, with random weights")
     shape = {
         "init_from": None,
         "hidden_size": hidden,
