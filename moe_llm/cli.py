@@ -299,9 +299,8 @@ def _print_params(total: dict[str, int], active: dict[str, int]) -> None:
 def _print_table(table) -> None:
     from rich.console import Console
 
-    console = Console()
     # a pipe has no width of its own, and a number cut in the middle is worse than a long line
-    console.print(table, width=None if console.is_terminal else 120)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def _doctor(args) -> int:

@@ -135,11 +135,11 @@ def as_table(rows: list[dict[str, Any]]) -> "Table":
 
     table = Table("part")
     keys = [key for key in ("layer", "expert") if any(row[key] is not None for row in rows)]
-    for heading in (*keys, "matrices", "same bytes", "same values", "norm of base", "norm of change", "relative"):
-        table.add_column(heading, justify="right")
+    for heading in (*keys, "matrices", "same bytes", "same values", "base", "change", "relative"):
+        table.add_column(heading, justify="right", overflow="fold")
     for row in rows:
         where = ["" if row[key] is None else str(row[key]) for key in keys]
-        relative = "" if row["relative"] is None else f"{row['relative']:.3e}"
+        relative = "" if row["relative"] is None else f"{row['relative']:.2e}"
         counts = [f"{row[key]:,}" for key in ("matrices", "same_bytes", "same_values")]
         table.add_row(row["part"], *where, *counts, f"{row['base_norm']:.4g}", f"{row['change']:.4g}", relative)
     return table

@@ -58,7 +58,9 @@ def test_changes_by_part_layer_and_expert(model, tmp_path, stacked, capsys):
     assert main(["diff", str(base), str(tuned), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == by_part
     assert main(["diff", str(base), str(tuned), "--layers"]) == 0
-    assert "relative" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert [heading in lines[1] for heading in ("layer", "same bytes", "change", "relative")] == [True] * 4
+    assert sum("experts" in line for line in lines) == 2
 
 
 def test_another_dtype_is_the_same_in_value_not_in_bytes(model, tmp_path):

@@ -58,7 +58,7 @@ def test_experts_alone_are_trained_from_the_command_line_and_on_resuming(base, t
 
 
 def test_the_shipped_file_survives_a_dump(base):
-    loaded = load_config(SHIPPED, [f"model.init_from={base}"], complete)
+    loaded = load_config(SHIPPED, [f"model.init_from={base}", "data.sequence_length=64"], complete)
     assert validate(loaded.model_dump(mode="json")) == loaded
     assert (loaded.finetune.train, loaded.model.hidden_size, loaded.tokenizer.path) == ("experts", 16, str(base))
 
