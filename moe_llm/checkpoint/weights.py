@@ -87,7 +87,8 @@ class Weights:
 
     def widest_dtype(self) -> torch.dtype:
         """A dtype that holds every stored tensor exactly: what fine-tuning has left as it was may be in another one."""
-        return functools.reduce(torch.promote_types, map(self.files.dtype, self._stored.values()))
+        dtypes = {self.files.dtype(stored) for stored in self._stored.values()}
+        return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32
 
     def parts(
         self, name: str, shape: tuple[int, ...], first_expert: int | None = None
