@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--steps", type=_at_least(int, 2), default=4, metavar="N", help="optimizer steps (default 4)")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     bench = _add_bench(commands)
+    _add_diff(commands)
 
     config = commands.add_parser("config", help="the configuration's schema, or one as resolved")
     config_commands = config.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -143,6 +144,15 @@ def _add_upcycle(commands) -> None:
     command.add_argument("--noise", type=share, default=0.0, metavar="S", help="noise, a share of a matrix's deviation")
     command.add_argument("--reinit", type=_fraction, default=0.0, metavar="R", help="share of units drawn anew")
     command.add_argument("--seed", type=_at_least(int, 0), default=0, metavar="N", help="of router, noise and reinit")
+
+
+def _add_diff(commands) -> None:
+    command = _add(commands, "diff", _diff, "what has changed between two checkpoints of one model, by part")
+    command.add_argument("base", metavar="BASE", help="a checkpoint directory")
+    command.add_argument("tuned", metavar="TUNED", help="another, of the same shapes")
+    command.add_argument("--layers", action="store_true", help="a row for each layer")
+    command.add_argument("--experts", action="store_true", help="a row for each expert")
+    command.add_argument("--json", action="store_true", help="print JSON")
 
 
 class _Version(argparse.Action):
@@ -222,6 +232,13 @@ def _generate(args) -> None:
         seed=args.seed,
     )
     print(text)
+
+
+def _diff(args) -> None:
+    from moe_llm.finetune.diff import as_table, diff
+
+    rows = diff(args.base, args.tuned, layers=args.layers, experts=args.experts)
+    _print_json(rows) if args.json else _print_table(as_table(rows))
 
 
 def _evaluate(args) -> None:
@@ -313,9 +330,8 @@ def _print_params(total: dict[str, int], active: dict[str, int]) -> None:
 def _print_table(table) -> None:
     from rich.console import Console
 
-    console = Console()
     # a pipe has no width of its own, and a number cut in the middle is worse than a long line
-    console.print(table, width=None if console.is_terminal else 120)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def _doctor(args) -> int:
@@ -350,8 +366,9 @@ def _config_show(args) -> None:
 
 def _load(args):
     from moe_llm.config import load_config
+    from moe_llm.finetune.origin import complete
 
-    return load_config(args.config, args.overrides)
+    return load_config(args.config, args.overrides, complete)
 
 
 def _print_json(value) -> None:

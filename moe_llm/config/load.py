@@ -3,7 +3,7 @@
 import difflib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -78,13 +78,16 @@ def parse_yaml(text: str, origin: str) -> Any:
         raise UserError(f"{origin}{where} is not valid YAML: {problem}") from error
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(
+    path: str | Path, overrides: Iterable[str] = (), complete: Callable[[dict], None] = lambda raw: None
+) -> Config:
     """Read a run's configuration.
 
     Args:
         path: a YAML file.
         overrides: `section.key=value`; the value is YAML, list items go by index
             (`data.sources.0.path=x.txt`).
+        complete: fills in, in place, what the user has left open, before anything is validated.
 
     Raises:
         UserError: one sentence that names field, value and remedy.
@@ -107,6 +110,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         )
     for override in overrides:
         apply_override(raw, override)
+    complete(raw)
     return validate(raw)
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from moe_llm.config.base import Section, invalid
+from moe_llm.config.finetune import FinetuneConfig
 from moe_llm.config.model import ModelConfig
 from moe_llm.errors import UserError
 
@@ -123,6 +124,14 @@ class DataConfig(Section):
         return self
 
 
+class LrMultipliersConfig(Section):
+    """Factors on `optim.lr` by part of the model."""
+
+    router: float = Field(1.0, gt=0, description="factor on `optim.lr` for the routers")
+    experts: float = Field(1.0, gt=0, description="factor on `optim.lr` for the experts")
+    rest: float = Field(1.0, gt=0, description="factor on `optim.lr` for all else")
+
+
 class OptimConfig(Section):
     """The optimizer and the schedule of its learning rate."""
 
@@ -142,6 +151,7 @@ class OptimConfig(Section):
         0.2, gt=0, le=1, description="wsd: share of the steps, at the end, in which the rate falls"
     )
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final rate as a share of lr")
+    lr_multipliers: LrMultipliersConfig = Field(LrMultipliersConfig(), description="rates by part of the model")
 
     @model_validator(mode="after")
     def _betas_in_range(self):
@@ -260,6 +270,7 @@ class Config(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig
     optim: OptimConfig = OptimConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
     train: TrainConfig
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from moe_llm.config import Config
 from moe_llm.data.loader import Data
+from moe_llm.finetune.selection import describe
 from moe_llm.parallel.engine import Engine
 from moe_llm.parallel.runtime import Runtime
 from moe_llm.train.console import Console
@@ -65,6 +66,8 @@ def announce(
                 f"{part.name} ({part.split}): of {part.documents} examples {part.dropped} are left out and "
                 f"{part.truncated} cut, because a block has {config.data.sequence_length} tokens"
             )
+    if not config.finetune.whole:
+        reporter.say(describe(config))
     if source is not None:
         reporter.say(f"resuming from {source} at step {position.step}")
     if position.step >= config.max_steps:
