@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     tokenizer = _add(commands, "tokenizer", _tokenizer, "train or fetch the tokenizer only")
     _add_generate(commands)
     _add_evaluate(commands)
+    _add_merge(commands)
     params = _add(commands, "params", _params, "total and active parameters by part, without allocating any")
     params.add_argument("--json", action="store_true", help="print JSON")
     params.add_argument(
@@ -127,6 +128,13 @@ def _add_evaluate(commands) -> None:
     )
     command.add_argument("--max-blocks", type=_at_least(int, 1), metavar="N", help="blocks in all")
     command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_merge(commands) -> None:
+    command = _add(commands, "merge", _merge, "several models into one, by a recipe in mergekit's vocabulary")
+    command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    command.add_argument("out", metavar="OUT", help="the checkpoint directory to write")
+    command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights (default 5GB)")
 
 
 class _Version(argparse.Action):
@@ -215,6 +223,20 @@ def _evaluate(args) -> None:
     else:
         for name, value in result.items():
             print(f"{name:<16} {value:.6g}" if isinstance(value, float) else f"{name:<16} {value}")
+
+
+def _merge(args) -> None:
+    from moe_llm.merge.recipe import SoupRecipe, load_recipe
+
+    recipe = load_recipe(args.recipe)
+    if isinstance(recipe, SoupRecipe):
+        from moe_llm.train.soup import format_decisions, greedy_soup
+
+        print(format_decisions(greedy_soup(recipe, args.out, args.max_shard_size)))
+    else:
+        from moe_llm.merge.run import merge
+
+        merge(args.recipe, args.out, args.max_shard_size)
 
 
 def _params(args) -> None:
