@@ -23,7 +23,9 @@ def make_model(kind: str = "mixtral", seed: int = 0, base=None, step: float = 0.
     """A model of random weights of some size, or a fine-tune of `base`: its weights plus noise of `step`."""
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2} if kind == "mixtral" else {}
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind](**{**SIZES, **experts, **changes}))
+    config = CONFIGS[kind](**{**SIZES, **experts, **changes})
+    config._experts_implementation = "eager"  # the others want wider rows
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_() if base is None else parameter.copy_(
@@ -60,7 +62,7 @@ def write_shards(directory: Path, state: dict[str, torch.Tensor], shards: int = 
         part = dict(list(state.items())[i::shards])
         safetensors.torch.save_file(part, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
 
 
 def merged(recipe: dict | str, out: Path, **options) -> dict[str, torch.Tensor]:
@@ -83,3 +85,25 @@ def model_list(*references: str, **parameters) -> list[dict]:
         {"model": ref, "parameters": {k: v[i] if isinstance(v, list) else v for k, v in parameters.items()}}
         for i, ref in enumerate(references)
     ]
+
+
+WORDS = ["<unk>", "<s>", "</s>", "the", "cat", "sat", "on", "mat", "and", "dog", "ran"]
+
+
+class Words:
+    """Builds tokenizers of whole words, in the order given."""
+
+    def __init__(self, words=WORDS):
+        self.words, self.size = list(words), len(words)
+
+    def save(self, directory: Path | str) -> None:
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        vocabulary = {word: i for i, word in enumerate(self.words)}
+        raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+        )
+        tokenizer.save_pretrained(directory)
