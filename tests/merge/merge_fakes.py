@@ -62,7 +62,8 @@ def write_shards(directory: Path, state: dict[str, torch.Tensor], shards: int = 
         part = dict(list(state.items())[i::shards])
         safetensors.torch.save_file(part, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def merged(recipe: dict | str, out: Path, **options) -> dict[str, torch.Tensor]:

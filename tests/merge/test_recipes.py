@@ -111,7 +111,9 @@ BAD = {
     "alignment of what": (two(align_experts="weigths"), "align_experts='weigths' is refused"),
     "no text": (two(align_experts="activations"), "align_text"),
     "text for nothing": (two(align_text=["x"]), "align_text"),
-    "text that is missing": (two(align_experts="activations", align_text=["x.txt"]), "align_text.path=x.txt does not exist"),
+    "text that is missing": (
+        two(align_experts="activations", align_text=["x.txt"]), "align_text.path=x.txt does not exist"
+    ),
     "neurons alone": (two(align_neurons=True), "align_neurons=True has no effect without align_experts"),
     "dense experts": (
         {"merge_method": "linear", "models": model_list("llama", "llama2", weight=1), "align_experts": "weights"},
@@ -155,7 +157,7 @@ def test_what_is_there_is_not_overwritten(models, monkeypatch, capsys):
 def test_no_space_is_told_before(models, monkeypatch, tmp_path):
     monkeypatch.chdir(models)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    with pytest.raises(UserError, match="0.00 GB are free"):
+    with pytest.raises(UserError, match=r"0\.00 GB are free"):
         merged(two(), tmp_path / "out")
     assert os.listdir(tmp_path) == []
 

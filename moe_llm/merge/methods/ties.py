@@ -38,15 +38,14 @@ class Trim:
         self._low = torch.zeros(1 << _LOW_BITS, dtype=torch.int64)
 
     def count_high(self, delta: torch.Tensor) -> None:
-        self._high += torch.bincount(_bits(delta) >> _LOW_BITS, minlength=self._high.numel())
+        _count(self._high, _bits(delta) >> _LOW_BITS)
 
     def settle_high(self) -> None:
         self._bin, self._wanted = _border(self._high, self.count)
 
     def count_low(self, delta: torch.Tensor) -> None:
         bits = _bits(delta)
-        inside = bits[bits >> _LOW_BITS == self._bin] & ((1 << _LOW_BITS) - 1)
-        self._low += torch.bincount(inside, minlength=self._low.numel())
+        _count(self._low, bits[bits >> _LOW_BITS == self._bin] & ((1 << _LOW_BITS) - 1))
 
     def settle_low(self) -> None:
         low, self.ties = _border(self._low, self._wanted)
@@ -73,6 +72,10 @@ class Trim:
 
 def _bits(delta: torch.Tensor) -> torch.Tensor:
     return delta.abs().view(torch.int32)
+
+
+def _count(histogram: torch.Tensor, bins: torch.Tensor) -> None:
+    histogram.scatter_add_(0, bins.long(), torch.ones_like(bins, dtype=torch.int64))
 
 
 def _border(histogram: torch.Tensor, count: int) -> tuple[int, int]:
