@@ -109,6 +109,21 @@ def test_agrees_with_mergekit(models, name, tmp_path):
         torch.testing.assert_close(found[key], tensor, rtol=1e-6, atol=1e-6, msg=key)
 
 
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_random_drops_agree_by_their_statistics(tmp_path, method):
+    base = make_model("llama", vocab_size=2000)
+    tunes = [make_model("llama", seed, base, vocab_size=2000) for seed in (1, 2)]
+    paths = [save(model, tmp_path / f"m{i}") for i, model in enumerate((base, *tunes))]
+    lines = "".join(f"\n  - {{model: {path}, parameters: {{weight: 0.6, density: 0.4}}}}" for path in paths[1:])
+    text = f"merge_method: {method}\nbase_model: {paths[0]}\nmodels:{lines}\n"
+    states = theirs(text, tmp_path / "theirs"), merged(text, tmp_path / "ours")
+    name = "model.embed_tokens.weight"
+    moves = [(state[name] - base.state_dict()[name]).flatten() for state in states]
+    for statistic in (lambda d: (d.abs() > 1e-6).float().mean(), lambda d: d.abs().mean(), lambda d: d.std()):
+        expected, found = (statistic(move).item() for move in moves)
+        assert found == pytest.approx(expected, rel=0.03)
+
+
 @pytest.mark.parametrize("source", ["union", "base"])
 def test_vocabularies_agree_with_mergekit(tmp_path, source):
     """By token, for the order of added ones is free; tokens of one model, of several, and padding rows."""
