@@ -6,6 +6,7 @@ mistake in a configuration is told before the code that would have used it is im
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -317,6 +318,8 @@ def _doctor(args) -> int:
     def say(sentence: str) -> None:
         print(f"doctor: {sentence}", file=sys.stderr)
 
+    # the default action would leave the ranks and the temporary directory behind
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     report = examine(config, ranks=args.ranks, steps=args.steps, say=say)
     if args.json:
         _print_json(as_json(report))

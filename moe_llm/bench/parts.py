@@ -4,7 +4,6 @@ Forward work belongs to the part whose module it runs in. Backward work belongs 
 that asked for it: autograd gives both the same sequence number. Some operations name their part themselves.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -69,6 +68,14 @@ def span(part: str):
 
 def seconds_by_part(profile: torch.profiler.profile, on_device: bool) -> dict[str, float]:
     """Seconds of all recorded steps by part: of the device's kernels, or of the host's operations."""
+    seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+    for event, part in events_by_part(profile):
+        seconds[part] += (event.self_device_time_total if on_device else event.self_cpu_time_total) * 1e-6
+    return seconds
+
+
+def events_by_part(profile: torch.profiler.profile) -> Iterator[tuple[Any, str]]:
+    """Each recorded operation with the part that it belongs to."""
     events = sorted(profile.events(), key=lambda event: event.time_range.start)
     part_of_sequence: dict[int, str] = {}
     for event in events:
@@ -76,12 +83,8 @@ def seconds_by_part(profile: torch.profiler.profile, on_device: bool) -> dict[st
         if part is not None and event.sequence_nr >= 0:
             # an operation without a gradient bears the number that the next one with a gradient gets: the last is it
             part_of_sequence[event.sequence_nr] = part
-    seconds: dict[str, float] = defaultdict(float)
     for event in events:
-        micro = event.self_device_time_total if on_device else event.self_cpu_time_total
-        if micro > 0:
-            seconds[_part(event, part_of_sequence)] += micro * 1e-6
-    return {part: seconds.get(part, 0.0) for part in PARTS}
+        yield event, _part(event, part_of_sequence)
 
 
 def _part(event: Any, part_of_sequence: dict[int, str]) -> str:

@@ -114,6 +114,8 @@ def choose_holdout(texts: Iterable[str], fraction: float) -> HoldOut:
             total += sizes[key]
     if total >= target / 2:
         return HoldOut(listed=frozenset(listed))
+    if len(longest) < 2 and len(sizes) > 1:  # none can be cut
+        return HoldOut(listed=frozenset([min(sizes, key=lambda key: (sizes[key], key))]))
     return _hold_out_tail(longest, target)
 
 

@@ -48,24 +48,25 @@ def _gradient(finding: Finding, failed: Failed, ranks: int) -> str:
 def _aux(finding: Finding, failed: Failed, ranks: int) -> str:
     if "routing" in failed and "lm_loss" in failed and _begins(failed["lm_loss"]) <= _begins(finding):
         return ""
-    if _only_padded(failed.get("reference_aux", finding)):
-        return "padding is counted as tokens"
+    if sentence := _padding(failed.get("reference_aux", finding)):
+        return sentence
     return "token counts are not summed over the ranks before the product, or are of another round of micro-batches"
 
 
 def _reference_aux(finding: Finding, failed: Failed, ranks: int) -> str:
-    if _only_padded(finding):
-        return "padding is counted as tokens"
+    if sentence := _padding(finding):
+        return sentence
     if "reference_lm" in failed:
         return "follows from the forward pass"
     return "the balance loss has another formula than in the paper, or its coefficient is applied twice"
 
 
-def _only_padded(finding: Finding) -> bool:
-    """Whether steps with padding depart and none before the first of them."""
-    padded = {f"step {step + 1}" for step in finding.evidence["padded"]}
-    beyond = finding.evidence["beyond"]
-    return bool(padded) and beyond[0] in padded and (set(beyond) <= padded or beyond[0] != "step 1")
+def _padding(finding: Finding) -> str:
+    """What to say where steps with padding depart and none before the first of them; else nothing."""
+    padded, full, beyond = (finding.evidence[key] for key in ("padded", "full", "beyond"))
+    if beyond[0] not in padded or (beyond[0] == "step 1" and not set(beyond) <= set(padded)):
+        return ""
+    return "padding is counted as tokens" + ("" if full else ", or the formula is another: every step has padding")
 
 
 def _begins(finding: Finding) -> list[int]:
@@ -151,8 +152,10 @@ _RULES: list[tuple[set[str], Callable[[Finding, Failed, int], str]]] = [
     ({"val_loss"}, _says("held-out blocks are shared out wrongly among the ranks")),
     ({"bf16"}, _says("bf16 loses more than rounding: look at what is kept in fp32 (router, norms, sums, masters)")),
     ({"reference_aux"}, _reference_aux),
-    ({"reference_z"}, lambda finding, failed, ranks: _only_padded(finding) and "padding is counted as tokens"),
+    ({"reference_z"}, lambda finding, failed, ranks: _padding(finding)),
     ({"reference_lm"}, _says("documents see each other, targets are shifted wrongly or padding is counted")),
+    ({"export_load"}, _says("config.json or the files of the checkpoint are not what transformers reads: --json has "
+                            "the trace")),
     ({"export", "export_keys"}, _says("the checkpoint does not hold what was trained: experts of some ranks are "
                                       "missing, doubled or in another's place")),
     ({"export_logits"}, _says("follows from the exported weights", if_failed="export")),

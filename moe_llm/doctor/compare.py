@@ -81,9 +81,17 @@ def tokens(ranks: Sequence[Observation], one: Observation) -> Finding:
 LOSSES = {"lm_loss": "language-model loss", "aux_loss": "balance loss", "z_loss": "z-loss", "loss": "whole loss"}
 
 
+def _padding(one: Observation) -> dict[str, list[str]]:
+    """Evidence: the steps with padding, and those without."""
+    room = [sum(batch.input_ids_BS.numel() for batch in batches) for batches in one.batches]
+    steps: dict[str, list[str]] = {"padded": [], "full": []}
+    for step, (count, size) in enumerate(zip(one.tokens, room, strict=True)):
+        steps["padded" if count < size else "full"].append(f"step {step + 1}")
+    return steps
+
+
 def losses(ranks: Sequence[Observation], one: Observation, allowed: Tolerances) -> list[Finding]:
     """Loss by loss, each step."""
-    padded = [step for step, count in enumerate(one.tokens) if count < max(one.tokens)]
     findings = []
     for name, title in LOSSES.items():
         compared = [
@@ -91,7 +99,7 @@ def losses(ranks: Sequence[Observation], one: Observation, allowed: Tolerances) 
             for rank in ranks
             for step, (record, alone) in enumerate(zip(rank.records, one.records, strict=True))
         ]
-        findings.append(within(name, title, compared, padded=padded))
+        findings.append(within(name, title, compared, **_padding(one)))
     compared = [
         (relative(rank.records[-1]["val_loss"], one.records[-1]["val_loss"]), allowed.loss[1], "last step")
         for rank in ranks
@@ -235,14 +243,13 @@ def against_fp32(one: Observation, precise: Observation) -> Finding:
 def against_transformers(one: Observation, expected: list[Expected], allowed: Tolerances) -> list[Finding]:
     """One process in fp32 against transformers: each step's losses, and the first step's gradients."""
     findings = []
-    padded = [step for step, count in enumerate(one.tokens) if count < max(one.tokens)]
     for name, title in (("lm", "language-model loss"), ("aux", "balance loss"), ("z", "z-loss")):
         compared = [
             (relative(record[f"{name}_loss"], getattr(theirs, name)), allowed.loss[0], f"step {step + 1}")
             for step, (record, theirs) in enumerate(zip(one.records, expected, strict=True))
         ]
         findings.append(within(f"reference_{name}", f"{title}, as transformers computes it", compared,
-                               padded=padded))
+                               **_padding(one)))
     slopes = {name: expected[0].gradients[name] for name in one.gradients[0]}
     findings.append(gradients(whole([one.gradients[0]]), slopes, allowed, "reference_gradients",
                               "gradients of step 1, as transformers computes them"))

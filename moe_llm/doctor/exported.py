@@ -1,5 +1,7 @@
 """A checkpoint of the ranks as transformers sees it."""
 
+import traceback
+
 import numpy as np
 import torch
 
@@ -8,7 +10,7 @@ from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.config import Config
 from moe_llm.data.packing import Batch
 from moe_llm.doctor.compare import Tolerances, Whole
-from moe_llm.doctor.findings import Finding, exact, within
+from moe_llm.doctor.findings import FAIL, Finding, exact, within
 
 
 @torch.no_grad()
@@ -20,9 +22,14 @@ def check_export(
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    theirs, report = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, output_loading_info=True, experts_implementation="eager"
-    )
+    try:
+        theirs, report = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, output_loading_info=True, experts_implementation="eager"
+        )
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is what the user's users would meet
+        said = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
+        return [Finding("export_load", "checkpoint in transformers: loads", FAIL, where=said,
+                        evidence={"trace": traceback.format_exc()})]
     wrong = [f"{kind.replace('_', ' ')}: {name}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
              for name in sorted(map(str, report[kind]))]
     keys = exact("export_keys", "checkpoint in transformers: all tensors, no others", wrong)

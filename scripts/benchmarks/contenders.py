@@ -88,6 +88,10 @@ class Ours(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         return self.model(ids, labels=ids, return_logits=False).loss
 
+    def gradients(self) -> dict[str, Tensor]:
+        """By the names of `weights`."""
+        return {name: parameter.grad for name, parameter in self.model.named_parameters()}
+
     @torch.no_grad()
     def counts(self, ids: Tensor) -> list[list[int]]:
         """Tokens of each expert in each layer."""
@@ -119,20 +123,100 @@ class Transformers(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         return self.model(input_ids=ids, labels=ids).loss
 
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: parameter.grad for name, parameter in self.model.named_parameters()}
+
+
+class DeepSpeed(Transformers):
+    """transformers' Mixtral with DeepSpeed's own MoE layers in it, which here drop nothing. The balance loss is
+    Mixtral's, from the same logits."""
+
+    def __init__(self, shape: Shape, state: dict[str, Tensor], dtype: torch.dtype):
+        super().__init__(shape, state, dtype, "eager")
+        import deepspeed
+
+        if not torch.distributed.is_initialized():
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+            deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+        self.shape = shape
+        self.model.config.output_router_logits = False  # there is no router of transformers' to record
+        for layer in self.model.model.layers:
+            layer.mlp = DeepSpeedLayer(shape, layer.mlp, dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+        loss = super().forward(ids)
+        logits = tuple(layer.mlp.logits for layer in self.model.model.layers)
+        balance = load_balancing_loss_func(logits, self.shape.experts, self.shape.top_k)
+        return loss + self.model.config.router_aux_loss_coef * balance
+
+    def gradients(self) -> dict[str, Tensor]:
+        found = {name: p.grad for name, p in self.model.named_parameters() if ".mlp." not in name}
+        for number, layer in enumerate(self.model.model.layers):
+            found |= {f"model.layers.{number}.mlp.{name}": grad for name, grad in layer.mlp.gradients().items()}
+        return found
+
+
+class DeepSpeedLayer(nn.Module):
+    """deepspeed.moe.layer.MoE with the weights of transformers' layer."""
+
+    def __init__(self, shape: Shape, theirs: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        from deepspeed.moe.layer import MoE
+
+        self.moe = MoE(
+            shape.hidden, SwiGLU(shape.hidden, shape.width), num_experts=shape.experts, k=shape.top_k,
+            drop_tokens=False, top2_2nd_expert_sampling=False,
+        ).to(dtype)
+        self.moe.set_deepspeed_parallelism()
+        self.gate = self.moe.deepspeed_moe.gate.wg
+        self.experts = list(self.moe.deepspeed_moe.experts.deepspeed_experts)
+        self.logits: Tensor | None = None
+        with torch.no_grad():
+            self.gate.weight.copy_(theirs.gate.weight)
+            for e, expert in enumerate(self.experts):
+                expert.gate_up.weight.copy_(theirs.experts.gate_up_proj[e])
+                expert.down.weight.copy_(theirs.experts.down_proj[e])
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        self.logits = self.gate(x_BSD.flatten(0, 1))
+        return self.moe(x_BSD)[0]
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {
+            "gate.weight": self.gate.weight.grad,
+            "experts.gate_up_proj": torch.stack([expert.gate_up.weight.grad for expert in self.experts]),
+            "experts.down_proj": torch.stack([expert.down.weight.grad for expert in self.experts]),
+        }
+
+
+class SwiGLU(nn.Module):
+    """One expert."""
+
+    def __init__(self, hidden: int, width: int):
+        super().__init__()
+        self.gate_up, self.down = nn.Linear(hidden, 2 * width, bias=False), nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        gate_TF, up_TF = self.gate_up(x_TD).chunk(2, -1)
+        return self.down(nn.functional.silu(gate_TF) * up_TF)
+
 
 def contender(name: str, shape: Shape, state: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
-    """`ours` or `transformers:IMPLEMENTATION`."""
-    if name == "ours":
-        return Ours(shape, state, dtype)
+    """`ours`, `deepspeed` or `transformers:IMPLEMENTATION`."""
+    if name in ("ours", "deepspeed"):
+        return (Ours if name == "ours" else DeepSpeed)(shape, state, dtype)
     return Transformers(shape, state, dtype, name.removeprefix("transformers:"))
 
 
 def contender_names(shape: Shape, memory_bytes: float = 4e9) -> list[str]:
-    """Ours, and transformers with each of its implementations that the shape leaves room for."""
+    """Ours, DeepSpeed's layer, and transformers with each of its implementations that the shape leaves room for."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     names = ["eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
     copied = shape.tokens * shape.top_k * 3 * shape.hidden * shape.width * 4.0
     if copied > memory_bytes and _COPIES_WEIGHTS in names:
         names.remove(_COPIES_WEIGHTS)
-    return ["ours", *(f"transformers:{name}" for name in dict.fromkeys(names))]
+    return ["ours", "deepspeed", *(f"transformers:{name}" for name in dict.fromkeys(names))]

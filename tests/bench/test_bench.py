@@ -1,18 +1,20 @@
 """The products are the step's arithmetic, the parts its time, and a mistake one sentence."""
 
 import json
+from collections import defaultdict
 
 import pytest
 import torch
 from support.training import config as training_config
 
 from moe_llm import cli
-from moe_llm.bench.parts import PARTS
+from moe_llm.bench.parts import PARTS, events_by_part, marked
 from moe_llm.bench.products import Linear, Scores, flops, measure_products, step_products
 from moe_llm.bench.run import bench, format_report, synthetic_loader
 from moe_llm.config import load_config
 from moe_llm.errors import UserError
 from moe_llm.model.flops import train_flops_per_token
+from moe_llm.model.init import build_model
 from moe_llm.ops import native
 from moe_llm.parallel.runtime import Runtime
 
@@ -72,12 +74,19 @@ def test_a_report(precision, tmp_path):
 
 
 def test_backward_work_is_given_to_the_part_that_asked_for_it():
-    """Experts a hundred times the work of attention: were their backward given to anyone else, it would lead."""
-    config = training_config(
-        8, 1, 1, model={"hidden_size": 64, "intermediate_size": 8192, "num_attention_heads": 2, "num_hidden_layers": 1}
-    )
-    parts = bench(config, steps=1)["parts"]
-    assert parts["experts"]["share"] > parts["attention"]["share"]
+    """Each operation that only one part does, backward, belongs to that part."""
+    model = build_model(training_config(2, 1, 1).model, seed=0)
+    ids_BS = torch.randint(model.config.vocab_size, (2, 16))
+    with native.recorded(), marked(model), torch.profiler.profile() as profile:
+        output = model(ids_BS, labels=ids_BS)
+        (output.loss + output.z_loss).backward()
+    parts = defaultdict(set)
+    for event, part in events_by_part(profile):
+        parts[event.name].add(part)
+    assert parts["_FusedExpertsBackward"] == {"experts"}
+    assert parts["moe_llm::swiglu_backward"] == {"experts"}
+    assert parts["LogsumexpBackward0"] == {"router"}
+    assert "norms" in parts["_RMSNormBackward"]
 
 
 def test_without_a_vocabulary_or_a_place_for_the_trace(tmp_path, capsys):

@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moe_llm.data.sources import named_sources
@@ -13,6 +13,8 @@ from moe_llm.errors import UserError
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=40), st.floats(0.005, 0.6))
+@example(["0", "\U00010000"], 0.5)  # of one character each, the larger one above the target by itself
+@example(["\U00010000", "\U00010001"], 0.3)
 def test_every_corpus_is_divided_without_loss_or_leak(documents, fraction):
     if len(set(documents)) == 1 and len(documents[0]) == 1:
         return

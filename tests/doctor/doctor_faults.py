@@ -115,6 +115,13 @@ def one_ranks_experts_exported(rank):
     return mock.patch.object(state, "stream", stream)
 
 
+def config_that_transformers_refuses(rank):
+    from moe_llm.checkpoint import hf
+
+    real = hf.to_transformers_config
+    return on_ranks(rank, hf, "to_transformers_config", lambda *a, **k: {**real(*a, **k), "model_type": "unheard_of"})
+
+
 def stale_data_position(rank):
     from moe_llm.train import run
 

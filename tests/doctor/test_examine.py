@@ -4,6 +4,9 @@ import contextlib
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -34,6 +37,19 @@ def test_the_quickstart_passes_and_leaves_nothing_behind(doctor_ranks, tmp_path,
     assert "doctor: training on 2 ranks" in err
     # torch makes an empty cache of its own when it is imported
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith("torchinductor")] == []
+
+
+def test_when_told_to_stop_it_leaves_neither_ranks_nor_files(tmp_path):
+    command = [sys.executable, "-m", "moe_llm.cli", "doctor", QUICKSTART]
+    process = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(tmp_path)}, cwd=tmp_path,
+                               stderr=subprocess.PIPE, text=True)
+    assert "preparing" in process.stderr.readline()
+    assert list(tmp_path.glob("moe-llm-doctor-*"))
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in said
+    assert not list(tmp_path.glob("moe-llm-doctor-*"))
 
 
 VARIANTS = {
