@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_evaluate(commands)
     _add_upcycle(commands)
+    _add_merge(commands)
     params = _add(commands, "params", _params, "total and active parameters by part, without allocating any")
     params.add_argument("--json", action="store_true", help="print JSON")
     params.add_argument(
@@ -153,6 +154,13 @@ def _add_diff(commands) -> None:
     command.add_argument("--layers", action="store_true", help="a row for each layer")
     command.add_argument("--experts", action="store_true", help="a row for each expert")
     command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_merge(commands) -> None:
+    command = _add(commands, "merge", _merge, "several models into one, by a recipe in mergekit's vocabulary")
+    command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    command.add_argument("out", metavar="OUT", help="the checkpoint directory to write")
+    command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights (default 5GB)")
 
 
 class _Version(argparse.Action):
@@ -265,6 +273,20 @@ def _upcycle(args) -> None:
           f"{model.num_params():,} parameters, {model.num_params(active=True):,} active")
 
 
+def _merge(args) -> None:
+    from moe_llm.merge.recipe import SoupRecipe, load_recipe
+
+    recipe = load_recipe(args.recipe)
+    if isinstance(recipe, SoupRecipe):
+        from moe_llm.train.soup import format_decisions, greedy_soup
+
+        print(format_decisions(greedy_soup(recipe, args.out, args.max_shard_size)))
+    else:
+        from moe_llm.merge.run import merge
+
+        merge(args.recipe, args.out, args.max_shard_size)
+
+
 def _params(args) -> None:
     config = _load(args)
     if config.model.vocab_size is None:
@@ -272,59 +294,18 @@ def _params(args) -> None:
             "model.vocab_size=null leaves the embeddings' size open: "
             "add model.vocab_size=N, the number of the tokenizer's entries"
         )
+    from moe_llm.config.sizes import params_table, placement, placement_table
+
     total, active = config.model.parameter_counts(), config.model.parameter_counts(active=True)
-    ranks = _placement(config, args.parallel) if args.parallel else []
+    ranks = placement(config, args.parallel) if args.parallel else []
     if args.json:
         parts = {part: {"total": total[part], "active": active[part]} for part in total}
         counts = {"total": sum(total.values()), "active": sum(active.values()), "parts": parts}
         _print_json(counts | ({"ranks": ranks} if ranks else {}))
         return
-    _print_params(total, active)
+    _print_table(params_table(total, active))
     if ranks:
-        _print_placement(ranks)
-
-
-def _placement(config, world_size: int) -> list[dict]:
-    """What each rank holds: its experts of every layer, its parameters, and which ranks have the same experts."""
-    config.check_layout(world_size)
-    size, counts = config.parallel.expert_parallel_size, config.model.parameter_counts()
-    held = sum(counts.values()) - counts["experts"] + counts["experts"] // size
-    return [
-        {
-            "rank": rank,
-            "experts": list(config.expert_range(rank)),
-            "parameters": held,
-            "same_experts": [other for other in range(rank % size, world_size, size) if other != rank],
-        }
-        for rank in range(world_size)
-    ]
-
-
-def _print_placement(ranks: list[dict]) -> None:
-    from rich.table import Table
-
-    table = Table("rank", "experts of each layer", "parameters held, before ZeRO", "ranks with the same experts")
-    for row in ranks:
-        same = ", ".join(map(str, row["same_experts"])) or "none"
-        table.add_row(str(row["rank"]), ", ".join(map(str, row["experts"])), f"{row['parameters']:,}", same)
-    _print_table(table)
-
-
-def _print_params(total: dict[str, int], active: dict[str, int]) -> None:
-    from rich.table import Table
-
-    table = Table("part")
-    for heading in ("total", "share", "active", "share"):
-        table.add_column(heading, justify="right")
-
-    def row(part: str, count: int, active_count: int) -> tuple[str, ...]:
-        shares = f"{count / sum(total.values()):.1%}", f"{active_count / sum(active.values()):.1%}"
-        return part, f"{count:,}", shares[0], f"{active_count:,}", shares[1]
-
-    for part in total:
-        table.add_row(*row(part, total[part], active[part]), end_section=part == list(total)[-1])
-    table.add_row(*row("model", sum(total.values()), sum(active.values())))
-    _print_table(table)
+        _print_table(placement_table(ranks))
 
 
 def _print_table(table) -> None:

@@ -76,6 +76,10 @@ class Weights:
                 "give a checkpoint of the same architecture"
             )
 
+    def stored(self) -> Mapping[str, str]:
+        """Name in the files of every tensor, by published name."""
+        return self._stored
+
     def has(self, name: str) -> bool:
         """Whether a dense parameter of this in-memory name is stored."""
         return hf.published_name(name) in self._stored
