@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from moe_llm.config.alarms import AlarmsConfig
 from moe_llm.config.base import Section, invalid
 from moe_llm.config.finetune import FinetuneConfig
 from moe_llm.config.model import ModelConfig
@@ -260,6 +261,7 @@ class LoggingConfig(Section):
     )
     wandb: Literal["off", "offline", "online"] = Field("off", description="Weights & Biases")
     wandb_project: str = Field("moe_llm", min_length=1, description="the project that runs are filed under")
+    alarms: AlarmsConfig = Field(AlarmsConfig(), description="when to say that experts are in trouble")
 
 
 class Config(Section):

@@ -9,6 +9,7 @@ tests/parallel/test_deepspeed_contract.py says at once when a version of DeepSpe
 import logging
 import os
 import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -156,11 +157,41 @@ def decay_rows(parameter: torch.nn.Parameter, rows: list[int], factor: float, op
     else:
         shape, mapping = parameter.shape, parameter._hp_mapping
         begin, held = mapping.lp_fragment_address.start, mapping.get_hp_fragment()
+    for _, piece in _pieces(held, begin, shape, rows):
+        piece.mul_(factor)
+
+
+def _pieces(
+    held: torch.Tensor, begin: int, shape: torch.Size, rows: Iterable[int]
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """(row, what a slice holds of it), for rows along the first dimension of a tensor of which `held` is the slice
+    that begins at element `begin`."""
     size = shape[1:].numel()
     for row in rows:
         first, last = max(0, row * size - begin), min(held.numel(), (row + 1) * size - begin)
         if first < last:
-            held[first:last].mul_(factor)
+            yield row, held[first:last]
+
+
+@torch.no_grad()
+def row_gradient_squares(parameter: torch.nn.Parameter, optimizer: Any) -> torch.Tensor:
+    """Squares of the gradient's norm for each row (along the first dimension), of what this rank holds: fp32,
+    between backward and step. Slices of all ranks that share a parameter are all of it, once."""
+    if hasattr(parameter, "ds_id"):
+        shape, rank = parameter.ds_shape, optimizer._get_param_partition_rank(parameter)
+        begin, held = rank * parameter.ds_tensor.numel(), optimizer.get_local_fp32_grad_for_param(parameter)
+    elif parameter._hp_mapping is None:  # all of it is on other ranks
+        return torch.zeros(parameter.shape[0], device=parameter.device)
+    else:
+        shape, address = parameter.shape, parameter._hp_mapping.lp_fragment_address
+        begin = address.start
+        held = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
+        if held.numel() == parameter.numel():  # in bf16 each rank has the whole gradient, and owns a part of it
+            held = held.narrow(0, begin, address.numel)
+    squares = torch.zeros(shape[0], device=held.device)
+    for row, piece in _pieces(held, begin, shape, range(shape[0])):
+        squares[row] = torch.linalg.vector_norm(piece.float()).square()
+    return squares
 
 
 def read_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -51,6 +51,11 @@ class Engine(Protocol):
         """The gradient of a parameter (of this rank's experts), averaged over the ranks; fp32 on the CPU, between
         `backward` and `step`. Collective."""
 
+    def expert_gradient_squares(self) -> Tensor:
+        """This rank's summand of the square of each expert's gradient norm, (layers, experts), fp32 on its device,
+        between `backward` and `step`; 0 for experts that are not trained. Reads what the rank holds: exchanges
+        nothing."""
+
 
 def shard_experts(model: MoEDecoder, experts: range) -> None:
     """Keep only these experts of every layer."""
@@ -120,6 +125,21 @@ class _NamedState:
 
     def _decay_rows(self, parameter: nn.Parameter, rows: list[int], factor: float) -> None:
         """Multiply some rows of a parameter's fp32 weight."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def expert_gradient_squares(self) -> Tensor:
+        model = self.model.config
+        squares_LE = torch.zeros(model.num_hidden_layers, model.num_local_experts, device=self._runtime.device)
+        for entry in self._entries:
+            if entry.experts is not None and entry.trainable:
+                layer = int(entry.name.partition("layers.")[2].partition(".")[0])
+                held = slice(entry.experts.start, entry.experts.stop)
+                squares_LE[layer, held] += self._row_squares(self._parameters[entry.name])
+        return squares_LE
+
+    def _row_squares(self, parameter: nn.Parameter) -> Tensor:
+        """The square of the gradient's norm for each row of a stacked parameter, as far as this rank holds it."""
         raise NotImplementedError
 
     def entries(self) -> list[Entry]:
@@ -201,6 +221,9 @@ class LocalEngine(_NamedState):
         for parameter, master in self._masters.items():
             if parameter is not master:
                 parameter.copy_(master)
+
+    def _row_squares(self, parameter: nn.Parameter) -> Tensor:
+        return torch.linalg.vector_norm(self._masters[parameter].grad.float(), dim=(1, 2)).square()
 
     def gradient(self, name: str) -> Tensor:
         return self._masters[self._parameters[name]].grad.float().cpu()
@@ -296,6 +319,9 @@ class DeepSpeedEngine(_NamedState):
 
     def _decay_rows(self, parameter: nn.Parameter, rows: list[int], factor: float) -> None:
         contract.decay_rows(parameter, rows, factor, self.engine.optimizer)
+
+    def _row_squares(self, parameter: nn.Parameter) -> Tensor:
+        return contract.row_gradient_squares(parameter, self.engine.optimizer)
 
     def gradient(self, name: str) -> Tensor:
         return contract.read_gradient(self._parameters[name]).float().cpu()

@@ -13,8 +13,8 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def summary(record: dict[str, Any]) -> str:
-    """The scalars of a record, as one line."""
+def summary(record: dict[str, Any], limit: float | None = None) -> str:
+    """The scalars of a record, as one line; the limit is the hardware's, in tokens a second."""
     parts = [f"loss {record['loss']:.4f}"]
     parts += [word for word in ("skipped", "spike") if record.get(word)]
     if "val_loss" in record:
@@ -23,14 +23,48 @@ def summary(record: dict[str, Any]) -> str:
     balance = sum(moe["load_cv"]) / len(moe["load_cv"])
     dead = sum(len(layer) for layer in moe["dead_experts"])
     parts.append(f"load cv {balance:.2f}" + (f", {dead} dead" if dead else ""))
-    parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
+    speed = f"{record['tokens_per_second']:,.0f} tokens/s"
+    parts.append(speed if limit is None else f"{speed} ({record['tokens_per_second'] / limit:.0%} of the limit)")
     return " · ".join(parts)
+
+
+def load_map(counts_LE: list[list[int]], columns: int, rows: int = 8) -> list[tuple[str, str]]:
+    """The experts' load, layer by expert, as (text, colour) pieces: blocks as high as the load, 4 of 8 at an even share.
+
+    Layers and experts beyond `rows` and `columns` are folded: each place shows the load among them that is farthest
+    from even.
+    """
+    share_LE = [[count * len(layer) / max(1, sum(layer)) for count in layer] for layer in counts_LE]
+    pieces = []
+    for first, layers in _folds(share_LE, rows):
+        last = first + len(layers) - 1
+        name = f"layer {first}" + (f"-{last}" if last > first else "")
+        pieces.append((f"\n{name:<14}", "dim"))
+        for _, experts in _folds(list(zip(*layers)), columns):
+            load = max((load for column in experts for load in column), key=lambda load: abs(load - 1))
+            pieces.append((BLOCKS[min(8, round(4 * load))], _colour(load)))
+    return pieces
+
+
+BLOCKS = "·▁▂▃▄▅▆▇█"
+
+
+def _colour(load: float) -> str:
+    return "red" if load < 0.25 or load > 2.5 else "yellow" if load < 0.5 or load > 1.75 else "green"
+
+
+def _folds(items: list, places: int) -> list[tuple[int, list]]:
+    """(index of the first, items) of at most so many runs of about equal length."""
+    size = -(-len(items) // places)
+    return [(i, items[i : i + size]) for i in range(0, len(items), size)]
 
 
 class Console:
     """`update` after each logged step, `say` for sentences; only the main rank has one."""
 
-    def __init__(self, config: Config, first_step: int):
+    def __init__(self, config: Config, first_step: int, limit: float | None = None):
+        self._limit = limit
+        self._measured: dict[str, float] = {}
         mode = config.logging.console
         if mode == "auto":
             mode = "bar" if sys.stderr.isatty() else "plain"
@@ -43,8 +77,16 @@ class Console:
     def _open_bar(self, first_step: int) -> None:
         from rich.console import Console as RichConsole
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.text import Text
 
-        self._bar = Progress(
+        below = self._below = [Text()]
+
+        class BarAndMap(Progress):
+            def get_renderables(self):
+                yield self.make_tasks_table(self.tasks)
+                yield below[0]
+
+        self._bar = BarAndMap(
             BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
             TextColumn("·"), TimeRemainingColumn(), TextColumn("left"),
             console=RichConsole(stderr=True), speed_estimate_period=120,
@@ -53,12 +95,24 @@ class Console:
         self._bar.start()
 
     def update(self, record: dict[str, Any], seconds_left: float) -> None:
-        line = summary(record)
+        # the newest validation loss stays in sight
+        self._measured |= {key: record[key] for key in ("val_loss",) if key in record}
+        line = summary(self._measured | record if self._bar is not None else record, self._limit)
         if self._bar is not None:
+            self._show_map(record["moe"]["tokens_per_expert"])
             self._bar.update(self._task, completed=record["step"], status=line)
         elif self.mode == "plain":
             step = f"step {record['step']:>{len(str(self.total))}}/{self.total}"
             print(f"{step} · {line} · {duration(seconds_left)} left", file=sys.stderr, flush=True)
+
+    def _show_map(self, counts_LE: list[list[int]]) -> None:
+        pieces = load_map(counts_LE, columns=max(8, self._bar.console.width - 16))
+        from rich.text import Text
+
+        text = Text("expert load, layer by expert (half a block is an even share)", "dim")
+        for piece, colour in pieces:
+            text.append(piece, colour)
+        self._below[0] = text  # a whole one: the bar is drawn by a thread of its own
 
     def say(self, sentence: str) -> None:
         if self._bar is not None:

@@ -19,7 +19,7 @@ from moe_llm.parallel.engine import Engine
 from moe_llm.parallel.runtime import Runtime
 from moe_llm.train.health import Health, Trouble
 from moe_llm.train.loss import StepLoss, StepLosses
-from moe_llm.train.metrics import routing_metrics
+from moe_llm.train.metrics import expert_gradient_norms, routing_metrics
 from moe_llm.train.optim import learning_rate
 from moe_llm.train.signals import StopRequest
 
@@ -78,7 +78,10 @@ def train_loop(
         callbacks.alive(f"{name}, optimizer")
         rate = learning_rate(config, position.step)
         trouble = health.inspect(position.step + 1, position.samples, window.step_losses)
+        expert_norms = None
         if trouble is None:
+            if _to_be_recorded(config, position.step + 1):
+                expert_norms = expert_gradient_norms(engine, runtime)
             norm = engine.step(rate)
         else:
             norm = math.nan
@@ -104,6 +107,8 @@ def train_loop(
                 "step": position.step, "tokens": position.tokens, **window.read(config), "grad_norm": norm, "lr": rate,
                 **remarks, "moe": routing_metrics(window.routing) | traffic(engine.model),
             }
+            if expert_norms is not None:
+                record["moe"]["expert_grad_norm"] = expert_norms
             callbacks.record(record | (callbacks.evaluate() if evaluating else {}))
             window.clear()
             traffic(engine.model)  # what the evaluation exchanged belongs to no step
@@ -194,6 +199,12 @@ def _save(health: Health, position: Position, callbacks: Callbacks) -> None:
     callbacks.alive("saving")
     callbacks.save(position)
     health.saved()
+
+
+def _to_be_recorded(config: Config, step: int) -> bool:
+    """Whether a step has a line in metrics.jsonl, as far as that is known before it is taken."""
+    every = (config.logging.every_steps, config.evaluate.every_steps, config.checkpoint.every_steps)
+    return step == config.max_steps or any(_due(steps, step) for steps in every)
 
 
 def _due(every: int | None, step: int) -> bool:

@@ -13,6 +13,8 @@ from typing import Any
 from moe_llm.config import Config
 from moe_llm.errors import UserError
 from moe_llm.model.moe.routing import RoutingStatistics
+from moe_llm.parallel.engine import Engine
+from moe_llm.parallel.runtime import Runtime
 
 
 def routing_metrics(statistics: RoutingStatistics) -> dict[str, list]:
@@ -31,6 +33,16 @@ def routing_metrics(statistics: RoutingStatistics) -> dict[str, list]:
         "dropped_share": (statistics.dropped / counts_LE.sum(-1).clamp(min=1)).tolist(),
         "dead_experts": [[e for e, c in enumerate(layer) if c == 0] for layer in counts_LE.tolist()],
     }
+
+
+def expert_gradient_norms(engine: Engine, runtime: Runtime) -> list[list[float | None]] | None:
+    """Norms of the gradients of single experts, layer by expert, over all ranks and before clipping; None for an
+    expert that is not trained, or for all of them. Between backward and step. Collective."""
+    trained = [entry for entry in engine.entries() if entry.experts is not None and entry.trainable]
+    if not trained:
+        return None
+    norms_LE = runtime.sum(engine.expert_gradient_squares()).sqrt().tolist()
+    return [[norm if trained[0].trains(e) else None for e, norm in enumerate(layer)] for layer in norms_LE]
 
 
 class MetricsFile:

@@ -1,13 +1,16 @@
 """What a run says and records: at its start, at each record, and at its end."""
 
 from pathlib import Path
+from typing import Any
 
 from moe_llm.config import Config
 from moe_llm.data.loader import Data
 from moe_llm.finetune.selection import describe
 from moe_llm.parallel.engine import Engine
 from moe_llm.parallel.runtime import Runtime
+from moe_llm.train.alarms import Alarms
 from moe_llm.train.console import Console
+from moe_llm.train.facts import write_facts
 from moe_llm.train.loop import Position
 from moe_llm.train.metrics import MetricsFile, Wandb, read_metrics
 
@@ -15,25 +18,41 @@ from moe_llm.train.metrics import MetricsFile, Wandb, read_metrics
 class Reporter:
     """Where records go: metrics.jsonl, wandb, the console. Silent on ranks other than the main one."""
 
-    def __init__(self, config: Config, run_dir: Path, runtime: Runtime, position: Position):
+    def __init__(self, config: Config, run_dir: Path, runtime: Runtime, position: Position, facts: dict[str, Any]):
         self._config, self._sinks, self._console = config, [], None
         if runtime.is_main:
             self._sinks.append(MetricsFile(run_dir / "metrics.jsonl", position.step))
             if config.logging.wandb != "off":
                 self._sinks.append(Wandb(config, run_dir))
-            self._console = Console(config, position.step)
+            self._console = Console(config, position.step, _limit(facts))
+            write_facts(run_dir / "facts.json", facts)
+            self._metrics_path = run_dir / "metrics.jsonl"
+            self._replay()
+
+    def _replay(self) -> None:
+        """What has been told is not told again."""
+        self._alarms = Alarms(self._config)
+        self._alarms.replay(read_metrics(self._metrics_path))
 
     def record(self, record: dict) -> None:
+        if self._console is None:
+            return
+        alarms = self._alarms.look(record)
+        if alarms:
+            record = record | {"alarms": [alarm.record() for alarm in alarms]}
         for sink in self._sinks:
             sink.write(record)
-        if self._console is not None:
-            tokens_left = (self._config.max_steps - record["step"]) * self._config.tokens_per_step
-            self._console.update(record, tokens_left / record["tokens_per_second"])
+        tokens_left = (self._config.max_steps - record["step"]) * self._config.tokens_per_step
+        self._console.update(record, tokens_left / record["tokens_per_second"])
+        for alarm in alarms:
+            self._console.say(f"alarm at step {record['step']}: {alarm.sentence}")
 
     def rewind(self, step: int) -> None:
         """The run has gone back to a step."""
         for sink in self._sinks:
             sink.rewind(step)
+        if self._console is not None:
+            self._replay()
 
     def say(self, sentence: str) -> None:
         if self._console is not None:
@@ -44,6 +63,12 @@ class Reporter:
             self._console.close()
         for sink in self._sinks:
             sink.close()
+
+
+def _limit(facts: dict[str, Any]) -> float | None:
+    """Tokens a second at the hardware's peak rate; None where that is not known."""
+    peak = facts["start"]["peak_flops_per_second"]
+    return None if peak is None else peak / facts["flops_per_token"]
 
 
 def announce(

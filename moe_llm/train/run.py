@@ -29,6 +29,7 @@ from moe_llm.parallel.engine import Engine, build_engine, shard_experts
 from moe_llm.parallel.runtime import Runtime, rank_from_environment, start, world_size_from_environment
 from moe_llm.parallel.side_group import SideGroup
 from moe_llm.train.evaluate import validation_loss
+from moe_llm.train.facts import gather_facts
 from moe_llm.train.loop import Callbacks, Position, train_loop
 from moe_llm.train.metrics import read_metrics
 from moe_llm.train.optim import build_optimizer, groups_by_part, optimizer_kinds, parameter_groups
@@ -94,7 +95,7 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
     if runtime.is_main:
         _write_config(config, run_dir)
 
-    reporter = Reporter(config, run_dir, runtime, position)
+    reporter = Reporter(config, run_dir, runtime, position, gather_facts(config, runtime, data, position.step))
     announce(reporter, config, engine, data, source, position)
     loader = TrainLoader(
         data.train, position=position.samples, global_batch_size=config.train.global_batch_size,

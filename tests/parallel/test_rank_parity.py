@@ -28,6 +28,14 @@ def largest(found: list[float], expected: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
 
 
+def norm_of_expert(result: dict, layer: int, expert: int) -> float:
+    """From the gradients themselves."""
+    of_layer = [g for name, (_, g) in result["gradients"].items() if f"layers.{layer}.mlp.experts" in name]
+    parts = [gradient_E[expert] for gradient_E in of_layer]
+    assert len(parts) == 2
+    return sum(float(part.double().square().sum()) for part in parts) ** 0.5
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("rounds", [1, 2])
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -40,6 +48,9 @@ def test_expert_parallel_ranks_equal_one_process(request, references, world, sta
 
     worst, where = difference(found, expected, "gradients")
     assert worst < 1e-5, where
+    by_hand = [[norm_of_expert(expected, layer, expert) for expert in range(4)] for layer in range(2)]
+    for norms in (expected["expert_norms"], *(per_rank["expert_norms"] for per_rank in found)):
+        assert norms == [pytest.approx(layer, rel=1e-4) for layer in by_hand]
     tolerance = 1e-5 if optimizer == "sgd" else 1e-4
     for per_rank in found:
         assert largest(per_rank["losses"], expected["losses"]) < tolerance
@@ -90,3 +101,15 @@ def test_global_balance_over_accumulated_micro_batches_is_near_the_exact_one():
     departure = max(abs(a - b) / b for a, b in zip(accumulated["aux"], exact["aux"], strict=True))
     assert 0 < departure < 0.1
     assert largest(accumulated["losses"], exact["losses"]) < 0.01
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("ep", [1, 2])
+def test_norms_of_single_experts_in_bf16_are_those_of_the_gradients(two_ranks, stage, ep):
+    cfg = config(MICRO, 2, 2, ep=ep, stage=stage, train={"precision": "bf16"})
+    for per_rank in two_ranks.run(train_steps, cfg, 1):
+        for layer in range(2):
+            held = next(first for name, (first, _) in per_rank["gradients"].items() if f"layers.{layer}.mlp.ex" in name)
+            experts = range(held, held + 4 // ep)
+            by_hand = [norm_of_expert(per_rank, layer, row) for row in range(4 // ep)]
+            assert [per_rank["expert_norms"][layer][e] for e in experts] == pytest.approx(by_hand, rel=1e-3)

@@ -10,6 +10,7 @@ from moe_llm.data.packing import Batch
 from moe_llm.parallel.runtime import start
 from moe_llm.train.loop import model_inputs, seed_noise
 from moe_llm.train.loss import StepLoss
+from moe_llm.train.metrics import expert_gradient_norms
 from moe_llm.train.optim import learning_rate
 from moe_llm.train.run import build_trained
 
@@ -83,6 +84,7 @@ def train_steps(cfg, steps: int, *, source: str | None = None, first: int = 0, s
             shares += torch.stack([losses.total.detach(), losses.aux])
         if step == first:
             result["gradients"] = _named(engine, engine.gradient, trained=True)
+            result["expert_norms"] = expert_gradient_norms(engine, runtime)
         result["norms"].append(engine.step(learning_rate(cfg, step)))
         loss, aux = (runtime.sum(shares) / runtime.world_size).tolist()
         result["losses"].append(loss)

@@ -1,0 +1,86 @@
+"""facts.json of a run: what its report needs beside the configuration and the records."""
+
+import json
+import os
+import platform
+import time
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_llm.config import Config
+from moe_llm.data.loader import Data
+from moe_llm.model.flops import train_flops_per_token
+from moe_llm.parallel.runtime import Runtime
+
+# Dense FLOP/s by precision, from the vendors' data sheets. The first name that is part of the device's counts.
+_DATA_SHEETS = {
+    "B200": {"bf16": 2250e12, "fp32": 75e12},
+    "H200": {"bf16": 989e12, "fp32": 67e12},
+    "H100 PCIe": {"bf16": 756e12, "fp32": 51e12},
+    "H100": {"bf16": 989e12, "fp32": 67e12},
+    "A100": {"bf16": 312e12, "fp32": 19.5e12},
+    "L40S": {"bf16": 362e12, "fp32": 91.6e12},
+}
+_PACKAGES = ("moe_llm", "torch", "transformers", "deepspeed")
+
+
+def gather_facts(config: Config, runtime: Runtime, data: Data, step: int) -> dict[str, Any]:
+    """Sizes, text, hardware and versions of this start of a run. Collective.
+
+    peak_flops_per_second: of all ranks together; null for a GPU whose rate is not known here.
+    """
+    name = _device_name(runtime.device)
+    peaks = runtime.gather(_peak_rate(runtime.device, name, config.train.precision))
+    model = config.model
+    return {
+        "parameters": model.num_params(), "active_parameters": model.num_params(active=True),
+        "parts": model.parameter_counts(),
+        "flops_per_token": train_flops_per_token(model, config.data.sequence_length),
+        "data": [asdict(part) for part in data.statistics],
+        "start": {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step, "ranks": runtime.world_size,
+            "device": name, "threads": torch.get_num_threads(),
+            "peak_flops_per_second": None if None in peaks else sum(peaks),
+            "versions": {package: version(package) for package in _PACKAGES} | {"python": platform.python_version()},
+        },
+    }
+
+
+def write_facts(path: Path, facts: dict[str, Any]) -> None:
+    """Add this start to those that went on from before it, in one step."""
+    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
+    start = facts["start"]
+    kept = [earlier for earlier in starts if earlier["step"] < start["step"]]
+    content = {key: value for key, value in facts.items() if key != "start"} | {"starts": [*kept, start]}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text(encoding="utf-8").splitlines() if cpus.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _peak_rate(device: torch.device, name: str, precision: str) -> float | None:
+    """FLOP/s of this rank's device: a data sheet's, or for a CPU the best of three products (some tens of
+    milliseconds)."""
+    if device.type == "cuda":
+        return next((rates[precision] for part, rates in _DATA_SHEETS.items() if part in name), None)
+    size, dtype = 768, torch.bfloat16 if precision == "bf16" else torch.float32
+    a, out = torch.ones(size, size, dtype=dtype), torch.empty(size, size, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):  # the first one warms up
+        begin = time.perf_counter()
+        torch.mm(a, a, out=out)
+        best = min(best, time.perf_counter() - begin)
+    return 2.0 * size**3 / best
