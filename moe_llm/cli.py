@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     bench = _add_bench(commands)
     _add_diff(commands)
+    _add_report(commands)
 
     config = commands.add_parser("config", help="the configuration's schema, or one as resolved")
     config_commands = config.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -154,6 +155,12 @@ def _add_diff(commands) -> None:
     command.add_argument("--layers", action="store_true", help="a row for each layer")
     command.add_argument("--experts", action="store_true", help="a row for each expert")
     command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_report(commands) -> None:
+    command = _add(commands, "report", _report, "what runs have recorded, as one HTML page and as pictures")
+    command.add_argument("runs", metavar="RUN", nargs="+", help="a run directory; several are compared")
+    command.add_argument("--out", metavar="FILE", help="the page (default: report.html in the first RUN)")
 
 
 def _add_merge(commands) -> None:
@@ -247,6 +254,13 @@ def _diff(args) -> None:
 
     rows = diff(args.base, args.tuned, layers=args.layers, experts=args.experts)
     _print_json(rows) if args.json else _print_table(as_table(rows))
+
+
+def _report(args) -> None:
+    from moe_llm.analysis.report import report
+
+    page, *pictures = report(args.runs, args.out)
+    print(f"{page}, and {len(pictures)} plots in {pictures[0].parent}")
 
 
 def _evaluate(args) -> None:

@@ -102,7 +102,7 @@ def _layers(index: int, run: Run, values) -> dict[str, Any]:
     for group in grouped(run.records, _POINTS):
         layers = [mean for column in zip(*filter(None, map(values, group))) if (mean := means(list(column))) is not None]
         if layers:
-            for key, value in zip("x y low high".split(), (group[-1]["step"], means(layers), min(layers), max(layers))):
+            for key, value in zip(["x", "y", "low", "high"], (group[-1]["step"], means(layers), min(layers), max(layers))):
                 curve[key].append(_short(value))
     return curve
 

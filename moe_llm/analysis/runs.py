@@ -77,7 +77,7 @@ def _load(path: Path, name: str) -> Run:
     try:
         records = read_metrics(metrics)
     except UnicodeDecodeError as error:
-        raise UserError(f"file {metrics} is damaged, it is not UTF-8 at byte {error.start}: name another run") from error
+        raise UserError(f"file {metrics} is damaged, not UTF-8 at byte {error.start}: name another run") from error
     if not records:
         raise UserError(f"RUN {str(path)!r} has recorded nothing yet: wait for the first line of {metrics}")
     for number, record in enumerate(records, 1):

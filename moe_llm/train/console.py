@@ -29,7 +29,7 @@ def summary(record: dict[str, Any], limit: float | None = None) -> str:
 
 
 def load_map(counts_LE: list[list[int]], columns: int, rows: int = 8) -> list[tuple[str, str]]:
-    """The experts' load, layer by expert, as (text, colour) pieces: blocks as high as the load, 4 of 8 at an even share.
+    """The experts' load, layer by expert, as (text, colour) pieces: blocks as high as the load, half at an even share.
 
     Layers and experts beyond `rows` and `columns` are folded: each place shows the load among them that is farthest
     from even.
