@@ -100,9 +100,11 @@ def _dots(index: int, run: Run) -> dict[str, Any]:
 def _layers(index: int, run: Run, values) -> dict[str, Any]:
     curve: dict[str, Any] = {"run": index, "kind": "line", "x": [], "y": [], "low": [], "high": []}
     for group in grouped(run.records, _POINTS):
-        layers = [mean for column in zip(*filter(None, map(values, group))) if (mean := means(list(column))) is not None]
+        by_layer = [means(list(column)) for column in zip(*filter(None, map(values, group)))]
+        layers = [mean for mean in by_layer if mean is not None]
         if layers:
-            for key, value in zip(["x", "y", "low", "high"], (group[-1]["step"], means(layers), min(layers), max(layers))):
+            curve["x"].append(group[-1]["step"])
+            for key, value in (("y", means(layers)), ("low", min(layers)), ("high", max(layers))):
                 curve[key].append(_short(value))
     return curve
 

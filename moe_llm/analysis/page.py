@@ -152,7 +152,7 @@ def _alarms(runs: list[Run]) -> str:
 
 
 def _figure(index: int, chart: dict[str, Any]) -> str:
-    unit = f", {chart['unit']}" if chart["unit"] else ""
+    unit = f", {chart['unit']}" if chart["unit"] not in chart["title"] else ""
     return (f'<figure id="chart-{index}"><figcaption><h3>{escape(chart["title"])}{escape(unit)}</h3>'
             f'<p class="note">{escape(chart["note"])}</p></figcaption></figure>')
 

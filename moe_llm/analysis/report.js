@@ -28,9 +28,9 @@ function steps(low, high, count) {
 }
 
 function powers(low, high) {
-  const found = [], wide = high / low > 50;
+  const found = [], span = high / low, multiples = span > 50 ? [1] : span > 10 ? [1, 2, 5] : [1, 1.5, 2, 3, 5, 7];
   for (let e = Math.floor(Math.log10(low)); e <= Math.log10(high); e++)
-    for (const k of wide ? [1] : [1, 2, 5]) found.push(k * 10 ** e);
+    for (const k of multiples) found.push(k * 10 ** e);
   return found.filter(v => v >= low * 0.999 && v <= high * 1.001);
 }
 
@@ -46,7 +46,7 @@ const hideTip = () => { tip.style.visibility = "hidden"; };
 
 function chart(figure, spec) {
   figure.querySelector("svg")?.remove();
-  const width = figure.clientWidth - 28, svg = mark(figure, "svg", { height: HEIGHT, role: "img" });
+  const width = Math.max(160, figure.clientWidth - 28), svg = mark(figure, "svg", { height: HEIGHT, role: "img" });
   mark(svg, "title", {}, spec.title);
   svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
   const xs = spec.series.flatMap(s => s.x), all = spec.series.flatMap(s => s.y.concat(s.low || [], s.high || []));
@@ -54,7 +54,7 @@ function chart(figure, spec) {
   let low = Math.min(...values), high = Math.max(...values);
   const log = spec.log && values.length > 0 && high > low;
   if (!log) {
-    if (low > 0 && low < 0.4 * high) low = 0;
+    if (low > 0 && low < 0.25 * high) low = 0;
     if (high === low) { high += Math.abs(high) * 0.1 || 1; low -= low === 0 ? 0 : Math.abs(low) * 0.1; }
   }
   const first = Math.min(...xs), last = Math.max(...xs), span = last - first || 1;
@@ -69,6 +69,7 @@ function chart(figure, spec) {
   }
   for (const v of steps(first, first + span, width < 420 ? 3 : 5))
     mark(svg, "text", { x: X(v), y: HEIGHT - 5, "text-anchor": "middle" }, short(v));
+  mark(svg, "text", { x: LEFT - 7, y: HEIGHT - 5, "text-anchor": "end" }, "step");
   for (const s of spec.series) {
     const colour = `var(--run-${s.run % 6})`, points = s.x.map((x, i) => `${X(x).toFixed(1)},${Y(s.y[i]).toFixed(1)}`);
     if (s.low && report.runs.length < 4) {
@@ -79,7 +80,7 @@ function chart(figure, spec) {
     if (s.kind === "line" && s.x.length > 1)
       mark(svg, "polyline", { class: "curve", points: points.join(" "), style: `stroke:${colour}` });
     else s.x.forEach((x, i) => mark(svg, "circle",
-      { class: "dot", cx: X(x), cy: Y(s.y[i]), r: 3.6, style: `fill:${colour}` }));
+      { class: "dot", cx: X(x), cy: Y(s.y[i]), r: 3.8, style: `stroke:${colour}` }));
   }
   const cross = mark(svg, "line", { class: "cross", y1: TOP, y2: HEIGHT - BOTTOM });
   svg.onpointermove = event => {
@@ -104,7 +105,7 @@ function cellColour(load) {
 
 function loadMap(box, steps, columns, layer) {
   box.querySelector("svg")?.remove();
-  const experts = columns[0].length, width = box.clientWidth, left = 22;
+  const experts = columns[0].length, width = Math.max(80, box.clientWidth), left = 22;
   const cell = Math.max(2, Math.min(13, 180 / experts)), w = (width - left) / columns.length;
   const svg = mark(box, "svg", { height: cell * experts + 2, viewBox: `0 0 ${width} ${cell * experts + 2}`, role: "img" });
   mark(svg, "title", {}, `load of layer ${layer}`);

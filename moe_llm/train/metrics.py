@@ -1,4 +1,4 @@
-"""What a run records: one JSON object a line in metrics.jsonl, and the same to wandb where asked.
+"""What a run records: one JSON object a line in metrics.jsonl.
 
 Dimensions: L layers, E experts.
 """
@@ -6,11 +6,9 @@ Dimensions: L layers, E experts.
 import json
 import math
 import os
-import secrets
 from pathlib import Path
 from typing import Any
 
-from moe_llm.config import Config
 from moe_llm.errors import UserError
 from moe_llm.model.moe.routing import RoutingStatistics
 from moe_llm.parallel.engine import Engine
@@ -99,33 +97,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                     "run.dir"
                 ) from error
     return records
-
-
-class Wandb:
-    """The same records as a wandb run, in the run directory, under one id across resumes."""
-
-    def __init__(self, config: Config, run_dir: Path):
-        import wandb
-
-        identity = run_dir / "wandb_id"
-        if not identity.exists():
-            identity.write_text(secrets.token_hex(4), encoding="utf-8")
-        self._run = wandb.init(
-            project=config.logging.wandb_project, dir=run_dir, mode=config.logging.wandb,
-            id=identity.read_text(encoding="utf-8"), resume="allow", name=run_dir.name,
-            config=config.model_dump(mode="json"),
-        )
-
-    def rewind(self, step: int) -> None:
-        """wandb keeps what it was told, and leaves out steps until they are new to it."""
-
-    def write(self, record: dict[str, Any]) -> None:
-        scalars = {key: value for key, value in record.items() if isinstance(value, (int, float))}
-        moe = record.get("moe", {})
-        for name in ("load_cv", "router_entropy", "dropped_share"):
-            scalars |= {f"moe/{name}/layer_{i}": value for i, value in enumerate(moe.get(name, []))}
-        scalars["moe/dead_experts"] = sum(len(dead) for dead in moe.get("dead_experts", []))
-        self._run.log(scalars, step=record["step"])
-
-    def close(self) -> None:
-        self._run.finish()

@@ -12,7 +12,8 @@ from moe_llm.train.alarms import Alarms
 from moe_llm.train.console import Console
 from moe_llm.train.facts import write_facts
 from moe_llm.train.loop import Position
-from moe_llm.train.metrics import MetricsFile, Wandb, read_metrics
+from moe_llm.train.metrics import MetricsFile, read_metrics
+from moe_llm.train.trackers import TensorBoard, Wandb
 
 
 class Reporter:
@@ -24,6 +25,8 @@ class Reporter:
             self._sinks.append(MetricsFile(run_dir / "metrics.jsonl", position.step))
             if config.logging.wandb != "off":
                 self._sinks.append(Wandb(config, run_dir))
+            if config.logging.tensorboard:
+                self._sinks.append(TensorBoard(config, run_dir, position.step))
             self._console = Console(config, position.step, _limit(facts))
             write_facts(run_dir / "facts.json", facts)
             self._metrics_path = run_dir / "metrics.jsonl"

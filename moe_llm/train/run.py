@@ -35,6 +35,7 @@ from moe_llm.train.metrics import read_metrics
 from moe_llm.train.optim import build_optimizer, groups_by_part, optimizer_kinds, parameter_groups
 from moe_llm.train.reporter import Reporter, announce, farewell
 from moe_llm.train.signals import StoppedEarly, StopRequest
+from moe_llm.train.trackers import check_trackers
 from moe_llm.train.watchdog import Telling, Watchdog
 
 T = TypeVar("T")
@@ -51,6 +52,7 @@ def train(config: Config) -> None:
     run_dir = Path(config.run.dir)
     config.check_layout(world_size_from_environment())
     check_sources(config)
+    check_trackers(config)
     trained_names(config)  # refuses what names nothing
     _check_resume(run_dir, config)
     _check_run_dir(run_dir, config)
