@@ -1,6 +1,5 @@
 """The same records for wandb and TensorBoard: scalars, histograms, and the experts' load as an image."""
 
-import importlib.util
 import secrets
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,14 @@ _COLOURS = np.array([(47, 102, 144), (241, 238, 233), (196, 87, 42)], dtype=floa
 
 def check_trackers(config: Config) -> None:
     """Refuse what is not installed."""
-    if config.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
+    if not config.logging.tensorboard:
+        return
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError as error:
         raise UserError(
             "logging.tensorboard=true needs the package tensorboard: pip install tensorboard, or set it to false"
-        )
+        ) from error
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
