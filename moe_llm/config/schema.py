@@ -262,7 +262,7 @@ class LoggingConfig(Section):
     wandb: Literal["off", "offline", "online"] = Field("off", description="Weights & Biases")
     wandb_project: str = Field("moe_llm", min_length=1, description="the project that runs are filed under")
     tensorboard: bool = Field(
-        False, description="TensorBoard files in the run directory; needs `pip install 'moe_llm[tensorboard]'`"
+        False, description="TensorBoard files in the run directory; needs `pip install tensorboard`"
     )
     pictures_every_steps: int = Field(
         50, ge=1, description="wandb and tensorboard get histograms and the load as an image at most so often"
