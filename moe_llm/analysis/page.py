@@ -76,7 +76,7 @@ def _summary(run: Run) -> dict[str, str]:
     measured = run.validation()
     speed = last["tokens"] / seconds if seconds else 0.0
     rate = speed * run.flops_per_token
-    told = {
+    return {
         "validation loss": f"{measured[-1]['val_loss']:.4f}" if measured else "not measured",
         "bits per byte": f"{measured[-1]['val_bits_per_byte']:.4f}" if measured else "not measured",
         "training loss, last record": "not a number" if last.get("lm_loss") is None else f"{last['lm_loss']:.4f}",
@@ -88,11 +88,9 @@ def _summary(run: Run) -> dict[str, str]:
         "training time": duration(seconds),
         "tokens a second": f"{speed:,.0f}",
         "FLOP/s": count(rate),
+        "of the hardware's limit": f"{rate / run.peak:.1%}" if run.peak else "not known",
+        "alarms": str(sum(len(record.get("alarms", [])) for record in run.records)),
     }
-    if run.peak:
-        told["of the hardware's limit"] = f"{rate / run.peak:.1%}"
-    told["alarms"] = str(sum(len(record.get("alarms", [])) for record in run.records))
-    return told
 
 
 def _cards(run: Run) -> str:
@@ -113,8 +111,7 @@ def _swatch(index: int) -> str:
 def _comparison(runs: list[Run]) -> str:
     head = "".join(f'<th class="number">{_swatch(i)}{escape(run.name)}</th>' for i, run in enumerate(runs))
     summaries = [_summary(run) for run in runs]
-    labels = dict.fromkeys(label for summary in summaries for label in summary)
-    rows = [(label, [summary.get(label, "not known") for summary in summaries]) for label in labels]
+    rows = [(label, [summary[label] for summary in summaries]) for label in summaries[0]]
     flat = [_flat(run.config.model_dump(mode="json")) for run in runs]
     keys = dict.fromkeys(key for values in flat for key in values)
     differing = [(key, [json.dumps(values.get(key)) for values in flat]) for key in keys
