@@ -139,6 +139,8 @@ def test_gradients_missing_for_long_of_an_expert_with_tokens():
     assert told(stretch(1, 4) + stretch(5, 3, **gone) + stretch(8, 4)) == []
     assert told(stretch(1, 4) + stretch(5, 8, **gone)) == [(8, "no_gradient")]
     assert told(stretch(1, 8, norms=(1.0, None, None, 1.0))) == [], "what is not trained has none"
+    starved = told(stretch(1, 8, counts=(20, 20, 0, 20), **gone))
+    assert [kind for _, kind in starved] == ["dying_expert"], "that it has no gradient either says nothing more"
 
 
 def test_a_single_spike_and_a_skipped_step_are_none():
