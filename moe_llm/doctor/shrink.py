@@ -45,7 +45,8 @@ def shrink(config: Config, ranks: int, steps: int) -> Small:
         "optim": {"warmup_steps": min(config.optim.warmup_steps, 1)},
         "finetune": _finetune(config, model["num_local_experts"], notes),
         # a step that is not finite is a finding, not one to leave out
-        "train": {**train, "max_steps": steps, "max_tokens": None, "device": "cpu", "on_nan": "stop"},
+        "train": {**train, "max_steps": steps, "max_tokens": None, "device": "cpu", "on_nan": "stop",
+                  "early_stopping": {}},
         "parallel": {"expert_parallel_size": expert_parallel},
         "checkpoint": {"every_steps": max(1, steps // 2), "keep_last": None, "resume": "auto"},
         "evaluate": {"every_steps": None, "max_blocks": 8, "sample_prompt": None},
@@ -55,7 +56,7 @@ def shrink(config: Config, ranks: int, steps: int) -> Small:
         f"{section}.{key}": (raw[section][key], value)
         for section in ("model", "data", "train", "parallel")
         for key, value in changed[section].items()
-        if raw[section][key] != value and key not in ("device", "max_tokens", "on_nan")
+        if raw[section][key] != value and key not in ("device", "max_tokens", "on_nan", "early_stopping")
     }
     small = validate({name: {**raw[name], **changed.get(name, {})} for name in raw})
     return Small(small, one_process(small, ranks), changes, notes)
@@ -155,7 +156,9 @@ def _finetune(config: Config, experts: int, notes: list[str]) -> dict[str, Any]:
     if (train, some) != (config.finetune.train, config.finetune.experts):
         notes.append(f"finetune.train={config.finetune.train} with experts={config.finetune.experts} is {train} with "
                      f"experts={some} here, where there are fewer layers or experts")
-    return {"train": train, "experts": some}
+    # what is frozen stays frozen; the rest of the guard needs a base
+    guard = {"action": "freeze"} if config.finetune.router_guard.action == "freeze" else {}
+    return {"train": train, "experts": some, "router_guard": guard}
 
 
 def _window(config: Config) -> int | None:

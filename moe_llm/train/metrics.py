@@ -112,6 +112,8 @@ class Wandb:
         moe = record.get("moe", {})
         for name in ("load_cv", "router_entropy", "dropped_share"):
             scalars |= {f"moe/{name}/layer_{i}": value for i, value in enumerate(moe.get(name, []))}
+        for name, values in record.get("router_drift", {}).items():
+            scalars |= {f"router_drift/{name}/layer_{i}": value for i, value in enumerate(values)}
         scalars["moe/dead_experts"] = sum(len(dead) for dead in moe.get("dead_experts", []))
         self._run.log(scalars, step=record["step"])
 
