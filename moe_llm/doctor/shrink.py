@@ -124,12 +124,18 @@ def _model(config: Config, ranks: int, notes: list[str]) -> dict[str, Any]:
         "num_local_experts": _experts(config, ranks),
         "sliding_window": _window(config),
         "router_jitter_noise": 0.0,
+        "expert_dropout": 0.0,
         "initializer_range": max(model.initializer_range, min(_INIT_LIMIT, model.initializer_range * scale)),
     }
     if model.router_jitter_noise:
         notes.append(
             f"model.router_jitter_noise={model.router_jitter_noise:g} is off where layouts are compared, since each "
             "rank draws its own; rows of their own check it"
+        )
+    if model.expert_dropout:
+        notes.append(
+            f"model.expert_dropout={model.expert_dropout:g} is off here, since each rank draws its own: the experts "
+            "are those of a run without it"
         )
     if shape["num_local_experts"] != model.num_local_experts:
         notes.append(f"model.num_local_experts={model.num_local_experts} is {shape['num_local_experts']} here")

@@ -68,6 +68,10 @@ def announce(
             )
     if not config.finetune.whole:
         reporter.say(describe(config))
+    if config.model.expert_dropout:
+        reporter.say(
+            f"model.expert_dropout={config.model.expert_dropout:g}: experts are computed one by one, which is slower"
+        )
     if source is not None:
         reporter.say(f"resuming from {source} at step {position.step}")
     if position.step >= config.max_steps:

