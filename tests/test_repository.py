@@ -205,6 +205,13 @@ def test_the_readme_has_the_whole_configuration_as_it_is():
     assert [key for key in keys(Config) if f"| `{key}` |" not in README] == []
 
 
+def test_the_readmes_data_is_a_configuration():
+    _, _, rest = README.partition("### Your own data")
+    example = yaml.safe_load(rest.partition("```yaml")[2].partition("```")[0])
+    quickstart = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
+    Config(**{**quickstart, **example})
+
+
 def test_the_readme_names_files_that_exist():
     named = set(re.findall(r"\b(?:configs|scripts|docker)/[\w./]+\w", README))
     assert len(named) > 8

@@ -340,15 +340,19 @@ def _hub_records(source: SourceConfig, field: str) -> Iterator[tuple[str, dict[s
     import datasets
     import pyarrow
 
+    path = Path(source.path).expanduser()
     try:
-        rows = datasets.load_dataset(
-            str(Path(source.path).expanduser()), name=source.name, split=source.split, streaming=True
-        )
+        if any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):  # by `save_to_disk`
+            saved = datasets.load_from_disk(str(path))
+            rows = saved[source.split] if isinstance(saved, dict) else saved
+        else:
+            rows = datasets.load_dataset(str(path), name=source.name, split=source.split, streaming=True)
         for row, record in enumerate(rows):
             yield f"{source.path}, row {row}", record
     except (
         OSError,
         ValueError,
+        KeyError,
         RuntimeError,
         EOFError,
         pyarrow.ArrowException,
