@@ -120,12 +120,13 @@ def _other_probe(file: Path) -> None:
 
 
 def test_regularising_draws_the_routers_back(tuned, tmp_path):
-    assert main(["train", str(tuned("free"))]) == 0
-    assert main(["train", str(tuned("held", "regularise", guard={"coefficient": 30.0}))]) == 0
+    changes = {"optim": {"lr": 0.01, "schedule": "constant"}, "train": {"max_steps": 8}}
+    assert main(["train", str(tuned("free", **changes))]) == 0
+    assert main(["train", str(tuned("held", "regularise", guard={"coefficient": 10.0}, **changes))]) == 0
     free, held = drifts(tmp_path / "free"), drifts(tmp_path / "held")
     # where nothing has moved, the divergence is at its least and has no gradient
     assert held[0]["kl"] == pytest.approx(free[0]["kl"], rel=0.03)
-    assert max(held[-1]["kl"]) < 0.5 * max(free[-1]["kl"])
+    assert max(held[-1]["kl"]) < 0.25 * max(free[-1]["kl"])
 
 
 def test_frozen_routers_stay(tuned, base, tmp_path, capsys):
