@@ -2,6 +2,7 @@
 
     checkpoints/step-00000100/        complete: the name is given last, by renaming
     checkpoints/latest                symlink to the one saved last
+    checkpoints/best                  symlink to that of the lowest validation loss, with early stopping
     checkpoints/.tmp-*                being written or deleted; whatever a dead run left is removed
     checkpoints/step-00000100.old     complete too; exists while a new step 100 takes its place
 
@@ -19,7 +20,7 @@ from moe_llm.checkpoint.safetensors_io import read_json
 from moe_llm.errors import UserError
 
 STATE = "trainer/state.json"
-LATEST = "latest"
+LATEST, BEST = "latest", "best"
 _COMPLETE = re.compile(r"step-(\d+)(\.old)?")
 _TMP = ".tmp-"
 
@@ -83,20 +84,27 @@ def publish(tmp: Path, final: Path) -> None:
         os.rename(final, old)
     os.rename(tmp, final)
     sync_directory(final.parent)
-    link = final.parent / f"{_TMP}{LATEST}"
-    link.unlink(missing_ok=True)
-    link.symlink_to(final.name)
-    os.replace(link, final.parent / LATEST)
-    sync_directory(final.parent)
+    point(final.parent, LATEST, final.name)
     if old.is_dir():
         delete(old)
 
 
-def prune(root: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last`, counting only those whose files have their sizes."""
+def point(root: Path, name: str, target: str) -> None:
+    """Make the link `name` point to a checkpoint, in one step."""
+    link = root / f"{_TMP}{name}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
+    os.replace(link, root / name)
+    sync_directory(root)
+
+
+def prune(root: Path, keep_last: int, best_step: int | None = None) -> None:
+    """Delete all but the newest `keep_last`, counting only those whose files have their sizes, and the best one."""
     sound = [path for path in complete_checkpoints(root) if _has_sizes(path)]
+    best = None if best_step is None else step_name(best_step)
     for path in sound[keep_last:]:
-        delete(path)
+        if path.name != best:
+            delete(path)
 
 
 def delete(path: Path) -> None:

@@ -29,6 +29,8 @@ FREE = (
     "train.max_bad_steps",
     "train.spike_threshold",
     "train.hang_timeout_seconds",
+    "train.early_stopping",
+    "finetune.router_guard.max_kl",
     "data.num_workers",
     "data.cache_dir",
 )

@@ -62,6 +62,7 @@ def save_checkpoint(
     dtype: str = "fp32",
     max_shard_size: str = "5GB",
     keep_last: int | None = None,
+    best_step: int | None = None,
     background: Background | None = None,
 ) -> Path:
     """Write a checkpoint of step `step` and return its directory. Collective.
@@ -79,6 +80,7 @@ def save_checkpoint(
         dtype: of the exported weights, `fp32` or `bf16`; fp32 masters stand beside them if it is not fp32.
         max_shard_size: of the weights' and the optimizer's files, e.g. "5GB".
         keep_last: delete all but so many, once this one is complete; None: delete nothing.
+        best_step: of the run so far, this one or an earlier one: it is not deleted, and `best` points to it.
         background: waits for the save before; with a group of ranks other than that of `state`.
 
     Raises:
@@ -104,8 +106,10 @@ def save_checkpoint(
         for directory in (tmp / "trainer", tmp):
             folder.sync_directory(directory)
         folder.publish(tmp, final)
+        if best_step is not None:
+            folder.point(root, folder.BEST, folder.step_name(best_step))
         if keep_last is not None:
-            folder.prune(root, keep_last)
+            folder.prune(root, keep_last, best_step)
 
     def write(ranks: Ranks, tensors: Iterable[Named]) -> None:
         with _removed_on_failure(tmp, ranks):

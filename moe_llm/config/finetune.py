@@ -9,6 +9,34 @@ from moe_llm.config.base import Section, invalid
 Part = Literal["all", "experts", "router", "attention"]
 
 
+class RouterGuardConfig(Section):
+    """A watch over the routers of a model that begins with `model.init_from`."""
+
+    action: Literal["off", "log", "regularise", "freeze", "stop"] = Field(
+        "off",
+        description="each evaluation records how far the routers are from those of `model.init_from`, and the action: "
+        "log: no more than that; regularise: training is drawn towards these; freeze: routers are not trained; stop: "
+        "a run whose routers have moved past `max_kl` ends",
+    )
+    blocks: int = Field(4, ge=1, description="held-out blocks on which routers are compared, the same all along")
+    coefficient: float | None = Field(
+        None, gt=0,
+        description="regularise: weight of the KL divergence (base, then now), mean over layers and tokens, which each "
+        "step takes on these blocks as well as its own",
+    )
+    max_kl: float | None = Field(None, gt=0, description="stop: the most that a layer's KL divergence may be, nats")
+
+    @model_validator(mode="after")
+    def _settings_apply(self):
+        for name, action in (("coefficient", "regularise"), ("max_kl", "stop")):
+            value = getattr(self, name)
+            if self.action == action and value is None:
+                invalid(name, None, f"is missing for action {action}", "set it")
+            if self.action != action and value is not None:
+                invalid(name, value, f"applies to action {action}, not to {self.action}", "remove it")
+        return self
+
+
 class FinetuneConfig(Section):
     """Which tensors are trained; all others stay as they are, to the last byte of the checkpoint."""
 
@@ -22,6 +50,8 @@ class FinetuneConfig(Section):
         description="train these experts of each layer alone, counted from 0, where experts are trained; null: all",
     )
 
+    router_guard: RouterGuardConfig = Field(RouterGuardConfig(), description="a watch over the routers")
+
     @model_validator(mode="before")
     @classmethod
     def _known_part(cls, given: Any) -> Any:
@@ -34,4 +64,4 @@ class FinetuneConfig(Section):
     @property
     def whole(self) -> bool:
         """Whether everything is trained."""
-        return self.train == "all" and self.experts is None
+        return self.train == "all" and self.experts is None and self.router_guard.action != "freeze"

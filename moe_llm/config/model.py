@@ -55,6 +55,11 @@ class ModelConfig(Section):
     router_jitter_noise: float = Field(
         0.0, ge=0, lt=1, description="router input times uniform(1 - x, 1 + x) while training"
     )
+    expert_dropout: float = Field(
+        0.0, ge=0, lt=1,
+        description="share of an expert's hidden activations set to zero while training (Fedus et al. 2021, section "
+        "2.4); experts are then computed one by one under autograd, which is slower",
+    )
     rope_theta: float = Field(1e6, gt=0, description="base of the rotary embeddings' wavelengths")
     sliding_window: int | None = Field(
         None, ge=1, description="tokens that a token attends to, itself included; null: all before it"

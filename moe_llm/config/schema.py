@@ -161,6 +161,23 @@ class OptimConfig(Section):
         return self
 
 
+class EarlyStoppingConfig(Section):
+    """When to end before the last step; each evaluation's weights are saved where they are the best so far."""
+
+    patience: int | None = Field(
+        None, ge=1,
+        description="evaluations in a row without a new best validation loss that end the run; the best checkpoint is "
+        "kept, whatever `checkpoint.keep_last`, as checkpoints/best; null: off",
+    )
+    min_delta: float = Field(0.0, ge=0, description="nats a token by which a new best has to be below the last one")
+
+    @model_validator(mode="after")
+    def _applies(self):
+        if self.patience is None and self.min_delta:
+            invalid("min_delta", self.min_delta, "applies to nothing without patience", "set patience, or remove it")
+        return self
+
+
 class TrainConfig(Section):
     """How long and in what portions to train."""
 
@@ -187,6 +204,8 @@ class TrainConfig(Section):
     hang_timeout_seconds: float | None = Field(
         1800.0, gt=0, description="a rank that shows no progress for so long ends the run; null: never"
     )
+
+    early_stopping: EarlyStoppingConfig = Field(EarlyStoppingConfig(), description="an end before the last step")
 
     @model_validator(mode="after")
     def _one_length(self):
@@ -303,6 +322,9 @@ class Config(Section):
         if train.on_nan == "rollback" and self.checkpoint.every_steps is None:
             invalid("train.on_nan", train.on_nan, "has no checkpoint to go back to",
                     "set checkpoint.every_steps, or use skip or stop")
+        if train.early_stopping.patience is not None and self.evaluate.every_steps is None:
+            invalid("train.early_stopping.patience", train.early_stopping.patience,
+                    "has no evaluations to count before the end", "set evaluate.every_steps")
         if self.tokenizer.path is None and model.vocab_size is None:
             invalid("model.vocab_size", None, "is missing while the tokenizer is to be trained",
                     "set model.vocab_size, or tokenizer.path to an existing tokenizer")

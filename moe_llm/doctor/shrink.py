@@ -45,7 +45,8 @@ def shrink(config: Config, ranks: int, steps: int) -> Small:
         "optim": {"warmup_steps": min(config.optim.warmup_steps, 1)},
         "finetune": _finetune(config, model["num_local_experts"], notes),
         # a step that is not finite is a finding, not one to leave out
-        "train": {**train, "max_steps": steps, "max_tokens": None, "device": "cpu", "on_nan": "stop"},
+        "train": {**train, "max_steps": steps, "max_tokens": None, "device": "cpu", "on_nan": "stop",
+                  "early_stopping": {}},
         "parallel": {"expert_parallel_size": expert_parallel},
         "checkpoint": {"every_steps": max(1, steps // 2), "keep_last": None, "resume": "auto"},
         "evaluate": {"every_steps": None, "max_blocks": 8, "sample_prompt": None},
@@ -55,7 +56,7 @@ def shrink(config: Config, ranks: int, steps: int) -> Small:
         f"{section}.{key}": (raw[section][key], value)
         for section in ("model", "data", "train", "parallel")
         for key, value in changed[section].items()
-        if raw[section][key] != value and key not in ("device", "max_tokens", "on_nan")
+        if raw[section][key] != value and key not in ("device", "max_tokens", "on_nan", "early_stopping")
     }
     small = validate({name: {**raw[name], **changed.get(name, {})} for name in raw})
     return Small(small, one_process(small, ranks), changes, notes)
@@ -123,12 +124,18 @@ def _model(config: Config, ranks: int, notes: list[str]) -> dict[str, Any]:
         "num_local_experts": _experts(config, ranks),
         "sliding_window": _window(config),
         "router_jitter_noise": 0.0,
+        "expert_dropout": 0.0,
         "initializer_range": max(model.initializer_range, min(_INIT_LIMIT, model.initializer_range * scale)),
     }
     if model.router_jitter_noise:
         notes.append(
             f"model.router_jitter_noise={model.router_jitter_noise:g} is off where layouts are compared, since each "
             "rank draws its own; rows of their own check it"
+        )
+    if model.expert_dropout:
+        notes.append(
+            f"model.expert_dropout={model.expert_dropout:g} is off here, since each rank draws its own: the experts "
+            "are those of a run without it"
         )
     if shape["num_local_experts"] != model.num_local_experts:
         notes.append(f"model.num_local_experts={model.num_local_experts} is {shape['num_local_experts']} here")
@@ -155,7 +162,9 @@ def _finetune(config: Config, experts: int, notes: list[str]) -> dict[str, Any]:
     if (train, some) != (config.finetune.train, config.finetune.experts):
         notes.append(f"finetune.train={config.finetune.train} with experts={config.finetune.experts} is {train} with "
                      f"experts={some} here, where there are fewer layers or experts")
-    return {"train": train, "experts": some}
+    # what is frozen stays frozen; the rest of the guard needs a base
+    guard = {"action": "freeze"} if config.finetune.router_guard.action == "freeze" else {}
+    return {"train": train, "experts": some, "router_guard": guard}
 
 
 def _window(config: Config) -> int | None:

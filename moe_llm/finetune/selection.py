@@ -46,6 +46,13 @@ def trained_names(config: Config) -> list[str]:
                     f"{', '.join(dict.fromkeys(names[len(names) // 2 - 1 :][:3]))}"
                 )
         trained = [name for name in names if any(fnmatchcase(name, pattern) for pattern in chosen)]
+    if config.finetune.router_guard.action == "freeze":
+        trained = [name for name in trained if not is_router(name)]
+        if not trained:
+            raise UserError(
+                f"finetune.router_guard.action=freeze leaves nothing to train of finetune.train={chosen!r}: "
+                "train other parts, or use another action"
+            )
     _check_experts(config, trained)
     return trained
 

@@ -1,7 +1,10 @@
 """Activation checkpointing under which the second pass routes as the first one did."""
 
+from typing import Any
+
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # The outputs of these decide who goes where. They are kept (a few integers a token), all else is computed again:
 # a recomputation that differs in the last bit can then not send a token elsewhere, which under expert
@@ -9,10 +12,40 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 _ROUTING_OPS = frozenset({torch.ops.aten.topk.default})
 
 
-def _policy(context, op, *args, **kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _ROUTING_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+def keep_routing() -> tuple["_Keep", "_Reuse"]:
+    """`context_fn` of torch.utils.checkpoint.checkpoint.
+
+    Not torch's selective checkpointing: that demands of every operation, kept or not, as many calls in the second pass
+    as in the first, and ZeRO-3's hooks make as many as they find parameters to release.
+    """
+    kept: list[tuple[Tensor, ...]] = []
+    return _Keep(kept), _Reuse(kept)
 
 
-def keep_routing():
-    """`context_fn` of torch.utils.checkpoint.checkpoint."""
-    return create_selective_checkpoint_contexts(_policy)
+class _Keep(TorchDispatchMode):
+    def __init__(self, kept: list[tuple[Tensor, ...]]):
+        super().__init__()
+        self._kept = kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in _ROUTING_OPS:
+            self._kept.append(tuple(part.detach() for part in out))
+        return out
+
+
+class _Reuse(TorchDispatchMode):
+    """Gives what `_Keep` has kept, in the same order, each time it is entered."""
+
+    def __init__(self, kept: list[tuple[Tensor, ...]]):
+        super().__init__()
+        self._kept = kept
+
+    def __enter__(self) -> "_Reuse":
+        self._left = iter(self._kept)
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in _ROUTING_OPS:
+            return tuple(part.detach() for part in next(self._left))
+        return func(*args, **(kwargs or {}))

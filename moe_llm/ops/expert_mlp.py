@@ -23,6 +23,7 @@ def expert_mlp(
     *,
     backend: str = "auto",
     weight_N: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """down(silu(gate(x)) * up(x)) of each row by its expert, times weight_N where given (Shazeer 2020).
 
@@ -36,15 +37,21 @@ def expert_mlp(
             `choose_backend`.
         weight_N: routing weights, any floating dtype. Weighting here rather than in `combine` saves the
             memory of the unweighted rows, since their gradient is formed from the hidden activations.
+        dropout: share of the hidden activations silu(gate(x)) * up(x) that is set to zero, the others being divided by
+            what is left of 1; by torch's random numbers. `auto` and `loop` alone have it.
 
     Returns: (N, D) in x's dtype.
     """
     assert x_ND.dtype == gate_up_proj_EGD.dtype == down_proj_EDF.dtype, "rows and weights differ in dtype"
     assert counts_E.shape == gate_up_proj_EGD.shape[:1] == down_proj_EDF.shape[:1]
+    if backend == "auto" and dropout:
+        backend = "loop"
+    if dropout and backend != "loop":
+        raise UserError(f"expert backend {backend!r} has no dropout={dropout:g}; use 'auto' or 'loop'.")
     if backend == "auto":
         backend = choose_backend(x_ND.device, x_ND.dtype, (len(x_ND), *down_proj_EDF.shape))
     if backend == "loop":
-        return _loop_expert_mlp(x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N)
+        return _loop_expert_mlp(x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, dropout)
     if backend == "fused":
         return fused_expert_mlp(x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N)
     if backend != "grouped":
@@ -71,14 +78,15 @@ def choose_backend(device: torch.device, dtype: torch.dtype, shape: tuple[int, i
 
 
 def _loop_expert_mlp(
-    x_ND: Tensor, gate_up_proj_EGD: Tensor, down_proj_EDF: Tensor, counts_E: Tensor, weight_N: Tensor | None
+    x_ND: Tensor, gate_up_proj_EGD: Tensor, down_proj_EDF: Tensor, counts_E: Tensor, weight_N: Tensor | None,
+    dropout: float,
 ) -> Tensor:
     counts = counts_E.tolist()
     rows = x_ND.split([*counts, len(x_ND) - sum(counts)])
     outputs = []
     for x_nD, gate_up_GD, down_DF in zip(rows, gate_up_proj_EGD.unbind(), down_proj_EDF.unbind()):
         gate_nF, up_nF = F.linear(x_nD, gate_up_GD).chunk(2, dim=-1)
-        outputs.append(F.linear(F.silu(gate_nF) * up_nF, down_DF))
+        outputs.append(F.linear(F.dropout(F.silu(gate_nF) * up_nF, dropout), down_DF))
     y_ND = torch.cat(outputs)
     if weight_N is not None:
         y_ND = (y_ND * weight_N[: len(y_ND), None]).to(x_ND.dtype)

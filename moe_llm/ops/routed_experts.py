@@ -18,19 +18,24 @@ def routed_expert_mlp(
     weight_N: Tensor,
     token_index_N: Tensor,
     slot_TK: Tensor | None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Each token's sum of weight * down(silu(gate(x)) * up(x)) over its experts, (T, D).
 
     Args:
         counts_E, weight_N, token_index_N, slot_TK: as `sort_by_expert` orders them; slot_TK is None where tokens have
             different numbers of rows.
+        dropout: as in `expert_mlp`.
     """
     num_tokens = len(x_TD)
-    backend = choose_backend(x_TD.device, x_TD.dtype, (len(token_index_N), *down_proj_EDF.shape))
+    shape = (len(token_index_N), *down_proj_EDF.shape)
+    backend = "loop" if dropout else choose_backend(x_TD.device, x_TD.dtype, shape)
     if slot_TK is not None and num_tokens and backend == "fused":
         return fused_routed_expert_mlp(
             x_TD, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N, slot_TK
         )
     x_ND = permute(x_TD, token_index_N, slot_TK)
-    y_ND = expert_mlp(x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, backend=backend, weight_N=weight_N)
+    y_ND = expert_mlp(
+        x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, backend=backend, weight_N=weight_N, dropout=dropout
+    )
     return combine(y_ND, None, token_index_N, num_tokens, slot_TK)

@@ -19,6 +19,8 @@ def summary(record: dict[str, Any], limit: float | None = None) -> str:
     parts += [word for word in ("skipped", "spike") if record.get(word)]
     if "val_loss" in record:
         parts.append(f"val {record['val_loss']:.4f}")
+    if "router_drift" in record:
+        parts.append(f"router kl {max(record['router_drift']['kl']):.2g}")
     moe = record["moe"]
     balance = sum(moe["load_cv"]) / len(moe["load_cv"])
     dead = sum(len(layer) for layer in moe["dead_experts"])

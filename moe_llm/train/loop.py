@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,6 +32,13 @@ class Position:
     samples: int = 0
     tokens: int = 0
     skipped: int = 0
+    best_loss: float | None = None  # these three are early stopping's, None without it
+    best_step: int | None = None
+    waited: int | None = None  # evaluations since the best one
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {key: value for key, value in vars(self).items() if value is not None}
 
     @property
     def updates(self) -> int:
@@ -39,16 +46,30 @@ class Position:
         return self.step - self.skipped
 
 
+class Verdict(NamedTuple):
+    """What an evaluation means for the run, the same on every rank.
+
+    keep: its weights are to be saved. ending: why the run is complete now; failure: why it cannot go on.
+    """
+
+    keep: bool = False
+    ending: str | None = None
+    failure: str | None = None
+
+
 @dataclass
 class Callbacks:
-    """What the loop calls: `evaluate` gives validation metrics, `record` takes a finished record, `save` writes a
-    checkpoint, `rollback` restores the newest one (None if there is none), `say` tells the user a sentence, and
-    `alive` is told what comes next, again and again."""
+    """What the loop calls: `evaluate` gives validation metrics, `judge` says what they mean, `record` takes a finished
+    record, `save` writes a checkpoint, `rollback` restores the newest one (None if there is none),
+    `add_gradients` goes before a step's micro-batches, `say` tells the user a sentence, and `alive` is told what comes
+    next, again and again."""
 
-    evaluate: Callable[[], dict[str, float]]
+    evaluate: Callable[[], dict[str, Any]]
     record: Callable[[dict[str, Any]], None]
     save: Callable[[Position], None]
     rollback: Callable[[], Position | None] = lambda: None
+    add_gradients: Callable[[], None] = lambda: None
+    judge: Callable[[dict[str, Any], Position], Verdict] = lambda measured, position: Verdict()
     say: Callable[[str], None] = lambda sentence: None
     alive: Callable[[str], None] = lambda phase: None
 
@@ -69,6 +90,7 @@ def train_loop(
         callbacks.alive(f"{name}, data")
         batches = [batch.to(runtime.device) for batch in next(loader)]
         seed_noise(config.run.seed, position.step, runtime.rank)
+        callbacks.add_gradients()
         step_loss = StepLoss(config.model, runtime, batches)
         for i, batch in enumerate(batches):
             callbacks.alive(f"{name}, micro-batch {i + 1} of {len(batches)}")
@@ -99,7 +121,9 @@ def train_loop(
         last = position.step == config.max_steps
         stopping = runtime.any(stop.requested)
         evaluating = last or _due(config.evaluate.every_steps, position.step)
-        saving = last or stopping or _due(config.checkpoint.every_steps, position.step)
+        measured = callbacks.evaluate() if evaluating else {}
+        verdict = callbacks.judge(measured, position)
+        saving = last or stopping or any(verdict) or _due(config.checkpoint.every_steps, position.step)
         remarks = window.remarks | _remarks(trouble, health.spike, position.step, callbacks.say)
         # Also at each save, so that a resumed run's records are means over the same steps as an uninterrupted one's.
         if evaluating or saving or remarks or _due(config.logging.every_steps, position.step):
@@ -109,13 +133,19 @@ def train_loop(
             }
             if expert_norms is not None:
                 record["moe"]["expert_grad_norm"] = expert_norms
-            callbacks.record(record | (callbacks.evaluate() if evaluating else {}))
+            callbacks.record(record | measured)
             window.clear()
             traffic(engine.model)  # what the evaluation exchanged belongs to no step
         if saving:
             _save(health, position, callbacks)
             saved_step = position.step
             window.restart_clock()
+        if verdict.failure is not None:
+            raise TrainingFailure(f"{verdict.failure}: the weights of step {position.step} are saved")
+        if verdict.ending is not None:
+            if not last:
+                callbacks.say(verdict.ending)
+            return True
         if stopping and not last:
             return False
     return True
@@ -161,7 +191,8 @@ def _rolled_back(
     callbacks.say(
         f"{trouble.sentence}: back to the weights of step {restored.step}, on with the data behind its batch ({why})"
     )
-    position.step, position.tokens, position.skipped = restored.step, restored.tokens, restored.skipped
+    samples = position.samples
+    vars(position).update(vars(restored), samples=samples)
     return True
 
 

@@ -20,7 +20,7 @@ def plot_run(run_dir: Path) -> list[Path]:
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot([r["step"] for r in records], [r["lm_loss"] for r in records], lw=0.8, label="training")
-    measured = [r for r in records if "val_loss" in r]
+    measured = [r for r in records if r.get("val_loss") is not None]
     axes.plot([r["step"] for r in measured], [r["val_loss"] for r in measured], "o-", label="validation")
     axes.set(xlabel="optimizer step", ylabel="cross-entropy, nats a token", title=str(run_dir))
     axes.grid(alpha=0.3)

@@ -96,6 +96,10 @@ def announce(
             )
     if not config.finetune.whole:
         reporter.say(describe(config))
+    if config.model.expert_dropout:
+        reporter.say(
+            f"model.expert_dropout={config.model.expert_dropout:g}: experts are computed one by one, which is slower"
+        )
     if source is not None:
         reporter.say(f"resuming from {source} at step {position.step}")
     if position.step >= config.max_steps:
@@ -116,15 +120,19 @@ def farewell(config: Config, run_dir: Path, checkpoint: Path | None, finished: b
         print(f"stopped and saved: run {again} to go on from {checkpoint}")
         return
     from moe_llm.train.plots import plot_run
+    from moe_llm.train.stopping import describe_best
 
     plots = plot_run(run_dir)
     if checkpoint is None:
         return
-    measured = [r for r in read_metrics(run_dir / "metrics.jsonl") if "val_loss" in r]
+    measured = [r for r in read_metrics(run_dir / "metrics.jsonl") if r.get("val_loss") is not None]
     if measured:
         values = [f"{r['val_loss']:.4f} at step {r['step']}" for r in (measured[0], measured[-1])]
         told = ", ".join(dict.fromkeys(values))  # once, if it was measured once
         print(f"validation loss {told}: {measured[-1]['val_bits_per_byte']:.4f} bits per byte")
+    best = describe_best(config, run_dir, checkpoint)
+    if best is not None:
+        print(best)
     print("plots: " + " ".join(str(p) for p in plots))
     if config.evaluate.sample_prompt is not None:
         from moe_llm.train.generate import generate

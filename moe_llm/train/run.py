@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,10 +16,10 @@ from moe_llm.checkpoint.ranks import is_disk_full, together
 from moe_llm.checkpoint.resume import check_same_run, find_resumable
 from moe_llm.checkpoint.state import check_space, load_checkpoint, read_trainer_state, save_checkpoint
 from moe_llm.config import Config, dump_config
-from moe_llm.data.loader import TrainLoader, load_data
+from moe_llm.data.loader import Data, TrainLoader, load_data
 from moe_llm.data.sources import check_sources
 from moe_llm.data.tokenizer import build_tokenizer, check_vocab, resolve_vocab
-from moe_llm.errors import UserError
+from moe_llm.errors import TrainingFailure, UserError
 from moe_llm.finetune.freeze import freeze
 from moe_llm.finetune.origin import check_origin, load_origin
 from moe_llm.finetune.selection import trained_names
@@ -28,13 +28,15 @@ from moe_llm.model.init import build_blank, build_model
 from moe_llm.parallel.engine import Engine, build_engine, shard_experts
 from moe_llm.parallel.runtime import Runtime, rank_from_environment, start, world_size_from_environment
 from moe_llm.parallel.side_group import SideGroup
+from moe_llm.train.drift import RouterGuard, check_guard
 from moe_llm.train.evaluate import validation_loss
 from moe_llm.train.facts import gather_facts
-from moe_llm.train.loop import Callbacks, Position, train_loop
+from moe_llm.train.loop import Callbacks, Position, Verdict, train_loop
 from moe_llm.train.metrics import read_metrics
 from moe_llm.train.optim import build_optimizer, groups_by_part, optimizer_kinds, parameter_groups
 from moe_llm.train.reporter import Reporter, announce, farewell
 from moe_llm.train.signals import StoppedEarly, StopRequest
+from moe_llm.train.stopping import EarlyStopping, forget_lost_best
 from moe_llm.train.trackers import check_trackers
 from moe_llm.train.watchdog import Telling, Watchdog
 
@@ -54,6 +56,7 @@ def train(config: Config) -> None:
     check_sources(config)
     check_trackers(config)
     trained_names(config)  # refuses what names nothing
+    check_guard(config)
     _check_resume(run_dir, config)
     _check_run_dir(run_dir, config)
     if config.checkpoint.resume in ("auto", "never") and not any((run_dir / "checkpoints").glob("step-*")):
@@ -97,8 +100,16 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
     if runtime.is_main:
         _write_config(config, run_dir)
 
+    guard = _build_guard(config, engine, runtime, data, run_dir, source)
     reporter = Reporter(config, run_dir, runtime, position, gather_facts(config, runtime, data, position.step))
     announce(reporter, config, engine, data, source, position)
+
+    def say_if_lost(at: Position) -> None:
+        lost = forget_lost_best(at, run_dir / "checkpoints")
+        if lost is not None:
+            reporter.say(lost)
+
+    say_if_lost(position)
     loader = TrainLoader(
         data.train, position=position.samples, global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size, rank=runtime.rank, world_size=runtime.world_size,
@@ -109,9 +120,9 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
 
     def save(at: Position) -> None:
         saved.append(save_checkpoint(
-            run_dir / "checkpoints", Telling(engine, watchdog.alive), step=at.step, trainer_state=vars(at),
+            run_dir / "checkpoints", Telling(engine, watchdog.alive), step=at.step, trainer_state=at.state(),
             model_config=config.model, run_config_text=dump_config(config), tokenizer=tokenizer,
-            keep_last=config.checkpoint.keep_last, background=background, **storage,
+            keep_last=config.checkpoint.keep_last, best_step=at.best_step, background=background, **storage,
         ))
 
     def rollback() -> Position | None:
@@ -123,20 +134,58 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
             return None
         restored = restore(engine, newest, hashes=False)
         reporter.rewind(restored.step)
+        say_if_lost(restored)
         return restored
 
+    early_stopping = EarlyStopping(config)
+
+    def evaluate() -> dict[str, Any]:
+        loss = validation_loss(config, engine, runtime, data, watchdog.alive)
+        return loss if guard is None else loss | guard.measure()
+
+    def judge(measured: dict[str, Any], at: Position) -> Verdict:
+        verdict = early_stopping.judge(measured, at)
+        return verdict if guard is None else verdict._replace(failure=guard.why_failed(measured))
+
     callbacks = Callbacks(
-        evaluate=lambda: validation_loss(config, engine, runtime, data, watchdog.alive), record=reporter.record,
-        save=save, rollback=rollback, say=reporter.say, alive=watchdog.alive,
+        evaluate=evaluate, record=reporter.record, save=save, rollback=rollback, judge=judge,
+        add_gradients=(lambda: None) if guard is None else guard.add_gradients, say=reporter.say, alive=watchdog.alive,
     )
     stop.defer()
     try:
         with watchdog, background or nullcontext():  # the last save is complete before anything is said of it
-            finished = train_loop(config, engine, runtime, loader, position, stop, callbacks)
+            ended = early_stopping.why_ended(position) if position.step < config.max_steps else None
+            if ended is not None:
+                reporter.say(ended)
+            finished = ended is not None or train_loop(config, engine, runtime, loader, position, stop, callbacks)
     finally:
         loader.close()
         reporter.close()
     return saved[-1] if saved else source, finished
+
+
+def _build_guard(
+    config: Config, engine: Engine, runtime: Runtime, data: Data, run_dir: Path, source: Path | None
+) -> RouterGuard | None:
+    """The watch over the routers, where it is asked for, with the base's; the engine is as it was then. Collective.
+
+    Raises:
+        TrainingFailure: the run goes on from a checkpoint of routers that have moved too far.
+    """
+    if config.finetune.router_guard.action == "off":
+        return None
+    guard = RouterGuard(config, engine, runtime, data.validation)
+    if source is None:
+        guard.remember(run_dir)
+        return guard
+    if not guard.recall(run_dir):
+        load_origin(engine, config.model)
+        guard.remember(run_dir)
+        restore(engine, source, hashes=False)
+    failure = guard.why_failed(guard.measure())
+    if failure is not None:
+        raise TrainingFailure(f"{failure}: nothing is changed")
+    return guard
 
 
 def build_trained(config: Config, runtime: Runtime, source: Path | None) -> tuple[Engine, Position]:

@@ -33,6 +33,8 @@ def scalars(record: dict[str, Any]) -> dict[str, float]:
     moe = record.get("moe", {})
     for name in _PER_LAYER:
         found |= {f"moe/{name}/layer_{i}": value for i, value in enumerate(moe.get(name, []))}
+    for name, values in record.get("router_drift", {}).items():
+        found |= {f"router_drift/{name}/layer_{i}": value for i, value in enumerate(values)}
     found["moe/dead_experts"] = sum(len(dead) for dead in moe.get("dead_experts", []))
     found["alarms"] = len(record.get("alarms", []))
     return found

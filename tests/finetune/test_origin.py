@@ -200,3 +200,23 @@ def test_another_architecture_or_no_checkpoint_is_refused(tmp_path):
         complete({"model": {"init_from": str(tmp_path)}})
     with pytest.raises(UserError, match=r"model\.init_from='nowhere' has no config\.json"):
         complete({"model": {"init_from": "nowhere"}})
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("router_aux_loss_coef", 0.5), ("router_z_loss_coef", 0.7), ("router_jitter_noise", 0.3), ("expert_dropout", 0.4),
+])
+def test_losses_and_noise_are_the_runs_own(bases, key, value):
+    """Whatever those of the base were; and they act."""
+    raw = {"model": {"init_from": str(bases["fp32"]), key: value}}
+    complete(raw)
+    model = ModelConfig(**raw["model"])
+    assert getattr(model, key) == value != MODEL.get(key, 0.0)
+    assert model.model_copy(update={key: MODEL.get(key, 0.0), "init_from": None}) == ModelConfig(
+        **{**MODEL, "head_dim": 6}
+    )
+    given = sections(bases["fp32"], 4)
+    plain = train_steps(config(4, 2, 1, **given), 1)["weights"]
+    other = train_steps(config(4, 2, 1, **given | {"model": raw["model"]}), 1)["weights"]
+    changed = [name for name in plain if not torch.equal(plain[name][1], other[name][1])]
+    assert changed
+    assert all(EXPERT in name for name in changed)

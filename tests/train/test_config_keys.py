@@ -47,6 +47,7 @@ def train_with(make_config, tmp_path):
         "model.router_jitter_noise=0.9", "model.rope_theta=100", "model.sliding_window=2", "model.rms_norm_eps=0.1",
         "model.initializer_range=0.2", "model.num_experts_per_tok=1", "model.tie_word_embeddings=true",
         "model.head_dim=4", "model.num_key_value_heads=2", "tokenizer.train_bytes=5000",
+        "model.expert_dropout=0.5",
     ],
 )  # fmt: skip
 def test_what_decides_the_learning_changes_the_losses(overrides, train_with, plain):

@@ -18,19 +18,22 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         experts, width, hidden = config.num_local_experts, config.intermediate_size, config.hidden_size
-        self.first_expert = 0
+        self.first_expert, self.dropout = 0, config.expert_dropout
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
 
     def forward(self, x: Tensor, counts_E: Tensor, routing: Routing | None = None) -> Tensor:
-        """Rows sorted by expert in, the same rows out: down(silu(gate(x)) * up(x)).
+        """Rows sorted by expert in, the same rows out: down(silu(gate(x)) * up(x)), with dropout before `down` while
+        training.
 
         With a routing, tokens in and tokens out, (T, D): each one's weighted sum over its experts.
         """
+        dropout = self.dropout if self.training else 0.0
         if routing is None:
-            return expert_mlp(x, self.gate_up_proj, self.down_proj, counts_E)
+            return expert_mlp(x, self.gate_up_proj, self.down_proj, counts_E, dropout=dropout)
         return routed_expert_mlp(
-            x, self.gate_up_proj, self.down_proj, counts_E, routing.weight_N, routing.token_index_N, routing.slot_TK
+            x, self.gate_up_proj, self.down_proj, counts_E, routing.weight_N, routing.token_index_N, routing.slot_TK,
+            dropout,
         )
 
     def keep(self, experts: range) -> None:
