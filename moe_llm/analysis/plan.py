@@ -129,7 +129,8 @@ def _needed(config: Config, request: Request, least: Candidate) -> list[str]:
         )
     layers = _fewer_layers(config, request)
     if layers:
-        found.append(f"model.num_hidden_layers={layers} on the GPUs given, in place of {config.model.num_hidden_layers}")
+        given = config.model.num_hidden_layers
+        found.append(f"model.num_hidden_layers={layers} on the GPUs given, in place of {given}")
     return found
 
 

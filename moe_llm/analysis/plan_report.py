@@ -21,8 +21,8 @@ def format_plan(found: Plan) -> str:
         f"{request.gpus} GPUs of {request.memory / GIB:.1f} GiB ({request.hardware.name}) on {request.nodes} node(s); "
         f"{request.usable / GIB:.1f} GiB for tensors, after {RESERVED_BYTES / GIB:.0f} GiB for the runtime and "
         f"{FRAGMENTS:.0%} for fragments",
-        f"memory for {request.imbalance:g} times a rank's even share of rows; products at {request.mfu:.0%} of the peak, "
-        f"links at {LINK_EFFICIENCY:.0%} (assumed)",
+        f"memory for {request.imbalance:g} times an even share of rows; products at {request.mfu:.0%} of the peak "
+        f"and links at {LINK_EFFICIENCY:.0%} (assumed)",
         "",
         "  EP ZeRO micro recomputed " + " ".join(f"{part:>11}" for part in PARTS) + "    GiB    step s     days",
     ]
