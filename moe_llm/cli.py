@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from moe_llm.analysis.commands import add_plan_arguments, run_plan
+from moe_llm.analysis.commands import add_inspect_arguments, add_plan_arguments, run_inspect, run_plan
 from moe_llm.errors import TrainingFailure, UserError
 
 EXIT_FAILURE = 1
@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = _add_bench(commands)
     plan = _add(commands, "plan", _plan, "memory and time of each layout on given GPUs, by arithmetic, before a launch")
     add_plan_arguments(plan)
+    add_inspect_arguments(_add(commands, "inspect", run_inspect, "which tokens of a text go to which experts"))
 
     config = commands.add_parser("config", help="the configuration's schema, or one as resolved")
     config_commands = config.add_subparsers(title="commands", required=True, metavar="COMMAND")

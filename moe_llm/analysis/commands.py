@@ -79,3 +79,41 @@ def _bytes(text: str) -> float:
     if found is None or found[2].upper() not in _SIZES or float(found[1]) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no size: write it like 80GiB or 80GB")
     return float(found[1]) * _SIZES[found[2].upper()]
+
+
+def add_inspect_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint directory")
+    command.add_argument(
+        "--data", required=True, nargs="+", metavar="FILE_OR_GLOB", help="text, jsonl or parquet; each is one source"
+    )
+    command.add_argument("--max-tokens", type=_positive(int), metavar="N", help="read of each source at most")
+    command.add_argument(
+        "--removal-rows", type=_from_zero, default=4, metavar="N",
+        help="pieces of each source on which every expert is removed in turn (default 4; 0: not at all)",
+    )
+    command.add_argument("--seed", type=_from_zero, default=0, metavar="N", help="of the permutations")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--out", metavar="DIR", help="write inspect.json, inspect.html and the plots there")
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    from moe_llm.analysis.inspect_report import check_out, format_report, write_report
+
+    if args.out:
+        check_out(args.out)
+    from moe_llm.analysis.inspect import Settings, inspect_checkpoint
+
+    report = inspect_checkpoint(args.checkpoint, args.data, Settings(
+        max_tokens=args.max_tokens, removal_rows=args.removal_rows, seed=args.seed))
+    if args.out:
+        print(f"written: {write_report(report, args.out)}", file=sys.stderr)
+    if args.json:
+        print(json.dumps({key: value for key, value in report.items() if key != "shown"}, indent=2))
+    else:
+        print(format_report(report))
+
+
+def _from_zero(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 upwards")
+    return int(text)

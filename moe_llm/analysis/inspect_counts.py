@@ -55,9 +55,8 @@ class RoutingCounts:
         L, T, K = expert_LTK.shape
         assert (self.layers, self.top_k) == (L, K)
         E = self.experts
-        position_T = np.minimum(np.log2(np.arange(first_position, first_position + T) + 1).astype(int) + 1,
-                                POSITIONS - 1)
-        position_T[0] = 0 if first_position == 0 else position_T[0]
+        place_T = np.arange(first_position, first_position + T)
+        position_T = np.minimum(np.log2(np.maximum(place_T, 1)).astype(int) + (place_T > 0), POSITIONS - 1)
         self.tokens_S[source] += T
         self.consecutive_S[source] += max(T - 1, 0)
         np.add.at(self.token_SV[source], ids_T, 1)

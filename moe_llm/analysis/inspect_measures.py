@@ -130,4 +130,4 @@ def shares(counts: RoutingCounts) -> dict[str, Any]:
     load_LE = counts.sources_LES.sum(-1)
     return {"load": over_experts(load_LE), "by_source": over_experts(counts.sources_LES),
             "by_position": over_experts(counts.positions_LEP),
-            "tokens_by_position": counts.positions_LEP[0].sum(0).__floordiv__(counts.top_k).tolist()}
+            "tokens_by_position": (counts.positions_LEP[0].sum(0) // counts.top_k).tolist()}
