@@ -71,10 +71,10 @@ def _specialisation(directory: Path, report: dict[str, Any]) -> Path:
 
 
 def _repetition(path: Path, found: dict[str, Any]) -> Path:
-    layers = len(found["first"])
+    first, both = found["first"], found["first_or_second"]
     return _lines(path, "share of consecutive tokens", {
-        "same first choice": found["first"], "chance": [found["chance_first"]] * layers,
-        "common among first two": found["first_or_second"], "chance of that": [found["chance_first_or_second"]] * layers,
+        "same first choice": first, "chance": [found["chance_first"]] * len(first),
+        "common among first two": both, "chance of that": [found["chance_first_or_second"]] * len(both),
     })
 
 
