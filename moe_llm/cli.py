@@ -67,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     tokenizer = _add(commands, "tokenizer", _tokenizer, "train or fetch the tokenizer only")
     _add_generate(commands)
     _add_evaluate(commands)
+    _add_upcycle(commands)
+    _add_merge(commands)
     params = _add(commands, "params", _params, "total and active parameters by part, without allocating any")
     params.add_argument("--json", action="store_true", help="print JSON")
     params.add_argument(
@@ -81,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = _add(commands, "plan", _plan, "memory and time of each layout on given GPUs, by arithmetic, before a launch")
     add_plan_arguments(plan)
     add_inspect_arguments(_add(commands, "inspect", run_inspect, "which tokens of a text go to which experts"))
+    _add_diff(commands)
 
     config = commands.add_parser("config", help="the configuration's schema, or one as resolved")
     config_commands = config.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -88,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     show = _add(config_commands, "show", _config_show, "print the configuration with defaults and overrides")
     for command in (train, tokenizer, params, doctor, bench, plan, show):
         command.add_argument("config", metavar="CONFIG", help="a YAML file")
-        command.add_argument("overrides", metavar="section.key=value", nargs="*", help="override a value")
+        command.add_argument("overrides", metavar="section.key=value", nargs="*", default=[], help="override a value")
     return parser
 
 
@@ -130,8 +133,38 @@ def _add_evaluate(commands) -> None:
     command.add_argument(
         "--batch-size", type=_at_least(int, 1), default=8, metavar="N", help="blocks a batch"
     )
+    command.add_argument("--chat", action="store_true", help="the files hold chat: score the assistant's turns")
     command.add_argument("--max-blocks", type=_at_least(int, 1), metavar="N", help="blocks in all")
     command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_upcycle(commands) -> None:
+    command = _add(commands, "upcycle", _upcycle, "make a Mixtral checkpoint of a dense Mistral or Llama one")
+    command.add_argument("dense", metavar="DENSE_DIR", help="a checkpoint directory as transformers saves it")
+    command.add_argument("out", metavar="OUT", help="the new checkpoint directory, which must not exist")
+    count, share = _at_least(int, 1), _at_least(float, 0)
+    command.add_argument("--num-local-experts", type=count, default=8, metavar="N", help="copies of each feed-forward")
+    command.add_argument("--num-experts-per-tok", type=count, default=2, metavar="K", help="copies a token takes")
+    command.add_argument("--granularity", type=count, default=1, metavar="M", help="cut each copy into M experts")
+    command.add_argument("--noise", type=share, default=0.0, metavar="S", help="noise, a share of a matrix's deviation")
+    command.add_argument("--reinit", type=_fraction, default=0.0, metavar="R", help="share of units drawn anew")
+    command.add_argument("--seed", type=_at_least(int, 0), default=0, metavar="N", help="of router, noise and reinit")
+
+
+def _add_diff(commands) -> None:
+    command = _add(commands, "diff", _diff, "what has changed between two checkpoints of one model, by part")
+    command.add_argument("base", metavar="BASE", help="a checkpoint directory")
+    command.add_argument("tuned", metavar="TUNED", help="another, of the same shapes")
+    command.add_argument("--layers", action="store_true", help="a row for each layer")
+    command.add_argument("--experts", action="store_true", help="a row for each expert")
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_merge(commands) -> None:
+    command = _add(commands, "merge", _merge, "several models into one, by a recipe in mergekit's vocabulary")
+    command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
+    command.add_argument("out", metavar="OUT", help="the checkpoint directory to write")
+    command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights (default 5GB)")
 
 
 class _Version(argparse.Action):
@@ -162,6 +195,10 @@ def _share(text: str) -> float:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is out of range: use a number above 0 and at most 1")
     return value
+
+
+def _fraction(text: str) -> float:
+    return _share(text) if _number(float, text) else 0.0
 
 
 def _number(number: type, text: str):
@@ -196,7 +233,7 @@ def _tokenizer(args) -> None:
     config = _load(args)
     from moe_llm.train.commands import build_tokenizer_command
 
-    build_tokenizer_command(config)
+    print(build_tokenizer_command(config))
 
 
 def _generate(args) -> None:
@@ -213,17 +250,49 @@ def _generate(args) -> None:
     print(text)
 
 
+def _diff(args) -> None:
+    from moe_llm.finetune.diff import as_table, diff
+
+    rows = diff(args.base, args.tuned, layers=args.layers, experts=args.experts)
+    _print_json(rows) if args.json else _print_table(as_table(rows))
+
+
 def _evaluate(args) -> None:
     from moe_llm.train.evaluate import evaluate_files
 
     result = evaluate_files(
-        args.checkpoint, args.data, batch_size=args.batch_size, max_blocks=args.max_blocks
+        args.checkpoint, args.data, batch_size=args.batch_size, max_blocks=args.max_blocks, chat=args.chat
     )
     if args.json:
         _print_json(result)
     else:
         for name, value in result.items():
             print(f"{name:<16} {value:.6g}" if isinstance(value, float) else f"{name:<16} {value}")
+
+
+def _upcycle(args) -> None:
+    from moe_llm.finetune.upcycle import Recipe, upcycle
+
+    recipe = Recipe(
+        args.num_local_experts, args.num_experts_per_tok, args.noise, args.reinit, args.granularity, args.seed
+    )
+    model = upcycle(args.dense, args.out, recipe)
+    print(f"{args.out}: {model.num_local_experts} experts, {model.num_experts_per_tok} a token, "
+          f"{model.num_params():,} parameters, {model.num_params(active=True):,} active")
+
+
+def _merge(args) -> None:
+    from moe_llm.merge.recipe import SoupRecipe, load_recipe
+
+    recipe = load_recipe(args.recipe)
+    if isinstance(recipe, SoupRecipe):
+        from moe_llm.train.soup import format_decisions, greedy_soup
+
+        print(format_decisions(greedy_soup(recipe, args.out, args.max_shard_size)))
+    else:
+        from moe_llm.merge.run import merge
+
+        merge(args.recipe, args.out, args.max_shard_size)
 
 
 def _params(args) -> None:
@@ -233,67 +302,25 @@ def _params(args) -> None:
             "model.vocab_size=null leaves the embeddings' size open: "
             "add model.vocab_size=N, the number of the tokenizer's entries"
         )
+    from moe_llm.config.sizes import params_table, placement, placement_table
+
     total, active = config.model.parameter_counts(), config.model.parameter_counts(active=True)
-    ranks = _placement(config, args.parallel) if args.parallel else []
+    ranks = placement(config, args.parallel) if args.parallel else []
     if args.json:
         parts = {part: {"total": total[part], "active": active[part]} for part in total}
         counts = {"total": sum(total.values()), "active": sum(active.values()), "parts": parts}
         _print_json(counts | ({"ranks": ranks} if ranks else {}))
         return
-    _print_params(total, active)
+    _print_table(params_table(total, active))
     if ranks:
-        _print_placement(ranks)
-
-
-def _placement(config, world_size: int) -> list[dict]:
-    """What each rank holds: its experts of every layer, its parameters, and which ranks have the same experts."""
-    config.check_layout(world_size)
-    size, counts = config.parallel.expert_parallel_size, config.model.parameter_counts()
-    held = sum(counts.values()) - counts["experts"] + counts["experts"] // size
-    return [
-        {
-            "rank": rank,
-            "experts": list(config.expert_range(rank)),
-            "parameters": held,
-            "same_experts": [other for other in range(rank % size, world_size, size) if other != rank],
-        }
-        for rank in range(world_size)
-    ]
-
-
-def _print_placement(ranks: list[dict]) -> None:
-    from rich.table import Table
-
-    table = Table("rank", "experts of each layer", "parameters held, before ZeRO", "ranks with the same experts")
-    for row in ranks:
-        same = ", ".join(map(str, row["same_experts"])) or "none"
-        table.add_row(str(row["rank"]), ", ".join(map(str, row["experts"])), f"{row['parameters']:,}", same)
-    _print_table(table)
-
-
-def _print_params(total: dict[str, int], active: dict[str, int]) -> None:
-    from rich.table import Table
-
-    table = Table("part")
-    for heading in ("total", "share", "active", "share"):
-        table.add_column(heading, justify="right")
-
-    def row(part: str, count: int, active_count: int) -> tuple[str, ...]:
-        shares = f"{count / sum(total.values()):.1%}", f"{active_count / sum(active.values()):.1%}"
-        return part, f"{count:,}", shares[0], f"{active_count:,}", shares[1]
-
-    for part in total:
-        table.add_row(*row(part, total[part], active[part]), end_section=part == list(total)[-1])
-    table.add_row(*row("model", sum(total.values()), sum(active.values())))
-    _print_table(table)
+        _print_table(placement_table(ranks))
 
 
 def _print_table(table) -> None:
     from rich.console import Console
 
-    console = Console()
     # a pipe has no width of its own, and a number cut in the middle is worse than a long line
-    console.print(table, width=None if console.is_terminal else 120)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def _doctor(args) -> int:
@@ -328,8 +355,9 @@ def _config_show(args) -> None:
 
 def _load(args):
     from moe_llm.config import load_config
+    from moe_llm.finetune.origin import complete
 
-    return load_config(args.config, args.overrides)
+    return load_config(args.config, args.overrides, complete)
 
 
 def _print_json(value) -> None:

@@ -29,6 +29,7 @@ install_package() {
     stamp=$venv/.installed${extra:+-$extra}
     if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
         python=$(find_python)
+        echo "making $venv with $python"
         "$python" -m venv "$venv" || fail "$python cannot make $venv: install its venv module"
     fi
     PATH=$PWD/$venv/bin:$PATH
@@ -37,12 +38,14 @@ install_package() {
 
     if ! python -c 'import torch' 2>/dev/null; then
         read -ra torch <<<"${TORCH_SPEC:-$(grep '^torch==' docker/constraints.txt)}"
+        echo "installing ${torch[*]} into $venv"
         python -m pip install --quiet "${torch[@]}"
     fi
     constraints=$venv/constraints.txt
     grep -v '^torch==' docker/constraints.txt >"$constraints"
     python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >>"$constraints"
     [[ -n $extra ]] && target=".[$extra]"
+    echo "installing moe_llm and what it needs into $venv, which takes minutes"
     python -m pip install --quiet -c "$constraints" -e "$target"
     echo "$key" >"$stamp"
 }

@@ -216,7 +216,9 @@ def test_evaluate_is_one_call(monkeypatch, capsys):
     recorder = Recorder({"loss": 1.25, "blocks": 4})
     monkeypatch.setitem(sys.modules, "moe_llm.train.evaluate", recorder)
     assert cli.main(["evaluate", "runs/a", "--data", "a", "b", "--max-blocks", "4", "--json"]) == 0
-    assert recorder.calls == [("evaluate_files", ("runs/a", ["a", "b"]), {"batch_size": 8, "max_blocks": 4})]
+    named = {"batch_size": 8, "max_blocks": 4, "chat": False}
+    assert recorder.calls == [("evaluate_files", ("runs/a", ["a", "b"]), named)]
     assert json.loads(capsys.readouterr().out) == {"loss": 1.25, "blocks": 4}
-    assert cli.main(["evaluate", "runs/a", "--data", "a"]) == 0
+    assert cli.main(["evaluate", "runs/a", "--data", "a", "--chat"]) == 0
+    assert recorder.calls[-1][2]["chat"] is True
     assert capsys.readouterr().out.split() == ["loss", "1.25", "blocks", "4"]

@@ -205,6 +205,13 @@ def test_the_readme_has_the_whole_configuration_as_it_is():
     assert [key for key in keys(Config) if f"| `{key}` |" not in README] == []
 
 
+def test_the_readmes_data_is_a_configuration():
+    _, _, rest = README.partition("### Your own data")
+    example = yaml.safe_load(rest.partition("```yaml")[2].partition("```")[0])
+    quickstart = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
+    Config(**{**quickstart, **example})
+
+
 def test_the_readme_names_files_that_exist():
     named = set(re.findall(r"\b(?:configs|scripts|docker)/[\w./]+\w", README))
     assert len(named) > 8
@@ -239,3 +246,11 @@ def test_the_license_is_the_one_declared():
 
 def test_the_version_is_that_of_the_package():
     assert version("moe_llm") == PYPROJECT["project"]["version"]
+
+
+def test_a_clone_in_the_working_directory_does_not_hide_the_package(tmp_path):
+    """`git clone` gives the clone the package's name, and a directory of that name is importable."""
+    (tmp_path / "moe_llm").mkdir()
+    code = "import moe_llm; print(moe_llm.UserError.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "UserError"

@@ -86,6 +86,11 @@ def _check(config: Config, request: Request) -> None:
             "model.vocab_size=null leaves the embeddings' size open: "
             "add model.vocab_size=N, the number of the tokenizer's entries"
         )
+    if not config.finetune.whole:
+        raise UserError(
+            f"finetune.train={config.finetune.train} trains a part of the model, and plans are for runs that train "
+            "all of it: add finetune.train=all and finetune.experts=null for what a run holds at most"
+        )
     if request.gpus % request.nodes:
         raise UserError(
             f"--gpus {request.gpus} does not divide over --nodes {request.nodes}: give as many GPUs on every node"

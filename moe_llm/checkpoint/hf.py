@@ -55,6 +55,11 @@ def is_expert(name: str) -> bool:
     return EXPERT_PARAMETER.fullmatch(name) is not None
 
 
+def is_router(name: str) -> bool:
+    """Whether an in-memory parameter is a layer's router."""
+    return name.endswith(".mlp.gate.weight")
+
+
 def pieces(name: str, shape: tuple[int, ...], first_expert: int | None = None) -> list[Piece]:
     """The published pieces of an in-memory parameter, in the order in which they lie in memory.
 
@@ -169,7 +174,7 @@ def to_transformers_config(
         "torch_dtype": _DTYPE_WORDS[dtype],
         "dtype": _DTYPE_WORDS[dtype],
         "transformers_version": version("transformers"),
-        _OURS: model.model_dump(mode="json", exclude={*_DEFAULTS, "rope_theta"}),
+        _OURS: model.model_dump(mode="json", exclude={*_DEFAULTS, "rope_theta", "init_from"}),
     }
 
 

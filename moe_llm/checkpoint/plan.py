@@ -1,8 +1,9 @@
 """Which rank writes which tensor to which file: known to all ranks before anything is written."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -70,27 +71,50 @@ class Plan:
     optimizer: FileSet
 
     @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Of the weights in the model's files, by name."""
+        return {spec.name: spec.dtype for spec in self.model.specs}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of tensors that all ranks together write."""
         return self.model.nbytes + self.optimizer.nbytes
 
 
 def kinds_of(entry: Entry, state: TrainedState, dtype: torch.dtype) -> list[str]:
-    """What of an entry goes into the optimizer's files."""
+    """What of an entry goes into the optimizer's files: of what is never changed, nothing."""
     masters = [] if dtype == torch.float32 else [MASTER]
-    return masters + (list(state.kinds) if entry.trainable else [])
+    return [*masters, *state.kinds] if entry.trainable else []
+
+
+def pieces_of(entry: Entry) -> list[hf.Piece]:
+    """The published pieces of an entry as this rank holds it."""
+    return hf.pieces(entry.name, entry.shape, entry.first_expert)
+
+
+def is_trained(entry: Entry, piece: hf.Piece) -> bool:
+    """Whether a piece of an entry is changed by training."""
+    if entry.experts is None or piece.index is ...:
+        return entry.trainable
+    return entry.trains(entry.experts[piece.index[0]])
+
+
+def exported_dtype(entry: Entry, piece: hf.Piece, dtype: torch.dtype) -> torch.dtype:
+    """That of the export, but for what is never changed, which stays to the last byte."""
+    kept = entry.kept.get(piece.name)
+    return dtype if kept is None else kept.dtype
 
 
 def make_plan(state: TrainedState, dtype: torch.dtype, max_bytes: int) -> Plan:
     """The plan of a save with weights exported in `dtype`. Collective."""
     model, optimizer = [], []
     for entry in filter(lambda entry: entry.writer, state.entries()):
-        pieces = hf.pieces(entry.name, entry.shape, entry.first_expert)
-        model += [Spec(piece.name, piece.shape, dtype) for piece in pieces]
+        pieces = pieces_of(entry)
+        model += [Spec(piece.name, piece.shape, exported_dtype(entry, piece, dtype)) for piece in pieces]
         optimizer += [
             Spec(f"{kind}.{piece.name}", piece.shape, torch.float32)
             for kind in kinds_of(entry, state, dtype)
-            for piece in pieces
+            for piece in pieces if is_trained(entry, piece)
         ]
     models, optimizers = zip(*state.gather((model, optimizer)))
     return Plan(
@@ -104,10 +128,13 @@ def stream(state: TrainedState, dtype: torch.dtype) -> Iterator[Named]:
     Collective: every rank runs it to its end, and gets only what it is the writer of.
     """
     for entry in state.entries():
-        pieces = hf.pieces(entry.name, entry.shape, entry.first_expert) if entry.writer else []
+        pieces = pieces_of(entry) if entry.writer else []
         weight = state.read(entry.name, "weight")
         for piece in pieces:
-            yield MODEL, piece.name, weight[piece.index]
+            kept = entry.kept.get(piece.name)
+            whole = kept is None or kept.original is None
+            yield MODEL, piece.name, weight[piece.index] if whole else kept.original
+        pieces = [piece for piece in pieces if is_trained(entry, piece)]
         for kind in kinds_of(entry, state, dtype):
             tensor = weight if kind == MASTER else state.read(entry.name, kind)
             for piece in pieces:
@@ -129,8 +156,11 @@ class HostCopy:
         self._tensors: dict[tuple[str, str], torch.Tensor] = {}
         self.given = 0
 
-    def take(self, tensors: Iterable[Named], dtype: torch.dtype) -> None:
-        """Copy what `stream` gives; `dtype` is the weights'. Returns when nothing of the engine is needed any more.
+    def take(
+        self, tensors: Iterable[Named], dtype: torch.dtype, dtypes: Mapping[str, torch.dtype] = MappingProxyType({})
+    ) -> None:
+        """Copy what `stream` gives; `dtype` is the weights', but for those with one of their own in `dtypes`. Returns
+        when nothing of the engine is needed any more.
 
         Collective, since `stream` is: run to its end even where there is no memory left.
         """
@@ -138,7 +168,8 @@ class HostCopy:
         for stem, name, tensor in tensors:
             if failure is None:
                 try:
-                    self._buffer(stem, name, tensor.shape, dtype if stem == MODEL else torch.float32).copy_(tensor)
+                    lies_in = dtypes.get(name, dtype) if stem == MODEL else torch.float32
+                    self._buffer(stem, name, tensor.shape, lies_in).copy_(tensor)
                 except Exception as error:  # noqa: BLE001 (raised below: the other ranks wait for us)
                     failure = error
                     self._tensors.clear()

@@ -56,7 +56,7 @@ class MoEForCausalLM(MoEDecoder):
         weights = Weights(TensorFiles(directory, MODEL))
         with torch.device("meta"):
             model = cls(config, token_ids(content))
-        model.to(_as_dtype(dtype) or weights.dtype(_EMBEDDING))
+        model.to(_as_dtype(dtype) or weights.widest_dtype())
         materialize(model)
         _fill(model, weights, None)
         return model.eval()
@@ -98,17 +98,26 @@ def load_weights(model: nn.Module, directory: str | Path, experts: range | None 
     _fill(model, Weights(TensorFiles(directory, MODEL)), experts)
 
 
-@torch.no_grad()
-def _fill(model: nn.Module, weights: Weights, experts: range | None) -> None:
-    parameters = dict(model.named_parameters())
-    shapes = {name: _whole_shape(name, parameters) for name in parameters}
-    tied = _HEAD not in parameters and weights.has(_HEAD)
+def check_weights(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Demand a whole model's tensors; beside tied embeddings, a head of their values is no mistake.
+
+    Raises:
+        UserError: missing, unexpected or misshapen tensors, or a head that is none.
+    """
+    tied = _HEAD not in shapes and weights.has(_HEAD)
     weights.check(shapes, optional=[_HEAD] if tied else [])
     if tied and not torch.equal(*(weights.read(name, shapes[_EMBEDDING]) for name in (_HEAD, _EMBEDDING))):
         raise UserError(
             f"{weights.files.directory} has tie_word_embeddings=true and a {_HEAD} that differs from "
             f"{_EMBEDDING}: set tie_word_embeddings to false in its config.json"
         )
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, weights: Weights, experts: range | None) -> None:
+    parameters = dict(model.named_parameters())
+    shapes = {name: _whole_shape(name, parameters) for name in parameters}
+    check_weights(weights, shapes)
     for name, parameter in parameters.items():
         held = experts if hf.is_expert(name) and experts is not None else range(shapes[name][0])
         assert len(held) == parameter.shape[0], f"{name} holds {parameter.shape[0]} experts, not {held}"

@@ -50,7 +50,7 @@ def find_resumable(
             verify(path, ranks, hashes=hashes)
         except UserError as error:
             if ranks.rank == 0:
-                report(f"checkpoint {path.name} is passed over: {error}")
+                report(f"checkpoint {path.name} is passed over: {str(error).removesuffix(': use another checkpoint')}")
         else:
             return path
     return None

@@ -235,16 +235,22 @@ class TensorFiles:
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         """A tensor on the CPU in its stored dtype, or its `rows` (along the first dimension, step 1)."""
         stored = self._tensors[name]
-        shape, offset = stored.shape, 0
+        shape, first, width = stored.shape, 0, 1
         if rows is not None:
             first, last, step = rows.indices(shape[0])
             assert step == 1, rows
-            offset = first * math.prod(shape[1:]) * stored.dtype.itemsize
+            width = math.prod(shape[1:])
             shape = (max(last - first, 0), *shape[1:])
-        tensor = torch.empty(shape, dtype=stored.dtype)
-        if tensor.numel():
-            view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-            _read_into(stored.file, stored.start + offset, view)
+        return self.read_span(name, first * width, math.prod(shape)).reshape(shape)
+
+    def read_span(self, name: str, start: int, count: int) -> torch.Tensor:
+        """`count` elements of a tensor from element `start` on, in the order in which they lie: (count,)."""
+        stored = self._tensors[name]
+        assert 0 <= start <= start + count <= math.prod(stored.shape), f"{name} has no {start}+{count}"
+        tensor = torch.empty(count, dtype=stored.dtype)
+        if count:
+            view = memoryview(tensor.view(torch.uint8).numpy())
+            _read_into(stored.file, stored.start + start * stored.dtype.itemsize, view)
         return tensor
 
 

@@ -29,6 +29,7 @@ import torch
 from moe_llm.checkpoint import folder, hf
 from moe_llm.checkpoint.background import Background
 from moe_llm.checkpoint.export import DTYPES, token_ids, write_model_files
+from moe_llm.checkpoint.kept import read_trained, write_weight
 from moe_llm.checkpoint.manifest import verify, write_file, write_json, write_manifest
 from moe_llm.checkpoint.plan import MASTER, MODEL, OPTIMIZER, Named, Plan, ShardSet, make_plan, stream
 from moe_llm.checkpoint.ranks import Ranks, describe, is_disk_full, together
@@ -117,7 +118,7 @@ def save_checkpoint(
     with _removed_on_failure(tmp, state):
         head = together(state, with_sentence(prepare), only=0)
         if background is not None:
-            together(state, lambda: background.copy.take(tensors, DTYPES[dtype]))
+            together(state, lambda: background.copy.take(tensors, DTYPES[dtype], plan.dtypes))
     if background is None:
         write(state, tensors)
     else:
@@ -279,10 +280,9 @@ def load_checkpoint(path: str | Path, state: TrainedState, *, hashes: bool = Tru
     verify(path, state, hashes=hashes)
     head, sources = together(state, lambda: _open(path, state))
     for entry in state.entries():
-        held = (entry.name, entry.shape, entry.first_expert)
-        state.write(entry.name, "weight", sources[MASTER].read(*held))
+        write_weight(state, entry, sources[MODEL], sources[MASTER])
         for kind in state.kinds if entry.trainable else ():
-            state.write(entry.name, kind, sources[kind].read(*held))
+            state.write(entry.name, kind, read_trained(entry, sources[kind]))
     return head["trainer"]
 
 
@@ -323,16 +323,15 @@ def _open(path: Path, state: TrainedState) -> tuple[dict[str, Any], dict[str, We
     shapes = _stored_shapes(path, state)
     model = Weights(TensorFiles(path, MODEL))
     model.check(shapes)
-    sources = {MASTER: model}
-    trainable = {entry.name: shapes[entry.name] for entry in state.entries() if entry.trainable}
-    if head["masters"] or (state.kinds and trainable):
+    sources = {MODEL: model, MASTER: model}
+    entries = [entry for entry in state.entries() if entry.trainable]
+    trainable = {entry.name: shapes[entry.name] for entry in entries}
+    experts = next((entry.trained_experts for entry in entries if entry.trained_experts is not None), None)
+    if trainable and (head["masters"] or state.kinds):
         files = TensorFiles(path / "trainer", Path(OPTIMIZER).name)
-        if head["masters"]:
-            sources[MASTER] = Weights(files, f"{MASTER}.")
-            sources[MASTER].check(shapes)
-        for kind in state.kinds:
+        for kind in [*([MASTER] if head["masters"] else []), *state.kinds]:
             sources[kind] = Weights(files, f"{kind}.")
-            sources[kind].check(trainable)
+            sources[kind].check(trainable, experts=experts)
     return head, sources
 
 

@@ -1,6 +1,7 @@
 """The tensors of a directory under the model's names: in whatever style stored, checked, in parts."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+from collections.abc import Container, Iterable, Iterator, Mapping
 from types import EllipsisType
 
 import torch
@@ -32,8 +33,13 @@ class Weights:
                 )
             self._stored[name] = stored
 
-    def check(self, shapes: Mapping[str, tuple[int, ...]], optional: Iterable[str] = ()) -> None:
+    def check(
+        self, shapes: Mapping[str, tuple[int, ...]], optional: Iterable[str] = (), experts: Container[int] | None = None
+    ) -> None:
         """Demand exactly these parameters, each of its whole shape; those in `optional` may be there besides.
+
+        Args:
+            experts: the only ones that are stored; None: all.
 
         Raises:
             UserError: names the tensors that are missing, unexpected or of another shape.
@@ -43,7 +49,10 @@ class Weights:
             if self._stacked(name) is not None:
                 expected[hf.published_name(name)] = tuple(shape)
             else:
-                expected |= {piece.name: piece.shape for piece in hf.pieces(name, shape)}
+                expected |= {
+                    piece.name: piece.shape for piece in hf.pieces(name, shape)
+                    if experts is None or piece.index is ... or piece.index[0] in experts
+                }
         missing = [name for name in expected if name not in self._stored]
         unexpected = [name for name in self._stored if name not in expected and name not in set(optional)]
         misshapen = [
@@ -67,6 +76,10 @@ class Weights:
                 "give a checkpoint of the same architecture"
             )
 
+    def stored(self) -> Mapping[str, str]:
+        """Name in the files of every tensor, by published name."""
+        return self._stored
+
     def has(self, name: str) -> bool:
         """Whether a dense parameter of this in-memory name is stored."""
         return hf.published_name(name) in self._stored
@@ -75,6 +88,11 @@ class Weights:
         """Stored dtype of a dense parameter; fp32 where it is not stored."""
         stored = self._stored.get(hf.published_name(name))
         return torch.float32 if stored is None else self.files.dtype(stored)
+
+    def widest_dtype(self) -> torch.dtype:
+        """A dtype that holds every stored tensor exactly: what fine-tuning has left as it was may be in another one."""
+        dtypes = {self.files.dtype(stored) for stored in self._stored.values()}
+        return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32
 
     def parts(
         self, name: str, shape: tuple[int, ...], first_expert: int | None = None
@@ -100,6 +118,18 @@ class Weights:
         for index, part in self.parts(name, shape, first_expert):
             whole[index] = part
         return whole
+
+    def as_stored(self, name: str, shape: tuple[int, ...], expert: int | None = None) -> torch.Tensor:
+        """A dense parameter, or one expert's matrix of a stacked one, in its stored dtype.
+
+        Args:
+            shape: of the dense parameter, or of the expert's matrix in memory.
+            expert: over all ranks; None for a dense parameter.
+        """
+        if expert is None:
+            [(_, whole)] = self.parts(name, shape)
+            return whole
+        return torch.cat([part for _, part in self.parts(name, (1, *shape), expert)])
 
     def _stacked(self, name: str) -> str | None:
         """Name in the files of an expert parameter that is stored stacked."""

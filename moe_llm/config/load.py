@@ -3,7 +3,7 @@
 import difflib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -78,13 +78,16 @@ def parse_yaml(text: str, origin: str) -> Any:
         raise UserError(f"{origin}{where} is not valid YAML: {problem}") from error
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(
+    path: str | Path, overrides: Iterable[str] = (), complete: Callable[[dict], None] = lambda raw: None
+) -> Config:
     """Read a run's configuration.
 
     Args:
         path: a YAML file.
         overrides: `section.key=value`; the value is YAML, list items go by index
             (`data.sources.0.path=x.txt`).
+        complete: fills in, in place, what the user has left open, before anything is validated.
 
     Raises:
         UserError: one sentence that names field, value and remedy.
@@ -96,6 +99,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise UserError(
             f"configuration file {str(path)!r} does not exist: give the path of a YAML file"
         ) from None
+    except IsADirectoryError:
+        raise UserError(f"configuration file {str(path)!r} is a directory: give the path of a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"configuration file {str(path)!r} cannot be read: {error}") from error
     raw = parse_yaml(text, str(path))
@@ -105,6 +110,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         )
     for override in overrides:
         apply_override(raw, override)
+    complete(raw)
     return validate(raw)
 
 
@@ -170,7 +176,9 @@ def _sentence(error: dict) -> str:
 def _remedy(error: dict) -> str:
     """Pydantic's message as the second half of a sentence."""
     if error["type"] == "string_type" and isinstance(error["input"], (int, float)):
-        return "it must be text, so put it in quotes that reach the YAML"
+        return "it must be text, in quotes that reach the YAML where it looks like a number"
+    if error["type"] == "tuple_type":
+        return "it must be a list, such as [0.9, 0.95]"
     text = re.sub(r"^(?!Keys)\w+ should ", "it must ", error["msg"])
     text = re.sub(r", unable to parse .*| after validation|, got a number with a fractional part", "", text)
     return text[0].lower() + text[1:]

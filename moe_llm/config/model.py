@@ -24,6 +24,11 @@ class RouterConfig(Section):
 class ModelConfig(Section):
     """Architecture of the decoder. Sizes are per layer; `intermediate_size` is one expert's width."""
 
+    init_from: str | None = Field(
+        None, min_length=1,
+        description="directory of a Mixtral checkpoint whose weights to begin with; keys of this section that are not "
+        "given, and the tokenizer unless `tokenizer.path` is, come from there too; null: random weights",
+    )
     vocab_size: int | None = Field(None, ge=1, description="null: taken from the tokenizer")
     hidden_size: int = Field(4096, ge=1, description="width of the residual stream")
     intermediate_size: int = Field(14336, ge=1, description="width of one expert")

@@ -3,9 +3,10 @@
 import re
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from moe_llm.config.base import Section, invalid
+from moe_llm.config.finetune import FinetuneConfig
 from moe_llm.config.model import ModelConfig
 from moe_llm.errors import UserError
 
@@ -45,6 +46,10 @@ class SourceConfig(Section):
     format: Literal["auto", "text", "jsonl", "parquet"] = Field(
         "auto", description="files: auto goes by the file name's ending"
     )
+    content: Literal["text", "chat"] = Field(
+        "text",
+        description="chat: rows with `messages`, or `prompt` and `completion`; the assistant's turns are learned",
+    )
     name: str | None = Field(None, description="hub: configuration name")
     split: str = Field("train", description="hub: split")
     text_field: str = Field("text", description="jsonl, parquet and hub: the column that holds the text")
@@ -61,6 +66,10 @@ class SourceConfig(Section):
             invalid("path", self.path, "does not apply to python_stdlib", "remove it or use type: files")
         if self.type == "hub" and isinstance(self.path, list):
             invalid("path", self.path, "names several datasets", "use one source for each")
+        if self.content == "chat" and self.type == "python_stdlib":
+            invalid("content", self.content, "does not apply to python_stdlib", "use content: text, or name chat data")
+        if self.content == "chat" and self.format == "text":
+            invalid("format", self.format, "has no rows, and content is chat", "use jsonl or parquet")
         return self
 
 
@@ -80,6 +89,14 @@ class DataConfig(Section):
     isolate_documents: bool = Field(
         True, description="tokens attend within their own document only; false: across a whole block"
     )
+    chat_template: str = Field(
+        "auto", min_length=1,
+        description="for content chat: tokenizer: its own; mixtral: Mixtral-Instruct's; auto: its own where it has "
+        "one, else Mixtral's; or a jinja file",
+    )
+    over_long: Literal["drop", "truncate"] = Field(
+        "drop", description="chat examples longer than a block: left out, or their end is; counted at the start"
+    )
     cache_dir: str = Field(
         "~/.cache/moe_llm", description="tokenised data, keyed by its inputs; safe to delete"
     )
@@ -92,6 +109,27 @@ class DataConfig(Section):
             invalid(f"sources.{given.index(False)}.weight", None,
                     "is missing while other sources have one", "give every source a weight, or none")
         return self
+
+    @property
+    def has_chat(self) -> bool:
+        return any(source.content == "chat" for source in [*self.sources, *self.validation_sources])
+
+    @model_validator(mode="after")
+    def _chat_settings_apply(self):
+        if self.has_chat and not self.isolate_documents:
+            invalid("isolate_documents", False, "would let chat examples attend to each other", "leave it true")
+        for name in ("chat_template", "over_long"):
+            if not self.has_chat and getattr(self, name) != type(self).model_fields[name].default:
+                invalid(name, getattr(self, name), "applies to no source", "set content: chat on one, or remove it")
+        return self
+
+
+class LrMultipliersConfig(Section):
+    """Factors on `optim.lr` by part of the model."""
+
+    router: float = Field(1.0, gt=0, description="factor on `optim.lr` for the routers")
+    experts: float = Field(1.0, gt=0, description="factor on `optim.lr` for the experts")
+    rest: float = Field(1.0, gt=0, description="factor on `optim.lr` for all else")
 
 
 class OptimConfig(Section):
@@ -113,6 +151,7 @@ class OptimConfig(Section):
         0.2, gt=0, le=1, description="wsd: share of the steps, at the end, in which the rate falls"
     )
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final rate as a share of lr")
+    lr_multipliers: LrMultipliersConfig = Field(LrMultipliersConfig(), description="rates by part of the model")
 
     @model_validator(mode="after")
     def _betas_in_range(self):
@@ -190,6 +229,11 @@ class CheckpointConfig(Section):
         "5GB", description="size above which the weights are split over files: a number and KB, MB or GB"
     )
 
+    @field_validator("max_shard_size", mode="before")
+    @classmethod
+    def _number_is_no_size(cls, value: object) -> object:
+        return str(value) if isinstance(value, int | float) else value  # what it lacks is a unit, not quotes
+
     @model_validator(mode="after")
     def _size_is_readable(self):
         size = re.fullmatch(r"(\d+(?:\.\d+)?)(KB|MB|GB)", self.max_shard_size)
@@ -226,6 +270,7 @@ class Config(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig
     optim: OptimConfig = OptimConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
     train: TrainConfig
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -277,8 +322,8 @@ class Config(Section):
         size = self.parallel.expert_parallel_size
         if world_size % size:
             raise UserError(
-                f"parallel.expert_parallel_size={size} does not divide the {world_size} launched ranks: "
-                "launch a multiple of it, or lower it"
+                f"parallel.expert_parallel_size={size} does not divide the number of launched ranks, {world_size}: "
+                "launch a multiple of it (accelerate launch --num_processes), or lower it"
             )
         self.accumulation_steps(world_size)
 

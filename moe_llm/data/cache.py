@@ -1,9 +1,10 @@
 """Tokenised text on disk: every source is encoded once, into flat arrays that are memory-mapped.
 
-    CACHE_DIR/tokens-KEY/{train,validation}.{tokens,starts,bytes}.bin   meta.json
+    CACHE_DIR/tokens-KEY/{train,validation}.{tokens,starts,bytes}.bin   meta.json   {..}.targets.bin for chat
 
 `tokens` is the concatenation of the documents, each bos + ids + eos (uint16 where ids fit, else uint32);
-`starts` (documents + 1, int64) is where each begins; `bytes` (documents, int64) is the UTF-8 length of each.
+`starts` (documents + 1, int64) is where each begins; `bytes` (documents, int64) is the UTF-8 length of each, of chat
+examples that of the assistant's turns; `targets` (uint8 for each token) is 1 where the assistant speaks.
 KEY is a hash of all that determines the content. A directory that has its name is complete.
 """
 
@@ -12,15 +13,17 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from moe_llm.config import SourceConfig
+from moe_llm.data.chat import Example, read_examples
+from moe_llm.data.chat_template import ChatEncoder
 from moe_llm.data.files import building, publish
 from moe_llm.data.sources import fingerprint, read_documents, source_bytes
 from moe_llm.data.split import HoldOut
@@ -29,7 +32,7 @@ from moe_llm.data.tokenizer import content_hash
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_VERSION = 1
+_VERSION, _CHAT_VERSION = 1, 1
 _BATCH_BYTES = 256 * 1024
 SPLITS = ("train", "validation")
 
@@ -39,13 +42,14 @@ class TokenizedText:
     """Documents as tokens.
 
     tokens_N: all of them in order; starts (documents + 1,): where each begins; sizes (documents,): UTF-8
-    length of each; bytes: of all together.
+    length of each; bytes: of all together. targets_N: of chat, uint8, 1 for the tokens that are learned.
     """
 
     tokens_N: np.ndarray
     starts: np.ndarray
     sizes: np.ndarray
     bytes: int
+    targets_N: np.ndarray | None = None
 
     @property
     def documents(self) -> int:
@@ -53,7 +57,9 @@ class TokenizedText:
 
     @property
     def targets(self) -> int:
-        """Tokens that are predicted: all but the first of each document."""
+        """Tokens that are predicted: all but the first of each document, or what the assistant says."""
+        if self.targets_N is not None:
+            return int(np.count_nonzero(self.targets_N))
         return len(self.tokens_N) - self.documents
 
 
@@ -80,6 +86,20 @@ class DocumentEncoder:
         return [np.array([self.bos, *e.ids, self.eos], dtype=self.dtype) for e in encodings]
 
 
+class _Piece(NamedTuple):
+    """What is encoded at once: text, or an example; and how much it is. read: characters; size: UTF-8 bytes learned."""
+
+    split: str
+    content: str | Example
+    read: int
+    size: int
+
+
+class _Tokens(NamedTuple):
+    ids: np.ndarray
+    targets: np.ndarray | None
+
+
 def cached_tokens(
     source: SourceConfig,
     field: str,
@@ -103,14 +123,21 @@ def cached_tokens(
     """
     cache = Path(cache_dir).expanduser()
     inputs = [_VERSION, fingerprint(source, field), holdout.key(), content_hash(tokenizer), len(tokenizer)]
+    chat = source.content == "chat"
+    if chat:
+        encoder = ChatEncoder(tokenizer, field)
+        inputs += ["chat", _CHAT_VERSION, encoder.template, tokenizer.special_tokens_map]
     name = f"tokens-{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]}"
     directory = cache / name
     if not directory.exists():
         with building(cache, name):
             if not directory.exists():
-                encoder = DocumentEncoder(tokenizer)
-                with publish(directory, field="data.cache_dir") as temporary:
-                    _build(source, field, holdout, encoder, temporary, num_workers, show_progress)
+                pieces = _examples(source, field, holdout) if chat else _texts(source, field, holdout)
+                encode = _example_encoding(encoder) if chat else _text_encoding(DocumentEncoder(tokenizer))
+                with publish(directory, field="data.cache_dir") as temporary, \
+                        _progress(field, source_bytes(source, field), show_progress) as advance:
+                    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+                    _build(pieces, encode, dtype, chat, temporary, num_workers, advance)
     return {split: _open(directory, split) for split in SPLITS}
 
 
@@ -128,64 +155,80 @@ def _open(directory: Path, split: str) -> TokenizedText:
         starts=array("starts", "int64", part["documents"] + 1),
         sizes=array("bytes", "int64", part["documents"]),
         bytes=part["bytes"],
+        targets_N=array("targets", "uint8", part["tokens"]) if meta.get("chat") else None,
     )
 
 
 class _SplitWriter:
-    """Appends documents of one split to its three files."""
+    """Appends documents of one split to its files."""
 
-    def __init__(self, directory: Path, split: str, stack: contextlib.ExitStack):
+    def __init__(self, directory: Path, split: str, chat: bool, stack: contextlib.ExitStack):
         self._files = {
             name: stack.enter_context((directory / f"{split}.{name}.bin").open("wb"))
-            for name in ("tokens", "starts", "bytes")
+            for name in ("tokens", "starts", "bytes", *(["targets"] if chat else []))
         }
         self.totals = {"documents": 0, "tokens": 0, "bytes": 0}
         self._files["starts"].write(np.int64(0).tobytes())
 
-    def write(self, ids: np.ndarray, size: int) -> None:
+    def write(self, tokens: _Tokens, size: int) -> None:
+        ids, targets = tokens
         self.totals["documents"] += 1
         self.totals["tokens"] += len(ids)
         self.totals["bytes"] += size
         self._files["tokens"].write(ids.tobytes())
         self._files["starts"].write(np.int64(self.totals["tokens"]).tobytes())
         self._files["bytes"].write(np.int64(size).tobytes())
+        if targets is not None:
+            self._files["targets"].write(targets.tobytes())
 
 
 def _build(
-    source: SourceConfig,
-    field: str,
-    holdout: HoldOut,
-    encoder: DocumentEncoder,
+    pieces: Iterable[_Piece],
+    encode: Callable[[list[_Piece]], list[_Tokens]],
+    dtype: np.dtype,
+    chat: bool,
     directory: Path,
     num_workers: int | None,
-    show_progress: bool,
+    advance: Callable[[int], None],
 ) -> None:
     with contextlib.ExitStack() as stack:
-        advance = stack.enter_context(_progress(field, source_bytes(source, field), show_progress))
-        writers = {split: _SplitWriter(directory, split, stack) for split in SPLITS}
-        batches = _batches(_divided(read_documents(source, field), holdout))
-        for batch, encoded in _encode_in_threads(batches, encoder, num_workers or os.cpu_count() or 1):
-            for (split, text), ids in zip(batch, encoded):
-                size = len(text.encode("utf-8"))
-                writers[split].write(ids, size)
-                advance(size)
-    meta = {"dtype": encoder.dtype.name} | {split: writer.totals for split, writer in writers.items()}
+        writers = {split: _SplitWriter(directory, split, chat, stack) for split in SPLITS}
+        for batch, encoded in _encode_in_threads(_batches(pieces), encode, num_workers or os.cpu_count() or 1):
+            for piece, tokens in zip(batch, encoded):
+                writers[piece.split].write(tokens, piece.size)
+                advance(piece.read)
+    meta = {"dtype": dtype.name, "chat": chat} | {split: writer.totals for split, writer in writers.items()}
     (directory / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
 
-def _divided(texts: Iterable[str], holdout: HoldOut) -> Iterator[tuple[str, str]]:
-    """(split, text) of each part of each document."""
-    for text in texts:
+def _texts(source: SourceConfig, field: str, holdout: HoldOut) -> Iterator[_Piece]:
+    """Each part of each document."""
+    for text in read_documents(source, field):
         for split, part in zip(SPLITS, holdout.divide(text)):
             if part:
-                yield split, part
+                size = len(part.encode("utf-8"))
+                yield _Piece(split, part, size, size)
 
 
-def _batches(items: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+def _examples(source: SourceConfig, field: str, holdout: HoldOut) -> Iterator[_Piece]:
+    for found in read_examples(source, field):
+        training, _ = holdout.divide(found.text)
+        yield _Piece(SPLITS[0 if training else 1], found, len(found.text), found.answer_bytes)
+
+
+def _text_encoding(encoder: DocumentEncoder) -> Callable[[list[_Piece]], list[_Tokens]]:
+    return lambda batch: [_Tokens(ids, None) for ids in encoder.encode([piece.content for piece in batch])]
+
+
+def _example_encoding(encoder: ChatEncoder) -> Callable[[list[_Piece]], list[_Tokens]]:
+    return lambda batch: [_Tokens(*both) for both in encoder.encode([piece.content for piece in batch])]
+
+
+def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
     batch, size = [], 0
-    for item in items:
-        batch.append(item)
-        size += len(item[1])
+    for piece in pieces:
+        batch.append(piece)
+        size += piece.read
         if size >= _BATCH_BYTES:
             yield batch
             batch, size = [], 0
@@ -193,7 +236,7 @@ def _batches(items: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]
         yield batch
 
 
-def _encode_in_threads(batches: Iterable[list], encoder: DocumentEncoder, workers: int):
+def _encode_in_threads(batches: Iterable[list], encode: Callable[[list], list], workers: int):
     """(batch, its encoded documents) in order; encoding releases the interpreter lock, so threads do.
 
     At most two batches a worker are under way, which bounds memory.
@@ -202,7 +245,7 @@ def _encode_in_threads(batches: Iterable[list], encoder: DocumentEncoder, worker
     with _one_thread_per_call(), ThreadPoolExecutor(workers) as pool:
         try:
             for batch in batches:
-                waiting.append((batch, pool.submit(encoder.encode, [text for _, text in batch])))
+                waiting.append((batch, pool.submit(encode, batch)))
                 if len(waiting) >= 2 * workers:
                     done, future = waiting.popleft()
                     yield done, future.result()

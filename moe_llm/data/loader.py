@@ -12,6 +12,9 @@ import torch
 
 from moe_llm.config import Config, SourceConfig
 from moe_llm.data.cache import SPLITS, DocumentEncoder, TokenizedText, cached_tokens
+from moe_llm.data.chat import read_examples
+from moe_llm.data.chat_template import ChatEncoder
+from moe_llm.data.examples import PackedExamples
 from moe_llm.data.order import Mixture, shuffled
 from moe_llm.data.packing import Batch, PackedBlocks, as_batch
 from moe_llm.data.sources import check_sources, named_sources, named_validation_sources, read_documents
@@ -159,8 +162,8 @@ class ValidationBlocks:
         count = len(every) if max_blocks is None else min(max_blocks, len(every))
         self.blocks = [every[i * len(every) // count] for i in range(count)]
         if count == len(every):
-            held = sum(source.text.bytes for source in self.sources)
-            targets = sum(source.text.targets for source in self.sources)
+            held = sum(source.bytes for source in self.sources)
+            targets = sum(source.targets for source in self.sources)
         else:
             held = sum(self.sources[s].bytes_of(b) for s, b in self.blocks)
             targets = sum(self._rows([block]).num_targets for block in self.blocks)
@@ -213,7 +216,8 @@ def validation_batches(
 
 @dataclass(frozen=True)
 class SourceStatistics:
-    """One source's share of a split. tokens: with bos and eos; blocks: of the sequence length."""
+    """One source's share of a split. tokens: with bos and eos; blocks: of the sequence length; dropped, truncated:
+    chat examples longer than a block that are left out, or whose end is."""
 
     name: str
     split: str
@@ -221,6 +225,8 @@ class SourceStatistics:
     tokens: int
     bytes: int
     blocks: int
+    dropped: int = 0
+    truncated: int = 0
 
 
 @dataclass(frozen=True)
@@ -263,6 +269,8 @@ def load_data(
         )
 
     def packed(text: TokenizedText) -> PackedBlocks:
+        if text.targets_N is not None:
+            return PackedExamples(text, data.sequence_length, data.over_long, tokenizer.eos_token_id)
         return PackedBlocks(text, data.sequence_length, data.isolate_documents, tokenizer.eos_token_id)
 
     texts = [(field, tokens(field, source, holdout)) for field, source in named_sources(config)]
@@ -273,21 +281,40 @@ def load_data(
             (field, "validation", tokens(field, source, HoldOut())["train"])
             for field, source in named_validation_sources(config)
         ]
-    statistics = [
-        SourceStatistics(field, split, text.documents, len(text.tokens_N), text.bytes, len(packed(text)))
-        for field, split, text in parts
-    ]
-    train = [packed(text) for _, split, text in parts if split == "train"]
-    for (field, source), blocks in zip(named_sources(config), train):
-        if not len(blocks) and (source.weight is not None or not any(map(len, train))):
+    blocks = [(field, split, packed(text)) for field, split, text in parts]
+    train = [part for _, split, part in blocks if split == "train"]
+    for (field, source), part in zip(named_sources(config), train):
+        _check_not_all_dropped(part, field, config)
+        if not len(part) and (source.weight is not None or not any(map(len, train))):
             raise UserError(
                 f"{field} has no text left to train on, all is held out: add text to it or remove it"
             )
-    held_out = [packed(text) for _, split, text in parts if split == "validation"]
+    held_out = [part for _, split, part in blocks if split == "validation"]
+    if not any(map(len, held_out)):
+        for field, split, part in blocks:
+            if split == "validation":
+                _check_not_all_dropped(part, field, config)
     validation = ValidationBlocks(held_out, config.evaluate.max_blocks)
     weights = [source.weight for source in data.sources]
     order = TrainBlocks(train, None if None in weights else weights, config.run.seed)
-    return Data(order, validation, statistics)
+    return Data(order, validation, [_statistics(*named) for named in blocks])
+
+
+def _statistics(field: str, split: str, part: PackedBlocks) -> SourceStatistics:
+    text = part.text
+    left_out = {"dropped": part.dropped, "truncated": part.truncated} if isinstance(part, PackedExamples) else {}
+    return SourceStatistics(field, split, text.documents, len(text.tokens_N), text.bytes, len(part), **left_out)
+
+
+def _check_not_all_dropped(part: PackedBlocks, field: str, config: Config) -> None:
+    if isinstance(part, PackedExamples) and part.dropped and not part.kept:
+        data = config.data
+        remedy = "" if data.over_long == "truncate" else " or set data.over_long=truncate"
+        raise UserError(
+            f"data.sequence_length={data.sequence_length}: of {field} all {part.dropped} examples that are "
+            f"{'learned from' if field.startswith('data.sources') else 'held out'} are longer, so none is left: "
+            f"raise it{remedy}"
+        )
 
 
 def load_evaluation(
@@ -299,15 +326,19 @@ def load_evaluation(
     text_field: str = "text",
     document: str = "file",
     max_blocks: int | None = None,
+    chat: bool = False,
 ) -> ValidationBlocks:
     """Any files as held-out blocks, tokenised in memory, with exact byte counts.
 
     Args:
         paths: a path, a glob or a list of them: text, jsonl or parquet, as in `data.sources`.
+        chat: they hold examples, of which what the assistant says counts; over-long ones are cut.
 
     Raises:
         UserError: files that are missing, empty or unreadable.
     """
+    if chat:
+        return _chat_evaluation(paths, tokenizer, sequence_length, max_blocks)
     source = SourceConfig(type="files", path=paths, text_field=text_field, document=document)
     encoder = DocumentEncoder(tokenizer)
     ids, sizes = [], []
@@ -319,3 +350,19 @@ def load_evaluation(
     return ValidationBlocks(
         [PackedBlocks(text, sequence_length, isolate_documents, tokenizer.eos_token_id)], max_blocks
     )
+
+
+def _chat_evaluation(
+    paths: str | list[str], tokenizer: "PreTrainedTokenizerFast", sequence_length: int, max_blocks: int | None
+) -> ValidationBlocks:
+    encoder = ChatEncoder(tokenizer, "--data")
+    found = list(read_examples(SourceConfig(type="files", path=paths, content="chat"), "--data"))
+    ids, targets = zip(*encoder.encode(found))
+    starts = np.cumsum([0] + [len(example_ids) for example_ids in ids])
+    sizes = np.array([example.answer_bytes for example in found])
+    text = TokenizedText(np.concatenate(ids), starts, sizes, int(sizes.sum()), np.concatenate(targets))
+    blocks = PackedExamples(text, sequence_length, "truncate", tokenizer.eos_token_id)
+    if not len(blocks):
+        raise UserError(f"--data: no example says anything of the assistant's within {sequence_length} tokens: "
+                        "give shorter ones")
+    return ValidationBlocks([blocks], max_blocks)

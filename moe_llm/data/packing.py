@@ -72,6 +72,15 @@ class PackedBlocks:
         """Number of blocks: the last token of the source is predicted but not read."""
         return -(-max(len(self.text.tokens_N) - 1, 0) // self.sequence_length)
 
+    @property
+    def targets(self) -> int:
+        return self.text.targets
+
+    @property
+    def bytes(self) -> float:
+        """UTF-8 bytes that the targets of all blocks stand for."""
+        return self.text.bytes
+
     def write(self, block: int, row: int, out: dict[str, np.ndarray]) -> None:
         """Write one block into row `row` of the arrays of `empty_arrays`."""
         S, starts = self.sequence_length, self.text.starts

@@ -11,11 +11,14 @@ import hashlib
 import json
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from moe_llm.config import Config, SourceConfig
 from moe_llm.errors import UserError
+
+T = TypeVar("T")
 
 SEGMENT_BYTES = 4 * 2**20  # a larger text file is several documents, cut at line ends
 HASHED_BYTES = 64 * 2**20  # sources up to this size are recognised by content, larger ones by size and date
@@ -102,13 +105,19 @@ def source_bytes(source: SourceConfig, field: str) -> int | None:
     return None if source.type == "hub" else sum(path.stat().st_size for path in list_files(source, field))
 
 
+def source_settings(source: SourceConfig, *left_out: str) -> dict[str, Any]:
+    """What a source says, as JSON values. `content` is told of chat alone: text is known as it was before there was
+    chat, so that what was made of it is found again."""
+    return source.model_dump(mode="json", exclude={*left_out, *(["content"] if source.content == "text" else [])})
+
+
 def fingerprint(source: SourceConfig, field: str) -> list:
     """What tells one state of a source's text from another, as JSON values.
 
     Files are known by name, size and, up to 64 MiB in all, content, so that a copy of them counts as the
     same text; beyond that by modification time. A hub dataset is known by its name, configuration and split.
     """
-    settings = source.model_dump(mode="json", exclude={"weight", "path"})
+    settings = source_settings(source, "weight", "path")
     if source.type == "hub":
         local = Path(source.path).expanduser()
         files = sorted(p for p in local.rglob("*") if p.is_file()) if local.is_dir() else []
@@ -156,10 +165,28 @@ def read_documents(source: SourceConfig, field: str) -> Iterator[str]:
         )
 
 
+def read_records(source: SourceConfig, field: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, row) of each row of jsonl, parquet or a hub dataset.
+
+    Args:
+        columns: those that are wanted; a row has what there is of them and may have others.
+
+    Raises:
+        UserError: unreadable or malformed rows, by file and line; files of another kind.
+    """
+    if source.type == "hub":
+        return _hub_records(source, field)
+    return _from_files(source, field, lambda path: _records_of_file(path, source, field, columns))
+
+
 def _file_documents(source: SourceConfig, field: str) -> Iterator[str]:
+    return _from_files(source, field, lambda path: _documents_of_file(path, source, field))
+
+
+def _from_files(source: SourceConfig, field: str, read: Callable[[Path], Iterator[T]]) -> Iterator[T]:
     for path in list_files(source, field):
         try:
-            yield from _documents_of_file(path, source, field)
+            yield from read(path)
         except UnicodeDecodeError as error:
             if source.type == "python_stdlib":
                 continue  # a handful of legacy-encoded modules in some distributions
@@ -171,18 +198,30 @@ def _file_documents(source: SourceConfig, field: str) -> Iterator[str]:
             raise UserError(f"{field}: {path} cannot be read ({reason}): replace or remove it") from error
 
 
-def _documents_of_file(path: Path, source: SourceConfig, field: str) -> Iterator[str]:
+def _kind(path: Path, source: SourceConfig) -> str:
+    if source.format != "auto":
+        return source.format
     suffix = (path.with_suffix("") if path.suffix == ".gz" else path).suffix
-    kind = source.format
-    if kind == "auto":
-        kind = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(suffix, "text")
+    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(suffix, "text")
+
+
+def _records_of_file(
+    path: Path, source: SourceConfig, field: str, columns: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    kind = _kind(path, source)
+    if kind == "text":
+        raise UserError(f"{field}: {path} holds no rows by its name: set {field}.format to jsonl or parquet")
+    return _jsonl(path, field) if kind == "jsonl" else _parquet(path, columns, field)
+
+
+def _documents_of_file(path: Path, source: SourceConfig, field: str) -> Iterator[str]:
+    kind, column = _kind(path, source), source.text_field
     if source.type == "python_stdlib":
         return _segments(path)
-    if kind == "jsonl":
-        return _jsonl(path, source.text_field, field)
-    if kind == "parquet":
-        return _parquet(path, source.text_field, field)
-    return _lines(path) if source.document == "line" else _segments(path)
+    if kind == "text":
+        return _lines(path) if source.document == "line" else _segments(path)
+    rows = _jsonl(path, field) if kind == "jsonl" else _parquet(path, [column], field)
+    return (_text_of(record, column, where, field) for where, record in rows)
 
 
 def _open(path: Path):
@@ -235,7 +274,7 @@ def _lines(path: Path) -> Iterator[str]:
         yield line.rstrip("\r\n")
 
 
-def _jsonl(path: Path, text_field: str, field: str) -> Iterator[str]:
+def _jsonl(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in _numbered_lines(path):
         if not line.strip():
             continue
@@ -246,8 +285,8 @@ def _jsonl(path: Path, text_field: str, field: str) -> Iterator[str]:
                 f"{field}: {path}, line {number} is not valid JSON ({error.msg}): repair that line"
             ) from error
         if not isinstance(record, dict):
-            raise UserError(f"{field}: {path}, line {number} is no JSON object: give it the key {text_field}")
-        yield _text_of(record, text_field, f"{path}, line {number}", field)
+            raise UserError(f"{field}: {path}, line {number} is no JSON object: give it named columns")
+        yield f"{path}, line {number}", record
 
 
 def _text_of(record: dict, text_field: str, where: str, field: str) -> str:
@@ -263,25 +302,29 @@ def _text_of(record: dict, text_field: str, where: str, field: str) -> str:
 
 
 def _no_column(where: str, text_field: str, columns: list[str], field: str) -> UserError:
+    chat = "messages" in columns or {"prompt", "completion"} <= set(columns)
     return UserError(
         f"{field}.text_field={text_field} is no column of {where}: "
         f"it has {', '.join(map(str, columns)) or 'none'}, choose one of them"
+        + (f" or set {field}.content=chat" if chat and not field.startswith("--") else "")
     )
 
 
-def _parquet(path: Path, text_field: str, field: str) -> Iterator[str]:
+def _parquet(path: Path, columns: Sequence[str], field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows with those of the columns that are there, or, where none of several is, with all."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if text_field not in file.schema_arrow.names:
-                raise _no_column(str(path), text_field, file.schema_arrow.names, field)
+            names = file.schema_arrow.names
+            if len(columns) == 1 and columns[0] not in names:
+                raise _no_column(str(path), columns[0], names, field)
             row = 0
-            for batch in file.iter_batches(batch_size=256, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
+            for batch in file.iter_batches(batch_size=256, columns=[c for c in columns if c in names] or names):
+                for record in batch.to_pylist():
                     row += 1
-                    yield _text_of({text_field: text}, text_field, f"{path}, row {row}", field)
+                    yield f"{path}, row {row}", record
     except pyarrow.ArrowException as error:
         raise UserError(
             f"{field}: {path} is not a readable parquet file ({_first_line(error)}): write it again"
@@ -289,20 +332,27 @@ def _parquet(path: Path, text_field: str, field: str) -> Iterator[str]:
 
 
 def _hub_documents(source: SourceConfig, field: str) -> Iterator[str]:
+    for where, record in _hub_records(source, field):
+        yield _text_of(record, source.text_field, where, field)
+
+
+def _hub_records(source: SourceConfig, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
     import datasets
     import pyarrow
 
+    path = Path(source.path).expanduser()
     try:
-        rows = datasets.load_dataset(
-            str(Path(source.path).expanduser()), name=source.name, split=source.split, streaming=True
-        )
+        if any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):  # by `save_to_disk`
+            saved = datasets.load_from_disk(str(path))
+            rows = saved[source.split] if isinstance(saved, dict) else saved
+        else:
+            rows = datasets.load_dataset(str(path), name=source.name, split=source.split, streaming=True)
         for row, record in enumerate(rows):
-            yield _text_of(record, source.text_field, f"{source.path}, row {row}", field)
-    except (UserError, UnicodeEncodeError):
-        raise
+            yield f"{source.path}, row {row}", record
     except (
         OSError,
         ValueError,
+        KeyError,
         RuntimeError,
         EOFError,
         pyarrow.ArrowException,

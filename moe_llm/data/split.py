@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_llm.config import Config, SourceConfig
+from moe_llm.data.chat import read_examples, read_texts
 from moe_llm.data.files import replace_file
 from moe_llm.data.sources import fingerprint, named_sources, named_validation_sources, read_documents
 from moe_llm.errors import UserError
@@ -55,7 +56,10 @@ class HoldOut:
 
 
 def training_texts(field: str, source: SourceConfig, holdout: HoldOut) -> Iterator[str]:
-    """Training text of a source's documents, in order."""
+    """Training text of a source's documents, in order; of chat, what is said in it."""
+    if source.content == "chat":
+        yield from (found.plain for found in read_examples(source, field) if holdout.divide(found.text)[0])
+        return
     for text in read_documents(source, field):
         train, _ = holdout.divide(text)
         if train:
@@ -79,11 +83,11 @@ def find_holdout(config: Config) -> HoldOut:
         _, below, listed, tail = json.loads(file.read_text())
         return HoldOut(below, frozenset(listed), tuple(tail) if tail else None)
     if data.validation_sources:
-        texts = (t for f, s in named_validation_sources(config) for t in read_documents(s, f))
+        texts = (t for f, s in named_validation_sources(config) for t in read_texts(s, f))
         holdout = HoldOut(listed=frozenset(map(text_hash, texts)))
     else:
-        texts = (t for f, s in named_sources(config) for t in read_documents(s, f))
-        holdout = choose_holdout(texts, data.validation_fraction)
+        texts = ((t, s.content == "text") for f, s in named_sources(config) for t in read_texts(s, f))
+        holdout = _choose(texts, data.validation_fraction)
     replace_file(file, json.dumps(holdout.key()).encode())
     return holdout
 
@@ -93,18 +97,23 @@ def choose_holdout(texts: Iterable[str], fraction: float) -> HoldOut:
 
     Stops reading once the corpus is known to be large enough for the hash alone to divide it well.
     """
+    return _choose(((text, True) for text in texts), fraction)
+
+
+def _choose(texts: Iterable[tuple[str, bool]], fraction: float) -> HoldOut:
+    """The same for (document, whether it may be divided)."""
     below = int(fraction * 2**64)
     enough = min(math.ceil(_SMALL_CORPUS / fraction), _MOST_LISTED)
     sizes: dict[int, int] = {}
     longest, largest = "", -1
     held = kept = False
-    for text in texts:
+    for text, divisible in texts:
         key = text_hash(text)
         held, kept = held or key < below, kept or key >= below
         if len(sizes) >= enough and held and kept:
             return HoldOut(below=below)
         sizes[key] = size = len(text.encode("utf-8"))
-        if size > largest:
+        if divisible and size > largest:
             longest, largest = text, size
     target = fraction * sum(sizes.values())
     listed, total = [], 0
@@ -114,8 +123,13 @@ def choose_holdout(texts: Iterable[str], fraction: float) -> HoldOut:
             total += sizes[key]
     if total >= target / 2:
         return HoldOut(listed=frozenset(listed))
-    if len(longest) < 2 and len(sizes) > 1:  # none can be cut
+    if len(longest) < 2 and len(sizes) > 1:  # none can be cut: they are short, or examples of chat
         return HoldOut(listed=frozenset([min(sizes, key=lambda key: (sizes[key], key))]))
+    if largest < 0:
+        raise UserError(
+            "data.sources holds one example, which cannot be both learned and held out: add others or set "
+            "data.validation_sources"
+        )
     return _hold_out_tail(longest, target)
 
 

@@ -24,6 +24,14 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # kinds of pi
 _BPE = 2
 
 
+def _noting(texts: Iterable[str], errors: list[UserError]) -> Iterator[str]:
+    try:
+        yield from texts
+    except UserError as error:
+        errors.append(error)
+        raise
+
+
 def train_model(
     texts: Iterable[str], vocab_size: int, max_bytes: int, character_coverage: float, seed: int
 ) -> bytes:
@@ -43,9 +51,10 @@ def train_model(
 
     sentencepiece.set_random_generator_seed(seed)
     model = io.BytesIO()
+    unreadable: list[UserError] = []
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts, max_bytes),
+            sentence_iterator=_lines(_noting(texts, unreadable), max_bytes),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -67,6 +76,8 @@ def train_model(
             minloglevel=2,
         )
     except RuntimeError as error:
+        if unreadable:  # which sentencepiece wraps into an error of its own
+            raise unreadable[0] from None
         raise _vocab_error(vocab_size, str(error)) from error
     proto = _parse(model.getvalue())
     proto.normalizer_spec.add_dummy_prefix = True

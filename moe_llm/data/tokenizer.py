@@ -11,8 +11,15 @@ from typing import TYPE_CHECKING
 
 from moe_llm.config import Config
 from moe_llm.data import spm
+from moe_llm.data.chat_template import template_setting, write_template
 from moe_llm.data.files import building, publish, replace_file
-from moe_llm.data.sources import fingerprint, named_sources, named_validation_sources, source_bytes
+from moe_llm.data.sources import (
+    fingerprint,
+    named_sources,
+    named_validation_sources,
+    source_bytes,
+    source_settings,
+)
 from moe_llm.data.split import find_holdout, training_texts
 from moe_llm.errors import UserError
 
@@ -57,7 +64,9 @@ def build_tokenizer(config: Config, directory: Path) -> "PreTrainedTokenizerFast
         else:
             with publish(directory, field="run.dir") as temporary:
                 _build(config, cache, temporary)
-                check_vocab(config, load_tokenizer(temporary))  # a refused one leaves no directory behind
+                tokenizer = load_tokenizer(temporary)
+                check_vocab(config, tokenizer)  # a refused one leaves no directory behind
+                write_template(config, tokenizer, temporary)
                 (temporary / _KEY_FILE).write_text(json.dumps(key, indent=1) + "\n")
     return load_tokenizer(directory)
 
@@ -88,13 +97,19 @@ def load_tokenizer(directory: Path | str) -> "PreTrainedTokenizerFast":
 
 
 def _settings(config: Config) -> dict:
+    template = template_setting(config)
+    return _model_settings(config) | ({} if template is None else {"chat_template": template})
+
+
+def _model_settings(config: Config) -> dict:
+    """What decides the tokens, apart from the chat template."""
     if config.tokenizer.path is not None:
         return {"version": _VERSION, "path": config.tokenizer.path}
     return {
         "version": _VERSION,
         "vocab_size": config.model.vocab_size,
         "tokenizer": config.tokenizer.model_dump(mode="json"),
-        "sources": [source.model_dump(mode="json", exclude={"weight"}) for source in config.data.sources],
+        "sources": [source_settings(source, "weight") for source in config.data.sources],
         "seed": config.run.seed,
     }
 
@@ -165,7 +180,7 @@ def _trained_model(config: Config, cache: Path) -> bytes:
 
     sources = named_sources(config) + named_validation_sources(config)
     inputs = [
-        _settings(config),
+        _model_settings(config),
         sentencepiece.__version__,
         [fingerprint(s, f) for f, s in sources],
         None if config.data.validation_sources else config.data.validation_fraction,

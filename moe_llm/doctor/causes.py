@@ -84,6 +84,7 @@ def _run(finding: Finding, failed: Failed, ranks: int) -> str:
 
 _TRACES = {
     "None of the param groups are marked as MoE": "experts are not in the optimizer",
+    "tensors of the experts are left out": "experts are not in the optimizer",
     "is in no parameter group of the optimizer": "parameters that are to be trained are not in the optimizer",
     "the ranks would not write the model that was configured": "the ranks do not export all experts, or some twice",
 }
@@ -133,6 +134,7 @@ _RULES: list[tuple[set[str], Callable[[Finding, Failed, int], str]]] = [
     ({"tokens"}, _says("padding is counted, or the ranks' masks differ from those of one process")),
     ({"experts_train"}, _says("experts are not in the optimizer, or their learning rate is zero")),
     ({"others_train"}, _says("these parameters are not in the optimizer")),
+    ({"frozen"}, _says("what is frozen is in the optimizer, or decays")),
     ({"aux_loss", "z_loss", "lm_loss", "loss", "routing", "dropped", "norm"}, _later),
     ({"aux_loss"}, _aux),
     ({"loss"}, _says("follows from the balance loss", if_failed="aux_loss")),

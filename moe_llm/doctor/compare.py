@@ -11,6 +11,7 @@ from moe_llm.config import Config
 from moe_llm.doctor.findings import Finding, exact, within
 from moe_llm.doctor.observe import Observation, Tensors
 from moe_llm.doctor.reference import Expected
+from moe_llm.finetune.selection import trained_names
 
 Whole = dict[str, np.ndarray]
 _FP32_EPS = 2.0**-23
@@ -209,7 +210,7 @@ def dropped(ranks: Sequence[Observation], one: Observation, allowed: Tolerances)
     return within("dropped", f"share dropped for capacity (up to {largest:.0%} of a layer)", compared)
 
 
-def trained(ranks: Sequence[Observation]) -> list[Finding]:
+def trained(ranks: Sequence[Observation], config: Config) -> list[Finding]:
     """Each expert that got tokens, and each other tensor that got a gradient, has been changed by training."""
     start = whole([rank.start["weight"] for rank in ranks])
     end = whole([rank.weights[-1] for rank in ranks])
@@ -221,7 +222,8 @@ def trained(ranks: Sequence[Observation]) -> list[Finding]:
             if any(slope[name].any() for slope in slopes) and np.array_equal(start[name], end[name]):
                 stuck["others"].append(name)
             continue
-        for expert in range(len(start[name])):
+        some = config.finetune.experts
+        for expert in range(len(start[name])) if some is None else sorted(set(some)):
             counted += 1
             if not any(slope[name][expert].any() for slope in slopes):
                 idle += 1
@@ -229,6 +231,21 @@ def trained(ranks: Sequence[Observation]) -> list[Finding]:
                 stuck["experts"].append(f"{name}, expert {expert}")
     title = "every expert's weights change" + (f" ({idle} of {counted} had no tokens)" if idle else "")
     return [exact("experts_train", title, stuck["experts"]), exact("others_train", "all else changes", stuck["others"])]
+
+
+def frozen(ranks: Sequence[Observation], config: Config) -> Finding:
+    """What `finetune` leaves out is what it was."""
+    start = whole([rank.start["weight"] for rank in ranks])
+    end = whole([rank.weights[-1] for rank in ranks])
+    trained, some = set(trained_names(config)), config.finetune.experts
+    wrong = []
+    for name, value in start.items():
+        if name not in trained:
+            wrong += [] if np.array_equal(value, end[name]) else [name]
+        elif some is not None and is_expert(name):
+            wrong += [f"{name}, expert {e}" for e in range(len(value))
+                      if e not in some and not np.array_equal(value[e], end[name][e])]
+    return exact("frozen", "what is not trained is what it was, to the bit", wrong)
 
 
 def against_fp32(one: Observation, precise: Observation) -> Finding:
@@ -240,8 +257,11 @@ def against_fp32(one: Observation, precise: Observation) -> Finding:
     return within("bf16", "whole loss in bf16 beside that in fp32", compared)
 
 
-def against_transformers(one: Observation, expected: list[Expected], allowed: Tolerances) -> list[Finding]:
-    """One process in fp32 against transformers: each step's losses, and the first step's gradients."""
+def against_transformers(
+    one: Observation, expected: list[Expected], allowed: Tolerances, experts: Sequence[int] | None = None
+) -> list[Finding]:
+    """One process in fp32 against transformers: each step's losses, and the first step's gradients: of these experts
+    alone, where only they are trained."""
     findings = []
     for name, title in (("lm", "language-model loss"), ("aux", "balance loss"), ("z", "z-loss")):
         compared = [
@@ -251,6 +271,10 @@ def against_transformers(one: Observation, expected: list[Expected], allowed: To
         findings.append(within(f"reference_{name}", f"{title}, as transformers computes it", compared,
                                **_padding(one)))
     slopes = {name: expected[0].gradients[name] for name in one.gradients[0]}
+    if experts is not None:
+        for name in filter(is_expert, slopes):
+            is_trained = np.isin(np.arange(len(slopes[name])), experts)
+            slopes[name] = np.where(is_trained[:, None, None], slopes[name], 0)
     findings.append(gradients(whole([one.gradients[0]]), slopes, allowed, "reference_gradients",
                               "gradients of step 1, as transformers computes them"))
     return findings

@@ -177,7 +177,9 @@ class _Case:
         expected = [
             self.reference.step(compare.whole([weights]), rounds) for weights, rounds in zip(before, one.batches)
         ]
-        self.findings += compare.against_transformers(one, expected, compare.tolerances(self._in_fp32()))
+        self.findings += compare.against_transformers(
+            one, expected, compare.tolerances(self._in_fp32()), self.config.finetune.experts
+        )
 
     def _compare(self, ranks: Sequence[Observation], one: Observation) -> None:
         allowed = self.allowed
@@ -194,7 +196,8 @@ class _Case:
             ),
             compare.norms(ranks, one, allowed, self.config.optim.grad_clip),
             compare.weights(ranks, one, allowed),
-            *compare.trained(ranks),
+            *compare.trained(ranks, self.config),
+            *([] if self.config.finetune.whole else [compare.frozen(ranks, self.config)]),
         ]
 
     def _compare_resumed(

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from moe_llm.config import Config, SourceConfig
 from moe_llm.data.cache import DocumentEncoder
+from moe_llm.data.chat import example, read_examples
+from moe_llm.data.chat_template import ChatEncoder
 from moe_llm.data.sources import named_sources, named_validation_sources, read_documents
 from moe_llm.data.tokenizer import build_tokenizer
 from moe_llm.doctor.shrink import replace
@@ -34,19 +36,48 @@ def small_data(user: Config, small: Config, directory: Path) -> tuple[Config, li
         "validation_fraction": max(0.1, user.data.validation_fraction),
     })
     config = _with_tokenizer(user, config, train, directory, notes)
+    if user.data.has_chat:
+        config = _with_chat(user, config, notes)
     encoder = DocumentEncoder(build_tokenizer(config, Path(config.run.dir) / "tokenizer"))
     tokens = 0.75 * config.max_steps * config.train.global_batch_size * config.data.sequence_length
     shares = [1.0 if source.weight is None else source.weight for source in user.data.sources]
+    length = config.data.sequence_length
+
+    def small(name: str, source: SourceConfig, texts: list[str], tokens: float, weight: float | None) -> dict:
+        if source.content == "chat":
+            return _chat_source(directory / name, cut(texts, encoder, length // 2, tokens), weight)
+        return _source(directory / name, cut(texts, encoder, length, tokens), weight)
+
     sources = [
-        _source(directory / f"train_{i}.jsonl", cut(texts, encoder, config.data.sequence_length,
-                                                    tokens * share / sum(shares)), source.weight)
+        small(f"train_{i}.jsonl", source, texts, tokens * share / sum(shares), source.weight)
         for i, (texts, share, source) in enumerate(zip(train, shares, user.data.sources))
     ]
     validation = [
-        _source(directory / f"held_out_{i}.jsonl", cut(texts, encoder, config.data.sequence_length, tokens / 4), None)
-        for i, texts in enumerate(held_out)
+        small(f"held_out_{i}.jsonl", source, texts, tokens / 4, None)
+        for i, (texts, source) in enumerate(zip(held_out, user.data.validation_sources))
     ]
     return replace(config, data={"sources": sources, "validation_sources": validation}), notes
+
+
+def _with_chat(user: Config, config: Config, notes: list[str]) -> Config:
+    """The configuration with the user's chat template, and blocks that hold text beside what the template writes."""
+    asked = user.data.model_dump(mode="json")
+    template = user.data.chat_template
+    if template == "tokenizer" and config.tokenizer.path != _resolved(user.tokenizer.path):
+        notes.append("data.chat_template=tokenizer is auto here, because the tokenizer is another one")
+        template = "auto"
+    config = replace(config, data={"chat_template": template, "over_long": "truncate",
+                                   **{key: asked[key] for key in ("sources", "validation_sources")}})
+    encoder = ChatEncoder(build_tokenizer(config, Path(config.run.dir) / "tokenizer"), "data.chat_template")
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+    (ids, _), = encoder.encode([example(turns, "a user's and an assistant's turn")])
+    length = min(user.data.sequence_length, config.data.sequence_length + len(ids))
+    notes.append(f"data.sequence_length is {length} here, because the chat template alone writes {len(ids)} tokens")
+    return replace(config, data={"sequence_length": length})
+
+
+def _resolved(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().resolve())
 
 
 def cut(texts: list[str], encoder: DocumentEncoder, length: int, tokens: float) -> list[str]:
@@ -83,7 +114,13 @@ def _read(user: Config, notes: list[str]) -> tuple[list[list[str]], list[list[st
 def _documents(field: str, source: SourceConfig, budget: int) -> list[str]:
     if source.type == "hub" and not Path(source.path).expanduser().is_dir():
         return _within_time(field, source, budget)
-    return _take(read_documents(source, field), budget)
+    return _take(_texts(source, field), budget)
+
+
+def _texts(source: SourceConfig, field: str) -> Iterator[str]:
+    if source.content == "text":
+        return read_documents(source, field)
+    return (found.plain for found in read_examples(source, field))
 
 
 def _take(documents: Iterator[str], budget: int) -> list[str]:
@@ -120,7 +157,7 @@ def _within_time(field: str, source: SourceConfig, budget: int) -> list[str]:
 
 def _send_documents(pipe, field: str, source: SourceConfig, budget: int) -> None:
     try:
-        pipe.send((_take(read_documents(source, field), budget), None))
+        pipe.send((_take(_texts(source, field), budget), None))
     except UserError as error:
         pipe.send((None, str(error)))
 
@@ -139,6 +176,7 @@ def _with_tokenizer(
     if path is not None:
         notes.append(f"tokenizer.path={path} is no local path: a small tokenizer is trained in its place")
     config = replace(config, tokenizer={"path": None, "train_bytes": READ}, data={
+        "chat_template": "auto", "over_long": "drop",
         "sources": [_source(directory / f"text_{i}.jsonl", part, None) for i, part in enumerate(texts)],
         "validation_sources": [],
     })
@@ -166,3 +204,11 @@ def _train_tokenizer(config: Config, directory: Path) -> Config:
 def _source(path: Path, texts: list[str], weight: float | None) -> dict:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return {"type": "files", "path": str(path), "format": "jsonl", "weight": weight}
+
+
+def _chat_source(path: Path, texts: list[str], weight: float | None) -> dict:
+    """Rows that say the texts: the first third asks, the rest answers."""
+    halves = [(text[: len(text) // 3], text[len(text) // 3 :]) for text in texts]
+    rows = [{"prompt": asked, "completion": answer} for asked, answer in halves if answer.strip()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return {"type": "files", "path": str(path), "format": "jsonl", "content": "chat", "weight": weight}

@@ -1,6 +1,7 @@
 """A run's configuration in small. Sizes shrink; whatever can be wrong independently of size stays."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,7 @@ def shrink(config: Config, ranks: int, steps: int) -> Small:
         "model": model,
         "data": {"sequence_length": _length(config)},
         "optim": {"warmup_steps": min(config.optim.warmup_steps, 1)},
+        "finetune": _finetune(config, model["num_local_experts"], notes),
         # a step that is not finite is a finding, not one to leave out
         "train": {**train, "max_steps": steps, "max_tokens": None, "device": "cpu", "on_nan": "stop"},
         "parallel": {"expert_parallel_size": expert_parallel},
@@ -105,7 +107,10 @@ def _model(config: Config, ranks: int, notes: list[str]) -> dict[str, Any]:
     width = heads * head * model.hidden_size / (model.num_attention_heads * model.attention_head_dim)
     hidden = min(model.hidden_size, max(8, 2 * round(width / 2)))
     scale = math.sqrt(model.hidden_size / hidden)  # narrower layers keep the size of what they put out
+    if model.init_from is not None:
+        notes.append(f"model.init_from={model.init_from} is not loaded: the copy is smaller, with random weights")
     shape = {
+        "init_from": None,
         "hidden_size": hidden,
         "intermediate_size": min(
             model.intermediate_size,
@@ -138,6 +143,19 @@ def _experts(config: Config, ranks: int) -> int:
     size = fitting_expert_parallel(config.parallel.expert_parallel_size, model.num_local_experts, ranks)
     least = max(EXPERTS, model.num_experts_per_tok)
     return min(model.num_local_experts, -(-least // size) * size)
+
+
+def _finetune(config: Config, experts: int, notes: list[str]) -> dict[str, Any]:
+    """The same parts are trained, in every layer that is left: patterns that name one stand for all."""
+    train, some = config.finetune.train, config.finetune.experts
+    if not isinstance(train, str):
+        train = list(dict.fromkeys(re.sub(r"\blayers\.[^.]+", "layers.*", pattern) for pattern in train))
+    if some is not None and max(some) >= experts:
+        some = sorted({expert % experts for expert in some})
+    if (train, some) != (config.finetune.train, config.finetune.experts):
+        notes.append(f"finetune.train={config.finetune.train} with experts={config.finetune.experts} is {train} with "
+                     f"experts={some} here, where there are fewer layers or experts")
+    return {"train": train, "experts": some}
 
 
 def _window(config: Config) -> int | None:

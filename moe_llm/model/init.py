@@ -45,11 +45,17 @@ def _fill_normal(tensor: torch.Tensor, std: float, key: str) -> None:
 
 def build_model(config, seed: int, *, prepare=lambda model: None) -> MoEDecoder:
     """An initialised fp32 model on the CPU. `prepare` sees it while it has no storage yet, to shard it."""
+    model = build_blank(config, torch.float32, prepare=prepare)
+    init_weights(model, seed)
+    return model
+
+
+def build_blank(config, dtype: torch.dtype, *, prepare=lambda model: None) -> MoEDecoder:
+    """The same without values, for weights that are still to come."""
     with torch.device("meta"):
-        model = MoEDecoder(config)
+        model = MoEDecoder(config).to(dtype)
     prepare(model)
     materialize(model)
-    init_weights(model, seed)
     return model
 
 

@@ -67,17 +67,21 @@ def engine_config(config: Config, world_size: int) -> dict:
     return settings
 
 
-def adopt_layers(model: MoEDecoder, expert_parallel_size: int, rank: int) -> None:
+def adopt_layers(model: MoEDecoder, expert_parallel_size: int, rank: int, zero_stage: int = 1) -> None:
     """Make DeepSpeed see our mixture layers: its class, its attributes, its tags on expert parameters.
 
-    The process groups are made by the engine, which calls each layer's `set_deepspeed_parallelism`.
+    The process groups are made by the engine, which calls each layer's `set_deepspeed_parallelism`. Where no expert is
+    trained, ZeRO-1 and 2 would insist on experts in the optimizer, so the layers are not of its class; ZeRO-3 does not
+    insist, and has to see them, or it would share out each expert over ranks that hold another one.
     """
     from deepspeed.checkpoint import autoep_affine
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 
     experts = model.config.num_local_experts
     group_name = f"ep_size_{expert_parallel_size}"
-    adopted = type("ExpertParallelMoELayer", (_EngineContract, MoELayer, AutoEPMoELayer), {})
+    trained = any(p.requires_grad for m in model.modules() if type(m) is MoELayer for p in m.experts.parameters())
+    theirs = (AutoEPMoELayer,) if trained or zero_stage == 3 else ()
+    adopted = type("ExpertParallelMoELayer", (_EngineContract, MoELayer, *theirs), {})
     for layer in model.modules():
         if type(layer) is not MoELayer:
             continue
@@ -118,16 +122,45 @@ def split_groups(groups: list[dict]) -> list[dict]:
     """Optimizer parameter groups in which expert parameters stand apart, as the engine demands."""
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-    return split_params_into_different_moe_groups_for_optimizer(groups)
+    split = split_params_into_different_moe_groups_for_optimizer(groups)
+    return [group for group in split if group["params"]]  # it leaves groups of experts alone without any
 
 
 def read_full(parameter: torch.nn.Parameter, kind: str) -> torch.Tensor:
-    """The whole fp32 weight or optimizer tensor of a parameter (of this rank's experts). Collective."""
+    """The whole fp32 weight or optimizer tensor of a parameter that is trained (of this rank's experts). Collective."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     if kind == "weight":
         return safe_get_full_fp32_param(parameter)
     return safe_get_full_optimizer_state(parameter, kind)
+
+
+def read_frozen(parameter: torch.nn.Parameter, optimizer: Any) -> torch.Tensor:
+    """The whole of a parameter that is not trained, fp32: the optimizer knows nothing of it. Collective."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach().float()
+    group, piece = optimizer._get_param_partition_group(parameter), parameter.ds_tensor.detach()
+    whole = piece.new_empty(piece.numel() * torch.distributed.get_world_size(group))
+    torch.distributed.all_gather_into_tensor(whole, piece.contiguous(), group=group)
+    return whole[: parameter.ds_numel].view(parameter.ds_shape).float()
+
+
+@torch.no_grad()
+def decay_rows(parameter: torch.nn.Parameter, rows: list[int], factor: float, optimizer: Any) -> None:
+    """Multiply some rows (along the first dimension) of a parameter's fp32 weight, as far as this rank holds them."""
+    if hasattr(parameter, "ds_id"):
+        shape, rank = parameter.ds_shape, optimizer._get_param_partition_rank(parameter)
+        begin, held = rank * parameter.ds_tensor.numel(), optimizer._get_fp32_opt_state_partition(parameter, False)[0]
+    elif parameter._hp_mapping is None:  # all of it is on other ranks
+        return
+    else:
+        shape, mapping = parameter.shape, parameter._hp_mapping
+        begin, held = mapping.lp_fragment_address.start, mapping.get_hp_fragment()
+    size = shape[1:].numel()
+    for row in rows:
+        first, last = max(0, row * size - begin), min(held.numel(), (row + 1) * size - begin)
+        if first < last:
+            held[first:last].mul_(factor)
 
 
 def read_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -151,10 +184,10 @@ def write_full(parameter: torch.nn.Parameter, kind: str, value: torch.Tensor) ->
             value.flatten(), (0, size * torch.distributed.get_world_size(group) - value.numel())
         )
         piece = padded[rank * size : (rank + 1) * size]
-        optimizer.set_local_hp_param(piece, parameter, key)
+        optimizer.set_local_hp_param(piece, parameter, key)  # leaves alone what is not trained
         if kind == "weight":
             parameter.ds_tensor.data.copy_(piece)
-    else:
+    elif parameter.requires_grad:
         parameter.set_full_hp_param(value, key)
     if kind == "weight" and parameter.numel() == value.numel():  # not the placeholder of a partitioned one
         parameter.data.copy_(value.view_as(parameter))

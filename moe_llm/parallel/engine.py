@@ -70,9 +70,17 @@ def first_experts(model: nn.Module) -> dict[str, int]:
 
 
 class _NamedState:
-    """The parts of `TrainedState` that do not depend on who trains."""
+    """The parts of `TrainedState` that do not depend on who trains.
 
-    def __init__(self, model: MoEDecoder, runtime: Runtime, kinds: tuple[str, ...], replicas: int, replica: int):
+    Where only some experts are trained (`finetune.experts`), a stacked parameter is trained whole, since the engine
+    shares it out as one: the other experts' rows get no gradient, so that their moments stay zero and their weights
+    what they are. Weight decay is then applied here, to the trained rows alone: their group has none.
+    """
+
+    def __init__(
+        self, model: MoEDecoder, runtime: Runtime, config: Config, groups: list[dict], kinds: tuple[str, ...],
+        replicas: int, replica: int,
+    ):
         self.model = model
         self.kinds = kinds
         self.rank, self.world_size = runtime.rank, runtime.world_size
@@ -85,17 +93,57 @@ class _NamedState:
                 shape=tuple(getattr(p, "ds_shape", p.shape)),
                 first_expert=first.get(name),
                 trainable=p.requires_grad,
+                trained_experts=_trained_experts(config) if name in first and p.requires_grad else None,
                 # Replicas of a parameter take turns as its writer, so that all ranks write at once.
                 writer=(i % replicas == replica) if name in first else (i % self.world_size == self.rank),
             )
             for i, (name, p) in enumerate(self._parameters.items())
         ]
+        self._trained_rows = {}
+        for entry in self._entries:
+            if entry.trained_experts is not None:
+                parameter, rows = self._parameters[entry.name], [entry.trains(e) for e in entry.experts]
+                self._trained_rows[parameter] = [row for row, trained in enumerate(rows) if trained]
+                others = [row for row, trained in enumerate(rows) if not trained]
+                parameter.register_hook(_clear_rows(torch.tensor(others, device=runtime.device)))
+        self._decays = [
+            (p, group["row_weight_decay"], group.get("lr_multiplier", 1.0))
+            for group in groups if "row_weight_decay" in group for p in group["params"]
+        ]
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
+        """Give each group its rate, and the trained rows of stacked parameters their decay (as AdamW does it)."""
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_multiplier", 1.0)
+        for parameter, decay, multiplier in self._decays:
+            self._decay_rows(parameter, self._trained_rows[parameter], 1 - lr * multiplier * decay)
+
+    def _decay_rows(self, parameter: nn.Parameter, rows: list[int], factor: float) -> None:
+        """Multiply some rows of a parameter's fp32 weight."""
+        raise NotImplementedError
 
     def entries(self) -> list[Entry]:
         return self._entries
 
     def gather(self, value: Any) -> Sequence[Any]:
         return self._runtime.gather(value)
+
+
+def _trained_experts(config: Config) -> tuple[int, ...] | None:
+    chosen = config.finetune.experts
+    return None if chosen is None else tuple(sorted(set(chosen)))
+
+
+def _clear_rows(rows: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda gradient: gradient.index_fill(0, rows, 0.0)
+
+
+def _assert_grouped(model: nn.Module, groups: list[dict]) -> None:
+    """The optimizer is given all that is to be trained: what it does not know would stay as it is, unseen."""
+    given, experts = {id(p) for group in groups for p in group["params"]}, first_experts(model)
+    lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in given]
+    whose = "of the experts" if all(name in experts for name in lost) else "of these parameters"
+    assert not lost, f"{lost[0]} is in no parameter group of the optimizer: {len(lost)} tensors {whose} are left out"
 
 
 class LocalEngine(_NamedState):
@@ -105,7 +153,7 @@ class LocalEngine(_NamedState):
         self, model: MoEDecoder, runtime: Runtime, config: Config, groups: list[dict],
         build_optimizer: OptimizerFactory, kinds: tuple[str, ...],
     ):
-        super().__init__(model.to(runtime.device), runtime, kinds, replicas=1, replica=0)
+        super().__init__(model.to(runtime.device), runtime, config, groups, kinds, replicas=1, replica=0)
         self.clip = config.optim.grad_clip
         masters = {p: p for p in model.parameters()}
         if config.train.precision == "bf16":
@@ -136,12 +184,16 @@ class LocalEngine(_NamedState):
 
     def step(self, lr: float) -> float:
         norm = torch.nn.utils.clip_grad_norm_(self._trained, self.clip or float("inf"))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self._before_step(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._publish()
         return norm.item()
+
+    @torch.no_grad()
+    def _decay_rows(self, parameter: nn.Parameter, rows: list[int], factor: float) -> None:
+        for row in rows:
+            self._masters[parameter][row].mul_(factor)
 
     @torch.no_grad()
     def _publish(self) -> None:
@@ -208,12 +260,15 @@ class DeepSpeedEngine(_NamedState):
     ):
         ep = config.parallel.expert_parallel_size
         self.accumulation = config.accumulation_steps(runtime.world_size)
-        contract.adopt_layers(model, ep, runtime.rank)
+        _assert_grouped(model, groups)
+        given = [{**group, "params": list(group["params"])} for group in groups]  # splitting changes its argument
+        contract.adopt_layers(model, ep, runtime.rank, config.parallel.zero_stage)
         optimizer = build_optimizer(contract.split_groups(groups))
         self.engine, _ = runtime.accelerator.prepare(model, optimizer)
-        assert self.engine.has_moe_layers, "DeepSpeed does not see the mixture layers"
+        trained = any(model.get_parameter(name).requires_grad for name in first_experts(model))
+        assert self.engine.has_moe_layers or not trained, "DeepSpeed does not see the mixture layers"
         super().__init__(
-            model, runtime, kinds, replicas=runtime.world_size // ep, replica=runtime.rank // ep
+            model, runtime, config, given, kinds, replicas=runtime.world_size // ep, replica=runtime.rank // ep
         )
 
     def forward(self, **inputs: Any) -> MoEOutput:
@@ -234,18 +289,24 @@ class DeepSpeedEngine(_NamedState):
         return bool(_norm(weights, self._runtime.device).isfinite())
 
     def step(self, lr: float) -> float:
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        self._before_step(self.engine.optimizer, lr)
         self.engine.step()
         assert not self.engine.optimizer.overflow, "DeepSpeed has left out a step whose gradients are finite"
         return float(self.engine.get_global_grad_norm())
+
+    def _decay_rows(self, parameter: nn.Parameter, rows: list[int], factor: float) -> None:
+        contract.decay_rows(parameter, rows, factor, self.engine.optimizer)
 
     def gradient(self, name: str) -> Tensor:
         return contract.read_gradient(self._parameters[name]).float().cpu()
 
     def read(self, name: str, kind: str) -> Tensor:
+        parameter = self._parameters[name]
+        if not parameter.requires_grad:
+            assert kind == "weight", f"{name} is not trained and has no {kind}"
+            return contract.read_frozen(parameter, self.engine.optimizer).cpu()
         contract.link_optimizer_state(self.engine.optimizer)
-        value = contract.read_full(self._parameters[name], kind)
+        value = contract.read_full(parameter, kind)
         assert value is not None, f"{name} is in no parameter group of the optimizer"
         return value.cpu()
 

@@ -4,10 +4,22 @@ Two things implement it: a torch optimizer in one process, and the DeepSpeed eng
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How a matrix that is never changed lies in the checkpoint that it comes from, and shall lie in every later one.
+
+    dtype: as stored there. original: its values, where the model in training does not hold them exactly; on the rank
+    that writes it alone.
+    """
+
+    dtype: torch.dtype
+    original: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -18,6 +30,9 @@ class Entry:
     first_expert: index of the first expert held here; None for dense parameters.
     trainable: whether it has optimizer tensors.
     writer: whether this rank is the one that writes it; exactly one of those that hold it is.
+    trained_experts: of a trainable expert parameter, the only experts of the layer (over all ranks) that are trained;
+        None: all of them.
+    kept: by published name, what is never changed and comes from a checkpoint; filled when that is loaded.
     """
 
     name: str
@@ -25,6 +40,17 @@ class Entry:
     first_expert: int | None
     trainable: bool
     writer: bool
+    trained_experts: tuple[int, ...] | None = None
+    kept: dict[str, Kept] = field(default_factory=dict, compare=False)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether anything of it is never changed."""
+        return not self.trainable or self.trained_experts is not None
+
+    def trains(self, expert: int) -> bool:
+        """Whether an expert, by its index over all ranks, is trained."""
+        return self.trainable and (self.trained_experts is None or expert in self.trained_experts)
 
     @property
     def experts(self) -> range | None:

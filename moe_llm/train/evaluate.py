@@ -42,9 +42,12 @@ def validation_loss(
 @torch.no_grad()
 def evaluate_files(
     checkpoint: str | Path, files: str | list[str], *, batch_size: int = 8, sequence_length: int | None = None,
-    max_blocks: int | None = None,
+    max_blocks: int | None = None, chat: bool = False,
 ) -> dict[str, float]:
     """Loss (nats a token), perplexity and bits per byte of a checkpoint on text files.
+
+    Args:
+        chat: the files hold chat, and the loss is that of the assistant's turns.
 
     Raises:
         UserError: no checkpoint there, or no text.
@@ -56,7 +59,7 @@ def evaluate_files(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = MoEForCausalLM.from_pretrained(checkpoint).to(device)
     length = sequence_length or min(model.config.max_position_embeddings, 4096)
-    text = load_evaluation(files, tokenizer, sequence_length=length, max_blocks=max_blocks)
+    text = load_evaluation(files, tokenizer, sequence_length=length, max_blocks=max_blocks, chat=chat)
     loss_sum, targets = 0.0, 0
     for batch in text.batches(micro_batch_size=batch_size):
         output = model(**model_inputs(batch.to(device)))

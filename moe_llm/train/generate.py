@@ -4,14 +4,18 @@ from pathlib import Path
 
 import torch
 
+from moe_llm.checkpoint.folder import complete_checkpoints
 from moe_llm.data.tokenizer import load_tokenizer
 from moe_llm.errors import UserError
 
 
 def check_checkpoint_directory(checkpoint: str | Path) -> None:
     """Refuse what is plainly no checkpoint, before anything heavy is imported."""
-    if not (Path(checkpoint) / "config.json").is_file():
-        raise UserError(f"checkpoint {str(checkpoint)!r} holds no config.json: name a checkpoint directory")
+    if (Path(checkpoint) / "config.json").is_file():
+        return
+    newest = next(iter(complete_checkpoints(Path(checkpoint) / "checkpoints")), None)
+    name = f"such as {newest}" if newest else "such as RUN/checkpoints/step-00000020"
+    raise UserError(f"checkpoint {str(checkpoint)!r} holds no config.json: name a checkpoint directory, {name}")
 
 
 def generate(

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from moe_llm.checkpoint.hf import is_expert, is_router
 from moe_llm.config import Config
 from moe_llm.config.schema import OptimConfig
 
@@ -17,6 +18,24 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         {"name": "vectors", "params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def groups_by_part(model: nn.Module, groups: list[dict], config: Config) -> list[dict]:
+    """Parameter groups cut further where parts of the model have rates of their own (`optim.lr_multipliers`), or only
+    some of the experts are trained (`finetune.experts`): engines then decay the rows of these alone."""
+    rates, names = config.optim.lr_multipliers, {p: name for name, p in model.named_parameters()}
+    some = config.finetune.experts is not None
+    cut: dict[str, dict] = {}
+    for group in groups:
+        for parameter in group["params"]:
+            experts = is_expert(names[parameter])
+            rate = rates.experts if experts else rates.router if is_router(names[parameter]) else rates.rest
+            name = group["name"] + (f"_times_{rate:g}" if rate != 1 else "") + ("_of_some_experts" * (some and experts))
+            part = cut.setdefault(name, {**group, "params": [], "name": name, "lr_multiplier": rate})
+            part["params"].append(parameter)
+            if some and experts:
+                part |= {"row_weight_decay": group["weight_decay"], "weight_decay": 0.0}
+    return list(cut.values())
 
 
 def build_optimizer(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:

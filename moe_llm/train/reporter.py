@@ -4,6 +4,7 @@ from pathlib import Path
 
 from moe_llm.config import Config
 from moe_llm.data.loader import Data
+from moe_llm.finetune.selection import describe
 from moe_llm.parallel.engine import Engine
 from moe_llm.parallel.runtime import Runtime
 from moe_llm.train.console import Console
@@ -59,8 +60,23 @@ def announce(
         f"{config.train.precision} · {config.tokens_per_step:,} tokens a step · "
         f"{training:,} training tokens"
     )
+    for part in data.statistics:
+        if part.dropped or part.truncated:
+            reporter.say(
+                f"{part.name} ({part.split}): of {part.documents} examples {part.dropped} are left out and "
+                f"{part.truncated} cut, because a block has {config.data.sequence_length} tokens"
+            )
+    if not config.finetune.whole:
+        reporter.say(describe(config))
     if source is not None:
         reporter.say(f"resuming from {source} at step {position.step}")
+    if position.step >= config.max_steps:
+        reporter.say(f"nothing is left to train: the run has {position.step} of {config.max_steps} steps")
+    elif config.optim.warmup_steps >= config.max_steps:
+        reporter.say(
+            f"the learning rate does not reach optim.lr={config.optim.lr:g}: its warm-up takes "
+            f"{config.optim.warmup_steps} steps of {config.max_steps}"
+        )
 
 
 def farewell(config: Config, run_dir: Path, checkpoint: Path | None, finished: bool) -> None:

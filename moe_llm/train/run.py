@@ -7,7 +7,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from moe_llm.checkpoint.background import Background
+from moe_llm.checkpoint.folder import complete_checkpoints
 from moe_llm.checkpoint.manifest import verify
 from moe_llm.checkpoint.ranks import is_disk_full, together
 from moe_llm.checkpoint.resume import check_same_run, find_resumable
@@ -17,19 +20,25 @@ from moe_llm.data.loader import TrainLoader, load_data
 from moe_llm.data.sources import check_sources
 from moe_llm.data.tokenizer import build_tokenizer, check_vocab, resolve_vocab
 from moe_llm.errors import UserError
-from moe_llm.model.init import build_model
+from moe_llm.finetune.freeze import freeze
+from moe_llm.finetune.origin import check_origin, load_origin
+from moe_llm.finetune.selection import trained_names
+from moe_llm.model.decoder import MoEDecoder
+from moe_llm.model.init import build_blank, build_model
 from moe_llm.parallel.engine import Engine, build_engine, shard_experts
 from moe_llm.parallel.runtime import Runtime, rank_from_environment, start, world_size_from_environment
 from moe_llm.parallel.side_group import SideGroup
 from moe_llm.train.evaluate import validation_loss
 from moe_llm.train.loop import Callbacks, Position, train_loop
 from moe_llm.train.metrics import read_metrics
-from moe_llm.train.optim import build_optimizer, optimizer_kinds, parameter_groups
+from moe_llm.train.optim import build_optimizer, groups_by_part, optimizer_kinds, parameter_groups
 from moe_llm.train.reporter import Reporter, announce, farewell
 from moe_llm.train.signals import StoppedEarly, StopRequest
 from moe_llm.train.watchdog import Telling, Watchdog
 
 T = TypeVar("T")
+# what may be in a run directory before its config.yaml is: of a run that was ended early, and of `moe-llm tokenizer`
+_OF_A_RUN = {"tokenizer", "config.yaml.tmp", "checkpoints", "metrics.jsonl", "wandb"}
 
 
 def train(config: Config) -> None:
@@ -41,8 +50,11 @@ def train(config: Config) -> None:
     run_dir = Path(config.run.dir)
     config.check_layout(world_size_from_environment())
     check_sources(config)
-    _check_run_dir(run_dir, config)
+    trained_names(config)  # refuses what names nothing
     _check_resume(run_dir, config)
+    _check_run_dir(run_dir, config)
+    if config.checkpoint.resume in ("auto", "never") and not any((run_dir / "checkpoints").glob("step-*")):
+        check_origin(config)
     try:
         with StopRequest() as stop:
             runtime = start(config)
@@ -56,6 +68,8 @@ def train(config: Config) -> None:
         if rank_from_environment() == 0:
             print("stopped before training, so nothing was saved: run the same command again to start")
     except OSError as error:
+        if not run_dir.is_dir():
+            raise UserError(f"run.dir={str(run_dir)!r} cannot be made ({error.strerror}): name another") from error
         if not is_disk_full(error):
             raise
         where = f" for {error.filename}" if error.filename else f" for run.dir={config.run.dir!r}"
@@ -124,15 +138,29 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
 
 def build_trained(config: Config, runtime: Runtime, source: Path | None) -> tuple[Engine, Position]:
     """The model under its engine, initialised from the seed or restored from a checkpoint at any layout."""
-    experts = config.expert_range(runtime.rank)
-    model = build_model(config.model, config.run.seed, prepare=lambda m: shard_experts(m, experts))
-    groups = parameter_groups(model, config.optim.weight_decay)
+    model = _build_model(config, runtime)
+    freeze(model, config)
+    groups = groups_by_part(model, parameter_groups(model, config.optim.weight_decay), config)
     engine = build_engine(
         model, runtime, config, groups, lambda g: build_optimizer(g, config.optim), optimizer_kinds(config.optim)
     )
-    if source is None:
-        return engine, Position()
-    return engine, restore(engine, source, hashes=False)  # `_resume_source` has compared them
+    if source is not None:
+        return engine, restore(engine, source, hashes=False)  # `_resume_source` has compared them
+    if config.model.init_from is not None:
+        load_origin(engine, config.model)
+    return engine, Position()
+
+
+def _build_model(config: Config, runtime: Runtime) -> MoEDecoder:
+    """With this rank's experts; where its weights are to come from elsewhere, it has none yet, and no dtype wider than
+    it will need."""
+    def keep_own(model: MoEDecoder) -> None:
+        shard_experts(model, config.expert_range(runtime.rank))
+
+    if config.model.init_from is None:
+        return build_model(config.model, config.run.seed, prepare=keep_own)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    return build_blank(config.model, dtype, prepare=keep_own)
 
 
 def restore(engine: Engine, source: Path, *, hashes: bool) -> Position:
@@ -165,6 +193,10 @@ def _check_run_dir(run_dir: Path, config: Config) -> None:
     held = run_dir / "config.yaml"
     if held.exists():
         check_same_run(held.read_text(encoding="utf-8"), config)
+    elif run_dir.is_dir() and (others := {path.name for path in run_dir.iterdir()} - _OF_A_RUN):
+        raise UserError(
+            f"run.dir={str(run_dir)!r} holds {min(others)!r} and is no run's directory: name a new or an empty one"
+        )
     metrics = run_dir / "metrics.jsonl"
     if metrics.exists():
         read_metrics(metrics)
@@ -186,7 +218,14 @@ def _resume_source(config: Config, run_dir: Path, runtime: Runtime) -> Path | No
     """The checkpoint to start from, if any, every file of it compared with its hash. Collective."""
     resume = config.checkpoint.resume
     if resume == "auto":
-        return find_resumable(run_dir / "checkpoints", report=_complain, ranks=runtime)
+        root = run_dir / "checkpoints"
+        source = find_resumable(root, report=_complain, ranks=runtime)
+        if source is None and on_main(runtime, lambda: bool(complete_checkpoints(root))):
+            raise UserError(
+                f"run.dir={str(run_dir)!r} has checkpoints and none is sound: bring one back, name one elsewhere with "
+                "checkpoint.resume=PATH, or set another run.dir to start anew"
+            )
+        return source
     if resume == "never":
         return None
     verify(Path(resume), runtime)

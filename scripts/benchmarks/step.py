@@ -1,6 +1,6 @@
 """Time the training step of this package against transformers' and DeepSpeed's, on the same weights and batches.
 
-    python scripts/benchmarks/step.py [--suites main skew tokens experts lengths memory] [--dtype bf16 fp32]
+    python scripts/benchmarks/step.py [--suites main fine-grained skew tokens experts memory] [--dtype bf16 fp32]
                                       [--threads 2] [--rounds 9] [--optimizer] [--out scripts/benchmarks/results]
 
 Contenders take turns within one process, so that a busy machine slows all of them alike: read the ratios, not the
@@ -31,7 +31,9 @@ QUICKSTART = Shape(8, 256, hidden=192, width=256, heads=6, vocabulary=4096)
 MIXTRAL_LAYER = Shape(1, 512, hidden=4096, width=14336, layers=1, heads=32, kv_heads=8, vocabulary=32000)
 FINE_GRAINED = Shape(4, 512, width=256, experts=64, top_k=6)
 SUITES: dict[str, dict[str, Shape]] = {
-    "main": {"main": MAIN, "quickstart": QUICKSTART, "fine-grained": FINE_GRAINED},
+    "main": {"main": MAIN},
+    "quickstart": {"quickstart": QUICKSTART},
+    "fine-grained": {"fine-grained": FINE_GRAINED},
     "mixtral": {"one layer of Mixtral 8x7B": MIXTRAL_LAYER},
     "lengths": {f"1 x {length}": replace(MAIN, batch=1, length=length) for length in (512, 1024, 2048, 4096, 8192)},
     "skew": {"balanced": MAIN, "60% of tokens to one expert": replace(MAIN, share=0.6)},
@@ -245,7 +247,7 @@ def environment(arguments) -> dict:
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = next((line.split(":")[1].strip() for line in flags.splitlines() if line.startswith("model name")), "")
     return {
-        "date": date.today().isoformat(), "command": " ".join(["python", *sys.argv]),
+        "date": date.today().isoformat(), "suites": arguments.suites, "command": " ".join(["python", *sys.argv]),
         "cpu": model or platform.machine(),
         "amx": "amx_bf16" in flags, "threads": arguments.threads, "python": platform.python_version(),
         "torch": torch.__version__, "transformers": transformers.__version__, "optimizer": arguments.optimizer,
@@ -254,10 +256,9 @@ def environment(arguments) -> dict:
 
 def write(results: list[dict], about: dict, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    stem = out / f"step-{about['date']}-{'-'.join(dict.fromkeys(r['dtype'] for r in results))}"
+    stem = out / "-".join(["step", about["date"], *about["suites"]])
     stem.with_suffix(".json").write_text(json.dumps({"environment": about, "results": results}, indent=1) + "\n")
     plot([r for r in results if "contenders" in r], stem.with_suffix(".png"))
-    print(f"written: {stem}.json, {stem}.png")
 
 
 def plot(results: list[dict], path: Path) -> None:
@@ -313,7 +314,8 @@ def main() -> None:
                 row["suite"] = suite
                 show(row)
             results += rows
-    write(results, about, arguments.out)
+            write(results, about, arguments.out)  # what there is, should the rest be interrupted
+    print(f"written to {arguments.out}")
 
 
 if __name__ == "__main__":

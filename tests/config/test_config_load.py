@@ -274,7 +274,7 @@ def test_a_wrong_file_is_one_sentence(tmp_path, text, words):
 
 def test_an_unreadable_file_is_one_sentence(tmp_path):
     assert "does not exist" in refusal(path=tmp_path / "none.yaml")
-    assert "cannot be read" in refusal(path=tmp_path)
+    assert "is a directory" in refusal(path=tmp_path)
     latin = tmp_path / "latin.yaml"
     latin.write_bytes(b"run: {dir: \xe9}")
     assert "cannot be read" in refusal(path=latin)

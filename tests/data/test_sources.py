@@ -70,6 +70,18 @@ def test_hub_reads_a_dataset_directory(tmp_path):
         list(read_documents(source.model_copy(update={"split": "nope"}), FIELD))
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_hub_reads_what_save_to_disk_wrote(tmp_path, several):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": ["one", "two"]})
+    (datasets.DatasetDict(train=rows) if several else rows).save_to_disk(tmp_path / "saved")
+    assert list(read_documents(SourceConfig(type="hub", path=str(tmp_path / "saved")), FIELD)) == ["one", "two"]
+    if several:
+        with pytest.raises(UserError, match=r"split=test.*cannot be loaded"):
+            list(read_documents(SourceConfig(type="hub", path=str(tmp_path / "saved"), split="test"), FIELD))
+
+
 def test_hub_out_of_reach_is_one_sentence(monkeypatch):
     import datasets
 

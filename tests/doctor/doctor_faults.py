@@ -34,6 +34,19 @@ def _left_out(rank, chosen):
     return on_ranks(rank, run, "parameter_groups", groups)
 
 
+def other_experts_decay_too(rank):
+    """All rows of a stacked parameter decay, those of the experts too that are not trained."""
+    from moe_llm.parallel import deepspeed
+
+    real = deepspeed.decay_rows
+
+    def every_row(parameter, rows, factor, optimizer):
+        held = getattr(parameter, "ds_shape", parameter.shape)[0]
+        real(parameter, list(range(held)), factor, optimizer)
+
+    return on_ranks(rank, deepspeed, "decay_rows", every_row)
+
+
 def experts_never_stepped(rank):
     """The optimizer knows the experts, and a step leaves them as they were."""
     from moe_llm.parallel.engine import DeepSpeedEngine

@@ -69,6 +69,21 @@ def test_without_a_fault_all_checks_pass(doctor_ranks):
     assert {key for _, key, _, _ in PLANTED} - {"run", "export_load"} <= seen
 
 
+def test_the_experts_alone_are_examined_as_they_are_trained(doctor_ranks):
+    """Some of them even; and what keeps them from being trained, or changes the rest, is found."""
+    chosen = ["parallel.expert_parallel_size=2", "finetune.train=experts", "finetune.experts=[1,6]"]
+    report = examine(load_config(QUICKSTART, chosen), steps=2, processes=doctor_ranks)
+    assert [finding for finding in report.findings if finding.failed] == []
+    assert "frozen" in {finding.key for finding in report.findings}
+    for fault, key, words in (
+        (faults.experts_left_out_of_the_optimizer, "run", "experts are not in the optimizer"),
+        (faults.other_experts_decay_too, "frozen", "is in the optimizer, or decays"),
+    ):
+        report = examine(load_config(QUICKSTART, chosen), steps=2, plant=fault, processes=doctor_ranks)
+        failed = {finding.key: finding for finding in report.findings if finding.failed}
+        assert words in failed[key].cause
+
+
 def test_a_dead_rank_leaves_its_last_words(doctor_ranks):
     report = examine(load_config(QUICKSTART), steps=2, plant=faults.a_rank_dies, processes=doctor_ranks)
     (failed,) = [finding for finding in report.findings if finding.failed]

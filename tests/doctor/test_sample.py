@@ -1,11 +1,14 @@
 """The text is the user's own where it can be read, and short."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from moe_llm.config import load_config
 from moe_llm.data.cache import DocumentEncoder
+from moe_llm.data.chat import read_examples
+from moe_llm.data.chat_template import MIXTRAL
 from moe_llm.data.loader import load_data
 from moe_llm.data.sources import named_sources, read_documents
 from moe_llm.data.tokenizer import build_tokenizer, load_tokenizer
@@ -93,3 +96,26 @@ def test_pieces_have_very_different_lengths_and_nothing_twice(tmp_path):
     lengths = [len(encoder.encode([piece])[0]) for piece in pieces]
     assert min(lengths) < 30 < 60 < max(lengths)
     assert 500 <= sum(lengths) < 700
+
+
+@pytest.mark.parametrize("template", ["auto", "long"])
+def test_chat_stays_chat(tmp_path, template):
+    """Also with a template that is longer than the doctor's blocks."""
+    rows = tmp_path / "chat.jsonl"
+    rows.write_text("".join(
+        json.dumps({"prompt": f"zebra {i} crosses?", "completion": f"the wide river {i * i}"}) + "\n"
+        for i in range(2000)
+    ))
+    (tmp_path / "long").write_text("be kind to animals and count them " * 4 + MIXTRAL)
+    name = template if template == "auto" else tmp_path / "long"
+    config, notes = prepare(
+        tmp_path / "small", f"data.sources=[{{type: files, path: {rows}, content: chat}}]", "data.over_long=drop",
+        f"data.chat_template={name}",
+    )
+    assert ["the chat template alone writes" in note for note in notes] == [True]
+    data = load_data(config, build_tokenizer(config, Path(config.run.dir) / "tokenizer"), show_progress=False)
+    seen = data.train.rows(0, config.max_steps * config.train.global_batch_size)
+    assert 0.05 < (seen.labels_BS != -100).sum() / seen.attention_mask_BS.sum() < 0.7
+    assert not seen.attention_mask_BS.all()
+    assert len(data.train) > config.train.global_batch_size
+    assert "zebra" in "".join(e.plain for f, s in named_sources(config) for e in read_examples(s, f))

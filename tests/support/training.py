@@ -82,14 +82,14 @@ def train_steps(cfg, steps: int, *, source: str | None = None, first: int = 0, s
             engine.backward(losses.total, last=j == rounds - 1)
             shares += torch.stack([losses.total.detach(), losses.aux])
         if step == first:
-            result["gradients"] = _named(engine, engine.gradient)
+            result["gradients"] = _named(engine, engine.gradient, trained=True)
         result["norms"].append(engine.step(learning_rate(cfg, step)))
         loss, aux = (runtime.sum(shares) / runtime.world_size).tolist()
         result["losses"].append(loss)
         result["aux"].append(aux)
     result["weights"] = _named(engine, lambda name: engine.read(name, "weight"))
     for kind in engine.kinds:
-        result[kind] = _named(engine, lambda name, k=kind: engine.read(name, k))
+        result[kind] = _named(engine, lambda name, k=kind: engine.read(name, k), trained=True) if steps or first else {}
     if save:
         from moe_llm.checkpoint.state import save_checkpoint
         from moe_llm.config import dump_config
@@ -103,8 +103,9 @@ def train_steps(cfg, steps: int, *, source: str | None = None, first: int = 0, s
     return result
 
 
-def _named(engine, read) -> dict[str, tuple[int | None, torch.Tensor]]:
-    return {entry.name: (entry.first_expert, read(entry.name).clone()) for entry in engine.entries()}
+def _named(engine, read, trained: bool = False) -> dict[str, tuple[int | None, torch.Tensor]]:
+    entries = [entry for entry in engine.entries() if entry.trainable or not trained]
+    return {entry.name: (entry.first_expert, read(entry.name).clone()) for entry in entries}
 
 
 def difference(found: list[dict], expected: dict, what: str) -> tuple[float, str]:

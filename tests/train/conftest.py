@@ -49,3 +49,13 @@ def finished_run(corpus, cache, tmp_path_factory) -> Path:
     raw = runs.sections(corpus, cache, root / "run", evaluate={"every_steps": 2, "max_blocks": 4})
     assert main(["train", str(runs.write_yaml(root / "finished.yaml", raw))]) == 0
     return root / "run"
+
+
+@pytest.fixture
+def held(finished_run, tmp_path) -> Path:
+    """A finished run of its own, with the configuration that made it; to be refused, and left as it is."""
+    copy = runs.copy_run(finished_run, tmp_path / "held/run")
+    text = (copy / "config.yaml").read_text().replace(str(finished_run), str(copy))
+    (copy / "config.yaml").write_text(text)
+    (tmp_path / "held/held.yaml").write_text(text)
+    return copy

@@ -36,16 +36,6 @@ def refused(capfd):
     return refused
 
 
-@pytest.fixture
-def held(finished_run, tmp_path) -> Path:
-    """A finished run of its own, with the configuration that made it; to be refused, and left as it is."""
-    copy = runs.copy_run(finished_run, tmp_path / "held/run")
-    text = (copy / "config.yaml").read_text().replace(str(finished_run), str(copy))
-    (copy / "config.yaml").write_text(text)
-    (tmp_path / "held/held.yaml").write_text(text)
-    return copy
-
-
 IN_THE_FILE = {
     "unknown key": (["model.num_expert=4"], "unknown configuration key model.num_expert: did you mean "),
     "unknown section": (["optimizer.lr=1"], "unknown configuration key optimizer: did you mean optim?"),
@@ -56,12 +46,16 @@ IN_THE_FILE = {
     "experts and EP": (["parallel.expert_parallel_size=3"],
                        "parallel.expert_parallel_size=3 does not divide model.num_local_experts=4: "),
     "EP above the world": (["parallel.expert_parallel_size=2"],
-                           "parallel.expert_parallel_size=2 does not divide the 1 launched ranks: "),
+                           "parallel.expert_parallel_size=2 does not divide the number of launched ranks, 1: "),
     "micro and global": (["train.global_batch_size=3"], "train.global_batch_size=3 is not a multiple of "),
     "two lengths": (["train.max_tokens=9"], "train.max_steps=6 stands beside train.max_tokens=9: "),
     "missing data": (["data.sources.0.path=none.txt"], "data.sources.0.path=none.txt does not exist: "),
     "nothing matches": (["data.sources.0.path=none/*.txt"], "data.sources.0.path=none/*.txt matches no file: "),
     "a file as run.dir": (["run.dir={corpus}"], "run.dir='{corpus}' is a file: name a directory"),
+    "run.dir of something else": (["run.dir={folder}"], "run.dir='{folder}' holds 'thesis.tex' and is no run's "),
+    "run.dir that cannot be": (["run.dir=/proc/none"], "run.dir='/proc/none' cannot be "),
+    "no unit": (["checkpoint.max_shard_size=5"], "checkpoint.max_shard_size=5 is not a size: write it like 5GB"),
+    "one beta": (["optim.betas=0.9"], "optim.betas=0.9 is refused: it must be a list, such as [0.9, 0.95]"),
     "no such checkpoint": (["checkpoint.resume=none"], "checkpoint.resume='none' is no checkpoint directory: give "),
     "no such tokenizer": (["tokenizer.path=./none.model", "model.vocab_size=null"],
                           "tokenizer.path=./none.model does not exist: "),
@@ -72,9 +66,12 @@ IN_THE_FILE = {
 @pytest.mark.parametrize("name", IN_THE_FILE)
 def test_a_mistake_in_a_new_run(name, refused, make_config, tmp_path, corpus):
     overrides, start = IN_THE_FILE[name]
-    overrides = [text.format(corpus=corpus) for text in overrides]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("All of it.")
+    overrides = [text.format(corpus=corpus, folder=folder) for text in overrides]
     sentence = refused(["train", str(make_config()), *overrides], tmp_path)
-    assert sentence.startswith(start.format(corpus=corpus))
+    assert sentence.startswith(start.format(corpus=corpus, folder=folder))
     assert ". " not in sentence
 
 
@@ -82,7 +79,8 @@ def test_a_mistake_in_a_new_run(name, refused, make_config, tmp_path, corpus):
     ("overrides", "start"),
     [
         (["parallel.expert_parallel_size=2"],
-         "parallel.expert_parallel_size=2 does not divide the 3 launched ranks: launch a multiple of it, or lower it"),
+         "parallel.expert_parallel_size=2 does not divide the number of launched ranks, 3: launch a multiple of it "
+         "(accelerate launch --num_processes), or lower it"),
         ([], "train.global_batch_size=4 is not a multiple of train.micro_batch_size=2 x 3 ranks = 6: change one"),
     ],
 )
@@ -165,6 +163,13 @@ def test_auto_passes_over_a_spoiled_checkpoint_and_says_so(file, spoil, words, h
     assert words in err
     assert f"resuming from {held / 'checkpoints/step-00000003'} at step 3" in err
     assert runs.timeless(held) == runs.timeless(finished_run)
+
+
+def test_auto_does_not_start_anew_where_every_checkpoint_is_spoiled(held, refused, tmp_path):
+    for step in (held / "checkpoints").glob("step-*"):
+        SPOILED[1][1](step / SPOILED[1][0])
+    sentence = refused(["train", str(held.parent / "held.yaml")], tmp_path)
+    assert "has checkpoints and none is sound" in sentence
 
 
 def test_resuming_from_what_is_no_training_checkpoint(refused, finished_run, make_config, tmp_path):

@@ -205,4 +205,22 @@ def test_what_is_no_checkpoint_is_one_sentence(command, capsys):
     assert main(command) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == "moe-llm: error: checkpoint 'none' holds no config.json: name a checkpoint directory\n"
+    assert err == (
+        "moe-llm: error: checkpoint 'none' holds no config.json: name a checkpoint directory, "
+        "such as RUN/checkpoints/step-00000020\n"
+    )
+
+
+def test_a_run_given_for_a_checkpoint_is_told_its_newest(finished_run, capsys):
+    assert main(["evaluate", str(finished_run), "--data", "x"]) == 2
+    assert f"such as {finished_run}/checkpoints/step-00000006" in capsys.readouterr().err
+
+
+def test_a_run_at_its_end_says_so(held, capsys):
+    assert main(["train", str(held.parent / "held.yaml")]) == 0
+    assert "nothing is left to train: the run has 6 of 6 steps" in capsys.readouterr().err
+
+
+def test_a_rate_that_is_never_reached_is_told(make_config, capsys):
+    assert main(["train", str(make_config("warm")), "train.max_steps=2", "optim.warmup_steps=2"]) == 0
+    assert "the learning rate does not reach optim.lr" in capsys.readouterr().err

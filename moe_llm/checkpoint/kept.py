@@ -1,0 +1,57 @@
+"""What is never changed by training stays what it was, to the last byte, in every checkpoint of a run.
+
+A frozen matrix is exported in the dtype in which it was stored where it came from, whatever that of the export is. A
+model in training may hold it in another one: it is kept beside it, as it was, only where it cannot be had back.
+"""
+
+import torch
+
+from moe_llm.checkpoint.plan import is_trained, pieces_of
+from moe_llm.checkpoint.weights import Weights
+from moe_llm.parallel.state import Entry, Kept, TrainedState
+
+
+def read_trained(entry: Entry, source: Weights) -> torch.Tensor:
+    """A tensor of the optimizer as this rank holds it, fp32; of experts that are not trained nothing is stored, and
+    theirs is zero."""
+    if entry.trained_experts is None:
+        return source.read(entry.name, entry.shape, entry.first_expert)
+    whole = torch.zeros(entry.shape)
+    for row, expert in enumerate(entry.experts):
+        if entry.trains(expert):
+            whole[row : row + 1] = source.read(entry.name, (1, *entry.shape[1:]), expert)
+    return whole
+
+
+def write_weight(state: TrainedState, entry: Entry, model: Weights, masters: Weights) -> None:
+    """Give a model in training one parameter, and remember of what is frozen in it how it is stored. Collective.
+
+    Args:
+        model: the weights as exported. masters: those of what is trained; may be the same.
+    """
+    if not entry.frozen:
+        state.write(entry.name, "weight", masters.read(entry.name, entry.shape, entry.first_expert))
+        return
+    weight = model.read(entry.name, entry.shape, entry.first_expert)
+    for row, expert in enumerate(entry.experts or ()):
+        if entry.trains(expert) and masters is not model:
+            weight[row : row + 1] = masters.read(entry.name, (1, *entry.shape[1:]), expert)
+    state.write(entry.name, "weight", weight)
+    _remember(entry, model, state.read(entry.name, "weight"))
+
+
+def _remember(entry: Entry, model: Weights, held: torch.Tensor) -> None:
+    """Fill `entry.kept`; held: the weight as the model in training gives it back."""
+    entry.kept.clear()
+    for piece in pieces_of(entry):
+        if is_trained(entry, piece):
+            continue
+        if piece.index is ...:
+            stored = model.as_stored(entry.name, piece.shape)
+        else:
+            row, rows = piece.index
+            stored = model.as_stored(entry.name, entry.shape[1:], entry.experts[row])[rows]
+        original = None
+        if entry.writer and not torch.equal(held[piece.index].to(stored.dtype), stored):
+            original = stored.clone()
+        entry.kept[piece.name] = Kept(stored.dtype, original)

@@ -1,0 +1,120 @@
+"""The checkpoint that a run begins with, `model.init_from`: its shape, its tokenizer and its weights.
+
+Any directory that transformers loads as a Mixtral: the published layout, transformers' own saves, in one file or many.
+Importing this file loads no torch.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_llm.checkpoint import hf
+from moe_llm.config import Config, ModelConfig
+from moe_llm.config.base import fields_by_key
+from moe_llm.errors import UserError
+
+if TYPE_CHECKING:
+    from moe_llm.checkpoint.weights import Weights
+    from moe_llm.parallel.state import TrainedState
+
+# What decides which function the weights compute. All else (losses, noise, limits) is training's to choose.
+_DECISIVE = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "num_local_experts", "num_experts_per_tok", "rope_theta", "sliding_window", "rms_norm_eps",
+    "tie_word_embeddings",
+)
+
+
+def complete(raw: dict[str, Any]) -> None:
+    """Fill a configuration that has `model.init_from` with what it leaves open: the model's shape from config.json, and
+    the tokenizer.
+
+    Args:
+        raw: as read from YAML; changed in place.
+
+    Raises:
+        UserError: no such checkpoint, another architecture, or a key that contradicts it.
+    """
+    model = raw.get("model")
+    directory = model.get("init_from") if isinstance(model, dict) else None
+    if not isinstance(directory, str) or not directory:
+        return
+    there = _described(directory)
+    # null means "not said", but for the window, of which it says that there is none
+    said = {key: value for key, value in model.items() if value is not None or key == "sliding_window"}
+    _check_agrees({key: said[key] for key in _DECISIVE if key in said}, there, directory)
+    found = there.model_dump(mode="json")
+    if isinstance(said.get("router"), dict):
+        said["router"] = {**found["router"], **said["router"]}
+    raw["model"] = {**found, **said}
+    tokenizer = raw.get("tokenizer") or {}
+    if isinstance(tokenizer, dict) and tokenizer.get("path") is None:
+        raw["tokenizer"] = {**tokenizer, "path": str(Path(directory).expanduser())}
+
+
+def check_origin(config: Config) -> None:
+    """Refuse a checkpoint that is not of the model's shape, from config.json and the headers of its files alone.
+
+    Raises:
+        UserError: names the key or the tensor.
+    """
+    directory = config.model.init_from
+    if directory is not None:
+        _check_agrees(_decisive(config.model), _described(directory), directory)
+        _open(config.model)
+
+
+def load_origin(state: "TrainedState", model: ModelConfig) -> None:
+    """Give a model in training the weights of `model.init_from`. Collective.
+
+    Each rank reads the experts that it holds and no others, and of the rest everything; no more than one parameter is
+    in memory beside the model.
+
+    Raises:
+        UserError: on every rank, before anything is changed: missing, damaged, unexpected or misshapen tensors.
+    """
+    from moe_llm.checkpoint.kept import write_weight
+    from moe_llm.checkpoint.ranks import together
+
+    weights = together(state, lambda: _open(model))
+    for entry in state.entries():
+        write_weight(state, entry, weights, weights)
+
+
+def _open(model: ModelConfig) -> "Weights":
+    from moe_llm.checkpoint.plan import MODEL
+    from moe_llm.checkpoint.pretrained import check_weights
+    from moe_llm.checkpoint.safetensors_io import TensorFiles
+    from moe_llm.checkpoint.weights import Weights
+
+    weights = Weights(TensorFiles(Path(model.init_from).expanduser(), MODEL))
+    check_weights(weights, hf.parameter_shapes(model))
+    return weights
+
+
+def _described(directory: str) -> ModelConfig:
+    """The model that a checkpoint's config.json describes."""
+    from moe_llm.checkpoint.safetensors_io import read_json
+
+    file = Path(directory).expanduser() / "config.json"
+    if not file.is_file():
+        raise UserError(f"model.init_from={directory!r} has no config.json: give a checkpoint directory")
+    return hf.from_transformers_config(read_json(file), f"model.init_from: {file}")
+
+
+def _decisive(model: ModelConfig) -> dict[str, Any]:
+    """With what null stands for."""
+    resolved = {"num_key_value_heads": model.kv_heads, "head_dim": model.attention_head_dim}
+    return {key: resolved.get(key, getattr(model, key)) for key in _DECISIVE}
+
+
+def _check_agrees(given: dict[str, Any], there: ModelConfig, directory: str) -> None:
+    found = _decisive(there)
+    for key, value in given.items():
+        if value != found[key]:
+            raise UserError(
+                f"model.{key}={value!r} contradicts model.init_from={directory!r}, whose {key} is {found[key]!r}: "
+                "remove the key, or begin with another checkpoint"
+            )
+
+
+assert set(_DECISIVE) <= set(fields_by_key(ModelConfig))

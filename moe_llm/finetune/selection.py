@@ -1,0 +1,96 @@
+"""What of a model is trained, by the names of its parameters alone: `finetune.train` and `finetune.experts`.
+
+This file needs no torch.
+"""
+
+import math
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+
+from moe_llm.checkpoint.hf import is_expert, is_router, parameter_shapes
+from moe_llm.config import Config
+from moe_llm.errors import UserError
+
+_PARTS: dict[str, Callable[[str], bool]] = {
+    "all": lambda name: True,
+    "experts": is_expert,
+    "router": is_router,
+    "attention": lambda name: ".self_attn." in name,
+}
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a parameter belongs to, in the words of `moe-llm params`."""
+    if name.startswith("lm_head."):
+        return "lm_head"
+    if "embed_tokens" in name:
+        return "embed_tokens"
+    kinds = {"experts": is_expert(name), "router": is_router(name), "attention": _PARTS["attention"](name)}
+    return next((part for part, is_it in kinds.items() if is_it), "norms")
+
+
+def trained_names(config: Config) -> list[str]:
+    """The parameters that are trained, in the order of the model.
+
+    Raises:
+        UserError: a pattern that matches nothing, nothing left to train, or an expert that does not exist.
+    """
+    names, chosen = list(_shapes(config)), config.finetune.train
+    if isinstance(chosen, str):
+        trained = [name for name in names if _PARTS[chosen](name)]
+    else:
+        for pattern in chosen:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise UserError(
+                    f"finetune.train={pattern!r} matches no parameter: patterns are over whole names such as "
+                    f"{', '.join(dict.fromkeys(names[len(names) // 2 - 1 :][:3]))}"
+                )
+        trained = [name for name in names if any(fnmatchcase(name, pattern) for pattern in chosen)]
+    _check_experts(config, trained)
+    return trained
+
+
+def _check_experts(config: Config, trained: list[str]) -> None:
+    chosen, experts = config.finetune.experts, config.model.num_local_experts
+    if chosen is None:
+        return
+    for expert in chosen:
+        if not 0 <= expert < experts:
+            raise UserError(
+                f"finetune.experts={chosen} names expert {expert}, and model.num_local_experts={experts}: "
+                f"use indices from 0 to {experts - 1}"
+            )
+    if not any(map(is_expert, trained)):
+        raise UserError(
+            f"finetune.experts={chosen} leaves nothing to train of finetune.train={config.finetune.train!r}, which "
+            "trains no experts: remove it, or train experts"
+        )
+
+
+def describe(config: Config) -> str:
+    """One sentence: what is trained, and how many parameters that is."""
+    shapes, trained = _shapes(config), trained_names(config)
+    chosen, model = config.finetune.experts, config.model
+    counts: dict[str, int] = {}
+    for name in trained:
+        count = math.prod(shapes[name])
+        if chosen is not None and is_expert(name):
+            count = count // model.num_local_experts * len(set(chosen))
+        counts[part_of(name)] = counts.get(part_of(name), 0) + count
+    told = []
+    for part, count in counts.items():
+        only = "" if part != "experts" or chosen is None else f" {', '.join(map(str, sorted(set(chosen))))}"
+        told.append(f"{part}{only} ({count:,})")
+    total = sum(math.prod(shape) for shape in shapes.values())
+    number = sum(counts.values())
+    return (
+        f"training {', '.join(told)}: {number:,} of {total:,} parameters ({number / total:.2%}) in {len(trained)} "
+        f"of {len(shapes)} tensors; all else stays as it is"
+    )
+
+
+def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    model = config.model
+    if model.vocab_size is None:  # not resolved yet: no name depends on it
+        model = model.model_copy(update={"vocab_size": 1})
+    return parameter_shapes(model)

@@ -1,0 +1,206 @@
+"""Which expert of one model is which of another, layer by layer.
+
+The order of a layer's experts means nothing, so models without a common ancestor have theirs in different orders,
+and averaging expert 3 with expert 3 mixes strangers. The reference's experts are matched one to one with the other
+model's so that the sum of similarities is largest (linear assignment), and router rows, gate, up and down move
+together: the function of the other model is unchanged. So with the neurons of an expert: rows of gate and up and
+columns of down (as Ainsworth et al. 2023 for dense networks).
+
+A layer in which the order as it is scores within MARGIN an expert of the best stays as it is: fine-tunes of one base
+have their experts in one order, and where experts are nearly alike, noise must not reorder them.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch.nn import functional
+
+from moe_llm.errors import UserError
+from moe_llm.merge.job import SPAN, Reader
+from moe_llm.merge.models import MIXTURE, Model, layer_tensor
+from moe_llm.merge.rows import Move, Moved
+
+GATE_UP, DOWN, ROUTER = MIXTURE
+MARGIN = 1e-3  # of similarity, which is at most 2: the experts' cosine plus the router rows'
+_PROBES = 256
+
+
+class Aligner:
+    """Matches experts for one recipe; readers are matched when they are first read from.
+
+    moved: (reference, its layer, model, its layer) -> how many experts changed places, as far as known.
+    """
+
+    def __init__(self, by: str, neurons: bool, text: list[str] | None = None, tokens: int = 2048):
+        self.by, self.neurons, self.text, self.tokens = by, neurons, text, tokens
+        self.moved: dict[tuple[str, int, str, int], int] = {}
+        self._inputs: dict[str, list[torch.Tensor]] = {}
+
+    def reader(self, reference: Model, layer: int, other: Model, other_layer: int) -> Reader:
+        """`other`, with the experts of its layer in the reference's order."""
+        if reference.kind != "mixtral":
+            raise UserError(
+                f"align_experts={self.by!r} needs mixtures, and {reference.reference} is dense: set align_experts: none"
+            )
+        return _Aligned(other, partial(self._match, reference, layer, other, other_layer))
+
+    def report(self) -> list[str]:
+        """One sentence a model."""
+        totals: dict[str, list[int]] = {}
+        for (_, _, other, _), moved in self.moved.items():
+            totals.setdefault(other, []).append(moved)
+        return [
+            f"{other}: experts already in order in all {len(counts)} layers" if not any(counts) else
+            f"{other}: {sum(counts)} experts moved, in {sum(map(bool, counts))} of {len(counts)} layers"
+            for other, counts in totals.items()
+        ]  # fmt: skip
+
+    def _match(self, reference: Model, layer: int, other: Model, other_layer: int) -> dict[str, Move]:
+        a, b = _Layer(reference, layer), _Layer(other, other_layer)
+        assert a.shapes == b.shapes, "the plan lets no such models through"
+        order = best_order(self._similarity(a, b, reference, other), MARGIN)
+        neurons = torch.arange(a.F).expand(a.E, a.F)
+        if self.neurons:
+            neurons = torch.stack([match_neurons(a.expert(e), b.expert(int(order[e]))) for e in range(a.E)])
+        self.moved[reference.reference, layer, other.reference, other_layer] = int((order != torch.arange(a.E)).sum())
+        return moves(b, order, neurons)
+
+    def _similarity(self, a: "_Layer", b: "_Layer", reference: Model, other: Model) -> torch.Tensor:
+        router = _cosines(a.router() @ b.router().T, a.router().square().sum(1), b.router().square().sum(1))
+        if self.by == "activations":
+            return function_similarity(a, b, self._layer_input(reference, a), self._layer_input(other, b)) + router
+        if self.neurons:
+            # the order of neurons spoils the weights' inner product; as a function an expert does not depend on it
+            D = a.shapes[DOWN][1]
+            x_TD = torch.randn(_PROBES, D, generator=torch.Generator().manual_seed(0))
+            return function_similarity(a, b, x_TD, x_TD) + router
+        return weight_similarity(a, b) + router
+
+    def _layer_input(self, model: Model, layer: "_Layer") -> torch.Tensor:
+        if model.reference not in self._inputs:
+            from moe_llm.merge.activations import layer_inputs
+
+            self._inputs[model.reference] = layer_inputs(model, self.text, self.tokens)
+        return self._inputs[model.reference][layer.index]
+
+
+class _Aligned:
+    """A reader whose moves are found when they are first needed."""
+
+    def __init__(self, model: Model, match):
+        self._model, self._match, self._moved = model, match, None
+        self.shapes = model.shapes
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._model.dtype(name)
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        if not name.endswith(MIXTURE):
+            return self._model.read(name, start, stop)
+        if self._moved is None:
+            self._moved = Moved(self._model, self._match())
+        return self._moved.read(name, start, stop)
+
+
+class _Layer:
+    """The experts and the router of one layer of a model: E experts of width F on D."""
+
+    def __init__(self, model: Model, index: int):
+        self.model, self.index = model, index
+        self.shapes = {suffix: list(model.shapes[layer_tensor(index, suffix)]) for suffix in MIXTURE}
+        self.E, self.D, self.F = self.shapes[DOWN]
+
+    def name(self, suffix: str) -> str:
+        return layer_tensor(self.index, suffix)
+
+    def router(self) -> torch.Tensor:
+        """(E, D), fp32."""
+        return self.model.read(self.name(ROUTER), 0, self.E * self.D).float().view(self.E, self.D)
+
+    def expert(self, e: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gate (F, D), up (F, D) and down (D, F) of an expert, fp32."""
+        size = self.F * self.D
+        gate, up = self.model.read(self.name(GATE_UP), 2 * e * size, 2 * (e + 1) * size).float().view(2, self.F, self.D)
+        down = self.model.read(self.name(DOWN), e * size, (e + 1) * size).float().view(self.D, self.F)
+        return gate, up, down
+
+    def spans(self) -> Iterator[torch.Tensor]:
+        """All experts' weights, a span of each at a time: (E, elements), fp32."""
+        for suffix in (GATE_UP, DOWN):
+            size = self.shapes[suffix][1] * self.shapes[suffix][2]
+            step = max(1, SPAN // self.E)
+            for start in range(0, size, step):
+                stop = min(size, start + step)
+                reads = [self.model.read(self.name(suffix), e * size + start, e * size + stop) for e in range(self.E)]
+                yield torch.stack(reads).float()
+
+
+def weight_similarity(a: _Layer, b: _Layer) -> torch.Tensor:
+    """Cosine of the weights of each of a's experts with each of b's: (E, E)."""
+    products, squares_a, squares_b = torch.zeros(a.E, a.E, dtype=torch.float64), 0.0, 0.0
+    for x, y in zip(a.spans(), b.spans()):
+        products += x @ y.T
+        squares_a, squares_b = squares_a + x.square().sum(1), squares_b + y.square().sum(1)
+    return _cosines(products, squares_a, squares_b)
+
+
+def function_similarity(a: _Layer, b: _Layer, x_TD: torch.Tensor, y_TD: torch.Tensor) -> torch.Tensor:
+    """Cosine of what each of a's experts gives for inputs x with what each of b's gives for y: (E, E)."""
+    outputs_a = [_output(a.expert(e), x_TD) for e in range(a.E)]
+    products, squares = torch.zeros(a.E, a.E), torch.zeros(a.E)
+    for f in range(b.E):
+        output = _output(b.expert(f), y_TD)
+        squares[f] = output.square().sum()
+        for e, mine in enumerate(outputs_a):
+            products[e, f] = (mine * output).sum()
+    return _cosines(products, torch.stack([output.square().sum() for output in outputs_a]), squares)
+
+
+def _output(expert: tuple[torch.Tensor, ...], x_TD: torch.Tensor) -> torch.Tensor:
+    gate, up, down = expert
+    return (functional.silu(x_TD @ gate.T) * (x_TD @ up.T)) @ down.T
+
+
+def _cosines(products: torch.Tensor, squares_a: torch.Tensor, squares_b: torch.Tensor) -> torch.Tensor:
+    norms = squares_a.double().sqrt()[:, None] * squares_b.double().sqrt()[None, :]
+    return products.double() / norms.clamp(min=1e-30)
+
+
+def match_neurons(
+    a: tuple[torch.Tensor, torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """Neuron k of expert a is neuron result[k] of b: (F,). The distance between the experts' weights is least.
+
+    Holds an (F, F) matrix besides the two experts.
+    """
+    similarity = a[0] @ b[0].T
+    similarity += a[1] @ b[1].T
+    similarity += a[2].T @ b[2]
+    scale = similarity.abs().max().item()
+    return best_order(similarity, MARGIN * scale)
+
+
+def best_order(similarity: torch.Tensor, margin: float) -> torch.Tensor:
+    """The permutation p with the largest sum of similarity[i, p[i]]; the identity where it is within `margin` a row.
+
+    Args:
+        similarity: (n, n).
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    rows, columns = linear_sum_assignment(similarity.numpy(), maximize=True)
+    order = torch.from_numpy(columns)
+    n, gain = len(order), similarity[rows, columns].sum() - similarity.diagonal().sum()
+    return torch.arange(n) if gain <= margin * n else order
+
+
+def moves(layer: _Layer, order: torch.Tensor, neurons_EF: torch.Tensor) -> dict[str, Move]:
+    """Expert e of the result is expert order[e] of the layer, its neuron k that one's neuron neurons[e, k]."""
+    E, D, F = layer.E, layer.D, layer.F
+    block = torch.cat([neurons_EF, F + neurons_EF], dim=1)  # rows of gate, then of up
+    return {
+        layer.name(ROUTER): Move(order),
+        layer.name(GATE_UP): Move((order[:, None] * 2 * F + block).reshape(-1)),
+        layer.name(DOWN): Move((order[:, None] * D + torch.arange(D)).reshape(E * D), neurons_EF),
+    }

@@ -1,0 +1,35 @@
+"""How tensors are merged: one method, one file, one line here.
+
+A method is a function from a `Job` to its `Combine` (see `moe_llm.merge.job`), with what it asks of a recipe.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from moe_llm.merge.job import Combine, Job
+from moe_llm.merge.methods import dare_linear, dare_ties, linear, passthrough, slerp, task_arithmetic, ties
+from moe_llm.merge.parameters import Parameter
+
+
+@dataclass(frozen=True)
+class Method:
+    """start: the method. needs_base: task vectors are differences from it. least, most: inputs. check: raises
+    `UserError` for parameters that do not go together."""
+
+    start: Callable[[Job], Combine]
+    parameters: dict[str, Parameter]
+    needs_base: bool = False
+    least: int = 1
+    most: int | None = None
+    check: Callable[[Job], None] | None = None
+
+
+METHODS = {
+    "linear": Method(linear.start, linear.PARAMETERS, check=linear.check),
+    "slerp": Method(slerp.start, slerp.PARAMETERS, needs_base=True, least=2, most=2),
+    "task_arithmetic": Method(task_arithmetic.start, task_arithmetic.PARAMETERS, needs_base=True),
+    "ties": Method(ties.start, ties.PARAMETERS, needs_base=True),
+    "dare_linear": Method(dare_linear.start, dare_linear.PARAMETERS, needs_base=True),
+    "dare_ties": Method(dare_ties.start, dare_ties.PARAMETERS, needs_base=True),
+    "passthrough": Method(passthrough.start, passthrough.PARAMETERS, most=1),
+}

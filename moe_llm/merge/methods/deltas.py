@@ -1,0 +1,70 @@
+"""What the methods on task vectors share: theta = base + lambda * mix_i(w_i * thinned(theta_i - base)).
+
+`thin` is what a method does to one task vector before it is weighed: it gets a span of it, the index of its input
+and where the span starts. With `elect`, TIES's sign election and disjoint mean (Yadav et al. 2023, equations of
+section 3): per element, the sign of the weighted sum wins and the others are left out.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from moe_llm.merge.job import Combine, Job
+from moe_llm.merge.parameters import Parameter
+
+Thin = Callable[[int, int, torch.Tensor], torch.Tensor]
+_TINY = 1e-8
+
+
+def parameters(*, normalize: bool, density: bool = True, rescale: bool | None = None) -> dict[str, Parameter]:
+    """What these methods take; `normalize` and `rescale` are the defaults, `rescale=None` for those without it."""
+    table = {
+        "weight": Parameter("task"),
+        "normalize": Parameter(default=normalize, kind=bool),
+        "lambda": Parameter(default=1.0),
+        # a byte for each element of a mask is all that a span ever takes here: on or off, it is the same
+        "int8_mask": Parameter(default=False, kind=bool),
+    }
+    if density:
+        table["density"] = Parameter("task", default=1.0, low=0.0, high=1.0)
+    if rescale is not None:
+        table["rescale"] = Parameter(default=rescale, kind=bool)
+    return table
+
+
+def mix(job: Job, thin: Thin | None, *, elect: bool) -> Combine:
+    """The method that thins task vectors by `thin` (None: leaves them) and adds them, after an election or not."""
+    weights = [job.inputs[i].parameters["weight"] for i in job.tasks]
+
+    def combine(start: int, parts: list[torch.Tensor]) -> torch.Tensor:
+        base = parts[job.base]
+        deltas = [parts[i] - base for i in job.tasks]
+        if thin is not None:
+            deltas = [thin(i, start, delta) for i, delta in zip(job.tasks, deltas)]
+        deltas = [delta * weight for delta, weight in zip(deltas, weights)]
+        if not deltas:
+            return base
+        total, divisor = _elected(deltas, weights) if elect else (_sum(deltas), torch.tensor(float(sum(weights))))
+        if job.shared["normalize"]:
+            total = total / torch.where(divisor.abs() < _TINY, 1.0, divisor)
+        return base + total * job.shared["lambda"]
+
+    return combine
+
+
+def _elected(deltas: list[torch.Tensor], weights: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum over the winners of each element, and the sum of their weights."""
+    positive = _sum(deltas) >= 0
+    total, divisor = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
+    for delta, weight in zip(deltas, weights):
+        won = torch.where(positive, delta > 0, delta < 0)
+        total.add_(torch.where(won, delta, 0.0))
+        divisor.add_(won, alpha=weight)
+    return total, divisor
+
+
+def _sum(parts: list[torch.Tensor]) -> torch.Tensor:
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total.add_(part)
+    return total

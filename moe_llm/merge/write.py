@@ -1,0 +1,172 @@
+"""The output directory: tensors streamed into shards, and the files beside them; complete or not there.
+
+Everything goes into a temporary sibling that takes the output's name at the end and is removed if anything fails.
+"""
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_llm.checkpoint import hf
+from moe_llm.checkpoint.manifest import write_file, write_json
+from moe_llm.checkpoint.plan import MODEL, FileSet, ShardSet, file_set
+from moe_llm.checkpoint.safetensors_io import Spec, parse_size
+from moe_llm.data.files import publish
+from moe_llm.errors import UserError
+from moe_llm.merge.job import Copy, Job
+from moe_llm.merge.models import pieces
+from moe_llm.merge.plan import Plan
+from moe_llm.merge.vocabulary import load_tokenizer
+
+RECIPE_FILE = "merge_recipe.yaml"
+_SMALL_FILES = 64 << 20  # bytes set aside for a tokenizer and the configurations
+_BESIDE = (
+    "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer.model",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+_WORDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def check_output(out: Path) -> None:
+    """Refuse an output that would overwrite something.
+
+    Raises:
+        UserError: it is there and not an empty directory.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"output {str(out)!r} exists already: give a directory that is not there yet, or an empty one")
+
+
+def write(plan: Plan, out: Path, recipe_text: str, max_shard_size: str = "5GB") -> None:
+    """Compute and write a plan's output.
+
+    Raises:
+        UserError: an output that is in the way, or no space for it; nothing of it is left then.
+    """
+    check_output(out)
+    jobs = [(job, pieces(plan.kind, job.name, job.shape)) for job in plan.tensors]
+    specs = [Spec(piece.name, piece.shape, job.out_dtype) for job, parts in jobs for piece in parts]
+    files = file_set(MODEL, [specs], 0, parse_size(max_shard_size))
+    _check_space(out, files.nbytes)
+    with publish(out, "output") as temporary:
+        _write_tensors(jobs, temporary, files)
+        if files.index is not None:
+            write_json(temporary / f"{MODEL}.safetensors.index.json", files.index)
+        _write_beside(plan, temporary)
+        write_file(temporary / RECIPE_FILE, recipe_text)
+
+
+def _check_space(out: Path, nbytes: int) -> None:
+    there = next(parent for parent in out.absolute().parents if parent.is_dir())
+    free, needed = shutil.disk_usage(there).free, nbytes + _SMALL_FILES
+    if free < needed:
+        raise UserError(
+            f"output {str(out)!r} needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free: "
+            "free some or choose another directory"
+        )
+
+
+def _write_tensors(jobs: list[tuple[Job | Copy, list[hf.Piece]]], directory: Path, files: FileSet) -> None:
+    shards = ShardSet(directory, files)
+    try:
+        with _Progress(files.nbytes) as progress:
+            for job, parts in jobs:
+                for piece, tensor in _cut(job, parts):
+                    shards.write(piece.name, tensor)
+                    progress.advance(tensor.numel() * tensor.element_size())
+        shards.finish()
+    finally:
+        shards.abort()  # without effect where all is written
+
+
+def _cut(job: Job | Copy, parts: list[hf.Piece]) -> Iterator[tuple[hf.Piece, torch.Tensor]]:
+    """The tensors that a job's result is written as; one of them is in memory at a time."""
+    spans = job.result()
+    span = torch.empty(0, dtype=job.out_dtype)
+    for piece in parts:
+        tensor, filled = torch.empty(math.prod(piece.shape), dtype=job.out_dtype), 0
+        while filled < len(tensor):
+            if not len(span):
+                span = next(spans)
+            taken = span[: len(tensor) - filled]
+            tensor[filled : filled + len(taken)] = taken
+            filled, span = filled + len(taken), span[len(taken) :]
+        yield piece, tensor.view(piece.shape)
+    assert not len(span), f"{job.name} is longer than its shape"
+    assert next(spans, None) is None, f"{job.name} is longer than its shape"
+
+
+def _write_beside(plan: Plan, directory: Path) -> None:
+    """config.json, generation_config.json and the tokenizer."""
+    content = {**plan.donor.content, **plan.changes, **_layer_settings(plan)}
+    dtypes = [job.out_dtype for job in plan.tensors]
+    word = _WORDS[max(dtypes, key=lambda dtype: (dtypes.count(dtype), dtype.itemsize))]
+    content |= {"dtype": word, "torch_dtype": word}
+    for name in _BESIDE:
+        if plan.vocabulary is not None and name != "generation_config.json":
+            continue
+        if (plan.donor.directory / name).is_file():
+            shutil.copyfile(plan.donor.directory / name, directory / name)
+    tokenizer = None
+    if plan.vocabulary is not None:
+        tokenizer = plan.vocabulary.tokenizer
+        content |= _token_ids(content, tokenizer)
+    elif plan.chat_template is not None:
+        tokenizer = load_tokenizer(plan.donor.directory)
+    if tokenizer is not None:
+        if plan.chat_template is not None:
+            tokenizer.chat_template = plan.chat_template
+        tokenizer.save_pretrained(directory)
+    if plan.vocabulary is not None and (directory / "generation_config.json").is_file():
+        generation = json.loads((directory / "generation_config.json").read_text(encoding="utf-8"))
+        write_json(directory / "generation_config.json", generation | _token_ids(generation, tokenizer))
+    write_json(directory / "config.json", content)
+
+
+def _token_ids(content: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """The special tokens' ids in the output's vocabulary, where the tokenizer knows them."""
+    ids = {key: getattr(tokenizer, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {key: value for key, value in ids.items() if value is not None}
+
+
+def _layer_settings(plan: Plan) -> dict[str, Any]:
+    """Lists in config.json with one entry a layer (layer_types), for the output's layers."""
+    lists = {
+        key: value for key, value in plan.donor.content.items()
+        if isinstance(value, list) and len(value) == plan.donor.layers and key.startswith("layer")
+    }  # fmt: skip
+    if not plan.layers_from:
+        return {}
+    return {key: [model.content.get(key, lists[key])[i] for model, i in plan.layers_from] for key in lists}
+
+
+class _Progress:
+    """A bar of the bytes written, on a terminal; nothing elsewhere."""
+
+    def __init__(self, total: int):
+        self._total, self._bar = total, None
+
+    def __enter__(self) -> "_Progress":
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+            columns = BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._task = self._bar.add_task("", total=self._total)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, count: int) -> None:
+        if self._bar is not None:
+            self._bar.advance(self._task, count)
