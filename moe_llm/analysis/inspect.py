@@ -5,6 +5,7 @@ Dimensions: L layers, E experts, K experts per token, B rows, S positions, T = B
 """
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,7 +187,9 @@ class _Inspection:
         counts, settings = self.counts, self.settings
 
         def decode(token: int) -> str:
-            return tokenizer.convert_ids_to_tokens(token).replace("\u2581", " ")
+            text = tokenizer.convert_ids_to_tokens(token) or f"<{token}>"  # ids that fill the vocabulary up
+            byte = re.fullmatch(r"<0x([0-7][0-9A-F])>", text)
+            return chr(int(byte[1], 16)) if byte else text.replace("\u2581", " ")
 
         return {
             "layers": counts.layers, "experts": counts.experts, "experts_per_token": counts.top_k,

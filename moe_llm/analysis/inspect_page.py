@@ -11,7 +11,7 @@ _STYLE = """
 @media (prefers-color-scheme:dark){:root{--fg:#e8e8ee;--bg:#16161a;--soft:#24242b;--line:#44444f}}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:70rem;padding:1rem;font:16px/1.5 system-ui,sans-serif;color:var(--fg);background:var(--bg)}
-h1{font-size:1.4rem;overflow-wrap:anywhere}h2{font-size:1.15rem;margin-top:2rem}
+h1{font-size:1.4rem;overflow-wrap:anywhere}h2{font-size:1.15rem;margin-top:2rem}h3{font-size:1rem;overflow-wrap:anywhere}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}
 th,td{border:1px solid var(--line);padding:.2rem .5rem;text-align:right;white-space:nowrap}
 th:first-child,td:first-child{text-align:left}thead{background:var(--soft)}
@@ -39,7 +39,7 @@ const spans = data.shown.map(row => {
   block.title = data.sources[row.source];
   const own = row.tokens.map(token => {
     const span = document.createElement('span'), sub = document.createElement('sub');
-    span.textContent = token.replaceAll('<0x0A>', '\\n'); span.append(sub); block.append(span);
+    span.textContent = token; span.append(sub); block.append(span);
     return span;
   });
   const name = document.createElement('h3');

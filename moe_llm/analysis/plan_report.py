@@ -22,7 +22,7 @@ def format_plan(found: Plan) -> str:
         f"{request.usable / GIB:.1f} GiB for tensors, after {RESERVED_BYTES / GIB:.0f} GiB for the runtime and "
         f"{FRAGMENTS:.0%} for fragments",
         f"memory for {request.imbalance:g} times an even share of rows; products at {request.mfu:.0%} of the peak "
-        f"and links at {LINK_EFFICIENCY:.0%} (assumed)",
+        f"and links at {LINK_EFFICIENCY:.0%}; fused attention (assumed)",
         "",
         "  EP ZeRO micro recomputed " + " ".join(f"{part:>11}" for part in PARTS) + "    GiB    step s     days",
     ]

@@ -22,6 +22,10 @@ _MODEL = {
     "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8,
     "num_key_value_heads": 4, "num_local_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 4096,
 }
+_FEW_PARAMETERS = [
+    "model.vocab_size=512", "model.hidden_size=128", "model.num_local_experts=4", "model.num_hidden_layers=3",
+    "train.micro_batch_size=16", "train.global_batch_size=16",
+]
 # name: (ranks, overrides)
 CASES: dict[str, tuple[int, list[str]]] = {
     "fp32": (1, []),
@@ -36,6 +40,11 @@ CASES: dict[str, tuple[int, list[str]]] = {
         "model.hidden_size=128", "model.intermediate_size=1024", "model.num_hidden_layers=6",
         "train.micro_batch_size=1", "train.global_batch_size=1",
     ]),
+    # few parameters and many tokens: all but 2% are activations
+    "fp32, many tokens": (1, [*_FEW_PARAMETERS, "train.precision=fp32"]),
+    "bf16, many tokens": (1, [*_FEW_PARAMETERS, "train.precision=bf16"]),
+    "bf16, many tokens, recomputed": (1, [
+        *_FEW_PARAMETERS, "train.precision=bf16", "train.activation_checkpointing=true"]),
     "fp32, large vocabulary": (1, ["model.vocab_size=32000", "model.num_hidden_layers=2"]),
     "bf16, large vocabulary, two micro-batches": (1, [
         "train.precision=bf16", "model.vocab_size=32000", "model.num_hidden_layers=1", "data.sequence_length=2048",
