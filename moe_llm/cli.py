@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
+from moe_llm.analysis.commands import add_inspect_arguments, add_plan_arguments, run_inspect, run_plan
 from moe_llm.errors import TrainingFailure, UserError
 
 EXIT_FAILURE = 1
@@ -79,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--steps", type=_at_least(int, 2), default=4, metavar="N", help="optimizer steps (default 4)")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     bench = _add_bench(commands)
+    plan = _add(commands, "plan", _plan, "memory and time of each layout on given GPUs, by arithmetic, before a launch")
+    add_plan_arguments(plan)
+    add_inspect_arguments(_add(commands, "inspect", run_inspect, "which tokens of a text go to which experts"))
     _add_diff(commands)
     _add_report(commands)
 
@@ -86,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     config_commands = config.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add(config_commands, "schema", _config_schema, "print the JSON schema, for editors")
     show = _add(config_commands, "show", _config_show, "print the configuration with defaults and overrides")
-    for command in (train, tokenizer, params, doctor, bench, show):
+    for command in (train, tokenizer, params, doctor, bench, plan, show):
         command.add_argument("config", metavar="CONFIG", help="a YAML file")
         command.add_argument("overrides", metavar="section.key=value", nargs="*", default=[], help="override a value")
     return parser
@@ -226,6 +230,10 @@ def _bench(args) -> None:
     report = bench(config, steps=args.steps, trace=args.trace)
     if report is not None:  # of the main rank
         _print_json(report) if args.json else print(format_report(report))
+
+
+def _plan(args) -> int:
+    return run_plan(args, _load(args))
 
 
 def _tokenizer(args) -> None:
