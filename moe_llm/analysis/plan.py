@@ -86,10 +86,11 @@ def _check(config: Config, request: Request) -> None:
             "model.vocab_size=null leaves the embeddings' size open: "
             "add model.vocab_size=N, the number of the tokenizer's entries"
         )
-    if not config.finetune.whole:
+    if not config.finetune.whole or config.finetune.router_guard.action == "regularise":
         raise UserError(
-            f"finetune.train={config.finetune.train} trains a part of the model, and plans are for runs that train "
-            "all of it: add finetune.train=all and finetune.experts=null for what a run holds at most"
+            f"finetune.train={config.finetune.train} with finetune.router_guard.action="
+            f"{config.finetune.router_guard.action} is not what plans are for, which is training all of the model on "
+            "its loss alone: add finetune.train=all finetune.experts=null finetune.router_guard.action=off"
         )
     if request.gpus % request.nodes:
         raise UserError(

@@ -103,7 +103,9 @@ class _Walk:
         self.rows = self.tokens * self.model.num_experts_per_tok
         self.elsewhere = layout.expert_parallel > 1
         # with a limit of capacity tokens have different numbers of rows, which the fused gather does not take
-        self.fused = kernels.fused_experts and not self.elsewhere and self.model.router.capacity_factor is None
+        even = self.model.router.capacity_factor is None
+        self.autograd = bool(self.model.expert_dropout)  # then torch's own operations compute the experts
+        self.fused = kernels.fused_experts and not self.elsewhere and even and not self.autograd
         self.received = self.rows * (imbalance if self.elsewhere else 1)
         self.local_experts = self.model.num_local_experts // layout.expert_parallel
         self.engine = layout.ranks > 1 or config.parallel.engine == "deepspeed"
@@ -168,6 +170,9 @@ class _Walk:
         if m.router_jitter_noise:
             router += 8 * tokens * m.hidden_size  # the noise, and the input times the noise, in fp32
         experts = hidden + self.received * 2 * m.intermediate_size * size
+        if self.autograd:
+            # silu(gate), the activations after dropout and its mask; unweighted outputs, for the weights' gradient
+            experts += self.received * (m.intermediate_size * (2 * size + 1) + m.hidden_size * size)
         exchanged = 0.0
         if self.elsewhere:
             exchanged = (self.received + self.rows) * m.hidden_size * size  # rows received; rows that came back
@@ -211,7 +216,7 @@ class _Walk:
         hidden, rows = self.tokens * m.hidden_size * size, self.received * m.hidden_size * size
         # gradients on their way: of the residual stream, of the layer's output, of the experts' input
         flowing = 2 * hidden + rows
-        if self.fused or (self.kernels.fused_experts and self.elsewhere):
+        if self.fused or (self.kernels.fused_experts and self.elsewhere and not self.autograd):
             busy = self.largest_rows if self.fused else self.received / self.local_experts * 1.1
             work = size * busy * (4 * m.intermediate_size + (2 * m.hidden_size if self.fused else 0))
         else:

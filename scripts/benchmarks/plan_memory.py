@@ -43,6 +43,8 @@ CASES: dict[str, tuple[int, list[str]]] = {
     # few parameters and many tokens: all but 2% are activations
     "fp32, many tokens": (1, [*_FEW_PARAMETERS, "train.precision=fp32"]),
     "bf16, many tokens": (1, [*_FEW_PARAMETERS, "train.precision=bf16"]),
+    "fp32, many tokens, expert dropout": (1, [
+        *_FEW_PARAMETERS, "train.precision=fp32", "model.expert_dropout=0.1"]),
     "bf16, many tokens, recomputed": (1, [
         *_FEW_PARAMETERS, "train.precision=bf16", "train.activation_checkpointing=true"]),
     "fp32, large vocabulary": (1, ["model.vocab_size=32000", "model.num_hidden_layers=2"]),

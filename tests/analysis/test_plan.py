@@ -14,6 +14,7 @@ from moe_llm.analysis.plan import Request, hardware_named, layouts, plan, planne
 from moe_llm.analysis.plan_memory import KERNELS, Layout, layout_of, step_memory
 from moe_llm.analysis.plan_time import step_time, traffic
 from moe_llm.config import load_config
+from moe_llm.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 MIXTRAL = str(ROOT / "configs/mixtral_8x7b.yaml")
@@ -142,6 +143,13 @@ def test_mistakes_are_one_sentence(argv, words, capsys):
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert words in err
+
+
+@pytest.mark.parametrize("guard", ["{action: regularise, coefficient: 1}", "{action: freeze}"])
+def test_a_guard_that_changes_what_is_trained_is_refused(guard):
+    config = load_config(MIXTRAL, ["model.init_from=x", f"finetune.router_guard={guard}"])
+    with pytest.raises(UserError, match=r"finetune\.router_guard\.action=off"):
+        plan(config, request_for(64))
 
 
 @pytest.mark.parametrize("size", ["80", "80GiBs", "0GiB", "much"])
