@@ -28,7 +28,8 @@ class Reporter:
             if config.logging.tensorboard:
                 self._sinks.append(TensorBoard(config, run_dir, position.step))
             self._console = Console(config, position.step, _limit(facts))
-            write_facts(run_dir / "facts.json", facts)
+            if position.step < config.max_steps:  # a start that trains nothing is none to tell of
+                write_facts(run_dir / "facts.json", facts)
             self._metrics_path = run_dir / "metrics.jsonl"
             self._replay()
 

@@ -42,7 +42,7 @@ from moe_llm.train.watchdog import Telling, Watchdog
 
 T = TypeVar("T")
 # what may be in a run directory before its config.yaml is: of a run that was ended early, and of `moe-llm tokenizer`
-_OF_A_RUN = {"tokenizer", "config.yaml.tmp", "checkpoints", "metrics.jsonl", "wandb"}
+_OF_A_RUN = {"tokenizer", "config.yaml.tmp", "checkpoints", "metrics.jsonl", "facts.json", "wandb"}
 
 
 def train(config: Config) -> None:

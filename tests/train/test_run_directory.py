@@ -27,7 +27,7 @@ def checkpoint(finished_run):
 
 def test_every_documented_file_and_no_other(finished_run):
     top = {path.name for path in finished_run.iterdir()}
-    assert top == {"config.yaml", "metrics.jsonl", "plots", "tokenizer", "checkpoints"}
+    assert top == {"config.yaml", "metrics.jsonl", "facts.json", "plots", "tokenizer", "checkpoints"}
     steps = {path.name for path in (finished_run / "checkpoints").iterdir()}
     assert steps == {"step-00000003", "step-00000006", "latest"}
     assert (finished_run / "checkpoints/latest").resolve().name == "step-00000006"
@@ -64,7 +64,7 @@ def test_routing_records_describe_every_layer(finished_run):
     for record in runs.records(finished_run):
         moe = record["moe"]
         keys = ["tokens_per_expert", "load_cv", "router_entropy", "dead_experts", "dropped_share"]
-        assert sorted(moe) == sorted(keys)
+        assert sorted(moe) == sorted([*keys, "expert_grad_norm"])
         assert {len(values) for values in moe.values()} == {2}
         for counts, cv, entropy, dead, dropped in zip(*(moe[key] for key in keys)):
             assert dropped == 0
