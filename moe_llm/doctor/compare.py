@@ -1,8 +1,9 @@
 """Observations -> findings. `ranks` are the observations of the configured layout, `one` that of the one process."""
 
+import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -43,6 +44,26 @@ def tolerances(config: Config) -> Tolerances:
     if config.optim.name == "adamw":
         return Tolerances((1e-5, 1e-4), 1e-5, (1e-5, 1e-3), 1e-3, (0.0, 0.01), 1e-5)
     return Tolerances((1e-5, 1e-5), 1e-5, (1e-5, 1e-5), 1e-4, (0.0, 0.01), 1e-5)
+
+
+def widened(allowed: Tolerances, ranks: Sequence[Observation], one: Observation) -> Tolerances:
+    """In bf16, with room for what tokens that went to another expert change.
+
+    A gradient is a sum over tokens. Where a share f of them gives other terms, of the same size and as if drawn anew,
+    it changes by about sqrt(2 f) of its own size; twice that is allowed, as counts show the net of what moved.
+    AdamW's first steps go by the gradient's sign, which noise r times as large as the gradient turns round in
+    atan(r) / pi of all places: weights depart by the root of that.
+    """
+    if not allowed.in_bf16:
+        return allowed
+    first = max((share for share, step, _ in _moved(ranks, one) if step == 0), default=0.0)
+    most = max((share for share, _, _ in _moved(ranks, one)), default=0.0)
+    noise = math.hypot(allowed.gradient, 2 * math.sqrt(2 * most))
+    turned = allowed.weights * math.sqrt(math.atan(noise) / math.atan(allowed.gradient))
+    return replace(
+        allowed, gradient=math.hypot(allowed.gradient, 2 * math.sqrt(2 * first)),
+        weights=min(turned, 0.95),  # a weight that did not change at all departs by 1
+    )
 
 
 def whole(ranks: Sequence[Tensors]) -> Whole:
@@ -188,14 +209,20 @@ def start_weights(ranks: Sequence[Observation], one: Observation) -> Finding:
 
 
 def routing(ranks: Sequence[Observation], one: Observation, allowed: Tolerances) -> Finding:
-    compared = []
+    compared = [
+        (share, allowed.routing[step > 0], f"step {step + 1}, layer {layer}")
+        for share, step, layer in _moved(ranks, one)
+    ]
+    return within("routing", "tokens per expert, share that goes elsewhere", compared)
+
+
+def _moved(ranks: Sequence[Observation], one: Observation) -> Iterator[tuple[float, int, int]]:
+    """(share of the routed tokens that goes elsewhere, step, layer)."""
     for rank in ranks:
         for step, (record, alone) in enumerate(zip(rank.records, one.records, strict=True)):
             here, there = (np.array(r["moe"]["tokens_per_expert"]) for r in (record, alone))
             for layer, (a, b) in enumerate(zip(here, there)):
-                moved = abs(a - b).sum() / 2 / max(1, b.sum())
-                compared.append((float(moved), allowed.routing[step > 0], f"step {step + 1}, layer {layer}"))
-    return within("routing", "tokens per expert, share that goes elsewhere", compared)
+                yield float(abs(a - b).sum() / 2 / max(1, b.sum())), step, layer
 
 
 def dropped(ranks: Sequence[Observation], one: Observation, allowed: Tolerances) -> Finding:

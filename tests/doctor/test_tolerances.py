@@ -1,0 +1,34 @@
+"""In bf16 a token that goes to another expert is no fault, and what follows from it is none either."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from moe_llm.doctor.compare import tolerances, widened
+
+
+def seen(*steps):
+    """An observation of one layer with these tokens per expert, step by step."""
+    return SimpleNamespace(records=[{"moe": {"tokens_per_expert": [counts]}} for counts in steps])
+
+
+def allowed(precision):
+    return tolerances(SimpleNamespace(
+        train=SimpleNamespace(precision=precision), optim=SimpleNamespace(name="adamw")
+    ))
+
+
+def test_in_fp32_nothing_is_given_room_for():
+    fixed = allowed("fp32")
+    assert widened(fixed, [seen([40, 60])], seen([50, 50])) is fixed
+
+
+def test_in_bf16_the_room_is_what_the_moved_tokens_can_change():
+    fixed = allowed("bf16")
+    still = widened(fixed, [seen([50, 50])], seen([50, 50]))
+    assert (still.gradient, still.weights) == (fixed.gradient, fixed.weights)
+    moved = widened(fixed, [seen([49, 51], [40, 60])], seen([50, 50], [50, 50]))
+    assert moved.gradient == pytest.approx(math.hypot(fixed.gradient, 2 * math.sqrt(2 * 0.01)))  # the first step's
+    assert fixed.weights < moved.weights < 1  # the worst step's
+    assert (moved.loss, moved.norm, moved.routing) == (fixed.loss, fixed.norm, fixed.routing)
