@@ -6,7 +6,7 @@ and as every loader knows it, each expert has three matrices of its own:
     ...mlp.experts.gate_up_proj (E, 2F, D)   = ...block_sparse_moe.experts.{e}.w1.weight (F, D), gate
                                                above    ...experts.{e}.w3.weight (F, D), up
     ...mlp.experts.down_proj    (E, D, F)    = ...block_sparse_moe.experts.{e}.w2.weight (D, F)
-    ...mlp.gate.weight          (E, D)       = ...block_sparse_moe.gate.weight
+    ...mlp.gate.weight          (E, D)       = ...block_sparse_moe.gate.weight, and so for whatever else a router has
     all else                                   the same name
 
 D hidden, F expert width, E experts. This file needs no torch.
@@ -22,6 +22,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from moe_llm.checkpoint.architectures import MIXTRAL, OWN, architecture_of
 from moe_llm.config import ModelConfig
 from moe_llm.errors import UserError
 
@@ -56,8 +57,8 @@ def is_expert(name: str) -> bool:
 
 
 def is_router(name: str) -> bool:
-    """Whether an in-memory parameter is a layer's router."""
-    return name.endswith(".mlp.gate.weight")
+    """Whether an in-memory parameter or buffer is of a layer's router."""
+    return ".mlp.gate." in name
 
 
 def pieces(name: str, shape: tuple[int, ...], first_expert: int | None = None) -> list[Piece]:
@@ -99,7 +100,7 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         "self_attn.k_proj.weight": (kv_width, D),
         "self_attn.v_proj.weight": (kv_width, D),
         "self_attn.o_proj.weight": (D, q_width),
-        "mlp.gate.weight": (E, D),
+        **{f"mlp.gate.{name}": shape for name, shape in model.router.parameter_shapes(model).items()},
         "mlp.experts.gate_up_proj": (E, 2 * F, D),
         "mlp.experts.down_proj": (E, D, F),
         "input_layernorm.weight": (D,),
@@ -112,6 +113,15 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not model.tie_word_embeddings:
         shapes["lm_head.weight"] = (V, D)
     return shapes
+
+
+def buffer_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """What of a whole model is no parameter but is stored with them, in fp32: the routers' buffers."""
+    buffers = model.router.buffer_shapes(model)
+    return {
+        f"model.layers.{i}.mlp.gate.{name}": shape
+        for i in range(model.num_hidden_layers) for name, shape in buffers.items()
+    }
 
 
 # MixtralConfig's defaults: what a config.json means by leaving a key out. Ours differ in places.
@@ -155,12 +165,12 @@ def to_transformers_config(
         dtype: of the stored weights, `fp32`, `bf16` or `fp16`.
     """
     assert model.vocab_size is not None, "vocab_size is resolved from the tokenizer first"
-    assert model.router.type == "mixtral", f"router {model.router.type} is not Mixtral's"
+    architecture = architecture_of(model)
     shared = {name: getattr(model, name) for name in _DEFAULTS}
     shared |= {"num_key_value_heads": model.kv_heads, "head_dim": model.attention_head_dim}
     return {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
+        "architectures": [architecture.architecture],
+        "model_type": architecture.model_type,
         **shared,
         "attention_dropout": 0.0,
         "hidden_act": "silu",
@@ -225,7 +235,9 @@ def from_transformers_config(content: Mapping[str, Any], origin: str = "config.j
 
 def _refuse_other_architectures(content: Mapping[str, Any], origin: str) -> None:
     needed = "this package loads MixtralForCausalLM checkpoints"
-    if content.get("model_type") != "mixtral":
+    if content.get("model_type") == OWN.model_type and content.get("architectures") == [OWN.architecture]:
+        return
+    if content.get("model_type") != MIXTRAL.model_type:
         raise UserError(f"{origin}: model_type={content.get('model_type')!r} is not mixtral: {needed}")
     architectures = content.get("architectures") or ["MixtralForCausalLM"]
     if "MixtralForCausalLM" not in architectures:

@@ -112,10 +112,12 @@ def _padding(one: Observation) -> dict[str, list[str]]:
     return steps
 
 
-def losses(ranks: Sequence[Observation], one: Observation, allowed: Tolerances) -> list[Finding]:
-    """Loss by loss, each step."""
+def losses(
+    ranks: Sequence[Observation], one: Observation, allowed: Tolerances, own: Sequence[str] = ()
+) -> list[Finding]:
+    """Loss by loss, each step. own: names of those that the router has beside them."""
     findings = []
-    for name, title in LOSSES.items():
+    for name, title in (LOSSES | {name: f"router's {name}" for name in own}).items():
         compared = [
             (relative(record[name], alone[name]), allowed.loss[step > 0], f"step {step + 1}")
             for rank in ranks

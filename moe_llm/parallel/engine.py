@@ -90,7 +90,8 @@ class _NamedState:
         self.kinds = kinds
         self.rank, self.world_size = runtime.rank, runtime.world_size
         self._runtime = runtime
-        self._parameters = dict(model.named_parameters())
+        self._parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+        self._parameters |= buffers
         first = first_experts(model)
         self._entries = [
             Entry(
@@ -98,6 +99,7 @@ class _NamedState:
                 shape=tuple(getattr(p, "ds_shape", p.shape)),
                 first_expert=first.get(name),
                 trainable=p.requires_grad,
+                buffer=name in buffers,
                 trained_experts=_trained_experts(config) if name in first and p.requires_grad else None,
                 # Replicas of a parameter take turns as its writer, so that all ranks write at once.
                 writer=(i % replicas == replica) if name in first else (i % self.world_size == self.rank),

@@ -1,10 +1,10 @@
 """One optimizer step's loss, cut into what each rank contributes for each of its micro-batches.
 
-The whole is the cross-entropy averaged over all targets of the step, and the balance and z-loss over all of its real
-tokens: ranks and micro-batches are cuts that change nothing. One exception: the fractions in the global balance loss
-are those of the micro-batches up to the present one, because the later ones are not known yet (Qiu et al. 2025); with
-one micro-batch a step it is exact. Engines average gradients over the ranks, so each share is multiplied by their
-number.
+The whole is the cross-entropy averaged over all targets of the step, and the routers' losses over all of its real
+tokens: ranks and micro-batches are cuts that change nothing. One exception: the fractions in the global balance loss,
+and the sums in a router's own losses, are those of the micro-batches up to the present one, because the later ones are
+not known yet (Qiu et al. 2025); with one micro-batch a step they are exact. Engines average gradients over the ranks,
+so each share is multiplied by their number.
 """
 
 from collections.abc import Sequence
@@ -17,18 +17,21 @@ from moe_llm.config import ModelConfig
 from moe_llm.data.packing import IGNORED, Batch
 from moe_llm.model.decoder import MoEOutput
 from moe_llm.model.moe.balance import balance_loss, z_loss
+from moe_llm.model.moe.losses import router_loss_values
+from moe_llm.model.moe.routers import router_losses
 from moe_llm.model.moe.routing import RoutingStatistics
 from moe_llm.parallel.runtime import Runtime
 
 
 class StepLosses(NamedTuple):
     """A micro-batch's shares, fp32 scalars, `total` with gradient: summed over ranks and micro-batches and divided by
-    the number of ranks they are the step's losses."""
+    the number of ranks they are the step's losses. own: those of `router_losses`, in their order."""
 
     total: Tensor
     lm: Tensor
     aux: Tensor
     z: Tensor
+    own: Tensor
 
 
 class StepLoss:
@@ -39,6 +42,7 @@ class StepLoss:
 
     def __init__(self, model: ModelConfig, runtime: Runtime, batches: Sequence[Batch]):
         self.model, self.runtime, self.rounds = model, runtime, len(batches)
+        self.own_losses = router_losses(model)
         self.routing: RoutingStatistics | None = None
         counts = torch.stack([_counts(batch) for batch in batches]).sum(0)
         self.targets, self.tokens, self.sequences = runtime.sum(counts)
@@ -54,7 +58,12 @@ class StepLoss:
         z = ranks * z_loss(own, total=total)
         lm = ranks * output.loss_sum / self.targets
         whole = lm + model.router_aux_loss_coef * aux + model.router_z_loss_coef * z
-        return StepLosses(whole, lm.detach(), aux.detach(), z.detach())
+        values = router_loss_values(self.own_losses, own, total=total, seen=self.routing)
+        if self.own_losses:
+            coefficients = values.new_tensor([loss.coefficient for loss in self.own_losses])
+            # the gradients of the parts add up over ranks and micro-batches, the values are means over them
+            whole = whole + coefficients @ (ranks * (values - values.detach()) + values.detach() / self.rounds)
+        return StepLosses(whole, lm.detach(), aux.detach(), z.detach(), values.detach() / self.rounds)
 
 
 def _counts(batch: Batch) -> Tensor:

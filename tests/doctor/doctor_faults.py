@@ -95,14 +95,14 @@ def balance_loss_per_rank(rank):
 
 
 def padding_counted(rank):
-    from moe_llm.model.moe.routers import mixtral
+    from moe_llm.model.moe import router
 
-    real = mixtral.router_statistics
+    real = router.router_statistics
 
     def everything(logits_TE, probability_TE, expert_TK, real_BS, **options):
         return real(logits_TE, probability_TE, expert_TK, torch.ones_like(real_BS), **options)
 
-    return mock.patch.object(mixtral, "router_statistics", everything)
+    return mock.patch.object(router, "router_statistics", everything)
 
 
 def clip_norm_per_rank(rank):
