@@ -68,6 +68,13 @@ VARIANTS = {
     "capacity, saving in the background": [
         "model.router.capacity_factor=1.0", "checkpoint.async=true", "parallel.expert_parallel_size=2",
     ],
+    "two experts at random, entropies, warm-up": [
+        "model.router={type: gshard, entropy_bonus_coef: 0.01, global_entropy_coef: 0.01, warmup_steps: 9}",
+        "parallel.expert_parallel_size=2",
+    ],
+    "losses and noise of the router's own": [
+        "model.router.type=noisy_top_k", "parallel.expert_parallel_size=2", "parallel.zero_stage=3",
+    ],
     "capacity passed on, balance by sequence, accumulation": [
         "model.router.capacity_factor=1.0", "model.router.overflow=next", "model.router_aux_loss_scope=sequence",
         "train.global_batch_size=64",

@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.training import config, rows
 
+from moe_llm.checkpoint.hf import is_router, parameter_shapes
 from moe_llm.model.init import build_model
 from moe_llm.train.loop import model_inputs
 from moe_llm.train.loss import StepLoss, sum_over_ranks
@@ -31,10 +32,13 @@ def flat(statistics) -> torch.Tensor:
     return torch.cat([part.detach().flatten() for part in statistics])
 
 
-def step_of(split: list[int], rounds: int = 1, scope: str = "global"):
+def step_of(split: list[int], rounds: int = 1, scope: str = "global", **model_settings):
     """(total, lm, aux, z) of a step as the engine averages them over the ranks, all gradients, all counts."""
-    cfg = config(1, 1, 1, model={"router_aux_loss_scope": scope})
+    cfg = config(1, 1, 1, model={"router_aux_loss_scope": scope, **model_settings})
     model = build_model(cfg.model, seed=3)
+    for name, parameter in model.named_parameters():
+        if not parameter.any():  # routers that begin at zero would show little
+            parameter.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(name)))
     whole = rows(0, 0, ROWS)
     size, starts = ROWS // rounds, [sum(split[:i]) for i in range(len(split))]
     batches = [[whole.rows(j * size + s, j * size + s + n) for j in range(rounds)] for s, n in zip(starts, split)]
@@ -48,7 +52,7 @@ def step_of(split: list[int], rounds: int = 1, scope: str = "global"):
         for output in their_outputs:
             losses = step_loss(output)
             (losses.total / len(split)).backward(retain_graph=True)
-            values += torch.stack([part.detach() for part in losses]) / len(split)
+            values += torch.stack([part.detach() for part in losses[:4]]) / len(split)
         step_losses.append(step_loss)
     return values, {name: p.grad for name, p in model.named_parameters()}, [step_losses[0].routing.tokens_per_expert_E]
 
@@ -65,6 +69,29 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("split", SPLITS[1:], ids=str)
 def test_any_split_over_ranks_is_the_same_number_and_gradient(split, scope):
     assert_same(step_of(split, scope=scope), step_of([ROWS], scope=scope))
+
+
+OWN = {"type": "noisy_top_k", "noise": False, "importance_coef": 0.3, "load_coef": 0.2, "local_entropy_coef": 0.1,
+       "global_entropy_coef": 0.2}
+
+
+@pytest.mark.parametrize("split", SPLITS[1:], ids=str)
+def test_also_with_losses_of_the_routers_own(split):
+    found, expected = step_of(split, router=OWN), step_of([ROWS], router=OWN)
+    assert_same(found, expected)
+    without = step_of([ROWS], router={**OWN, "importance_coef": 0.0})
+    assert without[0][0] < expected[0][0]
+
+
+def test_losses_of_the_routers_own_over_micro_batches_are_near_the_exact_ones():
+    """With several micro-batches a step the sums are those seen so far, scaled up to all tokens."""
+    names = [name for name in parameter_shapes(config(1, 1, 1, model={"router": OWN}).model) if is_router(name)]
+    exact, parts = step_of([ROWS], router=OWN), step_of([ROWS // 2], rounds=2, router=OWN)
+    assert abs(parts[0][0] - exact[0][0]) < 0.01 * exact[0][0]
+    for name in names:
+        ours, theirs = parts[1][name].flatten(), exact[1][name].flatten()
+        assert torch.cosine_similarity(ours, theirs, dim=0) > 0.9, name
+        assert 0.7 < ours.norm() / theirs.norm() < 1.4, name
 
 
 @pytest.mark.parametrize("split", [[1, 2], [1, 1, 1]], ids=str)
@@ -105,7 +132,7 @@ def test_padding_counts_in_nothing():
         losses, summed = step_loss(output), step_loss.routing
         assert summed.num_tokens.tolist() == [real.sum().item()] * 2
         assert summed.tokens_per_expert_E.sum(-1).tolist() == [2 * real.sum().item()] * 2
-        results.append(torch.stack([part.detach() for part in losses]))
+        results.append(torch.stack([part.detach() for part in losses[:4]]))
     assert torch.equal(*results)
 
 

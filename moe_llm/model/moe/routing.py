@@ -62,6 +62,7 @@ def router_statistics(
     per_sequence: bool,
     dropped: Tensor | None = None,
     taken_TK: Tensor | None = None,
+    entropy_T: Tensor | None = None,
     entropy_gradient: bool = False,
     own_X: Tensor | None = None,
 ) -> RoutingStatistics:
@@ -69,13 +70,15 @@ def router_statistics(
 
     per_sequence: also form the balance loss of each sequence by itself (DeepSeek-AI 2024, equations 17 to 20, in the
     normalisation of `balance.balance_loss`).
+    entropy_T: of the distributions, nats, where these are not the softmax of the logits.
     taken_TK: which of the choices count; all, where it is None.
     """
     (sequences, length), experts = real_BS.shape, logits_TE.shape[-1]
     weight_T = real_BS.flatten().to(logits_TE.dtype)
     log_z_T = logits_TE.logsumexp(-1)
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-        entropy_T = log_z_T - (probability_TE * logits_TE).sum(-1)
+        if entropy_T is None:
+            entropy_T = log_z_T - (probability_TE * logits_TE).sum(-1)
     with torch.no_grad():
         rows = sequences if per_sequence else 1
         row_T = torch.arange(sequences, device=real_BS.device).repeat_interleave(length) if per_sequence else 0

@@ -25,10 +25,10 @@ class NoisyTopKRouter(TokenChoiceRouter):
     def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Routing:
         x_TD = self.input(x_BSD)
         clean_TE = noisy_TE = wide_linear(x_TD, self.weight)
-        # in evaluation nothing depends on it, but ZeRO-3 wants every parameter to take part in every pass
         deviation_TE = F.softplus(wide_linear(x_TD, self.noise_weight))
-        if self.training and self.settings.noise:
-            noisy_TE = clean_TE + torch.randn_like(clean_TE) * deviation_TE
+        if self.training:
+            noise_TE = torch.randn_like(clean_TE) if self.settings.noise else torch.zeros_like(clean_TE)
+            noisy_TE = clean_TE + noise_TE * deviation_TE  # with zeros too every parameter has a gradient, as it must
         weight_T1 = real_BS.flatten().to(clean_TE.dtype)[:, None]
 
         def measure(expert_TR: Tensor, weight_TR: Tensor) -> Tensor:
