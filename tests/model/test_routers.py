@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from moe_llm.config import ModelConfig
 from moe_llm.config.routers import ROUTER_SETTINGS
+from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.init import init_weights
 from moe_llm.model.moe.layer import MoELayer
 from moe_llm.model.moe.losses import router_loss_values
@@ -203,11 +204,9 @@ def test_warm_up_spreads_tokens_and_ends():
     assert torch.equal(warm.eval()(x_BSD, real_BS)[0], plain.eval()(x_BSD, real_BS)[0])
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, "warm-up"])
 def test_recomputation_routes_as_the_first_pass_did(case):
-    from moe_llm.model.decoder import MoEDecoder
-
-    kind, top_k, settings, _ = CASES[case]
+    kind, top_k, settings, _ = CASES.get(case, ("mixtral", 2, {"warmup_steps": 9, "capacity_factor": 1.0}, {}))
     ids_BS = torch.randint(0, 40, (B, S), generator=torch.Generator().manual_seed(1))
     results = []
     for recompute in (False, True):
