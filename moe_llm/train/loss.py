@@ -43,6 +43,7 @@ class StepLoss:
     def __init__(self, model: ModelConfig, runtime: Runtime, batches: Sequence[Batch]):
         self.model, self.runtime, self.rounds = model, runtime, len(batches)
         self.own_losses = router_losses(model)
+        self._own_before: Tensor | None = None
         self.routing: RoutingStatistics | None = None
         counts = torch.stack([_counts(batch) for batch in batches]).sum(0)
         self.targets, self.tokens, self.sequences = runtime.sum(counts)
@@ -59,11 +60,13 @@ class StepLoss:
         lm = ranks * output.loss_sum / self.targets
         whole = lm + model.router_aux_loss_coef * aux + model.router_z_loss_coef * z
         values = router_loss_values(self.own_losses, own, total=total, seen=self.routing)
+        # Gradients of the parts add up. Values are of all that has been seen: what this micro-batch has added to them.
+        added = values.detach() - (0 if self._own_before is None else self._own_before)
+        self._own_before = values.detach()
         if self.own_losses:
             coefficients = values.new_tensor([loss.coefficient for loss in self.own_losses])
-            # the gradients of the parts add up over ranks and micro-batches, the values are means over them
-            whole = whole + coefficients @ (ranks * (values - values.detach()) + values.detach() / self.rounds)
-        return StepLosses(whole, lm.detach(), aux.detach(), z.detach(), values.detach() / self.rounds)
+            whole = whole + coefficients @ (ranks * (values - values.detach()) + added)
+        return StepLosses(whole, lm.detach(), aux.detach(), z.detach(), added)
 
 
 def _counts(batch: Batch) -> Tensor:

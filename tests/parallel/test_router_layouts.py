@@ -69,8 +69,8 @@ def test_two_ranks_equal_one_process_and_resume_in_it(found, kind):
         assert largest(per_rank[kind]["losses"], straight["losses"][:STEPS]) < 1e-5
         assert largest(per_rank[kind]["norms"], straight["norms"][:STEPS]) < 1e-4
     expected = train_steps(run_of(kind, 1), STEPS)
-    for what in ("gradients", "weights"):
+    for what, tolerance in (("gradients", 2e-5), ("weights", 1e-4)):  # weights that begin at zero are all rounding
         worst, where = difference([per_rank[kind] for per_rank in found], expected, what)
-        assert worst < 2e-5, where
+        assert worst < tolerance, f"{what} of {where}"
     resumed = train_steps(run_of(kind, 1), 1, source=found[0][kind]["saved"], first=STEPS)
     assert largest(resumed["losses"], straight["losses"][STEPS:]) < 1e-5
