@@ -151,8 +151,16 @@ def _low_rank(entry: Entry, state: TrainedState) -> torch.Tensor | None:
     """What adapters add to a weight, of its shape, fp32; None without any. Collective."""
     if entry.adapted is None:
         return None
-    a, b = (state.read(name, "weight") for name in entry.adapted[:2])
-    return b @ a * entry.adapted.scale
+    a, b, scale = entry.adapted
+    return low_rank_sum(state.read(a, "weight"), state.read(b, "weight"), scale)
+
+
+def low_rank_sum(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale * B A, of (r, I) and (O, r) or of each expert's: one by one, so that it is the same to the bit however many
+    of them a rank holds."""
+    if a.dim() == 2:
+        return b @ a * scale
+    return torch.stack([low_rank_sum(*pair, scale) for pair in zip(a, b)])
 
 
 class HostCopy:

@@ -8,13 +8,12 @@ cannot cut by rows; and it takes no dropout. The maths is the same (a test compa
 
 import hashlib
 import math
-import warnings
 
 import torch
 from torch import nn
 
 from moe_llm.config import Config
-from moe_llm.finetune.targets import adapted_names, is_attention
+from moe_llm.finetune.targets import adapted_names, is_attention, require_peft
 from moe_llm.model.adapters import factors_of, own_name
 from moe_llm.model.moe.experts import Experts
 
@@ -43,15 +42,14 @@ def add_adapters(model: nn.Module, config: Config) -> None:
 
 
 def _wrap(model: nn.Module, modules: list[str], config: Config) -> None:
+    require_peft(config)
     from peft import LoraConfig, inject_adapter_in_model
 
     lora = config.finetune.lora
     settings = LoraConfig(
         r=lora.rank, lora_alpha=lora.scale * lora.rank, lora_dropout=lora.dropout, target_modules=modules, bias="none"
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a model that is none of transformers'
-        inject_adapter_in_model(settings, model)
+    inject_adapter_in_model(settings, model)
 
 
 @torch.no_grad()

@@ -124,8 +124,14 @@ def check_lora(config: Config) -> None:
         return
     if config.model.init_from is None:
         raise UserError(f"finetune.lora.rank={lora.rank} has no base to adapt: set model.init_from")
-    if any(map(is_attention, adapted_names(config))) and importlib.util.find_spec("peft") is None:
+    if any(map(is_attention, adapted_names(config))):
+        require_peft(config)
+
+
+def require_peft(config: Config) -> None:
+    """Raises a UserError where the package is not installed that attention's adapters are of."""
+    if importlib.util.find_spec("peft") is None:
         raise UserError(
-            f"finetune.lora.targets={lora.targets} needs the package peft for attention, which is not installed: "
-            "pip install peft, or name experts alone"
+            f"finetune.lora.targets={config.finetune.lora.targets} needs the package peft for attention, which is not "
+            "installed: pip install peft, or name experts alone"
         )
