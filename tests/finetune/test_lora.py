@@ -159,11 +159,11 @@ def _ranks_gathering_all(cfg, how: dict) -> dict:
         deepspeed.engine_config = settings
 
 
-@pytest.mark.parametrize(("stage", "ep"), [(1, 2), (2, 2), (3, 2), (3, 1)])
-def test_ranks_equal_one_process_and_go_on_elsewhere(two_ranks, base, trained, tmp_path, stage, ep):
-    """ZeRO-3 with recomputation, and both ways between layouts."""
+@pytest.mark.parametrize(("stage", "ep", "chunks"), [(1, 2, 1), (2, 2, 2), (3, 2, 3), (3, 1, 1)])
+def test_ranks_equal_one_process_and_go_on_elsewhere(two_ranks, base, trained, tmp_path, stage, ep, chunks):
+    """ZeRO-3 with recomputation; rows exchanged in parts by expert and by share; both ways between layouts."""
     first, straight = trained
-    cfg = run(base, 2, ep, stage)
+    cfg = run(base, 2, ep, stage, parallel={"exchange_chunks": chunks, "expert_parallel_size": ep, "zero_stage": stage})
     found = two_ranks.run(_ranks_gathering_all, cfg, {"save": str(tmp_path)})
     for rank in found:
         assert rank["losses"] == pytest.approx(first["losses"], rel=1e-5)

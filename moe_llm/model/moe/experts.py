@@ -36,9 +36,9 @@ class Experts(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if self.low_rank is not None:
             rows = () if routing is None else (routing.weight_N, routing.token_index_N, routing.slot_TK)
-            return adapted_expert_mlp(
-                x, self.gate_up_proj, self.down_proj, counts_E, self._adapters(), *rows, dropout=dropout
-            )
+            held = slice(None) if own is None else own
+            weights = self.gate_up_proj[held], self.down_proj[held]
+            return adapted_expert_mlp(x, *weights, counts_E, self._adapters(held), *rows, dropout=dropout)
         if routing is None:
             gate_up_proj, down_proj = self.gate_up_proj, self.down_proj
             if own is not None:
@@ -57,10 +57,10 @@ class Experts(nn.Module):
             setattr(self, f"{name}_lora_{factor}", nn.Parameter(torch.empty(shape)))
         self.low_rank = scale, dropout
 
-    def _adapters(self) -> ExpertAdapters:
+    def _adapters(self, held: slice) -> ExpertAdapters:
         scale, dropout = self.low_rank
         gate_up, down = (
-            Factors(getattr(self, f"{name}_lora_A"), getattr(self, f"{name}_lora_B"))
+            Factors(getattr(self, f"{name}_lora_A")[held], getattr(self, f"{name}_lora_B")[held])
             if hasattr(self, f"{name}_lora_A") else None
             for name in ("gate_up_proj", "down_proj")
         )
