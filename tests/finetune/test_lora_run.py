@@ -66,7 +66,7 @@ def test_adapters_are_trained_from_the_command_line_and_on_resuming(base, text, 
     (["finetune.lora.targets=[router]", "finetune.router_guard.action=freeze"], "contradicts finetune.lora.targets"),
     (["finetune.lora.dropout=1"], "finetune.lora.dropout=1"),
     (["finetune.lora.rank=null"], "applies to nothing without a rank"),
-    (["finetune.train=experts"], "finetune.train='experts' names whole tensors to train beside lora.rank=2"),
+    (["finetune.train=experts"], "finetune.train=experts names whole tensors to train beside lora.rank=2"),
     (["finetune.experts=[1]"], "names whole tensors to train beside lora.rank=2"),
 ])
 def test_mistakes_are_told_before_anything_is_written(base, text, tmp_path, capsys, words, sentence):
