@@ -80,7 +80,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, shape: tuple[int, i
     _, _, hidden, width = shape
     if device.type != "cuda":
         return "fused"
-    if triton.use("experts", torch.empty(0, dtype=dtype, device=device)):
+    if triton.chosen("experts", device, dtype):
         return "triton"
     return "grouped" if grouped_mm_fits(device, dtype, hidden, width) else "fused"
 

@@ -1,11 +1,14 @@
 """Kernels compiled for GPUs that are not there, and what the assembler says of them."""
 
-import itertools
+import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
+
+_ROUND = {"width", "half", "vocabulary", *(f"stride_{of}" for of in ("e", "column", "depth", "b", "h", "s"))}
 
 
 class Compiled(NamedTuple):
@@ -16,8 +19,8 @@ class Compiled(NamedTuple):
 
 
 def compile_for(kernel, capability: int, types: dict[str, str], constants: dict, warps: int, stages: int) -> Compiled:
-    """`types` by argument: "*bf16", "i32", ...; pointers and integers are taken to be multiples of 16, as those of real
-    shapes are. Everything else in `constants`."""
+    """`types` by argument: "*bf16", "i32", ...; pointers, strides and widths are taken to be multiples of 16, as those
+    of real shapes are. Everything else in `constants`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -28,7 +31,7 @@ def compile_for(kernel, capability: int, types: dict[str, str], constants: dict,
     attributes = {
         (position,): [["tt.divisibility", 16]]
         for position, name in enumerate(names)
-        if types.get(name, "").startswith("*") or name.startswith("stride")
+        if types.get(name, "").startswith("*") or (name in types and name in _ROUND)
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     done = triton.compile(
@@ -73,11 +76,8 @@ def cases(dtype: str = "bf16"):
             f"rows_product {'a W^T' if transposed else 'a W'}", products._rows_product,
             {name: kind for name, kind in types.items() if name != unit}, down | {unit: 1},
         )  # fmt: skip
-    pointers = {"grad_ptr": x, "proj_ptr": x, "gate_up_ptr": x, "h_ptr": x, "grad_gate_up_ptr": x, "partial_ptr": wide}
-    yield "hidden_gradient", products._hidden_gradient, pointers | routed | rows, up
-    for own, other in itertools.permutations(("grad_index_ptr", "input_index_ptr")):
-        types = {"grad_ptr": x, "input_ptr": x, "out_ptr": x, "counts_ptr": "*i64", "num_experts": "i32", own: "*i64"}
-        yield f"weight_gradient by {own}", products._weight_gradient, types, down | {other: None}
+    types = {"grad_ptr": x, "input_ptr": x, "out_ptr": x, "counts_ptr": "*i64", "num_experts": "i32"}
+    yield "weight_gradient", products._weight_gradient, types, down
     yield (
         "swiglu_forward", elementwise._swiglu_forward,
         {"gate_up_ptr": x, "weight_ptr": wide, "out_ptr": x, "width": "i32"}, {"BLOCK": 1024},
@@ -112,3 +112,31 @@ def cases(dtype: str = "bf16"):
         {"logits_ptr": x, "labels_ptr": "*i64", "loss_ptr": wide, "vocabulary": "i32"},
         {"GRADIENT": True, "BLOCK": 4096},
     )  # fmt: skip
+
+
+def main(capability: int) -> dict[str, dict]:
+    """Each kernel with the first of its configurations that fits the device, where it has some."""
+    from moe_llm.ops.triton import tuning
+
+    limit, found = {80: 163 * 1024, 90: 227 * 1024}[capability], {}
+    for name, kernel, types, constants in cases():
+        is_product, stages, stage_bytes, warps = hasattr(kernel, "configs"), 3, 0, 4
+        if is_product:
+            tiles = 2 if name == "gate_up_swiglu" else 1
+            config = next(c for c in kernel.configs if tuning.stage_bytes(c, 2, tiles) * c.num_stages <= limit)
+            constants, warps, stages = constants | config.kwargs, config.num_warps, config.num_stages
+            stage_bytes, kernel = tuning.stage_bytes(config, 2, tiles), kernel.fn
+        elif constants.get("BLOCK", 0) >= 4096:
+            warps = 8
+        done = compile_for(kernel, capability, types, constants, warps, stages)
+        found[name] = {
+            "is_product": is_product, "registers": done.registers, "spilled_bytes": done.spilled_bytes,
+            "shared_bytes": done.shared_bytes, "stages": stages, "stage_bytes": stage_bytes,
+            "instructions": [i for i in ("wgmma.mma_async", "mma.sync") if i in done.ptx],
+            "wide_accesses": len(re.findall(r"(?:ld|st)\.global[\w.:]*\.v[48]\.b32|v2\.b64", done.ptx)),
+        }
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(int(sys.argv[1]))))

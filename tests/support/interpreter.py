@@ -1,4 +1,4 @@
-"""Triton's interpreter, which keeps bf16 as its 16 bits and rounds towards zero, made to compute with it as a GPU does."""
+"""Triton's interpreter keeps bf16 as its 16 bits and rounds towards zero; this makes it compute as a GPU does."""
 
 import numpy as np
 

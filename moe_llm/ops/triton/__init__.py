@@ -36,15 +36,24 @@ def use(part: str, *tensors: Tensor | None) -> bool:
     return part in (enabled() if _enabled is None else _enabled) and fits(*tensors)
 
 
+def chosen(part: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `part` is on and takes tensors of this dtype on this device."""
+    return part in enabled() and _fits(device, dtype)
+
+
 def fits(*tensors: Tensor | None) -> bool:
     """Whether these can go to a kernel: on the current CUDA device (or on the CPU under TRITON_INTERPRET=1), all of one
     dtype, fp32, bf16 or fp16, and Triton is there."""
     first = tensors[0]
-    if first.dtype not in _DTYPES or any(t is not None and t.dtype != first.dtype for t in tensors):
+    return all(t is None or t.dtype == first.dtype for t in tensors) and _fits(first.device, first.dtype)
+
+
+def _fits(device: torch.device, dtype: torch.dtype) -> bool:
+    if dtype not in _DTYPES or not available():
         return False
-    if first.device.type == "cuda":
-        return first.device.index == torch.cuda.current_device() and available()
-    return first.device.type == "cpu" and interpreted() and available()
+    if device.type == "cuda":
+        return device.index in (None, torch.cuda.current_device())
+    return device.type == "cpu" and interpreted()
 
 
 def enable(parts: Iterable[str]) -> None:
@@ -81,5 +90,5 @@ def interpreted() -> bool:
 def _known(parts: Iterable[str], source: str) -> frozenset[str]:
     parts = frozenset(parts)
     for part in sorted(parts - set(DEFAULT)):
-        raise UserError(f"{source} names {part!r}, which has no Triton kernel; use 0, 1 or some of {', '.join(DEFAULT)}.")
+        raise UserError(f"{source} names {part!r}, which has no Triton kernel; use some of {', '.join(DEFAULT)}.")
     return parts

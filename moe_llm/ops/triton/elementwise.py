@@ -30,7 +30,8 @@ def swiglu_backward(
     gate_up_NG: Tensor, grad_NF: Tensor, weight_N: Tensor | None, out_NF: Tensor, grad_NG: Tensor
 ) -> Tensor | None:
     """From the gradient of weight * silu(gate) * up, given before the weight was multiplied to it: the product again
-    into out_NF, the gradients of gate and up into grad_NG; returns that of the weight, in fp32."""
+    into out_NF (which may be grad_NF), the gradients of gate and up into grad_NG; returns that of the weight, in
+    fp32."""
     rows, width = out_NF.shape
     grad_weight_N = None if weight_N is None else torch.empty(rows, dtype=torch.float32, device=out_NF.device)
     if rows:

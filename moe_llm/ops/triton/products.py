@@ -6,7 +6,6 @@ Dimensions: T tokens, N rows, E experts, D hidden, F expert width, G = 2F (gate 
 rows x COLUMNS is what is written, DEPTH what is summed over, and pointers are to contiguous tensors.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -47,45 +46,17 @@ def rows_product(a_NK: Tensor, weight_EOI: Tensor, counts_E: Tensor, transposed:
     return out
 
 
-def hidden_gradient(
-    grad_TD: Tensor, down_proj_EDF: Tensor, gate_up_NG: Tensor, counts_E: Tensor, weight_N: Tensor | None,
-    token_index_N: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """From the gradient of the experts' outputs, not yet weighted: (weight * silu(gate) * up again (N, F), the
-    gradients of gate and up (N, G), of the weights (N,) in fp32)."""
-    (num_rows, _), (experts, hidden, width) = gate_up_NG.shape, down_proj_EDF.shape
-    h_NF, grad_NG = gate_up_NG.new_empty(num_rows, width), torch.empty_like(gate_up_NG)
-    partial = None
-    if weight_N is not None:  # one sum for each tile of columns; zeros where a configuration has wide tiles
-        parts = triton.cdiv(width, tuning.SMALLEST_COLUMNS)
-        partial = torch.zeros(parts, num_rows, dtype=torch.float32, device=h_NF.device)
-    if num_rows:
-        _hidden_gradient[_grid(num_rows, experts, width)](
-            grad_TD, down_proj_EDF, gate_up_NG, token_index_N, weight_N, h_NF, grad_NG, partial, counts_E, num_rows,
-            experts, COLUMNS=width, DEPTH=hidden, **_common(grad_TD, num_rows, experts),
-        )
-    return h_NF, grad_NG, None if partial is None else partial.sum(0)
-
-
-def weight_gradient(
-    grad_NO: Tensor, input_NI: Tensor, counts_E: Tensor, grad_index_N: Tensor | None, input_index_N: Tensor | None
-) -> Tensor:
-    """(E, O, I): the sum of grad^T input over each expert's rows, zero for an expert without rows.
-
-    Where an index is given, row n is the tensor's row index[n].
-    """
-    experts, index_N = len(counts_E), input_index_N if grad_index_N is None else grad_index_N
-    num_rows = len(grad_NO) if index_N is None else len(index_N)
+def weight_gradient(grad_NO: Tensor, input_NI: Tensor, counts_E: Tensor) -> Tensor:
+    """(E, O, I): the sum of grad^T input over each expert's rows, zero for an expert without rows."""
+    experts, num_rows = len(counts_E), len(grad_NO)
     out_EOI = grad_NO.new_empty(experts, grad_NO.shape[1], input_NI.shape[1])
-    if num_rows == 0:
-        return out_EOI.zero_()
 
     def grid(block):
         tiles = triton.cdiv(out_EOI.shape[1], block["BLOCK_M"]) * triton.cdiv(out_EOI.shape[2], block["BLOCK_N"])
         return tiles, experts
 
     _weight_gradient[grid](
-        grad_NO, input_NI, grad_index_N, input_index_N, out_EOI, counts_E, experts,
+        grad_NO, input_NI, out_EOI, counts_E, experts,
         COLUMNS=input_NI.shape[1], DEPTH=grad_NO.shape[1], **_common(grad_NO, num_rows, experts),
     )
     return out_EOI
@@ -104,16 +75,6 @@ def _common(x: Tensor, num_rows: int, experts: int) -> dict:
         "OCTAVE": tuning.rows_octave(num_rows, experts),
         "PRECISION": tuning.precision(x.dtype),
     }
-
-
-@triton.jit
-def _gathered(index_ptr, rows):
-    """The source rows of these, as int64 (offsets pass 2^31); index_ptr None: the rows themselves."""
-    if index_ptr is None:
-        source = rows.to(tl.int64)
-    else:
-        source = tl.load(index_ptr + rows).to(tl.int64)
-    return source
 
 
 @triton.jit
@@ -150,9 +111,11 @@ def _gate_up_swiglu(
         tl.store(gate_ptrs + COLUMNS, zeros, mask=written)
         return
     # what is read beyond the tile's rows and columns is some row or column that exists: it is not written
-    source = _gathered(index_ptr, tl.minimum(rows, end - 1))
+    source = tl.minimum(rows, end - 1)
+    if index_ptr is not None:
+        source = tl.load(index_ptr + source)
     depth = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + source[:, None] * DEPTH + depth[None, :]
+    x_ptrs = x_ptr + source.to(tl.int64)[:, None] * DEPTH + depth[None, :]
     matrix_ptr = proj_ptr + expert.to(tl.int64) * (2 * COLUMNS * DEPTH)
     w_ptrs = matrix_ptr + (columns % COLUMNS)[None, :] * DEPTH + depth[:, None]
     gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -206,66 +169,10 @@ def _rows_product(
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=written)
 
 
-@tuning.tuned(reset=("partial_ptr",))
-@triton.jit
-def _hidden_gradient(
-    grad_ptr, proj_ptr, gate_up_ptr, index_ptr, weight_ptr, h_ptr, grad_gate_up_ptr, partial_ptr, counts_ptr,
-    num_rows, num_experts,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EXPERTS: tl.constexpr, OCTAVE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-):  # fmt: skip
-    num_n: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
-    tile_m, tile_n = tile_of(tl.program_id(0), tl.num_programs(0) // num_n, num_n, GROUP_M)
-    expert, first, end = rows_of_tile(counts_ptr, tile_m, num_rows, num_experts, EXPERTS, BLOCK_M)
-    if first >= end:
-        return
-    rows = first + tl.arange(0, BLOCK_M)
-    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    written = (rows < end)[:, None] & (columns < COLUMNS)[None, :]
-    h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * COLUMNS + columns[None, :]
-    gate_offsets = rows.to(tl.int64)[:, None] * (2 * COLUMNS) + columns[None, :]
-    kind = h_ptr.dtype.element_ty
-    if expert == num_experts:
-        zeros = tl.zeros((BLOCK_M, BLOCK_N), kind)
-        tl.store(h_ptrs, zeros, mask=written)
-        tl.store(grad_gate_up_ptr + gate_offsets, zeros, mask=written)
-        tl.store(grad_gate_up_ptr + gate_offsets + COLUMNS, zeros, mask=written)
-        return
-    source = _gathered(index_ptr, tl.minimum(rows, end - 1))
-    depth = tl.arange(0, BLOCK_K)
-    grad_ptrs = grad_ptr + source[:, None] * DEPTH + depth[None, :]
-    matrix_ptr = proj_ptr + expert.to(tl.int64) * (COLUMNS * DEPTH)
-    w_ptrs = matrix_ptr + depth[:, None] * COLUMNS + (columns % COLUMNS)[None, :]
-    grad_h = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, DEPTH, BLOCK_K):
-        grad = _depth_loaded(grad_ptrs, k, depth[None, :], DEPTH, BLOCK_K)
-        w = _depth_loaded(w_ptrs, k, depth[:, None], DEPTH, BLOCK_K)
-        grad_h = tl.dot(grad, w, grad_h, input_precision=PRECISION)
-        grad_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K * COLUMNS
-    gate = tl.load(gate_up_ptr + gate_offsets, mask=written, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + gate_offsets + COLUMNS, mask=written, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    h = silu * up
-    if weight_ptr is not None:
-        # y = (weight h) W^T, so dL/dweight = grad . (h W^T) = (grad W) . h: y itself is not needed
-        tl.store(
-            partial_ptr + tile_n.to(tl.int64) * num_rows + rows, tl.sum(grad_h * h, 1), mask=rows < end,
-        )  # fmt: skip
-        weight = tl.load(weight_ptr + rows, mask=rows < end, other=0.0).to(tl.float32)[:, None]
-        h *= weight
-        grad_h *= weight
-    grad_gate = grad_h * up * (sigmoid + silu * (1 - sigmoid))
-    tl.store(h_ptrs, h.to(kind), mask=written)
-    tl.store(grad_gate_up_ptr + gate_offsets, grad_gate.to(kind), mask=written)
-    tl.store(grad_gate_up_ptr + gate_offsets + COLUMNS, (grad_h * silu).to(kind), mask=written)
-
-
 @tuning.tuned()
 @triton.jit
 def _weight_gradient(
-    grad_ptr, input_ptr, grad_index_ptr, input_index_ptr, out_ptr, counts_ptr, num_experts,
+    grad_ptr, input_ptr, out_ptr, counts_ptr, num_experts,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EXPERTS: tl.constexpr, OCTAVE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -277,20 +184,16 @@ def _weight_gradient(
     first, end = rows_of_expert(counts_ptr, expert, num_experts, EXPERTS)
     outs = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     ins = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, BLOCK_K)
+    grad_ptrs = grad_ptr + (first + rows).to(tl.int64)[None, :] * DEPTH + (outs % DEPTH)[:, None]
+    input_ptrs = input_ptr + (first + rows).to(tl.int64)[:, None] * COLUMNS + (ins % COLUMNS)[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for row in range(first, end, BLOCK_K):
-        rows = row + tl.arange(0, BLOCK_K)
-        own = rows < end
-        inside = tl.minimum(rows, end - 1)
-        grad_rows = _gathered(grad_index_ptr, inside)
-        input_rows = _gathered(input_index_ptr, inside)
-        grad = tl.load(
-            grad_ptr + grad_rows[None, :] * DEPTH + (outs % DEPTH)[:, None], mask=own[None, :], other=0.0
-        )
-        x = tl.load(
-            input_ptr + input_rows[:, None] * COLUMNS + (ins % COLUMNS)[None, :], mask=own[:, None], other=0.0
-        )
+        grad = tl.load(grad_ptrs, mask=rows[None, :] < end - row, other=0.0)
+        x = tl.load(input_ptrs, mask=rows[:, None] < end - row, other=0.0)
         total = tl.dot(grad, x, total, input_precision=PRECISION)
+        grad_ptrs += BLOCK_K * DEPTH
+        input_ptrs += BLOCK_K * COLUMNS
     out_ptrs = out_ptr + expert.to(tl.int64) * (DEPTH * COLUMNS) + outs.to(tl.int64)[:, None] * COLUMNS + ins[None, :]
     written = (outs < DEPTH)[:, None] & (ins < COLUMNS)[None, :]
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=written)

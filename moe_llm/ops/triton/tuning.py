@@ -24,22 +24,18 @@ _TWO_PRODUCTS = [  # gate and up: two accumulators of rows x columns each, two t
 ]  # fmt: skip
 # in the interpreter: small, so that small inputs have several tiles with tails
 _SMALL = [(16, 16, 16, 2, 1, 1)]
-SMALLEST_COLUMNS = 16
 
 
-def tuned(two_products: bool = False, reset: tuple[str, ...] = ()):
-    """Decorator of a kernel with BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M and the key below among its arguments.
-
-    reset: pointers whose memory a configuration writes more or less of: zeroed between trials.
-    """
+def tuned(two_products: bool = False):
+    """Decorator of a kernel with BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M and the key below among its arguments."""
     blocks = _SMALL if interpreted() else _TWO_PRODUCTS if two_products else _ONE_PRODUCT
     configs = [
         triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": group}, num_warps=warps, num_stages=stages)
         for m, n, k, group, warps, stages in blocks
     ]
     return triton.autotune(
-        configs, key=["OCTAVE", "COLUMNS", "DEPTH", "num_experts"], reset_to_zero=list(reset) or None,
-        prune_configs_by={"early_config_prune": _fitting(1 + two_products)}, cache_results=True,
+        configs, key=["OCTAVE", "COLUMNS", "DEPTH", "num_experts"], cache_results=True,
+        prune_configs_by={"early_config_prune": _fitting(1 + two_products)},
     )
 
 
