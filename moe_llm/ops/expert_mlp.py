@@ -34,8 +34,8 @@ def expert_mlp(
         gate_up_proj_EGD, down_proj_EDF: the stacked weights, of x's dtype.
         counts_E: integer rows per expert, zeros allowed.
         backend: `loop` plain autograd, expert by expert; `fused` one autograd function, expert by expert;
-            `grouped` torch's grouped matrix product, without host synchronisation on CUDA; `triton` our own
-            kernels on CUDA, without it either; `auto` see `choose_backend`.
+            `grouped` torch's grouped matrix product, without host synchronisation on Hopper and later GPUs; `triton`
+            our own kernels on CUDA, without it on any; `auto` see `choose_backend`.
         weight_N: routing weights, any floating dtype. Weighting here rather than in `combine` saves the
             memory of the unweighted rows, since their gradient is formed from the hidden activations.
         dropout: share of the hidden activations silu(gate(x)) * up(x) that is set to zero, the others being divided by
@@ -73,16 +73,18 @@ def choose_backend(device: torch.device, dtype: torch.dtype, shape: tuple[int, i
     CPU: fused, at 0.41 (bf16) and 0.70 (fp32) of the plain loop's time with 4096 rows of 512 and 8 experts of
     1792, against 0.44 and 0.74 for grouped; 0.08 and 0.11 against 0.09 and 0.12 with 64 experts of 224; ahead
     with skewed routing as well (scripts/benchmarks/ops.py, one thread of a Xeon with AMX, torch 2.13, counts
-    that change with every call). CUDA: grouped wherever torch's kernel takes the dtype and shape, because it
-    does not wait for the counts, and triton, which does not either, where `moe_llm.ops.triton` has it on; neither is
-    measured.
+    that change with every call). CUDA, none of it measured: grouped where torch's kernel takes the dtype
+    and shape and does not wait for the counts, which is from Hopper on (before, it is a loop over the experts that
+    reads them in each product, where fused reads them once in each pass); triton, which never waits, where
+    `moe_llm.ops.triton` has it on.
     """
     _, _, hidden, width = shape
     if device.type != "cuda":
         return "fused"
     if triton.chosen("experts", device, dtype):
         return "triton"
-    return "grouped" if grouped_mm_fits(device, dtype, hidden, width) else "fused"
+    never_waits = torch.cuda.get_device_capability(device) >= (9, 0)
+    return "grouped" if never_waits and grouped_mm_fits(device, dtype, hidden, width) else "fused"
 
 
 def triton_kernels(x: Tensor):

@@ -55,6 +55,8 @@ def test_what_waits_is_noticed(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("parts", [[], list(triton.DEFAULT), [p for p in triton.DEFAULT if p != "experts"]])
 def test_no_synchronisation_on_cuda(monkeypatch, parts):
+    if "experts" not in parts and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("torch's grouped product waits before Hopper")
     monkeypatch.setattr(triton, "_enabled", frozenset(parts))
     run = step("cuda")
     run()  # compiles and tunes, which does wait
