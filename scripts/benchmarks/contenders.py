@@ -1,6 +1,6 @@
 """The models that `step.py` compares: the same weights and the same batches for each of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,26 @@ class Shape:
             num_local_experts=self.experts, num_experts_per_tok=self.top_k,
             max_position_embeddings=max(self.length, 64), router_aux_loss_scope="transformers",
         )
+
+
+MIXTRAL_LAYER = Shape(1, 512, hidden=4096, width=14336, layers=1, heads=32, kv_heads=8, vocabulary=32000)
+# On CUDA: layers is how many are asked for, of which as many are taken as fit.
+CUDA = {
+    "Mixtral 8x7B": replace(MIXTRAL_LAYER, length=4096, layers=32),
+    "64 experts, top 6": Shape(2, 4096, hidden=2048, width=1408, experts=64, top_k=6, layers=8, heads=16, kv_heads=16,
+                               vocabulary=32000),
+}
+
+
+def shape_that_fits(shape: Shape, contenders: int, dtype: torch.dtype, free_bytes: float) -> Shape:
+    """With as many of its layers as leave a quarter of the memory to activations, when each contender holds weights,
+    the one at work gradients too, and the fp32 reference and the bare products both."""
+    item = torch.finfo(dtype).bits // 8
+    for layers in range(shape.layers, 1, -1):
+        parameters = sum(replace(shape, layers=layers).config.parameter_counts().values())
+        if parameters * (item * (contenders + 3) + 8) <= 0.75 * free_bytes:
+            return replace(shape, layers=layers)
+    return replace(shape, layers=1)
 
 
 def weights(shape: Shape, seed: int = 0) -> dict[str, Tensor]:

@@ -6,8 +6,8 @@
 
 Contenders take turns within one process, so that a busy machine slows all of them alike: read the ratios, not the
 times. Every batch is new, and routes differently: kernels that are compiled for a shape pay for it as in training.
-The step's bare matrix products are timed alone, at their own shapes, in the same run, and so is a plain product of
-2048 x 2048 (8192 on CUDA). A contender whose loss or gradients differ from those of transformers' plain loop in fp32
+The step's bare matrix products, at their own shapes, take turns with them, and a plain product of 2048 x 2048 (8192
+on CUDA) is timed at the end. A contender whose loss or gradients differ from those of transformers' plain loop in fp32
 by more than transformers' own rounding explains is reported and not timed. Peak memory is that of a process of its own.
 
 On CUDA, `cuda` is Mixtral 8x7B's true shape at 4096 tokens, with as many layers as leave room for all contenders at
@@ -22,18 +22,19 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
-from contenders import Shape, batches, contender, contender_names, weights
+from contenders import CUDA, MIXTRAL_LAYER, Shape, batches, contender, contender_names, shape_that_fits, weights
 
-from moe_llm.bench.products import measure_products, peak_rate, step_products, synchronize
+from moe_llm.bench.products import peak_rate, prepare_products, step_products, synchronize
 
 MAIN = Shape(batch=4, length=512)
 QUICKSTART = Shape(8, 256, hidden=192, width=256, heads=6, vocabulary=4096)
-MIXTRAL_LAYER = Shape(1, 512, hidden=4096, width=14336, layers=1, heads=32, kv_heads=8, vocabulary=32000)
 FINE_GRAINED = Shape(4, 512, width=256, experts=64, top_k=6)
 SUITES: dict[str, dict[str, Shape]] = {
     "main": {"main": MAIN},
@@ -46,13 +47,8 @@ SUITES: dict[str, dict[str, Shape]] = {
     # as many parameters in each, and as many active: experts cut in halves, twice as many chosen
     "experts": {f"{8 * n} experts": replace(MAIN, experts=8 * n, top_k=2 * n, width=1792 // n) for n in (1, 2, 4, 8)},
 }
+ACROSS = ("skew", "tokens", "experts")  # what is asked there is how one shape compares with another
 MEMORY = {f"4 x {length}": replace(MAIN, length=length) for length in (512, 4096)}
-# On CUDA: layers is how many are asked for, of which as many are taken as fit.
-CUDA = {
-    "Mixtral 8x7B": replace(MIXTRAL_LAYER, length=4096, layers=32),
-    "64 experts, top 6": Shape(2, 4096, hidden=2048, width=1408, experts=64, top_k=6, layers=8, heads=16, kv_heads=16,
-                               vocabulary=32000),
-}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Relative distance of each parameter's gradient from fp32's. In bf16 it may be a multiple of what transformers' plain
 # loop itself has there.
@@ -87,14 +83,17 @@ def departures(models, shape, state, ids, dtype: str) -> dict[str, float]:
     return {name: max(d[key] / allowed[key] for key in allowed) for name, d in distances.items()}
 
 
-def timed_step(model, ids, optimizer) -> float:
-    device = ids.device
-    synchronize(device)
-    start = time.perf_counter()
+def step(model, ids, optimizer) -> None:
     model(ids).backward()
     if optimizer is not None:
         optimizer.step()
     model.zero_grad(set_to_none=True)
+
+
+def timed(run: Callable[[], None], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    run()
     synchronize(device)
     return time.perf_counter() - start
 
@@ -116,21 +115,23 @@ def compare(name: str, shape: Shape, dtype: str, arguments) -> dict:
         n: torch.optim.AdamW(m.parameters(), lr=1e-5, fused=True) if arguments.optimizer else None
         for n, m in models.items()
     }
-    seconds: dict[str, list[float]] = {n: [] for n in models}
-    for round_, batch in enumerate(ids):
-        order = list(models) if round_ % 2 else list(reversed(models))
-        for n in order:
-            elapsed = timed_step(models[n], batch, optimizers[n])
-            if round_ >= 2:
-                seconds[n].append(elapsed)
     counts = models["ours"].counts(ids[0]) if "ours" in models else even_counts(shape)
-    limit = measure_products(step_products(shape.config, shape.batch, shape.length, counts), kind, device)
-    flops = sum(part.flops for part in limit.values())
-    bare = sum(part.seconds for part in limit.values())
+    products = prepare_products(step_products(shape.config, shape.batch, shape.length, counts), kind, device)
+    seconds: dict[str, list[float]] = {n: [] for n in models}
+    alone: dict[str, list[float]] = {part: [] for part in products}
+    for round_, batch in enumerate(ids):
+        turns = [*((seconds[n], partial(step, models[n], batch, optimizers[n])) for n in models),
+                 *((alone[part], run) for part, (_, run) in products.items())]
+        for samples, run in turns if round_ % 2 else reversed(turns):
+            elapsed = timed(run, device)
+            if round_ >= 2:
+                samples.append(elapsed)
+    flops = sum(part_flops for part_flops, _ in products.values())
+    bare = [sum(parts) for parts in zip(*alone.values(), strict=True)]
     result = {
         "name": name, "dtype": dtype, "shape": asdict(shape), "flops": flops, "busiest_expert": busiest(counts, shape),
-        "bare_products": {"seconds": bare, "flops_per_second": flops / bare,
-                          "parts": {p: v.seconds for p, v in limit.items()}},
+        "bare_products": {"seconds": statistics.median(bare), "flops_per_second": flops / statistics.median(bare),
+                          "parts": {part: statistics.median(samples) for part, samples in alone.items()}},
         "peak_flops_per_second": peak_rate(kind, device, 8192 if device.type == "cuda" else 2048),
         "failures": failures | refused, "contenders": {},
     }
@@ -140,8 +141,10 @@ def compare(name: str, shape: Shape, dtype: str, arguments) -> dict:
         median = statistics.median(samples)
         result["contenders"][n] = {
             "seconds": median, "quartiles": statistics.quantiles(samples, n=4), "departure": found[n],
-            "flops_per_second": flops / median, "share_of_bare_products": bare / median,
-            "tokens_per_second": shape.tokens / median,
+            "flops_per_second": flops / median, "tokens_per_second": shape.tokens / median,
+            "share_of_bare_products": statistics.median(
+                products / own for products, own in zip(bare, samples, strict=True)
+            ),
         }
         if best is not None:
             result["contenders"][n]["times_best_transformers"] = statistics.median(
@@ -158,15 +161,22 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def shape_that_fits(shape: Shape, contenders: int, dtype: torch.dtype, free_bytes: float) -> Shape:
-    """With as many of its layers as leave a quarter of the memory to activations, when each contender holds weights,
-    the one at work gradients too, and the fp32 reference both."""
-    item = torch.finfo(dtype).bits // 8
-    for layers in range(shape.layers, 1, -1):
-        parameters = sum(replace(shape, layers=layers).config.parameter_counts().values())
-        if parameters * (item * (contenders + 1) + 8) <= 0.75 * free_bytes:
-            return replace(shape, layers=layers)
-    return replace(shape, layers=1)
+def across(shapes: dict[str, Shape], dtype: str, rounds: int, device: str = "cpu") -> dict[str, float]:
+    """Our time per token at each shape, divided by that at the first: the median over rounds in which all take turns,
+    since a machine's speed changes more between minutes than what is to be seen."""
+    models = {name: contender("ours", shape, weights(shape), DTYPES[dtype], device) for name, shape in shapes.items()}
+    ids = {name: batches(shape, rounds + 1) for name, shape in shapes.items()}
+    ratios: dict[str, list[float]] = {name: [] for name in shapes}
+    for round_ in range(rounds + 1):
+        per_token = {}
+        for name, shape in shapes.items():
+            batch = ids[name][round_].to(device)
+            per_token[name] = timed(partial(step, models[name], batch, None), batch.device) / shape.tokens
+        if round_:
+            first = next(iter(per_token.values()))
+            for name, value in per_token.items():
+                ratios[name].append(value / first)
+    return {name: statistics.median(found) for name, found in ratios.items()}
 
 
 def build_all(names, shape, state, dtype, ids) -> tuple[dict, dict]:
@@ -221,12 +231,12 @@ def measure_memory(arguments: str) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True) if given["optimizer"] else None
     steps = [ids.to(given["device"]) for ids in batches(shape, 4)]
     if on_cuda:
-        timed_step(model, steps[3], optimizer)  # tuning kernels takes memory that training does not
+        step(model, steps[3], optimizer)  # tuning kernels takes memory that training does not
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")
     for ids in steps[:3]:
-        timed_step(model, ids, optimizer)
+        step(model, ids, optimizer)
     peak = torch.cuda.max_memory_allocated() if on_cuda else resident("VmHWM")
     print(json.dumps({"peak": peak - before, "parameters": parameters}))
 
@@ -259,7 +269,7 @@ def memory_suite(arguments, dtype: str) -> list[dict]:
 
 def show(result: dict) -> None:
     if "peak_bytes" in result:
-        print(f"{result['name']}, {result['dtype']}")
+        print(f"{result['name']}, {result['dtype']}", flush=True)
         for name, value in result["peak_bytes"].items():
             print(f"  {name:28} {value['peak'] / 2**20:8.0f} MiB, of which parameters "
                   f"{value['parameters'] / 2**20:.0f}")
@@ -281,6 +291,9 @@ def show(result: dict) -> None:
         )
     for name, why in result["failures"].items():
         print(f"  {name:28} {why}")
+    if "time_per_token_to_first" in result:
+        print(f"  ours, taking turns with the suite's other shapes: {result['time_per_token_to_first']:.2f} times the "
+              "first one's time per token", flush=True)
 
 
 def environment(arguments) -> dict:
@@ -361,6 +374,10 @@ def main() -> None:
             rows = memory_suite(arguments, dtype) if suite == "memory" else [
                 compare(name, shape, dtype, arguments) for name, shape in {**SUITES, "cuda": CUDA}[suite].items()
             ]
+            if suite in ACROSS and (not arguments.only or "ours" in arguments.only):
+                ratios = across(SUITES[suite], dtype, arguments.rounds, arguments.device)
+                for row in rows:
+                    row["time_per_token_to_first"] = ratios[row["name"]]
             for row in rows:
                 row["suite"] = suite
                 show(row)

@@ -72,12 +72,12 @@ def test_skew_gives_one_expert_its_share_of_the_tokens(step):
 def test_as_many_layers_as_fit_beside_all_contenders(step):
     shape = step.CUDA["Mixtral 8x7B"]
     assert shape.config.parameter_counts()["experts"] == 32 * 8 * 3 * 4096 * 14336
-    one, two, four = (step.shape_that_fits(shape, n, torch.bfloat16, 80e9).layers for n in (1, 2, 4))
+    one, two, four = (step.shape_that_fits(shape, n, torch.bfloat16, 640e9).layers for n in (1, 2, 4))
     assert 32 > one > two > four >= 1
     assert step.shape_that_fits(shape, 1, torch.bfloat16, 1e15) == shape
     assert step.shape_that_fits(shape, 4, torch.bfloat16, 1e6).layers == 1
     layer = 8 * 3 * 4096 * 14336 + 2 * 4096 * 4096 * (1 + 8 / 32)
-    assert four * layer * (2 * 5 + 8) < 0.75 * 80e9 < (four + 1) * layer * (2 * 5 + 8) + 2 * 32000 * 4096 * 18
+    assert four * layer * (2 * 7 + 8) < 0.75 * 640e9 < (four + 1) * layer * (2 * 7 + 8) + 2 * 32000 * 4096 * 22
 
 
 def test_the_cuda_suite_without_a_device_is_refused_in_a_sentence(step, monkeypatch, capsys):
