@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from moe_llm.analysis.commands import add_inspect_arguments, add_plan_arguments, run_inspect, run_plan
-from moe_llm.ensemble.commands import add_fit_arguments, add_model_arguments, check_one_model, run_evaluate, run_fit
+from moe_llm.ensemble.commands import add_ensemble, add_model_arguments, check_one_model, run_evaluate
 from moe_llm.errors import TrainingFailure, UserError
 
 EXIT_FAILURE = 1
@@ -70,10 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_upcycle(commands)
     _add_merge(commands)
-    ensemble = commands.add_parser("ensemble", help="several models that answer together")
-    ensemble_commands = ensemble.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    fit = _add(ensemble_commands, "fit", run_fit, "weights, lambda or threshold of an ensemble, from text")
-    add_fit_arguments(fit, _at_least(int, 1))
+    add_ensemble(commands, _add, _at_least(int, 1))
     params = _add(commands, "params", _params, "total and active parameters by part, without allocating any")
     params.add_argument("--json", action="store_true", help="print JSON")
     params.add_argument(

@@ -20,7 +20,11 @@ def check_one_model(args: argparse.Namespace) -> None:
         raise UserError(f"{given} --ensemble FILE is given: give one of them")
 
 
-def add_fit_arguments(command: argparse.ArgumentParser, count: Callable) -> None:
+def add_ensemble(commands, add: Callable, count: Callable) -> None:
+    """`ensemble fit`. add: puts a command with handler and summary among others; count: parses numbers from 1 on."""
+    ensemble = commands.add_parser("ensemble", help="several models that answer together: fit their weights")
+    fit_commands = ensemble.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    command = add(fit_commands, "fit", run_fit, "weights, lambda or threshold of an ensemble, from text")
     command.add_argument("file", metavar="FILE", help="the ensemble's YAML file")
     command.add_argument("out", metavar="OUT", help="the same with the numbers found; must not exist")
     command.add_argument("--data", required=True, nargs="+", metavar="FILE_OR_GLOB", help="text, jsonl or parquet")

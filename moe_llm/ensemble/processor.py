@@ -26,6 +26,8 @@ class EnsembleLogitsProcessor(LogitsProcessor):
     generate() applies it after the processors of its own options and before temperature, top-k and top-p. What those
     before it forbid (-inf) stays forbidden; a penalty that they put on a token counts as the main model's opinion.
 
+    A row for which nobody else is asked keeps its scores as they came.
+
     rows, asked: next tokens so far, and for how many of them the others were asked.
 
     Args:
@@ -46,13 +48,15 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         asked_R = self.rule.asks(main_RV)
         self.rows += len(scores)
         self.asked += int(asked_R.sum())
+        if not asked_R.any():
+            return scores
+        # all are started before the first is waited for: on several devices they run side by side
+        logits = {u: follower.next_logits(input_ids) for u, follower in self._followers.items()}
         found: list[Tensor | None] = [main_RV, *[None] * (len(self.ensemble.models) - 1)]
-        if asked_R.any():
-            # all are started before the first is waited for: on several devices they run side by side
-            logits = {u: follower.next_logits(input_ids) for u, follower in self._followers.items()}
-            for u, logits_RW in logits.items():
-                found[u] = self.ensemble.over_main(u, logits_RW, main_RV)
-        return self.rule(found).masked_fill(scores == -torch.inf, -torch.inf)
+        for u, logits_RW in logits.items():
+            found[u] = self.ensemble.over_main(u, logits_RW, main_RV)
+        combined_RV = self.rule(found).masked_fill(scores == -torch.inf, -torch.inf)
+        return torch.where(asked_R[:, None], combined_RV, scores.float())
 
 
 def generate(ensemble: Ensemble, inputs: Mapping[str, Tensor], use_cache: bool = True, **options: Any) -> Any:

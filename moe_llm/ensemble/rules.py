@@ -23,10 +23,14 @@ class Rule(Protocol):
         """Models beside the main one that are asked at all."""
 
     def asks(self, main_NV: Tensor) -> Tensor:
-        """(N,) bool: the positions at which the others are asked, by the main model's log-probabilities."""
+        """(N,) bool: the positions at which the main model's log-probabilities are not the ensemble's as they are."""
 
     def __call__(self, log_probs: Sequence[Tensor | None]) -> Tensor:
         """(N, V) log-probabilities from each model's (N, V)."""
+
+
+def _first_alone(weights: Sequence[float]) -> bool:
+    return weights[0] == 1 and not any(weights[1:])
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Linear:
         return tuple(m for m, weight in enumerate(self.weights) if weight and m)
 
     def asks(self, main_NV: Tensor) -> Tensor:
-        return main_NV.new_full(main_NV.shape[:1], bool(self.needed), dtype=torch.bool)
+        return main_NV.new_full(main_NV.shape[:1], not _first_alone(self.weights), dtype=torch.bool)
 
     def __call__(self, log_probs: Sequence[Tensor | None]) -> Tensor:
         parts = [log_probs[m] + math.log(weight) for m, weight in enumerate(self.weights) if weight]
@@ -58,7 +62,7 @@ class LogLinear:
         return tuple(m for m, weight in enumerate(self.weights) if weight and m)
 
     def asks(self, main_NV: Tensor) -> Tensor:
-        return main_NV.new_full(main_NV.shape[:1], bool(self.needed), dtype=torch.bool)
+        return main_NV.new_full(main_NV.shape[:1], not _first_alone(self.weights), dtype=torch.bool)
 
     def __call__(self, log_probs: Sequence[Tensor | None]) -> Tensor:
         total_NV = torch.zeros_like(log_probs[0])
@@ -83,8 +87,6 @@ class Cascade:
 
     def __call__(self, log_probs: Sequence[Tensor | None]) -> Tensor:
         small_NV, large_NV = log_probs
-        if large_NV is None:  # nowhere asked
-            return small_NV
         return torch.where(self.asks(small_NV)[:, None], large_NV, small_NV)
 
 
