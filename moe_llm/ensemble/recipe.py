@@ -105,9 +105,9 @@ class LinearRecipe(_Weighted):
 
     @model_validator(mode="after")
     def _no_weight_is_negative(self):
-        for i, weight in enumerate(self.shares):
-            if weight < 0:
-                invalid(f"members.{i}.weight", weight, "is negative, and a mixture of probabilities then is none",
+        for i, member in enumerate(self.members):
+            if member.weight is not None and member.weight < 0:
+                invalid(f"members.{i}.weight", member.weight, "is negative, and a mixture of probabilities then is none",
                         "use method: log_linear or experts")
         return self
 
