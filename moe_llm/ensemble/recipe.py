@@ -107,7 +107,7 @@ class LinearRecipe(_Weighted):
     def _no_weight_is_negative(self):
         for i, member in enumerate(self.members):
             if member.weight is not None and member.weight < 0:
-                invalid(f"members.{i}.weight", member.weight, "is negative, and a mixture of probabilities then is none",
+                invalid(f"members.{i}.weight", member.weight, "is negative, which a probability cannot be",
                         "use method: log_linear or experts")
         return self
 
@@ -144,7 +144,7 @@ class ExpertsRecipe(_Fitted):
     def _roles(self):
         _check_roles(self.members, ["core"])
         if len(self.members) == 1:
-            invalid("members", "core alone", "leaves nothing to add", "add a positive or a negative one")
+            invalid("members", ["core"], "leaves nothing to add", "add a positive or a negative one")
         return self
 
     @property

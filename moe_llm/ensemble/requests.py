@@ -26,9 +26,13 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Answer:
-    """A continuation: its text, and the tokens of prompt and continuation, (tokens,), `prompt` of them the prompt's."""
+    """What a model made of a prompt.
+
+    text: the continuation. whole: with the prompt before it. ids_T: the tokens of both, `prompt` of them the prompt's.
+    """
 
     text: str
+    whole: str
     ids_T: Tensor
     prompt: int
 
@@ -56,7 +60,9 @@ def answer(model: Model, prompt: str, options: dict[str, Any], chat: bool = Fals
 def _continue(model: Model, inputs: Any, options: dict[str, Any]) -> Answer:
     ids_T = model.model.generate(**inputs, pad_token_id=model.tokenizer.eos_token_id, **options)[0]
     prompt = inputs["input_ids"].shape[1]
-    return Answer(model.tokenizer.decode(ids_T[prompt:], skip_special_tokens=True), ids_T, prompt)
+    # decoded together, since many tokenizers drop the space that a text of its own begins with
+    before, whole = (model.tokenizer.decode(ids, skip_special_tokens=True) for ids in (ids_T[:prompt], ids_T))
+    return Answer(whole[len(before) :], whole, ids_T, prompt)
 
 
 @torch.no_grad()
@@ -70,16 +76,16 @@ def answer_confidence(model: Model, found: Answer) -> float:
 
 
 def cascade(recipe: CascadeRecipe, models: list[Model], prompt: str, options: dict[str, Any], say: Say) -> str:
-    """The small model's answer where it was confident, else the large one's."""
+    """The prompt and the small model's answer where it was confident, else the large one's."""
     roles = by_role(recipe)
     small, large = models[roles["small"]], models[roles["large"]]
     found = answer(small, prompt, options)
     sure = answer_confidence(small, found)
     if sure >= recipe.threshold:
         say(f"{small.name} answers: its confidence is {sure:.4f}, the threshold {recipe.threshold:.4f}")
-        return found.text
+        return found.whole
     say(f"{large.name} answers: {small.name}'s confidence is {sure:.4f}, the threshold {recipe.threshold:.4f}")
-    return answer(large, prompt, options).text
+    return answer(large, prompt, options).whole
 
 
 def fit_cascade(recipe: CascadeRecipe, models: list[Model], data: list[str], max_documents: int | None) -> Fitted:

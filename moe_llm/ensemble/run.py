@@ -144,7 +144,7 @@ def _generate_requests(recipe: AnyRecipe, prompt: str, options: dict[str, Any], 
         recipe = fitted.recipe
     torch.manual_seed(seed)
     if isinstance(recipe, CascadeRecipe):
-        return prompt + requests.cascade(recipe, models, prompt, options, say)
+        return requests.cascade(recipe, models, prompt, options, say)
     run = requests.stack if isinstance(recipe, StackingRecipe) else requests.self_refine
     return run(recipe, models, prompt, options, say)
 

@@ -48,8 +48,9 @@ def load_text(ensemble: Ensemble, files: list[str], max_blocks: int | None, chat
     lengths = [_LONGEST]
     for model, translator in zip(ensemble.models, ensemble.translators):
         if model.longest is not None:
-            # in another vocabulary a text has another length; up to twice the tokens are room enough
-            lengths.append(model.longest if translator is None else max(1, model.longest // 2))
+            # spelt in another vocabulary a text is longer: twice the tokens are room enough
+            longer = translator is not None and not translator.one_to_one
+            lengths.append(max(1, model.longest // 2) if longer else model.longest)
     tokenizer = ensemble.main.tokenizer
     return load_evaluation(files, tokenizer, sequence_length=min(lengths), max_blocks=max_blocks, chat=chat)
 

@@ -51,7 +51,8 @@ class Translated:
 class Translator:
     """From the main model's tokens to a member's, and from its distribution to one over the main model's tokens.
 
-    shared: how many tokens both have. size: of the main model's vocabulary.
+    shared: how many tokens both have. size: of the main model's vocabulary. one_to_one: every token is one of the
+    member's, too.
 
     Args:
         width, other_width: of the logits, at least the tokenizers' sizes.
@@ -73,6 +74,7 @@ class Translator:
         self.main_K, self.other_K = (torch.tensor(ids) for ids in (sorted(same), [same[i] for i in sorted(same)]))
         spell = _Speller(theirs, other)
         self._parts = [[same[i]] if i in same else spell(own.get(i)) for i in range(width)]
+        self.one_to_one = max(map(len, self._parts)) == 1
 
     def read(self, ids_RT: Tensor, mask_RT: Tensor) -> Translated:
         """The member's tokens for the main model's; masked ones become one masked token each."""

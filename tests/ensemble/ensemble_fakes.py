@@ -14,10 +14,10 @@ TEXT = "the cat sat on the mat and the dog ran on the cat\nthe dog sat and ran\n
 
 def checkpoint(directory: Path, kind: str = "llama", seed: int = 0, words: list[str] = WORDS, **changes) -> str:
     """A model of random weights, clear in its opinions but not certain, in a directory with a tokenizer."""
-    model = make_model(kind, seed, **{"vocab_size": len(words), **changes})
+    model = make_model(kind, seed, **{"vocab_size": len(words), "intermediate_size": 8, **changes})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.mul_(0.5 if "embed" in name or "head" in name else 0.3)
+            parameter.mul_(0.5 if "proj" in name else 1.0)
     save(model, directory)
     Words(words).save(directory)
     return str(directory)

@@ -26,7 +26,7 @@ MISTAKES = [
     ({"method": "linear", "members": TWO, "max_blocks": 3}, "max_blocks=3 has no effect"),
     ({"method": "linear", "members": [{"model": "x", "dtype": "int8"}]}, "members.0.dtype='int8' is refused"),
     ({"method": "linear", "members": [{"model": "x", "role": "core"}]}, "unknown key members.0.role"),
-    ({"method": "experts", "members": members("x", role=["core"])}, "core alone leaves nothing to add"),
+    ({"method": "experts", "members": members("x", role=["core"])}, "members=['core'] leaves nothing to add"),
     ({"method": "experts", "members": members("x", role=["positive"])}, "are roles without core"),
     ({"method": "experts", "members": members("x", "y", role=["core", "core"])}, "members.1.role='core' is taken"),
     ({"method": "experts", "members": members("x", "y", role=["core", "negative"]), "lambda": "much"},

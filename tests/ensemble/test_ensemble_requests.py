@@ -12,12 +12,13 @@ from moe_llm.ensemble.recipe import load_recipe, parse_recipe
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
 
 
-def continued(model: str, prompt: str) -> str:
-    """By transformers alone."""
+def continued(model: str, prompt: str, whole: bool = False) -> str:
+    """By transformers alone; `whole`: with the prompt before it."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     inputs = tokenizer(prompt, return_tensors="pt")
     ids = AutoModelForCausalLM.from_pretrained(model).generate(**inputs, **GREEDY, pad_token_id=2)[0]
-    return tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    return text if whole else text.removeprefix(tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True))
 
 
 def generate(file: str, capsys, *options: str) -> tuple[str, str]:
@@ -89,7 +90,8 @@ def test_a_request_goes_to_the_large_model_below_the_threshold(models, tmp_path,
         file = write(tmp_path / f"{name}.yaml", "cascade", members(models["c"], models["b"], role=["small", "large"]),
                      per="request", threshold=threshold)  # fmt: skip
         out, err = generate(file, capsys)
-        assert out == "the cat sat" + continued(models[name], "the cat sat") + "\n"
+        assert out == continued(models[name], "the cat sat", whole=True) + "\n"
+        assert out.startswith("the cat sat ")
         assert f"{models[name]} answers" in err
     assert len(loaded) == 2
 
