@@ -41,13 +41,16 @@ class Ensemble:
         members: the models of the recipe's members; None: they are loaded.
 
     Raises:
-        UserError: a member that cannot be loaded, or whose vocabulary shares nothing with the main one's.
+        UserError: a member that cannot be loaded, or whose vocabulary shares nothing with the main one's; a cascade
+            of one checkpoint.
     """
 
     def __init__(self, recipe: FittedRecipe, members: list[Model] | None = None):
         members = load_models(recipe.members) if members is None else members
         main = members[_main_member(recipe)]
         self.models = list(dict.fromkeys([main, *members]))
+        if isinstance(recipe, CascadeRecipe) and len(self.models) == 1:
+            raise UserError(f"small and large are both {main.name}: give a cascade two checkpoints")
         self.index = [self.models.index(member) for member in members]
         self.translators = [None if _alike(main, other) else _translator(main, other) for other in self.models]
         self.left_out = [LeftOut() for _ in self.models]

@@ -59,11 +59,9 @@ class Follower:
         mask_RU = new.mask_RU if self._mask_RU is None else torch.cat([self._mask_RU, new.mask_RU], 1)
         check_length(self.member, mask_RU)
         logits_RUW, cache = self._forward(new, mask_RU)
-        keep = self.use_cache and cache is not None and not (getattr(cache, "is_linear", None) and any(cache.is_linear)
-                                                             and not new.mask_RU[:, -1].all())  # fmt: skip
-        if keep:
+        if self.use_cache and cache is not None and not _spoilt(cache, new.mask_RU):
             self._ids_RT, self._mask_RU, self._cache = ids_RT, mask_RU, cache
-        else:  # a model without such a cache, or one whose running state has read the filling of shorter rows
+        else:
             self._forget()
         last_R = new.ends_RT[:, -1] - (new.ids_RU.shape[1] - logits_RUW.shape[1])
         return logits_RUW[torch.arange(len(ids_RT)), last_R.to(logits_RUW.device)]
@@ -128,6 +126,11 @@ class Follower:
             prompts_RP = self._prompt_mask_BP.repeat_interleave(self._repeats(len(ids_RT)), 0)
             mask_RT[:, : prompts_RP.shape[1]] = prompts_RP[:, : ids_RT.shape[1]]
         return mask_RT
+
+
+def _spoilt(cache: Any, mask_RU: Tensor) -> bool:
+    """Whether the running state of a recurrent layer has read what fills up shorter rows."""
+    return any(getattr(cache, "is_linear", ())) and not bool(mask_RU[:, -1].all())
 
 
 def translate(translator: Translator | None, ids_RT: Tensor, mask_RT: Tensor) -> Translated:

@@ -8,6 +8,7 @@ Shapes: R rows, T tokens, U tokens of a member, N positions with a target, V voc
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from inspect import signature
 
 import numpy as np
 import torch
@@ -114,6 +115,8 @@ def _logits(ensemble: Ensemble, u: int, rows: Rows, at_RT: Tensor) -> Tensor:
     read = translate(ensemble.translators[u], rows.ids_RT, rows.mask_RT)
     check_length(model, read.mask_RU)
     inputs = {"input_ids": read.ids_RU, "attention_mask": read.mask_RU.long()}
-    logits_RUW = model.model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}).logits
+    tensors = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    cacheless = {"use_cache": False} if "use_cache" in signature(model.model.forward).parameters else {}
+    logits_RUW = model.model(**tensors, **cacheless).logits
     r_N, t_N = at_RT.nonzero(as_tuple=True)
     return logits_RUW[r_N.to(model.device), read.ends_RT[r_N, t_N].to(model.device)]

@@ -117,4 +117,7 @@ def test_a_damaged_member_and_missing_text_are_refused(models, text, tmp_path, c
     cascade = write(tmp_path / "cascade.yaml", "cascade",
                     members(models["a"], models["b"], role=["small", "large"]), threshold=0.5)  # fmt: skip
     assert "leaves nothing to fit" in run("ensemble", "fit", cascade, out, "--data", text, capsys=capsys)
+    twice = write(tmp_path / "twice.yaml", "cascade",
+                  members(models["a"], models["a"], role=["small", "large"]), threshold=0.5)  # fmt: skip
+    assert "give a cascade two checkpoints" in run("evaluate", "--ensemble", twice, "--data", text, capsys=capsys)
     assert not (tmp_path / "out.yaml").exists()
