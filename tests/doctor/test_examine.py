@@ -75,6 +75,10 @@ VARIANTS = {
     "losses and noise of the router's own": [
         "model.router.type=noisy_top_k", "parallel.expert_parallel_size=2", "parallel.zero_stage=3",
     ],
+    "low-rank adapters, ZeRO-3": [
+        "finetune.lora={rank: 8, alpha: 4, dropout: 0.1, targets: [attention, experts, router]}",
+        "parallel.zero_stage=3", "parallel.expert_parallel_size=2", "optim.lr=0.02",
+    ],
     "capacity passed on, balance by sequence, accumulation": [
         "model.router.capacity_factor=1.0", "model.router.overflow=next", "model.router_aux_loss_scope=sequence",
         "train.global_batch_size=64",

@@ -38,6 +38,7 @@ class Router(nn.Module):
         self.jitter = config.router_jitter_noise
         self.per_sequence = config.router_aux_loss_scope == "sequence"
         self.step = 0
+        self.low_rank: tuple[float, float] | None = None  # scale and dropout of adapters
         for name, shape in self.settings.parameter_shapes(config).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         for name, shape in self.settings.buffer_shapes(config).items():
@@ -71,8 +72,25 @@ class Router(nn.Module):
         return x_TD
 
     def logits(self, x_BSD: Tensor) -> Tensor:
-        """A linear map of them, (T, E), in fp32 whatever the model's dtype."""
-        return wide_linear(self.input(x_BSD), self.weight)
+        """Their map by `weight`, (T, E)."""
+        return self.linear(self.input(x_BSD), "weight")
+
+    def linear(self, x_TD: Tensor, name: str) -> Tensor:
+        """The linear map by a parameter, in fp32 whatever the model's dtype, and by its low-rank factors."""
+        out_TE = wide_linear(x_TD, getattr(self, name))
+        if self.low_rank is None or not hasattr(self, f"{name}_lora_A"):
+            return out_TE
+        scale, dropout = self.low_rank
+        dropped_TD = torch.nn.functional.dropout(x_TD, dropout, self.training)
+        low_TR = wide_linear(dropped_TD, getattr(self, f"{name}_lora_A"))
+        return out_TE + wide_linear(low_TR, getattr(self, f"{name}_lora_B")) * scale
+
+    def adapt(self, name: str, rank: int, scale: float, dropout: float) -> None:
+        """Give a parameter low-rank factors, as `NAME_lora_A` and `NAME_lora_B`, uninitialised."""
+        rows, columns = getattr(self, name).shape
+        for factor, shape in (("A", (rank, columns)), ("B", (rows, rank))):
+            self.register_parameter(f"{name}_lora_{factor}", nn.Parameter(torch.empty(shape)))
+        self.low_rank = scale, dropout
 
     def statistics(
         self, logits_TE: Tensor, probability_TE: Tensor, expert_TR: Tensor, real_BS: Tensor, **more: Any

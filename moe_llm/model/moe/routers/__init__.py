@@ -69,5 +69,5 @@ def end_step(model: nn.Module, total: RoutingStatistics) -> None:
     total: of the step, over ranks and micro-batches, stacked over the layers, without gradient.
     """
     for router, layer in zip(routers_of(model), total.layers(), strict=True):
-        if all(parameter.requires_grad for parameter in router.parameters()):
+        if any(parameter.requires_grad for parameter in router.parameters()):
             router.after_step(layer)

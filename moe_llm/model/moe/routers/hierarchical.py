@@ -10,7 +10,6 @@ from torch import Tensor
 from moe_llm.config.routers import HierarchicalSettings
 from moe_llm.model.moe.router import Router, rows_by_token
 from moe_llm.model.moe.routing import Routing
-from moe_llm.ops.wide_linear import wide_linear
 
 
 class HierarchicalRouter(Router):
@@ -26,8 +25,8 @@ class HierarchicalRouter(Router):
 
     def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Routing:
         x_TD, groups, chosen = self.input(x_BSD), self.settings.groups, self.settings.groups_per_token
-        group_TG = wide_linear(x_TD, self.group_weight)
-        within_TGM = wide_linear(x_TD, self.weight).unflatten(-1, (groups, -1))
+        group_TG = self.linear(x_TD, "group_weight")
+        within_TGM = self.linear(x_TD, "weight").unflatten(-1, (groups, -1))
         size = within_TGM.shape[-1]
 
         group_TP = group_TG.topk(chosen, dim=-1).indices

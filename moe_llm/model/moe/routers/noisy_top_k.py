@@ -11,7 +11,6 @@ from moe_llm.config.routers import NoisyTopKSettings, RouterSettings
 from moe_llm.model.moe.losses import RouterLoss, cv_squared
 from moe_llm.model.moe.routing import Routing
 from moe_llm.model.moe.token_choice import TokenChoiceRouter
-from moe_llm.ops.wide_linear import wide_linear
 
 
 class NoisyTopKRouter(TokenChoiceRouter):
@@ -24,8 +23,8 @@ class NoisyTopKRouter(TokenChoiceRouter):
 
     def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Routing:
         x_TD = self.input(x_BSD)
-        clean_TE = noisy_TE = wide_linear(x_TD, self.weight)
-        deviation_TE = F.softplus(wide_linear(x_TD, self.noise_weight))
+        clean_TE = noisy_TE = self.linear(x_TD, "weight")
+        deviation_TE = F.softplus(self.linear(x_TD, "noise_weight"))
         if self.training:
             noise_TE = torch.randn_like(clean_TE) if self.settings.noise else torch.zeros_like(clean_TE)
             noisy_TE = clean_TE + noise_TE * deviation_TE  # with zeros too every parameter has a gradient, as it must
