@@ -1,6 +1,6 @@
 """Which rank writes which tensor to which file: known to all ranks before anything is written."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -107,13 +107,18 @@ def exported_dtype(entry: Entry, piece: hf.Piece, dtype: torch.dtype) -> torch.d
     return dtype if kept is None or entry.adapted is not None else kept.dtype
 
 
-def make_plan(state: TrainedState, dtype: torch.dtype, max_bytes: int) -> Plan:
-    """The plan of a save with weights exported in `dtype`. Collective."""
+def make_plan(
+    state: TrainedState, dtype: torch.dtype, max_bytes: int, stored_name: Callable[[str], str] = str
+) -> Plan:
+    """The plan of a save with weights exported in `dtype`. Collective.
+
+    stored_name: gives the weights' names in their files from the published ones.
+    """
     model, optimizer = [], []
     for entry in filter(lambda entry: entry.writer, state.entries()):
         pieces = pieces_of(entry)
         model += [
-            Spec(piece.name, piece.shape, exported_dtype(entry, piece, dtype))
+            Spec(stored_name(piece.name), piece.shape, exported_dtype(entry, piece, dtype))
             for piece in pieces if not entry.adapter
         ]
         optimizer += [
@@ -127,7 +132,7 @@ def make_plan(state: TrainedState, dtype: torch.dtype, max_bytes: int) -> Plan:
     )
 
 
-def stream(state: TrainedState, dtype: torch.dtype) -> Iterator[Named]:
+def stream(state: TrainedState, dtype: torch.dtype, stored_name: Callable[[str], str] = str) -> Iterator[Named]:
     """Read everything from the engine in the plan's order, one tensor at a time: (stem, name, tensor).
 
     Collective: every rank runs it to its end, and gets only what it is the writer of.
@@ -139,7 +144,7 @@ def stream(state: TrainedState, dtype: torch.dtype) -> Iterator[Named]:
             kept = entry.kept.get(piece.name)
             whole = kept is None or kept.original is None
             own = weight[piece.index] if whole else kept.original
-            yield MODEL, piece.name, own if change is None else own.float() + change[piece.index]
+            yield MODEL, stored_name(piece.name), own if change is None else own.float() + change[piece.index]
         pieces = [piece for piece in pieces if is_trained(entry, piece)]
         for kind in kinds_of(entry, state, dtype):
             tensor = weight if kind == MASTER else state.read(entry.name, kind)
