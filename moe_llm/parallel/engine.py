@@ -15,13 +15,13 @@ from moe_llm.model.decoder import MoEDecoder, MoEOutput
 from moe_llm.model.moe.experts import Experts
 from moe_llm.parallel import deepspeed as contract
 from moe_llm.parallel.runtime import Runtime
-from moe_llm.parallel.state import Entry
+from moe_llm.parallel.state import EMA, Entry
 
 OptimizerFactory = Callable[[list[dict]], torch.optim.Optimizer]
 
 
 class Engine(Protocol):
-    """kinds, entries, read, write, gather: see `TrainedState`."""
+    """kinds, averages, averaged, entries, read, write, make_average, gather: see `TrainedState`."""
 
     model: MoEDecoder
 
@@ -39,6 +39,9 @@ class Engine(Protocol):
 
     def discard(self) -> None:
         """Clear the gradients and update nothing, in place of `step`; on every rank."""
+
+    def update_average(self) -> None:
+        """Take the weights as they are into `checkpoint.ema`'s average; after `step`. Exchanges nothing."""
 
     def weights_finite(self) -> bool:
         """Whether this rank's part of the weights is."""
@@ -88,6 +91,8 @@ class _NamedState:
     ):
         self.model = model
         self.kinds = kinds
+        self.averages, self.averaged = config.checkpoint.ema.decay is not None, 0
+        self._ema = config.checkpoint.ema
         self.rank, self.world_size = runtime.rank, runtime.world_size
         self._runtime = runtime
         self._parameters = dict(model.named_parameters())
@@ -126,6 +131,32 @@ class _NamedState:
     def _decay_rows(self, parameter: nn.Parameter, rows: list[int], factor: float) -> None:
         """Multiply some rows of a parameter's fp32 weight."""
         raise NotImplementedError
+
+    def _stepped(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
+        """The torch optimizer, and the fp32 tensors that it steps on here."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """The average lies with the optimizer's own tensors, cut up as they are: each rank averages what it holds."""
+        optimizer, weights = self._stepped()
+        self.averaged += 1
+        share = self._ema.share(self.averaged)
+        for weight in weights:
+            state = optimizer.state[weight]
+            assert all(kind in state for kind in self.kinds), "torch makes its tensors only where there are none"
+            if EMA in state:
+                state[EMA].lerp_(weight, share)
+            else:
+                state[EMA] = weight.detach().clone()
+
+    def make_average(self, updates: int) -> None:
+        optimizer, weights = self._stepped()
+        self.averaged = updates
+        for weight in weights:
+            optimizer.state[weight].pop(EMA, None)
+            if updates:
+                optimizer.state[weight][EMA] = torch.zeros_like(weight, requires_grad=False)
 
     @torch.no_grad()
     def expert_gradient_squares(self) -> Tensor:
@@ -201,6 +232,9 @@ class LocalEngine(_NamedState):
 
     def weights_finite(self) -> bool:
         return bool(_norm(list(self._masters.values()), self._runtime.device).isfinite())
+
+    def _stepped(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
+        return self.optimizer, self._trained
 
     def step(self, lr: float) -> float:
         norm = torch.nn.utils.clip_grad_norm_(self._trained, self.clip or float("inf"))
@@ -339,10 +373,17 @@ class DeepSpeedEngine(_NamedState):
     def write(self, name: str, kind: str, tensor: Tensor) -> None:
         contract.write_full(self._parameters[name], kind, tensor.to(self._runtime.device))
 
-    def make_optimizer_state(self, steps: int) -> None:
+    def _stepped(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
         optimizer = self.engine.optimizer
-        _fill_optimizer_state(optimizer.optimizer, contract.flat_parameters(optimizer), self.kinds, steps)
-        contract.link_optimizer_state(optimizer)
+        return optimizer.optimizer, contract.flat_parameters(optimizer)
+
+    def make_optimizer_state(self, steps: int) -> None:
+        _fill_optimizer_state(*self._stepped(), self.kinds, steps)
+        contract.link_optimizer_state(self.engine.optimizer)
+
+    def make_average(self, updates: int) -> None:
+        super().make_average(updates)
+        contract.link_optimizer_state(self.engine.optimizer)
 
 
 def build_engine(
