@@ -1,7 +1,7 @@
 """Which rank writes which tensor to which file: known to all ranks before anything is written."""
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -36,7 +36,7 @@ class FileSet:
     mine: dict[str, list[Spec]]
     weight_map: dict[str, str]
     specs: list[Spec]
-    linked: Mapping[str, str] = MappingProxyType({})
+    linked: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -195,7 +195,6 @@ class HostCopy:
 
     def __init__(self):
         self._tensors: dict[tuple[str, str], torch.Tensor] = {}
-        self._taken: list[tuple[str, str]] = []  # of this save: not every one has an average
         self.given = 0
 
     def take(
@@ -206,12 +205,11 @@ class HostCopy:
 
         Collective, since `stream` is: run to its end even where there is no memory left.
         """
-        failure = None
-        self._taken = []
+        failure, taken = None, []
         for stem, name, tensor in tensors:
             if failure is None:
                 try:
-                    self._taken.append((stem, name))
+                    taken.append((stem, name))
                     lies_in = torch.float32 if stem == OPTIMIZER else dtypes.get(name, dtype)
                     self._buffer(stem, name, tensor.shape, lies_in).copy_(tensor)
                 except Exception as error:  # noqa: BLE001 (raised below: the other ranks wait for us)
@@ -219,6 +217,7 @@ class HostCopy:
                     self._tensors.clear()
         if failure is not None:
             raise failure
+        self._tensors = {key: self._tensors[key] for key in taken}  # the one before may have had an average
 
     def _buffer(self, stem: str, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         buffer = self._tensors.get((stem, name))
@@ -228,9 +227,9 @@ class HostCopy:
         return buffer
 
     def __iter__(self) -> Iterator[Named]:
-        for stem, name in self._taken:
+        for (stem, name), tensor in self._tensors.items():
             self.given += 1
-            yield stem, name, self._tensors[stem, name]
+            yield stem, name, tensor
 
 
 class ShardSet:
