@@ -38,6 +38,7 @@ def weights(engine, kind: str = "weight") -> dict:
 
 
 def same(a: dict, b: dict) -> bool:
+    """Whether two results of `weights` are equal; call that, which is collective, before `and` can leave it out."""
     return all(torch.equal(a[name][1], b[name][1]) for name in a)
 
 
@@ -93,16 +94,19 @@ def observe(cfg, source: str | None, steps: int, root: str) -> dict:
     with torch.no_grad():
         losses = [float(training.loss(77).detach())]
         with averaged_weights(engine):
-            found["inside"] = same(weights(engine), average) and same(weights(engine, EMA), before)
+            exchanged, kept = weights(engine), weights(engine, EMA)
+            found["inside"] = same(exchanged, average) and same(kept, before)
             losses.append(float(training.loss(77).detach()))
         losses.append(float(training.loss(77).detach()))
     found["losses"] = losses
-    found["back"] = same(weights(engine), before) and same(weights(engine, EMA), average)
+    exchanged, kept = weights(engine), weights(engine, EMA)
+    found["back"] = same(exchanged, before) and same(kept, average)
     found["saved"] = training.save(root)
     training.step()
     moved = not same(weights(engine, EMA), average)
     restore(engine, Path(found["saved"]), hashes=True)
-    found["restored"] = moved and engine.averaged == found["updates"] and same(weights(engine, EMA), average)
+    kept = weights(engine, EMA)
+    found["restored"] = moved and engine.averaged == found["updates"] and same(kept, average)
     return found
 
 
