@@ -14,8 +14,9 @@ from moe_llm.config import Config
 from moe_llm.model.decoder import MoEDecoder, MoEOutput
 from moe_llm.model.moe.experts import Experts
 from moe_llm.parallel import deepspeed as contract
+from moe_llm.parallel.averaging import Averaging
 from moe_llm.parallel.runtime import Runtime
-from moe_llm.parallel.state import EMA, Entry
+from moe_llm.parallel.state import Entry
 
 OptimizerFactory = Callable[[list[dict]], torch.optim.Optimizer]
 
@@ -77,7 +78,7 @@ def first_experts(model: nn.Module) -> dict[str, int]:
     }
 
 
-class _NamedState:
+class _NamedState(Averaging):
     """The parts of `TrainedState` that do not depend on who trains.
 
     Where only some experts are trained (`finetune.experts`), a stacked parameter is trained whole, since the engine
@@ -91,8 +92,7 @@ class _NamedState:
     ):
         self.model = model
         self.kinds = kinds
-        self.averages, self.averaged = config.checkpoint.ema.decay is not None, 0
-        self._ema = config.checkpoint.ema
+        self._set_up_average(config.checkpoint.ema)
         self.rank, self.world_size = runtime.rank, runtime.world_size
         self._runtime = runtime
         self._parameters = dict(model.named_parameters())
@@ -131,32 +131,6 @@ class _NamedState:
     def _decay_rows(self, parameter: nn.Parameter, rows: list[int], factor: float) -> None:
         """Multiply some rows of a parameter's fp32 weight."""
         raise NotImplementedError
-
-    def _stepped(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
-        """The torch optimizer, and the fp32 tensors that it steps on here."""
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def update_average(self) -> None:
-        """The average lies with the optimizer's own tensors, cut up as they are: each rank averages what it holds."""
-        optimizer, weights = self._stepped()
-        self.averaged += 1
-        share = self._ema.share(self.averaged)
-        for weight in weights:
-            state = optimizer.state[weight]
-            assert all(kind in state for kind in self.kinds), "torch makes its tensors only where there are none"
-            if EMA in state:
-                state[EMA].lerp_(weight, share)
-            else:
-                state[EMA] = weight.detach().clone()
-
-    def make_average(self, updates: int) -> None:
-        optimizer, weights = self._stepped()
-        self.averaged = updates
-        for weight in weights:
-            optimizer.state[weight].pop(EMA, None)
-            if updates:
-                optimizer.state[weight][EMA] = torch.zeros_like(weight, requires_grad=False)
 
     @torch.no_grad()
     def expert_gradient_squares(self) -> Tensor:
