@@ -65,9 +65,9 @@ class Training:
     def by_hand(self) -> dict:
         shares = [DECAY**age for age in range(len(self.past))]
         return {
-            name: (first, sum(share * past[name][1].double() for share, past in zip(shares, reversed(self.past)))
+            name: (None, sum(share * past[name][1].double() for share, past in zip(shares, reversed(self.past)))
                    .div(sum(shares)).float())
-            for name, (first, _) in self.past[0].items()
+            for name in self.past[0]
         }
 
     def save(self, root: str) -> str:
@@ -90,7 +90,8 @@ def observe(cfg, source: str | None, steps: int, root: str) -> dict:
     average, before = weights(engine, EMA), weights(engine)
     found |= {"average": average, "updates": engine.averaged, "weights": before}
     if source is None:
-        found["by_hand"] = difference([{EMA: average}], {EMA: training.by_hand()}, EMA)
+        own = {name: (None, tensor) for name, (_, tensor) in average.items()}  # both are of this rank's experts
+        found["by_hand"] = difference([{EMA: own}], {EMA: training.by_hand()}, EMA)
     with torch.no_grad():
         losses = [float(training.loss(77).detach())]
         with averaged_weights(engine):
