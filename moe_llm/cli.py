@@ -313,6 +313,10 @@ def _merge(args) -> None:
         from moe_llm.train.soup import format_decisions, greedy_soup
 
         print(format_decisions(greedy_soup(recipe, args.out, args.max_shard_size)))
+    elif recipe.recalibrate is not None:
+        from moe_llm.train.recalibrate import merge_recalibrated
+
+        merge_recalibrated(recipe, args.out, args.max_shard_size)
     else:
         from moe_llm.merge.run import merge
 

@@ -105,6 +105,8 @@ def train_loop(
             if _to_be_recorded(config, position.step + 1):
                 expert_norms = expert_gradient_norms(engine, runtime)
             norm = engine.step(rate)
+            if config.checkpoint.ema.due(position.step + 1):
+                engine.update_average()
         else:
             norm = math.nan
             engine.discard()

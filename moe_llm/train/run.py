@@ -31,6 +31,7 @@ from moe_llm.parallel.engine import Engine, build_engine, shard_experts
 from moe_llm.parallel.runtime import Runtime, rank_from_environment, start, world_size_from_environment
 from moe_llm.parallel.side_group import SideGroup
 from moe_llm.train.drift import RouterGuard, check_guard
+from moe_llm.train.ema import averaged_weights, check_ema, say_of_average
 from moe_llm.train.evaluate import validation_loss
 from moe_llm.train.facts import gather_facts
 from moe_llm.train.loop import Callbacks, Position, Verdict, train_loop
@@ -60,6 +61,7 @@ def train(config: Config) -> None:
     trained_names(config)  # refuses what names nothing
     check_lora(config)
     check_guard(config)
+    check_ema(config)
     _check_resume(run_dir, config)
     _check_run_dir(run_dir, config)
     if config.checkpoint.resume in ("auto", "never") and not any((run_dir / "checkpoints").glob("step-*")):
@@ -106,6 +108,7 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
     guard = _build_guard(config, engine, runtime, data, run_dir, source)
     reporter = Reporter(config, run_dir, runtime, position, gather_facts(config, runtime, data, position.step))
     announce(reporter, config, engine, data, source, position)
+    say_of_average(config, engine, position, reporter.say)
 
     def say_if_lost(at: Position) -> None:
         lost = forget_lost_best(at, run_dir / "checkpoints")
@@ -144,6 +147,10 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
 
     def evaluate() -> dict[str, Any]:
         loss = validation_loss(config, engine, runtime, data, watchdog.alive)
+        if config.evaluate.ema and engine.averaged:
+            with averaged_weights(engine, watchdog.alive):
+                averaged = validation_loss(config, engine, runtime, data, watchdog.alive)
+            loss |= {f"ema_{name}": value for name, value in averaged.items()}
         return loss if guard is None else loss | guard.measure()
 
     def judge(measured: dict[str, Any], at: Position) -> Verdict:
