@@ -3,7 +3,7 @@
 import re
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from moe_llm.config.base import Section, invalid
 
@@ -19,12 +19,11 @@ class TeacherConfig(Section):
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="to compute in; auto: as stored")
     device: str = Field("auto", description="`cpu`, `cuda:1`, ...; auto: where the student's rank computes")
 
-    @field_validator("device")
-    @classmethod
-    def _names_a_device(cls, value: str) -> str:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
-            raise ValueError("it must be auto, cpu, cuda or cuda:N")
-        return value
+    @model_validator(mode="after")
+    def _names_a_device(self):
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            invalid("device", self.device, "is no device", "use auto, cpu, cuda or cuda:N")
+        return self
 
 
 class DistillConfig(Section):
