@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import runs
+from support.distillation import learn
 
 from moe_llm.cli import main
 from moe_llm.config import load_config
@@ -82,22 +83,22 @@ def test_the_student_comes_nearer_and_is_evaluated_on_the_text_alone(trained, mi
     assert not any(info.values())
 
 
-def test_every_key_acts_and_the_device_does_not(trained, mixtures, dense):
-    plain = trained("plain", of(*mixtures))
-    assert [r["lm_loss"] for r in plain] != [r["lm_loss"] for r in trained("none", {})]
-    assert all(map(math.isfinite, (r["distill_loss"] for r in plain)))
+def test_every_key_acts_and_the_device_does_not(student, mixtures, dense):
+    config = student("run", of(*mixtures))
+
+    def last(*words: str) -> dict[str, float]:
+        return learn(load_config(config, [*words, "train.max_steps=2"]))["losses"][-1]
+
+    plain, none = last(), last("distill={}", f"tokenizer.path={mixtures[0]}")
     changed = ["distill.divergence=reverse_kl", "distill.divergence=jensen_shannon", "distill.temperature=3",
                "distill.alpha=0.9", "distill.cache_top_k=5", "distill.teachers.0.weight=4",
                "distill.teachers.1.dtype=bf16", f"distill.teachers.1.path={dense}"]
-    last = {}
-    for i, word in enumerate(changed):
-        last[word] = trained(f"changed-{i}", of(*mixtures), word)[-1]
-    seen = [plain[-1], *last.values()]
-    assert len({r["distill_loss"] for r in seen}) == len(seen)
-    assert len({r["lm_loss"] for r in seen}) == len(seen)
-    assert last["distill.divergence=jensen_shannon"]["distill_loss"] < math.log(2)
-    assert trained("device", of(*mixtures), "distill.teachers.0.device=cpu") == plain
-    assert "distill_loss" not in trained("off", {})[-1]
+    seen = {word: last(word) for word in changed} | {"plain": plain}
+    assert len({losses["distill"] for losses in seen.values()}) == len(seen)
+    assert len({losses["lm"] for losses in [*seen.values(), none]}) == len(seen) + 1
+    assert seen["distill.divergence=jensen_shannon"]["distill"] < math.log(2)
+    assert last("distill.teachers.0.device=cpu") == plain
+    assert none["distill"] is None
 
 
 @pytest.mark.parametrize("top_k", [None, 7])
@@ -181,11 +182,11 @@ def test_what_cannot_teach_is_refused_in_a_sentence(name, words, sentence, stude
 
 def test_what_does_not_distil_says_so(student, mixtures, capsys):
     path = str(student("run", of(*mixtures)))
-    gpus = ["--gpus", "1", "--gpu-memory", "80GiB"]
-    for command in (["plan", path, *gpus], ["bench", path]):
+    plan = ["plan", path, "--gpus", "1", "--gpu-memory", "80GiB"]
+    for command in (plan, ["bench", path]):
         assert main(command) == 2
         assert capsys.readouterr().err.endswith("add distill={}\n")
-        assert main([*command, "distill={}"]) == 0
+    assert main([*plan, "distill={}"]) == 0
 
 
 def test_the_doctor_leaves_the_teachers_out(student, mixtures):
