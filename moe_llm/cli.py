@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from moe_llm.analysis.commands import add_inspect_arguments, add_plan_arguments, run_inspect, run_plan
+from moe_llm.distill.commands import add_teach_arguments, run_teach
 from moe_llm.errors import TrainingFailure, UserError
 
 EXIT_FAILURE = 1
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_upcycle(commands)
     _add_merge(commands)
+    add_teach_arguments(_add(commands, "teach", run_teach, "let a model answer prompts, as text for another to learn"))
     params = _add(commands, "params", _params, "total and active parameters by part, without allocating any")
     params.add_argument("--json", action="store_true", help="print JSON")
     params.add_argument(

@@ -30,7 +30,7 @@ def log_probabilities(directory: Path, batch) -> torch.Tensor:
     return torch.cat(found)
 
 
-def expected_losses(config: Path, student: Path, teachers: dict[Path, float], temperature: float) -> tuple[float, float]:
+def expected_losses(config: Path, student: Path, teachers: dict[Path, float], temperature: float):
     """(cross-entropy, temperature^2 * KL(teachers, student)) of the first step's batch, means over its labels."""
     from moe_llm.data.loader import load_data
     from moe_llm.data.tokenizer import load_tokenizer
@@ -72,8 +72,8 @@ def test_the_student_comes_nearer_and_is_evaluated_on_the_text_alone(trained, mi
     from moe_llm.train.loop import model_inputs
 
     latest = tmp_path / "run/checkpoints/latest"
-    batch = load_data(load_config(tmp_path / "run.yaml"), load_tokenizer(latest), show_progress=False).validation.batches(
-        micro_batch_size=4)[0]
+    data = load_data(load_config(tmp_path / "run.yaml"), load_tokenizer(latest), show_progress=False)
+    batch = data.validation.batches(micro_batch_size=4)[0]
     with torch.no_grad():
         output = MoEForCausalLM.from_pretrained(latest)(**model_inputs(batch))
     assert records[-1]["val_loss"] == pytest.approx((output.loss_sum / output.num_targets).item(), rel=1e-5)

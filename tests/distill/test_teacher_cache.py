@@ -131,7 +131,7 @@ def test_no_space_is_told_and_leaves_no_part(config, monkeypatch, tmp_path):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "save", full)
-    with pytest.raises(UserError, match="data.cache_dir: no space left"):
+    with pytest.raises(UserError, match="no space left for"):
         learn(config("distill.cache_top_k=6"))
     assert not [path for path in directories(tmp_path)[0].iterdir() if path.is_dir()]
 

@@ -1,5 +1,6 @@
 """The chunked objective equals the one with all logits, gradients included; the tail is one outcome."""
 
+import itertools
 import math
 
 import pytest
@@ -58,7 +59,8 @@ def test_the_chunked_objective_equals_the_plain_one(kind, temperature, alpha, ch
     for grad, other in zip(grads, torch.autograd.grad(expected[0] / 7, (hidden, weight)), strict=True):
         assert grad.dtype == dtype
         assert relative(grad, other) < tolerance
-    assert not (found.hard.requires_grad or found.soft.requires_grad)
+    assert not found.hard.requires_grad
+    assert not found.soft.requires_grad
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -77,7 +79,7 @@ def test_the_more_tokens_are_named_the_nearer_the_whole_divergence(kind):
     hidden, weight, labels, log_p = make_inputs()
     soft = [linear_distillation(hidden, weight, labels, named(log_p, k, kind)).soft for k in (1, 3, 10, VOCABULARY - 1,
                                                                                               VOCABULARY)]
-    assert all(0 < a < b * (1 + 1e-12) for a, b in zip(soft, soft[1:]))
+    assert all(0 < a < b * (1 + 1e-12) for a, b in itertools.pairwise(soft))
     full = linear_distillation(hidden, weight, labels, whole(log_p, kind))
     assert relative(soft[-1], full.soft) < 1e-12
     grads = [torch.autograd.grad(linear_distillation(hidden, weight, labels, given).objective, (hidden, weight))
