@@ -1,10 +1,10 @@
 """Initialisations that adapt fast: Reptile (Nichol et al. 2018, algorithm 2) and first-order MAML (Finn et al. 2017,
 section 5.2, with second derivatives left out), over tasks each of which is a source of text.
 
-A round adapts a copy of the weights to each of some tasks by a few optimizer steps, as fine-tuning would, and then moves
-the weights: Reptile towards the mean of the adapted ones, first-order MAML against the mean gradient that the adapted
-ones have on blocks which they were not adapted to. One process, in fp32; the result is a checkpoint directory for
-`model.init_from`.
+A round adapts a copy of the weights to each of some tasks by a few optimizer steps, as fine-tuning would, and then
+moves the weights: Reptile towards the mean of the adapted ones, first-order MAML against the mean gradient that the
+adapted ones have on blocks which they were not adapted to. One process, in fp32; the result is a checkpoint directory
+for `model.init_from`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
