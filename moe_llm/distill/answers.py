@@ -217,9 +217,13 @@ def _read_prompts(
 
 
 def _of_texts(source: SourceConfig, tokenizer: "PreTrainedTokenizerFast", count: int) -> Iterator[_Prompt | None]:
+    from tokenizers import Tokenizer
+
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.encode_special_tokens = True  # "</s>" in a text is the text it is, as where it is trained on
     for text in read_documents(source, _FIELD):
-        encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        encoding = backend.encode(text, add_special_tokens=False)
         if len(encoding.ids) < count:
             yield None
         else:
