@@ -79,24 +79,36 @@ def flops(product: Linear | Scores) -> float:
     return 6.0 * product.times * product.heads * product.length * product.length * product.head_dim
 
 
-def measure_products(
-    products: Iterable[Linear | Scores], dtype: torch.dtype, device: torch.device, rounds: int = 3
-) -> dict[str, PartLimit]:
-    """Seconds of each part's products, by themselves, with operands and results in memory that exists already.
-
-    The median of `rounds` after one that compiles what kernels compile. The router's products are in fp32.
-    """
+def prepare_products(
+    products: Iterable[Linear | Scores], dtype: torch.dtype, device: torch.device
+) -> dict[str, tuple[float, Callable[[], None]]]:
+    """Of each part, the flops of its products and what computes them, with operands and results in memory that exists
+    already. The router's products are in fp32."""
     parts: dict[str, list] = {}
     for product in products:
         parts.setdefault(product.part, []).append(product)
-    limits = {}
+    prepared = {}
     for part, members in parts.items():
         kind = torch.float32 if part == "router" else dtype
-        prepared = {product: _prepare(product, kind, device) for product in dict.fromkeys(members)}
-        runs = [prepared[product] for product in members]
-        seconds = _median_seconds(lambda runs=runs: [run() for run in runs], device, rounds)
-        limits[part] = PartLimit(sum(map(flops, members)), seconds)
-    return limits
+        distinct = {product: _prepare(product, kind, device) for product in dict.fromkeys(members)}
+
+        def run(runs: tuple[Callable[[], None], ...] = tuple(distinct[product] for product in members)) -> None:
+            for one in runs:
+                one()
+
+        prepared[part] = sum(map(flops, members)), run
+    return prepared
+
+
+def measure_products(
+    products: Iterable[Linear | Scores], dtype: torch.dtype, device: torch.device, rounds: int = 3
+) -> dict[str, PartLimit]:
+    """Seconds of each part's products, by themselves: the median of `rounds` after one that compiles what kernels
+    compile."""
+    return {
+        part: PartLimit(count, _median_seconds(run, device, rounds))
+        for part, (count, run) in prepare_products(products, dtype, device).items()
+    }
 
 
 def peak_rate(dtype: torch.dtype, device: torch.device, size: int = 2048, rounds: int = 5) -> float:

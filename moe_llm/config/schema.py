@@ -3,7 +3,7 @@
 import re
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from moe_llm.config.alarms import AlarmsConfig
 from moe_llm.config.base import Section, invalid
@@ -222,6 +222,10 @@ class ParallelConfig(Section):
     """How ranks share the work."""
 
     expert_parallel_size: int = Field(1, ge=1, description="ranks that share one set of experts")
+    exchange_chunks: Literal["auto"] | PositiveInt = Field(
+        "auto", description="parts in which rows travel to their experts and back, so that the next part travels while "
+        "one is computed; auto: 2 on CUDA, 1 on a CPU"
+    )
     zero_stage: Literal[1, 2, 3] = Field(
         1, description="DeepSpeed ZeRO stage (0 clips wrongly under expert parallelism)"
     )

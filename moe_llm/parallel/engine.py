@@ -285,7 +285,10 @@ class DeepSpeedEngine(_NamedState):
         self.accumulation = config.accumulation_steps(runtime.world_size)
         _assert_grouped(model, groups)
         given = [{**group, "params": list(group["params"])} for group in groups]  # splitting changes its argument
-        contract.adopt_layers(model, ep, runtime.rank, config.parallel.zero_stage)
+        chunks = config.parallel.exchange_chunks
+        if chunks == "auto":
+            chunks = 2 if runtime.device.type == "cuda" else 1
+        contract.adopt_layers(model, ep, runtime.rank, config.parallel.zero_stage, chunks)
         optimizer = build_optimizer(contract.split_groups(groups))
         self.engine, _ = runtime.accelerator.prepare(model, optimizer)
         trained = any(model.get_parameter(name).requires_grad for name in first_experts(model))

@@ -5,8 +5,8 @@
 
 Contenders take turns within one process, so that a busy machine slows all of them alike: read the ratios, not the
 times. Every batch is new, and routes differently: kernels that are compiled for a shape pay for it as in training.
-The step's bare matrix products are timed alone, at their own shapes, in the same run, and so is a plain product of
-2048 x 2048. A contender whose loss or gradients differ from those of transformers' plain loop in fp32 by more than
+The step's bare matrix products, at their own shapes, take turns with them, and a plain product of 2048 x 2048 is timed
+at the end. A contender whose loss or gradients differ from those of transformers' plain loop in fp32 by more than
 transformers' own rounding explains is reported and not timed. Peak memory is that of a process of its own.
 """
 
@@ -17,14 +17,16 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
 from contenders import Shape, batches, contender, contender_names, weights
 
-from moe_llm.bench.products import measure_products, peak_rate, step_products, synchronize
+from moe_llm.bench.products import peak_rate, prepare_products, step_products, synchronize
 
 MAIN = Shape(batch=4, length=512)
 QUICKSTART = Shape(8, 256, hidden=192, width=256, heads=6, vocabulary=4096)
@@ -41,6 +43,7 @@ SUITES: dict[str, dict[str, Shape]] = {
     # as many parameters in each, and as many active: experts cut in halves, twice as many chosen
     "experts": {f"{8 * n} experts": replace(MAIN, experts=8 * n, top_k=2 * n, width=1792 // n) for n in (1, 2, 4, 8)},
 }
+ACROSS = ("skew", "tokens", "experts")  # what is asked there is how one shape compares with another
 MEMORY = {f"4 x {length}": replace(MAIN, length=length) for length in (512, 4096)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Relative distance of each parameter's gradient from fp32's. In bf16 it may be a multiple of what transformers' plain
@@ -75,14 +78,17 @@ def departures(models, shape, state, ids, dtype: str) -> dict[str, float]:
     return {name: max(d[key] / allowed[key] for key in allowed) for name, d in distances.items()}
 
 
-def timed_step(model, ids, optimizer) -> float:
-    device = ids.device
-    synchronize(device)
-    start = time.perf_counter()
+def step(model, ids, optimizer) -> None:
     model(ids).backward()
     if optimizer is not None:
         optimizer.step()
     model.zero_grad(set_to_none=True)
+
+
+def timed(run: Callable[[], None], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    run()
     synchronize(device)
     return time.perf_counter() - start
 
@@ -101,21 +107,23 @@ def compare(name: str, shape: Shape, dtype: str, arguments) -> dict:
         n: torch.optim.AdamW(m.parameters(), lr=1e-5, fused=True) if arguments.optimizer else None
         for n, m in models.items()
     }
-    seconds: dict[str, list[float]] = {n: [] for n in models}
-    for round_, batch in enumerate(ids):
-        order = list(models) if round_ % 2 else list(reversed(models))
-        for n in order:
-            elapsed = timed_step(models[n], batch, optimizers[n])
-            if round_ >= 2:
-                seconds[n].append(elapsed)
     counts = models["ours"].counts(ids[0]) if "ours" in models else even_counts(shape)
-    limit = measure_products(step_products(shape.config, shape.batch, shape.length, counts), kind, device)
-    flops = sum(part.flops for part in limit.values())
-    bare = sum(part.seconds for part in limit.values())
+    products = prepare_products(step_products(shape.config, shape.batch, shape.length, counts), kind, device)
+    seconds: dict[str, list[float]] = {n: [] for n in models}
+    alone: dict[str, list[float]] = {part: [] for part in products}
+    for round_, batch in enumerate(ids):
+        turns = [*((seconds[n], partial(step, models[n], batch, optimizers[n])) for n in models),
+                 *((alone[part], run) for part, (_, run) in products.items())]
+        for samples, run in turns if round_ % 2 else reversed(turns):
+            elapsed = timed(run, device)
+            if round_ >= 2:
+                samples.append(elapsed)
+    flops = sum(part_flops for part_flops, _ in products.values())
+    bare = [sum(parts) for parts in zip(*alone.values(), strict=True)]
     result = {
         "name": name, "dtype": dtype, "shape": asdict(shape), "flops": flops, "busiest_expert": busiest(counts, shape),
-        "bare_products": {"seconds": bare, "flops_per_second": flops / bare,
-                          "parts": {p: v.seconds for p, v in limit.items()}},
+        "bare_products": {"seconds": statistics.median(bare), "flops_per_second": flops / statistics.median(bare),
+                          "parts": {part: statistics.median(samples) for part, samples in alone.items()}},
         "peak_flops_per_second": peak_rate(kind, device), "failures": failures | refused, "contenders": {},
     }
     rivals = [n for n in seconds if n.startswith("transformers:")]
@@ -124,8 +132,10 @@ def compare(name: str, shape: Shape, dtype: str, arguments) -> dict:
         median = statistics.median(samples)
         result["contenders"][n] = {
             "seconds": median, "quartiles": statistics.quantiles(samples, n=4), "departure": found[n],
-            "flops_per_second": flops / median, "share_of_bare_products": bare / median,
-            "tokens_per_second": shape.tokens / median,
+            "flops_per_second": flops / median, "tokens_per_second": shape.tokens / median,
+            "share_of_bare_products": statistics.median(
+                products / own for products, own in zip(bare, samples, strict=True)
+            ),
         }
         if best is not None:
             result["contenders"][n]["times_best_transformers"] = statistics.median(
@@ -134,6 +144,24 @@ def compare(name: str, shape: Shape, dtype: str, arguments) -> dict:
     del models, optimizers
     gc.collect()
     return result
+
+
+def across(shapes: dict[str, Shape], dtype: str, rounds: int) -> dict[str, float]:
+    """Our time per token at each shape, divided by that at the first: the median over rounds in which all take turns,
+    since a machine's speed changes more between minutes than what is to be seen."""
+    models = {name: contender("ours", shape, weights(shape), DTYPES[dtype]) for name, shape in shapes.items()}
+    ids = {name: batches(shape, rounds + 1) for name, shape in shapes.items()}
+    ratios: dict[str, list[float]] = {name: [] for name in shapes}
+    for round_ in range(rounds + 1):
+        per_token = {}
+        for name, shape in shapes.items():
+            batch = ids[name][round_]
+            per_token[name] = timed(partial(step, models[name], batch, None), batch.device) / shape.tokens
+        if round_:
+            first = next(iter(per_token.values()))
+            for name, value in per_token.items():
+                ratios[name].append(value / first)
+    return {name: statistics.median(found) for name, found in ratios.items()}
 
 
 def build_all(names, shape, state, dtype, ids) -> tuple[dict, dict]:
@@ -187,7 +215,7 @@ def measure_memory(arguments: str) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True) if given["optimizer"] else None
     Path("/proc/self/clear_refs").write_text("5")
     for ids in batches(shape, 3):
-        timed_step(model, ids, optimizer)
+        step(model, ids, optimizer)
     print(json.dumps({"peak": resident("VmHWM") - before, "parameters": parameters}))
 
 
@@ -215,7 +243,7 @@ def memory_suite(arguments, dtype: str) -> list[dict]:
 
 def show(result: dict) -> None:
     if "peak_bytes" in result:
-        print(f"{result['name']}, {result['dtype']}")
+        print(f"{result['name']}, {result['dtype']}", flush=True)
         for name, value in result["peak_bytes"].items():
             print(f"  {name:28} {value['peak'] / 2**20:8.0f} MiB, of which parameters "
                   f"{value['parameters'] / 2**20:.0f}")
@@ -237,6 +265,9 @@ def show(result: dict) -> None:
         )
     for name, why in result["failures"].items():
         print(f"  {name:28} {why}")
+    if "time_per_token_to_first" in result:
+        print(f"  ours, taking turns with the suite's other shapes: {result['time_per_token_to_first']:.2f} times the "
+              "first one's time per token", flush=True)
 
 
 def environment(arguments) -> dict:
@@ -310,6 +341,10 @@ def main() -> None:
             rows = memory_suite(arguments, dtype) if suite == "memory" else [
                 compare(name, shape, dtype, arguments) for name, shape in SUITES[suite].items()
             ]
+            if suite in ACROSS and (not arguments.only or "ours" in arguments.only):
+                ratios = across(SUITES[suite], dtype, arguments.rounds)
+                for row in rows:
+                    row["time_per_token_to_first"] = ratios[row["name"]]
             for row in rows:
                 row["suite"] = suite
                 show(row)

@@ -46,6 +46,7 @@ def _adopted(cfg) -> dict:
     return {
         "moe": engine.engine.has_moe_layers,
         "dispatcher": type(layer.dispatcher).__name__,
+        "chunks": getattr(layer.dispatcher, "chunks", None),
         "experts": next(e.experts for e in engine.entries() if e.experts is not None),
         "expert_group": torch.distributed.get_process_group_ranks(layer.ep_group),
         "optimizer": type(engine.engine.optimizer).__name__,
@@ -56,12 +57,14 @@ def _adopted(cfg) -> dict:
     }
 
 
-@pytest.mark.parametrize(("ep", "stage"), [(2, 1), (4, 2), (1, 2), (2, 3)])
-def test_engine_gets_our_settings_and_neighbours_share_the_experts(four_ranks, ep, stage):
-    for rank, found in enumerate(four_ranks.run(_adopted, config(3, 2, 4, ep=ep, stage=stage))):
+@pytest.mark.parametrize(("ep", "stage", "chunks"), [(2, 1, "auto"), (4, 2, 3), (1, 2, "auto"), (2, 3, "auto")])
+def test_engine_gets_our_settings_and_neighbours_share_the_experts(four_ranks, ep, stage, chunks):
+    cfg = config(3, 2, 4, ep=ep, stage=stage, parallel={"exchange_chunks": chunks})
+    for rank, found in enumerate(four_ranks.run(_adopted, cfg)):
         first = rank // ep * ep
         assert found["moe"]
         assert found["dispatcher"] == ("AllToAllDispatcher" if ep > 1 else "LocalDispatcher")
+        assert found["chunks"] == ((1 if chunks == "auto" else chunks) if ep > 1 else None)
         assert found["experts"] == range(rank % ep * (4 // ep), (rank % ep + 1) * (4 // ep))
         assert found["expert_group"] == list(range(first, first + ep))
         assert (found["stage"], found["micro"], found["rounds"], found["clip"]) == (stage, 3, 2, 0.5)

@@ -1,5 +1,7 @@
 """The all-to-all dispatcher equals the local one, whatever the routing: forward, gradients, empty experts and ranks."""
 
+from unittest import mock
+
 import pytest
 import torch
 from support.ranks import fresh_accelerate
@@ -10,7 +12,7 @@ from moe_llm.model.moe.dispatch import LocalDispatcher
 from moe_llm.model.moe.experts import Experts
 from moe_llm.model.moe.routing import Routing
 from moe_llm.ops.permutation import sort_by_expert
-from moe_llm.parallel.dispatch import AllToAllDispatcher, _regroup
+from moe_llm.parallel.dispatch import AllToAllDispatcher, _Flight, _regroup
 from moe_llm.parallel.runtime import start
 
 EXPERTS, HIDDEN = 4, 8
@@ -54,7 +56,7 @@ def inputs(rank: int, choice: list) -> tuple[torch.Tensor, torch.Tensor, torch.T
     return x_TD, expert_TK, weight_TK
 
 
-def dispatched(choices: list, varying: bool) -> tuple:
+def dispatched(choices: list, varying: bool, chunks: int) -> tuple:
     """On a rank: output and gradients through the all-to-all dispatcher."""
     fresh_accelerate()
     runtime = start(config(1, 1, 2, ep=2))
@@ -62,17 +64,19 @@ def dispatched(choices: list, varying: bool) -> tuple:
     held = EXPERTS // 2
     experts.keep(range(runtime.rank * held, (runtime.rank + 1) * held))
     x_TD, expert_TK, weight_TK = inputs(runtime.rank, choices[runtime.rank])
-    dispatcher = AllToAllDispatcher(torch.distributed.group.WORLD, 2)
+    dispatcher = AllToAllDispatcher(torch.distributed.group.WORLD, 2, chunks)
     y_TD = dispatcher(x_TD, routing_of(expert_TK, weight_TK, varying), experts)
     (y_TD * y_TD).sum().backward()
     return y_TD.detach(), x_TD.grad, weight_TK.grad, [p.grad for p in experts.parameters()]
 
 
+# a rank holds two experts: two chunks are one of them each, three a third of each one's rows
+@pytest.mark.parametrize("chunks", [1, 2, 3])
 @pytest.mark.parametrize("varying", [False, True])
 @pytest.mark.parametrize("name", ROUTINGS)
-def test_equals_the_local_dispatcher(two_ranks, name, varying):
+def test_equals_the_local_dispatcher(two_ranks, name, varying, chunks):
     choices = ROUTINGS[name]
-    found = two_ranks.run(dispatched, choices, varying)
+    found = two_ranks.run(dispatched, choices, varying, chunks)
     experts = stacked_experts()
     for rank, (y_TD, x_grad, weight_grad, _) in enumerate(found):
         x_TD, expert_TK, weight_TK = inputs(rank, choices[rank])
@@ -85,6 +89,51 @@ def test_equals_the_local_dispatcher(two_ranks, name, varying):
         parts = [gradients[i] for *_, gradients in found]
         assert all(part is not None for part in parts), "an expert without tokens still gets a gradient"
         torch.testing.assert_close(torch.cat(parts), parameter.grad)
+
+
+def order_of_events(chunks: int) -> list[str]:
+    """On a rank: when exchanges begin and end and when experts compute, forward and backward."""
+    fresh_accelerate()
+    runtime = start(config(1, 1, 2, ep=2))
+    experts = stacked_experts()
+    experts.keep(range(runtime.rank * 2, runtime.rank * 2 + 2))
+    events: list[str] = []
+    depart, arrive, forward = _Flight.depart, _Flight.arrive, experts.forward
+    numbers: dict[int, int] = {}
+
+    def number(flight: _Flight) -> int:
+        return numbers.setdefault(id(flight), len(numbers))
+
+    def noted_depart(flight, x_ND, *, back):
+        events.append(f"{'gradient' if back else 'rows'} {number(flight)} leave")
+        depart(flight, x_ND, back=back)
+
+    def noted_arrive(flight):
+        events.append(f"{number(flight)} awaited")
+        return arrive(flight)
+
+    def computed(x_MD, *arguments, **named):
+        events.append("compute")
+        y_MD = forward(x_MD, *arguments, **named)
+        y_MD.register_hook(lambda grad: events.append("compute back"))
+        return y_MD
+
+    experts.forward = computed
+    with mock.patch.object(_Flight, "depart", noted_depart), mock.patch.object(_Flight, "arrive", noted_arrive):
+        x_TD, expert_TK, weight_TK = inputs(runtime.rank, ROUTINGS["spread"][runtime.rank])
+        dispatcher = AllToAllDispatcher(torch.distributed.group.WORLD, 2, chunks)
+        dispatcher(x_TD, routing_of(expert_TK, weight_TK, False), experts).sum().backward()
+    return events
+
+
+def test_the_next_part_travels_while_one_is_computed(two_ranks):
+    expected = [
+        "rows 0 leave", "rows 1 leave", "0 awaited", "compute", "rows 2 leave", "1 awaited", "compute", "rows 3 leave",
+        "2 awaited", "3 awaited",
+        "gradient 3 leave", "gradient 2 leave", "3 awaited", "compute back", "gradient 1 leave", "2 awaited",
+        "compute back", "gradient 0 leave", "1 awaited", "0 awaited",
+    ]
+    assert two_ranks.run(order_of_events, 2) == [expected, expected]
 
 
 def test_regroup_transposes_blocks_and_undoes_itself():

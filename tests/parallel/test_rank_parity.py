@@ -84,11 +84,12 @@ def test_features_do_not_depend_on_the_layout(two_ranks, feature, stage):
         assert largest(per_rank["aux"], expected["aux"]) < 1e-5
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_recomputation_under_expert_parallelism(two_ranks, stage):
+@pytest.mark.parametrize(("stage", "chunks"), [(1, 1), (2, 2), (3, 1), (3, 3)])
+def test_recomputation_and_exchange_in_parts_under_expert_parallelism(two_ranks, stage, chunks):
     train = {"activation_checkpointing": True}
     expected = train_steps(config(MICRO * 2, 1, 1), 5)
-    found = two_ranks.run(train_steps, config(MICRO, 1, 2, ep=2, stage=stage, train=train), 5)
+    cfg = config(MICRO, 1, 2, ep=2, stage=stage, train=train, parallel={"exchange_chunks": chunks})
+    found = two_ranks.run(train_steps, cfg, 5)
     worst, where = difference(found, expected, "gradients")
     assert worst < 1e-5, where
     assert max(largest(per_rank["losses"], expected["losses"]) for per_rank in found) < 1e-5

@@ -22,15 +22,21 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
 
-    def forward(self, x: Tensor, counts_E: Tensor, routing: Routing | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, counts_E: Tensor, routing: Routing | None = None, own: slice | None = None
+    ) -> Tensor:
         """Rows sorted by expert in, the same rows out: down(silu(gate(x)) * up(x)), with dropout before `down` while
         training.
 
-        With a routing, tokens in and tokens out, (T, D): each one's weighted sum over its experts.
+        With a routing, tokens in and tokens out, (T, D): each one's weighted sum over its experts. With `own`, the
+        counts and the rows are those of some of the experts that are held.
         """
         dropout = self.dropout if self.training else 0.0
         if routing is None:
-            return expert_mlp(x, self.gate_up_proj, self.down_proj, counts_E, dropout=dropout)
+            gate_up_proj, down_proj = self.gate_up_proj, self.down_proj
+            if own is not None:
+                gate_up_proj, down_proj = gate_up_proj[own], down_proj[own]
+            return expert_mlp(x, gate_up_proj, down_proj, counts_E, dropout=dropout)
         return routed_expert_mlp(
             x, self.gate_up_proj, self.down_proj, counts_E, routing.weight_N, routing.token_index_N, routing.slot_TK,
             dropout,
