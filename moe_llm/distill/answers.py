@@ -97,9 +97,13 @@ def write_answers(teacher: str | Path, prompts: str | list[str], out: str | Path
     with user_error_on_disk("--out", out):
         out.parent.mkdir(parents=True, exist_ok=True)
         done = _resume(partial, _settings(directory, source, options))
-        found = _read_prompts(source, tokenizer, options)
-        _answer_all(directory, tokenizer, found, done, partial, options)
-        return _finish(partial, out)
+        try:
+            _answer_all(directory, tokenizer, _read_prompts(source, tokenizer, options), done, partial, options)
+            return _finish(partial, out)
+        except UserError:
+            if not done:  # a mistake that was there from the first leaves nothing behind
+                partial.unlink(missing_ok=True)
+            raise
 
 
 def _settings(directory: Path, source: SourceConfig, options: AnswerOptions) -> str:
@@ -164,7 +168,6 @@ def _finish(partial: Path, out: Path) -> Written:
     lines = partial.read_text(encoding="utf-8").splitlines(keepends=True)[1:]
     rows = [line for line in lines if line != "null\n"]
     if not rows:
-        partial.unlink()
         raise UserError(f"{_FIELD}: of {len(lines)} prompts none has an answer, all are too short or too long for the "
                         "teacher, or it says nothing: give others, or a smaller --continue or --max-new-tokens")
     temporary = out.with_name(f".{out.name}.{os.getpid()}")

@@ -75,7 +75,8 @@ def test_answers_of_a_chat_are_learned_from(student, trained, mixtures, tmp_path
     assert {frozenset(row) for row in found} == {frozenset({"prompt", "completion"}), frozenset({"messages"})}
     assert len({row["completion"] for row in found if "completion" in row}) > 1
     assert "to be replaced" not in out.read_text()
-    data = {"sources": [{"type": "files", "path": str(out), "content": "chat"}], "validation_fraction": 0.3}
+    data = {"sources": [{"type": "files", "path": str(out), "content": "chat"}], "validation_fraction": 0.3,
+            "sequence_length": 64, "over_long": "truncate"}
     assert trained("run", {}, tokenizer={"path": str(teacher)}, data=data)[-1]["lm_loss"] > 0
 
 
