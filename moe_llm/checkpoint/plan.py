@@ -83,7 +83,7 @@ class Plan:
 
 def kinds_of(entry: Entry, state: TrainedState, dtype: torch.dtype) -> list[str]:
     """What of an entry goes into the optimizer's files: of what is never changed, nothing."""
-    masters = [] if dtype == torch.float32 else [MASTER]
+    masters = [] if dtype == torch.float32 and not entry.adapter else [MASTER]
     return [*masters, *state.kinds] if entry.trainable else []
 
 
@@ -102,7 +102,7 @@ def is_trained(entry: Entry, piece: hf.Piece) -> bool:
 def exported_dtype(entry: Entry, piece: hf.Piece, dtype: torch.dtype) -> torch.dtype:
     """That of the export, but for what is never changed, which stays to the last byte."""
     kept = entry.kept.get(piece.name)
-    return dtype if kept is None else kept.dtype
+    return dtype if kept is None or entry.adapted is not None else kept.dtype
 
 
 def make_plan(state: TrainedState, dtype: torch.dtype, max_bytes: int) -> Plan:
@@ -110,7 +110,10 @@ def make_plan(state: TrainedState, dtype: torch.dtype, max_bytes: int) -> Plan:
     model, optimizer = [], []
     for entry in filter(lambda entry: entry.writer, state.entries()):
         pieces = pieces_of(entry)
-        model += [Spec(piece.name, piece.shape, exported_dtype(entry, piece, dtype)) for piece in pieces]
+        model += [
+            Spec(piece.name, piece.shape, exported_dtype(entry, piece, dtype))
+            for piece in pieces if not entry.adapter
+        ]
         optimizer += [
             Spec(f"{kind}.{piece.name}", piece.shape, torch.float32)
             for kind in kinds_of(entry, state, dtype)
@@ -129,18 +132,35 @@ def stream(state: TrainedState, dtype: torch.dtype) -> Iterator[Named]:
     """
     for entry in state.entries():
         pieces = pieces_of(entry) if entry.writer else []
-        weight = state.read(entry.name, "weight")
-        for piece in pieces:
+        weight, change = state.read(entry.name, "weight"), _low_rank(entry, state)
+        for piece in pieces if not entry.adapter else ():
             kept = entry.kept.get(piece.name)
             whole = kept is None or kept.original is None
-            yield MODEL, piece.name, weight[piece.index] if whole else kept.original
+            own = weight[piece.index] if whole else kept.original
+            yield MODEL, piece.name, own if change is None else own.float() + change[piece.index]
         pieces = [piece for piece in pieces if is_trained(entry, piece)]
         for kind in kinds_of(entry, state, dtype):
             tensor = weight if kind == MASTER else state.read(entry.name, kind)
             for piece in pieces:
                 yield OPTIMIZER, f"{kind}.{piece.name}", tensor[piece.index]
             del tensor
-        del weight
+        del weight, change
+
+
+def _low_rank(entry: Entry, state: TrainedState) -> torch.Tensor | None:
+    """What adapters add to a weight, of its shape, fp32; None without any. Collective."""
+    if entry.adapted is None:
+        return None
+    a, b, scale = entry.adapted
+    return low_rank_sum(state.read(a, "weight"), state.read(b, "weight"), scale)
+
+
+def low_rank_sum(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale * B A, of (r, I) and (O, r) or of each expert's: one by one, so that it is the same to the bit however many
+    of them a rank holds."""
+    if a.dim() == 2:
+        return b @ a * scale
+    return torch.stack([low_rank_sum(*pair, scale) for pair in zip(a, b)])
 
 
 class HostCopy:

@@ -5,7 +5,8 @@
       trainer/state.json               counters, positions, RNG: whatever the trainer gives, as JSON
       trainer/config.yaml              the resolved configuration of the run
       trainer/optimizer*.safetensors   exp_avg.NAME, exp_avg_sq.NAME, ... by published weight names, in fp32;
-                                       master.NAME too, where the exported weights are of lower precision
+                                       master.NAME too, where the exported weights are of lower precision;
+                                       of adapters, which are merged into those, it is all that there is
       trainer/manifest.json            size and SHA-256 of every file
 
 Tensors are named by parameter, never by rank, so any layout of ranks reads what any other wrote. All ranks
@@ -235,6 +236,7 @@ def _trainer_head(root: Path, state: TrainedState, step: int, dtype: str, traine
         "trainer": dict(trainer),
         "optimizer_tensors": list(state.kinds),
         "masters": DTYPES[dtype] != torch.float32,
+        **({"base": state.base_files} if _has_adapters(state) else {}),
         "written_by": {"world_size": state.world_size, "python": platform.python_version()}
         | {
             d.name: d.version for d in map(_installed, ("torch", "transformers", "deepspeed", "moe_llm")) if d
@@ -266,7 +268,8 @@ def _assert_whole(plan: Plan, model: ModelConfig) -> None:
 def load_checkpoint(path: str | Path, state: TrainedState, *, hashes: bool = True) -> dict[str, Any]:
     """Restore weights and optimizer tensors, written at any layout, into this one. Collective.
 
-    Each rank reads the tensors that it holds, one at a time.
+    Each rank reads the tensors that it holds, one at a time. With adapters, these alone: the checkpoint has the weights
+    beneath them only merged, and `state` has them already.
 
     Args:
         path: a step directory.
@@ -283,8 +286,12 @@ def load_checkpoint(path: str | Path, state: TrainedState, *, hashes: bool = Tru
     path = Path(path)
     verify(path, state, hashes=hashes)
     head, sources = together(state, lambda: _open(path, state))
+    adapted = _has_adapters(state)
     for entry in state.entries():
-        write_weight(state, entry, sources[MODEL], sources[MASTER])
+        if entry.adapter:
+            state.write(entry.name, "weight", read_trained(entry, sources[MASTER]))
+        elif not adapted:
+            write_weight(state, entry, sources[MODEL], sources[MASTER])
         for kind in state.kinds if entry.trainable else ():
             state.write(entry.name, kind, read_trained(entry, sources[kind]))
     return head["trainer"]
@@ -325,25 +332,57 @@ def _open(path: Path, state: TrainedState) -> tuple[dict[str, Any], dict[str, We
             f"{list(state.kinds)}: set optim.name as it was, or start another run.dir"
         )
     shapes = _stored_shapes(path, state)
+    _check_base(path, head, state)
     model = Weights(TensorFiles(path, MODEL))
     model.check(shapes)
+    shapes |= _adapter_shapes(path, state)
     sources = {MODEL: model, MASTER: model}
     entries = [entry for entry in state.entries() if entry.trainable]
     trainable = {entry.name: shapes[entry.name] for entry in entries}
     experts = next((entry.trained_experts for entry in entries if entry.trained_experts is not None), None)
-    if trainable and (head["masters"] or state.kinds):
+    masters = head["masters"] or _has_adapters(state)
+    if trainable and (masters or state.kinds):
         files = TensorFiles(path / "trainer", Path(OPTIMIZER).name)
-        for kind in [*([MASTER] if head["masters"] else []), *state.kinds]:
+        for kind in [*([MASTER] if masters else []), *state.kinds]:
             sources[kind] = Weights(files, f"{kind}.")
             sources[kind].check(trainable, experts=experts)
     return head, sources
+
+
+def _has_adapters(state: TrainedState) -> bool:
+    return any(entry.adapter for entry in state.entries())
+
+
+def _adapter_shapes(path: Path, state: TrainedState) -> dict[str, tuple[int, ...]]:
+    """The shape over all ranks of every adapter, of the checkpoint's number of experts."""
+    experts = hf.from_transformers_config(read_json(path / "config.json")).num_local_experts
+    adapters = [entry for entry in state.entries() if entry.adapter]
+    return {e.name: e.shape if e.first_expert is None else (experts, *e.shape[1:]) for e in adapters}
+
+
+def _check_base(path: Path, head: dict[str, Any], state: TrainedState) -> None:
+    """Refuse adapters of another base, and a checkpoint without adapters for a run with them, or the other way."""
+    base = head.get("base")
+    if (base is not None) != _has_adapters(state):
+        there, here = ("has", "has none") if base is not None else ("has no", "has them")
+        raise UserError(
+            f"checkpoint {path} {there} adapters, and this run {here}: set finetune.lora as it was, or begin a new run "
+            "with model.init_from"
+        )
+    if base is not None and base != state.base_files:
+        files = {*base, *state.base_files}
+        changed = min(name for name in files if base.get(name) != state.base_files.get(name))
+        raise UserError(
+            f"the adapters of checkpoint {path} were trained on another base: file {changed} of model.init_from is not "
+            "what it was: bring it back"
+        )
 
 
 def _stored_shapes(path: Path, state: TrainedState) -> dict[str, tuple[int, ...]]:
     """The shape over all ranks of every parameter, which must be those of the model in training."""
     config_file = path / "config.json"
     shapes = hf.parameter_shapes(hf.from_transformers_config(read_json(config_file), str(config_file)))
-    held = {entry.name: entry for entry in state.entries()}
+    held = {entry.name: entry for entry in state.entries() if not entry.adapter}
     for name in [*held, *(name for name in shapes if name not in held)]:
         whole, here = shapes.get(name), held[name].shape if name in held else None
         same = whole == here or (hf.is_expert(name) and whole and here and whole[1:] == here[1:])

@@ -5,7 +5,7 @@ Two things implement it: a torch optimizer in one process, and the DeepSpeed eng
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -22,6 +22,14 @@ class Kept:
     original: torch.Tensor | None = None
 
 
+class Adapted(NamedTuple):
+    """That a weight is used with `scale * b @ a` added to it, and the entries of these factors."""
+
+    a: str
+    b: str
+    scale: float
+
+
 @dataclass(frozen=True)
 class Entry:
     """One parameter as this rank holds it.
@@ -32,6 +40,8 @@ class Entry:
     writer: whether this rank is the one that writes it; exactly one of those that hold it is.
     trained_experts: of a trainable expert parameter, the only experts of the layer (over all ranks) that are trained;
         None: all of them.
+    adapter: a low-rank factor beside the model's own parameters, which no other program knows.
+    adapted: of a weight that is not trained but has such factors, which they are.
     kept: by published name, what is never changed and comes from a checkpoint; filled when that is loaded.
     """
 
@@ -41,6 +51,8 @@ class Entry:
     trainable: bool
     writer: bool
     trained_experts: tuple[int, ...] | None = None
+    adapter: bool = False
+    adapted: Adapted | None = None
     kept: dict[str, Kept] = field(default_factory=dict, compare=False)
 
     @property
@@ -61,11 +73,14 @@ class TrainedState(Protocol):
     """Read and write the fp32 weights and the optimizer's tensors of a model in training.
 
     kinds: optimizer tensors of each trainable parameter, e.g. ("exp_avg", "exp_avg_sq").
+    base_files: with adapters: by name, size and SHA-256 of the files that the weights beneath them come from, which no
+        checkpoint holds unmerged.
     """
 
     kinds: tuple[str, ...]
     rank: int
     world_size: int
+    base_files: dict[str, dict[str, Any]]
 
     def entries(self) -> list[Entry]:
         """Every parameter, in the same order on every rank."""
