@@ -1,12 +1,13 @@
 """What a run is: one pydantic model per section of the YAML file."""
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from moe_llm.config.alarms import AlarmsConfig
 from moe_llm.config.base import Section, invalid
+from moe_llm.config.distill import DistillConfig, with_teachers_tokenizer
 from moe_llm.config.ema import EmaConfig
 from moe_llm.config.finetune import FinetuneConfig
 from moe_llm.config.model import ModelConfig
@@ -307,11 +308,17 @@ class Config(Section):
     data: DataConfig
     optim: OptimConfig = OptimConfig()
     finetune: FinetuneConfig = FinetuneConfig()
+    distill: DistillConfig = DistillConfig()
     train: TrainConfig
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tokenizer_is_the_teachers(cls, given: Any) -> Any:
+        return with_teachers_tokenizer(given)
 
     @model_validator(mode="after")
     def _sections_fit(self):

@@ -1,7 +1,8 @@
 """One optimizer step's loss, cut into what each rank contributes for each of its micro-batches.
 
 The whole is the cross-entropy averaged over all targets of the step, and the balance and z-loss over all of its real
-tokens: ranks and micro-batches are cuts that change nothing. One exception: the fractions in the global balance loss
+tokens: ranks and micro-batches are cuts that change nothing. With a teacher, its objective takes the cross-entropy's
+place, averaged over the same targets. One exception: the fractions in the global balance loss
 are those of the micro-batches up to the present one, because the later ones are not known yet (Qiu et al. 2025); with
 one micro-batch a step it is exact. Engines average gradients over the ranks, so each share is multiplied by their
 number.
@@ -29,6 +30,7 @@ class StepLosses(NamedTuple):
     lm: Tensor
     aux: Tensor
     z: Tensor
+    distill: Tensor | None = None  # with a teacher: its divergence; `lm` is then no more than measured
 
 
 class StepLoss:
@@ -53,8 +55,10 @@ class StepLoss:
         aux = aux / self.rounds if model.router_aux_loss_scope == "transformers" else ranks * aux
         z = ranks * z_loss(own, total=total)
         lm = ranks * output.loss_sum / self.targets
-        whole = lm + model.router_aux_loss_coef * aux + model.router_z_loss_coef * z
-        return StepLosses(whole, lm.detach(), aux.detach(), z.detach())
+        objective = lm if output.objective_sum is None else ranks * output.objective_sum / self.targets
+        whole = objective + model.router_aux_loss_coef * aux + model.router_z_loss_coef * z
+        distill = None if output.soft_sum is None else (ranks * output.soft_sum / self.targets).detach()
+        return StepLosses(whole, lm.detach(), aux.detach(), z.detach(), distill)
 
 
 def _counts(batch: Batch) -> Tensor:

@@ -97,6 +97,10 @@ def announce(
             )
     if not config.finetune.whole:
         reporter.say(describe(config))
+    if config.distill.teachers:
+        teachers, distill = ", ".join(teacher.path for teacher in config.distill.teachers), config.distill
+        reporter.say(f"learns from {teachers} by {distill.divergence}, {distill.alpha:g} of the loss, at temperature "
+                     f"{distill.temperature:g}")
     if config.model.expert_dropout:
         reporter.say(
             f"model.expert_dropout={config.model.expert_dropout:g}: experts are computed one by one, which is slower"

@@ -19,6 +19,8 @@ from moe_llm.config import Config, dump_config
 from moe_llm.data.loader import Data, TrainLoader, load_data
 from moe_llm.data.sources import check_sources
 from moe_llm.data.tokenizer import build_tokenizer, check_vocab, resolve_vocab
+from moe_llm.distill.teachers import check_teachers, check_vocabularies
+from moe_llm.distill.teaching import build_teaching
 from moe_llm.errors import TrainingFailure, UserError
 from moe_llm.finetune.freeze import freeze
 from moe_llm.finetune.lora import add_adapters
@@ -62,6 +64,7 @@ def train(config: Config) -> None:
     check_lora(config)
     check_guard(config)
     check_ema(config)
+    check_teachers(config)
     _check_resume(run_dir, config)
     _check_run_dir(run_dir, config)
     if config.checkpoint.resume in ("auto", "never") and not any((run_dir / "checkpoints").glob("step-*")):
@@ -94,11 +97,16 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
     tokenizer = build_tokenizer(config, run_dir / "tokenizer")
     config = resolve_vocab(config, tokenizer)
     check_vocab(config, tokenizer)
+    check_vocabularies(config, tokenizer)
     data = load_data(
         config, tokenizer, rank=runtime.rank, world_size=runtime.world_size,
         show_progress=runtime.is_main and config.logging.console != "off",
     )
     engine, position = build_trained(config, runtime, source)
+    teach = build_teaching(
+        config, runtime, data.train, tokenizer, start=position.samples,
+        samples=(config.max_steps - position.step) * config.train.global_batch_size, say=_complain,
+    )
     storage = {"dtype": config.checkpoint.dtype, "max_shard_size": config.checkpoint.max_shard_size}
     if position.step < config.max_steps:
         check_space(run_dir / "checkpoints", engine, **storage)
@@ -159,7 +167,8 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
 
     callbacks = Callbacks(
         evaluate=evaluate, record=reporter.record, save=save, rollback=rollback, judge=judge,
-        add_gradients=(lambda: None) if guard is None else guard.add_gradients, say=reporter.say, alive=watchdog.alive,
+        add_gradients=(lambda: None) if guard is None else guard.add_gradients, teach=teach, say=reporter.say,
+        alive=watchdog.alive,
     )
     stop.defer()
     try:
