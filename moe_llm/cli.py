@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from moe_llm.analysis.commands import add_inspect_arguments, add_plan_arguments, run_inspect, run_plan
+from moe_llm.ensemble.commands import add_ensemble, add_model_arguments, check_one_model, run_evaluate
 from moe_llm.errors import TrainingFailure, UserError
 
 EXIT_FAILURE = 1
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_upcycle(commands)
     _add_merge(commands)
+    add_ensemble(commands, _add, _at_least(int, 1))
     params = _add(commands, "params", _params, "total and active parameters by part, without allocating any")
     params.add_argument("--json", action="store_true", help="print JSON")
     params.add_argument(
@@ -113,7 +115,7 @@ def _add_bench(commands) -> argparse.ArgumentParser:
 
 def _add_generate(commands) -> None:
     command = _add(commands, "generate", _generate, "continue a text with a checkpoint")
-    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint directory")
+    add_model_arguments(command)
     command.add_argument("--prompt", required=True, help="the text to continue")
     command.add_argument("--max-new-tokens", type=_at_least(int, 1), default=128, metavar="N", help="at most")
     command.add_argument(
@@ -127,7 +129,7 @@ def _add_generate(commands) -> None:
 
 def _add_evaluate(commands) -> None:
     command = _add(commands, "evaluate", _evaluate, "loss, perplexity and bits per byte on text")
-    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint directory")
+    add_model_arguments(command)
     command.add_argument(
         "--data", required=True, nargs="+", metavar="FILE_OR_GLOB", help="text, jsonl or parquet"
     )
@@ -244,10 +246,14 @@ def _tokenizer(args) -> None:
 
 
 def _generate(args) -> None:
-    from moe_llm.train.generate import generate
+    check_one_model(args)
+    if args.ensemble is None:
+        from moe_llm.train.generate import generate
+    else:
+        from moe_llm.ensemble.run import generate_command as generate
 
     text = generate(
-        args.checkpoint,
+        args.ensemble or args.checkpoint,
         args.prompt,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
@@ -272,6 +278,10 @@ def _report(args) -> None:
 
 
 def _evaluate(args) -> None:
+    check_one_model(args)
+    if args.ensemble is not None:
+        run_evaluate(args)
+        return
     from moe_llm.train.evaluate import evaluate_files
 
     result = evaluate_files(

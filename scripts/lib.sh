@@ -22,9 +22,10 @@ find_python() {
 }
 
 # install_package [EXTRA]: make .venv where it is missing and install this package with its extra into it.
-# torch comes first and keeps its version from then on, so that nothing else can bring in another one.
+# torch comes first and keeps its version from then on, as does the Triton it brings, so that nothing else can bring in
+# another one.
 install_package() {
-    local extra=${1:-} target=. stamp key python torch constraints
+    local extra=${1:-} target=. stamp key python torch constraints installed
     command -v g++ >/dev/null || fail "g++ is missing, and DeepSpeed compiles with it: install a C++ compiler"
     stamp=$venv/.installed${extra:+-$extra}
     if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
@@ -42,8 +43,11 @@ install_package() {
         python -m pip install --quiet "${torch[@]}"
     fi
     constraints=$venv/constraints.txt
-    grep -v '^torch==' docker/constraints.txt >"$constraints"
-    python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >>"$constraints"
+    installed=(torch)
+    python -c 'import triton' 2>/dev/null && installed+=(triton) # torch's CUDA builds bring the one that suits them
+    grep -vE "^($(IFS='|'; echo "${installed[*]}"))==" docker/constraints.txt >"$constraints"
+    python -c 'import sys; from importlib.metadata import version; [print(f"{n}=={version(n)}") for n in sys.argv[1:]]' \
+        "${installed[@]}" >>"$constraints"
     [[ -n $extra ]] && target=".[$extra]"
     echo "installing moe_llm and what it needs into $venv, which takes minutes"
     python -m pip install --quiet -c "$constraints" -e "$target"

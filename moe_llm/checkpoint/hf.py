@@ -9,6 +9,7 @@ and as every loader knows it, each expert has three matrices of its own:
     ...mlp.gate.weight          (E, D)       = ...block_sparse_moe.gate.weight
     all else                                   the same name
 
+Low-rank factors of an expert parameter (`model.adapters`) are stored by expert too, in files of ours alone.
 D hidden, F expert width, E experts. This file needs no torch.
 """
 
@@ -25,7 +26,8 @@ from pydantic import ValidationError
 from moe_llm.config import ModelConfig
 from moe_llm.errors import UserError
 
-EXPERT_PARAMETER = re.compile(r"(?P<layer>.*)\.mlp\.experts\.(?P<kind>gate_up_proj|down_proj)")
+EXPERT_PARAMETER = re.compile(r"(?P<layer>.*)\.mlp\.experts\.(?P<kind>gate_up_proj|down_proj)(?P<factor>_lora_[AB])?")
+_ROUTER = re.compile(r".*\.mlp\.gate\.weight(_lora_[AB])?")
 _MATRICES = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}  # stacked along the rows, in this order
 _DTYPE_WORDS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # old files hold it; it follows from the configuration
@@ -51,13 +53,13 @@ def is_derived(name: str) -> bool:
 
 
 def is_expert(name: str) -> bool:
-    """Whether an in-memory parameter is stacked over experts."""
+    """Whether an in-memory parameter is stacked over experts; so are its low-rank factors."""
     return EXPERT_PARAMETER.fullmatch(name) is not None
 
 
 def is_router(name: str) -> bool:
-    """Whether an in-memory parameter is a layer's router."""
-    return name.endswith(".mlp.gate.weight")
+    """Whether an in-memory parameter is a layer's router, or a low-rank factor of it."""
+    return _ROUTER.fullmatch(name) is not None
 
 
 def pieces(name: str, shape: tuple[int, ...], first_expert: int | None = None) -> list[Piece]:
@@ -72,7 +74,7 @@ def pieces(name: str, shape: tuple[int, ...], first_expert: int | None = None) -
     if match is None:
         return [Piece(published_name(name), tuple(shape), ...)]
     held, rows, columns = shape
-    matrices = _MATRICES[match["kind"]]
+    matrices = _MATRICES[match["kind"]] if match["factor"] is None else (f"{match['kind']}{match['factor']}",)
     height, rest = divmod(rows, len(matrices))
     assert rest == 0, f"{name} of shape {tuple(shape)} does not split into {matrices}"
     experts = published_name(f"{match['layer']}.mlp.experts.")

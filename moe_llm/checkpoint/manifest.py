@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,19 @@ def verify(directory: Path, ranks: Ranks = ALONE, *, hashes: bool = True) -> Non
         UserError: on every rank, naming a file and what is wrong with it.
     """
     together(ranks, lambda: _verify_share(directory, ranks.rank, ranks.world_size, hashes))
+
+
+def fingerprints(directory: Path, names: Iterable[str], ranks: Ranks = ALONE) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of files, by name. Collective: they are shared out among the ranks, and read to the end.
+
+    Raises:
+        UserError: on every rank, where one cannot be read.
+    """
+    mine = sorted(names)[ranks.rank :: ranks.world_size]
+    share = together(ranks, lambda: {
+        name: {"size": (directory / name).stat().st_size, "sha256": _hash(directory / name)} for name in mine
+    })
+    return {name: record for part in ranks.gather(share) for name, record in sorted(part.items())}
 
 
 def _verify_share(directory: Path, rank: int, world_size: int, hashes: bool) -> None:

@@ -103,7 +103,7 @@ class Plan:
 def kinds_of(entry: Entry, kinds: Sequence[str], dtype: torch.dtype, average: bool) -> list[str]:
     """What of an entry goes into the optimizer's files: of what is never changed, nothing; in fp32 what is exported
     but not here too."""
-    exported = [] if dtype == torch.float32 else [MASTER, *([EMA] if average else [])]
+    exported = [] if dtype == torch.float32 and not entry.adapter else [MASTER, *([EMA] if average else [])]
     return [*exported, *kinds] if entry.trainable else []
 
 
@@ -122,7 +122,7 @@ def is_trained(entry: Entry, piece: hf.Piece) -> bool:
 def exported_dtype(entry: Entry, piece: hf.Piece, dtype: torch.dtype) -> torch.dtype:
     """That of the export, but for what is never changed, which stays to the last byte."""
     kept = entry.kept.get(piece.name)
-    return dtype if kept is None else kept.dtype
+    return dtype if kept is None or entry.adapted is not None else kept.dtype
 
 
 def make_plan(state: TrainedState, dtype: torch.dtype, max_bytes: int, average: bool) -> Plan:
@@ -130,7 +130,10 @@ def make_plan(state: TrainedState, dtype: torch.dtype, max_bytes: int, average: 
     model, optimizer, frozen = [], [], []
     for entry in filter(lambda entry: entry.writer, state.entries()):
         pieces = pieces_of(entry)
-        model += [Spec(piece.name, piece.shape, exported_dtype(entry, piece, dtype)) for piece in pieces]
+        model += [
+            Spec(piece.name, piece.shape, exported_dtype(entry, piece, dtype))
+            for piece in pieces if not entry.adapter
+        ]
         frozen += [piece.name for piece in pieces if not is_trained(entry, piece)]
         optimizer += [
             Spec(f"{kind}.{piece.name}", piece.shape, torch.float32)
@@ -165,11 +168,12 @@ def stream(state: TrainedState, dtype: torch.dtype, average: bool = False) -> It
     """
     for entry in state.entries():
         pieces = pieces_of(entry) if entry.writer else []
-        weight = state.read(entry.name, "weight")
-        for piece in pieces:
+        weight, change = state.read(entry.name, "weight"), _low_rank(entry, state)
+        for piece in pieces if not entry.adapter else ():
             kept = entry.kept.get(piece.name)
             whole = kept is None or kept.original is None
-            yield MODEL, piece.name, weight[piece.index] if whole else kept.original
+            own = weight[piece.index] if whole else kept.original
+            yield MODEL, piece.name, own if change is None else own.float() + change[piece.index]
         pieces = [piece for piece in pieces if is_trained(entry, piece)]
         tensors = {MASTER: weight}
         if average and entry.trainable:
@@ -181,7 +185,23 @@ def stream(state: TrainedState, dtype: torch.dtype, average: bool = False) -> It
             for piece in pieces:
                 yield OPTIMIZER, f"{kind}.{piece.name}", tensor[piece.index]
             del tensor
-        del weight, tensors
+        del weight, change, tensors
+
+
+def _low_rank(entry: Entry, state: TrainedState) -> torch.Tensor | None:
+    """What adapters add to a weight, of its shape, fp32; None without any. Collective."""
+    if entry.adapted is None:
+        return None
+    a, b, scale = entry.adapted
+    return low_rank_sum(state.read(a, "weight"), state.read(b, "weight"), scale)
+
+
+def low_rank_sum(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale * B A, of (r, I) and (O, r) or of each expert's: one by one, so that it is the same to the bit however many
+    of them a rank holds."""
+    if a.dim() == 2:
+        return b @ a * scale
+    return torch.stack([low_rank_sum(*pair, scale) for pair in zip(a, b)])
 
 
 class HostCopy:

@@ -200,6 +200,10 @@ class TensorFiles:
                 f"names: {_REPLACE}"
             )
 
+    def file_names(self) -> set[str]:
+        """The files that the tensors are in."""
+        return {stored.file.name for stored in self._tensors.values()}
+
     def _files(self, stem: str) -> dict[str, str]:
         """File of each tensor by the index, or of no name where there is a single file."""
         if (self.directory / f"{stem}.safetensors").is_file():  # transformers prefers it too

@@ -5,7 +5,8 @@
       trainer/state.json               counters, positions, RNG: whatever the trainer gives, as JSON
       trainer/config.yaml              the resolved configuration of the run
       trainer/optimizer*.safetensors   exp_avg.NAME, exp_avg_sq.NAME, ... by published weight names, in fp32;
-                                       master.NAME too, where the exported weights are of lower precision
+                                       master.NAME too, where the exported weights are of lower precision;
+                                       of adapters, which are merged into those, it is all that there is
       ema/                             with `checkpoint.ema`, once it has begun: the average of the weights, a directory
                                        that transformers loads; ema.NAME beside master.NAME
       trainer/manifest.json            size and SHA-256 of every file
@@ -22,12 +23,12 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -37,9 +38,10 @@ from moe_llm.checkpoint.export import DTYPES, token_ids, write_model_files
 from moe_llm.checkpoint.kept import read_average, read_trained, write_weight
 from moe_llm.checkpoint.manifest import verify, write_file, write_json, write_manifest
 from moe_llm.checkpoint.plan import MASTER, MODEL, OPTIMIZER, Named, Plan, ShardSet, make_plan, stream
-from moe_llm.checkpoint.ranks import Ranks, describe, is_disk_full, together
+from moe_llm.checkpoint.ranks import Ranks, together
 from moe_llm.checkpoint.resume import check_same_run, find_resumable
 from moe_llm.checkpoint.safetensors_io import FileRecord, TensorFiles, parse_size, read_json
+from moe_llm.checkpoint.space import check_room, check_space, naming_failure
 from moe_llm.checkpoint.weights import Weights
 from moe_llm.config import ModelConfig
 from moe_llm.errors import UserError
@@ -50,9 +52,7 @@ __all__ = [
     "save_checkpoint",
 ]
 
-T = TypeVar("T")
 FORMAT = 1
-_SMALL_FILES = 1 << 24  # bytes allowed for headers, indices and tokenizer when the space is checked
 
 
 def save_checkpoint(
@@ -129,7 +129,7 @@ def save_checkpoint(
             records = {name: record for share in ranks.gather(mine) for name, record in share.items()}
             together(ranks, with_sentence(lambda: complete(records)), only=0)
 
-    with_sentence = partial(_naming_failure, root, final, plan)
+    with_sentence = partial(naming_failure, root, final, plan)
     tensors = stream(state, DTYPES[dtype], average)
     with _removed_on_failure(tmp, state):
         head = together(state, with_sentence(prepare), only=0)
@@ -153,32 +153,10 @@ def _removed_on_failure(tmp: Path, ranks: Ranks) -> Iterator[None]:
         raise
 
 
-def check_space(
-    root: str | Path, state: TrainedState, *, dtype: str = "fp32", max_shard_size: str = "5GB"
-) -> None:
-    """Refuse a disk that has no room for the first checkpoint, before a run spends hours on it. Collective.
-
-    Args: as of `save_checkpoint`; `root` need not exist.
-
-    Raises:
-        UserError: on every rank.
-    """
-    root = Path(root)
-    plan = make_plan(state, DTYPES[dtype], parse_size(max_shard_size), state.averages)
-    together(state, lambda: _check_space(root, "step-*", plan), only=0)
-
-
-def _check_space(root: Path, name: str, plan: Plan) -> None:
-    there = next(path for path in [root, *root.absolute().parents] if path.exists())
-    free, needed = shutil.disk_usage(there).free, plan.nbytes + _SMALL_FILES
-    if free < needed:
-        raise UserError(_no_space(name, root, needed, free))
-
-
 def _prepare(root: Path, tmp: Path, plan: Plan) -> None:
     root.mkdir(parents=True, exist_ok=True)
     folder.remove_leftovers(root)
-    _check_space(root, tmp.name.removeprefix(".tmp-"), plan)
+    check_room(root, tmp.name.removeprefix(".tmp-"), plan)
     for stem in plan.sets:
         (tmp / stem).parent.mkdir(parents=True, exist_ok=True)
 
@@ -189,31 +167,6 @@ def _link(file: Path, link: Path) -> None:
         os.link(file, link)
     except OSError:
         link.symlink_to(os.path.relpath(file, link.parent))
-
-
-def _no_space(name: str, root: Path, needed: int, free: int) -> str:
-    return (
-        f"no space left for checkpoint {root / name}: it needs {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB "
-        "are free: free some space, lower checkpoint.keep_last or move run.dir"
-    )
-
-
-def _naming_failure(root: Path, final: Path, plan: Plan, work: Callable[[], T]) -> Callable[[], T]:
-    """`work`, but a failure of the file system becomes one sentence that names the checkpoint."""
-
-    def wrapped() -> T:
-        try:
-            return work()
-        except OSError as error:
-            if is_disk_full(error):
-                free = shutil.disk_usage(root).free
-                raise UserError(_no_space(final.name, root, plan.nbytes + _SMALL_FILES, free)) from error
-            raise UserError(
-                f"checkpoint {final} cannot be written: {describe(error)}: mend the file system or "
-                "move run.dir"
-            ) from error
-
-    return wrapped
 
 
 def _write_tensors(tmp: Path, plan: Plan, tensors: Iterable[Named]) -> dict[str, FileRecord]:
@@ -257,6 +210,7 @@ def _trainer_head(root: Path, state: TrainedState, step: int, dtype: str, traine
         "optimizer_tensors": list(state.kinds),
         "masters": DTYPES[dtype] != torch.float32,
         "ema_updates": state.averaged,
+        **({"base": state.base_files} if _has_adapters(state) else {}),
         "written_by": {"world_size": state.world_size, "python": platform.python_version()}
         | {
             d.name: d.version for d in map(_installed, ("torch", "transformers", "deepspeed", "moe_llm")) if d
@@ -288,7 +242,8 @@ def _assert_whole(plan: Plan, model: ModelConfig) -> None:
 def load_checkpoint(path: str | Path, state: TrainedState, *, hashes: bool = True) -> dict[str, Any]:
     """Restore weights and optimizer tensors, written at any layout, into this one. Collective.
 
-    Each rank reads the tensors that it holds, one at a time.
+    Each rank reads the tensors that it holds, one at a time. With adapters, these alone: the checkpoint has the weights
+    beneath them only merged, and `state` has them already.
 
     Args:
         path: a step directory.
@@ -306,8 +261,12 @@ def load_checkpoint(path: str | Path, state: TrainedState, *, hashes: bool = Tru
     verify(path, state, hashes=hashes)
     head, sources = together(state, lambda: _open(path, state))
     state.make_average(head["ema_updates"] if EMA in sources else 0)
+    adapted = _has_adapters(state)
     for entry in state.entries():
-        write_weight(state, entry, sources[MODEL], sources[MASTER])
+        if entry.adapter:
+            state.write(entry.name, "weight", read_trained(entry, sources[MASTER]))
+        elif not adapted:
+            write_weight(state, entry, sources[MODEL], sources[MASTER])
         for kind in state.kinds if entry.trainable else ():
             state.write(entry.name, kind, read_trained(entry, sources[kind]))
         if EMA in sources and entry.trainable:
@@ -350,15 +309,18 @@ def _open(path: Path, state: TrainedState) -> tuple[dict[str, Any], dict[str, We
             f"{list(state.kinds)}: set optim.name as it was, or start another run.dir"
         )
     shapes = _stored_shapes(path, state)
+    _check_base(path, head, state)
     model = Weights(TensorFiles(path, MODEL))
     model.check(shapes)
+    shapes |= _adapter_shapes(path, state)
     sources = {MODEL: model, MASTER: model}
     entries = [entry for entry in state.entries() if entry.trainable]
     trainable = {entry.name: shapes[entry.name] for entry in entries}
     experts = next((entry.trained_experts for entry in entries if entry.trained_experts is not None), None)
+    masters = head["masters"] or _has_adapters(state)
     average = state.averages and head.get("ema_updates", 0) > 0  # absent: of a version that kept none
-    beside = ([MASTER] + [EMA] * average) if head["masters"] else []
-    if average and not head["masters"]:
+    beside = ([MASTER] + [EMA] * average) if masters else []
+    if average and not masters:
         sources[EMA] = Weights(TensorFiles(path / EMA, MODEL))
         sources[EMA].check(shapes)
     if trainable and (beside or state.kinds):
@@ -369,11 +331,40 @@ def _open(path: Path, state: TrainedState) -> tuple[dict[str, Any], dict[str, We
     return head, sources
 
 
+def _has_adapters(state: TrainedState) -> bool:
+    return any(entry.adapter for entry in state.entries())
+
+
+def _adapter_shapes(path: Path, state: TrainedState) -> dict[str, tuple[int, ...]]:
+    """The shape over all ranks of every adapter, of the checkpoint's number of experts."""
+    experts = hf.from_transformers_config(read_json(path / "config.json")).num_local_experts
+    adapters = [entry for entry in state.entries() if entry.adapter]
+    return {e.name: e.shape if e.first_expert is None else (experts, *e.shape[1:]) for e in adapters}
+
+
+def _check_base(path: Path, head: dict[str, Any], state: TrainedState) -> None:
+    """Refuse adapters of another base, and a checkpoint without adapters for a run with them, or the other way."""
+    base = head.get("base")
+    if (base is not None) != _has_adapters(state):
+        there, here = ("has", "has none") if base is not None else ("has no", "has them")
+        raise UserError(
+            f"checkpoint {path} {there} adapters, and this run {here}: set finetune.lora as it was, or begin a new run "
+            "with model.init_from"
+        )
+    if base is not None and base != state.base_files:
+        files = {*base, *state.base_files}
+        changed = min(name for name in files if base.get(name) != state.base_files.get(name))
+        raise UserError(
+            f"the adapters of checkpoint {path} were trained on another base: file {changed} of model.init_from is not "
+            "what it was: bring it back"
+        )
+
+
 def _stored_shapes(path: Path, state: TrainedState) -> dict[str, tuple[int, ...]]:
     """The shape over all ranks of every parameter, which must be those of the model in training."""
     config_file = path / "config.json"
     shapes = hf.parameter_shapes(hf.from_transformers_config(read_json(config_file), str(config_file)))
-    held = {entry.name: entry for entry in state.entries()}
+    held = {entry.name: entry for entry in state.entries() if not entry.adapter}
     for name in [*held, *(name for name in shapes if name not in held)]:
         whole, here = shapes.get(name), held[name].shape if name in held else None
         same = whole == here or (hf.is_expert(name) and whole and here and whole[1:] == here[1:])

@@ -1,5 +1,7 @@
 """What every section of a configuration shares."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Any, NoReturn, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
@@ -44,3 +46,19 @@ def invalid(field: str, value: Any, problem: str, remedy: str) -> NoReturn:
         "{problem}: {remedy}",
         {"field": field, "value": value, "problem": problem, "remedy": remedy},
     )
+
+
+def sentence(error: dict, known: Iterable[str]) -> str:
+    """One of pydantic's errors as one sentence; `known` are the keys that an unknown one may have been meant for."""
+    name = ".".join(map(str, error["loc"]))
+    if error["type"] == "missing":
+        return f"{name} is missing: add it"
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        return f"unknown key {name}: " + (f"did you mean {near[0]}?" if near else "remove it")
+    if error["type"] == "invalid_field":
+        context = error["ctx"]
+        name = ".".join(filter(None, [name, context["field"]]))
+        return f"{name}={context['value']!r} {context['problem']}: {context['remedy']}"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{name}={error['input']!r} is refused: {message}"

@@ -37,6 +37,37 @@ class RouterGuardConfig(Section):
         return self
 
 
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al. 2021) beside weights that stay as they are: W x + alpha / rank * B A x."""
+
+    rank: int | None = Field(
+        None, ge=1, description="rows of each A: adapters alone are trained, and merged at export; null: no adapters"
+    )
+    alpha: float | None = Field(
+        None, gt=0, description="adapters are multiplied by alpha / rank; null: twice the rank"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of each A's input that is dropped while training")
+    targets: list[str] = Field(
+        ["attention"], min_length=1,
+        description="what gets adapters: `attention`, `experts`, `router`, or patterns over the names of these "
+        "weights; attention needs `pip install peft`",
+    )
+
+    @model_validator(mode="after")
+    def _settings_apply(self):
+        for name in ("alpha", "dropout", "targets"):
+            value = getattr(self, name)
+            if self.rank is None and value != type(self).model_fields[name].default:
+                invalid(name, value, "applies to nothing without a rank", "set rank, or remove it")
+        return self
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        assert self.rank is not None
+        return 2.0 if self.alpha is None else self.alpha / self.rank
+
+
 class FinetuneConfig(Section):
     """Which tensors are trained; all others stay as they are, to the last byte of the checkpoint."""
 
@@ -51,6 +82,7 @@ class FinetuneConfig(Section):
     )
 
     router_guard: RouterGuardConfig = Field(RouterGuardConfig(), description="a watch over the routers")
+    lora: LoraConfig = Field(LoraConfig(), description="low-rank adapters in place of whole tensors")
 
     @model_validator(mode="before")
     @classmethod
@@ -61,7 +93,17 @@ class FinetuneConfig(Section):
             invalid("train", value, "names no part of the model", f"use {', '.join(parts)} or a list of patterns")
         return given
 
+    @model_validator(mode="after")
+    def _adapters_stand_alone(self):
+        for name in ("train", "experts") if self.lora.rank is not None else ():
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default:
+                invalid(name, value, f"names whole tensors to train beside lora.rank={self.lora.rank}, with which "
+                        "adapters alone are trained", "remove it, and name what gets adapters in lora.targets")
+        return self
+
     @property
     def whole(self) -> bool:
         """Whether everything is trained."""
-        return self.train == "all" and self.experts is None and self.router_guard.action != "freeze"
+        tensors = self.train == "all" and self.experts is None and self.router_guard.action != "freeze"
+        return tensors and self.lora.rank is None

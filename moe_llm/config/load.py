@@ -78,6 +78,23 @@ def parse_yaml(text: str, origin: str) -> Any:
         raise UserError(f"{origin}{where} is not valid YAML: {problem}") from error
 
 
+def read_yaml(path: str | Path, kind: str) -> Any:
+    """The value of a YAML file; `kind` says in errors what file it should have been.
+
+    Raises:
+        UserError: it is not there, cannot be read, or is no YAML.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{kind} {str(path)!r} does not exist: give the path of a YAML file") from None
+    except IsADirectoryError:
+        raise UserError(f"{kind} {str(path)!r} is a directory: give the path of a YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{kind} {str(path)!r} cannot be read: {error}") from error
+    return parse_yaml(text, str(path))
+
+
 def load_config(
     path: str | Path, overrides: Iterable[str] = (), complete: Callable[[dict], None] = lambda raw: None
 ) -> Config:
@@ -92,18 +109,7 @@ def load_config(
     Raises:
         UserError: one sentence that names field, value and remedy.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(
-            f"configuration file {str(path)!r} does not exist: give the path of a YAML file"
-        ) from None
-    except IsADirectoryError:
-        raise UserError(f"configuration file {str(path)!r} is a directory: give the path of a YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"configuration file {str(path)!r} cannot be read: {error}") from error
-    raw = parse_yaml(text, str(path))
+    raw = read_yaml(path, "configuration file")
     if not isinstance(raw, dict):
         raise UserError(
             f"configuration file {str(path)!r} holds no sections: it needs at least data and train"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moe_llm.config import Config
-from moe_llm.doctor import compare
+from moe_llm.doctor import adapters, compare
 from moe_llm.doctor.causes import diagnose
 from moe_llm.doctor.exported import check_export
 from moe_llm.doctor.findings import FAIL, Finding, exact, note
@@ -120,8 +120,8 @@ class _Case:
         self.say("exporting, and resuming at other layouts")
         self.pool.send(_observe_from, self._elsewhere(), one.saved[0], plant=self.plant)
         self.findings += check_export(
-            ranks[0].saved[0], compare.whole([rank.at_save["weight"] for rank in ranks]), self.config,
-            one.batches[0][0], self.allowed,
+            ranks[0].saved[0], adapters.merged(compare.whole([rank.at_save["weight"] for rank in ranks]), self.config),
+            self.config, one.batches[0][0], self.allowed,
         )
         self._compare_resumed("one", f"{self.ranks} ranks -> one process", ranks,
                               [self._alone(self.config, "resumed", source=ranks[0].saved[0])])
@@ -174,8 +174,12 @@ class _Case:
 
     def _compare_with_transformers(self, one: Observation) -> None:
         before = [one.start["weight"], *one.weights[:-1]]
+        whole = [compare.whole([weights]) for weights in before]
         expected = [
-            self.reference.step(compare.whole([weights]), rounds) for weights, rounds in zip(before, one.batches)
+            adapters.with_factors(
+                self.reference.step(adapters.merged(weights, self.config), rounds), weights, self.config
+            )
+            for weights, rounds in zip(whole, one.batches)
         ]
         self.findings += compare.against_transformers(
             one, expected, compare.tolerances(self._in_fp32()), self.config.finetune.experts

@@ -164,7 +164,19 @@ def _finetune(config: Config, experts: int, notes: list[str]) -> dict[str, Any]:
                      f"experts={some} here, where there are fewer layers or experts")
     # what is frozen stays frozen; the rest of the guard needs a base
     guard = {"action": "freeze"} if config.finetune.router_guard.action == "freeze" else {}
-    return {"train": train, "experts": some, "router_guard": guard}
+    return {"train": train, "experts": some, "router_guard": guard, "lora": _lora(config, experts, notes)}
+
+
+def _lora(config: Config, experts: int, notes: list[str]) -> dict[str, Any]:
+    """Adapters of the same parts, times the same factor; of a rank that narrow layers have room for."""
+    lora = config.finetune.lora
+    if lora.rank is None:
+        return {}
+    if lora.dropout:
+        notes.append(f"finetune.lora.dropout={lora.dropout:g} is off here, since each rank draws its own")
+    rank = min(lora.rank, 4, experts)
+    targets = list(dict.fromkeys(re.sub(r"\blayers\.[^.]+", "layers.*", target) for target in lora.targets))
+    return {"rank": rank, "alpha": lora.scale * rank, "dropout": 0.0, "targets": targets}
 
 
 def _window(config: Config) -> int | None:

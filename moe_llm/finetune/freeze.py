@@ -4,6 +4,7 @@ from torch import nn
 
 from moe_llm.config import Config
 from moe_llm.finetune.selection import trained_names
+from moe_llm.model.adapters import own_name
 
 
 def freeze(model: nn.Module, config: Config) -> None:
@@ -17,4 +18,4 @@ def freeze(model: nn.Module, config: Config) -> None:
     """
     trained = set(trained_names(config))
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
+        parameter.requires_grad_(own_name(name) in trained)

@@ -67,17 +67,26 @@ def load_origin(state: "TrainedState", model: ModelConfig) -> None:
     """Give a model in training the weights of `model.init_from`. Collective.
 
     Each rank reads the experts that it holds and no others, and of the rest everything; no more than one parameter is
-    in memory beside the model.
+    in memory beside the model. Adapters, if there are any, are made to add nothing, and the files' hashes taken.
 
     Raises:
         UserError: on every rank, before anything is changed: missing, damaged, unexpected or misshapen tensors.
     """
+    import torch
+
     from moe_llm.checkpoint.kept import write_weight
+    from moe_llm.checkpoint.manifest import fingerprints
     from moe_llm.checkpoint.ranks import together
 
-    weights = together(state, lambda: _open(model))
+    weights, adapted = together(state, lambda: _open(model)), False
     for entry in state.entries():
-        write_weight(state, entry, weights, weights)
+        if not entry.adapter:
+            write_weight(state, entry, weights, weights)
+        if entry.adapted is not None:
+            state.write(entry.adapted.b, "weight", torch.zeros_like(state.read(entry.adapted.b, "weight")))
+            adapted = True
+    if adapted:
+        state.base_files = fingerprints(weights.files.directory, weights.files.file_names(), state)
 
 
 def _open(model: ModelConfig) -> "Weights":

@@ -7,35 +7,29 @@ import math
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 
-from moe_llm.checkpoint.hf import is_expert, is_router, parameter_shapes
+from moe_llm.checkpoint.hf import is_expert, is_router
 from moe_llm.config import Config
 from moe_llm.errors import UserError
+from moe_llm.finetune.targets import adapter_shapes, describe_adapters, is_attention, part_of, whole_shapes
 
 _PARTS: dict[str, Callable[[str], bool]] = {
     "all": lambda name: True,
     "experts": is_expert,
     "router": is_router,
-    "attention": lambda name: ".self_attn." in name,
+    "attention": is_attention,
 }
-
-
-def part_of(name: str) -> str:
-    """The part of the model that a parameter belongs to, in the words of `moe-llm params`."""
-    if name.startswith("lm_head."):
-        return "lm_head"
-    if "embed_tokens" in name:
-        return "embed_tokens"
-    kinds = {"experts": is_expert(name), "router": is_router(name), "attention": _PARTS["attention"](name)}
-    return next((part for part, is_it in kinds.items() if is_it), "norms")
 
 
 def trained_names(config: Config) -> list[str]:
     """The parameters that are trained, in the order of the model.
 
     Raises:
-        UserError: a pattern that matches nothing, nothing left to train, or an expert that does not exist.
+        UserError: a pattern that matches nothing, nothing left to train, or an expert that does not exist; of adapters,
+            as `adapter_shapes`.
     """
-    names, chosen = list(_shapes(config)), config.finetune.train
+    if config.finetune.lora.rank is not None:
+        return list(adapter_shapes(config))
+    names, chosen = list(whole_shapes(config)), config.finetune.train
     if isinstance(chosen, str):
         trained = [name for name in names if _PARTS[chosen](name)]
     else:
@@ -76,7 +70,9 @@ def _check_experts(config: Config, trained: list[str]) -> None:
 
 def describe(config: Config) -> str:
     """One sentence: what is trained, and how many parameters that is."""
-    shapes, trained = _shapes(config), trained_names(config)
+    if config.finetune.lora.rank is not None:
+        return describe_adapters(config)
+    shapes, trained = whole_shapes(config), trained_names(config)
     chosen, model = config.finetune.experts, config.model
     counts: dict[str, int] = {}
     for name in trained:
@@ -94,10 +90,3 @@ def describe(config: Config) -> str:
         f"training {', '.join(told)}: {number:,} of {total:,} parameters ({number / total:.2%}) in {len(trained)} "
         f"of {len(shapes)} tensors; all else stays as it is"
     )
-
-
-def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    model = config.model
-    if model.vocab_size is None:  # not resolved yet: no name depends on it
-        model = model.model_copy(update={"vocab_size": 1})
-    return parameter_shapes(model)

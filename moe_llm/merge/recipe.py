@@ -4,15 +4,14 @@ Beyond it: `align_experts`, `align_neurons`, `align_text`, `seed` and `recalibra
 and `greedy_soup`. Parts of mergekit's that are not here (`modules`, tokens of a `tokenizer`, LoRA) are refused.
 """
 
-import difflib
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from moe_llm.config.base import Section, fields_by_key, invalid
-from moe_llm.config.load import parse_yaml
+from moe_llm.config.base import Section, fields_by_key, invalid, sentence
+from moe_llm.config.load import read_yaml
 from moe_llm.errors import UserError
 from moe_llm.merge.parameters import check_settings
 
@@ -193,13 +192,7 @@ def load_recipe(path: str | Path) -> AnyRecipe:
     Raises:
         UserError: one sentence that names the field, its value and the remedy.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"recipe {str(path)!r} does not exist: give the path of a YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {str(path)!r} cannot be read: {error}") from error
-    return parse_recipe(parse_yaml(text, str(path)), str(path))
+    return parse_recipe(read_yaml(path, "recipe"), str(path))
 
 
 def recipe_text(recipe: AnyRecipe) -> str:
@@ -221,23 +214,8 @@ def parse_recipe(raw: Any, origin: str = "recipe") -> AnyRecipe:
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{origin}: {_sentence(kind, error.errors()[0])}") from error
-
-
-def _sentence(kind: type[Section], error: dict) -> str:
-    name = ".".join(map(str, error["loc"]))
-    if error["type"] == "missing":
-        return f"{name} is missing: add it"
-    if error["type"] == "extra_forbidden":
         known = {key for section in _sections(kind) for key in fields_by_key(section)}
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-        return f"unknown key {name}: " + (f"did you mean {near[0]}?" if near else "remove it")
-    if error["type"] == "invalid_field":
-        context = error["ctx"]
-        name = ".".join(filter(None, [name, context["field"]]))
-        return f"{name}={context['value']!r} {context['problem']}: {context['remedy']}"
-    message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{name}={error['input']!r} is refused: {message}"
+        raise UserError(f"{origin}: {sentence(error.errors()[0], known)}") from error
 
 
 def _sections(kind: type[Section]) -> list[type[Section]]:

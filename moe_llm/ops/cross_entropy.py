@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_llm.ops import native
+from moe_llm.ops import native, triton
 from moe_llm.ops.shapes import round_up
 
 # scratch for the logits of one chunk: large enough that adding to the (V, D) weight gradient is a small share
@@ -122,6 +122,10 @@ def _loss_and_gradient_(logits_CV: Tensor, labels_C: Tensor, needs_gradient: boo
         loss_C, labels_C = torch.empty(len(labels_C)), labels_C.contiguous()
         native.call("cross_entropy", logits_CV.dtype, logits_CV, labels_C, loss_C, *logits_CV.shape, needs_gradient)
         return loss_C.sum()
+    if triton.use("cross_entropy", logits_CV) and logits_CV.is_contiguous():
+        from moe_llm.ops.triton import elementwise
+
+        return elementwise.cross_entropy_(logits_CV, labels_C.contiguous(), needs_gradient).sum()
     wide = torch.promote_types(logits_CV.dtype, torch.float32)
     rows = max(1, _SLAB_ELEMENTS // logits_CV.shape[1]) if logits_CV.device.type == "cpu" else len(logits_CV)
     losses = []

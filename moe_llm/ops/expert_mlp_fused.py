@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_llm.ops import native
+from moe_llm.ops import native, triton
 from moe_llm.ops.permutation import gather_sum, row_dot
 from moe_llm.ops.shapes import round_up
 
@@ -50,7 +50,7 @@ class _FusedExperts(torch.autograd.Function):
         for expert, start, end, stop in blocks.busy:
             gate_up_nG, h_nF = gate_up_NG[start:stop], hidden_nF[: stop - start]
             torch.mm(blocks.rows(x_ND, start, stop), gate_up_proj_EGD[expert].t(), out=gate_up_nG)
-            _weighted_swiglu(gate_up_nG, None if weight_N is None else weight_N[start:end], h_nF)
+            weighted_swiglu(gate_up_nG, None if weight_N is None else weight_N[start:end], h_nF)
             torch.mm(h_nF, down_proj_EDF[expert].t(), out=y_ND[start:stop])
         # the counts are kept as a tensor, not as integers on ctx, so that checkpointing recomputes them too
         ctx.save_for_backward(
@@ -79,7 +79,7 @@ class _FusedExperts(torch.autograd.Function):
             h_nF, grad_h_nF, grad_nG = hidden_nF[:rows], grad_hidden_nF[:rows], grad_gate_up_nG[:rows]
             torch.mm(grad_nD, down_proj_EDF[expert], out=grad_h_nF)
             # y = (weight h) W^T, so dL/dweight = grad . (h W^T) = (grad W) . h: y itself is not needed
-            grad_weight_n = _weighted_swiglu_backward(
+            grad_weight_n = weighted_swiglu_backward(
                 gate_up_nG, grad_h_nF, None if weight_N is None else weight_N[start:end], h_nF, grad_nG
             )
             if needs_weight:
@@ -176,7 +176,7 @@ def swiglu_backward_(gate_up_nG: Tensor, grad_nF: Tensor, silu_nG: Tensor) -> No
     torch.ops.aten.silu_backward.grad_input(grad_nF.mul_(up_nF), gate_nF, grad_input=grad_gate_nF)
 
 
-def _weighted_swiglu(gate_up_nG: Tensor, weight_m: Tensor | None, out_nF: Tensor) -> None:
+def weighted_swiglu(gate_up_nG: Tensor, weight_m: Tensor | None, out_nF: Tensor) -> None:
     """out = weight * silu(gate) * up; rows beyond those that have a weight are anything finite."""
     if native.fits(gate_up_nG):
         rows, width = len(gate_up_nG) if weight_m is None else len(weight_m), out_nF.shape[1]
@@ -184,12 +184,17 @@ def _weighted_swiglu(gate_up_nG: Tensor, weight_m: Tensor | None, out_nF: Tensor
         native.call("swiglu_forward", gate_up_nG.dtype, gate_up_nG, weight_m, out_nF, rows, width)
         out_nF[rows:].zero_()
         return
+    if triton.use("swiglu", gate_up_nG) and (weight_m is None or len(weight_m) == len(gate_up_nG)):
+        from moe_llm.ops.triton import elementwise
+
+        elementwise.swiglu_forward(gate_up_nG, None if weight_m is None else weight_m.contiguous(), out_nF)
+        return
     swiglu(gate_up_nG, out_nF)
     if weight_m is not None:
         out_nF[: len(weight_m)].mul_(weight_m[:, None])
 
 
-def _weighted_swiglu_backward(
+def weighted_swiglu_backward(
     gate_up_nG: Tensor, grad_nF: Tensor, weight_m: Tensor | None, out_nF: Tensor, grad_nG: Tensor
 ) -> Tensor | None:
     """From the gradient of weight * silu(gate) * up, given before the weight was multiplied to it: the product again
@@ -201,6 +206,11 @@ def _weighted_swiglu_backward(
         tensors = gate_up_nG, grad_nF, wide_m, out_nF, grad_nG, grad_weight_m
         native.call("swiglu_backward", gate_up_nG.dtype, *tensors, rows, width)
         return grad_weight_m
+    if triton.use("swiglu", gate_up_nG) and (weight_m is None or len(weight_m) == len(gate_up_nG)):
+        from moe_llm.ops.triton import elementwise
+
+        weight_m = None if weight_m is None else weight_m.contiguous()
+        return elementwise.swiglu_backward(gate_up_nG, grad_nF, weight_m, out_nF, grad_nG)
     swiglu_again(gate_up_nG, out_nF=out_nF, silu_nG=grad_nG)
     grad_weight_m = None
     if weight_m is not None:

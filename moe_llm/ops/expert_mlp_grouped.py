@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_llm.ops.expert_mlp_fused import swiglu, swiglu_again, swiglu_backward_
-from moe_llm.ops.permutation import row_dot
+from moe_llm.ops.expert_mlp_fused import weighted_swiglu, weighted_swiglu_backward
 
 
 def grouped_mm_fits(device: torch.device, dtype: torch.dtype, hidden: int, width: int) -> bool:
@@ -38,10 +37,8 @@ class _GroupedExperts(torch.autograd.Function):
         ends_E, unused_N1 = _bounds(counts_E, len(x_ND))
         gate_up_NG = F.grouped_mm(x_ND, gate_up_proj_EGD.transpose(1, 2), offs=ends_E)
         h_NF = x_ND.new_empty(len(x_ND), down_proj_EDF.shape[2])
-        swiglu(gate_up_NG, out_nF=h_NF)
+        weighted_swiglu(gate_up_NG, weight_N, h_NF)
         y_ND = F.grouped_mm(h_NF, down_proj_EDF.transpose(1, 2), offs=ends_E)
-        if weight_N is not None:
-            y_ND.mul_(weight_N[:, None])
         # the product writes no row beyond the last expert's
         y_ND.masked_fill_(unused_N1, 0)
         ctx.save_for_backward(x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, gate_up_NG)
@@ -54,20 +51,16 @@ class _GroupedExperts(torch.autograd.Function):
         needs_x, needs_gate_up, needs_down, _, needs_weight = ctx.needs_input_grad
         ends_E, unused_N1 = _bounds(counts_E, len(x_ND))
         grad_ND = grad_ND.contiguous()
-        grad_x = grad_gate_up = grad_down = grad_weight = None
+        grad_x = grad_gate_up = grad_down = None
 
         grad_h_NF = F.grouped_mm(grad_ND, down_proj_EDF, offs=ends_E)
         h_NF, grad_NG = torch.empty_like(grad_h_NF), torch.empty_like(gate_up_NG)
-        swiglu_again(gate_up_NG, out_nF=h_NF, silu_nG=grad_NG)
-        if needs_weight:
-            grad_weight = row_dot(grad_h_NF, h_NF).masked_fill_(unused_N1[:, 0], 0).to(weight_N.dtype)
+        # the hidden activations hold the weights, so that weight gradients need no weighted copy of grad
+        grad_weight = weighted_swiglu_backward(gate_up_NG, grad_h_NF, weight_N, h_NF, grad_NG)
         if weight_N is not None:
-            grad_h_NF.mul_(weight_N[:, None])
-            grad_ND = (grad_ND * weight_N[:, None]).to(x_ND.dtype)
+            grad_weight = grad_weight.masked_fill_(unused_N1[:, 0], 0).to(weight_N.dtype) if needs_weight else None
         if needs_down:
             grad_down = _weight_gradient(grad_ND, h_NF, ends_E, counts_E)
-        if needs_gate_up or needs_x:
-            swiglu_backward_(gate_up_NG, grad_h_NF, grad_NG)
         if needs_gate_up:
             grad_gate_up = _weight_gradient(grad_NG, x_ND, ends_E, counts_E)
         if needs_x:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_llm.ops import native
+from moe_llm.ops import native, triton
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -42,6 +42,12 @@ class _AddRMSNorm(torch.autograd.Function):
             total, y, scale = torch.empty_like(x), torch.empty_like(x), _scale_like(x)
             rows, width = _rows(x)
             native.call("norm_forward", x.dtype, x, delta, weight_D, total, y, scale, rows, width, eps)
+        elif triton.use("norm", x, delta, weight_D):
+            from moe_llm.ops.triton import elementwise
+
+            x, delta = x.contiguous(), delta.contiguous()
+            total, y, scale = torch.empty_like(x), torch.empty_like(x), _scale_like(x)
+            elementwise.norm_forward(x, delta, weight_D.contiguous(), total, y, scale, eps)
         else:
             total = x + delta
             y, scale = _forward(total, weight_D, eps)
@@ -62,6 +68,13 @@ def _forward(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         y, scale = torch.empty_like(x), _scale_like(x)
         native.call("norm_forward", x.dtype, x, None, weight_D, None, y, scale, *_rows(x), eps)
         return y, scale
+    if triton.use("norm", x, weight_D):
+        from moe_llm.ops.triton import elementwise
+
+        x = x.contiguous()
+        y, scale = torch.empty_like(x), _scale_like(x)
+        elementwise.norm_forward(x, None, weight_D.contiguous(), None, y, scale, eps)
+        return y, scale
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * scale).to(x.dtype) * weight_D, scale
@@ -81,6 +94,13 @@ def _backward(
             "norm_backward", x.dtype, kept[0], kept[1], weight_D, scale, kept[2], grad_x, partial, rows, width
         )
         return grad_x if needs_x else None, partial.sum(0).to(weight_D.dtype) if needs_weight else None
+    if triton.use("norm", x, grad, weight_D, grad_sum):
+        from moe_llm.ops.triton import elementwise
+
+        x, grad, grad_sum = (None if t is None else t.contiguous() for t in (x, grad, grad_sum))
+        grad_x = torch.empty_like(x)
+        grad_weight = elementwise.norm_backward(grad, x, weight_D.contiguous(), scale, grad_sum, grad_x)
+        return grad_x if needs_x else None, grad_weight.to(weight_D.dtype) if needs_weight else None
     grad_x = grad_weight = None
     normed = x * scale  # in the wide dtype, since scale is
     if needs_weight:
@@ -95,7 +115,7 @@ def _backward(
 
 
 def _scale_like(x: Tensor) -> Tensor:
-    return torch.empty(*x.shape[:-1], 1)
+    return torch.empty(*x.shape[:-1], 1, device=x.device)
 
 
 def _rows(x: Tensor) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_llm.ops import native
+from moe_llm.ops import native, triton
 
 
 def rotary_cos_sin(
@@ -48,6 +48,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
     """(x1 cos - x2 sin, x2 cos + x1 sin), or the transposed rotation, without building rotate_half(x)."""
     if native.fits(x, cos, sin) and x.dim() == 4 and cos.shape[0] == x.shape[0] and cos.shape[2] == x.shape[2]:
         return _rotate_natively(x, cos.contiguous(), sin.contiguous(), transposed)
+    if triton.use("rope", x, cos, sin) and x.dim() == 4 and cos.shape[0] == x.shape[0] and cos.shape[2] == x.shape[2]:
+        from moe_llm.ops.triton import elementwise
+
+        return elementwise.rotate(x, cos.contiguous(), sin.contiguous(), transposed)
     first, second = x.chunk(2, dim=-1)
     sin_first, sin_second = sin.chunk(2, dim=-1)
     out = x * cos

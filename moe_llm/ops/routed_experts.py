@@ -5,7 +5,7 @@ Dimensions: T tokens, D hidden, F expert width, G = 2F, E experts, K experts per
 
 from torch import Tensor
 
-from moe_llm.ops.expert_mlp import choose_backend, expert_mlp
+from moe_llm.ops.expert_mlp import choose_backend, expert_mlp, triton_kernels
 from moe_llm.ops.expert_mlp_fused import fused_routed_expert_mlp
 from moe_llm.ops.permutation import combine, permute
 
@@ -19,18 +19,24 @@ def routed_expert_mlp(
     token_index_N: Tensor,
     slot_TK: Tensor | None,
     dropout: float = 0.0,
+    backend: str = "auto",
 ) -> Tensor:
     """Each token's sum of weight * down(silu(gate(x)) * up(x)) over its experts, (T, D).
 
     Args:
         counts_E, weight_N, token_index_N, slot_TK: as `sort_by_expert` orders them; slot_TK is None where tokens have
             different numbers of rows.
-        dropout: as in `expert_mlp`.
+        dropout, backend: as in `expert_mlp`.
     """
     num_tokens = len(x_TD)
     shape = (len(token_index_N), *down_proj_EDF.shape)
-    backend = "loop" if dropout else choose_backend(x_TD.device, x_TD.dtype, shape)
-    if slot_TK is not None and num_tokens and backend == "fused":
+    if backend == "auto":
+        backend = "loop" if dropout else choose_backend(x_TD.device, x_TD.dtype, shape)
+    if slot_TK is not None and backend == "triton" and not dropout:
+        return triton_kernels(x_TD).triton_routed_expert_mlp(
+            x_TD, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N, slot_TK
+        )
+    if slot_TK is not None and num_tokens and backend == "fused" and not dropout:
         return fused_routed_expert_mlp(
             x_TD, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N, slot_TK
         )

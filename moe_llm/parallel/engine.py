@@ -4,19 +4,20 @@
 and ZeRO. Both keep fp32 master weights, clip by the true global norm and implement `TrainedState`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from moe_llm.config import Config
+from moe_llm.model.adapters import factors_of, is_factor, own_name
 from moe_llm.model.decoder import MoEDecoder, MoEOutput
 from moe_llm.model.moe.experts import Experts
 from moe_llm.parallel import deepspeed as contract
 from moe_llm.parallel.averaging import Averaging
 from moe_llm.parallel.runtime import Runtime
-from moe_llm.parallel.state import Entry
+from moe_llm.parallel.state import Adapted, Entry
 
 OptimizerFactory = Callable[[list[dict]], torch.optim.Optimizer]
 
@@ -95,7 +96,8 @@ class _NamedState(Averaging):
         self._set_up_average(config.checkpoint.ema)
         self.rank, self.world_size = runtime.rank, runtime.world_size
         self._runtime = runtime
-        self._parameters = dict(model.named_parameters())
+        self.base_files: dict[str, dict[str, Any]] = {}
+        self._parameters = {own_name(name): p for name, p in model.named_parameters()}
         first = first_experts(model)
         self._entries = [
             Entry(
@@ -104,6 +106,8 @@ class _NamedState(Averaging):
                 first_expert=first.get(name),
                 trainable=p.requires_grad,
                 trained_experts=_trained_experts(config) if name in first and p.requires_grad else None,
+                adapter=is_factor(name),
+                adapted=_adapted(name, self._parameters, config),
                 # Replicas of a parameter take turns as its writer, so that all ranks write at once.
                 writer=(i % replicas == replica) if name in first else (i % self.world_size == self.rank),
             )
@@ -152,6 +156,11 @@ class _NamedState(Averaging):
 
     def gather(self, value: Any) -> Sequence[Any]:
         return self._runtime.gather(value)
+
+
+def _adapted(name: str, parameters: Container[str], config: Config) -> Adapted | None:
+    a, b = factors_of(name)
+    return Adapted(a, b, config.finetune.lora.scale) if a in parameters else None
 
 
 def _trained_experts(config: Config) -> tuple[int, ...] | None:

@@ -5,7 +5,7 @@ Two things implement it: a torch optimizer in one process, and the DeepSpeed eng
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -24,6 +24,14 @@ class Kept:
     original: torch.Tensor | None = None
 
 
+class Adapted(NamedTuple):
+    """That a weight is used with `scale * b @ a` added to it, and the entries of these factors."""
+
+    a: str
+    b: str
+    scale: float
+
+
 @dataclass(frozen=True)
 class Entry:
     """One parameter as this rank holds it.
@@ -34,6 +42,8 @@ class Entry:
     writer: whether this rank is the one that writes it; exactly one of those that hold it is.
     trained_experts: of a trainable expert parameter, the only experts of the layer (over all ranks) that are trained;
         None: all of them.
+    adapter: a low-rank factor beside the model's own parameters, which no other program knows.
+    adapted: of a weight that is not trained but has such factors, which they are.
     kept: by published name, what is never changed and comes from a checkpoint; filled when that is loaded.
     """
 
@@ -43,6 +53,8 @@ class Entry:
     trainable: bool
     writer: bool
     trained_experts: tuple[int, ...] | None = None
+    adapter: bool = False
+    adapted: Adapted | None = None
     kept: dict[str, Kept] = field(default_factory=dict, compare=False)
 
     @property
@@ -65,6 +77,8 @@ class TrainedState(Protocol):
     kinds: optimizer tensors of each trainable parameter, e.g. ("exp_avg", "exp_avg_sq").
     averages: whether an average of the weights is kept, of all that is trained.
     averaged: updates of it so far; from the first one on, trainable parameters have the kind `EMA` too.
+    base_files: with adapters: by name, size and SHA-256 of the files that the weights beneath them come from, which no
+        checkpoint holds unmerged.
     """
 
     kinds: tuple[str, ...]
@@ -72,6 +86,7 @@ class TrainedState(Protocol):
     averaged: int
     rank: int
     world_size: int
+    base_files: dict[str, dict[str, Any]]
 
     def entries(self) -> list[Entry]:
         """Every parameter, in the same order on every rank."""

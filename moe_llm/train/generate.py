@@ -6,6 +6,7 @@ import torch
 
 from moe_llm.checkpoint.folder import complete_checkpoints
 from moe_llm.data.tokenizer import load_tokenizer
+from moe_llm.ensemble.causal_lm import load_causal_lm, sampling
 from moe_llm.errors import UserError
 
 
@@ -27,29 +28,13 @@ def generate(
     Raises:
         UserError: the directory is no checkpoint, or a damaged one.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
     check_checkpoint_directory(checkpoint)
-    disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(checkpoint)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"checkpoint {str(checkpoint)!r} cannot be loaded, its config.json or model.safetensors is unusable "
-            f"({reason}): use another checkpoint"
-        ) from error
-    model.to(device).eval()
+    model = load_causal_lm(checkpoint).to(device)
     torch.manual_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
-    sampling = {"do_sample": False} if temperature == 0 else {
-        "do_sample": True, "temperature": temperature, "top_p": top_p
-    }
     output = model.generate(
-        **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling
+        **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling(temperature, top_p)
     )
     return tokenizer.decode(output[0], skip_special_tokens=True)

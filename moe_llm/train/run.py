@@ -21,8 +21,10 @@ from moe_llm.data.sources import check_sources
 from moe_llm.data.tokenizer import build_tokenizer, check_vocab, resolve_vocab
 from moe_llm.errors import TrainingFailure, UserError
 from moe_llm.finetune.freeze import freeze
+from moe_llm.finetune.lora import add_adapters
 from moe_llm.finetune.origin import check_origin, load_origin
 from moe_llm.finetune.selection import trained_names
+from moe_llm.finetune.targets import check_lora
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.init import build_blank, build_model
 from moe_llm.parallel.engine import Engine, build_engine, shard_experts
@@ -57,6 +59,7 @@ def train(config: Config) -> None:
     check_sources(config)
     check_trackers(config)
     trained_names(config)  # refuses what names nothing
+    check_lora(config)
     check_guard(config)
     check_ema(config)
     _check_resume(run_dir, config)
@@ -198,15 +201,16 @@ def _build_guard(
 def build_trained(config: Config, runtime: Runtime, source: Path | None) -> tuple[Engine, Position]:
     """The model under its engine, initialised from the seed or restored from a checkpoint at any layout."""
     model = _build_model(config, runtime)
+    add_adapters(model, config)
     freeze(model, config)
     groups = groups_by_part(model, parameter_groups(model, config.optim.weight_decay), config)
     engine = build_engine(
         model, runtime, config, groups, lambda g: build_optimizer(g, config.optim), optimizer_kinds(config.optim)
     )
+    if config.model.init_from is not None and (source is None or config.finetune.lora.rank is not None):
+        load_origin(engine, config.model)
     if source is not None:
         return engine, restore(engine, source, hashes=False)  # `_resume_source` has compared them
-    if config.model.init_from is not None:
-        load_origin(engine, config.model)
     return engine, Position()
 
 

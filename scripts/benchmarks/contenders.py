@@ -1,15 +1,18 @@
 """The models that `step.py` compares: the same weights and the same batches for each of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from moe_llm.config import ModelConfig
 from moe_llm.model.decoder import MoEDecoder
+from moe_llm.ops import triton
 
 # transformers' experts that hold a copy of the weights for every routed row: 15 GB a layer at the main shape
 _COPIES_WEIGHTS = "batched_mm"
+# `ours:NAME` on CUDA: which of our Triton kernels are on
+OUR_KERNELS = {"triton": list(triton.DEFAULT), "elementwise": [part for part in triton.DEFAULT if part != "experts"]}
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,26 @@ class Shape:
             num_local_experts=self.experts, num_experts_per_tok=self.top_k,
             max_position_embeddings=max(self.length, 64), router_aux_loss_scope="transformers",
         )
+
+
+MIXTRAL_LAYER = Shape(1, 512, hidden=4096, width=14336, layers=1, heads=32, kv_heads=8, vocabulary=32000)
+# On CUDA: layers is how many are asked for, of which as many are taken as fit.
+CUDA = {
+    "Mixtral 8x7B": replace(MIXTRAL_LAYER, length=4096, layers=32),
+    "64 experts, top 6": Shape(2, 4096, hidden=2048, width=1408, experts=64, top_k=6, layers=8, heads=16, kv_heads=16,
+                               vocabulary=32000),
+}
+
+
+def shape_that_fits(shape: Shape, contenders: int, dtype: torch.dtype, free_bytes: float) -> Shape:
+    """With as many of its layers as leave a quarter of the memory to activations, when each contender holds weights,
+    the one at work gradients too, and the fp32 reference and the bare products both."""
+    item = torch.finfo(dtype).bits // 8
+    for layers in range(shape.layers, 1, -1):
+        parameters = sum(replace(shape, layers=layers).config.parameter_counts().values())
+        if parameters * (item * (contenders + 3) + 8) <= 0.75 * free_bytes:
+            return replace(shape, layers=layers)
+    return replace(shape, layers=1)
 
 
 def weights(shape: Shape, seed: int = 0) -> dict[str, Tensor]:
@@ -78,14 +101,17 @@ def batches(shape: Shape, count: int, seed: int = 1) -> list[Tensor]:
 class Ours(nn.Module):
     """This package's decoder, as the training loop calls it."""
 
-    def __init__(self, shape: Shape, state: dict[str, Tensor], dtype: torch.dtype):
+    def __init__(self, shape: Shape, state: dict[str, Tensor], dtype: torch.dtype, parts: str | None = None):
+        """parts: of `OUR_KERNELS`; None: the default."""
         super().__init__()
+        self.parts = [part for part, on in triton.DEFAULT.items() if on] if parts is None else OUR_KERNELS[parts]
         with torch.device("meta"):
-            self.model = MoEDecoder(shape.config)
-        self.model.to_empty(device="cpu").to(dtype)
+            self.model = MoEDecoder(shape.config).to(dtype)
+        self.model.to_empty(device="cpu")
         self.model.load_state_dict(state)
 
     def forward(self, ids: Tensor) -> Tensor:
+        triton.enable(self.parts)  # and they stay on for the backward pass that follows
         return self.model(ids, labels=ids, return_logits=False).loss
 
     def gradients(self) -> dict[str, Tensor]:
@@ -204,19 +230,28 @@ class SwiGLU(nn.Module):
         return self.down(nn.functional.silu(gate_TF) * up_TF)
 
 
-def contender(name: str, shape: Shape, state: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
-    """`ours`, `deepspeed` or `transformers:IMPLEMENTATION`."""
-    if name in ("ours", "deepspeed"):
-        return (Ours if name == "ours" else DeepSpeed)(shape, state, dtype)
-    return Transformers(shape, state, dtype, name.removeprefix("transformers:"))
+def contender(
+    name: str, shape: Shape, state: dict[str, Tensor], dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """`ours`, `ours:KERNELS`, `deepspeed` or `transformers:IMPLEMENTATION`."""
+    kind, _, variant = name.partition(":")
+    if kind == "ours":
+        model = Ours(shape, state, dtype, variant or None)
+    elif kind == "deepspeed":
+        model = DeepSpeed(shape, state, dtype)
+    else:
+        model = Transformers(shape, state, dtype, variant)
+    return model.to(device)
 
 
-def contender_names(shape: Shape, memory_bytes: float = 4e9) -> list[str]:
-    """Ours, DeepSpeed's layer, and transformers with each of its implementations that the shape leaves room for."""
+def contender_names(shape: Shape, memory_bytes: float = 4e9, device: str = "cpu") -> list[str]:
+    """Ours (on CUDA also with our own kernels), DeepSpeed's layer, and transformers with each of its implementations
+    that the shape leaves room for; SonicMoE is one of those, where it is installed."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     names = ["eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
     copied = shape.tokens * shape.top_k * 3 * shape.hidden * shape.width * 4.0
     if copied > memory_bytes and _COPIES_WEIGHTS in names:
         names.remove(_COPIES_WEIGHTS)
-    return ["ours", "deepspeed", *(f"transformers:{name}" for name in dict.fromkeys(names))]
+    ours = ["ours", *(f"ours:{parts}" for parts in OUR_KERNELS if device == "cuda" and triton.available())]
+    return [*ours, "deepspeed", *(f"transformers:{name}" for name in dict.fromkeys(names))]

@@ -1,13 +1,18 @@
 """Time the training step of this package against transformers' and DeepSpeed's, on the same weights and batches.
 
     python scripts/benchmarks/step.py [--suites main fine-grained skew tokens experts memory] [--dtype bf16 fp32]
-                                      [--threads 2] [--rounds 9] [--optimizer] [--out scripts/benchmarks/results]
+                                      [--threads 2] [--rounds 9] [--optimizer] [--device cpu] [--out DIRECTORY]
+    python scripts/benchmarks/step.py --suites cuda --dtype bf16     # on a CUDA device
 
 Contenders take turns within one process, so that a busy machine slows all of them alike: read the ratios, not the
 times. Every batch is new, and routes differently: kernels that are compiled for a shape pay for it as in training.
-The step's bare matrix products, at their own shapes, take turns with them, and a plain product of 2048 x 2048 is timed
-at the end. A contender whose loss or gradients differ from those of transformers' plain loop in fp32 by more than
-transformers' own rounding explains is reported and not timed. Peak memory is that of a process of its own.
+The step's bare matrix products, at their own shapes, take turns with them, and a plain product of 2048 x 2048 (8192
+on CUDA) is timed at the end. A contender whose loss or gradients differ from those of transformers' plain loop in fp32
+by more than transformers' own rounding explains is reported and not timed. Peak memory is that of a process of its own.
+
+On CUDA, `cuda` is Mixtral 8x7B's true shape at 4096 tokens, with as many layers as leave room for all contenders at
+once, and a fine-grained shape; `ours:triton` and `ours:elementwise` are ours with our own kernels on (see
+moe_llm/ops/triton). Each contender's first steps, which compile and tune kernels, are not timed.
 """
 
 import argparse
@@ -24,13 +29,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from contenders import Shape, batches, contender, contender_names, weights
+from contenders import CUDA, MIXTRAL_LAYER, Shape, batches, contender, contender_names, shape_that_fits, weights
 
 from moe_llm.bench.products import peak_rate, prepare_products, step_products, synchronize
 
 MAIN = Shape(batch=4, length=512)
 QUICKSTART = Shape(8, 256, hidden=192, width=256, heads=6, vocabulary=4096)
-MIXTRAL_LAYER = Shape(1, 512, hidden=4096, width=14336, layers=1, heads=32, kv_heads=8, vocabulary=32000)
 FINE_GRAINED = Shape(4, 512, width=256, experts=64, top_k=6)
 SUITES: dict[str, dict[str, Shape]] = {
     "main": {"main": MAIN},
@@ -56,7 +60,7 @@ def gradients(model, ids) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad(set_to_none=True)
     loss = model(ids)
     loss.backward()
-    found = {name: grad.float() for name, grad in model.gradients().items()}
+    found = {name: grad.float().cpu() for name, grad in model.gradients().items()}
     model.zero_grad(set_to_none=True)
     return loss.item(), found
 
@@ -64,9 +68,10 @@ def gradients(model, ids) -> tuple[float, dict[str, torch.Tensor]]:
 def departures(models, shape, state, ids, dtype: str) -> dict[str, float]:
     """How far each model's loss and gradients are from those of the plain loop in fp32, in units of what is allowed:
     the worst parameter's. In bf16 the plain loop's own distance sets what is allowed for each."""
-    golden = contender("transformers:eager", shape, state, torch.float32)
+    golden = contender("transformers:eager", shape, state, torch.float32, ids.device)
     loss, exact = gradients(golden, ids)
     del golden
+    free()
     distances = {}
     for name, model in models.items():
         own_loss, own = gradients(model, ids)
@@ -95,10 +100,13 @@ def timed(run: Callable[[], None], device: torch.device) -> float:
 
 def compare(name: str, shape: Shape, dtype: str, arguments) -> dict:
     """Median step times of all contenders at one shape, with what they are to be held against."""
-    kind, device = DTYPES[dtype], torch.device("cpu")
+    kind, device = DTYPES[dtype], torch.device(arguments.device)
+    chosen = contender_names(shape, device=device.type)
+    chosen = [n for n in chosen if n in arguments.only or not arguments.only]
+    if device.type == "cuda":
+        shape = shape_that_fits(shape, len({*chosen, "transformers:eager"}), kind, torch.cuda.mem_get_info()[0])
     state = weights(shape)
-    ids = batches(shape, arguments.rounds + 2)
-    chosen = [n for n in contender_names(shape) if n in arguments.only or not arguments.only]
+    ids = [batch.to(device) for batch in batches(shape, arguments.rounds + 2)]
     models, failures = build_all([*dict.fromkeys([*chosen, "transformers:eager"])], shape, state, kind, ids[0])
     found = departures(models, shape, state, ids[0], dtype)
     refused = {n: f"differs by {d:.2g} times what is allowed: not timed" for n, d in found.items() if not d <= 1}
@@ -124,7 +132,8 @@ def compare(name: str, shape: Shape, dtype: str, arguments) -> dict:
         "name": name, "dtype": dtype, "shape": asdict(shape), "flops": flops, "busiest_expert": busiest(counts, shape),
         "bare_products": {"seconds": statistics.median(bare), "flops_per_second": flops / statistics.median(bare),
                           "parts": {part: statistics.median(samples) for part, samples in alone.items()}},
-        "peak_flops_per_second": peak_rate(kind, device), "failures": failures | refused, "contenders": {},
+        "peak_flops_per_second": peak_rate(kind, device, 8192 if device.type == "cuda" else 2048),
+        "failures": failures | refused, "contenders": {},
     }
     rivals = [n for n in seconds if n.startswith("transformers:")]
     best = min(rivals, key=lambda n: statistics.median(seconds[n])) if rivals else None
@@ -142,20 +151,26 @@ def compare(name: str, shape: Shape, dtype: str, arguments) -> dict:
                 theirs / own for theirs, own in zip(seconds[best], samples, strict=True)
             )
     del models, optimizers
-    gc.collect()
+    free()
     return result
 
 
-def across(shapes: dict[str, Shape], dtype: str, rounds: int) -> dict[str, float]:
+def free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def across(shapes: dict[str, Shape], dtype: str, rounds: int, device: str = "cpu") -> dict[str, float]:
     """Our time per token at each shape, divided by that at the first: the median over rounds in which all take turns,
     since a machine's speed changes more between minutes than what is to be seen."""
-    models = {name: contender("ours", shape, weights(shape), DTYPES[dtype]) for name, shape in shapes.items()}
+    models = {name: contender("ours", shape, weights(shape), DTYPES[dtype], device) for name, shape in shapes.items()}
     ids = {name: batches(shape, rounds + 1) for name, shape in shapes.items()}
     ratios: dict[str, list[float]] = {name: [] for name in shapes}
     for round_ in range(rounds + 1):
         per_token = {}
         for name, shape in shapes.items():
-            batch = ids[name][round_]
+            batch = ids[name][round_].to(device)
             per_token[name] = timed(partial(step, models[name], batch, None), batch.device) / shape.tokens
         if round_:
             first = next(iter(per_token.values()))
@@ -169,7 +184,7 @@ def build_all(names, shape, state, dtype, ids) -> tuple[dict, dict]:
     models, failures = {}, {}
     for name in names:
         try:
-            model = contender(name, shape, state, dtype)
+            model = contender(name, shape, state, dtype, ids.device)
             model(ids)
             models[name] = model
         except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
@@ -189,10 +204,10 @@ def busiest(counts: list[list[int]], shape: Shape) -> float:
     return max(max(layer) for layer in counts) / shape.tokens
 
 
-def peak_memory(name: str, shape: Shape, dtype: str, threads: int, optimizer: bool) -> dict:
+def peak_memory(name: str, shape: Shape, dtype: str, threads: int, optimizer: bool, device: str) -> dict:
     """Bytes that a process of its own took at most for `name`'s steps, beyond what it had before the model."""
     arguments = json.dumps({"name": name, "shape": asdict(shape), "dtype": dtype, "threads": threads,
-                            "optimizer": optimizer})
+                            "optimizer": optimizer, "device": device})
     done = subprocess.run(
         [sys.executable, __file__, "--measure-memory", arguments], capture_output=True, text=True, check=True
     )
@@ -200,23 +215,30 @@ def peak_memory(name: str, shape: Shape, dtype: str, threads: int, optimizer: bo
 
 
 def measure_memory(arguments: str) -> None:
-    """In the process of its own: peak resident memory over three steps, and what the model and its gradients take."""
+    """In the process of its own: peak memory (resident, or allocated on CUDA) over three steps, and the parameters'."""
     given = json.loads(arguments)
     torch.set_num_threads(given["threads"])
     shape, dtype = Shape(**given["shape"]), DTYPES[given["dtype"]]
     import transformers  # noqa: F401 - so that both contenders have paid for it
 
     state = weights(shape)
-    model = contender(given["name"], shape, state, dtype)
+    model = contender(given["name"], shape, state, dtype, given["device"])
     del state
-    gc.collect()
+    free()
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-    before = resident() - parameters
+    on_cuda = given["device"] == "cuda"
+    before = 0 if on_cuda else resident() - parameters
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True) if given["optimizer"] else None
-    Path("/proc/self/clear_refs").write_text("5")
-    for ids in batches(shape, 3):
+    steps = [ids.to(given["device"]) for ids in batches(shape, 4)]
+    if on_cuda:
+        step(model, steps[3], optimizer)  # tuning kernels takes memory that training does not
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+    for ids in steps[:3]:
         step(model, ids, optimizer)
-    print(json.dumps({"peak": resident("VmHWM") - before, "parameters": parameters}))
+    peak = torch.cuda.max_memory_allocated() if on_cuda else resident("VmHWM")
+    print(json.dumps({"peak": peak - before, "parameters": parameters}))
 
 
 def resident(field: str = "VmRSS") -> int:
@@ -226,15 +248,19 @@ def resident(field: str = "VmRSS") -> int:
 
 def memory_suite(arguments, dtype: str) -> list[dict]:
     rows = []
-    names = [n for n in ("ours", "transformers:grouped_mm", "transformers:eager") if n in arguments.only
+    on_cuda = arguments.device == "cuda"
+    ours = [n for n in contender_names(MAIN, device=arguments.device) if n.startswith("ours")]
+    names = [n for n in (*ours, "transformers:grouped_mm", "transformers:eager") if n in arguments.only
              or not arguments.only]
-    for name, shape in MEMORY.items():
+    for name, shape in (CUDA if on_cuda else MEMORY).items():
+        if on_cuda:
+            shape = shape_that_fits(shape, 1, DTYPES[dtype], torch.cuda.mem_get_info()[0])
         row = {"name": f"memory {name}", "dtype": dtype, "shape": asdict(shape), "peak_bytes": {}}
         for contender_name in names:
             row["peak_bytes"][contender_name] = peak_memory(
-                contender_name, shape, dtype, arguments.threads, arguments.optimizer
+                contender_name, shape, dtype, arguments.threads, arguments.optimizer, arguments.device
             )
-        rivals = [v["peak"] for n, v in row["peak_bytes"].items() if n != "ours"]
+        rivals = [v["peak"] for n, v in row["peak_bytes"].items() if not n.startswith("ours")]
         if rivals and "ours" in row["peak_bytes"]:
             row["ours_to_best_transformers"] = row["peak_bytes"]["ours"]["peak"] / min(rivals)
         rows.append(row)
@@ -253,7 +279,7 @@ def show(result: dict) -> None:
     bare = result["bare_products"]
     print(
         f"{result['name']}, {result['dtype']}: {result['flops'] / 1e9:.0f} GFLOP a step; its bare products alone "
-        f"{bare['seconds'] * 1e3:.0f} ms, {bare['flops_per_second'] / 1e9:.0f} GFLOP/s; 2048 x 2048 "
+        f"{bare['seconds'] * 1e3:.0f} ms, {bare['flops_per_second'] / 1e9:.0f} GFLOP/s; a square product "
         f"{result['peak_flops_per_second'] / 1e9:.0f}; busiest expert {result['busiest_expert']:.0%} of tokens"
     )
     for name, row in sorted(result["contenders"].items(), key=lambda item: item[1]["seconds"]):
@@ -279,7 +305,8 @@ def environment(arguments) -> dict:
     model = next((line.split(":")[1].strip() for line in flags.splitlines() if line.startswith("model name")), "")
     return {
         "date": date.today().isoformat(), "suites": arguments.suites, "command": " ".join(["python", *sys.argv]),
-        "cpu": model or platform.machine(),
+        "cpu": model or platform.machine(), "device": arguments.device,
+        "gpu": torch.cuda.get_device_name() if arguments.device == "cuda" else "",
         "amx": "amx_bf16" in flags, "threads": arguments.threads, "python": platform.python_version(),
         "torch": torch.__version__, "transformers": transformers.__version__, "optimizer": arguments.optimizer,
     }
@@ -321,11 +348,11 @@ def plot(results: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suites", nargs="+", choices=[*SUITES, "memory"], default=["main", "skew", "tokens",
-                        "experts", "memory"])
+    parser.add_argument("--suites", nargs="+", choices=[*SUITES, "cuda", "memory"])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", nargs="+", default=[], help="contenders, such as ours transformers:grouped_mm")
     parser.add_argument("--optimizer", action="store_true", help="with the update, by AdamW")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -333,16 +360,22 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.measure_memory:
         return measure_memory(arguments.measure_memory)
+    on_cuda = arguments.device == "cuda"
+    arguments.suites = arguments.suites or (
+        ["cuda", "memory"] if on_cuda else ["main", "skew", "tokens", "experts", "memory"]
+    )
+    if "cuda" in arguments.suites and not on_cuda:
+        parser.error("--suites cuda needs a CUDA device: leave it out, or give --device cuda where there is one")
     torch.set_num_threads(arguments.threads)
     about, results = environment(arguments), []
     print(", ".join(f"{key} {value}" for key, value in about.items() if key != "command"))
     for dtype in arguments.dtype:
         for suite in arguments.suites:
             rows = memory_suite(arguments, dtype) if suite == "memory" else [
-                compare(name, shape, dtype, arguments) for name, shape in SUITES[suite].items()
+                compare(name, shape, dtype, arguments) for name, shape in {**SUITES, "cuda": CUDA}[suite].items()
             ]
             if suite in ACROSS and (not arguments.only or "ours" in arguments.only):
-                ratios = across(SUITES[suite], dtype, arguments.rounds)
+                ratios = across(SUITES[suite], dtype, arguments.rounds, arguments.device)
                 for row in rows:
                     row["time_per_token_to_first"] = ratios[row["name"]]
             for row in rows:

@@ -67,3 +67,37 @@ def test_skew_gives_one_expert_its_share_of_the_tokens(step):
         if share:
             assert busiest == pytest.approx([share] * len(busiest), abs=0.08)
         assert all(sum(layer) == shape.tokens * shape.top_k for layer in counts)
+
+
+def test_as_many_layers_as_fit_beside_all_contenders(step):
+    shape = step.CUDA["Mixtral 8x7B"]
+    assert shape.config.parameter_counts()["experts"] == 32 * 8 * 3 * 4096 * 14336
+    one, two, four = (step.shape_that_fits(shape, n, torch.bfloat16, 640e9).layers for n in (1, 2, 4))
+    assert 32 > one > two > four >= 1
+    assert step.shape_that_fits(shape, 1, torch.bfloat16, 1e15) == shape
+    assert step.shape_that_fits(shape, 4, torch.bfloat16, 1e6).layers == 1
+    layer = 8 * 3 * 4096 * 14336 + 2 * 4096 * 4096 * (1 + 8 / 32)
+    assert four * layer * (2 * 7 + 8) < 0.75 * 640e9 < (four + 1) * layer * (2 * 7 + 8) + 2 * 32000 * 4096 * 22
+
+
+def test_the_cuda_suite_without_a_device_is_refused_in_a_sentence(step, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["step.py", "--suites", "cuda", "--device", "cpu"])
+    with pytest.raises(SystemExit, match="2"):
+        step.main()
+    assert "--suites cuda needs a CUDA device" in capsys.readouterr().err
+
+
+def test_our_variants_turn_their_own_kernels_on(step, monkeypatch):
+    from moe_llm.ops import triton
+
+    monkeypatch.setattr(triton, "_enabled", None)
+    monkeypatch.setattr(triton, "available", lambda: True)
+    shape = tiny(step)
+    assert not [n for n in step.contender_names(shape) if n.startswith("ours:")]
+    names = [n for n in step.contender_names(shape, device="cuda") if n.startswith("ours")]
+    on = {}
+    for name in names:
+        step.contender(name, shape, step.weights(shape), torch.float32)(step.batches(shape, 1)[0])
+        on[name] = triton.enabled()
+    every = frozenset(triton.DEFAULT)
+    assert on == {"ours": frozenset(), "ours:triton": every, "ours:elementwise": every - {"experts"}}

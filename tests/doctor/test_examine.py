@@ -68,6 +68,10 @@ VARIANTS = {
     "capacity, saving in the background": [
         "model.router.capacity_factor=1.0", "checkpoint.async=true", "parallel.expert_parallel_size=2",
     ],
+    "low-rank adapters, ZeRO-3": [
+        "finetune.lora={rank: 8, alpha: 4, dropout: 0.1, targets: [attention, experts, router]}",
+        "parallel.zero_stage=3", "parallel.expert_parallel_size=2", "optim.lr=0.02",
+    ],
     "capacity passed on, balance by sequence, accumulation": [
         "model.router.capacity_factor=1.0", "model.router.overflow=next", "model.router_aux_loss_scope=sequence",
         "train.global_batch_size=64",

@@ -85,3 +85,27 @@ def test_expert_parallel_ranks_equal_one_process(two_ranks, choice, stage, alone
         assert per_rank["norms"] == pytest.approx(expected["norms"], rel=1e-4)
     worst, where = difference(found, expected, "weights")
     assert worst < 1e-4, where
+
+
+@pytest.mark.parametrize(("choice", "before", "after"), [
+    ("experts", (2, 1), (1, 1)), ("some_experts", (1, 1), (2, 1)), ("some_experts", (2, 3), (1, 1)),
+])
+def test_resumed_at_another_layout_equals_uninterrupted(two_ranks, tmp_path, choice, before, after, start):
+    """(ranks, ZeRO stage), with as many expert-parallel ranks: losses and weights, moments, and what is frozen."""
+    def train(layout: tuple[int, int], **how) -> list[dict]:
+        cfg = run(layout[0], choice, ep=layout[0], stage=layout[1])
+        return two_ranks.run(_train, cfg, how) if layout[0] > 1 else [_train(cfg, how)]
+
+    straight = train_steps(run(1, choice, ep=1), 2 * STEPS)
+    first = train(before, save=str(tmp_path))
+    second = train(after, source=first[0]["saved"], first=STEPS)
+    assert first[0]["losses"] + second[0]["losses"] == pytest.approx(straight["losses"], rel=1e-5)
+    for per_rank in second:
+        check_changes(choice, per_rank["weights"], start)
+    for kind, bound in (("weights", 1e-3), ("exp_avg", 1e-3)):
+        worst, where = difference(second, straight, kind)
+        assert worst < bound, (kind, where)
+
+
+def _train(cfg, how: dict) -> dict:
+    return train_steps(cfg, STEPS, **how)

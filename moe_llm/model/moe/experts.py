@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from moe_llm.config import ModelConfig
 from moe_llm.model.moe.routing import Routing
 from moe_llm.ops.expert_mlp import expert_mlp
+from moe_llm.ops.expert_mlp_adapted import ExpertAdapters, Factors, adapted_expert_mlp
 from moe_llm.ops.routed_experts import routed_expert_mlp
 
 
@@ -19,6 +20,7 @@ class Experts(nn.Module):
         super().__init__()
         experts, width, hidden = config.num_local_experts, config.intermediate_size, config.hidden_size
         self.first_expert, self.dropout = 0, config.expert_dropout
+        self.low_rank: tuple[float, float] | None = None  # scale and dropout of adapters
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
 
@@ -32,6 +34,11 @@ class Experts(nn.Module):
         counts and the rows are those of some of the experts that are held.
         """
         dropout = self.dropout if self.training else 0.0
+        if self.low_rank is not None:
+            rows = () if routing is None else (routing.weight_N, routing.token_index_N, routing.slot_TK)
+            held = slice(None) if own is None else own
+            weights = self.gate_up_proj[held], self.down_proj[held]
+            return adapted_expert_mlp(x, *weights, counts_E, self._adapters(held), *rows, dropout=dropout)
         if routing is None:
             gate_up_proj, down_proj = self.gate_up_proj, self.down_proj
             if own is not None:
@@ -41,6 +48,23 @@ class Experts(nn.Module):
             x, self.gate_up_proj, self.down_proj, counts_E, routing.weight_N, routing.token_index_N, routing.slot_TK,
             dropout,
         )
+
+    def adapt(self, name: str, rank: int, scale: float, dropout: float) -> None:
+        """Give one of the two weights low-rank factors for each expert that is held, as `NAME_lora_A` and
+        `NAME_lora_B`, uninitialised."""
+        experts, rows, columns = getattr(self, name).shape
+        for factor, shape in (("A", (experts, rank, columns)), ("B", (experts, rows, rank))):
+            setattr(self, f"{name}_lora_{factor}", nn.Parameter(torch.empty(shape)))
+        self.low_rank = scale, dropout
+
+    def _adapters(self, held: slice) -> ExpertAdapters:
+        scale, dropout = self.low_rank
+        gate_up, down = (
+            Factors(getattr(self, f"{name}_lora_A")[held], getattr(self, f"{name}_lora_B")[held])
+            if hasattr(self, f"{name}_lora_A") else None
+            for name in ("gate_up_proj", "down_proj")
+        )
+        return ExpertAdapters(gate_up, down, scale, dropout if self.training else 0.0)
 
     def keep(self, experts: range) -> None:
         """Drop all experts but these."""

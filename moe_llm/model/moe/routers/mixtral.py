@@ -32,6 +32,7 @@ class MixtralRouter(nn.Module):
         self.capacity_factor = config.router.capacity_factor
         self.pass_on = config.router.overflow == "next"
         self.per_sequence = config.router_aux_loss_scope == "sequence"
+        self.low_rank: tuple[float, float] | None = None  # scale and dropout of an adapter
         self.weight = nn.Parameter(torch.empty(config.num_local_experts, config.hidden_size))
 
     def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Routing:
@@ -40,6 +41,8 @@ class MixtralRouter(nn.Module):
             noise_TD = torch.empty_like(x_TD, dtype=torch.float32).uniform_(1 - self.jitter, 1 + self.jitter)
             x_TD = x_TD.float() * noise_TD
         logits_TE = wide_linear(x_TD, self.weight)
+        if self.low_rank is not None:
+            logits_TE = logits_TE + self._adapter(x_TD)
         probability_TE = logits_TE.softmax(-1)
         if self.training and self.capacity_factor is not None:
             return self._within_capacity(logits_TE, probability_TE, real_BS)
@@ -57,6 +60,19 @@ class MixtralRouter(nn.Module):
                 logits_TE, probability_TE, expert_TK, real_BS, per_sequence=self.per_sequence
             ),
         )
+
+    def adapt(self, name: str, rank: int, scale: float, dropout: float) -> None:
+        """Give the weight low-rank factors, as `NAME_lora_A` and `NAME_lora_B`, uninitialised."""
+        rows, columns = getattr(self, name).shape
+        for factor, shape in (("A", (rank, columns)), ("B", (rows, rank))):
+            setattr(self, f"{name}_lora_{factor}", nn.Parameter(torch.empty(shape)))
+        self.low_rank = scale, dropout
+
+    def _adapter(self, x_TD: Tensor) -> Tensor:
+        """scale * B A x, in fp32 as the logits are."""
+        scale, dropout = self.low_rank
+        dropped_TD = torch.nn.functional.dropout(x_TD, dropout, self.training)
+        return wide_linear(wide_linear(dropped_TD, self.weight_lora_A), self.weight_lora_B) * scale
 
     def _within_capacity(self, logits_TE: Tensor, probability_TE: Tensor, real_BS: Tensor) -> Routing:
         """The same with a bound on rows per expert and sequence; padding gets no expert.

@@ -1,0 +1,122 @@
+"""The members' distributions on text, every position of a document at once.
+
+A document's part in a block is a row of its own, so that nothing depends on how an architecture tells packed documents
+apart; the contexts, and with them the losses, are those of `moe-llm evaluate`.
+
+Shapes: R rows, T tokens, U tokens of a member, N positions with a target, V vocabulary, W a member's.
+"""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from inspect import signature
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_llm.data.loader import ValidationBlocks, load_evaluation
+from moe_llm.data.packing import IGNORED, Batch
+from moe_llm.ensemble.ensemble import Ensemble
+from moe_llm.ensemble.following import check_length, translate
+
+LOGIT_BYTES = 256 << 20  # of one model's fp32 logits, for as many rows as are worked on at once
+_LONGEST = 4096  # tokens of a block
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Parts of documents. labels_RT: already shifted, -100 where there is none. mask_RT: False on padding."""
+
+    ids_RT: Tensor
+    labels_RT: Tensor
+    mask_RT: Tensor
+
+
+@dataclass(frozen=True)
+class Scored:
+    """targets_N, and (N, V) log-probabilities of each model over the main model's tokens, None if not wanted."""
+
+    targets_N: Tensor
+    log_probs: list[Tensor | None]
+
+
+def load_text(ensemble: Ensemble, files: list[str], max_blocks: int | None, chat: bool = False) -> ValidationBlocks:
+    """Text in the main model's tokens, in blocks that all members can read.
+
+    Raises:
+        UserError: files that are missing, empty or unreadable.
+    """
+    lengths = [_LONGEST]
+    for model, translator in zip(ensemble.models, ensemble.translators):
+        if model.longest is not None:
+            # spelt in another vocabulary a text is longer: twice the tokens are room enough
+            longer = translator is not None and not translator.one_to_one
+            lengths.append(max(1, model.longest // 2) if longer else model.longest)
+    tokenizer = ensemble.main.tokenizer
+    return load_evaluation(files, tokenizer, sequence_length=min(lengths), max_blocks=max_blocks, chat=chat)
+
+
+def score(
+    ensemble: Ensemble, text: ValidationBlocks, batch_size: int, wanted: Collection[int] | None = None
+) -> Iterator[Scored]:
+    """Each model's distributions at every target of a text.
+
+    Args:
+        batch_size: blocks at once, or fewer where their logits would exceed `LOGIT_BYTES`.
+        wanted: indices of models, the main one's among them; None: all.
+    """
+    limit = LOGIT_BYTES // (4 * ensemble.main.width)
+    for batch in text.batches(micro_batch_size=batch_size):
+        for rows in document_rows(batch, limit):
+            yield score_rows(ensemble, rows, wanted)
+
+
+@torch.no_grad()
+def score_rows(ensemble: Ensemble, rows: Rows, wanted: Collection[int] | None = None) -> Scored:
+    """The distributions at the targets of some rows."""
+    at_RT = rows.labels_RT != IGNORED
+    log_probs: list[Tensor | None] = []
+    for u in range(len(ensemble.models)):
+        if wanted is not None and u not in wanted:
+            log_probs.append(None)
+            continue
+        logits_NW = _logits(ensemble, u, rows, at_RT)
+        if u == 0:
+            log_probs.append(logits_NW.float().log_softmax(-1))
+        else:
+            log_probs.append(ensemble.over_main(u, logits_NW, log_probs[0]))
+    return Scored(rows.labels_RT[at_RT].to(ensemble.main.device), log_probs)
+
+
+def document_rows(batch: Batch, limit: int) -> Iterator[Rows]:
+    """A batch's documents as rows, those of like length together, at most `limit` places at once or one row."""
+    found = []
+    for ids, labels, documents in zip(batch.input_ids_BS, batch.labels_BS, batch.document_ids_BS):
+        ends = np.flatnonzero(np.diff(documents.numpy(), append=-2)) + 1
+        for start, end in zip([0, *ends[:-1]], ends):
+            if documents[start] >= 0 and (labels[start:end] != IGNORED).any():
+                found.append((ids[start:end], labels[start:end]))
+    found.sort(key=lambda part: -len(part[0]))
+    while found:
+        count = max(1, limit // len(found[0][0]))
+        yield _stack(found[:count])
+        found = found[count:]
+
+
+def _stack(parts: list[tuple[Tensor, Tensor]]) -> Rows:
+    ids, labels = zip(*parts)
+    masks = [torch.ones_like(row, dtype=torch.bool) for row in ids]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return Rows(pad(ids, True), pad(labels, True, IGNORED), pad(masks, True, False))
+
+
+def _logits(ensemble: Ensemble, u: int, rows: Rows, at_RT: Tensor) -> Tensor:
+    model = ensemble.models[u]
+    read = translate(ensemble.translators[u], rows.ids_RT, rows.mask_RT)
+    check_length(model, read.mask_RU)
+    inputs = {"input_ids": read.ids_RU, "attention_mask": read.mask_RU.long()}
+    tensors = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    cacheless = {"use_cache": False} if "use_cache" in signature(model.model.forward).parameters else {}
+    logits_RUW = model.model(**tensors, **cacheless).logits
+    r_N, t_N = at_RT.nonzero(as_tuple=True)
+    return logits_RUW[r_N.to(model.device), read.ends_RT[r_N, t_N].to(model.device)]

@@ -1,0 +1,75 @@
+"""Put low-rank adapters into a built model: PEFT's into attention, ours into experts and routers.
+
+PEFT's own way with stacked experts (`target_parameters`) is not taken: at every forward it makes W + scale * B A of all
+experts of a layer, as large as the layer's experts, which the products then keep for the backward pass, and a gradient
+of the same size, so that nothing would be saved; its factors of all experts lie in one matrix, which expert parallelism
+cannot cut by rows; and it takes no dropout. The maths is the same (a test compares the two).
+"""
+
+import hashlib
+import math
+
+import torch
+from torch import nn
+
+from moe_llm.config import Config
+from moe_llm.finetune.targets import adapted_names, is_attention, require_peft
+from moe_llm.model.adapters import factors_of, own_name
+from moe_llm.model.moe.experts import Experts
+
+
+def add_adapters(model: nn.Module, config: Config) -> None:
+    """Give the model its adapters, which add nothing yet; does nothing without `finetune.lora.rank`.
+
+    Args:
+        model: fp32 or bf16, on the CPU, with all experts or some; before it is frozen and the engine is built.
+
+    Raises:
+        UserError: as `adapted_names`.
+    """
+    lora = config.finetune.lora
+    if lora.rank is None:
+        return
+    names = adapted_names(config)
+    attention = [name.removesuffix(".weight") for name in names if is_attention(name)]
+    if attention:
+        _wrap(model, attention, config)
+    for name in names:
+        if not is_attention(name):
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner).adapt(leaf, lora.rank, lora.scale, lora.dropout)
+    _fill(model, names, config.run.seed)
+
+
+def _wrap(model: nn.Module, modules: list[str], config: Config) -> None:
+    require_peft(config)
+    from peft import LoraConfig, inject_adapter_in_model
+
+    lora = config.finetune.lora
+    settings = LoraConfig(
+        r=lora.rank, lora_alpha=lora.scale * lora.rank, lora_dropout=lora.dropout, target_modules=modules, bias="none"
+    )
+    inject_adapter_in_model(settings, model)
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, names: list[str], seed: int) -> None:
+    """A uniform within 1 / sqrt(columns), as PEFT does it, B zero. Each A, and each expert's, draws from a generator of
+    its own, so that every layout of ranks begins with the same."""
+    parameters = {own_name(name): p for name, p in model.named_parameters()}
+    first = {name: module.first_expert for name, module in model.named_modules() if isinstance(module, Experts)}
+    for name in names:
+        a, b = factors_of(name)
+        parameters[b].zero_()
+        owner = a.rpartition(".")[0]
+        if owner not in first:
+            _fill_uniform(parameters[a], f"{seed}/{a}")
+            continue
+        for local, expert in enumerate(parameters[a]):
+            _fill_uniform(expert, f"{seed}/{a}/{first[owner] + local}")
+
+
+def _fill_uniform(tensor: torch.Tensor, key: str) -> None:
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1)
+    bound = 1 / math.sqrt(tensor.shape[-1])
+    tensor.copy_(torch.empty(tensor.shape).uniform_(-bound, bound, generator=generator))

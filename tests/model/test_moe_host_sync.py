@@ -1,0 +1,69 @@
+"""A MoE layer's forward and backward pass never waits for the device: no operation's result is needed on the host."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moe_llm.config import ModelConfig
+from moe_llm.model.moe.layer import MoELayer
+from moe_llm.ops import native, triton
+
+CONFIG = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+def step(device, dtype=torch.bfloat16, **changes):
+    """Forward and backward of one layer; returns what to look at afterwards."""
+    with torch.device(device):
+        layer = MoELayer(ModelConfig(**CONFIG, **changes))
+    if dtype != torch.float32:
+        layer.to(dtype)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(std=0.1)
+    x = torch.randn(2, 24, 32, device=device, dtype=dtype, requires_grad=True)
+    real = torch.ones(2, 24, dtype=torch.bool, device=device)
+
+    def run():
+        y, statistics = layer(x, real)
+        loss = y.float().square().sum() + statistics.z_sum + statistics.sequence_balance
+        (loss + statistics.probability_sum_E.square().sum()).backward()
+        return x.grad
+
+    return run
+
+
+@pytest.mark.parametrize("changes", [{}, {"router_aux_loss_scope": "sequence", "router_jitter_noise": 0.1}])
+def test_nothing_depends_on_values(monkeypatch, changes):
+    """Tensors without values, on which whatever asks for one raises: the operations are those that CUDA gets."""
+    monkeypatch.setattr(native, "fits", lambda *_: False)
+    monkeypatch.setattr("moe_llm.ops.routed_experts.choose_backend", lambda *_: "grouped")
+    with FakeTensorMode():
+        assert step("cpu", torch.float32, **changes)().shape == (2, 24, 32)
+
+
+def test_what_waits_is_noticed(monkeypatch):
+    monkeypatch.setattr(native, "fits", lambda *_: False)
+    monkeypatch.setattr("moe_llm.ops.routed_experts.choose_backend", lambda *_: "fused")  # which reads the counts
+    with FakeTensorMode(), pytest.raises(Exception, match=r"(?i)data.?dependent|item|tolist"):
+        step("cpu", torch.float32)()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("parts", [[], list(triton.DEFAULT), [p for p in triton.DEFAULT if p != "experts"]])
+def test_no_synchronisation_on_cuda(monkeypatch, parts):
+    if "experts" not in parts and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("torch's grouped product waits before Hopper")
+    monkeypatch.setattr(triton, "_enabled", frozenset(parts))
+    run = step("cuda")
+    run()  # compiles and tunes, which does wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        grad = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert grad.isfinite().all()
