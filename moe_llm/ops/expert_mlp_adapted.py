@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_llm.ops.expert_mlp_fused import _Blocks, _weighted_swiglu, _weighted_swiglu_backward
+from moe_llm.ops.expert_mlp_fused import _Blocks, weighted_swiglu, weighted_swiglu_backward
 from moe_llm.ops.permutation import combine, gather_sum, permute
 
 
@@ -98,7 +98,7 @@ class _FusedAdapted(torch.autograd.Function):
             torch.mm(x_nD, gate_up_EGD[expert].t(), out=gate_up_nG)
             if a1 is not None:
                 gate_up_nG.addmm_(x_nD @ a1[expert].t(), b1[expert].t(), alpha=scale)
-            _weighted_swiglu(gate_up_nG, None if weight_N is None else weight_N[start:end], h_nF)
+            weighted_swiglu(gate_up_nG, None if weight_N is None else weight_N[start:end], h_nF)
             y_nD = y_ND[start:stop]
             torch.mm(h_nF, down_EDF[expert].t(), out=y_nD)
             if a2 is not None:
@@ -133,7 +133,7 @@ class _FusedAdapted(torch.autograd.Function):
             if a2 is not None:
                 low_nr = (grad_nD @ b2[expert]).mul_(scale)
                 grad_h_nF.addmm_(low_nr, a2[expert])
-            grad_weight_n = _weighted_swiglu_backward(
+            grad_weight_n = weighted_swiglu_backward(
                 gate_up_nG, grad_h_nF, None if weight_N is None else weight_N[start:end], h_nF, grad_nG
             )
             if needs[4]:

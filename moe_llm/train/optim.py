@@ -8,7 +8,6 @@ from torch import nn
 from moe_llm.checkpoint.hf import is_expert, is_router
 from moe_llm.config import Config
 from moe_llm.config.schema import OptimConfig
-from moe_llm.model.adapters import own_name
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -24,7 +23,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def groups_by_part(model: nn.Module, groups: list[dict], config: Config) -> list[dict]:
     """Parameter groups cut further where parts of the model have rates of their own (`optim.lr_multipliers`), or only
     some of the experts are trained (`finetune.experts`): engines then decay the rows of these alone."""
-    rates, names = config.optim.lr_multipliers, {p: own_name(name) for name, p in model.named_parameters()}
+    rates, names = config.optim.lr_multipliers, {p: name for name, p in model.named_parameters()}
     some = config.finetune.experts is not None
     cut: dict[str, dict] = {}
     for group in groups:

@@ -1,7 +1,7 @@
 """Kernels for CUDA in Triton, compiled on the machine that runs them, at their first use.
 
 None of them has been timed on a GPU yet. They are proven equal to their reference twins in Triton's interpreter
-(tests/ops/test_triton.py), and to compile for Ampere and Hopper without spilling registers
+(tests/ops/test_triton.py), and to compile for Ampere and Hopper, to tensor-core products without spilled accumulators
 (tests/ops/test_triton_compile.py). Until one is measured to be faster it stays off: `DEFAULT` says which are on, and
 `MOE_LLM_TRITON` overrides it: `1` for all, `0` for none, or names such as `experts,norm`.
 
