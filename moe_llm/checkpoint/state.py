@@ -23,12 +23,12 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -39,9 +39,10 @@ from moe_llm.checkpoint.export import DTYPES, token_ids, write_model_files
 from moe_llm.checkpoint.kept import read_average, read_trained, write_weight
 from moe_llm.checkpoint.manifest import verify, write_file, write_json, write_manifest
 from moe_llm.checkpoint.plan import MASTER, MODEL, OPTIMIZER, Named, Plan, ShardSet, make_plan, stream
-from moe_llm.checkpoint.ranks import Ranks, describe, is_disk_full, together
+from moe_llm.checkpoint.ranks import Ranks, together
 from moe_llm.checkpoint.resume import check_same_run, find_resumable
 from moe_llm.checkpoint.safetensors_io import FileRecord, TensorFiles, parse_size, read_json
+from moe_llm.checkpoint.space import check_room, check_space, naming_failure
 from moe_llm.checkpoint.weights import Weights
 from moe_llm.config import ModelConfig
 from moe_llm.errors import UserError
@@ -52,9 +53,7 @@ __all__ = [
     "save_checkpoint",
 ]
 
-T = TypeVar("T")
 FORMAT = 1
-_SMALL_FILES = 1 << 24  # bytes allowed for headers, indices and tokenizer when the space is checked
 
 
 def save_checkpoint(
@@ -131,7 +130,7 @@ def save_checkpoint(
             records = {name: record for share in ranks.gather(mine) for name, record in share.items()}
             together(ranks, with_sentence(lambda: complete(records)), only=0)
 
-    with_sentence = partial(_naming_failure, root, final, plan)
+    with_sentence = partial(naming_failure, root, final, plan)
     tensors = stream(state, DTYPES[dtype], average)
     with _removed_on_failure(tmp, state):
         head = together(state, with_sentence(prepare), only=0)
@@ -155,32 +154,10 @@ def _removed_on_failure(tmp: Path, ranks: Ranks) -> Iterator[None]:
         raise
 
 
-def check_space(
-    root: str | Path, state: TrainedState, *, dtype: str = "fp32", max_shard_size: str = "5GB"
-) -> None:
-    """Refuse a disk that has no room for the first checkpoint, before a run spends hours on it. Collective.
-
-    Args: as of `save_checkpoint`; `root` need not exist.
-
-    Raises:
-        UserError: on every rank.
-    """
-    root = Path(root)
-    plan = make_plan(state, DTYPES[dtype], parse_size(max_shard_size), state.averages)
-    together(state, lambda: _check_space(root, "step-*", plan), only=0)
-
-
-def _check_space(root: Path, name: str, plan: Plan) -> None:
-    there = next(path for path in [root, *root.absolute().parents] if path.exists())
-    free, needed = shutil.disk_usage(there).free, plan.nbytes + _SMALL_FILES
-    if free < needed:
-        raise UserError(_no_space(name, root, needed, free))
-
-
 def _prepare(root: Path, tmp: Path, plan: Plan) -> None:
     root.mkdir(parents=True, exist_ok=True)
     folder.remove_leftovers(root)
-    _check_space(root, tmp.name.removeprefix(".tmp-"), plan)
+    check_room(root, tmp.name.removeprefix(".tmp-"), plan)
     for stem in plan.sets:
         (tmp / stem).parent.mkdir(parents=True, exist_ok=True)
 
@@ -191,31 +168,6 @@ def _link(file: Path, link: Path) -> None:
         os.link(file, link)
     except OSError:
         link.symlink_to(os.path.relpath(file, link.parent))
-
-
-def _no_space(name: str, root: Path, needed: int, free: int) -> str:
-    return (
-        f"no space left for checkpoint {root / name}: it needs {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB "
-        "are free: free some space, lower checkpoint.keep_last or move run.dir"
-    )
-
-
-def _naming_failure(root: Path, final: Path, plan: Plan, work: Callable[[], T]) -> Callable[[], T]:
-    """`work`, but a failure of the file system becomes one sentence that names the checkpoint."""
-
-    def wrapped() -> T:
-        try:
-            return work()
-        except OSError as error:
-            if is_disk_full(error):
-                free = shutil.disk_usage(root).free
-                raise UserError(_no_space(final.name, root, plan.nbytes + _SMALL_FILES, free)) from error
-            raise UserError(
-                f"checkpoint {final} cannot be written: {describe(error)}: mend the file system or "
-                "move run.dir"
-            ) from error
-
-    return wrapped
 
 
 def _write_tensors(tmp: Path, plan: Plan, tensors: Iterable[Named]) -> dict[str, FileRecord]:

@@ -341,10 +341,6 @@ class Config(Section):
         if train.early_stopping.patience is not None and self.evaluate.every_steps is None:
             invalid("train.early_stopping.patience", train.early_stopping.patience,
                     "has no evaluations to count before the end", "set evaluate.every_steps")
-        if self.checkpoint.ema.decay is not None and self.finetune.lora.rank is not None:
-            invalid("checkpoint.ema.decay", self.checkpoint.ema.decay, "averages weights, which adapters leave alone: "
-                    "the average of merged weights is not what averaged adapters make",
-                    f"remove it, or finetune.lora.rank={self.finetune.lora.rank}")
         if self.evaluate.ema and self.checkpoint.ema.decay is None:
             invalid("evaluate.ema", True, "has no average to measure", "set checkpoint.ema.decay")
         if self.tokenizer.path is None and model.vocab_size is None:

@@ -11,12 +11,18 @@ from moe_llm.train.loop import Position
 
 
 def check_ema(config: Config) -> None:
-    """Refuse an average that would never begin.
+    """Refuse an average that would never begin, or not be one of the weights.
 
     Raises:
-        UserError: no step of the run is one at which it takes in the weights.
+        UserError: no step of the run is one at which it takes in the weights; or adapters are what is trained.
     """
     ema = config.checkpoint.ema
+    if ema.decay is not None and config.finetune.lora.rank is not None:
+        raise UserError(
+            f"checkpoint.ema.decay={ema.decay:g} averages weights, and with finetune.lora.rank="
+            f"{config.finetune.lora.rank} only the factors of a product are trained, whose averages are not its own: "
+            "remove one of them"
+        )
     if ema.decay is not None and ema.start_step + ema.every_steps > config.max_steps:
         raise UserError(
             f"checkpoint.ema.start_step={ema.start_step} with every_steps={ema.every_steps} lets the average begin "

@@ -70,10 +70,12 @@ def write_texts(work: Path, max_bytes: int) -> dict[str, dict[str, Path]]:
     if all(file.is_file() for parts in files.values() for file in parts.values()):
         return files
     lines = {kind: {part: [] for part in PARTS} for kind in files}
+    share = max_bytes // len(PACKAGES)
     for package in PACKAGES:
-        left, seen = dict.fromkeys(files, max_bytes // len(PACKAGES)), dict.fromkeys(files, 0)
+        left, seen = dict.fromkeys(files, share), dict.fromkeys(files, 0)
         for texts in documents(package):
             for kind, text in zip(files, texts, strict=True):
+                text = text[: share // 20]  # so that each part of the split has documents, however small it is
                 if text and left[kind] > 0:
                     part = {8: "choose", 9: "judge"}.get(seen[kind] % 10, "train")
                     lines[kind][part].append(json.dumps({"text": text}))

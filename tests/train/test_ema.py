@@ -104,11 +104,11 @@ def test_a_run_that_had_none_begins_one_and_says_so(held, capsys):
     (["checkpoint.ema.start_step=3"], "checkpoint.ema.start_step=3 applies to nothing without decay"),
     (["checkpoint.ema.every_steps=2"], "checkpoint.ema.every_steps=2 applies to nothing without decay"),
     (["checkpoint.ema.decay=1"], "checkpoint.ema.decay"),
-    (["checkpoint.ema.decay=0.9", "finetune.lora.rank=2"],
-     "checkpoint.ema.decay=0.9 averages weights, which adapters leave alone"),
     (["evaluate.ema=true"], "evaluate.ema=true has no average to measure: set checkpoint.ema.decay"),
     (["checkpoint.ema.decay=0.9", "checkpoint.ema.start_step=5", "checkpoint.ema.every_steps=2"],
      "checkpoint.ema.start_step=5 with every_steps=2"),
+    (["checkpoint.ema.decay=0.9", "finetune.lora.rank=2"],
+     "checkpoint.ema.decay=0.9 averages weights, and with finetune.lora.rank=2"),
 ])  # fmt: skip
 def test_what_makes_no_average_is_refused(make_config, tmp_path, capsys, overrides, words):
     assert main(["train", str(make_config()), *overrides]) == 2
