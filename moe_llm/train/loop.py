@@ -284,10 +284,11 @@ class _Window:
         assert self.losses is not None
         summed = self.runtime.sum(self.losses.clone()) / self.runtime.world_size / self.steps
         lm, aux, z, *distill = summed.tolist()
-        learned = (1 - config.distill.alpha) * lm + config.distill.alpha * distill[0] if distill else lm
+        share = config.distill.alpha if config.distill.teachers else 0.0
+        learned = (1 - share) * lm + share * distill[0] if share else lm
         total = learned + config.model.router_aux_loss_coef * aux + config.model.router_z_loss_coef * z
         return {
             "loss": total, "lm_loss": lm, "aux_loss": aux, "z_loss": z,
-            **({"distill_loss": distill[0]} if distill else {}),
+            **({"distill_loss": distill[0]} if share else {}),
             "tokens_per_second": config.tokens_per_step * self.steps / self.seconds,
         }

@@ -30,7 +30,7 @@ class StepLosses(NamedTuple):
     lm: Tensor
     aux: Tensor
     z: Tensor
-    distill: Tensor | None = None  # with a teacher: its divergence; `lm` is then no more than measured
+    distill: Tensor | None = None  # a teacher's divergence, beside which `lm` is no more than measured; 0 without one
 
 
 class StepLoss:
@@ -57,8 +57,8 @@ class StepLoss:
         lm = ranks * output.loss_sum / self.targets
         objective = lm if output.objective_sum is None else ranks * output.objective_sum / self.targets
         whole = objective + model.router_aux_loss_coef * aux + model.router_z_loss_coef * z
-        distill = None if output.soft_sum is None else (ranks * output.soft_sum / self.targets).detach()
-        return StepLosses(whole, lm.detach(), aux.detach(), z.detach(), distill)
+        distill = torch.zeros_like(z) if output.soft_sum is None else ranks * output.soft_sum / self.targets
+        return StepLosses(whole, lm.detach(), aux.detach(), z.detach(), distill.detach())
 
 
 def _counts(batch: Batch) -> Tensor:

@@ -163,6 +163,7 @@ def broken(tmp_path, mixtures, dense) -> dict[str, Path]:
     ("partial", [], "lacks model.layers.1.mlp.up_proj.weight"),
     (None, ["distill.teachers.0.device=cuda:63"], "is not there"),
     (None, ["distill.teachers.0.device=gpu"], "distill.teachers.0.device=gpu is no device"),
+    (None, ["distill.teachers.0.wieght=2"], "did you mean distill.teachers.0.weight?"),
     (None, ["distill.teachers.0.weight=0"], "distill.teachers.0.weight=0"),
     (None, ["distill.alpha=0"], "distill.alpha=0"),
     (None, ["distill.temperature=0"], "distill.temperature=0"),
