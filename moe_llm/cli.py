@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from moe_llm.analysis.commands import add_inspect_arguments, add_plan_arguments, run_inspect, run_plan
+from moe_llm.distill.commands import add_teach_arguments, run_teach
 from moe_llm.ensemble.commands import add_ensemble, add_model_arguments, check_one_model, run_evaluate
 from moe_llm.errors import TrainingFailure, UserError
 
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_upcycle(commands)
     _add_merge(commands)
+    add_teach_arguments(_add(commands, "teach", run_teach, "let a model answer prompts, as text for another to learn"))
     add_ensemble(commands, _add, _at_least(int, 1))
     params = _add(commands, "params", _params, "total and active parameters by part, without allocating any")
     params.add_argument("--json", action="store_true", help="print JSON")
@@ -313,6 +315,10 @@ def _merge(args) -> None:
         from moe_llm.train.soup import format_decisions, greedy_soup
 
         print(format_decisions(greedy_soup(recipe, args.out, args.max_shard_size)))
+    elif recipe.recalibrate is not None:
+        from moe_llm.train.recalibrate import merge_recalibrated
+
+        merge_recalibrated(recipe, args.out, args.max_shard_size)
     else:
         from moe_llm.merge.run import merge
 

@@ -93,6 +93,8 @@ def _check(config: Config, request: Request) -> None:
             "training all of the model on its loss alone: add finetune.train=all finetune.experts=null "
             "finetune.lora.rank=null finetune.router_guard.action=off"
         )
+    if config.distill.teachers:
+        raise UserError("distill.teachers take memory and time that plans do not count: add distill={}")
     if request.gpus % request.nodes:
         raise UserError(
             f"--gpus {request.gpus} does not divide over --nodes {request.nodes}: give as many GPUs on every node"

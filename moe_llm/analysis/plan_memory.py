@@ -119,6 +119,7 @@ class _Walk:
     def static(self) -> dict[str, float]:
         size, held, stage = self.size, self.dense + self.expert, self.layout.zero_stage
         kept = 8 if self.config.optim.name == "adamw" else 0
+        kept += 4 if self.config.checkpoint.ema.decay is not None else 0
         parts = dict.fromkeys(PARTS, 0.0)
         if not self.engine:
             parts["weights"] = size * held

@@ -42,13 +42,16 @@ def bench(config: Config, *, steps: int = 5, trace: str | Path | None = None) ->
     the others.
 
     Raises:
-        UserError: no vocabulary size, a layout that does not fit the ranks, or a trace that cannot be written.
+        UserError: no vocabulary size, teachers, a layout that does not fit the ranks, or a trace that cannot be
+            written.
     """
     if config.model.vocab_size is None:
         raise UserError(
             "model.vocab_size=null leaves the embeddings' size open: "
             "add model.vocab_size=N, the number of the tokenizer's entries"
         )
+    if config.distill.teachers:
+        raise UserError("distill.teachers are not part of the step that is timed: add distill={}")
     _check_trace(trace)
     runtime = start(config)
     try:

@@ -23,6 +23,18 @@ def read_trained(entry: Entry, source: Weights) -> torch.Tensor:
     return whole
 
 
+def read_average(state: TrainedState, entry: Entry, source: Weights) -> torch.Tensor:
+    """The average of a parameter as this rank holds it, fp32, once the weights are there: of experts that are not
+    trained it is the weights. Collective."""
+    average = read_trained(entry, source)
+    if entry.trained_experts is not None:
+        weight = state.read(entry.name, "weight")
+        for row, expert in enumerate(entry.experts):
+            if not entry.trains(expert):
+                average[row] = weight[row]
+    return average
+
+
 def write_weight(state: TrainedState, entry: Entry, model: Weights, masters: Weights) -> None:
     """Give a model in training one parameter, and remember of what is frozen in it how it is stored. Collective.
 

@@ -1,7 +1,7 @@
 """Which rank writes which tensor to which file: known to all ranks before anything is written."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -16,9 +16,10 @@ from moe_llm.checkpoint.safetensors_io import (
     shard_name,
     split_shards,
 )
-from moe_llm.parallel.state import Entry, TrainedState
+from moe_llm.parallel.state import EMA, Entry, TrainedState
 
 MODEL, OPTIMIZER = "model", "trainer/optimizer"  # stems of the files, relative to the checkpoint
+AVERAGE = f"{EMA}/{MODEL}"  # the average of the weights, as a model of its own
 Named = tuple[str, str, torch.Tensor]  # stem of the files, name in them, tensor
 MASTER = "master"  # kind of the fp32 weights that stand beside exported ones of lower precision
 
@@ -28,16 +29,19 @@ class FileSet:
     """One stem's files over all ranks, and this rank's share of them.
 
     mine: file name -> its tensors in the order in which they are written.
+    linked: files that are not written, since another set has them, by their names there.
     """
 
     stem: str
     mine: dict[str, list[Spec]]
     weight_map: dict[str, str]
     specs: list[Spec]
+    linked: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        return sum(spec.nbytes for spec in self.specs)
+        """Of what is written."""
+        return sum(spec.nbytes for spec in self.specs if self.weight_map[spec.name] not in self.linked)
 
     @property
     def index(self) -> dict | None:
@@ -48,9 +52,16 @@ class FileSet:
         return index_content(names, self.specs)
 
 
-def file_set(stem: str, specs_by_rank: Sequence[Sequence[Spec]], rank: int, max_bytes: int) -> FileSet:
-    """Cut each rank's tensors into files of at most `max_bytes` and number them through."""
-    shards_by_rank = [split_shards(specs, max_bytes) for specs in specs_by_rank]
+def file_set(
+    stem: str, specs_by_rank: Sequence[Sequence[Spec]], rank: int, max_bytes: int, apart: Container[str] = ()
+) -> FileSet:
+    """Cut each rank's tensors into files of at most `max_bytes` and number them through; the tensors named in `apart`
+    share no file with others."""
+    shards_by_rank = [
+        split_shards([spec for spec in specs if spec.name not in apart], max_bytes)
+        + split_shards([spec for spec in specs if spec.name in apart], max_bytes)
+        for specs in specs_by_rank
+    ]
     count = sum(map(len, shards_by_rank))
     mine, weight_map, number = {}, {}, 0
     for owner, shards in enumerate(shards_by_rank):
@@ -67,8 +78,16 @@ def file_set(stem: str, specs_by_rank: Sequence[Sequence[Spec]], rank: int, max_
 
 @dataclass(frozen=True)
 class Plan:
+    """average: None where there is none."""
+
     model: FileSet
     optimizer: FileSet
+    average: FileSet | None = None
+
+    @property
+    def sets(self) -> dict[str, FileSet]:
+        """By stem."""
+        return {files.stem: files for files in (self.model, self.optimizer, self.average) if files is not None}
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -78,13 +97,14 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """Bytes of tensors that all ranks together write."""
-        return self.model.nbytes + self.optimizer.nbytes
+        return sum(files.nbytes for files in self.sets.values())
 
 
-def kinds_of(entry: Entry, state: TrainedState, dtype: torch.dtype) -> list[str]:
-    """What of an entry goes into the optimizer's files: of what is never changed, nothing."""
-    masters = [] if dtype == torch.float32 and not entry.adapter else [MASTER]
-    return [*masters, *state.kinds] if entry.trainable else []
+def kinds_of(entry: Entry, kinds: Sequence[str], dtype: torch.dtype, average: bool) -> list[str]:
+    """What of an entry goes into the optimizer's files: of what is never changed, nothing; what is exported in fp32 is
+    not here too."""
+    exported = [] if dtype == torch.float32 and not entry.adapter else [MASTER, *([EMA] if average else [])]
+    return [*exported, *kinds] if entry.trainable else []
 
 
 def pieces_of(entry: Entry) -> list[hf.Piece]:
@@ -108,31 +128,49 @@ def exported_dtype(entry: Entry, piece: hf.Piece, dtype: torch.dtype) -> torch.d
 
 
 def make_plan(
-    state: TrainedState, dtype: torch.dtype, max_bytes: int, stored_name: Callable[[str], str] = str
+    state: TrainedState, dtype: torch.dtype, max_bytes: int, average: bool, stored_name: Callable[[str], str] = str
 ) -> Plan:
-    """The plan of a save with weights exported in `dtype`. Collective.
+    """The plan of a save with weights exported in `dtype`, and with their average or without. Collective.
 
     stored_name: gives the weights' names in their files from the published ones.
     """
-    model, optimizer = [], []
+    model, optimizer, frozen = [], [], []
     for entry in filter(lambda entry: entry.writer, state.entries()):
         pieces = pieces_of(entry)
         model += [
             Spec(stored_name(piece.name), piece.shape, exported_dtype(entry, piece, dtype))
             for piece in pieces if not entry.adapter
         ]
+        frozen += [stored_name(piece.name) for piece in pieces if not is_trained(entry, piece)]
         optimizer += [
             Spec(f"{kind}.{piece.name}", piece.shape, torch.float32)
-            for kind in kinds_of(entry, state, dtype)
+            for kind in kinds_of(entry, state.kinds, dtype, average)
             for piece in pieces if is_trained(entry, piece)
         ]
-    models, optimizers = zip(*state.gather((model, optimizer)))
+    models, optimizers, frozen_by_rank = zip(*state.gather((model, optimizer, frozen)))
+    apart = {name for names in frozen_by_rank for name in names} if average else set()
+    files = file_set(MODEL, models, state.rank, max_bytes, apart)
     return Plan(
-        file_set(MODEL, models, state.rank, max_bytes), file_set(OPTIMIZER, optimizers, state.rank, max_bytes)
+        files, file_set(OPTIMIZER, optimizers, state.rank, max_bytes), _averages(files, apart) if average else None
     )
 
 
-def stream(state: TrainedState, dtype: torch.dtype, stored_name: Callable[[str], str] = str) -> Iterator[Named]:
+def _averages(model: FileSet, frozen: Container[str]) -> FileSet:
+    """The files of the average: those of the weights anew, but for what is frozen, of which they are the average."""
+    def there(file: str) -> str:
+        return f"{EMA}/{file}"
+
+    linked = {there(file): file for name, file in model.weight_map.items() if name in frozen}
+    return replace(
+        model, stem=AVERAGE, linked=linked,
+        mine={there(file): specs for file, specs in model.mine.items() if there(file) not in linked},
+        weight_map={name: there(file) for name, file in model.weight_map.items()},
+    )
+
+
+def stream(
+    state: TrainedState, dtype: torch.dtype, average: bool = False, stored_name: Callable[[str], str] = str
+) -> Iterator[Named]:
     """Read everything from the engine in the plan's order, one tensor at a time: (stem, name, tensor).
 
     Collective: every rank runs it to its end, and gets only what it is the writer of.
@@ -146,12 +184,17 @@ def stream(state: TrainedState, dtype: torch.dtype, stored_name: Callable[[str],
             own = weight[piece.index] if whole else kept.original
             yield MODEL, stored_name(piece.name), own if change is None else own.float() + change[piece.index]
         pieces = [piece for piece in pieces if is_trained(entry, piece)]
-        for kind in kinds_of(entry, state, dtype):
-            tensor = weight if kind == MASTER else state.read(entry.name, kind)
+        tensors = {MASTER: weight}
+        if average and entry.trainable:
+            tensors[EMA] = state.read(entry.name, EMA)
+            for piece in pieces:
+                yield AVERAGE, stored_name(piece.name), tensors[EMA][piece.index]
+        for kind in kinds_of(entry, state.kinds, dtype, average):
+            tensor = tensors[kind] if kind in tensors else state.read(entry.name, kind)
             for piece in pieces:
                 yield OPTIMIZER, f"{kind}.{piece.name}", tensor[piece.index]
             del tensor
-        del weight, change
+        del weight, change, tensors
 
 
 def _low_rank(entry: Entry, state: TrainedState) -> torch.Tensor | None:
@@ -191,17 +234,19 @@ class HostCopy:
 
         Collective, since `stream` is: run to its end even where there is no memory left.
         """
-        failure = None
+        failure, taken = None, []
         for stem, name, tensor in tensors:
             if failure is None:
                 try:
-                    lies_in = dtypes.get(name, dtype) if stem == MODEL else torch.float32
+                    taken.append((stem, name))
+                    lies_in = torch.float32 if stem == OPTIMIZER else dtypes.get(name, dtype)
                     self._buffer(stem, name, tensor.shape, lies_in).copy_(tensor)
                 except Exception as error:  # noqa: BLE001 (raised below: the other ranks wait for us)
                     failure = error
                     self._tensors.clear()
         if failure is not None:
             raise failure
+        self._tensors = {key: self._tensors[key] for key in taken}  # the one before may have had an average
 
     def _buffer(self, stem: str, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         buffer = self._tensors.get((stem, name))
@@ -217,28 +262,28 @@ class HostCopy:
 
 
 class ShardSet:
-    """Writes this rank's files of one `FileSet`, one after the other, each closed with its last tensor."""
+    """Writes this rank's files of one `FileSet`: each is opened with its first tensor and closed with its last."""
 
     def __init__(self, directory: Path, files: FileSet):
         self.records: dict[str, FileRecord] = {}
-        self._directory, self._pending = directory, iter(files.mine.items())
-        self._name, self._writer = "", None
+        self._directory, self._files = directory, files
+        self._open: dict[str, ShardWriter] = {}
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        if self._writer is None:
-            self._name, specs = next(self._pending)
-            self._writer = ShardWriter(self._directory / self._name, specs)
-        self._writer.write(name, tensor)
-        if self._writer.complete:
-            self.records[self._name] = self._writer.close()
-            self._writer = None
+        file = self._files.weight_map[name]
+        if file not in self._open:
+            self._open[file] = ShardWriter(self._directory / file, self._files.mine[file])
+        self._open[file].write(name, tensor)
+        if self._open[file].complete:
+            self.records[file] = self._open[file].close()
+            del self._open[file]
 
     def finish(self) -> dict[str, FileRecord]:
         """The records of all files, by path relative to the checkpoint."""
-        assert self._writer is None, f"{self._name} is incomplete"
-        assert next(self._pending, None) is None, "files are missing"
+        assert not self._open, f"{[*self._open]} are incomplete"
+        assert self.records.keys() == self._files.mine.keys(), "files are missing"
         return self.records
 
     def abort(self) -> None:
-        if self._writer is not None:
-            self._writer.abort()
+        for writer in self._open.values():
+            writer.abort()

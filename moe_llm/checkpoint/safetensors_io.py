@@ -247,6 +247,16 @@ class TensorFiles:
             shape = (max(last - first, 0), *shape[1:])
         return self.read_span(name, first * width, math.prod(shape)).reshape(shape)
 
+    def overwrite(self, name: str, tensor: torch.Tensor) -> None:
+        """Replace a tensor where it lies, by one of its shape and dtype; for files that are nobody's yet."""
+        stored = self._tensors[name]
+        assert (stored.shape, stored.dtype) == (tuple(tensor.shape), tensor.dtype), f"{name} is another tensor"
+        data = tensor.detach().cpu().contiguous().reshape(-1)
+        with open(stored.file, "rb+") as file:
+            file.seek(stored.start)
+            file.write(memoryview(data.view(torch.uint8).numpy()))
+            os.fsync(file.fileno())
+
     def read_span(self, name: str, start: int, count: int) -> torch.Tensor:
         """`count` elements of a tensor from element `start` on, in the order in which they lie: (count,)."""
         stored = self._tensors[name]

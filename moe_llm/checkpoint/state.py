@@ -7,7 +7,11 @@
       trainer/optimizer*.safetensors   exp_avg.NAME, exp_avg_sq.NAME, ... by published weight names, in fp32;
                                        master.NAME too, where the exported weights are of lower precision;
                                        of adapters, which are merged into those, it is all that there is
+      ema/                             with `checkpoint.ema`, once it has begun: the average of the weights, a directory
+                                       that transformers loads; ema.NAME beside master.NAME
       trainer/manifest.json            size and SHA-256 of every file
+
+What is frozen is its own average: it is stored once, in files of its own, which ema/ has links to.
 
 Tensors are named by parameter, never by rank, so any layout of ranks reads what any other wrote. All ranks
 write at once, each the tensors that it is the writer of, one tensor at a time. Reading from the engine
@@ -16,40 +20,41 @@ background keeps a copy in host memory of what its rank writes (`plan.HostCopy`)
 """
 
 import json
+import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from moe_llm.checkpoint import folder, hf
+from moe_llm.checkpoint.adapters import adapter_shapes, check_base, has_adapters
 from moe_llm.checkpoint.architectures import architecture_of
 from moe_llm.checkpoint.background import Background
 from moe_llm.checkpoint.export import DTYPES, token_ids, write_model_files
-from moe_llm.checkpoint.kept import read_trained, write_weight
+from moe_llm.checkpoint.kept import read_average, read_trained, write_weight
 from moe_llm.checkpoint.manifest import verify, write_file, write_json, write_manifest
 from moe_llm.checkpoint.plan import MASTER, MODEL, OPTIMIZER, Named, Plan, ShardSet, make_plan, stream
-from moe_llm.checkpoint.ranks import Ranks, describe, is_disk_full, together
+from moe_llm.checkpoint.ranks import Ranks, together
 from moe_llm.checkpoint.resume import check_same_run, find_resumable
 from moe_llm.checkpoint.safetensors_io import FileRecord, TensorFiles, parse_size, read_json
+from moe_llm.checkpoint.space import check_room, check_space, naming_failure
 from moe_llm.checkpoint.weights import Weights
 from moe_llm.config import ModelConfig
 from moe_llm.errors import UserError
-from moe_llm.parallel.state import TrainedState
+from moe_llm.parallel.state import EMA, TrainedState
 
 __all__ = [
     "check_same_run", "check_space", "find_resumable", "load_checkpoint", "read_trainer_state",
     "save_checkpoint",
 ]
 
-T = TypeVar("T")
 FORMAT = 1
-_SMALL_FILES = 1 << 24  # bytes allowed for headers, indices and tokenizer when the space is checked
 
 
 def save_checkpoint(
@@ -79,7 +84,8 @@ def save_checkpoint(
         model_config: with `vocab_size` resolved.
         run_config_text: YAML of the resolved run.
         tokenizer: anything with transformers' `save_pretrained`, `bos_token_id`, `eos_token_id`; None: none.
-        dtype: of the exported weights, `fp32` or `bf16`; fp32 masters stand beside them if it is not fp32.
+        dtype: of the exported weights and their average, `fp32` or `bf16`; fp32 masters stand beside them if it is
+            not fp32.
         max_shard_size: of the weights' and the optimizer's files, e.g. "5GB".
         keep_last: delete all but so many, once this one is complete; None: delete nothing.
         best_step: of the run so far, this one or an earlier one: it is not deleted, and `best` points to it.
@@ -93,8 +99,8 @@ def save_checkpoint(
         together(state, background.wait)
     root = Path(root)
     tmp, final = folder.tmp_path(root, step), root / folder.step_name(step)
-    stored_name = architecture_of(model_config).stored_name
-    plan = make_plan(state, DTYPES[dtype], parse_size(max_shard_size), stored_name)
+    average, stored_name = state.averaged > 0, architecture_of(model_config).stored_name
+    plan = make_plan(state, DTYPES[dtype], parse_size(max_shard_size), average, stored_name)
     _assert_whole(plan, model_config)
 
     def prepare() -> dict[str, Any]:
@@ -104,9 +110,14 @@ def save_checkpoint(
 
     def complete(records: dict[str, FileRecord]) -> None:
         small = _write_small_files(tmp, plan, head, run_config_text)
-        model = write_model_files(tmp, model_config, token_ids(tokenizer), dtype, tokenizer)
-        write_manifest(tmp, records | small | model)
-        for directory in (tmp / "trainer", tmp):
+        for directory in (tmp / EMA, tmp) if average else (tmp,):
+            model = write_model_files(directory, model_config, token_ids(tokenizer), dtype, tokenizer)
+            small |= {str((directory / name).relative_to(tmp)): record for name, record in model.items()}
+        for link, file in plan.average.linked.items() if average else ():
+            _link(tmp / file, tmp / link)
+            small[link] = records[file]
+        write_manifest(tmp, records | small)
+        for directory in (*(path for path in tmp.iterdir() if path.is_dir()), tmp):
             folder.sync_directory(directory)
         folder.publish(tmp, final)
         if best_step is not None:
@@ -120,8 +131,8 @@ def save_checkpoint(
             records = {name: record for share in ranks.gather(mine) for name, record in share.items()}
             together(ranks, with_sentence(lambda: complete(records)), only=0)
 
-    with_sentence = partial(_naming_failure, root, final, plan)
-    tensors = stream(state, DTYPES[dtype], stored_name)
+    with_sentence = partial(naming_failure, root, final, plan)
+    tensors = stream(state, DTYPES[dtype], average, stored_name)
     with _removed_on_failure(tmp, state):
         head = together(state, with_sentence(prepare), only=0)
         if background is not None:
@@ -144,63 +155,25 @@ def _removed_on_failure(tmp: Path, ranks: Ranks) -> Iterator[None]:
         raise
 
 
-def check_space(
-    root: str | Path, state: TrainedState, *, dtype: str = "fp32", max_shard_size: str = "5GB"
-) -> None:
-    """Refuse a disk that has no room for the first checkpoint, before a run spends hours on it. Collective.
-
-    Args: as of `save_checkpoint`; `root` need not exist.
-
-    Raises:
-        UserError: on every rank.
-    """
-    root = Path(root)
-    plan = make_plan(state, DTYPES[dtype], parse_size(max_shard_size))
-    together(state, lambda: _check_space(root, "step-*", plan), only=0)
-
-
-def _check_space(root: Path, name: str, plan: Plan) -> None:
-    there = next(path for path in [root, *root.absolute().parents] if path.exists())
-    free, needed = shutil.disk_usage(there).free, plan.nbytes + _SMALL_FILES
-    if free < needed:
-        raise UserError(_no_space(name, root, needed, free))
-
-
 def _prepare(root: Path, tmp: Path, plan: Plan) -> None:
     root.mkdir(parents=True, exist_ok=True)
     folder.remove_leftovers(root)
-    _check_space(root, tmp.name.removeprefix(".tmp-"), plan)
-    (tmp / "trainer").mkdir(parents=True)
+    check_room(root, tmp.name.removeprefix(".tmp-"), plan)
+    for stem in plan.sets:
+        (tmp / stem).parent.mkdir(parents=True, exist_ok=True)
 
 
-def _no_space(name: str, root: Path, needed: int, free: int) -> str:
-    return (
-        f"no space left for checkpoint {root / name}: it needs {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB "
-        "are free: free some space, lower checkpoint.keep_last or move run.dir"
-    )
-
-
-def _naming_failure(root: Path, final: Path, plan: Plan, work: Callable[[], T]) -> Callable[[], T]:
-    """`work`, but a failure of the file system becomes one sentence that names the checkpoint."""
-
-    def wrapped() -> T:
-        try:
-            return work()
-        except OSError as error:
-            if is_disk_full(error):
-                free = shutil.disk_usage(root).free
-                raise UserError(_no_space(final.name, root, plan.nbytes + _SMALL_FILES, free)) from error
-            raise UserError(
-                f"checkpoint {final} cannot be written: {describe(error)}: mend the file system or "
-                "move run.dir"
-            ) from error
-
-    return wrapped
+def _link(file: Path, link: Path) -> None:
+    """The same bytes under a second name; where the file system knows but one name a file, by pointing there."""
+    try:
+        os.link(file, link)
+    except OSError:
+        link.symlink_to(os.path.relpath(file, link.parent))
 
 
 def _write_tensors(tmp: Path, plan: Plan, tensors: Iterable[Named]) -> dict[str, FileRecord]:
     """Every tensor that this rank is the writer of, to its file, as they come."""
-    shards = {MODEL: ShardSet(tmp, plan.model), OPTIMIZER: ShardSet(tmp, plan.optimizer)}
+    shards = {stem: ShardSet(tmp, files) for stem, files in plan.sets.items()}
     failure = None
     for stem, name, tensor in tensors:
         if failure is None:
@@ -212,7 +185,7 @@ def _write_tensors(tmp: Path, plan: Plan, tensors: Iterable[Named]) -> dict[str,
         for shard in shards.values():
             shard.abort()
         raise failure
-    return shards[MODEL].finish() | shards[OPTIMIZER].finish()
+    return {name: record for shard in shards.values() for name, record in shard.finish().items()}
 
 
 def _write_small_files(
@@ -222,7 +195,7 @@ def _write_small_files(
         folder.STATE: write_json(tmp / folder.STATE, head),
         "trainer/config.yaml": write_file(tmp / "trainer/config.yaml", run_config_text),
     }
-    for files in (plan.model, plan.optimizer):
+    for files in plan.sets.values():
         if files.index is not None:
             name = f"{files.stem}.safetensors.index.json"
             records[name] = write_json(tmp / name, files.index)
@@ -238,7 +211,8 @@ def _trainer_head(root: Path, state: TrainedState, step: int, dtype: str, traine
         "trainer": dict(trainer),
         "optimizer_tensors": list(state.kinds),
         "masters": DTYPES[dtype] != torch.float32,
-        **({"base": state.base_files} if _has_adapters(state) else {}),
+        **({"base": state.base_files} if has_adapters(state) else {}),
+        "ema_updates": state.averaged,
         "written_by": {"world_size": state.world_size, "python": platform.python_version()}
         | {
             d.name: d.version for d in map(_installed, ("torch", "transformers", "deepspeed", "moe_llm")) if d
@@ -288,7 +262,8 @@ def load_checkpoint(path: str | Path, state: TrainedState, *, hashes: bool = Tru
     path = Path(path)
     verify(path, state, hashes=hashes)
     head, sources = together(state, lambda: _open(path, state))
-    adapted = _has_adapters(state)
+    adapted = has_adapters(state)
+    state.make_average(head["ema_updates"] if EMA in sources else 0)
     for entry in state.entries():
         if entry.adapter:
             state.write(entry.name, "weight", read_trained(entry, sources[MASTER]))
@@ -296,6 +271,8 @@ def load_checkpoint(path: str | Path, state: TrainedState, *, hashes: bool = Tru
             write_weight(state, entry, sources[MODEL], sources[MASTER])
         for kind in state.kinds if entry.trainable else ():
             state.write(entry.name, kind, read_trained(entry, sources[kind]))
+        if EMA in sources and entry.trainable:
+            state.write(entry.name, EMA, read_average(state, entry, sources[EMA]))
     return head["trainer"]
 
 
@@ -334,50 +311,26 @@ def _open(path: Path, state: TrainedState) -> tuple[dict[str, Any], dict[str, We
             f"{list(state.kinds)}: set optim.name as it was, or start another run.dir"
         )
     shapes = _stored_shapes(path, state)
-    _check_base(path, head, state)
+    check_base(path, head, state)
     model = Weights(TensorFiles(path, MODEL))
     model.check(shapes)
-    shapes |= _adapter_shapes(path, state)
+    shapes |= adapter_shapes(path, state)
     sources = {MODEL: model, MASTER: model}
     entries = [entry for entry in state.entries() if entry.trainable]
     trainable = {entry.name: shapes[entry.name] for entry in entries}
     experts = next((entry.trained_experts for entry in entries if entry.trained_experts is not None), None)
-    masters = head["masters"] or _has_adapters(state)
-    if trainable and (masters or state.kinds):
+    average = state.averages and head.get("ema_updates", 0) > 0  # absent: of a version that kept none
+    masters = head["masters"] or has_adapters(state)
+    beside = ([MASTER] + [EMA] * average) if masters else []
+    if average and not masters:
+        sources[EMA] = Weights(TensorFiles(path / EMA, MODEL))
+        sources[EMA].check(shapes)
+    if trainable and (beside or state.kinds):
         files = TensorFiles(path / "trainer", Path(OPTIMIZER).name)
-        for kind in [*([MASTER] if masters else []), *state.kinds]:
+        for kind in [*beside, *state.kinds]:
             sources[kind] = Weights(files, f"{kind}.")
             sources[kind].check(trainable, experts=experts)
     return head, sources
-
-
-def _has_adapters(state: TrainedState) -> bool:
-    return any(entry.adapter for entry in state.entries())
-
-
-def _adapter_shapes(path: Path, state: TrainedState) -> dict[str, tuple[int, ...]]:
-    """The shape over all ranks of every adapter, of the checkpoint's number of experts."""
-    experts = hf.from_transformers_config(read_json(path / "config.json")).num_local_experts
-    adapters = [entry for entry in state.entries() if entry.adapter]
-    return {e.name: e.shape if e.first_expert is None else (experts, *e.shape[1:]) for e in adapters}
-
-
-def _check_base(path: Path, head: dict[str, Any], state: TrainedState) -> None:
-    """Refuse adapters of another base, and a checkpoint without adapters for a run with them, or the other way."""
-    base = head.get("base")
-    if (base is not None) != _has_adapters(state):
-        there, here = ("has", "has none") if base is not None else ("has no", "has them")
-        raise UserError(
-            f"checkpoint {path} {there} adapters, and this run {here}: set finetune.lora as it was, or begin a new run "
-            "with model.init_from"
-        )
-    if base is not None and base != state.base_files:
-        files = {*base, *state.base_files}
-        changed = min(name for name in files if base.get(name) != state.base_files.get(name))
-        raise UserError(
-            f"the adapters of checkpoint {path} were trained on another base: file {changed} of model.init_from is not "
-            "what it was: bring it back"
-        )
 
 
 def _stored_shapes(path: Path, state: TrainedState) -> dict[str, tuple[int, ...]]:

@@ -1,12 +1,14 @@
 """What a run is: one pydantic model per section of the YAML file."""
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from moe_llm.config.alarms import AlarmsConfig
 from moe_llm.config.base import Section, invalid
+from moe_llm.config.distill import DistillConfig, with_teachers_tokenizer
+from moe_llm.config.ema import EmaConfig
 from moe_llm.config.finetune import FinetuneConfig
 from moe_llm.config.model import ModelConfig
 from moe_llm.errors import UserError
@@ -252,6 +254,7 @@ class CheckpointConfig(Section):
     max_shard_size: str = Field(
         "5GB", description="size above which the weights are split over files: a number and KB, MB or GB"
     )
+    ema: EmaConfig = Field(EmaConfig(), description="an average of the weights, kept while they are trained")
 
     @field_validator("max_shard_size", mode="before")
     @classmethod
@@ -271,6 +274,9 @@ class EvaluateConfig(Section):
 
     every_steps: int | None = Field(None, ge=1, description="null: at the end only")
     max_blocks: int | None = Field(None, ge=1, description="validation blocks used; null: all")
+    ema: bool = Field(
+        False, description="also measure the average of `checkpoint.ema`: ema_val_loss and ema_val_bits_per_byte"
+    )
     sample_prompt: str | None = Field(None, description="text continued and printed at the end of a run")
     sample_tokens: int = Field(128, ge=1, description="tokens of that sample")
 
@@ -302,11 +308,17 @@ class Config(Section):
     data: DataConfig
     optim: OptimConfig = OptimConfig()
     finetune: FinetuneConfig = FinetuneConfig()
+    distill: DistillConfig = DistillConfig()
     train: TrainConfig
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tokenizer_is_the_teachers(cls, given: Any) -> Any:
+        return with_teachers_tokenizer(given)
 
     @model_validator(mode="after")
     def _sections_fit(self):
@@ -329,6 +341,8 @@ class Config(Section):
         if train.early_stopping.patience is not None and self.evaluate.every_steps is None:
             invalid("train.early_stopping.patience", train.early_stopping.patience,
                     "has no evaluations to count before the end", "set evaluate.every_steps")
+        if self.evaluate.ema and self.checkpoint.ema.decay is None:
+            invalid("evaluate.ema", True, "has no average to measure", "set checkpoint.ema.decay")
         if self.tokenizer.path is None and model.vocab_size is None:
             invalid("model.vocab_size", None, "is missing while the tokenizer is to be trained",
                     "set model.vocab_size, or tokenizer.path to an existing tokenizer")

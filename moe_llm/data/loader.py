@@ -326,12 +326,14 @@ def load_evaluation(
     text_field: str = "text",
     document: str = "file",
     max_blocks: int | None = None,
+    max_tokens: int | None = None,
     chat: bool = False,
 ) -> ValidationBlocks:
     """Any files as held-out blocks, tokenised in memory, with exact byte counts.
 
     Args:
         paths: a path, a glob or a list of them: text, jsonl or parquet, as in `data.sources`.
+        max_tokens: no document is read after so many tokens of text; None: all are.
         chat: they hold examples, of which what the assistant says counts; over-long ones are cut.
 
     Raises:
@@ -345,6 +347,10 @@ def load_evaluation(
     for text in read_documents(source, "--data"):
         ids += encoder.encode([text])
         sizes.append(len(text.encode("utf-8")))
+        if max_tokens is not None:
+            max_tokens -= len(ids[-1])
+            if max_tokens <= 0:
+                break
     starts = np.cumsum([0] + [len(document_ids) for document_ids in ids])
     text = TokenizedText(np.concatenate(ids), starts, np.array(sizes), sum(sizes))
     return ValidationBlocks(

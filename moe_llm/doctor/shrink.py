@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_llm.config import Config
+from moe_llm.config.distill import DistillConfig
 from moe_llm.config.load import validate
 
 LENGTH, WIDTH, LAYERS, HEAD, KV_HEADS, EXPERTS, ROUNDS, MICRO = 40, 96, 2, 8, 2, 64, 2, 2
@@ -52,6 +53,10 @@ def shrink(config: Config, ranks: int, steps: int) -> Small:
         "evaluate": {"every_steps": None, "max_blocks": 8, "sample_prompt": None},
         "logging": {"every_steps": 1, "console": "off", "wandb": "off"},
     }
+    if config.distill.teachers:
+        changed["distill"] = DistillConfig().model_dump(mode="json")
+        notes.append("distill is left out here, since the copy has a vocabulary of its own: its loss is that of the "
+                     "text alone")
     changes = {
         f"{section}.{key}": (raw[section][key], value)
         for section in ("model", "data", "train", "parallel")

@@ -1,7 +1,7 @@
 """What a recipe may say. The vocabulary is mergekit's, so that its files run as they are.
 
-Beyond it: `align_experts`, `align_neurons`, `align_text` and `seed`; `merge_method: checkpoint_average` and
-`greedy_soup`. Parts of mergekit's that are not here (`modules`, tokens of a `tokenizer`, LoRA) are refused.
+Beyond it: `align_experts`, `align_neurons`, `align_text`, `seed` and `recalibrate`; `merge_method: checkpoint_average`
+and `greedy_soup`. Parts of mergekit's that are not here (`modules`, tokens of a `tokenizer`, LoRA) are refused.
 """
 
 from pathlib import Path
@@ -25,6 +25,20 @@ class _WithParameters(Section):
     @classmethod
     def _settings_are_well_formed(cls, value: Any) -> Any:
         return check_settings({} if value is None else value)
+
+
+class Recalibration(Section):
+    """The routers of the output, fitted on text with all else as it is."""
+
+    text: list[str] = Field(min_length=1, description="files or globs")
+    steps: int = Field(100, ge=1, description="of AdamW, the rate falling to 0")
+    lr: float = Field(1e-3, gt=0, description="the first step's rate")
+    batch_size: int = Field(8, ge=1, description="blocks a step")
+    sequence_length: int = Field(512, ge=2, description="tokens a block, at most")
+
+
+class _Recalibrated(Section):
+    recalibrate: Recalibration | None = Field(None, description="fit the output's routers on text; null: as merged")
 
 
 class InputModel(_WithParameters):
@@ -60,7 +74,7 @@ class TokenizerSettings(Section):
     pad_to_multiple_of: int | None = Field(None, ge=1, description="rows of the embeddings are a multiple of this")
 
 
-class Recipe(_WithParameters):
+class Recipe(_WithParameters, _Recalibrated):
     """A merge of tensors of like shape."""
 
     merge_method: str = Field(description="a name of `moe_llm.merge.methods`")
@@ -106,7 +120,7 @@ class Expert(Section):
     residual_scale: float | None = Field(None, description="factor on down_proj")
 
 
-class MixtureRecipe(Section):
+class MixtureRecipe(_Recalibrated):
     """Dense models to a mixture of experts."""
 
     base_model: str = Field(description="gives all but the experts")
@@ -137,7 +151,7 @@ class MixtureRecipe(Section):
         return self
 
 
-class CheckpointRecipe(Section):
+class CheckpointRecipe(_Recalibrated):
     """An average of a run's checkpoints: Polyak averaging where uniform, an exponential one with `decay`."""
 
     merge_method: Literal["checkpoint_average"]
@@ -206,4 +220,4 @@ def parse_recipe(raw: Any, origin: str = "recipe") -> AnyRecipe:
 
 def _sections(kind: type[Section]) -> list[type[Section]]:
     nested = {Recipe: [InputModel, OutputSlice, SliceSource, TokenizerSettings], MixtureRecipe: [Expert]}
-    return [kind, *nested.get(kind, [InputModel])]
+    return [kind, Recalibration, *nested.get(kind, [InputModel])]

@@ -36,7 +36,7 @@ def merge_recipe(
     """`merge` of a recipe that has been read; it is kept beside the weights.
 
     Raises:
-        UserError: a greedy soup, which `moe_llm.train.soup` makes, since it evaluates models.
+        UserError: a greedy soup or `recalibrate`, for which models are run: see `moe_llm.train`'s soup and recalibrate.
     """
     say = say or (lambda sentence: print(f"merge: {sentence}", file=sys.stderr))
     plan = plan_of(recipe)
@@ -51,6 +51,10 @@ def plan_of(recipe: AnyRecipe) -> Plan:
     """The plan that a recipe means."""
     if isinstance(recipe, SoupRecipe):
         raise UserError("greedy_soup evaluates models: use moe_llm.train.soup.greedy_soup or `moe-llm merge`")
+    if recipe.recalibrate is not None:
+        raise UserError(
+            "recalibrate trains routers: use moe_llm.train.recalibrate.merge_recalibrated or `moe-llm merge`"
+        )
     if isinstance(recipe, MixtureRecipe):
         return make_mixture_plan(recipe)
     return make_plan(averaged(recipe) if isinstance(recipe, CheckpointRecipe) else recipe)

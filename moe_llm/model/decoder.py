@@ -21,6 +21,7 @@ from moe_llm.model.norm import RMSNorm
 from moe_llm.model.recomputation import keep_routing
 from moe_llm.ops.attention import AttentionPattern
 from moe_llm.ops.cross_entropy import linear_cross_entropy
+from moe_llm.ops.distillation import Distillation, DistillationSums, linear_distillation
 from moe_llm.ops.rope import rotary_cos_sin
 
 
@@ -28,6 +29,8 @@ class MoEOutput(NamedTuple):
     """loss: lm_loss plus the weighted router losses of this batch; None without labels, as are the next two.
     loss_sum: cross-entropy summed over the targets (nats); num_targets: how many there are.
     aux_loss, z_loss: before their coefficients. routing: statistics stacked over the layers.
+    objective_sum, soft_sum: with a teacher, what takes the cross-entropy's place in training, and its divergence
+    (`DistillationSums`); `loss_sum` then has no gradient.
     """
 
     loss: Tensor | None
@@ -37,6 +40,8 @@ class MoEOutput(NamedTuple):
     aux_loss: Tensor
     z_loss: Tensor
     routing: RoutingStatistics
+    objective_sum: Tensor | None = None
+    soft_sum: Tensor | None = None
 
 
 class DecoderLayer(nn.Module):
@@ -105,9 +110,13 @@ class LanguageModelHead(nn.Linear):
     def __init__(self, config: ModelConfig):
         super().__init__(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, x_BSD: Tensor, targets_BS: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, x_BSD: Tensor, targets_BS: Tensor | None = None, teacher: Distillation | None = None
+    ) -> Tensor | tuple[Tensor, Tensor] | DistillationSums:
         if targets_BS is None:
             return super().forward(x_BSD)
+        if teacher is not None:
+            return linear_distillation(x_BSD.flatten(0, 1), self.weight, targets_BS.flatten(), teacher)
         return linear_cross_entropy(x_BSD.flatten(0, 1), self.weight, targets_BS.flatten())
 
 
@@ -138,6 +147,7 @@ class MoEDecoder(nn.Module):
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         return_logits: bool = True,
+        teacher: Distillation | None = None,
     ) -> MoEOutput:
         """Logits and losses of a batch.
 
@@ -150,6 +160,7 @@ class MoEDecoder(nn.Module):
             position_ids: (B, S) int64; by default 0 to S-1.
             document_ids: (B, S) int64; tokens attend within their own document only.
             return_logits: without them only the loss is computed, in less memory.
+            teacher: what the targets' distributions are drawn to, beside the targets themselves.
         """
         if labels is not None:
             assert targets is None, "labels are shifted here, targets are shifted already: give one of them"
@@ -168,12 +179,15 @@ class MoEDecoder(nn.Module):
         logits = self.lm_head(x_BSD) if return_logits else None
         aux = balance_loss(routing, self.config.router_aux_loss_scope)
         z = z_loss(routing)
-        loss = loss_sum = num_targets = None
+        loss = loss_sum = num_targets = objective_sum = soft_sum = None
         if targets is not None:
-            loss_sum, num_targets = self.lm_head(x_BSD, targets)
-            loss = loss_sum / num_targets
+            if teacher is None:
+                loss_sum, num_targets = self.lm_head(x_BSD, targets)
+            else:
+                objective_sum, loss_sum, soft_sum, num_targets = self.lm_head(x_BSD, targets, teacher)
+            loss = (loss_sum if objective_sum is None else objective_sum) / num_targets
             loss = loss + self.config.router_aux_loss_coef * aux + self.config.router_z_loss_coef * z
             if self.router_losses:
                 values = router_loss_values(self.router_losses, routing)
                 loss = loss + sum(own.coefficient * value for own, value in zip(self.router_losses, values))
-        return MoEOutput(loss, logits, loss_sum, num_targets, aux, z, routing)
+        return MoEOutput(loss, logits, loss_sum, num_targets, aux, z, routing, objective_sum, soft_sum)

@@ -104,3 +104,30 @@ def attention(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, sees_BSS: Tensor) 
     scores = scores.masked_fill(~sees_BSS[:, None], float("-inf"))
     probability = scores.float().softmax(-1) if scores.dtype != torch.float64 else scores.softmax(-1)
     return probability.nan_to_num(0.0).to(v_BHSd.dtype) @ v_BHSd
+
+
+def linear_distillation(
+    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, log_p_NV: Tensor, kind: str, temperature: float,
+    alpha: float, ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(objective, cross-entropy, temperature^2 * divergence), summed over the N labelled rows, with all logits at once.
+
+    Args:
+        log_p_NV: the teacher's log-probabilities at the temperature.
+    """
+    targets = labels_T != ignore_index
+    logits_NV = F.linear(hidden_TD[targets], weight_VD)
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    hard = F.cross_entropy(logits_NV, labels_T[targets], reduction="sum")
+    p_NV, q_NV = log_p_NV.to(logits_NV).exp(), (logits_NV / temperature).softmax(-1)
+    m_NV = (p_NV + q_NV) / 2
+
+    def kl(a_NV: Tensor, b_NV: Tensor) -> Tensor:
+        return (torch.special.xlogy(a_NV, a_NV) - torch.special.xlogy(a_NV, b_NV)).sum()
+
+    divergences = {
+        "forward_kl": lambda: kl(p_NV, q_NV), "reverse_kl": lambda: kl(q_NV, p_NV),
+        "jensen_shannon": lambda: (kl(p_NV, m_NV) + kl(q_NV, m_NV)) / 2,
+    }
+    soft = temperature**2 * divergences[kind]()
+    return (1 - alpha) * hard + alpha * soft, hard, soft

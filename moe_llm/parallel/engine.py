@@ -15,6 +15,7 @@ from moe_llm.model.adapters import factors_of, is_factor, own_name
 from moe_llm.model.decoder import MoEDecoder, MoEOutput
 from moe_llm.model.moe.experts import Experts
 from moe_llm.parallel import deepspeed as contract
+from moe_llm.parallel.averaging import Averaging
 from moe_llm.parallel.runtime import Runtime
 from moe_llm.parallel.state import Adapted, Entry
 
@@ -22,7 +23,7 @@ OptimizerFactory = Callable[[list[dict]], torch.optim.Optimizer]
 
 
 class Engine(Protocol):
-    """kinds, entries, read, write, gather: see `TrainedState`."""
+    """kinds, averages, averaged, entries, read, write, make_average, gather: see `TrainedState`."""
 
     model: MoEDecoder
 
@@ -40,6 +41,9 @@ class Engine(Protocol):
 
     def discard(self) -> None:
         """Clear the gradients and update nothing, in place of `step`; on every rank."""
+
+    def update_average(self) -> None:
+        """Take the weights as they are into `checkpoint.ema`'s average; after `step`. Exchanges nothing."""
 
     def weights_finite(self) -> bool:
         """Whether this rank's part of the weights is."""
@@ -75,7 +79,7 @@ def first_experts(model: nn.Module) -> dict[str, int]:
     }
 
 
-class _NamedState:
+class _NamedState(Averaging):
     """The parts of `TrainedState` that do not depend on who trains.
 
     Where only some experts are trained (`finetune.experts`), a stacked parameter is trained whole, since the engine
@@ -89,6 +93,7 @@ class _NamedState:
     ):
         self.model = model
         self.kinds = kinds
+        self._set_up_average(config.checkpoint.ema)
         self.rank, self.world_size = runtime.rank, runtime.world_size
         self._runtime = runtime
         self.base_files: dict[str, dict[str, Any]] = {}
@@ -215,6 +220,9 @@ class LocalEngine(_NamedState):
 
     def weights_finite(self) -> bool:
         return bool(_norm(list(self._masters.values()), self._runtime.device).isfinite())
+
+    def _stepped(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
+        return self.optimizer, self._trained
 
     def step(self, lr: float) -> float:
         norm = torch.nn.utils.clip_grad_norm_(self._trained, self.clip or float("inf"))
@@ -356,10 +364,17 @@ class DeepSpeedEngine(_NamedState):
     def write(self, name: str, kind: str, tensor: Tensor) -> None:
         contract.write_full(self._parameters[name], kind, tensor.to(self._runtime.device))
 
-    def make_optimizer_state(self, steps: int) -> None:
+    def _stepped(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
         optimizer = self.engine.optimizer
-        _fill_optimizer_state(optimizer.optimizer, contract.flat_parameters(optimizer), self.kinds, steps)
-        contract.link_optimizer_state(optimizer)
+        return optimizer.optimizer, contract.flat_parameters(optimizer)
+
+    def make_optimizer_state(self, steps: int) -> None:
+        _fill_optimizer_state(*self._stepped(), self.kinds, steps)
+        contract.link_optimizer_state(self.engine.optimizer)
+
+    def make_average(self, updates: int) -> None:
+        super().make_average(updates)
+        contract.link_optimizer_state(self.engine.optimizer)
 
 
 def build_engine(

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+EMA = "ema"  # kind of the average of the weights
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -77,9 +79,13 @@ class TrainedState(Protocol):
     kinds: optimizer tensors of each trainable parameter, e.g. ("exp_avg", "exp_avg_sq").
     base_files: with adapters: by name, size and SHA-256 of the files that the weights beneath them come from, which no
         checkpoint holds unmerged.
+    averages: whether an average of the weights is kept, of all that is trained.
+    averaged: updates of it so far; from the first one on, trainable parameters have the kind `EMA` too.
     """
 
     kinds: tuple[str, ...]
+    averages: bool
+    averaged: int
     rank: int
     world_size: int
     base_files: dict[str, dict[str, Any]]
@@ -88,13 +94,16 @@ class TrainedState(Protocol):
         """Every parameter, in the same order on every rank."""
 
     def read(self, name: str, kind: str) -> torch.Tensor:
-        """kind "weight" (the fp32 master) or one of `kinds`: fp32 on the CPU, of `Entry.shape`.
+        """kind "weight" (the fp32 master), `EMA` or one of `kinds`: fp32 on the CPU, of `Entry.shape`.
 
         Collective: every rank calls it for the same names and kinds in the same order.
         """
 
     def write(self, name: str, kind: str, tensor: torch.Tensor) -> None:
         """Set what `read` reads; setting "weight" also sets the model's own copy. Collective."""
+
+    def make_average(self, updates: int) -> None:
+        """Set `averaged`; where it is not 0 the average is there to be written, and else it is forgotten."""
 
     def gather(self, value: Any) -> Sequence[Any]:
         """The small Python objects of all ranks, on every rank; also a barrier."""

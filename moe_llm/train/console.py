@@ -17,6 +17,8 @@ def summary(record: dict[str, Any], limit: float | None = None) -> str:
     """The scalars of a record, as one line; the limit is the hardware's, in tokens a second."""
     parts = [f"loss {record['loss']:.4f}"]
     parts += [word for word in ("skipped", "spike") if record.get(word)]
+    if "distill_loss" in record:
+        parts.append(f"distill {record['distill_loss']:.4f}")
     if "val_loss" in record:
         parts.append(f"val {record['val_loss']:.4f}")
     if "router_drift" in record:

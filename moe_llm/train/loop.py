@@ -62,14 +62,15 @@ class Verdict(NamedTuple):
 class Callbacks:
     """What the loop calls: `evaluate` gives validation metrics, `judge` says what they mean, `record` takes a finished
     record, `save` writes a checkpoint, `rollback` restores the newest one (None if there is none),
-    `add_gradients` goes before a step's micro-batches, `say` tells the user a sentence, and `alive` is told what comes
-    next, again and again."""
+    `add_gradients` goes before a step's micro-batches, `teach` gives what a micro-batch's forward pass takes beside it,
+    `say` tells the user a sentence, and `alive` is told what comes next, again and again."""
 
     evaluate: Callable[[], dict[str, Any]]
     record: Callable[[dict[str, Any]], None]
     save: Callable[[Position], None]
     rollback: Callable[[], Position | None] = lambda: None
     add_gradients: Callable[[], None] = lambda: None
+    teach: Callable[[Batch], dict[str, Any]] = lambda batch: {}
     judge: Callable[[dict[str, Any], Position], Verdict] = lambda measured, position: Verdict()
     say: Callable[[str], None] = lambda sentence: None
     alive: Callable[[str], None] = lambda phase: None
@@ -96,7 +97,7 @@ def train_loop(
         step_loss = StepLoss(config.model, runtime, batches)
         for i, batch in enumerate(batches):
             callbacks.alive(f"{name}, micro-batch {i + 1} of {len(batches)}")
-            losses = step_loss(engine.forward(**model_inputs(batch)))
+            losses = step_loss(engine.forward(**model_inputs(batch), **callbacks.teach(batch)))
             engine.backward(losses.total, last=i == len(batches) - 1)
             window.add(losses)
         callbacks.alive(f"{name}, optimizer")
@@ -108,6 +109,8 @@ def train_loop(
                 expert_norms = expert_gradient_norms(engine, runtime)
             norm = engine.step(rate)
             end_step(engine.model, step_loss.routing)
+            if config.checkpoint.ema.due(position.step + 1):
+                engine.update_average()
         else:
             norm = math.nan
             engine.discard()
@@ -267,7 +270,7 @@ class _Window:
 
     def add(self, losses: StepLosses) -> None:
         self.step_losses.append(losses.total.detach())
-        values = torch.cat([torch.stack([losses.lm, losses.aux, losses.z]), losses.own])
+        values = torch.cat([torch.stack([losses.lm, losses.aux, losses.z, losses.distill]), losses.own])
         self.losses = values if self.losses is None else self.losses + values
 
     def end_step(self, routing: RoutingStatistics) -> None:
@@ -282,12 +285,15 @@ class _Window:
         """Means over the steps of the window, the same on every rank."""
         assert self.losses is not None
         summed = self.runtime.sum(self.losses.clone()) / self.runtime.world_size / self.steps
-        lm, aux, z, *values = summed.tolist()
+        lm, aux, z, distill, *values = summed.tolist()
         own = dict(zip(router_losses(config.model), values, strict=True))
-        total = lm + config.model.router_aux_loss_coef * aux + config.model.router_z_loss_coef * z
+        share = config.distill.alpha if config.distill.teachers else 0.0
+        learned = (1 - share) * lm + share * distill if share else lm
+        total = learned + config.model.router_aux_loss_coef * aux + config.model.router_z_loss_coef * z
         total += sum(loss.coefficient * value for loss, value in own.items())
         return {
             "loss": total, "lm_loss": lm, "aux_loss": aux, "z_loss": z,
             **{loss.name: value for loss, value in own.items()},
+            **({"distill_loss": distill} if share else {}),
             "tokens_per_second": config.tokens_per_step * self.steps / self.seconds,
         }

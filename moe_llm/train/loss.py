@@ -1,10 +1,11 @@
 """One optimizer step's loss, cut into what each rank contributes for each of its micro-batches.
 
 The whole is the cross-entropy averaged over all targets of the step, and the routers' losses over all of its real
-tokens: ranks and micro-batches are cuts that change nothing. One exception: the fractions in the global balance loss,
-and the sums in a router's own losses, are those of the micro-batches up to the present one, because the later ones are
-not known yet (Qiu et al. 2025); with one micro-batch a step they are exact. Engines average gradients over the ranks,
-so each share is multiplied by their number.
+tokens: ranks and micro-batches are cuts that change nothing. With a teacher, its objective takes the cross-entropy's
+place, averaged over the same targets. One exception: the fractions in the global balance loss, and the sums in a
+router's own losses, are those of the micro-batches up to the present one, because the later ones are not known yet (Qiu
+et al. 2025); with one micro-batch a step they are exact. Engines average gradients over the ranks, so each share is
+multiplied by their number.
 """
 
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ class StepLosses(NamedTuple):
     lm: Tensor
     aux: Tensor
     z: Tensor
+    distill: Tensor  # a teacher's divergence, beside which `lm` is no more than measured; 0 without one
     own: Tensor
 
 
@@ -58,7 +60,9 @@ class StepLoss:
         aux = aux / self.rounds if model.router_aux_loss_scope == "transformers" else ranks * aux
         z = ranks * z_loss(own, total=total)
         lm = ranks * output.loss_sum / self.targets
-        whole = lm + model.router_aux_loss_coef * aux + model.router_z_loss_coef * z
+        objective = lm if output.objective_sum is None else ranks * output.objective_sum / self.targets
+        whole = objective + model.router_aux_loss_coef * aux + model.router_z_loss_coef * z
+        distill = torch.zeros_like(z) if output.soft_sum is None else ranks * output.soft_sum / self.targets
         values = router_loss_values(self.own_losses, own, total=total, seen=self.routing)
         # Gradients of the parts add up. Values are of all that has been seen: what this micro-batch has added to them.
         added = values.detach() - (0 if self._own_before is None else self._own_before)
@@ -66,7 +70,7 @@ class StepLoss:
         if self.own_losses:
             coefficients = values.new_tensor([loss.coefficient for loss in self.own_losses])
             whole = whole + coefficients @ (ranks * (values - values.detach()) + added)
-        return StepLosses(whole, lm.detach(), aux.detach(), z.detach(), added)
+        return StepLosses(whole, lm.detach(), aux.detach(), z.detach(), distill.detach(), added)
 
 
 def _counts(batch: Batch) -> Tensor:

@@ -106,6 +106,10 @@ def announce(
             f"model.router.type={config.model.router.type} is not causal in training: where room is short, who gets it "
             "depends on later tokens; evaluation and generation turn no token away"
         )
+    if config.distill.teachers:
+        teachers, distill = ", ".join(teacher.path for teacher in config.distill.teachers), config.distill
+        reporter.say(f"learns from {teachers} by {distill.divergence}, {distill.alpha:g} of the loss, at temperature "
+                     f"{distill.temperature:g}")
     if config.model.expert_dropout:
         reporter.say(
             f"model.expert_dropout={config.model.expert_dropout:g}: experts are computed one by one, which is slower"

@@ -19,6 +19,8 @@ from moe_llm.config import Config, dump_config
 from moe_llm.data.loader import Data, TrainLoader, load_data
 from moe_llm.data.sources import check_sources
 from moe_llm.data.tokenizer import build_tokenizer, check_vocab, resolve_vocab
+from moe_llm.distill.teachers import check_teachers, check_vocabularies
+from moe_llm.distill.teaching import build_teaching
 from moe_llm.errors import TrainingFailure, UserError
 from moe_llm.finetune.freeze import freeze
 from moe_llm.finetune.lora import add_adapters
@@ -31,6 +33,7 @@ from moe_llm.parallel.engine import Engine, build_engine, shard_experts
 from moe_llm.parallel.runtime import Runtime, rank_from_environment, start, world_size_from_environment
 from moe_llm.parallel.side_group import SideGroup
 from moe_llm.train.drift import RouterGuard, check_guard
+from moe_llm.train.ema import averaged_weights, check_ema, say_of_average
 from moe_llm.train.evaluate import validation_loss
 from moe_llm.train.facts import gather_facts
 from moe_llm.train.loop import Callbacks, Position, Verdict, train_loop
@@ -60,6 +63,8 @@ def train(config: Config) -> None:
     trained_names(config)  # refuses what names nothing
     check_lora(config)
     check_guard(config)
+    check_ema(config)
+    check_teachers(config)
     _check_resume(run_dir, config)
     _check_run_dir(run_dir, config)
     if config.checkpoint.resume in ("auto", "never") and not any((run_dir / "checkpoints").glob("step-*")):
@@ -92,11 +97,16 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
     tokenizer = build_tokenizer(config, run_dir / "tokenizer")
     config = resolve_vocab(config, tokenizer)
     check_vocab(config, tokenizer)
+    check_vocabularies(config, tokenizer)
     data = load_data(
         config, tokenizer, rank=runtime.rank, world_size=runtime.world_size,
         show_progress=runtime.is_main and config.logging.console != "off",
     )
     engine, position = build_trained(config, runtime, source)
+    teach = build_teaching(
+        config, runtime, data.train, tokenizer, start=position.samples,
+        samples=(config.max_steps - position.step) * config.train.global_batch_size, say=_complain,
+    )
     storage = {"dtype": config.checkpoint.dtype, "max_shard_size": config.checkpoint.max_shard_size}
     if position.step < config.max_steps:
         check_space(run_dir / "checkpoints", engine, **storage)
@@ -106,6 +116,7 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
     guard = _build_guard(config, engine, runtime, data, run_dir, source)
     reporter = Reporter(config, run_dir, runtime, position, gather_facts(config, runtime, data, position.step))
     announce(reporter, config, engine, data, source, position)
+    say_of_average(config, engine, position, reporter.say)
 
     def say_if_lost(at: Position) -> None:
         lost = forget_lost_best(at, run_dir / "checkpoints")
@@ -144,6 +155,10 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
 
     def evaluate() -> dict[str, Any]:
         loss = validation_loss(config, engine, runtime, data, watchdog.alive)
+        if config.evaluate.ema and engine.averaged:
+            with averaged_weights(engine, watchdog.alive):
+                averaged = validation_loss(config, engine, runtime, data, watchdog.alive)
+            loss |= {f"ema_{name}": value for name, value in averaged.items()}
         return loss if guard is None else loss | guard.measure()
 
     def judge(measured: dict[str, Any], at: Position) -> Verdict:
@@ -152,7 +167,8 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
 
     callbacks = Callbacks(
         evaluate=evaluate, record=reporter.record, save=save, rollback=rollback, judge=judge,
-        add_gradients=(lambda: None) if guard is None else guard.add_gradients, say=reporter.say, alive=watchdog.alive,
+        add_gradients=(lambda: None) if guard is None else guard.add_gradients, teach=teach, say=reporter.say,
+        alive=watchdog.alive,
     )
     stop.defer()
     try:

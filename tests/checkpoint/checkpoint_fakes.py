@@ -7,7 +7,7 @@ import torch
 
 from moe_llm.checkpoint import hf
 from moe_llm.config import ModelConfig, load_config
-from moe_llm.parallel.state import Entry
+from moe_llm.parallel.state import EMA, Entry
 
 KINDS = ("exp_avg", "exp_avg_sq")
 
@@ -91,15 +91,19 @@ class ThreadRank:
 class FakeState:
     """A `TrainedState`: dense tensors whole, experts shared out over `ep` neighbouring ranks.
 
-    Collective calls are checked to be the same on all ranks.
+    Collective calls are checked to be the same on all ranks. With tensors of kind `EMA` there is an average, of as many
+    updates as `averaged`.
     """
 
     def __init__(
-        self, tensors: dict, ep: int = 1, rank: int = 0, ranks: ThreadRanks | None = None, frozen=()
+        self, tensors: dict, ep: int = 1, rank: int = 0, ranks: ThreadRanks | None = None, frozen=(),
+        averaged: int = 7,
     ):
         self.rank, self.ranks = rank, ranks or ThreadRanks(1)
         self.world_size = self.ranks.world_size
-        self.kinds = tuple(dict.fromkeys(kind for _, kind in tensors if kind != "weight"))
+        self.kinds = tuple(dict.fromkeys(kind for _, kind in tensors if kind not in ("weight", EMA)))
+        self.averages = any(kind == EMA for _, kind in tensors)
+        self.averaged = averaged if self.averages else 0
         self.held, self._entries = {}, []
         replicas = self.world_size // ep
         for i, name in enumerate(dict.fromkeys(name for name, _ in tensors)):
@@ -107,7 +111,7 @@ class FakeState:
             size = whole.shape[0] // ep
             first = rank % ep * size
             rows = slice(first, first + size) if expert else slice(None)
-            for kind in ("weight", *self.kinds):
+            for kind in ("weight", *self.kinds, *([EMA] if self.averages else [])):
                 self.held[name, kind] = tensors[name, kind][rows].clone()
             writer = i % replicas == rank // ep if expert else i % self.world_size == rank
             self._entries.append(
@@ -125,6 +129,9 @@ class FakeState:
         assert len(set(self.gather((name, kind)))) == 1, "the ranks write different tensors"
         assert tensor.dtype == torch.float32
         self.held[name, kind].copy_(tensor)
+
+    def make_average(self, updates):
+        self.averaged = updates
 
     def gather(self, value):
         return self.ranks.exchange(self.rank, value)

@@ -7,6 +7,8 @@ import math
 
 import pytest
 import torch
+import triton as compiler
+import triton.language as tl
 from support.interpreter import repair
 
 from moe_llm.ops import native, reference, triton
@@ -16,8 +18,9 @@ from moe_llm.ops.norm import add_rms_norm, rms_norm
 from moe_llm.ops.permutation import gather_sum, sort_by_expert
 from moe_llm.ops.rope import apply_rotary, rotary_cos_sin
 from moe_llm.ops.routed_experts import routed_expert_mlp
+from moe_llm.ops.triton import tiles
 
-HIDDEN, WIDTH, EXPERTS = 24, 20, 5
+HIDDEN, WIDTH, EXPERTS = 24, 20, 4
 # relative to the largest entry; bf16 has 8 bits and is rounded at different places
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -67,7 +70,7 @@ def weights(device, dtype, experts=EXPERTS):
 
 
 ROUTINGS = {
-    "mixed": [[0, 1], [3, 1], [1, 4], [4, 0], [1, 3], [0, 4], [1, 0], [3, 0], [1, 3], [4, 1], [0, 1], [1, 0]],
+    "mixed": [[0, 1], [3, 1], [1, 3], [3, 0], [1, 3], [1, 0], [3, 1], [0, 1], [1, 3], [1, 0]],
     "one expert takes all": [[3]] * 19,
     "one token": [[2]],
     "no tokens": [],
@@ -102,8 +105,8 @@ def test_routed_experts(device, routing, dtype):
 
 
 def test_rows_of_no_expert_give_zero_even_if_they_hold_nan(device):
-    dtype, rows, extra = torch.float32, 37, 5
-    counts_E = torch.tensor([18, 0, 2, 17, 0], device=device)
+    dtype, rows, extra = torch.float32, 20, 3
+    counts_E = torch.tensor([17, 0, 3, 0], device=device)
     x, (gate_up, down) = normal(device, dtype, rows + extra, HIDDEN), weights(device, dtype)
     weight = torch.rand(rows + extra, device=device)
     with torch.no_grad():
@@ -213,27 +216,23 @@ def test_rows_without_a_label_have_no_loss_and_no_gradient(device):
     assert logits.sum(1).abs().max() < 1e-5
 
 
+@compiler.jit
+def _schedule(counts_ptr, out_ptr, num_rows, num_experts, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+    tile = tl.program_id(0)
+    expert, first, end = tiles.rows_of_tile(counts_ptr, tile, num_rows, num_experts, EXPERTS, BLOCK)
+    tl.store(out_ptr + 3 * tile, expert)
+    tl.store(out_ptr + 3 * tile + 1, first)
+    tl.store(out_ptr + 3 * tile + 2, end)
+
+
 def test_the_schedule_covers_each_row_of_each_expert_once(device):
     """Every row in the tiles of its own expert, whatever the counts; all other tiles are empty."""
-    import triton as compiler
-    import triton.language as tl
-
-    from moe_llm.ops.triton import tiles
-
-    @compiler.jit
-    def schedule(counts_ptr, out_ptr, num_rows, num_experts, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
-        tile = tl.program_id(0)
-        expert, first, end = tiles.rows_of_tile(counts_ptr, tile, num_rows, num_experts, EXPERTS, BLOCK)
-        tl.store(out_ptr + 3 * tile, expert)
-        tl.store(out_ptr + 3 * tile + 1, first)
-        tl.store(out_ptr + 3 * tile + 2, end)
-
     for counts, extra in (([5, 0, 8, 1], 0), ([0, 0, 0, 0], 3), ([0, 9, 0, 0], 0), ([1, 1, 1, 1], 5), ([4, 8, 12], 4)):
         rows, block = sum(counts) + extra, 4
         most = tiles.most_tiles(rows, len(counts), block)
         out = torch.full((most, 3), -1, dtype=torch.int32, device=device)
         power = compiler.next_power_of_2(len(counts) + 1)
-        schedule[most,](torch.tensor(counts, device=device), out, rows, len(counts), power, block)
+        _schedule[most,](torch.tensor(counts, device=device), out, rows, len(counts), power, block)
         owner = torch.repeat_interleave(torch.arange(len(counts) + 1), torch.tensor([*counts, extra])).tolist()
         seen = [None] * rows
         for expert, first, end in out.tolist():

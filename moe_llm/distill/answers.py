@@ -1,0 +1,265 @@
+"""Sequence-level distillation (Kim and Rush 2016): a teacher writes the text that a student is then trained on.
+
+The teacher's likeliest answer to a prompt, found by beam search, stands for its whole distribution over answers; or
+answers are drawn from it. What is written is a source that `train` takes: rows of chat, or of text.
+
+While it is being written, the file has the suffix .partial: first the settings, then a line for each prompt. The same
+command goes on from there; batches are seeded one by one, so that it comes to the same answers.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moe_llm.config import SourceConfig
+from moe_llm.data.chat_template import own_template
+from moe_llm.data.files import user_error_on_disk
+from moe_llm.data.sources import list_files, read_documents, read_records
+from moe_llm.data.tokenizer import load_tokenizer
+from moe_llm.distill.teachers import load_causal_lm
+from moe_llm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_FIELD = "PROMPTS"
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """beams: of the search; temperature: draw answers instead, and then beams is 1. continued: PROMPTS are texts, and
+    what is continued is so many tokens of each; None: they are rows of chat. limit: prompts, at most."""
+
+    max_new_tokens: int = 256
+    beams: int = 5
+    temperature: float | None = None
+    batch_size: int = 8
+    continued: int | None = None
+    limit: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.temperature is not None and self.beams != 1:
+            raise UserError(f"--beams {self.beams} searches and --temperature {self.temperature:g} draws: "
+                            "add --beams 1, or leave --temperature out")
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """ids: what the teacher reads. row: of the file to be written, without the answer, which goes to `answer`."""
+
+    ids: list[int]
+    row: dict[str, Any]
+    answer: str
+
+    def answered(self, text: str) -> dict[str, Any] | None:
+        """The row with its answer; None for an empty one, of which there is nothing to learn."""
+        if not text.strip():
+            return None
+        if self.answer == "messages":
+            return {"messages": [*self.row["messages"], {"role": "assistant", "content": text}]}
+        return {**self.row, self.answer: self.row.get(self.answer, "") + text}
+
+
+@dataclass(frozen=True)
+class Written:
+    """rows: answered prompts; left_out: prompts that are too short or too long, or whose answer is empty."""
+
+    rows: int
+    left_out: int
+
+
+def write_answers(teacher: str | Path, prompts: str | list[str], out: str | Path, options: AnswerOptions) -> Written:
+    """Let a causal language model of transformers answer prompts, and write both as JSON lines.
+
+    Args:
+        prompts: files or globs. Rows have `messages`, of which a last answer is replaced, or `prompt`; with
+            `options.continued` they are text, as in `data.sources`.
+        out: a file that does not exist; it is complete, or not there.
+
+    Raises:
+        UserError: no such teacher or prompts, no chat template, no answer at all, or no space.
+    """
+    directory, out = Path(teacher).expanduser(), Path(out)
+    if out.exists():
+        raise UserError(f"--out {out} exists: name another file, or remove it")
+    if not (directory / "config.json").is_file():
+        raise UserError(f"TEACHER {str(teacher)!r} has no config.json: give a checkpoint directory")
+    tokenizer = load_tokenizer(directory)
+    source = SourceConfig(type="files", path=prompts, content="text" if options.continued else "chat")
+    partial = out.with_name(f"{out.name}.partial")
+    with user_error_on_disk("--out", out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        done = _resume(partial, _settings(directory, source, options))
+        try:
+            _answer_all(directory, tokenizer, _read_prompts(source, tokenizer, options), done, partial, options)
+            return _finish(partial, out)
+        except UserError:
+            if not done:  # a mistake that was there from the first leaves nothing behind
+                partial.unlink(missing_ok=True)
+            raise
+
+
+def _settings(directory: Path, source: SourceConfig, options: AnswerOptions) -> str:
+    """A line that is the same for the same answers."""
+    files = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
+             for file in [*list_files(source, _FIELD), directory / "config.json",
+                          *sorted(directory.glob("*.safetensors"))]]
+    return json.dumps({"options": asdict(options), "files": files}) + "\n"
+
+
+def _resume(partial: Path, settings: str) -> int:
+    """How many prompts have been dealt with; the file then ends behind the last of them."""
+    lines = partial.read_text(encoding="utf-8").splitlines(keepends=True) if partial.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    if not whole or whole[0] != settings:
+        whole = [settings]
+    if whole != lines:
+        partial.write_text("".join(whole), encoding="utf-8")
+    return len(whole) - 1
+
+
+def _answer_all(
+    directory: Path, tokenizer: "PreTrainedTokenizerFast", found: Iterator[_Prompt | None], done: int, partial: Path,
+    options: AnswerOptions,
+) -> None:
+    """Append the answers of all prompts, batch by batch."""
+    model, size = None, options.batch_size
+    done -= done % size  # a batch is answered whole
+    _keep_lines(partial, 1 + done)
+    with partial.open("a", encoding="utf-8") as stream:
+        for start, batch in _batches(found, size):
+            if start < done:
+                continue
+            if model is None:
+                model = load_causal_lm(directory, None, "TEACHER")
+                model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+            texts = iter(_generate(model, tokenizer, [p.ids for p in batch if p is not None], start, options))
+            rows = [None if prompt is None else prompt.answered(next(texts)) for prompt in batch]
+            stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            stream.flush()
+
+
+def _batches(found: Iterator[_Prompt | None], size: int) -> Iterator[tuple[int, list[_Prompt | None]]]:
+    batch: list[_Prompt | None] = []
+    start = 0
+    for prompt in found:
+        batch.append(prompt)
+        if len(batch) == size:
+            yield start, batch
+            start, batch = start + size, []
+    if batch:
+        yield start, batch
+
+
+def _keep_lines(partial: Path, count: int) -> None:
+    lines = partial.read_text(encoding="utf-8").splitlines(keepends=True)
+    if len(lines) > count:
+        partial.write_text("".join(lines[:count]), encoding="utf-8")
+
+
+def _finish(partial: Path, out: Path) -> Written:
+    lines = partial.read_text(encoding="utf-8").splitlines(keepends=True)[1:]
+    rows = [line for line in lines if line != "null\n"]
+    if not rows:
+        raise UserError(f"{_FIELD}: of {len(lines)} prompts none has an answer, all are too short or too long for the "
+                        "teacher, or it says nothing: give others, or a smaller --continue or --max-new-tokens")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    temporary.write_text("".join(rows), encoding="utf-8")
+    temporary.replace(out)
+    partial.unlink()
+    return Written(len(rows), len(lines) - len(rows))
+
+
+@torch.no_grad()
+def _generate(
+    model: Any, tokenizer: "PreTrainedTokenizerFast", prompts: Sequence[list[int]], start: int, options: AnswerOptions
+) -> list[str]:
+    """The answer to each prompt; a prompt that leaves no room for one gives an empty one."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    fits = [longest is None or len(ids) + options.max_new_tokens <= longest for ids in prompts]
+    read = [ids for ids, fit in zip(prompts, fits) if fit]
+    if not read:
+        return [""] * len(prompts)
+    width, pad = max(map(len, read)), tokenizer.eos_token_id
+    ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in read], device=model.device)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in read], device=model.device)
+    digest = hashlib.sha256(f"{options.seed}/{start}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    how = {"do_sample": False, "num_beams": options.beams, "early_stopping": options.beams > 1}
+    if options.temperature is not None:
+        how = {"do_sample": True, "num_beams": 1, "temperature": options.temperature, "top_k": 0, "top_p": 1.0}
+    output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=options.max_new_tokens,
+                            pad_token_id=pad, eos_token_id=tokenizer.eos_token_id, **how)
+    answers = iter(_said(tokenizer, ids, new) for ids, new in zip(read, output[:, width:].tolist()))
+    return [next(answers) if fit else "" for fit in fits]
+
+
+def _said(tokenizer: "PreTrainedTokenizerFast", read: list[int], new: list[int]) -> str:
+    """New tokens as the text that they add: a tokenizer may write a first token otherwise than a later one."""
+    before = tokenizer.decode(read, skip_special_tokens=True)
+    after = tokenizer.decode([*read, *new], skip_special_tokens=True)
+    return after[len(before) :].rstrip("\ufffd")  # of a character that was cut in the middle
+
+
+def _read_prompts(
+    source: SourceConfig, tokenizer: "PreTrainedTokenizerFast", options: AnswerOptions
+) -> Iterator[_Prompt | None]:
+    """Prompts in order; None for a text that is too short to be cut."""
+    found = _of_texts(source, tokenizer, options.continued) if options.continued else _of_chat(source, tokenizer)
+    for number, prompt in enumerate(found):
+        if number == options.limit:
+            return
+        yield prompt
+
+
+def _of_texts(source: SourceConfig, tokenizer: "PreTrainedTokenizerFast", count: int) -> Iterator[_Prompt | None]:
+    from tokenizers import Tokenizer
+
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.encode_special_tokens = True  # "</s>" in a text is the text it is, as where it is trained on
+    for text in read_documents(source, _FIELD):
+        encoding = backend.encode(text, add_special_tokens=False)
+        if len(encoding.ids) < count:
+            yield None
+        else:
+            yield _Prompt([first, *encoding.ids[:count]], {"text": text[: encoding.offsets[count - 1][1]]}, "text")
+
+
+def _of_chat(source: SourceConfig, tokenizer: "PreTrainedTokenizerFast") -> Iterator[_Prompt]:
+    if own_template(tokenizer) is None:
+        raise UserError("TEACHER has no chat template to answer with: add --continue N, for PROMPTS that are texts, or "
+                        "save a template beside its tokenizer")
+    for where, record in read_records(source, _FIELD, ("messages", "prompt")):
+        turns = record.get("messages")
+        if turns is None and isinstance(record.get("prompt"), str):
+            messages, row, answer = _as_turn(record["prompt"]), {"prompt": record["prompt"]}, "completion"
+        elif isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
+            messages = turns[:-1] if turns[-1].get("role") == "assistant" else turns
+            row, answer = {"messages": messages}, "messages"
+        else:
+            raise UserError(f"{_FIELD}: {where} has neither messages nor a prompt: rename its columns, or add "
+                            "--continue N for rows of text")
+        yield _Prompt(_rendered(tokenizer, messages, where), row, answer)
+
+
+def _as_turn(prompt: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}]
+
+
+def _rendered(tokenizer: "PreTrainedTokenizerFast", messages: list[dict[str, str]], where: str) -> list[int]:
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{_FIELD}: {where}: the chat template refuses it ({reason}): repair that row") from error
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
