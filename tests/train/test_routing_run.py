@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 from support import runs
 
 from moe_llm.analysis.inspect import inspect_checkpoint
+from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.cli import main
 from moe_llm.errors import UserError
 from moe_llm.train.evaluate import evaluate_files
@@ -51,3 +53,30 @@ def test_a_guard_over_another_router_is_refused(make_config, tmp_path, train, ca
                          finetune={"router_guard": {"action": "log"}})
     assert main(["train", str(config)]) == 2
     assert "model.router.type=balanced does not" in capsys.readouterr().err
+
+
+def test_a_run_whose_checkpoints_are_another_architectures(train, corpus, capsys):
+    """Without a loss for balance: its bias is saved, resumed, and where another run begins."""
+    model = {**runs.MODEL, "num_shared_experts": 2, "router_aux_loss_coef": 0.0,
+             "router": {"type": "bias_balanced", "update_rate": 0.01}}
+    root = train(model=model)
+    assert "Glm4MoeForCausalLM" in capsys.readouterr().err
+    checkpoint, name = root / "checkpoints/step-00000006", "model.layers.0.mlp.gate.e_score_correction_bias"
+    bias_E = MoEForCausalLM.from_pretrained(checkpoint).get_buffer(name)
+    steps = (bias_E / 0.01).round()
+    assert bias_E.tolist() == pytest.approx((0.01 * steps).tolist(), abs=1e-7)
+    assert 0 < steps.abs().max() <= 6
+    last = runs.records(root)[-1]
+    assert evaluate_files(checkpoint, str(corpus), sequence_length=32)["loss"] == pytest.approx(
+        last["val_loss"], rel=0.05)
+    assert generate(checkpoint, "abc", max_new_tokens=6, temperature=0).startswith("abc")
+
+    longer = train(model=model, train={"max_steps": 8, "micro_batch_size": 2, "global_batch_size": 4})  # resumes
+    found_E = MoEForCausalLM.from_pretrained(longer / "checkpoints/step-00000008").get_buffer(name)
+    assert not torch.equal(found_E, bias_E)
+    assert (found_E - bias_E).abs().max().item() <= 0.02 + 1e-6
+    again = train("next", model={"init_from": str(checkpoint)}, optim={"lr": 0.0},
+                  train={"max_steps": 1, "micro_batch_size": 2, "global_batch_size": 4})
+    begun = MoEForCausalLM.from_pretrained(again / "checkpoints/step-00000001")
+    assert begun.config.router == MoEForCausalLM.from_pretrained(checkpoint).config.router
+    assert (begun.get_buffer(name) - bias_E).abs().max().item() <= 0.01 + 1e-6
