@@ -32,7 +32,7 @@ _MATRICES = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}  # stacked alon
 _DTYPE_WORDS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _OWN_WORDS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "shared_expert": "shared_experts"}
 _FOREIGN = re.compile(
-    r"(\.block_sparse_moe\.(?:experts\.\d+\.(?=\w+_proj\.)|(?=shared_expert\.)))(\w+)(\..*)"
+    r"(\.block_sparse_moe\.(?:experts\.\d+\.(?=(?:gate|up|down)_proj\.)|(?=shared_expert\.)))(\w+)(\..*)"
 )
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # old files hold it; it follows from the configuration
 

@@ -18,6 +18,7 @@ from transformers.models.mixtral.modeling_mixtral import (
     MixtralPreTrainedModel,
     MixtralRMSNorm,
     MixtralRotaryEmbedding,
+    OutputRecorder,
 )
 
 from .configuration_moe_llm import MoELLMConfig
@@ -27,7 +28,7 @@ AS_THEY_ARE = ("switch", "batch_prioritised")
 
 
 class MoELLMRouter(nn.Module):
-    """Each token's experts and their weights, (T, K) both; a weight of zero is no choice."""
+    """Logits (T, E), each token's experts and their weights, (T, K) both; a weight of zero is no choice."""
 
     def __init__(self, config: MoELLMConfig):
         super().__init__()
@@ -42,14 +43,20 @@ class MoELLMRouter(nn.Module):
         if self.kind == "bias_balanced":
             self.register_buffer("e_score_correction_bias", torch.zeros(experts, dtype=torch.float32))
 
-    def forward(self, x_TD: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x_TD: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits_TE = F.linear(x_TD.float(), self.weight.float())
+        if self.kind == "hierarchical":
+            group_TG = F.linear(x_TD.float(), self.group_weight.float())
+            within_TGM = logits_TE.unflatten(-1, (group_TG.shape[-1], -1))
+            product_TE = (group_TG[..., None] + within_TGM.log_softmax(-1)).flatten(1)
+            return product_TE, *self._by_group(within_TGM, group_TG)
+        return logits_TE, *self._choose(logits_TE, position_T)
+
+    def _choose(self, logits_TE: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor]:
         if self.kind == "bias_balanced":
             return self._by_bias(logits_TE)
-        if self.kind == "hierarchical":
-            return self._by_group(logits_TE, F.linear(x_TD.float(), self.group_weight.float()))
         if self.kind == "balanced":
-            expert_TK = position_T[:, None] * self.top_k + torch.arange(self.top_k, device=x_TD.device)
+            expert_TK = position_T[:, None] * self.top_k + torch.arange(self.top_k, device=position_T.device)
             expert_TK = expert_TK % logits_TE.shape[-1]
             return expert_TK, logits_TE.gather(-1, expert_TK).softmax(-1)
         weight_TK, expert_TK = logits_TE.softmax(-1).topk(self.top_k, dim=-1)
@@ -78,10 +85,8 @@ class MoELLMRouter(nn.Module):
             weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
         return expert_TK, weight_TK * settings["routed_scaling_factor"]
 
-    def _by_group(self, logits_TE: Tensor, group_TG: Tensor) -> tuple[Tensor, Tensor]:
-        chosen = self.settings["groups_per_token"]
-        within_TGM = logits_TE.unflatten(-1, (group_TG.shape[-1], -1))
-        size = within_TGM.shape[-1]
+    def _by_group(self, within_TGM: Tensor, group_TG: Tensor) -> tuple[Tensor, Tensor]:
+        chosen, size = self.settings["groups_per_token"], within_TGM.shape[-1]
         gate_TP, group_TP = group_TG.topk(chosen, dim=-1)
         inside_TPM = within_TGM.gather(1, group_TP[..., None].expand(*group_TP.shape, size))
         inner_TPQ, place_TPQ = inside_TPM.topk(self.top_k // chosen, dim=-1)
@@ -116,7 +121,7 @@ class MoELLMSparseBlock(nn.Module):
 
     def forward(self, x_BSD: Tensor, position_BS: Tensor) -> Tensor:
         x_TD = x_BSD.flatten(0, 1)
-        expert_TK, weight_TK = self.gate(x_TD, position_BS.expand(x_BSD.shape[:2]).flatten())
+        _, expert_TK, weight_TK = self.gate(x_TD, position_BS.expand(x_BSD.shape[:2]).flatten())
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
         for e, expert in enumerate(self.experts):
             token_N, choice_N = torch.where((expert_TK == e) & (weight_TK != 0))
@@ -148,7 +153,11 @@ class MoELLMDecoderLayer(GradientCheckpointingLayer):
 class MoELLMPreTrainedModel(MixtralPreTrainedModel):
     config_class = MoELLMConfig
     _no_split_modules = ["MoELLMDecoderLayer"]  # noqa: RUF012 (as transformers has these)
-    _can_record_outputs = {"hidden_states": MoELLMDecoderLayer, "attentions": MixtralAttention}  # noqa: RUF012
+    _can_record_outputs = {  # noqa: RUF012
+        "router_logits": OutputRecorder(MoELLMRouter, index=0),
+        "hidden_states": MoELLMDecoderLayer,
+        "attentions": MixtralAttention,
+    }
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012
 
     @torch.no_grad()
@@ -177,10 +186,6 @@ class MoELLMForCausalLM(MoELLMPreTrainedModel, MixtralForCausalLM):
         self.model = MoELLMModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.router_aux_loss_coef = config.router_aux_loss_coef
+        self.num_experts, self.num_experts_per_tok = config.num_local_experts, config.num_experts_per_tok
         self.post_init()
-
-    def forward(self, *args, output_router_logits: bool | None = None, **kwargs):
-        """As MixtralForCausalLM's, without the routers' logits: their losses belong to training with moe_llm."""
-        if output_router_logits:
-            raise ValueError("output_router_logits is not supported: leave it out")
-        return super().forward(*args, output_router_logits=False, **kwargs)
