@@ -267,8 +267,7 @@ class _Window:
 
     def add(self, losses: StepLosses) -> None:
         self.step_losses.append(losses.total.detach())
-        distill = [] if losses.distill is None else [losses.distill]
-        values = torch.stack([losses.lm, losses.aux, losses.z, *distill])
+        values = torch.stack([losses.lm, losses.aux, losses.z, losses.distill])
         self.losses = values if self.losses is None else self.losses + values
 
     def end_step(self, routing: RoutingStatistics) -> None:
@@ -283,12 +282,12 @@ class _Window:
         """Means over the steps of the window, the same on every rank."""
         assert self.losses is not None
         summed = self.runtime.sum(self.losses.clone()) / self.runtime.world_size / self.steps
-        lm, aux, z, *distill = summed.tolist()
+        lm, aux, z, distill = summed.tolist()
         share = config.distill.alpha if config.distill.teachers else 0.0
-        learned = (1 - share) * lm + share * distill[0] if share else lm
+        learned = (1 - share) * lm + share * distill if share else lm
         total = learned + config.model.router_aux_loss_coef * aux + config.model.router_z_loss_coef * z
         return {
             "loss": total, "lm_loss": lm, "aux_loss": aux, "z_loss": z,
-            **({"distill_loss": distill[0]} if share else {}),
+            **({"distill_loss": distill} if share else {}),
             "tokens_per_second": config.tokens_per_step * self.steps / self.seconds,
         }

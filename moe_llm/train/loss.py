@@ -30,7 +30,7 @@ class StepLosses(NamedTuple):
     lm: Tensor
     aux: Tensor
     z: Tensor
-    distill: Tensor | None = None  # a teacher's divergence, beside which `lm` is no more than measured; 0 without one
+    distill: Tensor  # a teacher's divergence, beside which `lm` is no more than measured; 0 without one
 
 
 class StepLoss:
