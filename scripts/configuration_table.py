@@ -12,6 +12,7 @@ from pydantic_core import PydanticUndefined
 
 from moe_llm.config import Config
 from moe_llm.config.base import fields_by_key
+from moe_llm.config.routers import ROUTER_SETTINGS, RouterSettings
 
 README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- configuration: start -->\n", "<!-- configuration: end -->\n"
@@ -21,8 +22,9 @@ def tables() -> str:
     """A markdown table for each section of the configuration."""
     parts = []
     for name, field in Config.model_fields.items():
-        rows = [f"| `{key}` | {default} | {text} |" for key, default, text in _rows(name, field.annotation)]
+        rows = _lines(_rows(name, field.annotation))
         parts.append("\n".join([f"**{name}**: {_summary(field.annotation)}", "", _HEAD, *rows, ""]))
+        parts += _routers() if name == "model" else []
     return "\n".join(parts)
 
 
@@ -37,10 +39,30 @@ def _rows(path: str, section: type[BaseModel]):
             yield from _rows(key, field.annotation)
             continue
         choices = " \\| ".join(f"`{choice}`" for choice in _choices(field.annotation))
-        text = field.description.replace("|", "\\|")
+        text = (field.description or "").replace("|", "\\|")
         yield key, _default(field), f"{choices}; {text}" if choices else text
         if inner and name in ("sources", "teachers"):
             yield from _rows(f"{key}.N", inner[0])
+
+
+def _routers() -> list[str]:
+    """A table for each type of router: what it has beside the settings of all."""
+    common, parts = set(RouterSettings.model_fields), []
+    for kind, settings in ROUTER_SETTINGS.items():
+        own = {
+            key for key, field in settings.model_fields.items()
+            if key not in common or (field.default != RouterSettings.model_fields[key].default and key != "type")
+        }
+        rows = [row for row in _rows("model.router", settings) if row[0].removeprefix("model.router.") in own]
+        parts.append("\n".join([
+            f"**model.router**, `type: {kind}`: {_summary(settings)}", "",
+            *([_HEAD, *_lines(rows), ""] if rows else []),
+        ]))
+    return parts
+
+
+def _lines(rows) -> list[str]:
+    return [f"| `{key}` | {default} | {text} |" for key, default, text in rows]
 
 
 def _default(field) -> str:

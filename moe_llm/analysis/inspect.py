@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moe_llm.analysis.inspect_counts import RoutingCounts
 from moe_llm.analysis.inspect_measures import agreement, co_selection, repetition, shares, specialisation, top_tokens
+from moe_llm.checkpoint.architectures import is_mixtral
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.config import SourceConfig
 from moe_llm.data.cache import DocumentEncoder
@@ -68,6 +69,11 @@ def inspect_checkpoint(checkpoint: str | Path, data: list[str], settings: Settin
     sources = _sources(data)
     tokenizer = load_tokenizer(checkpoint)
     model = MoEForCausalLM.from_pretrained(checkpoint)
+    if not is_mixtral(model.config):
+        raise UserError(
+            f"checkpoint {str(checkpoint)!r} has model.router.type={model.config.router.type}, and what is told here "
+            "is of routers that take the top k and renormalise: give such a checkpoint"
+        )
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
             f"the tokenizer in {str(checkpoint)!r} has {len(tokenizer)} entries, and vocab_size is "

@@ -100,10 +100,10 @@ class _Walk:
         self.imbalance = imbalance
         self.size = 4 if config.train.precision == "fp32" else 2  # bytes of a weight or activation
         self.tokens = layout.micro_batch * config.data.sequence_length
-        self.rows = self.tokens * self.model.num_experts_per_tok
+        self.rows = self.tokens * self.model.router.active_experts(self.model)
         self.elsewhere = layout.expert_parallel > 1
-        # with a limit of capacity tokens have different numbers of rows, which the fused gather does not take
-        even = self.model.router.capacity_factor is None
+        # where tokens have different numbers of rows, the fused gather does not take them
+        even = self.model.router.even
         self.autograd = bool(self.model.expert_dropout)  # then torch's own operations compute the experts
         self.fused = kernels.fused_experts and not self.elsewhere and even and not self.autograd
         self.received = self.rows * (imbalance if self.elsewhere else 1)

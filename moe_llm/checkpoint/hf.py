@@ -6,7 +6,7 @@ and as every loader knows it, each expert has three matrices of its own:
     ...mlp.experts.gate_up_proj (E, 2F, D)   = ...block_sparse_moe.experts.{e}.w1.weight (F, D), gate
                                                above    ...experts.{e}.w3.weight (F, D), up
     ...mlp.experts.down_proj    (E, D, F)    = ...block_sparse_moe.experts.{e}.w2.weight (D, F)
-    ...mlp.gate.weight          (E, D)       = ...block_sparse_moe.gate.weight
+    ...mlp.gate.weight          (E, D)       = ...block_sparse_moe.gate.weight, and so for whatever else a router has
     all else                                   the same name
 
 Low-rank factors of an expert parameter (`model.adapters`) are stored by expert too, in files of ours alone.
@@ -23,11 +23,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from moe_llm.checkpoint.architectures import MIXTRAL, OWN, architecture_of
 from moe_llm.config import ModelConfig
 from moe_llm.errors import UserError
 
 EXPERT_PARAMETER = re.compile(r"(?P<layer>.*)\.mlp\.experts\.(?P<kind>gate_up_proj|down_proj)(?P<factor>_lora_[AB])?")
-_ROUTER = re.compile(r".*\.mlp\.gate\.weight(_lora_[AB])?")
 _MATRICES = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}  # stacked along the rows, in this order
 _DTYPE_WORDS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # old files hold it; it follows from the configuration
@@ -58,8 +58,8 @@ def is_expert(name: str) -> bool:
 
 
 def is_router(name: str) -> bool:
-    """Whether an in-memory parameter is a layer's router, or a low-rank factor of it."""
-    return _ROUTER.fullmatch(name) is not None
+    """Whether an in-memory parameter or buffer is of a layer's router; so are low-rank factors of it."""
+    return ".mlp.gate." in name
 
 
 def pieces(name: str, shape: tuple[int, ...], first_expert: int | None = None) -> list[Piece]:
@@ -101,7 +101,7 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         "self_attn.k_proj.weight": (kv_width, D),
         "self_attn.v_proj.weight": (kv_width, D),
         "self_attn.o_proj.weight": (D, q_width),
-        "mlp.gate.weight": (E, D),
+        **{f"mlp.gate.{name}": shape for name, shape in model.router.parameter_shapes(model).items()},
         "mlp.experts.gate_up_proj": (E, 2 * F, D),
         "mlp.experts.down_proj": (E, D, F),
         "input_layernorm.weight": (D,),
@@ -114,6 +114,15 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not model.tie_word_embeddings:
         shapes["lm_head.weight"] = (V, D)
     return shapes
+
+
+def buffer_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """What of a whole model is no parameter but is stored with them, in fp32: the routers' buffers."""
+    buffers = model.router.buffer_shapes(model)
+    return {
+        f"model.layers.{i}.mlp.gate.{name}": shape
+        for i in range(model.num_hidden_layers) for name, shape in buffers.items()
+    }
 
 
 # MixtralConfig's defaults: what a config.json means by leaving a key out. Ours differ in places.
@@ -157,12 +166,12 @@ def to_transformers_config(
         dtype: of the stored weights, `fp32`, `bf16` or `fp16`.
     """
     assert model.vocab_size is not None, "vocab_size is resolved from the tokenizer first"
-    assert model.router.type == "mixtral", f"router {model.router.type} is not Mixtral's"
+    architecture = architecture_of(model)
     shared = {name: getattr(model, name) for name in _DEFAULTS}
     shared |= {"num_key_value_heads": model.kv_heads, "head_dim": model.attention_head_dim}
     return {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
+        "architectures": [architecture.architecture],
+        "model_type": architecture.model_type,
         **shared,
         "attention_dropout": 0.0,
         "hidden_act": "silu",
@@ -227,7 +236,9 @@ def from_transformers_config(content: Mapping[str, Any], origin: str = "config.j
 
 def _refuse_other_architectures(content: Mapping[str, Any], origin: str) -> None:
     needed = "this package loads MixtralForCausalLM checkpoints"
-    if content.get("model_type") != "mixtral":
+    if content.get("model_type") == OWN.model_type and content.get("architectures") == [OWN.architecture]:
+        return
+    if content.get("model_type") != MIXTRAL.model_type:
         raise UserError(f"{origin}: model_type={content.get('model_type')!r} is not mixtral: {needed}")
     architectures = content.get("architectures") or ["MixtralForCausalLM"]
     if "MixtralForCausalLM" not in architectures:

@@ -41,6 +41,9 @@ def write_weight(state: TrainedState, entry: Entry, model: Weights, masters: Wei
     Args:
         model: the weights as exported. masters: those of what is trained; may be the same.
     """
+    if entry.buffer:
+        state.write(entry.name, "weight", model.read(entry.name, entry.shape))
+        return
     if not entry.frozen:
         state.write(entry.name, "weight", masters.read(entry.name, entry.shape, entry.first_expert))
         return

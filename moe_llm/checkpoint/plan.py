@@ -120,7 +120,9 @@ def is_trained(entry: Entry, piece: hf.Piece) -> bool:
 
 
 def exported_dtype(entry: Entry, piece: hf.Piece, dtype: torch.dtype) -> torch.dtype:
-    """That of the export, but for what is never changed, which stays to the last byte."""
+    """That of the export, but for what is never changed, which stays to the last byte, and buffers, which are fp32."""
+    if entry.buffer:
+        return torch.float32
     kept = entry.kept.get(piece.name)
     return dtype if kept is None or entry.adapted is not None else kept.dtype
 

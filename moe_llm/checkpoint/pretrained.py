@@ -4,7 +4,7 @@ A directory written here, by transformers or by Mistral AI loads alike; tensors 
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -56,7 +56,8 @@ class MoEForCausalLM(MoEDecoder):
         weights = Weights(TensorFiles(directory, MODEL))
         with torch.device("meta"):
             model = cls(config, token_ids(content))
-        model.to(_as_dtype(dtype) or weights.widest_dtype())
+        buffers = {hf.published_name(name) for name in hf.buffer_shapes(config)}
+        model.to(_as_dtype(dtype) or weights.widest_dtype(without=buffers))
         materialize(model)
         _fill(model, weights, None)
         return model.eval()
@@ -98,14 +99,18 @@ def load_weights(model: nn.Module, directory: str | Path, experts: range | None 
     _fill(model, Weights(TensorFiles(directory, MODEL)), experts)
 
 
-def check_weights(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_weights(
+    weights: Weights, shapes: Mapping[str, tuple[int, ...]], optional: Iterable[str] = ()
+) -> None:
     """Demand a whole model's tensors; beside tied embeddings, a head of their values is no mistake.
+
+    optional: published names of others that may be there.
 
     Raises:
         UserError: missing, unexpected or misshapen tensors, or a head that is none.
     """
     tied = _HEAD not in shapes and weights.has(_HEAD)
-    weights.check(shapes, optional=[_HEAD] if tied else [])
+    weights.check(shapes, optional=[*optional, *([_HEAD] if tied else [])])
     if tied and not torch.equal(*(weights.read(name, shapes[_EMBEDDING]) for name in (_HEAD, _EMBEDDING))):
         raise UserError(
             f"{weights.files.directory} has tie_word_embeddings=true and a {_HEAD} that differs from "
@@ -115,8 +120,8 @@ def check_weights(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> No
 
 @torch.no_grad()
 def _fill(model: nn.Module, weights: Weights, experts: range | None) -> None:
-    parameters = dict(model.named_parameters())
-    shapes = {name: _whole_shape(name, parameters) for name in parameters}
+    parameters = dict(model.named_parameters()) | dict(model.named_buffers())
+    shapes = {name: _whole_shape(name, parameter, model) for name, parameter in parameters.items()}
     check_weights(weights, shapes)
     for name, parameter in parameters.items():
         held = experts if hf.is_expert(name) and experts is not None else range(shapes[name][0])
@@ -125,11 +130,10 @@ def _fill(model: nn.Module, weights: Weights, experts: range | None) -> None:
             parameter[index] = part
 
 
-def _whole_shape(name: str, parameters: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
-    """Shape over all ranks: the layer's router knows how many experts there are."""
-    shape = tuple(parameters[name].shape)
-    match = hf.EXPERT_PARAMETER.fullmatch(name)
-    return shape if match is None else (parameters[f"{match['layer']}.mlp.gate.weight"].shape[0], *shape[1:])
+def _whole_shape(name: str, parameter: torch.Tensor, model: nn.Module) -> tuple[int, ...]:
+    """Shape over all ranks."""
+    shape = tuple(parameter.shape)
+    return (model.config.num_local_experts, *shape[1:]) if hf.is_expert(name) else shape
 
 
 def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -144,10 +148,13 @@ def _write_weights(model: nn.Module, directory: Path, dtype: torch.dtype, max_by
     """Under temporary names first: the directory may hold the very weights that are being replaced."""
     parts = {
         piece.name: (piece, parameter)
-        for name, parameter in model.named_parameters()
+        for name, parameter in [*model.named_parameters(), *model.named_buffers()]
         for piece in hf.pieces(name, tuple(parameter.shape))
     }
-    specs = [Spec(piece.name, piece.shape, dtype) for piece, _ in parts.values()]
+    buffers = {hf.published_name(name) for name, _ in model.named_buffers()}
+    specs = [
+        Spec(piece.name, piece.shape, torch.float32 if piece.name in buffers else dtype) for piece, _ in parts.values()
+    ]
     files = file_set(MODEL, [specs], 0, max_bytes)
     for file, shard in files.mine.items():
         writer = ShardWriter(directory / f".tmp-{file}", shard)

@@ -232,7 +232,7 @@ def _assert_whole(plan: Plan, model: ModelConfig) -> None:
     """No expert and no layer is left out, whoever the writers are."""
     expected = {
         piece.name: piece.shape
-        for name, shape in hf.parameter_shapes(model).items()
+        for name, shape in (hf.parameter_shapes(model) | hf.buffer_shapes(model)).items()
         for piece in hf.pieces(name, shape)
     }
     planned = {spec.name: spec.shape for spec in plan.model.specs}
@@ -335,7 +335,8 @@ def _open(path: Path, state: TrainedState) -> tuple[dict[str, Any], dict[str, We
 def _stored_shapes(path: Path, state: TrainedState) -> dict[str, tuple[int, ...]]:
     """The shape over all ranks of every parameter, which must be those of the model in training."""
     config_file = path / "config.json"
-    shapes = hf.parameter_shapes(hf.from_transformers_config(read_json(config_file), str(config_file)))
+    stored = hf.from_transformers_config(read_json(config_file), str(config_file))
+    shapes = hf.parameter_shapes(stored) | hf.buffer_shapes(stored)
     held = {entry.name: entry for entry in state.entries() if not entry.adapter}
     for name in [*held, *(name for name in shapes if name not in held)]:
         whole, here = shapes.get(name), held[name].shape if name in held else None

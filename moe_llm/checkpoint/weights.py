@@ -89,9 +89,12 @@ class Weights:
         stored = self._stored.get(hf.published_name(name))
         return torch.float32 if stored is None else self.files.dtype(stored)
 
-    def widest_dtype(self) -> torch.dtype:
-        """A dtype that holds every stored tensor exactly: what fine-tuning has left as it was may be in another one."""
-        dtypes = {self.files.dtype(stored) for stored in self._stored.values()}
+    def widest_dtype(self, without: Container[str] = ()) -> torch.dtype:
+        """A dtype that holds every stored tensor exactly: what fine-tuning has left as it was may be in another one.
+
+        without: published names of tensors that have a dtype of their own.
+        """
+        dtypes = {self.files.dtype(stored) for name, stored in self._stored.items() if name not in without}
         return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32
 
     def parts(

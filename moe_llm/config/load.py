@@ -163,6 +163,9 @@ def _sentence(error: dict) -> str:
     name, kind, value = ".".join(location), error["type"], _short(error["input"])
     if kind == "extra_forbidden":
         return f"unknown configuration key {name}: {_nearest(location)}"
+    if kind == "unknown_key":  # of a section whose keys depend on its type
+        key = error["ctx"]["key"]
+        return f"unknown configuration key {name}.{key}: {_nearest([*location, key], error['ctx']['known'])}"
     if kind == "missing" and location[-1].isdecimal():
         return f"{'.'.join(location[:-1])}={value} is too short: give one value more"
     if kind == "missing":
@@ -196,11 +199,11 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _nearest(location: list[str]) -> str:
+def _nearest(location: list[str], siblings: list[str] | None = None) -> str:
     """What the user may have meant by an unknown key: a near name beside it, or a name elsewhere."""
     *parents, wrong = location
-    parent = _section(parents)
-    siblings = list(fields_by_key(parent))
+    if siblings is None:
+        siblings = list(fields_by_key(_section(parents)))
     elsewhere = {
         key: f"{section}.{key}"
         for section, field in Config.model_fields.items()

@@ -1,24 +1,12 @@
 """The model's section of a run: field names are those of transformers' MixtralConfig where it has them."""
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from moe_llm.config.base import Section, invalid
-
-
-class RouterConfig(Section):
-    """How tokens choose experts; the registry is `moe_llm.model.moe.routers`."""
-
-    type: Literal["mixtral"] = Field("mixtral", description="mixtral: softmax, top-k, renormalised")
-    capacity_factor: float | None = Field(
-        None, gt=0,
-        description="an expert takes at most this many times its even share of each sequence, while training; "
-        "null: no limit",
-    )
-    overflow: Literal["drop", "next"] = Field(
-        "drop", description="beyond the capacity: drop, or pass on to the next expert that has room"
-    )
+from moe_llm.config.routers import AnyRouterSettings, MixtralSettings
 
 
 class ModelConfig(Section):
@@ -42,7 +30,7 @@ class ModelConfig(Section):
     )
     num_local_experts: int = Field(8, ge=1, description="experts per layer, over all ranks")
     num_experts_per_tok: int = Field(2, ge=1, description="experts that each token passes through (top-k)")
-    router: RouterConfig = Field(RouterConfig(), description="how tokens choose experts")
+    router: AnyRouterSettings = Field(MixtralSettings(), description="how tokens choose experts")
     router_aux_loss_coef: float = Field(0.02, ge=0, description="weight of the load-balance loss; 0: off")
     router_aux_loss_scope: Literal["global", "sequence", "transformers"] = Field(
         "global",
@@ -93,22 +81,24 @@ class ModelConfig(Section):
             invalid("num_experts_per_tok", self.num_experts_per_tok,
                     f"is above num_local_experts={self.num_local_experts}",
                     f"use at most {self.num_local_experts}")
+        self.router.check(self)
         return self
 
     def parameter_counts(self, active: bool = False) -> dict[str, int]:
         """Parameters per part, by arithmetic alone; their sum is the model's size.
 
-        `active` counts those that one token passes through: `num_experts_per_tok` experts a layer.
+        `active` counts those that one token passes through: at most `num_experts_per_tok` experts a layer.
         Needs `vocab_size`. `embed_tokens` and `lm_head` are one tensor when tied, counted as the former.
         """
         assert self.vocab_size is not None, "vocab_size is resolved from the tokenizer first"
         d, dh, layers = self.hidden_size, self.attention_head_dim, self.num_hidden_layers
         attention = 2 * d * dh * (self.num_attention_heads + self.kv_heads)
-        experts = self.num_experts_per_tok if active else self.num_local_experts
+        experts = self.router.active_experts(self) if active else self.num_local_experts
+        router = sum(math.prod(shape) for shape in self.router.parameter_shapes(self).values())
         return {
             "embed_tokens": self.vocab_size * d,
             "attention": layers * attention,
-            "router": layers * self.num_local_experts * d,
+            "router": layers * router,
             "experts": layers * experts * 3 * d * self.intermediate_size,
             "norms": (2 * layers + 1) * d,
             "lm_head": 0 if self.tie_word_embeddings else self.vocab_size * d,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moe_llm.checkpoint.hf import is_expert
+from moe_llm.checkpoint.hf import buffer_shapes, is_expert
 from moe_llm.config import Config
 from moe_llm.doctor.findings import Finding, exact, within
 from moe_llm.doctor.observe import Observation, Tensors
@@ -112,10 +112,12 @@ def _padding(one: Observation) -> dict[str, list[str]]:
     return steps
 
 
-def losses(ranks: Sequence[Observation], one: Observation, allowed: Tolerances) -> list[Finding]:
-    """Loss by loss, each step."""
+def losses(
+    ranks: Sequence[Observation], one: Observation, allowed: Tolerances, own: Sequence[str] = ()
+) -> list[Finding]:
+    """Loss by loss, each step. own: names of those that the router has beside them."""
     findings = []
-    for name, title in LOSSES.items():
+    for name, title in (LOSSES | {name: f"router's {name}" for name in own}).items():
         compared = [
             (relative(record[name], alone[name]), allowed.loss[step > 0], f"step {step + 1}")
             for rank in ranks
@@ -267,6 +269,8 @@ def frozen(ranks: Sequence[Observation], config: Config) -> Finding:
     trained, some = set(trained_names(config)), config.finetune.experts
     wrong = []
     for name, value in start.items():
+        if name in buffer_shapes(config.model):  # moved with the router, which may be trained
+            continue
         if name not in trained:
             wrong += [] if np.array_equal(value, end[name]) else [name]
         elif some is not None and is_expert(name):

@@ -12,16 +12,18 @@ from typing import Any
 import torch
 
 from moe_llm.config import Config
+from moe_llm.config.routers import ENTROPY_COEFFICIENTS
 from moe_llm.doctor import adapters, compare
 from moe_llm.doctor.causes import diagnose
 from moe_llm.doctor.exported import check_export
 from moe_llm.doctor.findings import FAIL, Finding, exact, note
 from moe_llm.doctor.observe import Observation, expected_samples, made_ready, observe
 from moe_llm.doctor.ranks import LocalRanks, Plant, RankError, no_plant
-from moe_llm.doctor.reference import Reference
+from moe_llm.doctor.reference import Reference, comparable
 from moe_llm.doctor.sample import small_data
 from moe_llm.doctor.shrink import one_process, replace, shrink
 from moe_llm.errors import UserError
+from moe_llm.model.moe.routers import router_losses
 from moe_llm.parallel.runtime import world_size_from_environment
 
 STEPS = 4
@@ -100,7 +102,7 @@ class _Case:
                  findings: list[Finding], say: Callable[[str], None]):
         self.user, self.directory, self.pool, self.plant, self.ranks = user, directory, pool, plant, ranks
         self.findings, self.say = findings, say
-        self.reference, self._capacity = Reference(config.model), config.model.router.capacity_factor
+        self.reference = Reference(config.model) if comparable(config.model) else None
         self.config = self._with_active_clip(config)
         self.allowed = compare.tolerances(self.config)
         self.expected, _ = expected_samples(self.config)
@@ -114,7 +116,7 @@ class _Case:
         if self.config.train.precision != "fp32":
             precise = self._alone(self._in_fp32(), "one_in_fp32", keep_batches=True)
             self.findings.append(compare.against_fp32(one, precise))
-        self._compare_with_transformers(precise if self._capacity is None else self._unbounded())
+        self._compare_with_transformers(precise)
         ranks = self.pool.receive()
         self._compare(ranks, one)
         self.say("exporting, and resuming at other layouts")
@@ -154,13 +156,20 @@ class _Case:
     def _in_fp32(self) -> Config:
         return replace(self.config, train={"precision": "fp32"})
 
-    def _unbounded(self) -> Observation:
-        """One process in fp32 whose experts take all that comes, as transformers' do."""
-        self.findings.append(note(
-            f"model.router.capacity_factor={self._capacity:g} is null beside transformers, which has no such limit"
-        ))
-        router = {**self.config.model.router.model_dump(mode="json"), "capacity_factor": None}
-        return self._alone(replace(self._in_fp32(), model={"router": router}), "one_unbounded", keep_batches=True)
+    def _as_transformers(self, precise: Observation) -> Observation:
+        """One process in fp32 without what transformers has not: limits of capacity and losses of the router's own."""
+        router = self.config.model.router
+        without = {**router.unlimited(), **dict.fromkeys(ENTROPY_COEFFICIENTS, 0.0), "global_entropy_threshold": None}
+        changed = {key: value for key, value in without.items() if getattr(router, key) != value}
+        if not changed:
+            return precise
+        for key, value in changed.items():
+            self.findings.append(note(
+                f"model.router.{key}={getattr(router, key)} is {'null' if value is None else value} beside "
+                "transformers, which has no such thing"
+            ))
+        plain = {**router.model_dump(mode="json"), **without}
+        return self._alone(replace(self._in_fp32(), model={"router": plain}), "one_plain", keep_batches=True)
 
     def _elsewhere(self) -> Config:
         """The ranks in another layout than the configured one."""
@@ -172,7 +181,14 @@ class _Case:
             parallel={"expert_parallel_size": size, "zero_stage": 1 if now.zero_stage == 3 else 3},
         )
 
-    def _compare_with_transformers(self, one: Observation) -> None:
+    def _compare_with_transformers(self, precise: Observation) -> None:
+        if self.reference is None:
+            self.findings.append(note(
+                f"transformers trains no model with model.router.type={self.config.model.router.type}: ranks are "
+                "compared with one process alone"
+            ))
+            return
+        one = self._as_transformers(precise)
         before = [one.start["weight"], *one.weights[:-1]]
         whole = [compare.whole([weights]) for weights in before]
         expected = [
@@ -191,9 +207,9 @@ class _Case:
             compare.samples(ranks, self.expected, "samples", "each block is read once, by one rank"),
             compare.tokens(ranks, one),
             compare.start_weights(ranks, one),
-            *compare.losses(ranks, one, allowed),
+            *compare.losses(ranks, one, allowed, [loss.name for loss in router_losses(self.config.model)]),
             compare.routing(ranks, one, allowed),
-            *([] if self._capacity is None else [compare.dropped(ranks, one, allowed)]),
+            *([compare.dropped(ranks, one, allowed)] if self.config.model.router.limited else []),
             compare.gradients(
                 compare.whole([rank.gradients[0] for rank in ranks]), compare.whole([one.gradients[0]]),
                 allowed, "gradients", "gradients of step 1",

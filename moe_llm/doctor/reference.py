@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from moe_llm.checkpoint.architectures import MIXTRAL, architecture_of
 from moe_llm.checkpoint.hf import to_transformers_config
 from moe_llm.config import ModelConfig
 from moe_llm.data.packing import Batch
@@ -26,6 +27,12 @@ class Expected:
     aux: float
     z: float
     gradients: dict[str, np.ndarray]
+
+
+def comparable(config: ModelConfig) -> bool:
+    """Whether transformers trains such a model, capacity and entropies set aside: routers that choose as Mixtral's does
+    while nothing is random, and have no parameters of their own."""
+    return architecture_of(config) == MIXTRAL
 
 
 class Reference:

@@ -128,6 +128,7 @@ def _model(config: Config, ranks: int, notes: list[str]) -> dict[str, Any]:
         "head_dim": head,
         "num_local_experts": _experts(config, ranks),
         "sliding_window": _window(config),
+        "router": {**model.router.model_dump(mode="json"), **model.router.quiet()},
         "router_jitter_noise": 0.0,
         "expert_dropout": 0.0,
         "initializer_range": max(model.initializer_range, min(_INIT_LIMIT, model.initializer_range * scale)),
@@ -137,6 +138,11 @@ def _model(config: Config, ranks: int, notes: list[str]) -> dict[str, Any]:
             f"model.router_jitter_noise={model.router_jitter_noise:g} is off where layouts are compared, since each "
             "rank draws its own; rows of their own check it"
         )
+    for key, value in model.router.quiet().items():
+        if getattr(model.router, key) != value:
+            notes.append(
+                f"model.router.{key}={getattr(model.router, key)} is {value} here, since each rank draws its own"
+            )
     if model.expert_dropout:
         notes.append(
             f"model.expert_dropout={model.expert_dropout:g} is off here, since each rank draws its own: the experts "

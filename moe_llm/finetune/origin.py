@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moe_llm.checkpoint import hf
 from moe_llm.config import Config, ModelConfig
 from moe_llm.config.base import fields_by_key
+from moe_llm.config.routers import DEFAULT_TYPE
 from moe_llm.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def complete(raw: dict[str, Any]) -> None:
     said = {key: value for key, value in model.items() if value is not None or key == "sliding_window"}
     _check_agrees({key: said[key] for key in _DECISIVE if key in said}, there, directory)
     found = there.model_dump(mode="json")
-    if isinstance(said.get("router"), dict):
+    if isinstance(said.get("router"), dict) and said["router"].get("type", DEFAULT_TYPE) == found["router"]["type"]:
         said["router"] = {**found["router"], **said["router"]}
     raw["model"] = {**found, **said}
     tokenizer = raw.get("tokenizer") or {}
@@ -80,7 +81,8 @@ def load_origin(state: "TrainedState", model: ModelConfig) -> None:
 
     weights, adapted = together(state, lambda: _open(model)), False
     for entry in state.entries():
-        if not entry.adapter:
+        absent = entry.buffer and not weights.has(entry.name)  # another router's checkpoint has none of this one's
+        if not entry.adapter and not absent:
             write_weight(state, entry, weights, weights)
         if entry.adapted is not None:
             state.write(entry.adapted.b, "weight", torch.zeros_like(state.read(entry.adapted.b, "weight")))
@@ -96,7 +98,7 @@ def _open(model: ModelConfig) -> "Weights":
     from moe_llm.checkpoint.weights import Weights
 
     weights = Weights(TensorFiles(Path(model.init_from).expanduser(), MODEL))
-    check_weights(weights, hf.parameter_shapes(model))
+    check_weights(weights, hf.parameter_shapes(model), optional=map(hf.published_name, hf.buffer_shapes(model)))
     return weights
 
 

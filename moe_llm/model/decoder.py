@@ -14,6 +14,8 @@ from moe_llm.config import ModelConfig
 from moe_llm.model.attention import Attention
 from moe_llm.model.moe.balance import balance_loss, z_loss
 from moe_llm.model.moe.layer import MoELayer
+from moe_llm.model.moe.losses import router_loss_values
+from moe_llm.model.moe.routers import router_losses
 from moe_llm.model.moe.routing import RoutingStatistics
 from moe_llm.model.norm import RMSNorm
 from moe_llm.model.recomputation import keep_routing
@@ -125,6 +127,7 @@ class MoEDecoder(nn.Module):
         super().__init__()
         assert config.vocab_size is not None, "vocab_size is resolved from the tokenizer first"
         self.config = config
+        self.router_losses = router_losses(config)
         self.model = Decoder(config)
         self.lm_head = LanguageModelHead(config)
         self.tie_weights()
@@ -184,4 +187,7 @@ class MoEDecoder(nn.Module):
                 objective_sum, loss_sum, soft_sum, num_targets = self.lm_head(x_BSD, targets, teacher)
             loss = (loss_sum if objective_sum is None else objective_sum) / num_targets
             loss = loss + self.config.router_aux_loss_coef * aux + self.config.router_z_loss_coef * z
+            if self.router_losses:
+                values = router_loss_values(self.router_losses, routing)
+                loss = loss + sum(own.coefficient * value for own, value in zip(self.router_losses, values))
         return MoEOutput(loss, logits, loss_sum, num_targets, aux, z, routing, objective_sum, soft_sum)

@@ -8,12 +8,13 @@ from torch import nn
 
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.moe.experts import Experts
+from moe_llm.model.moe.router import Router
 
 
 @torch.no_grad()
 def init_weights(model: MoEDecoder, seed: int) -> None:
     """Normal weights of deviation `initializer_range`; those that write into the residual stream are divided by
-    sqrt(2 * layers) (Radford et al. 2019); norms are one.
+    sqrt(2 * layers) (Radford et al. 2019); norms are one; routers have some that are zero, as are their buffers.
 
     Every tensor, and every expert, draws from a generator of its own, seeded by (seed, name, expert): a rank that
     holds some of the experts gets what one process that holds them all would get.
@@ -23,8 +24,15 @@ def init_weights(model: MoEDecoder, seed: int) -> None:
     first_expert = {
         name: module.first_expert for name, module in model.named_modules() if isinstance(module, Experts)
     }
+    zero = {
+        f"{name}.{leaf}" for name, module in model.named_modules() if isinstance(module, Router)
+        for leaf in module.zero_parameters
+    }
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
+        if name in zero:
+            parameter.zero_()
+            continue
         if parameter.dim() == 1:
             parameter.fill_(1.0)
             continue
@@ -60,6 +68,8 @@ def build_blank(config, dtype: torch.dtype, *, prepare=lambda model: None) -> Mo
 
 
 def materialize(model: nn.Module) -> None:
-    """Give a model on the meta device uninitialised storage on the CPU, ties kept."""
+    """Give a model on the meta device uninitialised storage on the CPU, ties kept; buffers begin at zero."""
     model.to_empty(device="cpu")
+    for buffer in model.buffers():
+        buffer.zero_()
     model.tie_weights()

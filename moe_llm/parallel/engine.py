@@ -97,7 +97,11 @@ class _NamedState(Averaging):
         self.rank, self.world_size = runtime.rank, runtime.world_size
         self._runtime = runtime
         self.base_files: dict[str, dict[str, Any]] = {}
-        self._parameters = {own_name(name): p for name, p in model.named_parameters()}
+        self._parameters, buffers = (
+            {own_name(name): tensor for name, tensor in named}
+            for named in (model.named_parameters(), model.named_buffers())
+        )
+        self._parameters |= buffers
         first = first_experts(model)
         self._entries = [
             Entry(
@@ -105,6 +109,7 @@ class _NamedState(Averaging):
                 shape=tuple(getattr(p, "ds_shape", p.shape)),
                 first_expert=first.get(name),
                 trainable=p.requires_grad,
+                buffer=name in buffers,
                 trained_experts=_trained_experts(config) if name in first and p.requires_grad else None,
                 adapter=is_factor(name),
                 adapted=_adapted(name, self._parameters, config),

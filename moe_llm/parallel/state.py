@@ -42,6 +42,7 @@ class Entry:
     writer: whether this rank is the one that writes it; exactly one of those that hold it is.
     trained_experts: of a trainable expert parameter, the only experts of the layer (over all ranks) that are trained;
         None: all of them.
+    buffer: no parameter, but changed from step to step: stored in fp32, exactly.
     adapter: a low-rank factor beside the model's own parameters, which no other program knows.
     adapted: of a weight that is not trained but has such factors, which they are.
     kept: by published name, what is never changed and comes from a checkpoint; filled when that is loaded.
@@ -53,6 +54,7 @@ class Entry:
     trainable: bool
     writer: bool
     trained_experts: tuple[int, ...] | None = None
+    buffer: bool = False
     adapter: bool = False
     adapted: Adapted | None = None
     kept: dict[str, Kept] = field(default_factory=dict, compare=False)
@@ -60,7 +62,7 @@ class Entry:
     @property
     def frozen(self) -> bool:
         """Whether anything of it is never changed."""
-        return not self.trainable or self.trained_experts is not None
+        return not self.buffer and (not self.trainable or self.trained_experts is not None)
 
     def trains(self, expert: int) -> bool:
         """Whether an expert, by its index over all ranks, is trained."""

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from moe_llm.checkpoint.architectures import is_mixtral
 from moe_llm.config import Config
 from moe_llm.data.files import replace_file
 from moe_llm.data.loader import ValidationBlocks
@@ -41,6 +42,11 @@ def check_guard(config: Config) -> None:
     if action != "off" and config.model.init_from is None:
         raise UserError(
             f"finetune.router_guard.action={action} has no base to compare the routers with: set model.init_from"
+        )
+    if action != "off" and not is_mixtral(config.model):
+        raise UserError(
+            f"finetune.router_guard.action={action} compares routers that take the top k, which "
+            f"model.router.type={config.model.router.type} does not: use another type, or turn the guard off"
         )
     if action == "stop" and config.evaluate.every_steps is None:
         raise UserError(

@@ -1,10 +1,13 @@
-"""Continue a text. Checkpoints are transformers checkpoints, so transformers does it."""
+"""Continue a text. Most checkpoints are transformers' own, so transformers does it."""
 
 from pathlib import Path
 
 import torch
 
+from moe_llm.checkpoint.architectures import OWN
 from moe_llm.checkpoint.folder import complete_checkpoints
+from moe_llm.checkpoint.pretrained import MoEForCausalLM
+from moe_llm.checkpoint.safetensors_io import read_json
 from moe_llm.data.tokenizer import load_tokenizer
 from moe_llm.ensemble.causal_lm import load_causal_lm, sampling
 from moe_llm.errors import UserError
@@ -31,6 +34,14 @@ def generate(
     check_checkpoint_directory(checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(checkpoint)
+    if read_json(Path(checkpoint) / "config.json").get("model_type") == OWN.model_type:
+        torch.manual_seed(seed)
+        ids_BS = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
+        ids_BS = _continue(
+            MoEForCausalLM.from_pretrained(checkpoint).to(device), ids_BS, max_new_tokens, temperature, top_p,
+            tokenizer.eos_token_id,
+        )
+        return tokenizer.decode(ids_BS[0], skip_special_tokens=True)
     model = load_causal_lm(checkpoint).to(device)
     torch.manual_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt").to(device)
@@ -38,3 +49,23 @@ def generate(
         **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling(temperature, top_p)
     )
     return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def _continue(
+    model: MoEForCausalLM, ids_BS: torch.Tensor, max_new_tokens: int, temperature: float, top_p: float,
+    end: int | None,
+) -> torch.Tensor:
+    """The ids and their continuation, each token from the whole text before it, as far as the model is meant for."""
+    for _ in range(max_new_tokens):
+        logits_BV = model(ids_BS[:, -model.config.max_position_embeddings :]).logits[:, -1].float()
+        if temperature == 0:
+            next_B1 = logits_BV.argmax(-1, keepdim=True)
+        else:
+            probability_BV, token_BV = (logits_BV / temperature).softmax(-1).sort(descending=True)
+            kept_BV = probability_BV.cumsum(-1) - probability_BV < top_p  # the likeliest that reach top_p together
+            next_B1 = token_BV.gather(-1, torch.multinomial(probability_BV * kept_BV, 1))
+        ids_BS = torch.cat([ids_BS, next_B1], 1)
+        if next_B1.item() == end:
+            break
+    return ids_BS

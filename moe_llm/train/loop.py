@@ -13,6 +13,7 @@ from moe_llm.config import Config
 from moe_llm.data.loader import TrainLoader
 from moe_llm.data.packing import Batch
 from moe_llm.errors import TrainingFailure
+from moe_llm.model.moe.routers import begin_step, end_step, router_losses
 from moe_llm.model.moe.routing import RoutingStatistics
 from moe_llm.parallel.dispatch import traffic
 from moe_llm.parallel.engine import Engine
@@ -91,6 +92,7 @@ def train_loop(
         callbacks.alive(f"{name}, data")
         batches = [batch.to(runtime.device) for batch in next(loader)]
         seed_noise(config.run.seed, position.step, runtime.rank)
+        begin_step(engine.model, position.step)
         callbacks.add_gradients()
         step_loss = StepLoss(config.model, runtime, batches)
         for i, batch in enumerate(batches):
@@ -106,6 +108,7 @@ def train_loop(
             if _to_be_recorded(config, position.step + 1):
                 expert_norms = expert_gradient_norms(engine, runtime)
             norm = engine.step(rate)
+            end_step(engine.model, step_loss.routing)
             if config.checkpoint.ema.due(position.step + 1):
                 engine.update_average()
         else:
@@ -267,7 +270,7 @@ class _Window:
 
     def add(self, losses: StepLosses) -> None:
         self.step_losses.append(losses.total.detach())
-        values = torch.stack([losses.lm, losses.aux, losses.z, losses.distill])
+        values = torch.cat([torch.stack([losses.lm, losses.aux, losses.z, losses.distill]), losses.own])
         self.losses = values if self.losses is None else self.losses + values
 
     def end_step(self, routing: RoutingStatistics) -> None:
@@ -282,12 +285,15 @@ class _Window:
         """Means over the steps of the window, the same on every rank."""
         assert self.losses is not None
         summed = self.runtime.sum(self.losses.clone()) / self.runtime.world_size / self.steps
-        lm, aux, z, distill = summed.tolist()
+        lm, aux, z, distill, *values = summed.tolist()
+        own = dict(zip(router_losses(config.model), values, strict=True))
         share = config.distill.alpha if config.distill.teachers else 0.0
         learned = (1 - share) * lm + share * distill if share else lm
         total = learned + config.model.router_aux_loss_coef * aux + config.model.router_z_loss_coef * z
+        total += sum(loss.coefficient * value for loss, value in own.items())
         return {
             "loss": total, "lm_loss": lm, "aux_loss": aux, "z_loss": z,
+            **{loss.name: value for loss, value in own.items()},
             **({"distill_loss": distill} if share else {}),
             "tokens_per_second": config.tokens_per_step * self.steps / self.seconds,
         }

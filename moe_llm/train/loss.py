@@ -1,11 +1,11 @@
 """One optimizer step's loss, cut into what each rank contributes for each of its micro-batches.
 
-The whole is the cross-entropy averaged over all targets of the step, and the balance and z-loss over all of its real
+The whole is the cross-entropy averaged over all targets of the step, and the routers' losses over all of its real
 tokens: ranks and micro-batches are cuts that change nothing. With a teacher, its objective takes the cross-entropy's
-place, averaged over the same targets. One exception: the fractions in the global balance loss
-are those of the micro-batches up to the present one, because the later ones are not known yet (Qiu et al. 2025); with
-one micro-batch a step it is exact. Engines average gradients over the ranks, so each share is multiplied by their
-number.
+place, averaged over the same targets. One exception: the fractions in the global balance loss, and the sums in a
+router's own losses, are those of the micro-batches up to the present one, because the later ones are not known yet (Qiu
+et al. 2025); with one micro-batch a step they are exact. Engines average gradients over the ranks, so each share is
+multiplied by their number.
 """
 
 from collections.abc import Sequence
@@ -18,19 +18,22 @@ from moe_llm.config import ModelConfig
 from moe_llm.data.packing import IGNORED, Batch
 from moe_llm.model.decoder import MoEOutput
 from moe_llm.model.moe.balance import balance_loss, z_loss
+from moe_llm.model.moe.losses import router_loss_values
+from moe_llm.model.moe.routers import router_losses
 from moe_llm.model.moe.routing import RoutingStatistics
 from moe_llm.parallel.runtime import Runtime
 
 
 class StepLosses(NamedTuple):
     """A micro-batch's shares, fp32 scalars, `total` with gradient: summed over ranks and micro-batches and divided by
-    the number of ranks they are the step's losses."""
+    the number of ranks they are the step's losses. own: those of `router_losses`, in their order."""
 
     total: Tensor
     lm: Tensor
     aux: Tensor
     z: Tensor
     distill: Tensor  # a teacher's divergence, beside which `lm` is no more than measured; 0 without one
+    own: Tensor
 
 
 class StepLoss:
@@ -41,6 +44,8 @@ class StepLoss:
 
     def __init__(self, model: ModelConfig, runtime: Runtime, batches: Sequence[Batch]):
         self.model, self.runtime, self.rounds = model, runtime, len(batches)
+        self.own_losses = router_losses(model)
+        self._own_before: Tensor | None = None
         self.routing: RoutingStatistics | None = None
         counts = torch.stack([_counts(batch) for batch in batches]).sum(0)
         self.targets, self.tokens, self.sequences = runtime.sum(counts)
@@ -58,7 +63,14 @@ class StepLoss:
         objective = lm if output.objective_sum is None else ranks * output.objective_sum / self.targets
         whole = objective + model.router_aux_loss_coef * aux + model.router_z_loss_coef * z
         distill = torch.zeros_like(z) if output.soft_sum is None else ranks * output.soft_sum / self.targets
-        return StepLosses(whole, lm.detach(), aux.detach(), z.detach(), distill.detach())
+        values = router_loss_values(self.own_losses, own, total=total, seen=self.routing)
+        # Gradients of the parts add up. Values are of all that has been seen: what this micro-batch has added to them.
+        added = values.detach() - (0 if self._own_before is None else self._own_before)
+        self._own_before = values.detach()
+        if self.own_losses:
+            coefficients = values.new_tensor([loss.coefficient for loss in self.own_losses])
+            whole = whole + coefficients @ (ranks * (values - values.detach()) + added)
+        return StepLosses(whole, lm.detach(), aux.detach(), z.detach(), distill.detach(), added)
 
 
 def _counts(batch: Batch) -> Tensor:

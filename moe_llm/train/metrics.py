@@ -20,7 +20,8 @@ def routing_metrics(statistics: RoutingStatistics) -> dict[str, list]:
 
     tokens_per_expert: counts; load_cv: their standard deviation over their mean, 0 when balanced;
     router_entropy: mean over tokens, nats, ln E when undecided; dead_experts: indices that got no token;
-    dropped_share: choices that no expert had room for, 0 without a limit of capacity.
+    dropped_share: choices that no expert had room for, 0 without a limit of capacity; experts_per_token: choices of
+    a token, on average.
     """
     counts_LE = statistics.tokens_per_expert_E.double()
     mean_L = counts_LE.mean(-1)
@@ -29,6 +30,7 @@ def routing_metrics(statistics: RoutingStatistics) -> dict[str, list]:
         "load_cv": (counts_LE.std(-1, correction=0) / mean_L.clamp(min=1e-12)).tolist(),
         "router_entropy": (statistics.entropy_sum / statistics.num_tokens).tolist(),
         "dropped_share": (statistics.dropped / counts_LE.sum(-1).clamp(min=1)).tolist(),
+        "experts_per_token": (counts_LE.sum(-1) / statistics.num_tokens).tolist(),
         "dead_experts": [[e for e, c in enumerate(layer) if c == 0] for layer in counts_LE.tolist()],
     }
 

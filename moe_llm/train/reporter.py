@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from moe_llm.checkpoint.architectures import export_note
 from moe_llm.config import Config
 from moe_llm.data.loader import Data
 from moe_llm.finetune.selection import describe
@@ -97,6 +98,14 @@ def announce(
             )
     if not config.finetune.whole:
         reporter.say(describe(config))
+    noted = export_note(config.model)
+    if noted is not None:
+        reporter.say(noted)
+    if not config.model.router.causal:
+        reporter.say(
+            f"model.router.type={config.model.router.type} is not causal in training: where room is short, who gets it "
+            "depends on later tokens; evaluation and generation turn no token away"
+        )
     if config.distill.teachers:
         teachers, distill = ", ".join(teacher.path for teacher in config.distill.teachers), config.distill
         reporter.say(f"learns from {teachers} by {distill.divergence}, {distill.alpha:g} of the loss, at temperature "

@@ -9,7 +9,7 @@ import numpy as np
 from moe_llm.config import Config
 from moe_llm.errors import UserError
 
-_PER_LAYER = ("load_cv", "router_entropy", "dropped_share")
+_PER_LAYER = ("load_cv", "router_entropy", "dropped_share", "experts_per_token")
 _CELL = 12  # pixels a side
 # no tokens, an even share, twice that and more
 _COLOURS = np.array([(47, 102, 144), (241, 238, 233), (196, 87, 42)], dtype=float)

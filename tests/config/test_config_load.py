@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from moe_llm.config import Config, dump_config, load_config
 from moe_llm.config.base import fields_by_key
 from moe_llm.config.load import parse_yaml, validate
+from moe_llm.config.routers import MixtralSettings, RouterSettings
 from moe_llm.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -126,7 +127,8 @@ def sections(model: type[BaseModel] = Config, path: tuple[str, ...] = ()):
         nested = [field.annotation, *getattr(field.annotation, "__args__", ())]
         for inner in nested:
             if isinstance(inner, type) and issubclass(inner, BaseModel):
-                index = () if inner is field.annotation else ("0",)
+                inner = MixtralSettings if inner is RouterSettings else inner  # what it is where no type is given
+                index = ("0",) if inner in nested[1:] else ()
                 yield from sections(inner, (*path, name, *index))
 
 

@@ -95,14 +95,14 @@ def balance_loss_per_rank(rank):
 
 
 def padding_counted(rank):
-    from moe_llm.model.moe.routers import mixtral
+    from moe_llm.model.moe import router
 
-    real = mixtral.router_statistics
+    real = router.router_statistics
 
     def everything(logits_TE, probability_TE, expert_TK, real_BS, **options):
         return real(logits_TE, probability_TE, expert_TK, torch.ones_like(real_BS), **options)
 
-    return mock.patch.object(mixtral, "router_statistics", everything)
+    return mock.patch.object(router, "router_statistics", everything)
 
 
 def clip_norm_per_rank(rank):
@@ -191,15 +191,15 @@ def noise_without_effect(rank):
 
 def capacity_beyond_a_sequence(rank):
     """Whoever comes first in the micro-batch is served, so that the layout decides."""
-    from moe_llm.model.moe.routers import mixtral
+    from moe_llm.model.moe import token_choice
 
-    real = mixtral.assign
+    real = token_choice.assign
 
-    def assign(preference_BSR, real_BS, top_k, num_experts, capacity):
+    def assign(preference_BSR, real_BS, top_k, num_experts, capacity, wanted_BSR=None):
         together, all_real = preference_BSR.flatten(0, 1)[None], real_BS.flatten()[None]
         return real(together, all_real, top_k, num_experts, capacity).view_as(preference_BSR)
 
-    return mock.patch.object(mixtral, "assign", assign)
+    return mock.patch.object(token_choice, "assign", assign)
 
 
 def one_process_raises(rank):

@@ -68,6 +68,13 @@ VARIANTS = {
     "capacity, saving in the background": [
         "model.router.capacity_factor=1.0", "checkpoint.async=true", "parallel.expert_parallel_size=2",
     ],
+    "two experts at random, entropies, warm-up": [
+        "model.router={type: gshard, entropy_bonus_coef: 0.01, global_entropy_coef: 0.01, warmup_steps: 9}",
+        "parallel.expert_parallel_size=2",
+    ],
+    "losses and noise of the router's own": [
+        "model.router.type=noisy_top_k", "parallel.expert_parallel_size=2", "parallel.zero_stage=3",
+    ],
     "low-rank adapters, ZeRO-3": [
         "finetune.lora={rank: 8, alpha: 4, dropout: 0.1, targets: [attention, experts, router]}",
         "parallel.zero_stage=3", "parallel.expert_parallel_size=2", "optim.lr=0.02",

@@ -7,6 +7,7 @@ from support.ranks import fresh_accelerate
 
 from moe_llm.config.load import validate
 from moe_llm.data.packing import Batch
+from moe_llm.model.moe.routers import begin_step, end_step
 from moe_llm.parallel.runtime import start
 from moe_llm.train.loop import model_inputs, seed_noise
 from moe_llm.train.loss import StepLoss
@@ -73,6 +74,7 @@ def train_steps(cfg, steps: int, *, source: str | None = None, first: int = 0, s
     micro, rounds = cfg.train.micro_batch_size, cfg.accumulation_steps(runtime.world_size)
     for step in range(first, first + steps):
         seed_noise(cfg.run.seed, step, runtime.rank)
+        begin_step(engine.model, step)
         batches = [
             rows(step, (j * runtime.world_size + runtime.rank) * micro, micro) for j in range(rounds)
         ]
@@ -86,6 +88,7 @@ def train_steps(cfg, steps: int, *, source: str | None = None, first: int = 0, s
             result["gradients"] = _named(engine, engine.gradient, trained=True)
             result["expert_norms"] = expert_gradient_norms(engine, runtime)
         result["norms"].append(engine.step(learning_rate(cfg, step)))
+        end_step(engine.model, step_loss.routing)
         loss, aux = (runtime.sum(shares) / runtime.world_size).tolist()
         result["losses"].append(loss)
         result["aux"].append(aux)

@@ -79,6 +79,7 @@ def test_routing_metrics_by_hand():
     assert found["router_entropy"] == [0.5, 1.0]
     assert found["dead_experts"] == [[2, 3], []]
     assert found["dropped_share"] == [0.25, 0.0]
+    assert found["experts_per_token"] == [2.0, 2.0]
     json.dumps(found)
 
 

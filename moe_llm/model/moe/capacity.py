@@ -16,8 +16,11 @@ def capacity_of(factor: float, sequence_length: int, top_k: int, num_experts: in
     return math.ceil(factor * top_k * sequence_length / num_experts)
 
 
-def assign(preference_BSR: Tensor, real_BS: Tensor, top_k: int, num_experts: int, capacity: int) -> Tensor:
-    """Which choices are granted, bool (B, S, R).
+def assign(
+    preference_BSR: Tensor, real_BS: Tensor, top_k: int, num_experts: int, capacity: int,
+    wanted_BSR: Tensor | None = None,
+) -> Tensor:
+    """Which choices are granted, bool (B, S, R); of those in `wanted_BSR`, where it is given.
 
     All first choices come before all second ones, and within a choice earlier positions before later ones. A token
     proposes one expert after the other until it has `top_k` or no choice left, so R = top_k drops what overflows, and
@@ -29,6 +32,8 @@ def assign(preference_BSR: Tensor, real_BS: Tensor, top_k: int, num_experts: int
     for choice in range(preference_BSR.shape[-1]):
         expert_BS = preference_BSR[..., choice]
         asks_BS = real_BS & (held_BS < top_k)
+        if wanted_BSR is not None:
+            asks_BS = asks_BS & wanted_BSR[..., choice]
         asked_BSE = F.one_hot(expert_BS, num_experts) * asks_BS[..., None]
         before_BSE = used_BE[:, None] + asked_BSE.cumsum(1) - asked_BSE
         fits_BS = asks_BS & (before_BSE.gather(-1, expert_BS[..., None])[..., 0] < capacity)

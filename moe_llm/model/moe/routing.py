@@ -13,7 +13,7 @@ class RoutingStatistics(NamedTuple):
     """Sums over the real (not padding) tokens, so that they add up over ranks and micro-batches; fp32.
 
     One layer's have the shapes below; `stack` gives them a leading L. tokens_per_expert_E counts choices before any
-    limit of capacity; dropped those that no expert had room for.
+    limit of capacity; dropped those that no expert had room for. entropy_sum has a gradient where a loss asks for it.
     """
 
     tokens_per_expert_E: Tensor
@@ -24,6 +24,7 @@ class RoutingStatistics(NamedTuple):
     dropped: Tensor
     num_tokens: Tensor
     num_sequences: Tensor  # that have a real token
+    own_X: Tensor  # whatever else the router's own losses and updates need, with gradient; X is 0 for most
 
     @staticmethod
     def stack(layers: "list[RoutingStatistics]") -> "RoutingStatistics":
@@ -31,6 +32,10 @@ class RoutingStatistics(NamedTuple):
 
     def plus(self, other: "RoutingStatistics | None") -> "RoutingStatistics":
         return self if other is None else RoutingStatistics(*(a + b for a, b in zip(self, other)))
+
+    def layers(self) -> "list[RoutingStatistics]":
+        """What `stack` was given."""
+        return [RoutingStatistics(*parts) for parts in zip(*self)]
 
 
 class Routing(NamedTuple):
@@ -56,22 +61,33 @@ def router_statistics(
     *,
     per_sequence: bool,
     dropped: Tensor | None = None,
+    taken_TK: Tensor | None = None,
+    entropy_T: Tensor | None = None,
+    entropy_gradient: bool = False,
+    own_X: Tensor | None = None,
 ) -> RoutingStatistics:
     """Sums over the tokens for which `real_BS` (bool) holds.
 
     per_sequence: also form the balance loss of each sequence by itself (DeepSeek-AI 2024, equations 17 to 20, in the
     normalisation of `balance.balance_loss`).
+    entropy_T: of the distributions, nats, where these are not the softmax of the logits.
+    taken_TK: which of the choices count; all, where it is None.
     """
     (sequences, length), experts = real_BS.shape, logits_TE.shape[-1]
     weight_T = real_BS.flatten().to(logits_TE.dtype)
     log_z_T = logits_TE.logsumexp(-1)
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        if entropy_T is None:
+            entropy_T = log_z_T - (probability_TE * logits_TE).sum(-1)
     with torch.no_grad():
-        entropy_T = log_z_T - (probability_TE * logits_TE).sum(-1)
         rows = sequences if per_sequence else 1
         row_T = torch.arange(sequences, device=real_BS.device).repeat_interleave(length) if per_sequence else 0
         flat_TK = expert_TK + (row_T * experts)[:, None] if per_sequence else expert_TK
+        counted_TK = weight_T[:, None].expand_as(flat_TK)
+        if taken_TK is not None:
+            counted_TK = counted_TK * taken_TK
         count_RE = logits_TE.new_zeros(rows * experts).scatter_add_(
-            0, flat_TK.flatten(), weight_T[:, None].expand_as(flat_TK).flatten()
+            0, flat_TK.flatten(), counted_TK.flatten()
         ).view(rows, experts)
         tokens_B = weight_T.view(sequences, length).sum(1)
     sequence_balance = logits_TE.new_zeros(())
@@ -91,4 +107,5 @@ def router_statistics(
         dropped=logits_TE.new_zeros(()) if dropped is None else dropped.to(logits_TE.dtype),
         num_tokens=weight_T.sum(),
         num_sequences=(tokens_B > 0).sum().to(logits_TE.dtype),
+        own_X=logits_TE.new_zeros(0) if own_X is None else own_X,
     )

@@ -1,15 +1,73 @@
 """Routers by the name that `model.router.type` gives them: one file and one line each."""
 
+from typing import TypeVar
+
 from torch import nn
 
 from moe_llm.config import ModelConfig
+from moe_llm.config.routers import ROUTER_SETTINGS
+from moe_llm.model.moe.losses import RouterLoss
+from moe_llm.model.moe.router import Router
+from moe_llm.model.moe.routers.balanced import BalancedRouter
+from moe_llm.model.moe.routers.batch_prioritised import BatchPrioritisedRouter
+from moe_llm.model.moe.routers.dense import DenseRouter
+from moe_llm.model.moe.routers.gshard import GShardRouter
+from moe_llm.model.moe.routers.hierarchical import HierarchicalRouter
 from moe_llm.model.moe.routers.mixtral import MixtralRouter
+from moe_llm.model.moe.routers.noisy_top_k import NoisyTopKRouter
+from moe_llm.model.moe.routers.switch import SwitchRouter
+from moe_llm.model.moe.routers.top_p import TopPRouter
+from moe_llm.model.moe.routing import RoutingStatistics
 
-ROUTERS: dict[str, type[nn.Module]] = {
+ROUTERS: dict[str, type[Router]] = {
     "mixtral": MixtralRouter,
+    "dense": DenseRouter,
+    "noisy_top_k": NoisyTopKRouter,
+    "gshard": GShardRouter,
+    "switch": SwitchRouter,
+    "batch_prioritised": BatchPrioritisedRouter,
+    "top_p": TopPRouter,
+    "hierarchical": HierarchicalRouter,
+    "balanced": BalancedRouter,
 }
 
+R = TypeVar("R", bound=type[Router])
 
-def build_router(config: ModelConfig) -> nn.Module:
+
+def register(router: R) -> R:
+    """Let `model.router.type` name a router that is defined elsewhere, by the default of its settings' `type`."""
+    name = router.Settings.model_fields["type"].default
+    assert name not in ROUTER_SETTINGS, f"there is a router {name}"
+    ROUTER_SETTINGS[name], ROUTERS[name] = router.Settings, router
+    return router
+
+
+def build_router(config: ModelConfig) -> Router:
     """A module that maps hidden states (B, S, D) and a bool mask of real tokens (B, S) to a `Routing`."""
     return ROUTERS[config.router.type](config)
+
+
+def router_losses(config: ModelConfig) -> list[RouterLoss]:
+    """The losses that the router has of its own."""
+    return ROUTERS[config.router.type].losses(config.router)
+
+
+def routers_of(model: nn.Module) -> list[Router]:
+    """Of each layer, in order."""
+    return [module for module in model.modules() if isinstance(module, Router)]
+
+
+def begin_step(model: nn.Module, step: int) -> None:
+    """Tell the routers which optimizer step is computed next, counted from 0."""
+    for router in routers_of(model):
+        router.step = step
+
+
+def end_step(model: nn.Module, total: RoutingStatistics) -> None:
+    """Let the routers that are trained change their buffers.
+
+    total: of the step, over ranks and micro-batches, stacked over the layers, without gradient.
+    """
+    for router, layer in zip(routers_of(model), total.layers(), strict=True):
+        if any(parameter.requires_grad for parameter in router.parameters()):
+            router.after_step(layer)

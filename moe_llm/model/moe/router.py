@@ -1,0 +1,130 @@
+"""What every router is built on. One file each in `routers/`.
+
+A router maps hidden states to a `Routing`; that is all that dispatch, experts, combine and statistics know of it.
+Dimensions: B sequences, S positions, T = B*S tokens, D hidden, E experts, R choices of a token, N routed rows.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from moe_llm.config import ModelConfig
+from moe_llm.config.routers import RouterSettings
+from moe_llm.model.moe.losses import RouterLoss, entropy_losses
+from moe_llm.model.moe.routing import Routing, RoutingStatistics, router_statistics
+from moe_llm.ops.permutation import sort_by_expert
+from moe_llm.ops.wide_linear import wide_linear
+
+
+class Router(nn.Module):
+    """Base of all routers. A subclass names its settings, writes `forward`, and may have losses and an update.
+
+    Parameters and buffers are those that the settings name. Parameters begin with normal weights, but for those in
+    `zero_parameters`; buffers with zero. Buffers stay fp32 whatever the model's dtype.
+
+    step: the optimizer step that is being computed, counted from 0; set by the training loop.
+    """
+
+    Settings: ClassVar[type[RouterSettings]]
+    zero_parameters: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.settings = config.router
+        self.num_experts = config.num_local_experts
+        self.top_k = config.num_experts_per_tok
+        self.jitter = config.router_jitter_noise
+        self.per_sequence = config.router_aux_loss_scope == "sequence"
+        self.step = 0
+        self.low_rank: tuple[float, float] | None = None  # scale and dropout of adapters
+        for name, shape in self.settings.parameter_shapes(config).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        for name, shape in self.settings.buffer_shapes(config).items():
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float32))
+
+    def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Routing:
+        """The routing of hidden states (B, S, D), of which those where `real_BS` (bool) holds are no padding."""
+        raise NotImplementedError
+
+    @classmethod
+    def losses(cls, settings: RouterSettings) -> list[RouterLoss]:
+        """Beside the balance and the z-loss."""
+        return entropy_losses(settings)
+
+    def after_step(self, total: RoutingStatistics) -> None:
+        """Change buffers after an optimizer step. `total`: this layer's statistics of the whole step, without
+        gradient, the same on every rank."""
+
+    # what subclasses build on
+
+    def input(self, x_BSD: Tensor) -> Tensor:
+        """The hidden states as the router sees them, (T, D).
+
+        With `router_jitter_noise` x and in training they (not the experts' input) are multiplied by
+        uniform(1 - x, 1 + x), as in Switch Transformers (Fedus et al. 2021, section 2.4).
+        """
+        x_TD = x_BSD.flatten(0, 1)
+        if self.training and self.jitter:
+            noise_TD = torch.empty_like(x_TD, dtype=torch.float32).uniform_(1 - self.jitter, 1 + self.jitter)
+            x_TD = x_TD.float() * noise_TD
+        return x_TD
+
+    def logits(self, x_BSD: Tensor) -> Tensor:
+        """Their map by `weight`, (T, E)."""
+        return self.linear(self.input(x_BSD), "weight")
+
+    def linear(self, x_TD: Tensor, name: str) -> Tensor:
+        """The linear map by a parameter, in fp32 whatever the model's dtype, and by its low-rank factors."""
+        out_TE = wide_linear(x_TD, getattr(self, name))
+        if self.low_rank is None or not hasattr(self, f"{name}_lora_A"):
+            return out_TE
+        scale, dropout = self.low_rank
+        dropped_TD = torch.nn.functional.dropout(x_TD, dropout, self.training)
+        low_TR = wide_linear(dropped_TD, getattr(self, f"{name}_lora_A"))
+        return out_TE + wide_linear(low_TR, getattr(self, f"{name}_lora_B")) * scale
+
+    def adapt(self, name: str, rank: int, scale: float, dropout: float) -> None:
+        """Give a parameter low-rank factors, as `NAME_lora_A` and `NAME_lora_B`, uninitialised."""
+        rows, columns = getattr(self, name).shape
+        for factor, shape in (("A", (rank, columns)), ("B", (rows, rank))):
+            self.register_parameter(f"{name}_lora_{factor}", nn.Parameter(torch.empty(shape)))
+        self.low_rank = scale, dropout
+
+    def statistics(
+        self, logits_TE: Tensor, probability_TE: Tensor, expert_TR: Tensor, real_BS: Tensor, **more: Any
+    ) -> RoutingStatistics:
+        """`router_statistics` as the configuration asks for them."""
+        settings = self.settings
+        return router_statistics(
+            logits_TE, probability_TE, expert_TR, real_BS, per_sequence=self.per_sequence,
+            entropy_gradient=bool(settings.entropy_bonus_coef or settings.local_entropy_coef), **more,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        """Moves and casts, of which buffers follow the moves alone."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
+
+
+def rows_by_token(
+    expert_TR: Tensor, weight_TR: Tensor, num_experts: int, taken_TR: Tensor | None = None
+) -> dict[str, Any]:
+    """The rows of a `Routing` from each token's choices of experts and their weights.
+
+    taken_TR: bool, which choices become rows; None: all. With it, the number of rows is asked of the device.
+    """
+    if taken_TR is None:
+        token_index_N, order_N, slot_TK, counts_E = sort_by_expert(expert_TR, num_experts)
+        weight_N = weight_TR.flatten()[order_N]
+        return {"token_index_N": token_index_N, "weight_N": weight_N, "counts_E": counts_E, "slot_TK": slot_TK}
+    # What is not taken sorts behind the last expert and is cut off there.
+    token_index_N, order_N, _, counts = sort_by_expert(expert_TR.masked_fill(~taken_TR, num_experts), num_experts + 1)
+    rows = int(taken_TR.sum())
+    return {"token_index_N": token_index_N[:rows], "weight_N": weight_TR.flatten()[order_N[:rows]],
+            "counts_E": counts[:-1], "slot_TK": None}

@@ -1,0 +1,45 @@
+"""V-MoE's batch prioritised routing (Riquelme et al. 2021, sections 2 and 4): who scores high gets a place first.
+
+Dimensions: B sequences, S positions, T = B*S tokens, E experts, R choices of a token.
+"""
+
+import torch
+from torch import Tensor
+
+from moe_llm.config.routers import BatchPrioritisedSettings
+from moe_llm.model.moe.routing import Routing
+from moe_llm.model.moe.token_choice import TokenChoiceRouter
+
+
+class BatchPrioritisedRouter(TokenChoiceRouter):
+    """Top k of softmax(W x + noise), weighted by these probabilities as they are; noise is normal with deviation 1 / E,
+    while training.
+
+    Where room is short, all first choices come before all second ones, and within a choice tokens of high score before
+    those of low: the room is a sequence's, so that the layout of ranks changes nothing.
+    """
+
+    Settings = BatchPrioritisedSettings
+    settings: BatchPrioritisedSettings
+
+    def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Routing:
+        logits_TE = self.logits(x_BSD)
+        if self.training and self.settings.noise:
+            logits_TE = logits_TE + torch.randn_like(logits_TE) / self.num_experts
+        return self.route(logits_TE, logits_TE.softmax(-1), real_BS)
+
+    def weights(self, value_TR: Tensor, shared_TR: Tensor) -> Tensor:
+        return value_TR
+
+    def assign(self, expert_TR: Tensor, value_TR: Tensor, wanted_TR: Tensor | None, real_BS: Tensor,
+               capacity: int) -> Tensor:
+        value_TK = value_TR[:, : self.top_k]
+        score_T = value_TK[:, 0] if self.settings.score == "max" else value_TK.sum(-1)
+        # of equal scores the earlier one is not promised to be first, but the same one each time
+        order_BS = score_T.view_as(real_BS).topk(real_BS.shape[1], dim=-1).indices
+        order_BSR = order_BS[..., None].expand(*order_BS.shape, expert_TR.shape[-1])
+        sorted_BSR = expert_TR.view(order_BSR.shape).gather(1, order_BSR)
+        granted_BSR = super().assign(
+            sorted_BSR.flatten(0, 1), value_TR, wanted_TR, real_BS.gather(1, order_BS), capacity
+        ).view(order_BSR.shape)
+        return torch.zeros_like(granted_BSR).scatter(1, order_BSR, granted_BSR).flatten(0, 1)

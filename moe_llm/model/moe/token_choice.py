@@ -1,0 +1,89 @@
+"""Routers in which each token takes the best of its experts, as far as these have room.
+
+Dimensions: B sequences, S positions, T = B*S tokens, E experts, K experts per token, R choices that a token may propose
+in falling preference (K of them, or all E where what overflows is passed on).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moe_llm.config.routers import LimitedSettings
+from moe_llm.model.moe.capacity import assign, capacity_of
+from moe_llm.model.moe.router import Router, rows_by_token
+from moe_llm.model.moe.routing import Routing
+from moe_llm.ops.decided import decided
+
+
+class TokenChoiceRouter(Router):
+    """Softmax over the experts, of which a token takes the top k.
+
+    With `router.capacity_factor`, and in training, an expert takes a limited number of tokens from each sequence
+    (see `capacity`), and padding gets no expert; in evaluation none is dropped, so that the model computes what its
+    export does. With `router.warmup_steps`, tokens are drawn in training that take experts at random instead.
+
+    What a subclass may say otherwise: `weights`, `wanted` and `assign`.
+    """
+
+    settings: LimitedSettings
+
+    def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Routing:
+        logits_TE = self.logits(x_BSD)
+        return self.route(logits_TE, logits_TE.softmax(-1), real_BS)
+
+    def weights(self, value_TR: Tensor, shared_TR: Tensor) -> Tensor:
+        """What outputs are multiplied by. value_TR: probabilities of the choices; shared_TR: the same, zero for choices
+        that were passed on."""
+        return value_TR / shared_TR.sum(-1, keepdim=True).clamp(min=torch.finfo(value_TR.dtype).tiny)
+
+    def wanted(self, value_TR: Tensor) -> Tensor | None:
+        """Which choices a token proposes at all, bool; None: each."""
+        return None
+
+    def assign(self, expert_TR: Tensor, value_TR: Tensor, wanted_TR: Tensor | None, real_BS: Tensor,
+               capacity: int) -> Tensor:
+        """Which choices are granted, bool (T, R): earlier positions come first."""
+        shape = (*real_BS.shape, expert_TR.shape[-1])
+        wanted_BSR = None if wanted_TR is None else wanted_TR.view(shape)
+        return assign(
+            expert_TR.view(shape), real_BS, self.top_k, self.num_experts, capacity, wanted_BSR
+        ).flatten(0, 1)
+
+    def route(
+        self, logits_TE: Tensor, probability_TE: Tensor, real_BS: Tensor,
+        measure: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Routing:
+        """The routing that follows from probabilities. `measure`, given experts and weights (T, R), forms the sums that
+        the router's own losses need."""
+        factor = self.settings.capacity_at(self.step) if self.training else None
+        pass_on = factor is not None and getattr(self.settings, "overflow", "drop") == "next"
+        expert_TR = self._preferred(probability_TE, self.num_experts if pass_on else self.top_k)
+        value_TR = probability_TE.gather(-1, expert_TR)
+        wanted_TR = self.wanted(value_TR)
+        granted_TR, dropped = wanted_TR, None
+        if factor is not None:
+            capacity = capacity_of(factor, real_BS.shape[1], self.top_k, self.num_experts)
+            granted_TR = self.assign(expert_TR, value_TR, wanted_TR, real_BS, capacity)
+            asked = real_BS.sum() * self.top_k if wanted_TR is None else (
+                wanted_TR[:, : self.top_k] & real_BS.flatten()[:, None]).sum()
+            dropped = asked - granted_TR.sum()
+        weight_TR = self.weights(value_TR, value_TR * granted_TR if pass_on else value_TR)
+        return Routing(
+            **rows_by_token(expert_TR, weight_TR, self.num_experts, granted_TR),
+            logits_TE=logits_TE,
+            statistics=self.statistics(
+                logits_TE, probability_TE, expert_TR[:, : self.top_k], real_BS, dropped=dropped,
+                taken_TK=None if wanted_TR is None else wanted_TR[:, : self.top_k],
+                own_X=None if measure is None else measure(expert_TR, weight_TR),
+            ),
+        )
+
+    def _preferred(self, probability_TE: Tensor, choices: int) -> Tensor:
+        """A token's best experts, (T, choices)."""
+        if self.training and self.step < self.settings.warmup_steps:
+            drawn_T = torch.rand(len(probability_TE), device=probability_TE.device)
+            learned_T = decided(drawn_T < self.step / self.settings.warmup_steps)
+            random_TE = torch.rand_like(probability_TE)
+            probability_TE = torch.where(learned_T[:, None], probability_TE, random_TE)
+        return probability_TE.topk(choices, dim=-1).indices

@@ -1,0 +1,83 @@
+"""Settings of routers: one block each, whose keys are those of its type and no others; a file for each."""
+
+from pathlib import Path
+
+import pytest
+
+from moe_llm.config import dump_config, load_config
+from moe_llm.config.load import parse_yaml, validate
+from moe_llm.config.routers import ROUTER_SETTINGS, MixtralSettings, SwitchSettings
+from moe_llm.errors import UserError
+
+ROUTING = Path(__file__).parents[2] / "configs/routing"
+QUICKSTART = ROUTING.parent / "quickstart.yaml"
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(UserError) as raised:
+        load_config(QUICKSTART, overrides)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(("overrides", "named"), [
+    (["model.router.type=swich"], "model.router.type=swich is no router: use one of mixtral, dense, noisy_top_k"),
+    (["model.router.p=0.5"], "model.router.p=0.5 is no setting of type mixtral but of top_p"),
+    (["model.router.capacity_facto=2"], "did you mean model.router.capacity_factor?"),
+    (["model.router.type=switch"], "model.num_experts_per_tok=2 does not fit model.router.type=switch: set it to 1"),
+    (["model.router.type=gshard", "model.num_experts_per_tok=3"], "num_experts_per_tok=3"),
+    (["model.router.type=gshard", "model.router.overflow=next"], "no setting of type gshard but of mixtral"),
+    (["model.router.type=dense"], "num_local_experts=8"),
+    (["model.router.type=top_p", "model.router.p=0"], "model.router.p=0 is refused"),
+    (["model.router.type=hierarchical"], "model.router.groups is missing"),
+    (["model.router={type: hierarchical, groups: 3}"], "model.router.groups=3 does not divide num_local_experts=8"),
+    (["model.router={type: hierarchical, groups: 2, groups_per_token: 3}"], "groups_per_token=3 is above groups=2"),
+    (["model.router={type: hierarchical, groups: 4, groups_per_token: 3}"], "does not divide num_experts_per_tok=2"),
+    (["model.router={type: hierarchical, groups: 8}"], "num_experts_per_tok=2 asks 2 experts of each group of 1"),
+    (["model.router={entropy_bonus_coef: 1, local_entropy_coef: 0.5}"], "pulls against local_entropy_coef=0.5"),
+    (["model.router.global_entropy_threshold=1"], "applies to nothing without global_entropy_coef"),
+    (["model.router.initial_capacity_factor=2"], "leaves the schedule of the capacity open"),
+    (["model.router={capacity_decay_steps: 9}"], "leaves the schedule of the capacity open"),
+    (["model.router={initial_capacity_factor: 2, capacity_decay_steps: 9}"], "model.router.capacity_factor=null"),
+    (["model.router.warmup_steps=-1"], "model.router.warmup_steps=-1"),
+    (["model.router.load_coef=true", "model.router.type=noisy_top_k"], "takes no true or false"),
+    (["model.router=switch"], "model.router=switch is not a section"),
+])
+def test_bad_settings_are_refused_in_one_sentence(overrides, named):
+    assert named in refusal(*overrides)
+
+
+def test_without_a_type_it_is_mixtral_as_it_ever_was():
+    config = load_config(QUICKSTART, ["model.router={capacity_factor: 1.5, overflow: next}"])
+    assert config.model.router == MixtralSettings(capacity_factor=1.5, overflow="next")
+    assert load_config(QUICKSTART).model.router == MixtralSettings()
+
+
+@pytest.mark.parametrize("kind", ROUTER_SETTINGS)
+def test_each_has_a_file_with_its_source_that_reads_back(kind):
+    path = ROUTING / f"{kind}.yaml"
+    config, text = load_config(path), path.read_text()
+    assert config.model.router.type == kind
+    assert validate(parse_yaml(dump_config(config), "dump")) == config
+    comment = "".join(line for line in text.splitlines() if line.startswith("#"))
+    assert "19" in comment or "20" in comment or kind == "balanced"
+    quickstart = load_config(QUICKSTART)
+    others = {"run", "model"}
+    assert config.model_dump(exclude=others) == quickstart.model_dump(exclude=others)
+    if kind != "top_p":  # whose tokens decide how many experts they need
+        experts = config.model.parameter_counts(active=True)["experts"]
+        assert experts == quickstart.model.parameter_counts(active=True)["experts"]
+
+
+def test_files_and_routers_are_the_same_set():
+    assert {path.stem for path in ROUTING.glob("*.yaml")} == set(ROUTER_SETTINGS)
+
+
+def test_quiet_and_unlimited_are_settings():
+    for kind, settings in ROUTER_SETTINGS.items():
+        router = load_config(ROUTING / f"{kind}.yaml").model.router
+        for change in (router.quiet(), router.unlimited()):
+            changed = settings.model_validate(router.model_dump() | change)
+            assert not (change and change is router.unlimited() and changed.limited)
+    assert SwitchSettings().limited
+    assert not SwitchSettings.model_validate(SwitchSettings().model_dump() | SwitchSettings().unlimited()).limited

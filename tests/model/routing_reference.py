@@ -1,0 +1,163 @@
+"""Each router as its paper's equations say it, token by token: dense gates G (T, E), and who asked and was granted.
+
+T tokens (B sequences of S positions), D hidden, E experts, K experts per token. Nothing here is the package's.
+"""
+
+import math
+
+import torch
+
+INFINITY = float("inf")
+
+
+def best(values, count):
+    """Indices of the largest, in falling order."""
+    return sorted(range(len(values)), key=lambda i: -float(values[i]))[:count]
+
+
+def capacity(factor, length, top_k, experts):
+    return math.ceil(factor * top_k * length / experts)
+
+
+def seats(proposals, real, room, experts, order=None):
+    """Which proposals get a place: choice by choice, position by position (or in `order`), sequence by sequence.
+
+    proposals: per sequence and position a list of experts. Returns sets of (sequence, position, choice).
+    """
+    granted = set()
+    for b, sequence in enumerate(proposals):
+        used = [0] * experts
+        for choice in range(max(map(len, sequence))):
+            for s in order[b] if order else range(len(sequence)):
+                if choice < len(sequence[s]) and real[b][s] and used[sequence[s][choice]] < room:
+                    used[sequence[s][choice]] += 1
+                    granted.add((b, s, choice))
+    return granted
+
+
+def dense(x_TD, p, real, **settings):
+    """Jacobs et al. 1991: all experts, by the softmax."""
+    return (x_TD @ p["weight"].T).softmax(-1), None
+
+
+def mixtral(x_TD, p, real, top_k, **settings):
+    """Jiang et al. 2024: Softmax(TopK(x W))."""
+    return keep_top_k(x_TD @ p["weight"].T, top_k).softmax(-1), None
+
+
+def keep_top_k(h_TE, k):
+    """Shazeer et al. 2017, equation 5."""
+    mask = torch.full_like(h_TE, -INFINITY)
+    for t in range(len(h_TE)):
+        for e in best(h_TE[t].tolist(), k):
+            mask[t, e] = 0.0
+    return h_TE + mask
+
+
+def noisy_top_k(x_TD, p, real, top_k, noise_TE, **settings):
+    """Shazeer et al. 2017, equations 3 and 4."""
+    h_TE = x_TD @ p["weight"].T + noise_TE * torch.log1p(torch.exp(x_TD @ p["noise_weight"].T))
+    return keep_top_k(h_TE, top_k).softmax(-1), None
+
+
+def noisy_losses(x_TD, p, real_T, top_k, noise_TE):
+    """Equations 6, 7 and 8 to 11: CV^2 of importance and of load, over real tokens."""
+    gates_TE, _ = noisy_top_k(x_TD, p, None, top_k, noise_TE)
+    clean_TE, deviation_TE = x_TD @ p["weight"].T, torch.log1p(torch.exp(x_TD @ p["noise_weight"].T))
+    h_TE = clean_TE + noise_TE * deviation_TE
+    load = []
+    for t in range(len(x_TD)):
+        row = []
+        for e in range(h_TE.shape[1]):
+            others = torch.cat([h_TE[t, :e], h_TE[t, e + 1 :]])
+            kth_excluding = others[best(others.tolist(), top_k)[-1]]
+            argument = (clean_TE[t, e] - kth_excluding) / deviation_TE[t, e]
+            row.append(0.5 * (1 + torch.erf(argument / math.sqrt(2))))
+        load.append(torch.stack(row))
+    importance_E, load_E = gates_TE[real_T].sum(0), torch.stack(load)[real_T].sum(0)
+    return [((v - v.mean()) ** 2).mean() / v.mean() ** 2 for v in (importance_E, load_E)]
+
+
+def gshard(x_TD, p, real, top_k, drawn_T, factor, **settings):
+    """Lepikhin et al. 2020, algorithm 1; drawn_T: uniform numbers, or None to dispatch every second choice."""
+    gates_TE = (x_TD @ p["weight"].T).softmax(-1)
+    length, experts = len(real[0]), gates_TE.shape[1]
+    proposals, pairs = [], []
+    for b in range(len(real)):
+        proposals.append([])
+        for s in range(length):
+            t = b * length + s
+            first, second = best(gates_TE[t].tolist(), 2)
+            g1, g2 = gates_TE[t, first], gates_TE[t, second]
+            pairs.append(((first, g1 / (g1 + g2)), (second, g2 / (g1 + g2))))
+            goes = drawn_T is None or 2 * pairs[-1][1][1] > drawn_T[t]
+            proposals[-1].append([first, second] if goes else [first])
+    granted = seats(proposals, real, capacity(factor, length, 2, experts), experts)
+    out = torch.zeros_like(gates_TE)
+    for b, s, choice in granted:
+        expert, gate = pairs[b * length + s][choice]
+        out[b * length + s, expert] = gate
+    asked = sum(len(c) for row, mask in zip(proposals, real) for c, r in zip(row, mask) if r)
+    return out, asked - len(granted)
+
+
+def switch(x_TD, p, real, top_k, factor, **settings):
+    """Fedus et al. 2021, equations 1 and 2: y = p_i(x) E_i(x) for the likeliest i, within capacity."""
+    return by_probability(x_TD @ p["weight"].T, real, 1, factor, None)
+
+
+def batch_prioritised(x_TD, p, real, top_k, factor, noise_TE, score, **settings):
+    """Riquelme et al. 2021, section 2 and algorithm 2: sorted by the score of the routing weights."""
+    return by_probability(x_TD @ p["weight"].T + noise_TE / p["weight"].shape[0], real, top_k, factor, score)
+
+
+def by_probability(logits_TE, real, top_k, factor, score):
+    gates_TE = logits_TE.softmax(-1)
+    length, experts = len(real[0]), gates_TE.shape[1]
+    chosen = [best(row, top_k) for row in gates_TE.tolist()]
+    proposals = [chosen[b * length : (b + 1) * length] for b in range(len(real))]
+    order = None
+    if score is not None:
+        of = [(max if score == "max" else sum)(gates_TE[t, e].item() for e in chosen[t]) for t in range(len(chosen))]
+        order = [best(of[b * length : (b + 1) * length], length) for b in range(len(real))]
+    granted = seats(proposals, real, capacity(factor, length, top_k, experts), experts, order)
+    out = torch.zeros_like(gates_TE)
+    for b, s, choice in granted:
+        t = b * length + s
+        out[t, chosen[t][choice]] = gates_TE[t, chosen[t][choice]]
+    return out, sum(map(sum, real)) * top_k - len(granted)
+
+
+def top_p(x_TD, p, real, top_k, threshold, **settings):
+    """Huang et al. 2024: the fewest likeliest experts whose probabilities sum to the threshold."""
+    gates_TE = (x_TD @ p["weight"].T).softmax(-1)
+    out = torch.zeros_like(gates_TE)
+    for t in range(len(gates_TE)):
+        reached = 0.0
+        for e in best(gates_TE[t].tolist(), top_k):
+            out[t, e] = gates_TE[t, e]
+            reached += gates_TE[t, e].item()
+            if reached >= threshold:
+                break
+    return out, None
+
+
+def hierarchical(x_TD, p, real, top_k, groups, groups_per_token, **settings):
+    """Shazeer et al. 2017, equation 12: sum over i, j of G_primary(x)_i G_i(x)_j E_ij(x)."""
+    primary_TG = keep_top_k(x_TD @ p["group_weight"].T, groups_per_token).softmax(-1)
+    size, parts = len(p["weight"]) // groups, []
+    for g in range(groups):
+        logits_TM = x_TD @ p["weight"][g * size : (g + 1) * size].T
+        secondary_TM = keep_top_k(logits_TM, top_k // groups_per_token).softmax(-1)
+        parts.append(primary_TG[:, g : g + 1] * secondary_TM)
+    return torch.cat(parts, -1), None
+
+
+def balanced(x_TD, p, real, top_k, **settings):
+    """Round and round by position."""
+    logits_TE = x_TD @ p["weight"].T
+    mask, experts = torch.full_like(logits_TE, -INFINITY), logits_TE.shape[1]
+    for t in range(len(logits_TE)):
+        for k in range(top_k):
+            mask[t, (t % len(real[0]) * top_k + k) % experts] = 0.0
+    return (logits_TE + mask).softmax(-1), None

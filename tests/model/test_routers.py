@@ -1,0 +1,222 @@
+"""Every router against its paper's equations: outputs, gradients, statistics and losses of a layer in training."""
+
+import pytest
+import routing_reference as reference
+import torch
+import torch.nn.functional as F
+
+from moe_llm.config import ModelConfig
+from moe_llm.config.routers import ROUTER_SETTINGS
+from moe_llm.model.decoder import MoEDecoder
+from moe_llm.model.init import init_weights
+from moe_llm.model.moe.layer import MoELayer
+from moe_llm.model.moe.losses import router_loss_values
+from moe_llm.model.moe.routers import ROUTERS, router_losses
+from moe_llm.model.moe.routing import RoutingStatistics
+
+B, S, D, E = 3, 10, 12, 6
+T = B * S
+# router, num_experts_per_tok, settings, what the reference is told
+CASES = {
+    "mixtral": ("mixtral", 2, {}, {}),
+    "dense": ("dense", E, {}, {}),
+    "noisy_top_k": ("noisy_top_k", 2, {}, {"draws": "normal"}),
+    "noisy_top_k, no noise": ("noisy_top_k", 3, {"noise": False}, {}),
+    "gshard": ("gshard", 2, {"capacity_factor": 0.8}, {"draws": "uniform", "factor": 0.8}),
+    "gshard, always": ("gshard", 2, {"capacity_factor": 1.0, "second_expert": "always"}, {"factor": 1.0}),
+    "switch": ("switch", 1, {"capacity_factor": 1.0}, {"factor": 1.0}),
+    "batch_prioritised": ("batch_prioritised", 2, {"capacity_factor": 0.6}, {"draws": "normal", "factor": 0.6,
+                                                                            "score": "max"}),
+    "batch_prioritised, sum": ("batch_prioritised", 2, {"capacity_factor": 0.5, "score": "sum", "noise": False},
+                               {"factor": 0.5, "score": "sum"}),
+    "top_p": ("top_p", E, {"p": 0.6}, {"threshold": 0.6}),
+    "top_p, at most 2": ("top_p", 2, {"p": 0.9}, {"threshold": 0.9}),
+    "hierarchical": ("hierarchical", 2, {"groups": 3, "groups_per_token": 2}, {"groups": 3, "groups_per_token": 2}),
+    "hierarchical, 1 group": ("hierarchical", 2, {"groups": 2}, {"groups": 2, "groups_per_token": 1}),
+    "balanced": ("balanced", 2, {}, {}),
+}
+
+
+def config_of(kind: str, top_k: int, settings: dict, **more) -> ModelConfig:
+    return ModelConfig(**{
+        "vocab_size": 40, "hidden_size": D, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_local_experts": E, "num_experts_per_tok": top_k, "max_position_embeddings": 64, "initializer_range": 0.4,
+        "router": {"type": kind, **settings}, **more,
+    })
+
+
+def layer_of(config: ModelConfig) -> MoELayer:
+    layer = MoELayer(config)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in layer.parameters():
+        parameter.data.normal_(0, 0.5, generator=generator)
+    return layer
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    x_BSD = torch.randn(B, S, D, generator=torch.Generator().manual_seed(2))
+    real_BS = torch.ones(B, S, dtype=torch.bool)
+    real_BS[1, 7:] = False
+    return x_BSD.requires_grad_(), real_BS
+
+
+def draws(kind: str | None) -> dict[str, torch.Tensor | None]:
+    """The numbers that the router draws first, from the same seed."""
+    torch.manual_seed(9)
+    if kind == "normal":
+        return {"noise_TE": torch.randn(T, E)}
+    return {"noise_TE": torch.zeros(T, E), "drawn_T": torch.rand(T) if kind == "uniform" else None}
+
+
+def by_definition(x_TD: torch.Tensor, layer: MoELayer, gates_TE: torch.Tensor) -> torch.Tensor:
+    """y = sum over all experts of gate * expert(x), nothing left out."""
+    gate_EFD, up_EFD = layer.experts.gate_up_proj.chunk(2, dim=1)
+    hidden_TEF = F.silu(torch.einsum("td,efd->tef", x_TD, gate_EFD)) * torch.einsum("td,efd->tef", x_TD, up_EFD)
+    return torch.einsum("te,tef,edf->td", gates_TE, hidden_TEF, layer.experts.down_proj)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_and_gradients_are_those_of_the_papers_equations(case):
+    kind, top_k, settings, told = CASES[case]
+    layer, (x_BSD, real_BS) = layer_of(config_of(kind, top_k, settings)), inputs()
+    parameters = dict(layer.gate.named_parameters())
+    gates_TE, dropped = getattr(reference, kind)(
+        x_BSD.flatten(0, 1), parameters, real_BS.tolist(), top_k=top_k, **{**draws(told.get("draws")), **told}
+    )
+    expected_TD = by_definition(x_BSD.flatten(0, 1), layer, gates_TE)
+    direction_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(3))
+    leaves = [x_BSD, *layer.parameters()]
+    slopes = torch.autograd.grad((expected_TD * direction_TD)[real_BS.flatten()].sum(), leaves, allow_unused=True)
+
+    torch.manual_seed(9)
+    y_BSD, statistics = layer(x_BSD, real_BS)
+    real_T = real_BS.flatten()
+    torch.testing.assert_close(y_BSD.flatten(0, 1)[real_T], expected_TD[real_T], rtol=1e-5, atol=1e-5)
+    found = torch.autograd.grad((y_BSD.flatten(0, 1) * direction_TD)[real_T].sum(), leaves, allow_unused=True)
+    for leaf, ours, theirs in zip(["x", *dict(layer.named_parameters())], found, slopes, strict=True):
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=lambda m, at=leaf: f"{at}: {m}")
+        else:
+            assert ours is None or not ours.any(), leaf
+
+    rows_E = (gates_TE[real_T] > 0).sum(0)
+    if dropped is None:
+        assert torch.equal(statistics.tokens_per_expert_E, rows_E.float())
+        assert statistics.dropped == 0
+    else:
+        assert statistics.dropped == dropped > 0
+        assert statistics.tokens_per_expert_E.sum() - dropped == rows_E.sum()
+    assert statistics.num_tokens == real_T.sum()
+    assert statistics.probability_sum_E.sum().item() == pytest.approx(real_T.sum().item(), rel=1e-5)
+
+
+def test_every_router_has_a_case_and_a_file_that_cites_it():
+    assert {kind for kind, *_ in CASES.values()} == set(ROUTERS) == set(ROUTER_SETTINGS)
+    assert [name for name, router in ROUTERS.items() if router.Settings is not ROUTER_SETTINGS[name]] == []
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_evaluation_draws_nothing_and_drops_nothing(case):
+    kind, top_k, settings, _ = CASES[case]
+    layer, (x_BSD, real_BS) = layer_of(config_of(kind, top_k, settings, router_jitter_noise=0.5)).eval(), inputs()
+    state = torch.get_rng_state()
+    y_BSD, statistics = layer(x_BSD, real_BS)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert statistics.dropped == 0
+    for b in range(B):  # and a sequence is treated the same in any batch, and whatever comes later in it
+        alone = layer(x_BSD[b : b + 1, :6], real_BS[b : b + 1, :6])[0]
+        torch.testing.assert_close(alone[0], y_BSD[b, :6], rtol=1e-5, atol=1e-5)
+
+
+def test_importance_and_load_losses_are_the_papers():
+    config = config_of("noisy_top_k", 2, {})
+    layer, (x_BSD, real_BS) = layer_of(config), inputs()
+    parameters, leaves = dict(layer.gate.named_parameters()), [x_BSD, *layer.gate.parameters()]
+    noise_TE = draws("normal")["noise_TE"]
+    expected = reference.noisy_losses(x_BSD.flatten(0, 1), parameters, real_BS.flatten(), 2, noise_TE)
+    torch.manual_seed(9)
+    statistics = RoutingStatistics.stack([layer(x_BSD, real_BS)[1]])
+    losses = router_losses(config)
+    assert [(loss.name, loss.coefficient) for loss in losses] == [("importance_loss", 0.1), ("load_loss", 0.1)]
+    for found, value in zip(router_loss_values(losses, statistics), expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-6)
+        pairs = zip(torch.autograd.grad(found, leaves, retain_graph=True, allow_unused=True),
+                    torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True), strict=True)
+        for ours, theirs in pairs:
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "settings"), [
+    ("entropy_bonus", {"entropy_bonus_coef": 0.3}), ("local_entropy_loss", {"local_entropy_coef": 0.3}),
+    ("global_entropy_loss", {"global_entropy_coef": 0.3}),
+    ("global_entropy_loss", {"global_entropy_coef": 0.3, "global_entropy_threshold": 1.9}),
+    ("global_entropy_loss", {"global_entropy_coef": 0.3, "global_entropy_threshold": 0.1}),
+])
+def test_entropy_losses_are_those_of_the_distributions(name, settings):
+    """LIMoE (Mustafa et al. 2022), section 2.2."""
+    config = config_of("mixtral", 2, settings)
+    layer, (x_BSD, real_BS) = layer_of(config), inputs()
+    p_TE = (x_BSD.flatten(0, 1) @ layer.gate.weight.T).softmax(-1)[real_BS.flatten()]
+    mean_entropy, entropy_of_mean = (-(p * p.log()).sum(-1).mean() for p in (p_TE, p_TE.mean(0)))
+    threshold = settings.get("global_entropy_threshold")
+    expected = {
+        "entropy_bonus": -mean_entropy, "local_entropy_loss": mean_entropy,
+        "global_entropy_loss": -entropy_of_mean if threshold is None else (threshold - entropy_of_mean).clamp(min=0),
+    }[name]
+    losses = router_losses(config)
+    assert [loss.name for loss in losses] == [name]
+    found = router_loss_values(losses, RoutingStatistics.stack([layer(x_BSD, real_BS)[1]]))[0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    ours, theirs = (torch.autograd.grad(value, layer.gate.weight)[0] for value in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert theirs.any() == (threshold != 0.1)
+
+
+def test_the_capacity_follows_its_schedule():
+    settings = {"capacity_factor": 0.5, "initial_capacity_factor": 2.5, "capacity_decay_steps": 4}
+    layer, (x_BSD, real_BS) = layer_of(config_of("switch", 1, settings)), inputs()
+    dropped = []
+    for step in range(6):
+        layer.gate.step = step
+        dropped.append(layer(x_BSD, real_BS)[1].dropped.item())
+    assert [layer.gate.settings.capacity_at(step) for step in (0, 1, 2, 4, 9)] == [2.5, 2.0, 1.5, 0.5, 0.5]
+    assert dropped == sorted(dropped)
+    assert dropped[0] < dropped[4] == dropped[5]
+
+
+def test_warm_up_spreads_tokens_and_ends():
+    plain, (x_BSD, real_BS) = layer_of(config_of("mixtral", 1, {})), inputs()
+    warm = layer_of(config_of("mixtral", 1, {"warmup_steps": 10}))
+    x_BSD = x_BSD.detach().repeat(40, 1, 1) * 0.1 + 1.0  # nearly all tokens are alike
+    real_BS = real_BS.repeat(40, 1)
+    wanted = plain(x_BSD, real_BS)[1].tokens_per_expert_E
+    moved = []
+    for step in (0, 5, 10):
+        warm.gate.step = step
+        torch.manual_seed(step)
+        counts_E = warm(x_BSD, real_BS)[1].tokens_per_expert_E
+        moved.append((counts_E - wanted).abs().sum().item() / 2 / wanted.sum().item())
+        if step == 0:
+            assert counts_E.std() / counts_E.mean() < 0.15
+    assert moved[0] > 1.5 * moved[1] > 0 == moved[2]
+    assert torch.equal(warm.eval()(x_BSD, real_BS)[0], plain.eval()(x_BSD, real_BS)[0])
+
+
+@pytest.mark.parametrize("case", [*CASES, "warm-up"])
+def test_recomputation_routes_as_the_first_pass_did(case):
+    kind, top_k, settings, _ = CASES.get(case, ("mixtral", 2, {"warmup_steps": 9, "capacity_factor": 1.0}, {}))
+    ids_BS = torch.randint(0, 40, (B, S), generator=torch.Generator().manual_seed(1))
+    results = []
+    for recompute in (False, True):
+        model = MoEDecoder(config_of(kind, top_k, settings, router_z_loss_coef=0.01))
+        init_weights(model, 0)
+        model.model.recompute = recompute
+        torch.manual_seed(4)
+        output = model(ids_BS, labels=ids_BS)
+        output.loss.backward()
+        results.append((output.loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
+    assert torch.equal(results[0][0], results[1][0])
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], gradient, rtol=1e-5, atol=1e-7, msg=name)

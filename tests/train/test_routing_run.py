@@ -1,0 +1,53 @@
+"""A run with a router that transformers has not: what it says, records and leaves, and what can be done with that."""
+
+import json
+
+import pytest
+from support import runs
+
+from moe_llm.analysis.inspect import inspect_checkpoint
+from moe_llm.cli import main
+from moe_llm.errors import UserError
+from moe_llm.train.evaluate import evaluate_files
+from moe_llm.train.generate import generate
+
+TOP_P = {"num_experts_per_tok": 4, "router": {"type": "top_p", "p": 0.5, "local_entropy_coef": 0.05}}
+
+
+def test_a_run_that_transformers_cannot_load(train, corpus, tmp_path, capsys):
+    root = train(model={**runs.MODEL, **TOP_P}, evaluate={"max_blocks": 4, "sample_prompt": "abc", "sample_tokens": 5})
+    assert "transformers has no architecture with model.router.type=top_p" in capsys.readouterr().err
+    last = runs.records(root)[-1]
+    entropy = sum(last["moe"]["router_entropy"]) / 2
+    assert last["local_entropy_loss"] == pytest.approx(entropy, rel=1e-5)
+    assert 1 < min(last["moe"]["experts_per_token"]) < 4
+    assert last["loss"] == pytest.approx(
+        last["lm_loss"] + 0.02 * last["aux_loss"] + 0.001 * last["z_loss"] + 0.05 * last["local_entropy_loss"], rel=1e-6
+    )
+    checkpoint = root / "checkpoints/step-00000006"
+    assert json.loads((checkpoint / "config.json").read_text())["model_type"] == "moe_llm"
+    assert evaluate_files(checkpoint, str(corpus), sequence_length=32)["loss"] == pytest.approx(
+        last["val_loss"], rel=0.05)
+
+    greedy = generate(checkpoint, "abc", max_new_tokens=6, temperature=0)
+    assert greedy.startswith("abc")
+    assert greedy == generate(checkpoint, "abc", max_new_tokens=6, temperature=1.0, top_p=1e-9, seed=3)
+    assert generate(checkpoint, "abc", max_new_tokens=20, temperature=2.0, seed=1) != generate(
+        checkpoint, "abc", max_new_tokens=20, temperature=2.0, seed=2)
+    with pytest.raises(UserError, match=r"model\.router\.type=top_p"):
+        inspect_checkpoint(str(checkpoint), [str(corpus)])
+
+
+def test_what_depends_on_later_tokens_says_so(train, capsys):
+    train(model={**runs.MODEL, "router": {"type": "batch_prioritised"}}, train={"max_steps": 1, "micro_batch_size": 2,
+                                                                               "global_batch_size": 4})
+    assert "batch_prioritised is not causal in training" in capsys.readouterr().err
+
+
+def test_a_guard_over_another_router_is_refused(make_config, tmp_path, train, capsys):
+    base = train("base", train={"max_steps": 1, "micro_batch_size": 2, "global_batch_size": 4})
+    config = make_config("next", model={"init_from": str(base / "checkpoints/step-00000001"),
+                                        "router": {"type": "balanced"}},
+                         finetune={"router_guard": {"action": "log"}})
+    assert main(["train", str(config)]) == 2
+    assert "model.router.type=balanced does not" in capsys.readouterr().err
