@@ -182,11 +182,10 @@ def tasks(arguments, texts: dict[str, dict[str, Path]], prose: Path) -> list[dic
     both, sparse = {prose: 1.0, code: 1.0}, {"density": DENSITY}
     models = {
         "base": base, "tuned on prose": prose, "tuned on code": code,
-        "average of the two": merged(arguments, "average", {
+        "average of the two (task vectors added at half)": merged(arguments, "average", {
             "merge_method": "linear", "models": recipe("linear", both)["models"]}),
         **{name: merged(arguments, name.replace(" ", "_"), content) for name, content in {
             "task vectors added": recipe("task_arithmetic", both),
-            "task vectors added at half": recipe("task_arithmetic", {prose: 0.5, code: 0.5}),
             "prose negated": recipe("task_arithmetic", {prose: -1.0}),
             "code negated": recipe("task_arithmetic", {code: -1.0}),
             "TIES": recipe("ties", both, **sparse),

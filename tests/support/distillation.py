@@ -42,8 +42,7 @@ def learn(config) -> dict[str, Any]:
         for i, batch in enumerate(batches):
             found = step_loss(engine.forward(**model_inputs(batch), **teach(batch)))
             engine.backward(found.total, last=i == len(batches) - 1)
-            soft = torch.zeros(()) if found.distill is None else found.distill
-            sums += torch.stack([found.total.detach(), found.lm, soft])
+            sums += torch.stack([found.total.detach(), found.lm, found.distill])
         if step == 0:
             gradients = {e.name: (e.first_expert, engine.gradient(e.name).clone()) for e in engine.entries()}
         engine.step(learning_rate(config, step))

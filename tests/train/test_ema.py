@@ -107,12 +107,17 @@ def test_a_run_that_had_none_begins_one_and_says_so(held, capsys):
     (["evaluate.ema=true"], "evaluate.ema=true has no average to measure: set checkpoint.ema.decay"),
     (["checkpoint.ema.decay=0.9", "checkpoint.ema.start_step=5", "checkpoint.ema.every_steps=2"],
      "checkpoint.ema.start_step=5 with every_steps=2"),
-    (["checkpoint.ema.decay=0.9", "finetune.lora.rank=2"],
-     "checkpoint.ema.decay=0.9 averages weights, and with finetune.lora.rank=2"),
 ])  # fmt: skip
 def test_what_makes_no_average_is_refused(make_config, tmp_path, capsys, overrides, words):
     assert main(["train", str(make_config()), *overrides]) == 2
     error = capsys.readouterr().err
     assert words.lower() in error.lower()
     assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_factors_of_a_product_have_no_average(make_config, finished_run, tmp_path, capsys):
+    origin = f"model.init_from={finished_run / 'checkpoints/step-00000006'}"
+    assert main(["train", str(make_config()), origin, "checkpoint.ema.decay=0.9", "finetune.lora.rank=2"]) == 2
+    assert "checkpoint.ema.decay=0.9 averages weights, and with finetune.lora.rank=2" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

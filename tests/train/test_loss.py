@@ -32,7 +32,7 @@ def flat(statistics) -> torch.Tensor:
 
 
 def step_of(split: list[int], rounds: int = 1, scope: str = "global", alike: bool = False, **model_settings):
-    """(total, lm, aux, z) of a step as the engine averages them over the ranks, all gradients, all counts."""
+    """(total, lm, aux, z, distill) of a step as the engine averages them over the ranks, all gradients, all counts."""
     cfg = config(1, 1, 1, model={"router_aux_loss_scope": scope, **model_settings})
     model = build_model(cfg.model, seed=3)
     for name, parameter in model.named_parameters():
@@ -49,13 +49,13 @@ def step_of(split: list[int], rounds: int = 1, scope: str = "global", alike: boo
     real = whole.attention_mask_BS
     counts = torch.tensor([float(whole.num_targets), float(real.sum()), float(real.any(1).sum())])
     totals = [torch.stack([flat(mine[j].routing) for mine in outputs]).sum(0) for j in range(rounds)]
-    values, step_losses = torch.zeros(4), []
+    values, step_losses = torch.zeros(5), []
     for mine, their_outputs in zip(batches, outputs):
         step_loss = StepLoss(cfg.model, Split(len(split), [counts, *totals]), mine)
         for output in their_outputs:
             losses = step_loss(output)
             (losses.total / len(split)).backward(retain_graph=True)
-            values += torch.stack([part.detach() for part in losses[:4]]) / len(split)
+            values += torch.stack([part.detach() for part in losses[:5]]) / len(split)
         step_losses.append(step_loss)
     return values, {name: p.grad for name, p in model.named_parameters()}, [step_losses[0].routing.tokens_per_expert_E]
 
@@ -104,10 +104,11 @@ def test_also_with_accumulation(split):
 def test_one_round_on_one_rank_is_the_models_own_loss():
     cfg = config(1, 1, 1)
     output = build_model(cfg.model, seed=3)(**model_inputs(rows(0, 0, ROWS)))
-    (total, lm, aux, z), _, _ = step_of([ROWS])
+    (total, lm, aux, z, distill), _, _ = step_of([ROWS])
     expected = (output.loss, output.loss_sum / output.num_targets, output.aux_loss, output.z_loss)
     for found, value in zip((total, lm, aux, z), expected):
         torch.testing.assert_close(found, value.detach(), rtol=1e-5, atol=0)
+    assert distill == 0  # without a teacher
 
 
 def test_the_split_matters_in_transformers_scope_alone():
@@ -134,7 +135,7 @@ def test_padding_counts_in_nothing():
         losses, summed = step_loss(output), step_loss.routing
         assert summed.num_tokens.tolist() == [real.sum().item()] * 2
         assert summed.tokens_per_expert_E.sum(-1).tolist() == [2 * real.sum().item()] * 2
-        results.append(torch.stack([part.detach() for part in losses[:4]]))
+        results.append(torch.stack([part.detach() for part in losses[:5]]))
     assert torch.equal(*results)
 
 
