@@ -1,6 +1,7 @@
 """Fixtures that several directories share."""
 
 import os
+import tempfile
 
 import hypothesis
 import pytest
@@ -9,6 +10,9 @@ import pytest
 hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.register_profile("search", derandomize=False)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+# transformers copies the code beside a checkpoint's weights there before it imports it
+os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="modules-"))
 
 
 @pytest.fixture(scope="session")

@@ -152,7 +152,8 @@ class _Walk:
     @property
     def layer_dense(self) -> float:
         counts = self.model.parameter_counts()
-        return (counts["attention"] + counts["router"]) / self.model.num_hidden_layers + 2 * self.model.hidden_size
+        dense = counts["attention"] + counts["router"] + counts.get("shared_experts", 0)
+        return dense / self.model.num_hidden_layers + 2 * self.model.hidden_size
 
     # what the forward pass keeps
 
@@ -174,6 +175,9 @@ class _Walk:
         if self.autograd:
             # silu(gate), the activations after dropout and its mask; unweighted outputs, for the weights' gradient
             experts += self.received * (m.intermediate_size * (2 * size + 1) + m.hidden_size * size)
+        # of the shared experts gate, its silu, up and their product, as torch's own operations keep them, and outputs
+        experts += tokens * 4 * m.shared_width * size
+        experts += hidden * (m.shared_expert_gate + bool(m.shared_width and m.expert_dropout))
         exchanged = 0.0
         if self.elsewhere:
             exchanged = (self.received + self.rows) * m.hidden_size * size  # rows received; rows that came back

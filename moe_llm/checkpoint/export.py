@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from moe_llm.checkpoint import hf
-from moe_llm.checkpoint.manifest import adopt_file, write_json
+from moe_llm.checkpoint.architectures import architecture_of
+from moe_llm.checkpoint.manifest import adopt_file, write_file, write_json
 from moe_llm.checkpoint.safetensors_io import FileRecord
 from moe_llm.config import ModelConfig
 
@@ -20,6 +21,15 @@ def token_ids(source: Any) -> dict[str, Any]:
     if isinstance(source, Mapping):
         return {key: source.get(key) for key in _TOKEN_IDS}
     return {key: getattr(source, key, None) for key in _TOKEN_IDS}
+
+
+def _write_code(directory: Path) -> dict[str, FileRecord]:
+    """The modelling code that `auto_map` in config.json names."""
+    source = Path(__file__).with_name("remote_code")
+    return {
+        name: write_file(directory / name, (source / name).read_text(encoding="utf-8"))
+        for name in ("configuration_moe_llm.py", "modeling_moe_llm.py")
+    }
 
 
 def write_model_files(
@@ -38,6 +48,7 @@ def write_model_files(
     written = sorted(path for path in set(directory.rglob("*")) - before if path.is_file())
     return {
         **{str(path.relative_to(directory)): adopt_file(path) for path in written},
+        **(_write_code(directory) if architecture_of(model).code else {}),
         "config.json": write_json(
             directory / "config.json", hf.to_transformers_config(model, dtype=dtype, **ids)
         ),

@@ -23,13 +23,17 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from moe_llm.checkpoint.architectures import MIXTRAL, OWN, architecture_of
+from moe_llm.checkpoint.architectures import MIXTRAL, OF_OURS, architecture_of
 from moe_llm.config import ModelConfig
 from moe_llm.errors import UserError
 
 EXPERT_PARAMETER = re.compile(r"(?P<layer>.*)\.mlp\.experts\.(?P<kind>gate_up_proj|down_proj)(?P<factor>_lora_[AB])?")
 _MATRICES = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}  # stacked along the rows, in this order
 _DTYPE_WORDS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_OWN_WORDS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "shared_expert": "shared_experts"}
+_FOREIGN = re.compile(
+    r"(\.block_sparse_moe\.(?:experts\.\d+\.(?=(?:gate|up|down)_proj\.)|(?=shared_expert\.)))(\w+)(\..*)"
+)
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # old files hold it; it follows from the configuration
 
 
@@ -43,8 +47,10 @@ class Piece:
 
 
 def published_name(name: str) -> str:
-    """An in-memory name (or a mixture of both styles, as converters write) with Mixtral's module names."""
-    return re.sub(r"(model\.layers\.\d+)\.mlp\.", r"\1.block_sparse_moe.", name)
+    """An in-memory name (or a mixture of both styles, as converters write, or that of an architecture in whose files
+    our models may be) with Mixtral's module names."""
+    name = re.sub(r"(model\.layers\.\d+)\.mlp\.", r"\1.block_sparse_moe.", name)
+    return _FOREIGN.sub(lambda match: match[1] + _OWN_WORDS[match[2]] + match[3], name)
 
 
 def is_derived(name: str) -> bool:
@@ -104,6 +110,7 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         **{f"mlp.gate.{name}": shape for name, shape in model.router.parameter_shapes(model).items()},
         "mlp.experts.gate_up_proj": (E, 2 * F, D),
         "mlp.experts.down_proj": (E, D, F),
+        **{f"mlp.{name}": shape for name, shape in model.shared_shapes().items()},
         "input_layernorm.weight": (D,),
         "post_attention_layernorm.weight": (D,),
     }
@@ -185,6 +192,7 @@ def to_transformers_config(
         "torch_dtype": _DTYPE_WORDS[dtype],
         "dtype": _DTYPE_WORDS[dtype],
         "transformers_version": version("transformers"),
+        **architecture.fields(model),
         _OURS: model.model_dump(mode="json", exclude={*_DEFAULTS, "rope_theta", "init_from"}),
     }
 
@@ -222,8 +230,10 @@ def from_transformers_config(content: Mapping[str, Any], origin: str = "config.j
             stacklevel=2,
         )
     fields = {name: content.get(name, default) for name, default in _DEFAULTS.items()}
-    if "num_local_experts" not in content and "num_experts" in content:
-        fields["num_local_experts"] = content["num_experts"]
+    if "num_local_experts" not in content:
+        fields["num_local_experts"] = content.get("num_experts", content.get("n_routed_experts", 8))
+    if content.get("model_type") != MIXTRAL.model_type:
+        fields["sliding_window"] = fields["sliding_window"] or None  # Qwen2-MoE's configuration makes 0 of null
     try:
         return ModelConfig.model_validate(
             {**content.get(_OURS, {}), **fields, "rope_theta": _theta(content, origin)}
@@ -236,8 +246,8 @@ def from_transformers_config(content: Mapping[str, Any], origin: str = "config.j
 
 def _refuse_other_architectures(content: Mapping[str, Any], origin: str) -> None:
     needed = "this package loads MixtralForCausalLM checkpoints"
-    if content.get("model_type") == OWN.model_type and content.get("architectures") == [OWN.architecture]:
-        return
+    if content.get("model_type") in OF_OURS and _OURS in content:
+        return  # written here: what it says is what this model is
     if content.get("model_type") != MIXTRAL.model_type:
         raise UserError(f"{origin}: model_type={content.get('model_type')!r} is not mixtral: {needed}")
     architectures = content.get("architectures") or ["MixtralForCausalLM"]

@@ -1,6 +1,6 @@
 """Which rank writes which tensor to which file: known to all ranks before anything is written."""
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -127,16 +127,21 @@ def exported_dtype(entry: Entry, piece: hf.Piece, dtype: torch.dtype) -> torch.d
     return dtype if kept is None or entry.adapted is not None else kept.dtype
 
 
-def make_plan(state: TrainedState, dtype: torch.dtype, max_bytes: int, average: bool) -> Plan:
-    """The plan of a save with weights exported in `dtype`, and with their average or without. Collective."""
+def make_plan(
+    state: TrainedState, dtype: torch.dtype, max_bytes: int, average: bool, stored_name: Callable[[str], str] = str
+) -> Plan:
+    """The plan of a save with weights exported in `dtype`, and with their average or without. Collective.
+
+    stored_name: gives the weights' names in their files from the published ones.
+    """
     model, optimizer, frozen = [], [], []
     for entry in filter(lambda entry: entry.writer, state.entries()):
         pieces = pieces_of(entry)
         model += [
-            Spec(piece.name, piece.shape, exported_dtype(entry, piece, dtype))
+            Spec(stored_name(piece.name), piece.shape, exported_dtype(entry, piece, dtype))
             for piece in pieces if not entry.adapter
         ]
-        frozen += [piece.name for piece in pieces if not is_trained(entry, piece)]
+        frozen += [stored_name(piece.name) for piece in pieces if not is_trained(entry, piece)]
         optimizer += [
             Spec(f"{kind}.{piece.name}", piece.shape, torch.float32)
             for kind in kinds_of(entry, state.kinds, dtype, average)
@@ -163,7 +168,9 @@ def _averages(model: FileSet, frozen: Container[str]) -> FileSet:
     )
 
 
-def stream(state: TrainedState, dtype: torch.dtype, average: bool = False) -> Iterator[Named]:
+def stream(
+    state: TrainedState, dtype: torch.dtype, average: bool = False, stored_name: Callable[[str], str] = str
+) -> Iterator[Named]:
     """Read everything from the engine in the plan's order, one tensor at a time: (stem, name, tensor).
 
     Collective: every rank runs it to its end, and gets only what it is the writer of.
@@ -175,13 +182,13 @@ def stream(state: TrainedState, dtype: torch.dtype, average: bool = False) -> It
             kept = entry.kept.get(piece.name)
             whole = kept is None or kept.original is None
             own = weight[piece.index] if whole else kept.original
-            yield MODEL, piece.name, own if change is None else own.float() + change[piece.index]
+            yield MODEL, stored_name(piece.name), own if change is None else own.float() + change[piece.index]
         pieces = [piece for piece in pieces if is_trained(entry, piece)]
         tensors = {MASTER: weight}
         if average and entry.trainable:
             tensors[EMA] = state.read(entry.name, EMA)
             for piece in pieces:
-                yield AVERAGE, piece.name, tensors[EMA][piece.index]
+                yield AVERAGE, stored_name(piece.name), tensors[EMA][piece.index]
         for kind in kinds_of(entry, state.kinds, dtype, average):
             tensor = tensors[kind] if kind in tensors else state.read(entry.name, kind)
             for piece in pieces:

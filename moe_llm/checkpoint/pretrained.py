@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from moe_llm.checkpoint import hf
+from moe_llm.checkpoint.architectures import architecture_of
 from moe_llm.checkpoint.export import DTYPES, token_ids, write_model_files
 from moe_llm.checkpoint.manifest import write_json
 from moe_llm.checkpoint.plan import MODEL, file_set
@@ -146,14 +147,16 @@ def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 def _write_weights(model: nn.Module, directory: Path, dtype: torch.dtype, max_bytes: int) -> None:
     """Under temporary names first: the directory may hold the very weights that are being replaced."""
+    stored_name = architecture_of(model.config).stored_name
     parts = {
-        piece.name: (piece, parameter)
+        stored_name(piece.name): (piece, parameter)
         for name, parameter in [*model.named_parameters(), *model.named_buffers()]
         for piece in hf.pieces(name, tuple(parameter.shape))
     }
     buffers = {hf.published_name(name) for name, _ in model.named_buffers()}
     specs = [
-        Spec(piece.name, piece.shape, torch.float32 if piece.name in buffers else dtype) for piece, _ in parts.values()
+        Spec(name, piece.shape, torch.float32 if piece.name in buffers else dtype)
+        for name, (piece, _) in parts.items()
     ]
     files = file_set(MODEL, [specs], 0, max_bytes)
     for file, shard in files.mine.items():

@@ -34,6 +34,7 @@ import torch
 
 from moe_llm.checkpoint import folder, hf
 from moe_llm.checkpoint.adapters import adapter_shapes, check_base, has_adapters
+from moe_llm.checkpoint.architectures import architecture_of
 from moe_llm.checkpoint.background import Background
 from moe_llm.checkpoint.export import DTYPES, token_ids, write_model_files
 from moe_llm.checkpoint.kept import read_average, read_trained, write_weight
@@ -98,8 +99,8 @@ def save_checkpoint(
         together(state, background.wait)
     root = Path(root)
     tmp, final = folder.tmp_path(root, step), root / folder.step_name(step)
-    average = state.averaged > 0
-    plan = make_plan(state, DTYPES[dtype], parse_size(max_shard_size), average)
+    average, stored_name = state.averaged > 0, architecture_of(model_config).stored_name
+    plan = make_plan(state, DTYPES[dtype], parse_size(max_shard_size), average, stored_name)
     _assert_whole(plan, model_config)
 
     def prepare() -> dict[str, Any]:
@@ -131,7 +132,7 @@ def save_checkpoint(
             together(ranks, with_sentence(lambda: complete(records)), only=0)
 
     with_sentence = partial(naming_failure, root, final, plan)
-    tensors = stream(state, DTYPES[dtype], average)
+    tensors = stream(state, DTYPES[dtype], average, stored_name)
     with _removed_on_failure(tmp, state):
         head = together(state, with_sentence(prepare), only=0)
         if background is not None:
@@ -231,7 +232,7 @@ def _installed(package: str) -> Distribution | None:
 def _assert_whole(plan: Plan, model: ModelConfig) -> None:
     """No expert and no layer is left out, whoever the writers are."""
     expected = {
-        piece.name: piece.shape
+        architecture_of(model).stored_name(piece.name): piece.shape
         for name, shape in (hf.parameter_shapes(model) | hf.buffer_shapes(model)).items()
         for piece in hf.pieces(name, shape)
     }

@@ -30,6 +30,13 @@ class ModelConfig(Section):
     )
     num_local_experts: int = Field(8, ge=1, description="experts per layer, over all ranks")
     num_experts_per_tok: int = Field(2, ge=1, description="experts that each token passes through (top-k)")
+    num_shared_experts: int = Field(
+        0, ge=0, description="experts beside those that every token passes through, as one of so many times the width "
+        "(DeepSeekMoE, Dai et al. 2024, section 3.2); on every rank, like the attention",
+    )
+    shared_expert_gate: bool = Field(
+        False, description="their output times sigmoid of a linear map of the token, as in Qwen2-MoE"
+    )
     router: AnyRouterSettings = Field(MixtralSettings(), description="how tokens choose experts")
     router_aux_loss_coef: float = Field(0.02, ge=0, description="weight of the load-balance loss; 0: off")
     router_aux_loss_scope: Literal["global", "sequence", "transformers"] = Field(
@@ -81,8 +88,25 @@ class ModelConfig(Section):
             invalid("num_experts_per_tok", self.num_experts_per_tok,
                     f"is above num_local_experts={self.num_local_experts}",
                     f"use at most {self.num_local_experts}")
+        if self.shared_expert_gate and not self.num_shared_experts:
+            invalid("shared_expert_gate", True, "has nothing to gate with num_shared_experts=0",
+                    "set num_shared_experts, or remove it")
         self.router.check(self)
         return self
+
+    @property
+    def shared_width(self) -> int:
+        """Width of the shared experts together."""
+        return self.num_shared_experts * self.intermediate_size
+
+    def shared_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The parameters of one layer's shared experts, by name within the layer's `mlp`; none without them."""
+        if not self.num_shared_experts:
+            return {}
+        wide, narrow = (self.shared_width, self.hidden_size), (self.hidden_size, self.shared_width)
+        gate = {"shared_expert_gate.weight": (1, self.hidden_size)} if self.shared_expert_gate else {}
+        return {"shared_experts.gate_proj.weight": wide, "shared_experts.up_proj.weight": wide,
+                "shared_experts.down_proj.weight": narrow, **gate}
 
     def parameter_counts(self, active: bool = False) -> dict[str, int]:
         """Parameters per part, by arithmetic alone; their sum is the model's size.
@@ -95,11 +119,13 @@ class ModelConfig(Section):
         attention = 2 * d * dh * (self.num_attention_heads + self.kv_heads)
         experts = self.router.active_experts(self) if active else self.num_local_experts
         router = sum(math.prod(shape) for shape in self.router.parameter_shapes(self).values())
+        shared = layers * sum(math.prod(shape) for shape in self.shared_shapes().values())
         return {
             "embed_tokens": self.vocab_size * d,
             "attention": layers * attention,
             "router": layers * router,
             "experts": layers * experts * 3 * d * self.intermediate_size,
+            **({"shared_experts": shared} if shared else {}),
             "norms": (2 * layers + 1) * d,
             "lm_head": 0 if self.tie_word_embeddings else self.vocab_size * d,
         }

@@ -6,145 +6,26 @@ that is defined elsewhere adds its own with `moe_llm.model.moe.routers.register`
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny
 from pydantic_core import PydanticCustomError
 
-from moe_llm.config.base import Section, fields_by_key, invalid
+from moe_llm.config.base import fields_by_key, invalid
+from moe_llm.config.router_base import (
+    DEFAULT_TYPE,
+    ENTROPY_COEFFICIENTS,
+    LimitedSettings,
+    OverflowSettings,
+    RouterSettings,
+    Shapes,
+)
+
+__all__ = [
+    "DEFAULT_TYPE", "ENTROPY_COEFFICIENTS", "ROUTER_SETTINGS", "AnyRouterSettings", "LimitedSettings",
+    "OverflowSettings", "RouterSettings", "Shapes",
+]
 
 if TYPE_CHECKING:
     from moe_llm.config.model import ModelConfig
-
-DEFAULT_TYPE = "mixtral"
-Shapes = dict[str, tuple[int, ...]]
-ENTROPY_COEFFICIENTS = ("entropy_bonus_coef", "local_entropy_coef", "global_entropy_coef")
-
-
-class RouterSettings(Section):
-    """How tokens choose experts. Each type has settings of its own besides these."""
-
-    type: str = Field(DEFAULT_TYPE, description="which router; the types and their settings are below")
-    entropy_bonus_coef: float = Field(
-        0.0, ge=0, description="weight of minus the mean entropy of a token's distribution over experts: keeps routers "
-        "from deciding too early",
-    )
-    local_entropy_coef: float = Field(
-        0.0, ge=0, description="weight of that mean entropy: makes routers decide (LIMoE's local loss, Mustafa et al. "
-        "2022, section 2.2)",
-    )
-    global_entropy_coef: float = Field(
-        0.0, ge=0, description="weight of minus the entropy of the mean distribution: keeps all experts in use "
-        "(LIMoE's global loss)",
-    )
-    global_entropy_threshold: float | None = Field(
-        None, gt=0, description="nats up to which the global loss raises that entropy, max(0, this - entropy); null: "
-        "without end",
-    )
-
-    causal: ClassVar[bool] = True  # whether, in training too, a token's experts depend on no later token
-
-    @model_validator(mode="after")
-    def _entropies_agree(self):
-        if self.entropy_bonus_coef and self.local_entropy_coef:
-            invalid("entropy_bonus_coef", self.entropy_bonus_coef,
-                    f"pulls against local_entropy_coef={self.local_entropy_coef:g}", "set one of them to 0")
-        if self.global_entropy_threshold is not None and not self.global_entropy_coef:
-            invalid("global_entropy_threshold", self.global_entropy_threshold,
-                    "applies to nothing without global_entropy_coef", "set that, or remove it")
-        return self
-
-    def check(self, model: "ModelConfig") -> None:
-        """Refuse, with `invalid`, a model that this router does not fit; fields are relative to `model`."""
-
-    def parameter_shapes(self, model: "ModelConfig") -> Shapes:
-        """The parameters of one layer's router, by name."""
-        return {"weight": (model.num_local_experts, model.hidden_size)}
-
-    def buffer_shapes(self, model: "ModelConfig") -> Shapes:
-        """What of one layer's router is no parameter but belongs to the model: fp32, begins at zero, is changed by
-        the router's `after_step` alone, and is in every checkpoint."""
-        return {}
-
-    def active_experts(self, model: "ModelConfig") -> int:
-        """How many experts a token passes through, at most."""
-        return model.num_experts_per_tok
-
-    @property
-    def even(self) -> bool:
-        """Whether every token has exactly `active_experts` rows while training."""
-        return True
-
-    @property
-    def limited(self) -> bool:
-        """Whether experts may turn tokens away while training."""
-        return False
-
-    def unlimited(self) -> dict[str, Any]:
-        """Changes of settings under which none does."""
-        return {}
-
-    def quiet(self) -> dict[str, Any]:
-        """Changes of settings under which nothing is drawn at random, so that training does not depend on how the
-        tokens lie on ranks."""
-        return {}
-
-
-class LimitedSettings(RouterSettings):
-    """Routers whose tokens choose experts that may have limited room."""
-
-    capacity_factor: float | None = Field(
-        None, gt=0,
-        description="an expert takes at most this many times its even share of each sequence, while training; "
-        "null: no limit",
-    )
-    initial_capacity_factor: float | None = Field(
-        None, gt=0, description="the factor at the first step, from which it goes to `capacity_factor` linearly; null: "
-        "that from the start",
-    )
-    capacity_decay_steps: int = Field(0, ge=0, description="optimizer steps that this takes")
-    warmup_steps: int = Field(
-        0, ge=0, description="steps in which a token's experts are drawn at random with a probability that falls from "
-        "1 to 0; their weights are the router's",
-    )
-
-    @model_validator(mode="after")
-    def _schedule_is_whole(self):
-        if (self.initial_capacity_factor is None) != (self.capacity_decay_steps == 0):
-            missing = "capacity_decay_steps" if self.initial_capacity_factor is not None else "initial_capacity_factor"
-            invalid(missing, getattr(self, missing), "leaves the schedule of the capacity open",
-                    "give initial_capacity_factor and capacity_decay_steps, or neither")
-        if self.initial_capacity_factor is not None and self.capacity_factor is None:
-            invalid("capacity_factor", None, "is what initial_capacity_factor has to go to", "give both")
-        return self
-
-    def capacity_at(self, step: int) -> float | None:
-        """The factor in optimizer step `step`, counted from 0."""
-        if self.initial_capacity_factor is None or step >= self.capacity_decay_steps:
-            return self.capacity_factor
-        share = step / self.capacity_decay_steps
-        return (1 - share) * self.initial_capacity_factor + share * self.capacity_factor
-
-    @property
-    def even(self) -> bool:
-        return not self.limited
-
-    @property
-    def limited(self) -> bool:
-        return self.capacity_factor is not None
-
-    def unlimited(self) -> dict[str, Any]:
-        return {"capacity_factor": None, "initial_capacity_factor": None, "capacity_decay_steps": 0}
-
-    def quiet(self) -> dict[str, Any]:
-        return {"warmup_steps": 0}
-
-
-class OverflowSettings(LimitedSettings):
-    """Those of them that may pass a token on."""
-
-    overflow: Literal["drop", "next"] = Field(
-        "drop", description="beyond the capacity: drop, or pass on to the next expert that has room"
-    )
-
 
 class MixtralSettings(OverflowSettings):
     """Softmax over the experts, the top k of it, renormalised (Jiang et al. 2024)."""
@@ -279,6 +160,71 @@ class HierarchicalSettings(RouterSettings):
                 "group_weight": (self.groups, model.hidden_size)}
 
 
+class DeepSeekMoESettings(OverflowSettings):
+    """Softmax, top k, with losses that balance experts and groups of them (DeepSeekMoE, Dai et al. 2024)."""
+
+    type: Literal["deepseek_moe"] = "deepseek_moe"
+    norm_topk_prob: bool = Field(False, description="weights of a token's experts are divided by their sum")
+    routed_scaling_factor: float = Field(1.0, gt=0, description="what weights are multiplied by then")
+    expert_balance_coef: float = Field(
+        0.01, ge=0, description="weight of the expert-level balance loss (equations 12 to 14), 1 when balanced"
+    )
+    device_balance_coef: float = Field(
+        0.0, ge=0, description="weight of the same over groups of experts, the device-level one (equations 15 and 16)"
+    )
+    device_groups: int | None = Field(
+        None, ge=2, description="groups of neighbouring experts, of equal size, for that; they need not be those of "
+        "the ranks",
+    )
+
+    def check(self, model: "ModelConfig") -> None:
+        experts = model.num_local_experts
+        if self.device_groups is None and self.device_balance_coef:
+            invalid("router.device_balance_coef", self.device_balance_coef, "has no groups to balance",
+                    "set router.device_groups")
+        if self.device_groups is not None and not self.device_balance_coef:
+            invalid("router.device_groups", self.device_groups, "is for router.device_balance_coef=0",
+                    "set that, or remove it")
+        if self.device_groups is not None and experts % self.device_groups:
+            invalid("router.device_groups", self.device_groups, f"does not divide num_local_experts={experts}",
+                    "use a divisor")
+
+
+class BiasBalancedSettings(RouterSettings):
+    """A bias on each expert's score, in selection alone, is moved against its load after each step (Wang et al. 2024;
+    DeepSeek-V3 2024)."""
+
+    type: Literal["bias_balanced"] = "bias_balanced"
+    score: Literal["sigmoid", "softmax"] = Field("sigmoid", description="of the router's logits")
+    update_rate: float = Field(
+        0.001, ge=0, description="what an expert's bias is raised or lowered by after a step in which it had less or "
+        "more than its even share",
+    )
+    norm_topk_prob: bool = Field(True, description="weights of a token's experts are divided by their sum")
+    routed_scaling_factor: float = Field(1.0, gt=0, description="what weights are multiplied by then")
+    n_group: int = Field(1, ge=1, description="groups of neighbouring experts, of equal size")
+    topk_group: int = Field(
+        1, ge=1, description="groups that a token may take experts from: those whose two best scores are highest in sum"
+    )
+
+    def buffer_shapes(self, model: "ModelConfig") -> Shapes:
+        return {"e_score_correction_bias": (model.num_local_experts,)}
+
+    def check(self, model: "ModelConfig") -> None:
+        experts, size = model.num_local_experts, model.num_local_experts // self.n_group
+        if experts % self.n_group:
+            invalid("router.n_group", self.n_group, f"does not divide num_local_experts={experts}", "use a divisor")
+        if self.n_group > 1 and size < 2:
+            invalid("router.n_group", self.n_group, f"leaves one of num_local_experts={experts} in each group, and a "
+                    "group's score is that of two", "lower it")
+        if self.topk_group > self.n_group:
+            invalid("router.topk_group", self.topk_group, f"is above n_group={self.n_group}", "lower it")
+        if model.num_experts_per_tok > self.topk_group * size:
+            invalid("num_experts_per_tok", model.num_experts_per_tok,
+                    f"is above the {self.topk_group * size} experts of router.topk_group={self.topk_group} groups",
+                    "lower it, or raise router.topk_group")
+
+
 class BalancedSettings(RouterSettings):
     """Experts by position, round and round, with the router's weights: for benchmarks, where every expert shall have
     the same work."""
@@ -302,6 +248,8 @@ ROUTER_SETTINGS: dict[str, type[RouterSettings]] = {
     "top_p": TopPSettings,
     "hierarchical": HierarchicalSettings,
     "balanced": BalancedSettings,
+    "deepseek_moe": DeepSeekMoESettings,
+    "bias_balanced": BiasBalancedSettings,
 }
 
 

@@ -1,10 +1,12 @@
 """A checkpoint of the ranks as transformers sees it."""
 
 import traceback
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
+from moe_llm.checkpoint import hf
 from moe_llm.checkpoint.architectures import architecture_of, export_note
 from moe_llm.checkpoint.export import DTYPES
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
@@ -20,7 +22,7 @@ def check_export(
 ) -> list[Finding]:
     """Every tensor of `weights` (whole, as in training) is there, no other is, and logits are those of our model."""
     architecture = architecture_of(config.model)
-    if not architecture.native:
+    if not (architecture.native or architecture.code):
         return [note(f"{export_note(config.model)}; they are not loaded there")]
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -28,7 +30,8 @@ def check_export(
     disable_progress_bar()
     try:
         theirs, report = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, output_loading_info=True, experts_implementation="eager"
+            directory, dtype=torch.float32, output_loading_info=True, experts_implementation="eager",
+            trust_remote_code=architecture.code,  # this package's own, written a moment ago
         )
     except Exception as error:  # noqa: BLE001 - whatever it is, it is what the user's users would meet
         said = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
@@ -38,12 +41,14 @@ def check_export(
              for name in sorted(map(str, report[kind])) if not name.endswith(architecture.unused)]
     keys = exact("export_keys", "checkpoint in transformers: all tensors, no others", wrong)
 
-    parameters, unequal = dict(theirs.named_parameters()), []
+    held = {hf.published_name(name): tensor for name, tensor in [*theirs.named_parameters(), *theirs.named_buffers()]}
+    buffers, unequal = hf.buffer_shapes(config.model), []
     for name, value in weights.items():
         if name.endswith(architecture.unused):
             continue
-        stored = torch.from_numpy(value).to(DTYPES[config.checkpoint.dtype]).float()
-        found = parameters.get(name)
+        dtype = torch.float32 if name in buffers else DTYPES[config.checkpoint.dtype]
+        stored = torch.from_numpy(value).to(dtype).float()
+        found = _found(name, tuple(stored.shape), held)
         if found is None or found.shape != stored.shape:
             unequal.append(name)
         elif not torch.equal(found, stored):
@@ -56,6 +61,19 @@ def check_export(
     apart = float(np.abs(a - b).max() / np.abs(a).max())
     return [keys, tensors, within("export_logits", "checkpoint in transformers: logits", [
         (apart, allowed.logits, "the largest logit")])]
+
+
+def _found(name: str, shape: tuple[int, ...], held: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """An in-memory tensor of ours among theirs by published names, whole or in its pieces; None where it is not."""
+    if hf.published_name(name) in held:
+        return held[hf.published_name(name)]
+    pieces = hf.pieces(name, shape)
+    if any(piece.name not in held for piece in pieces):
+        return None
+    whole = torch.empty(shape)
+    for piece in pieces:
+        whole[piece.index] = held[piece.name]
+    return whole
 
 
 def _where(name: str, found: torch.Tensor, stored: torch.Tensor) -> list[str]:

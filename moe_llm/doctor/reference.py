@@ -17,6 +17,8 @@ from moe_llm.checkpoint.architectures import MIXTRAL, architecture_of
 from moe_llm.checkpoint.hf import to_transformers_config
 from moe_llm.config import ModelConfig
 from moe_llm.data.packing import Batch
+from moe_llm.model.moe.losses import entropy_losses
+from moe_llm.model.moe.routers import router_losses
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,9 @@ class Expected:
 
 def comparable(config: ModelConfig) -> bool:
     """Whether transformers trains such a model, capacity and entropies set aside: routers that choose as Mixtral's does
-    while nothing is random, and have no parameters of their own."""
-    return architecture_of(config) == MIXTRAL
+    while nothing is random, and have no parameters or losses of their own."""
+    own = {loss.name for loss in router_losses(config)} - {loss.name for loss in entropy_losses(config.router)}
+    return architecture_of(config) == MIXTRAL and not own
 
 
 class Reference:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _DECISIVE = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "num_local_experts", "num_experts_per_tok", "rope_theta", "sliding_window", "rms_norm_eps",
-    "tie_word_embeddings",
+    "tie_word_embeddings", "num_shared_experts", "shared_expert_gate",
 )
 
 

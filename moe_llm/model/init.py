@@ -36,7 +36,8 @@ def init_weights(model: MoEDecoder, seed: int) -> None:
         if parameter.dim() == 1:
             parameter.fill_(1.0)
             continue
-        std = residual if leaf == "down_proj" or owner.endswith("o_proj") else config.initializer_range
+        writes = leaf == "down_proj" or owner.endswith(("o_proj", "down_proj"))
+        std = residual if writes else config.initializer_range
         if owner in first_expert:
             for local, expert in enumerate(parameter):
                 _fill_normal(expert, std, f"{seed}/{name}/{first_expert[owner] + local}")

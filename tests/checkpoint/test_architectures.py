@@ -1,58 +1,182 @@
-"""What routers become in transformers: its logits where it has them, this package's own files where it has not."""
+"""What routers become in transformers: its logits where it has them, and by the code beside the weights elsewhere."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from checkpoint_fakes import small_config
 from transformers import AutoModelForCausalLM
 
-from moe_llm.checkpoint.architectures import architecture_of, is_mixtral
+from moe_llm.checkpoint.architectures import CODED, OWN, architecture_of, export_note, is_mixtral
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.config.routers import ROUTER_SETTINGS
 from moe_llm.model.init import init_weights
 
-TOKENS = torch.randint(0, 40, (3, 17), generator=torch.Generator().manual_seed(1))
-TOP_K = {"dense": 4, "switch": 1, "top_p": 4}
-NATIVE = ["mixtral", "dense", "gshard", "noisy_top_k"]
+TOKENS = torch.randint(0, 24, (3, 17), generator=torch.Generator().manual_seed(1))
+MODEL = {"dense": {"num_experts_per_tok": 4}, "switch": {"num_experts_per_tok": 1}, "top_p": {"num_experts_per_tok": 4}}
+NEEDED = {"hierarchical": {"groups": 2}}
+GATED = {"num_shared_experts": 2, "shared_expert_gate": True}
+SHARED = {"num_shared_experts": 2}
+GROUPS = {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5}
+# router, its settings, the model's, transformers' model_type
+CASES = [
+    ("mixtral", {}, {}, "mixtral"),
+    ("mixtral", {}, GATED, "qwen2_moe"),
+    ("mixtral", {}, {**GATED, "sliding_window": 5}, "qwen2_moe"),
+    ("mixtral", {}, SHARED, "moe_llm"),
+    ("dense", {}, {}, "mixtral"),
+    ("dense", {}, GATED, "qwen2_moe"),
+    ("gshard", {}, {}, "mixtral"),
+    ("noisy_top_k", {}, {}, "mixtral"),
+    ("noisy_top_k", {}, GATED, "qwen2_moe"),
+    ("noisy_top_k", {}, SHARED, "moe_llm"),
+    ("switch", {}, {}, "moe_llm"),
+    ("switch", {}, GATED, "qwen2_moe"),
+    ("batch_prioritised", {}, {"sliding_window": 5}, "moe_llm"),
+    ("batch_prioritised", {}, {**GATED, "tie_word_embeddings": True}, "qwen2_moe"),
+    ("deepseek_moe", {}, SHARED, "moe_llm"),
+    ("deepseek_moe", {"routed_scaling_factor": 2.0}, GATED, "moe_llm"),
+    ("deepseek_moe", {"norm_topk_prob": True}, {}, "mixtral"),
+    ("deepseek_moe", {"norm_topk_prob": True}, GATED, "qwen2_moe"),
+    ("deepseek_moe", {}, GATED, "qwen2_moe"),
+    ("bias_balanced", {}, SHARED, "glm4_moe"),
+    ("bias_balanced", GROUPS, SHARED, "glm4_moe"),
+    ("bias_balanced", {"norm_topk_prob": False}, {**SHARED, "tie_word_embeddings": True}, "glm4_moe"),
+    ("bias_balanced", {}, {**SHARED, "sliding_window": 5}, "moe_llm"),
+    ("bias_balanced", {"score": "softmax", "norm_topk_prob": False}, SHARED, "moe_llm"),
+    ("bias_balanced", GROUPS, {}, "moe_llm"),
+    ("top_p", {"p": 0.7}, {}, "moe_llm"),
+    ("hierarchical", {"groups_per_token": 2}, SHARED, "moe_llm"),
+    ("hierarchical", {}, {}, "moe_llm"),
+    ("balanced", {}, {}, "moe_llm"),
+]
 
 
-def model_of(kind: str) -> MoEForCausalLM:
-    router = {"type": kind, **({"groups": 2} if kind == "hierarchical" else {})}
-    config = small_config(num_local_experts=4, num_experts_per_tok=TOP_K.get(kind, 2), router=router,
-                          initializer_range=0.3)
+def model_of(kind: str, settings: dict, more: dict) -> MoEForCausalLM:
+    router = {"type": kind, **NEEDED.get(kind, {}), **settings}
+    config = small_config(router=router, initializer_range=0.3, **{**MODEL.get(kind, {}), **more})
     model = MoEForCausalLM(config)
     init_weights(model, 0)
-    for parameter in model.parameters():
-        if not parameter.any():
-            parameter.data.normal_(0, 0.3)
+    generator = torch.Generator().manual_seed(4)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if not tensor.any():
+            tensor.data.normal_(0, 0.3, generator=generator)
     return model.eval()
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("kind", NATIVE)
-def test_transformers_logits_are_ours(tmp_path, kind):
-    model = model_of(kind)
+@pytest.fixture(params=CASES, ids=lambda case: "-".join([case[0], *case[1], *case[2]]))
+def saved(request, tmp_path):
+    """Model, directory, transformers' model_type."""
+    kind, settings, more, architecture = request.param
+    model = model_of(kind, settings, more)
     model.save_pretrained(tmp_path)
+    return model, tmp_path, architecture
+
+
+@torch.no_grad()
+def test_transformers_logits_are_ours_and_its_files_come_back(saved, tmp_path_factory):
+    model, directory, architecture = saved
     theirs, report = AutoModelForCausalLM.from_pretrained(
-        tmp_path, output_loading_info=True, experts_implementation="eager"
+        directory, output_loading_info=True, experts_implementation="eager", trust_remote_code=architecture == "moe_llm"
     )
+    assert theirs.config.model_type == architecture == json.loads((directory / "config.json").read_text())["model_type"]
     assert not report["missing_keys"]
     assert not report["mismatched_keys"]
     unused = architecture_of(model.config).unused
     assert {str(key).rpartition(".")[2] for key in report["unexpected_keys"]} == set(unused)
-    tokens = TOKENS % model.config.vocab_size
-    torch.testing.assert_close(theirs.eval()(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
+    logits = model(TOKENS).logits
+    torch.testing.assert_close(theirs.eval()(TOKENS).logits, logits, rtol=1e-5, atol=1e-5)
+
+    again = MoEForCausalLM.from_pretrained(directory)
+    assert again.config == model.config
+    assert torch.equal(again(TOKENS).logits, logits)
+    if not unused and architecture != "mixtral":
+        back = tmp_path_factory.mktemp("back")
+        theirs.save_pretrained(back)
+        again = MoEForCausalLM.from_pretrained(back)
+        assert torch.equal(again(TOKENS).logits, logits)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("kind", ROUTER_SETTINGS)
-def test_saved_and_loaded_it_is_the_same_model(tmp_path, kind):
-    model = model_of(kind)
+def test_every_router_has_a_case():
+    assert {kind for kind, *_ in CASES} == set(CODED) <= set(ROUTER_SETTINGS)
+
+
+def test_what_is_said_before_training():
+    notes = {(kind, architecture): export_note(model_of(kind, settings, more).config)
+             for kind, settings, more, architecture in CASES}
+    assert notes["mixtral", "mixtral"] is None
+    assert "Qwen2MoeForCausalLM" in notes["deepseek_moe", "qwen2_moe"]
+    assert "trust_remote_code=True" in notes["top_p", "moe_llm"]
+    assert "num_shared_experts=2" in notes["mixtral", "moe_llm"]
+    assert "noise_weight" in notes["noisy_top_k", "qwen2_moe"]
+
+
+def test_the_routers_that_are_mixtrals_in_evaluation():
+    assert is_mixtral(model_of("mixtral", {}, SHARED).config)
+    assert is_mixtral(model_of("deepseek_moe", {"norm_topk_prob": True}, {}).config)
+    assert not is_mixtral(model_of("deepseek_moe", {}, {}).config)
+    assert not is_mixtral(model_of("bias_balanced", {}, {}).config)
+
+
+def test_without_trust_it_is_refused_rather_than_read_as_another_model(tmp_path):
+    model_of("top_p", {}, {}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=False)
+
+
+REMOTE = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+assert not any(name.partition(".")[0] == "moe_llm" for name in sys.modules), "the package is imported"
+tokens = torch.tensor([[1, 5, 9, 2], [7, 7, 3, 20]])
+greedy = model.generate(tokens, max_new_tokens=7, do_sample=False, eos_token_id=None, pad_token_id=0)
+whole = tokens
+for _ in range(7):
+    whole = torch.cat([whole, model(whole, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], 1)
+assert torch.equal(greedy, whole)
+plain = model(tokens, labels=tokens)
+plain.loss.backward()
+with_aux = model(tokens, labels=tokens, output_router_logits=True)
+assert [layer.shape for layer in with_aux.router_logits] == [(8, 4)] * 2
+assert torch.allclose(with_aux.loss, plain.loss + model.router_aux_loss_coef * with_aux.aux_loss)
+assert all(p.grad is not None for n, p in model.named_parameters() if ".gate.weight" in n)
+"""
+
+
+def test_the_code_beside_the_weights_stands_alone_and_generates(tmp_path):
+    """In a process that cannot import the package; with the cache it says what it says without."""
+    model_of("balanced", {}, SHARED).save_pretrained(tmp_path / "model")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", REMOTE, str(tmp_path / "model")], env=environment, cwd=tmp_path,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_bf16_keeps_the_bias_in_fp32(tmp_path):
+    for more, native in ((SHARED, True), ({}, False)):
+        model = model_of("bias_balanced", {}, more)
+        bias_E = model.get_buffer("model.layers.1.mlp.gate.e_score_correction_bias")
+        bias_E.fill_(1 + 2**-20)
+        model.save_pretrained(tmp_path, dtype="bf16")
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", trust_remote_code=not native)
+        found_E = theirs.get_buffer("model.layers.1.mlp.gate.e_score_correction_bias")
+        assert torch.equal(found_E, bias_E)
+        assert theirs.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_another_ones_checkpoint_is_refused(tmp_path):
+    model = model_of("bias_balanced", {}, SHARED)
     model.save_pretrained(tmp_path)
-    again = MoEForCausalLM.from_pretrained(tmp_path)
-    assert again.config.router == model.config.router
-    tokens = TOKENS % model.config.vocab_size
-    assert torch.equal(again(tokens).logits, model(tokens).logits)
-    assert is_mixtral(model.config) == (kind in NATIVE)
-    if kind not in NATIVE:  # refused there, rather than read as another model
-        with pytest.raises(ValueError, match="moe_llm"):
-            AutoModelForCausalLM.from_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    del content["moe_llm"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(Exception, match="glm4_moe"):
+        MoEForCausalLM.from_pretrained(tmp_path)
+    shutil.rmtree(tmp_path)
+    assert OWN.code is False

@@ -41,6 +41,16 @@ def refusal(*overrides: str) -> str:
     (["model.router={initial_capacity_factor: 2, capacity_decay_steps: 9}"], "model.router.capacity_factor=null"),
     (["model.router.warmup_steps=-1"], "model.router.warmup_steps=-1"),
     (["model.router.load_coef=true", "model.router.type=noisy_top_k"], "takes no true or false"),
+    (["model.router={type: deepseek_moe, device_groups: 3, device_balance_coef: 1}"],
+     "model.router.device_groups=3 does not divide num_local_experts=8"),
+    (["model.router={type: deepseek_moe, device_groups: 2}"], "device_groups=2 is for router.device_balance_coef=0"),
+    (["model.router={type: deepseek_moe, device_balance_coef: 1}"], "has no groups to balance"),
+    (["model.router={type: bias_balanced, n_group: 3}"], "model.router.n_group=3 does not divide num_local_experts=8"),
+    (["model.router={type: bias_balanced, n_group: 8}"], "model.router.n_group=8 leaves one of num_local_experts=8"),
+    (["model.router={type: bias_balanced, topk_group: 2}"], "model.router.topk_group=2 is above n_group=1"),
+    (["model.router={type: bias_balanced, n_group: 4}", "model.num_experts_per_tok=3"],
+     "model.num_experts_per_tok=3 is above the 2 experts of router.topk_group=1 groups"),
+    (["model.shared_expert_gate=true"], "has nothing to gate with num_shared_experts=0"),
     (["model.router=switch"], "model.router=switch is not a section"),
 ])
 def test_bad_settings_are_refused_in_one_sentence(overrides, named):
@@ -65,8 +75,8 @@ def test_each_has_a_file_with_its_source_that_reads_back(kind):
     others = {"run", "model"}
     assert config.model_dump(exclude=others) == quickstart.model_dump(exclude=others)
     if kind != "top_p":  # whose tokens decide how many experts they need
-        experts = config.model.parameter_counts(active=True)["experts"]
-        assert experts == quickstart.model.parameter_counts(active=True)["experts"]
+        active, theirs = (of.model.parameter_counts(active=True) for of in (config, quickstart))
+        assert active["experts"] + active.get("shared_experts", 0) == theirs["experts"]
 
 
 def test_files_and_routers_are_the_same_set():

@@ -161,3 +161,32 @@ def balanced(x_TD, p, real, top_k, **settings):
         for k in range(top_k):
             mask[t, (t % len(real[0]) * top_k + k) % experts] = 0.0
     return (logits_TE + mask).softmax(-1), None
+
+
+def deepseek_moe(x_TD, p, real, top_k, scale, share, **settings):
+    """Dai et al. 2024, equations 9 to 11: g = s where s is among the top k of the softmax, else 0."""
+    return _weighted((x_TD @ p["weight"].T).softmax(-1), None, top_k, scale, share), None
+
+
+def bias_balanced(x_TD, p, real, top_k, scale, share, groups=1, groups_per_token=1, score="sigmoid", **settings):
+    """DeepSeek-V3 2024, equations 13 to 16, and its node-limited choice: groups by their two best experts."""
+    logits_TE = x_TD @ p["weight"].T
+    score_TE = torch.sigmoid(logits_TE) if score == "sigmoid" else logits_TE.softmax(-1)
+    biased = (score_TE + p["e_score_correction_bias"]).tolist()
+    size = len(biased[0]) // groups
+    for row in biased:
+        worth = [sum(sorted(row[g * size : (g + 1) * size])[-2:]) for g in range(groups)]
+        for g in set(range(groups)) - set(best(worth, groups_per_token)):
+            row[g * size : (g + 1) * size] = [-INFINITY] * size
+    return _weighted(score_TE, biased, top_k, scale, share), None
+
+
+def _weighted(score_TE, preferred, top_k, scale, share):
+    """The scores of the k most preferred, or their shares, times `scale`."""
+    out = torch.zeros_like(score_TE)
+    for t, row in enumerate(score_TE.tolist() if preferred is None else preferred):
+        chosen = best(row, top_k)
+        total = sum(score_TE[t, e] for e in chosen) if share else 1.0
+        for e in chosen:
+            out[t, e] = scale * score_TE[t, e] / total
+    return out

@@ -34,6 +34,12 @@ CASES = {
     "hierarchical": ("hierarchical", 2, {"groups": 3, "groups_per_token": 2}, {"groups": 3, "groups_per_token": 2}),
     "hierarchical, 1 group": ("hierarchical", 2, {"groups": 2}, {"groups": 2, "groups_per_token": 1}),
     "balanced": ("balanced", 2, {}, {}),
+    "deepseek_moe": ("deepseek_moe", 3, {"routed_scaling_factor": 1.5}, {"scale": 1.5, "share": False}),
+    "deepseek_moe, shares": ("deepseek_moe", 3, {"norm_topk_prob": True}, {"scale": 1.0, "share": True}),
+    "bias_balanced": ("bias_balanced", 2, {"routed_scaling_factor": 2.5}, {"scale": 2.5, "share": True}),
+    "bias_balanced, groups": ("bias_balanced", 3, {"n_group": 3, "topk_group": 2, "score": "softmax",
+                                                  "norm_topk_prob": False},
+                              {"scale": 1.0, "share": False, "groups": 3, "groups_per_token": 2, "score": "softmax"}),
 }
 
 
@@ -50,6 +56,8 @@ def layer_of(config: ModelConfig) -> MoELayer:
     generator = torch.Generator().manual_seed(5)
     for parameter in layer.parameters():
         parameter.data.normal_(0, 0.5, generator=generator)
+    for buffer in layer.buffers():
+        buffer.normal_(0, 0.3, generator=generator)
     return layer
 
 
@@ -79,7 +87,7 @@ def by_definition(x_TD: torch.Tensor, layer: MoELayer, gates_TE: torch.Tensor) -
 def test_outputs_and_gradients_are_those_of_the_papers_equations(case):
     kind, top_k, settings, told = CASES[case]
     layer, (x_BSD, real_BS) = layer_of(config_of(kind, top_k, settings)), inputs()
-    parameters = dict(layer.gate.named_parameters())
+    parameters = dict(layer.gate.named_parameters()) | dict(layer.gate.named_buffers())
     gates_TE, dropped = getattr(reference, kind)(
         x_BSD.flatten(0, 1), parameters, real_BS.tolist(), top_k=top_k, **{**draws(told.get("draws")), **told}
     )

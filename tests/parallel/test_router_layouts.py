@@ -21,14 +21,18 @@ ROUTER = {
     "top_p": {"num_experts_per_tok": 4, "p": 0.5, "local_entropy_coef": 0.1},
     "hierarchical": {"groups": 2, "groups_per_token": 2},
     "balanced": {},
+    "deepseek_moe": {"expert_balance_coef": 0.1, "device_balance_coef": 0.2, "device_groups": 2,
+                     "num_shared_experts": 2, "shared_expert_gate": True},
+    "bias_balanced": {"update_rate": 0.05, "n_group": 2, "topk_group": 1, "num_shared_experts": 1},
     "tilted": {},
 }
 
 
 def run_of(kind: str, world: int, stage: int = 1):
     settings = dict(ROUTER[kind])
-    top_k = settings.pop("num_experts_per_tok", 2)
-    model = {**_MODEL, "num_experts_per_tok": top_k, "router": {"type": kind, **settings}}
+    of_model = ("num_experts_per_tok", "num_shared_experts", "shared_expert_gate")
+    model = {key: settings.pop(key) for key in of_model if key in settings}
+    model = {**_MODEL, "num_experts_per_tok": 2, **model, "router": {"type": kind, **settings}}
     # zeros are a poor test of anything; ranks' own random numbers differ by design
     raw = config(2 * MICRO // world, 1, world, ep=world, stage=stage, model=_MODEL).model_dump(mode="json")
     return validate({**raw, "model": {**raw["model"], **model}})

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 from support import runs
 
 from moe_llm.analysis.inspect import inspect_checkpoint
+from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.cli import main
 from moe_llm.errors import UserError
 from moe_llm.train.evaluate import evaluate_files
@@ -51,3 +53,35 @@ def test_a_guard_over_another_router_is_refused(make_config, tmp_path, train, ca
                          finetune={"router_guard": {"action": "log"}})
     assert main(["train", str(config)]) == 2
     assert "model.router.type=balanced does not" in capsys.readouterr().err
+
+
+def biases(checkpoint) -> torch.Tensor:
+    """Of all layers, (L, E)."""
+    return torch.stack([bias_E for _, bias_E in MoEForCausalLM.from_pretrained(checkpoint).named_buffers()])
+
+
+def test_a_run_whose_checkpoints_are_another_architectures(train, corpus, capsys):
+    """Without a loss for balance: its bias is saved, resumed, and where another run begins."""
+    model = {**runs.MODEL, "num_shared_experts": 2, "router_aux_loss_coef": 0.0,
+             "router": {"type": "bias_balanced", "update_rate": 0.001}}
+    root = train(model=model)
+    assert "Glm4MoeForCausalLM" in capsys.readouterr().err
+    checkpoint = root / "checkpoints/step-00000006"
+    bias_LE = biases(checkpoint)
+    steps_LE = (bias_LE / 0.001).round()
+    torch.testing.assert_close(bias_LE, 0.001 * steps_LE, rtol=0, atol=1e-7)
+    assert 0 < steps_LE.abs().max() <= 6
+    last = runs.records(root)[-1]
+    assert evaluate_files(checkpoint, str(corpus), sequence_length=32)["loss"] == pytest.approx(
+        last["val_loss"], rel=0.05)
+    assert generate(checkpoint, "abc", max_new_tokens=6, temperature=0).startswith("abc")
+
+    longer = train(model=model, train={"max_steps": 8, "micro_batch_size": 2, "global_batch_size": 4})  # resumes
+    found_LE = biases(longer / "checkpoints/step-00000008")
+    assert not torch.equal(found_LE, bias_LE)
+    assert (found_LE - bias_LE).abs().max().item() <= 0.002 + 1e-6
+    again = train("next", model={"init_from": str(checkpoint)}, optim={"lr": 1e-9},
+                  train={"max_steps": 1, "micro_batch_size": 2, "global_batch_size": 4})
+    begun = again / "checkpoints/step-00000001"
+    assert MoEForCausalLM.from_pretrained(begun).config.router.update_rate == 0.001
+    assert (biases(begun) - bias_LE).abs().max().item() <= 0.001 + 1e-6

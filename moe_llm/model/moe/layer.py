@@ -1,5 +1,6 @@
 """The sparse feed-forward layer: route, dispatch, compute, combine."""
 
+import torch
 from torch import Tensor, nn
 
 from moe_llm.config import ModelConfig
@@ -7,10 +8,12 @@ from moe_llm.model.moe.dispatch import Dispatcher, LocalDispatcher
 from moe_llm.model.moe.experts import Experts
 from moe_llm.model.moe.routers import build_router
 from moe_llm.model.moe.routing import RoutingStatistics
+from moe_llm.model.moe.shared import SharedExperts
 
 
 class MoELayer(nn.Module):
-    """y = sum over the chosen experts of weight * expert(x) (Shazeer et al. 2017, equation 1).
+    """y = sum over the chosen experts of weight * expert(x) (Shazeer et al. 2017, equation 1), and the shared experts'
+    output where there are any, gated by sigmoid(w x) where that is asked for.
 
     `dispatcher` is a plain object that expert parallelism replaces.
     """
@@ -20,8 +23,17 @@ class MoELayer(nn.Module):
         self.gate = build_router(config)
         self.experts = Experts(config)
         self.dispatcher: Dispatcher = LocalDispatcher()
+        self.shared_experts = SharedExperts(config) if config.num_shared_experts else None
+        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
 
     def forward(self, x_BSD: Tensor, real_BS: Tensor) -> tuple[Tensor, RoutingStatistics]:
         routing = self.gate(x_BSD, real_BS)
-        y_TD = self.dispatcher(x_BSD.flatten(0, 1), routing, self.experts)
+        x_TD = x_BSD.flatten(0, 1)
+        y_TD = self.dispatcher(x_TD, routing, self.experts)
+        if self.shared_experts is not None:
+            y_TD = y_TD + self._shared(x_TD)
         return y_TD.view_as(x_BSD), routing.statistics
+
+    def _shared(self, x_TD: Tensor) -> Tensor:
+        y_TD = self.shared_experts(x_TD)
+        return y_TD if self.shared_expert_gate is None else torch.sigmoid(self.shared_expert_gate(x_TD)) * y_TD

@@ -10,6 +10,8 @@ from moe_llm.model.moe.losses import RouterLoss
 from moe_llm.model.moe.router import Router
 from moe_llm.model.moe.routers.balanced import BalancedRouter
 from moe_llm.model.moe.routers.batch_prioritised import BatchPrioritisedRouter
+from moe_llm.model.moe.routers.bias_balanced import BiasBalancedRouter
+from moe_llm.model.moe.routers.deepseek_moe import DeepSeekMoERouter
 from moe_llm.model.moe.routers.dense import DenseRouter
 from moe_llm.model.moe.routers.gshard import GShardRouter
 from moe_llm.model.moe.routers.hierarchical import HierarchicalRouter
@@ -29,6 +31,8 @@ ROUTERS: dict[str, type[Router]] = {
     "top_p": TopPRouter,
     "hierarchical": HierarchicalRouter,
     "balanced": BalancedRouter,
+    "deepseek_moe": DeepSeekMoERouter,
+    "bias_balanced": BiasBalancedRouter,
 }
 
 R = TypeVar("R", bound=type[Router])

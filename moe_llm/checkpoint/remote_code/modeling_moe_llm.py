@@ -1,0 +1,191 @@
+"""A mixture-of-experts language model trained with moe_llm, for transformers (5 or later): the decoder is Mixtral's,
+but for how tokens choose their experts and for the experts that all tokens pass through.
+
+This is the model as it is evaluated: noise, limits of capacity and losses of the routers belong to training.
+Dimensions: B sequences, S positions, T = B * S tokens, D hidden, E experts, K experts per token, G groups of M experts,
+P groups of a token.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import MixtralForCausalLM
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.mixtral.modeling_mixtral import (
+    MixtralAttention,
+    MixtralModel,
+    MixtralPreTrainedModel,
+    MixtralRMSNorm,
+    MixtralRotaryEmbedding,
+    OutputRecorder,
+)
+
+from .configuration_moe_llm import MoELLMConfig
+
+RENORMALISED = ("mixtral", "dense", "gshard", "noisy_top_k")
+AS_THEY_ARE = ("switch", "batch_prioritised")
+
+
+class MoELLMRouter(nn.Module):
+    """Logits (T, E), each token's experts and their weights, (T, K) both; a weight of zero is no choice."""
+
+    def __init__(self, config: MoELLMConfig):
+        super().__init__()
+        self.settings = config.moe_llm["router"]
+        self.kind, self.top_k = self.settings["type"], config.num_experts_per_tok
+        experts, hidden = config.num_local_experts, config.hidden_size
+        self.weight = nn.Parameter(torch.empty(experts, hidden))
+        if self.kind == "noisy_top_k":  # of no use outside training
+            self.noise_weight = nn.Parameter(torch.zeros(experts, hidden), requires_grad=False)
+        if self.kind == "hierarchical":
+            self.group_weight = nn.Parameter(torch.empty(self.settings["groups"], hidden))
+        if self.kind == "bias_balanced":
+            self.register_buffer("e_score_correction_bias", torch.zeros(experts, dtype=torch.float32))
+
+    def forward(self, x_TD: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits_TE = F.linear(x_TD.float(), self.weight.float())
+        if self.kind == "hierarchical":
+            group_TG = F.linear(x_TD.float(), self.group_weight.float())
+            within_TGM = logits_TE.unflatten(-1, (group_TG.shape[-1], -1))
+            product_TE = (group_TG[..., None] + within_TGM.log_softmax(-1)).flatten(1)
+            return product_TE, *self._by_group(within_TGM, group_TG)
+        return logits_TE, *self._choose(logits_TE, position_T)
+
+    def _choose(self, logits_TE: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor]:
+        if self.kind == "bias_balanced":
+            return self._by_bias(logits_TE)
+        if self.kind == "balanced":
+            expert_TK = position_T[:, None] * self.top_k + torch.arange(self.top_k, device=position_T.device)
+            expert_TK = expert_TK % logits_TE.shape[-1]
+            return expert_TK, logits_TE.gather(-1, expert_TK).softmax(-1)
+        weight_TK, expert_TK = logits_TE.softmax(-1).topk(self.top_k, dim=-1)
+        if self.kind == "top_p":
+            taken_TK = weight_TK.cumsum(-1) - weight_TK < self.settings["p"]
+            taken_TK[:, 0] = True
+            return expert_TK, weight_TK * taken_TK
+        if self.kind in RENORMALISED or (self.kind == "deepseek_moe" and self.settings["norm_topk_prob"]):
+            weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
+        elif self.kind not in AS_THEY_ARE and self.kind != "deepseek_moe":
+            raise ValueError(f"moe_llm.router.type={self.kind!r} of config.json is not known here: use a newer file")
+        return expert_TK, weight_TK * self.settings.get("routed_scaling_factor", 1.0)
+
+    def _by_bias(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        settings = self.settings
+        score_TE = logits_TE.sigmoid() if settings["score"] == "sigmoid" else logits_TE.softmax(-1)
+        biased_TE = score_TE + self.e_score_correction_bias
+        if settings["topk_group"] < settings["n_group"]:
+            biased_TGM = biased_TE.unflatten(-1, (settings["n_group"], -1))
+            best_TP = biased_TGM.topk(2, dim=-1).values.sum(-1).topk(settings["topk_group"], dim=-1).indices
+            closed_TG = torch.ones_like(biased_TGM[..., 0], dtype=torch.bool).scatter(-1, best_TP, False)
+            biased_TE = biased_TGM.masked_fill(closed_TG[..., None], float("-inf")).flatten(1)
+        expert_TK = biased_TE.topk(self.top_k, dim=-1).indices
+        weight_TK = score_TE.gather(-1, expert_TK)
+        if settings["norm_topk_prob"]:
+            weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
+        return expert_TK, weight_TK * settings["routed_scaling_factor"]
+
+    def _by_group(self, within_TGM: Tensor, group_TG: Tensor) -> tuple[Tensor, Tensor]:
+        chosen, size = self.settings["groups_per_token"], within_TGM.shape[-1]
+        gate_TP, group_TP = group_TG.topk(chosen, dim=-1)
+        inside_TPM = within_TGM.gather(1, group_TP[..., None].expand(*group_TP.shape, size))
+        inner_TPQ, place_TPQ = inside_TPM.topk(self.top_k // chosen, dim=-1)
+        weight_TPQ = gate_TP.softmax(-1)[..., None] * inner_TPQ.softmax(-1)
+        return (group_TP[..., None] * size + place_TPQ).flatten(1), weight_TPQ.flatten(1)
+
+
+class MoELLMExpert(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, hidden: int, width: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, width, bias=False)
+        self.up_proj = nn.Linear(hidden, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MoELLMSparseBlock(nn.Module):
+    """The weighted sum of each token's experts, and the shared experts' output where there are any."""
+
+    def __init__(self, config: MoELLMConfig):
+        super().__init__()
+        hidden, width, own = config.hidden_size, config.intermediate_size, config.moe_llm
+        shared = own.get("num_shared_experts", 0)
+        self.gate = MoELLMRouter(config)
+        self.experts = nn.ModuleList(MoELLMExpert(hidden, width) for _ in range(config.num_local_experts))
+        self.shared_experts = MoELLMExpert(hidden, shared * width) if shared else None
+        self.shared_expert_gate = nn.Linear(hidden, 1, bias=False) if own.get("shared_expert_gate") else None
+
+    def forward(self, x_BSD: Tensor, position_BS: Tensor) -> Tensor:
+        x_TD = x_BSD.flatten(0, 1)
+        _, expert_TK, weight_TK = self.gate(x_TD, position_BS.expand(x_BSD.shape[:2]).flatten())
+        y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+        for e, expert in enumerate(self.experts):
+            token_N, choice_N = torch.where((expert_TK == e) & (weight_TK != 0))
+            if len(token_N):
+                y_TD.index_add_(0, token_N, expert(x_TD[token_N]).float() * weight_TK[token_N, choice_N, None])
+        y_TD = y_TD.to(x_TD.dtype)
+        if self.shared_experts is not None:
+            shared_TD = self.shared_experts(x_TD)
+            if self.shared_expert_gate is not None:
+                shared_TD = torch.sigmoid(self.shared_expert_gate(x_TD)) * shared_TD
+            y_TD = y_TD + shared_TD
+        return y_TD.view_as(x_BSD)
+
+
+class MoELLMDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: MoELLMConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = MixtralAttention(config, layer_idx)
+        self.mlp = MoELLMSparseBlock(config)
+        self.input_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, position_ids: Tensor, **kwargs) -> Tensor:
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), position_ids=position_ids, **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), position_ids)
+
+
+class MoELLMPreTrainedModel(MixtralPreTrainedModel):
+    config_class = MoELLMConfig
+    _no_split_modules = ["MoELLMDecoderLayer"]  # noqa: RUF012 (as transformers has these)
+    _can_record_outputs = {  # noqa: RUF012
+        "router_logits": OutputRecorder(MoELLMRouter, index=0),
+        "hidden_states": MoELLMDecoderLayer,
+        "attentions": MixtralAttention,
+    }
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MoELLMRouter):
+            for name in ("weight", "group_weight"):
+                if getattr(module, name, None) is not None:
+                    init.normal_(getattr(module, name), std=self.config.initializer_range)
+
+
+class MoELLMModel(MoELLMPreTrainedModel, MixtralModel):
+    def __init__(self, config: MoELLMConfig):
+        MixtralPreTrainedModel.__init__(self, config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(MoELLMDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = MixtralRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
+class MoELLMForCausalLM(MoELLMPreTrainedModel, MixtralForCausalLM):
+    def __init__(self, config: MoELLMConfig):
+        MixtralPreTrainedModel.__init__(self, config)
+        self.model = MoELLMModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.router_aux_loss_coef = config.router_aux_loss_coef
+        self.num_experts, self.num_experts_per_tok = config.num_local_experts, config.num_experts_per_tok
+        self.post_init()

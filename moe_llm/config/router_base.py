@@ -1,0 +1,141 @@
+"""Settings that routers have in common: what the classes in `moe_llm.config.routers` are built on."""
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from moe_llm.config.base import Section, invalid
+
+if TYPE_CHECKING:
+    from moe_llm.config.model import ModelConfig
+
+DEFAULT_TYPE = "mixtral"
+Shapes = dict[str, tuple[int, ...]]
+ENTROPY_COEFFICIENTS = ("entropy_bonus_coef", "local_entropy_coef", "global_entropy_coef")
+
+
+class RouterSettings(Section):
+    """How tokens choose experts. Each type has settings of its own besides these."""
+
+    type: str = Field(DEFAULT_TYPE, description="which router; the types and their settings are below")
+    entropy_bonus_coef: float = Field(
+        0.0, ge=0, description="weight of minus the mean entropy of a token's distribution over experts: keeps routers "
+        "from deciding too early",
+    )
+    local_entropy_coef: float = Field(
+        0.0, ge=0, description="weight of that mean entropy: makes routers decide (LIMoE's local loss, Mustafa et al. "
+        "2022, section 2.2)",
+    )
+    global_entropy_coef: float = Field(
+        0.0, ge=0, description="weight of minus the entropy of the mean distribution: keeps all experts in use "
+        "(LIMoE's global loss)",
+    )
+    global_entropy_threshold: float | None = Field(
+        None, gt=0, description="nats up to which the global loss raises that entropy, max(0, this - entropy); null: "
+        "without end",
+    )
+
+    causal: ClassVar[bool] = True  # whether, in training too, a token's experts depend on no later token
+
+    @model_validator(mode="after")
+    def _entropies_agree(self):
+        if self.entropy_bonus_coef and self.local_entropy_coef:
+            invalid("entropy_bonus_coef", self.entropy_bonus_coef,
+                    f"pulls against local_entropy_coef={self.local_entropy_coef:g}", "set one of them to 0")
+        if self.global_entropy_threshold is not None and not self.global_entropy_coef:
+            invalid("global_entropy_threshold", self.global_entropy_threshold,
+                    "applies to nothing without global_entropy_coef", "set that, or remove it")
+        return self
+
+    def check(self, model: "ModelConfig") -> None:
+        """Refuse, with `invalid`, a model that this router does not fit; fields are relative to `model`."""
+
+    def parameter_shapes(self, model: "ModelConfig") -> Shapes:
+        """The parameters of one layer's router, by name."""
+        return {"weight": (model.num_local_experts, model.hidden_size)}
+
+    def buffer_shapes(self, model: "ModelConfig") -> Shapes:
+        """What of one layer's router is no parameter but belongs to the model: fp32, begins at zero, is changed by
+        the router's `after_step` alone, and is in every checkpoint."""
+        return {}
+
+    def active_experts(self, model: "ModelConfig") -> int:
+        """How many experts a token passes through, at most."""
+        return model.num_experts_per_tok
+
+    @property
+    def even(self) -> bool:
+        """Whether every token has exactly `active_experts` rows while training."""
+        return True
+
+    @property
+    def limited(self) -> bool:
+        """Whether experts may turn tokens away while training."""
+        return False
+
+    def unlimited(self) -> dict[str, Any]:
+        """Changes of settings under which none does."""
+        return {}
+
+    def quiet(self) -> dict[str, Any]:
+        """Changes of settings under which nothing is drawn at random, so that training does not depend on how the
+        tokens lie on ranks."""
+        return {}
+
+
+class LimitedSettings(RouterSettings):
+    """Routers whose tokens choose experts that may have limited room."""
+
+    capacity_factor: float | None = Field(
+        None, gt=0,
+        description="an expert takes at most this many times its even share of each sequence, while training; "
+        "null: no limit",
+    )
+    initial_capacity_factor: float | None = Field(
+        None, gt=0, description="the factor at the first step, from which it goes to `capacity_factor` linearly; null: "
+        "that from the start",
+    )
+    capacity_decay_steps: int = Field(0, ge=0, description="optimizer steps that this takes")
+    warmup_steps: int = Field(
+        0, ge=0, description="steps in which a token's experts are drawn at random with a probability that falls from "
+        "1 to 0; their weights are the router's",
+    )
+
+    @model_validator(mode="after")
+    def _schedule_is_whole(self):
+        if (self.initial_capacity_factor is None) != (self.capacity_decay_steps == 0):
+            missing = "capacity_decay_steps" if self.initial_capacity_factor is not None else "initial_capacity_factor"
+            invalid(missing, getattr(self, missing), "leaves the schedule of the capacity open",
+                    "give initial_capacity_factor and capacity_decay_steps, or neither")
+        if self.initial_capacity_factor is not None and self.capacity_factor is None:
+            invalid("capacity_factor", None, "is what initial_capacity_factor has to go to", "give both")
+        return self
+
+    def capacity_at(self, step: int) -> float | None:
+        """The factor in optimizer step `step`, counted from 0."""
+        if self.initial_capacity_factor is None or step >= self.capacity_decay_steps:
+            return self.capacity_factor
+        share = step / self.capacity_decay_steps
+        return (1 - share) * self.initial_capacity_factor + share * self.capacity_factor
+
+    @property
+    def even(self) -> bool:
+        return not self.limited
+
+    @property
+    def limited(self) -> bool:
+        return self.capacity_factor is not None
+
+    def unlimited(self) -> dict[str, Any]:
+        return {"capacity_factor": None, "initial_capacity_factor": None, "capacity_decay_steps": 0}
+
+    def quiet(self) -> dict[str, Any]:
+        return {"warmup_steps": 0}
+
+
+class OverflowSettings(LimitedSettings):
+    """Those of them that may pass a token on."""
+
+    overflow: Literal["drop", "next"] = Field(
+        "drop", description="beyond the capacity: drop, or pass on to the next expert that has room"
+    )

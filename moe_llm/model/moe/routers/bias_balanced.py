@@ -1,0 +1,53 @@
+"""Balance without a loss (Wang et al. 2024, "Auxiliary-Loss-Free Load Balancing"; DeepSeek-V3 2024, section 2.1.2).
+
+Dimensions: T tokens, E experts, K experts per token, G groups of M experts each, P groups that a token may use.
+"""
+
+import torch
+from torch import Tensor
+
+from moe_llm.config.routers import BiasBalancedSettings
+from moe_llm.model.moe.router import Router, rows_by_token
+from moe_llm.model.moe.routing import Routing, RoutingStatistics
+
+
+class BiasBalancedRouter(Router):
+    """A token takes the experts of the highest score + bias, weighted by their scores without it.
+
+    After each step an expert that had less than its even share of all tokens gets a higher bias, one that had more a
+    lower one. For the entropies and the balance loss (DeepSeek-V3's complementary one is scope `sequence`), the
+    distribution is the scores' shares.
+    """
+
+    Settings = BiasBalancedSettings
+    settings: BiasBalancedSettings
+
+    def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Routing:
+        logits_TE = self.logits(x_BSD)
+        score_TE = logits_TE.sigmoid() if self.settings.score == "sigmoid" else logits_TE.softmax(-1)
+        share_TE = score_TE / score_TE.sum(-1, keepdim=True)
+        expert_TK = self._choose(score_TE.detach() + self.e_score_correction_bias)
+        weight_TK = score_TE.gather(-1, expert_TK)
+        if self.settings.norm_topk_prob:
+            weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
+        return Routing(
+            **rows_by_token(expert_TK, weight_TK * self.settings.routed_scaling_factor, self.num_experts),
+            logits_TE=logits_TE,
+            statistics=self.statistics(
+                logits_TE, share_TE, expert_TK, real_BS, entropy_T=torch.special.entr(share_TE).sum(-1)
+            ),
+        )
+
+    def _choose(self, biased_TE: Tensor) -> Tensor:
+        """The best K experts of the best P groups, (T, K); a group is as good as its two best experts."""
+        groups, allowed = self.settings.n_group, self.settings.topk_group
+        if allowed < groups:
+            biased_TGM = biased_TE.unflatten(-1, (groups, -1))
+            group_TP = biased_TGM.topk(2, dim=-1).values.sum(-1).topk(allowed, dim=-1).indices
+            closed_TG = torch.ones_like(biased_TGM[..., 0], dtype=torch.bool).scatter(-1, group_TP, False)
+            biased_TE = biased_TGM.masked_fill(closed_TG[..., None], float("-inf")).flatten(1)
+        return biased_TE.topk(self.top_k, dim=-1).indices
+
+    def after_step(self, total: RoutingStatistics) -> None:
+        counts_E = total.tokens_per_expert_E
+        self.e_score_correction_bias += self.settings.update_rate * (counts_E.mean() - counts_E).sign()
