@@ -262,10 +262,12 @@ def load_causal_lm(directory: Path, dtype: torch.dtype | None, field: str) -> nn
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils import logging
 
-    disable_progress_bar()
+    logging.disable_progress_bar()
     unset_hf_deepspeed_config()  # under ZeRO-3 transformers would cut the model up among the ranks
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its table of what is missing, of which a sentence is told below
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype or "auto", output_loading_info=True
@@ -273,6 +275,8 @@ def load_causal_lm(directory: Path, dtype: torch.dtype | None, field: str) -> nn
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{field}={str(directory)!r} cannot be loaded ({reason}): use another checkpoint") from error
+    finally:
+        logging.set_verbosity(verbosity)
     lost = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if lost:
         raise UserError(f"{field}={str(directory)!r} lacks {lost[0]}, or has it in another shape: "
