@@ -120,8 +120,8 @@ def one_ranks_experts_exported(rank):
 
     real = state.stream
 
-    def stream(engine, dtype):
-        for stem, name, tensor in real(engine, dtype):
+    def stream(engine, *arguments, **named):
+        for stem, name, tensor in real(engine, *arguments, **named):
             lost = engine.rank > 0 and ".experts." in name
             yield stem, name, torch.zeros_like(tensor) if lost else tensor
 

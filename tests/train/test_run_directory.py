@@ -64,7 +64,8 @@ def test_routing_records_describe_every_layer(finished_run):
     for record in runs.records(finished_run):
         moe = record["moe"]
         keys = ["tokens_per_expert", "load_cv", "router_entropy", "dead_experts", "dropped_share"]
-        assert sorted(moe) == sorted([*keys, "expert_grad_norm"])
+        assert sorted(moe) == sorted([*keys, "expert_grad_norm", "experts_per_token"])
+        assert moe["experts_per_token"] == [2, 2]
         assert {len(values) for values in moe.values()} == {2}
         for counts, cv, entropy, dead, dropped in zip(*(moe[key] for key in keys)):
             assert dropped == 0
