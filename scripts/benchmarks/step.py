@@ -1,10 +1,12 @@
-"""Time the training step of this package against transformers' and DeepSpeed's, on the same weights and batches.
+"""Time the training step of this package against that of others, on the same weights and batches.
 
     python scripts/benchmarks/step.py [--suites main fine-grained skew tokens experts memory] [--dtype bf16 fp32]
                                       [--threads 2] [--rounds 9] [--optimizer] [--device cpu] [--out DIRECTORY]
     python scripts/benchmarks/step.py --suites cuda --dtype bf16     # on a CUDA device
 
-Contenders take turns within one process, so that a busy machine slows all of them alike: read the ratios, not the
+Contenders are transformers' Mixtral with each of its experts implementations, and with the MoE layers of DeepSpeed,
+ScatterMoE, MegaBlocks and SonicMoE (see other_layers.py); one that is not installed or does not train is reported.
+They take turns within one process, so that a busy machine slows all of them alike: read the ratios, not the
 times. Every batch is new, and routes differently: kernels that are compiled for a shape pay for it as in training.
 The step's bare matrix products, at their own shapes, take turns with them, and a plain product of 2048 x 2048 (8192
 on CUDA) is timed at the end. A contender whose loss or gradients differ from those of transformers' plain loop in fp32

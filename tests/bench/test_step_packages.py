@@ -58,6 +58,18 @@ def test_every_package_makes_the_same_step(step, installed, dtype, changes):
         assert sum(p.numel() for p in models[name].parameters()) == parameters
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_package_itself_makes_the_same_step(step, package):
+    pytest.importorskip(package)
+    shape = tiny(step, length=128, hidden=256, width=256)
+    state, ids = step.weights(shape), step.batches(shape, 1)[0].cuda()
+    models, failures = step.build_all(["transformers:eager", package], shape, state, torch.bfloat16, ids)
+    assert not failures
+    assert step.departures(models, shape, state, ids, "bf16")[package] <= 1
+
+
 @pytest.mark.parametrize(
     ("package", "weight"), [("scattermoe", "experts.weight"), ("megablocks", "mlp.v1"), ("sonicmoe", "c_fc.weight")]
 )
