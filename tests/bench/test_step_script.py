@@ -16,7 +16,7 @@ def step(monkeypatch):
     import step
 
     yield step
-    for name in ("step", "contenders"):
+    for name in ("step", "admission", "contenders", "other_layers"):
         sys.modules.pop(name)
 
 
