@@ -1,6 +1,7 @@
 """What `step.py` times: the contenders that run here, and of them those that compute the same."""
 
 import gc
+import time
 
 import torch
 from contenders import contender
@@ -11,12 +12,16 @@ FP32_TOLERANCE, BF16_MULTIPLE, BF16_FLOOR = 1e-4, 1.5, 0.01
 
 
 def build_all(names, shape, state, dtype, ids) -> tuple[dict, dict]:
-    """The contenders that make a step, and what the others said: a package may fail in whatever way it likes."""
+    """The contenders that make a step, and what the others said: a package may fail in whatever way it likes.
+
+    A model's `first_step_seconds` are those of its first step, in which some compile."""
     models, failures = {}, {}
     for name in names:
         try:
             model = contender(name, shape, state, dtype, ids.device)
+            start = time.perf_counter()
             model(ids).backward()
+            model.first_step_seconds = time.perf_counter() - start
             without = [key for key, grad in model.gradients().items() if grad is None]
         except Exception as error:
             if name in ("ours", "transformers:eager"):

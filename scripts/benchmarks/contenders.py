@@ -186,14 +186,18 @@ class Replaced(Transformers):
 def contender(
     name: str, shape: Shape, state: dict[str, Tensor], dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> nn.Module:
-    """`ours`, `ours:KERNELS`, a package of `LAYERS` or `transformers:IMPLEMENTATION`."""
-    kind, _, variant = name.partition(":")
+    """`ours`, `ours:KERNELS`, a package of `LAYERS` or `transformers:IMPLEMENTATION`, each also with `+compiled`: its
+    decoder by torch.compile."""
+    plain, _, how = name.partition("+")
+    kind, _, variant = plain.partition(":")
     if kind == "ours":
         model = Ours(shape, state, dtype, variant or None)
     elif kind in LAYERS:
         model = Replaced(shape, state, dtype, kind)
     else:
         model = Transformers(shape, state, dtype, variant)
+    if how == "compiled":
+        model.model.compile()
     return model.to(device)
 
 

@@ -2,6 +2,7 @@
 
     python scripts/benchmarks/step.py [--suites main fine-grained skew tokens experts memory] [--dtype bf16 fp32]
                                       [--threads 2] [--rounds 9] [--optimizer] [--device cpu] [--out DIRECTORY]
+    python scripts/benchmarks/step.py --suites main --compiled ours transformers:grouped_mm     # beside torch.compile
     python scripts/benchmarks/step.py --suites cuda --dtype bf16     # on a CUDA device
 
 Contenders are transformers' Mixtral with each of its experts implementations, and with the MoE layers of DeepSpeed,
@@ -89,6 +90,7 @@ def compare(name: str, shape: Shape, dtype: str, arguments) -> dict:
         shape = shape_that_fits(shape, len(together), kind, torch.cuda.mem_get_info()[0])
     state = weights(shape)
     ids = [batch.to(device) for batch in batches(shape, arguments.rounds + 2)]
+    chosen += [f"{n}+compiled" for n in arguments.compiled if n in chosen]
     models, failures = build_all([*dict.fromkeys([*chosen, "transformers:eager"])], shape, state, kind, ids[0])
     found = departures(models, shape, state, ids[0], dtype)
     refused = {n: f"differs by {d:.2g} times what is allowed: not timed" for n, d in found.items() if not d <= 1}
@@ -124,6 +126,7 @@ def compare(name: str, shape: Shape, dtype: str, arguments) -> dict:
         result["contenders"][n] = {
             "seconds": median, "quartiles": statistics.quantiles(samples, n=4), "departure": found[n],
             "flops_per_second": flops / median, "tokens_per_second": shape.tokens / median,
+            "first_step_seconds": models[n].first_step_seconds,
             "share_of_bare_products": statistics.median(
                 products / own for products, own in zip(bare, samples, strict=True)
             ),
@@ -237,6 +240,14 @@ def show(result: dict) -> None:
         if "ours_to_best_transformers" in result:
             print(f"  ours / transformers' least    {result['ours_to_best_transformers']:.2f}")
         return
+    if "contenders" in result:
+        show_contenders(result)
+    if "time_per_token_to_first" in result:
+        print(f"  {result['name']}, {result['dtype']}, taking turns with the suite's other shapes: ours takes "
+              f"{result['time_per_token_to_first']:.2f} times the first one's time per token", flush=True)
+
+
+def show_contenders(result: dict) -> None:
     bare = result["bare_products"]
     print(
         f"{result['name']}, {result['dtype']}: {result['flops'] / 1e9:.0f} GFLOP a step; its bare products alone "
@@ -249,12 +260,10 @@ def show(result: dict) -> None:
             f"  {name:28} {row['seconds'] * 1e3:9.1f} ms {row['flops_per_second'] / 1e9:7.0f} GFLOP/s  "
             f"products {row['share_of_bare_products']:4.0%}  {row['tokens_per_second']:8.0f} tokens/s"
             + ("" if ratio is None else f"  {ratio:5.2f}x")
+            + (f"  first step {row['first_step_seconds']:.0f} s" if "+" in name else "")
         )
     for name, why in result["failures"].items():
-        print(f"  {name:28} {why}")
-    if "time_per_token_to_first" in result:
-        print(f"  ours, taking turns with the suite's other shapes: {result['time_per_token_to_first']:.2f} times the "
-              "first one's time per token", flush=True)
+        print(f"  {name:28} {why}", flush=True)
 
 
 def environment(arguments) -> dict:
@@ -315,6 +324,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", nargs="+", default=[], help="contenders, such as ours transformers:grouped_mm")
+    parser.add_argument("--compiled", nargs="+", default=[], help="contenders that also run by torch.compile")
+    parser.add_argument("--turns-only", action="store_true", help="of skew, tokens and experts only how our time per "
+                        "token at one shape compares with that at another")
     parser.add_argument("--optimizer", action="store_true", help="with the update, by AdamW")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--measure-memory", help=argparse.SUPPRESS)
@@ -332,9 +344,13 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in about.items() if key != "command"))
     for dtype in arguments.dtype:
         for suite in arguments.suites:
-            rows = memory_suite(arguments, dtype) if suite == "memory" else [
-                compare(name, shape, dtype, arguments) for name, shape in {**SUITES, "cuda": CUDA}[suite].items()
-            ]
+            shapes = {**SUITES, "cuda": CUDA}.get(suite, {})
+            if suite == "memory":
+                rows = memory_suite(arguments, dtype)
+            elif suite in ACROSS and arguments.turns_only:
+                rows = [{"name": name, "dtype": dtype, "shape": asdict(shape)} for name, shape in shapes.items()]
+            else:
+                rows = [compare(name, shape, dtype, arguments) for name, shape in shapes.items()]
             if suite in ACROSS and (not arguments.only or "ours" in arguments.only):
                 ratios = across(SUITES[suite], dtype, arguments.rounds, arguments.device)
                 for row in rows:
