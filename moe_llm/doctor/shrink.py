@@ -113,6 +113,8 @@ def _model(config: Config, ranks: int, notes: list[str]) -> dict[str, Any]:
     width = heads * head * model.hidden_size / (model.num_attention_heads * model.attention_head_dim)
     hidden = min(model.hidden_size, max(8, 2 * round(width / 2)))
     scale = math.sqrt(model.hidden_size / hidden)  # narrower layers keep the size of what they put out
+    experts = _experts(config, ranks)
+    mixed = model.router.shrunk(model, experts, _length(config))
     if model.init_from is not None:
         notes.append(f"model.init_from={model.init_from} is not loaded: the copy is smaller, with random weights")
     shape = {
@@ -126,9 +128,10 @@ def _model(config: Config, ranks: int, notes: list[str]) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": kv,
         "head_dim": head,
-        "num_local_experts": _experts(config, ranks),
+        "num_local_experts": experts,
         "sliding_window": _window(config),
-        "router": {**model.router.model_dump(mode="json"), **model.router.quiet()},
+        **mixed,
+        "router": {**model.router.model_dump(mode="json"), **model.router.quiet(), **mixed.get("router", {})},
         "router_jitter_noise": 0.0,
         "expert_dropout": 0.0,
         "initializer_range": max(model.initializer_range, min(_INIT_LIMIT, model.initializer_range * scale)),

@@ -190,3 +190,32 @@ def _weighted(score_TE, preferred, top_k, scale, share):
         for e in chosen:
             out[t, e] = scale * score_TE[t, e] / total
     return out
+
+
+def soft_moe(x_BSD, p, real, documents, segment, slots, normalize, expert):
+    """Puigcerver et al. 2023, section 2.1: slots D^T X with D = softmax over tokens of X Phi, outputs C Y with C = softmax
+    over slots of it; D of one segment of a document and C of the next. Token by token; zero for all others.
+
+    documents: a number for each position; expert(e, x_D): what expert e makes of one input.
+    """
+    phi_PD = p["weight"]
+    if normalize:
+        phi_PD = p["scale"] * phi_PD / phi_PD.norm(dim=1, keepdim=True)
+
+    def logits(x_LD):
+        return (x_LD / x_LD.norm(dim=1, keepdim=True) if normalize else x_LD) @ phi_PD.T
+
+    out = {}
+    for b in range(len(real)):
+        for document in sorted(set(documents[b])):
+            places = [s for s in range(len(real[b])) if real[b][s] and documents[b][s] == document]
+            pieces = [places[i : i + segment] for i in range(0, len(places), segment)]
+            for before, own in zip(pieces, pieces[1:]):
+                x_LD = x_BSD[b, before]
+                slot_PD = logits(x_LD).softmax(0).T @ x_LD
+                y_PD = torch.stack([expert(i // slots, slot_D) for i, slot_D in enumerate(slot_PD)])
+                for s in own:
+                    out[b, s] = logits(x_BSD[b, [s]]).softmax(1)[0] @ y_PD
+    zero_D = torch.zeros_like(x_BSD[0, 0])
+    return torch.stack([torch.stack([out.get((b, s), zero_D) for s in range(x_BSD.shape[1])])
+                        for b in range(len(x_BSD))])
