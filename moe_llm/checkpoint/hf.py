@@ -188,7 +188,7 @@ def to_transformers_config(
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,
         "output_router_logits": False,
-        "use_cache": True,
+        "use_cache": not model.router.needs_past,
         "torch_dtype": _DTYPE_WORDS[dtype],
         "dtype": _DTYPE_WORDS[dtype],
         "transformers_version": version("transformers"),
@@ -198,11 +198,13 @@ def to_transformers_config(
 
 
 def generation_config(
-    *, bos_token_id: int | None, eos_token_id: int | list[int] | None, pad_token_id: int | None = None
+    model: ModelConfig, *, bos_token_id: int | None, eos_token_id: int | list[int] | None,
+    pad_token_id: int | None = None,
 ) -> dict[str, Any]:
     """The content of generation_config.json."""
     return {
         "_from_model_config": True,
+        **({"use_cache": False} if model.router.needs_past else {}),
         "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,

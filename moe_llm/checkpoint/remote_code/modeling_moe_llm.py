@@ -3,7 +3,7 @@ but for how tokens choose their experts and for the experts that all tokens pass
 
 This is the model as it is evaluated: noise, limits of capacity and losses of the routers belong to training.
 Dimensions: B sequences, S positions, T = B * S tokens, D hidden, E experts, K experts per token, G groups of M experts,
-P groups of a token.
+P groups of a token; in soft slots N segments that form slots, L tokens of one of them, R slots of each.
 """
 
 import torch
@@ -35,7 +35,9 @@ class MoELLMRouter(nn.Module):
         self.settings = config.moe_llm["router"]
         self.kind, self.top_k = self.settings["type"], config.num_experts_per_tok
         experts, hidden = config.num_local_experts, config.hidden_size
-        self.weight = nn.Parameter(torch.empty(experts, hidden))
+        self.weight = nn.Parameter(torch.empty(experts * self.settings.get("slots_per_expert", 1), hidden))
+        if self.kind == "soft_moe" and self.settings["normalize"]:
+            self.scale = nn.Parameter(torch.ones(1))
         if self.kind == "noisy_top_k":  # of no use outside training
             self.noise_weight = nn.Parameter(torch.zeros(experts, hidden), requires_grad=False)
         if self.kind == "hierarchical":
@@ -43,7 +45,13 @@ class MoELLMRouter(nn.Module):
         if self.kind == "bias_balanced":
             self.register_buffer("e_score_correction_bias", torch.zeros(experts, dtype=torch.float32))
 
-    def forward(self, x_TD: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_TD: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        if self.kind == "soft_moe":  # logits of the slots instead of experts, and no weights
+            x_TD, phi_RD = x_TD.float(), self.weight.float()
+            if self.settings["normalize"]:
+                x_TD, phi_RD = F.normalize(x_TD, dim=-1), self.scale.float() * F.normalize(phi_RD, dim=-1)
+            logits_TR = F.linear(x_TD, phi_RD)
+            return logits_TR.unflatten(-1, (-1, self.settings["slots_per_expert"])).logsumexp(-1), logits_TR, None
         logits_TE = F.linear(x_TD.float(), self.weight.float())
         if self.kind == "hierarchical":
             group_TG = F.linear(x_TD.float(), self.group_weight.float())
@@ -119,21 +127,44 @@ class MoELLMSparseBlock(nn.Module):
         self.shared_experts = MoELLMExpert(hidden, shared * width) if shared else None
         self.shared_expert_gate = nn.Linear(hidden, 1, bias=False) if own.get("shared_expert_gate") else None
 
-    def forward(self, x_BSD: Tensor, position_BS: Tensor) -> Tensor:
-        x_TD = x_BSD.flatten(0, 1)
-        _, expert_TK, weight_TK = self.gate(x_TD, position_BS.expand(x_BSD.shape[:2]).flatten())
-        y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
-        for e, expert in enumerate(self.experts):
-            token_N, choice_N = torch.where((expert_TK == e) & (weight_TK != 0))
-            if len(token_N):
-                y_TD.index_add_(0, token_N, expert(x_TD[token_N]).float() * weight_TK[token_N, choice_N, None])
-        y_TD = y_TD.to(x_TD.dtype)
+    def forward(self, x_BSD: Tensor, position_BS: Tensor, real_BS: Tensor | None = None) -> Tensor:
+        x_TD, position_T = x_BSD.flatten(0, 1), position_BS.expand(x_BSD.shape[:2]).flatten()
+        if self.gate.kind == "soft_moe":
+            y_TD = self._soft(x_BSD, self.gate(x_TD, position_T)[1].unflatten(0, x_BSD.shape[:2]), real_BS)
+        else:
+            y_TD = self._routed(x_TD, position_T)
         if self.shared_experts is not None:
             shared_TD = self.shared_experts(x_TD)
             if self.shared_expert_gate is not None:
                 shared_TD = torch.sigmoid(self.shared_expert_gate(x_TD)) * shared_TD
             y_TD = y_TD + shared_TD
         return y_TD.view_as(x_BSD)
+
+    def _routed(self, x_TD: Tensor, position_T: Tensor) -> Tensor:
+        _, expert_TK, weight_TK = self.gate(x_TD, position_T)
+        y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+        for e, expert in enumerate(self.experts):
+            token_N, choice_N = torch.where((expert_TK == e) & (weight_TK != 0))
+            if len(token_N):
+                y_TD.index_add_(0, token_N, expert(x_TD[token_N]).float() * weight_TK[token_N, choice_N, None])
+        return y_TD.to(x_TD.dtype)
+
+    def _soft(self, x_BSD: Tensor, logits_BSR: Tensor, real_BS: Tensor | None) -> Tensor:
+        """Each segment's tokens form slots, of which those of the next segment take their output."""
+        y_BSD, length = torch.zeros_like(x_BSD), self.gate.settings["segment_length"]
+        slots, readers = [], []
+        for b, logits_SR in enumerate(logits_BSR):
+            real_S = torch.ones_like(logits_SR[:, 0]) if real_BS is None else real_BS[b]
+            segments = real_S.nonzero()[:, 0].split(length)
+            for before_L, own_L in zip(segments, segments[1:]):
+                slots.append(logits_SR[before_L].softmax(0).T.to(x_BSD.dtype) @ x_BSD[b, before_L])
+                readers.append((b, own_L))
+        if slots:
+            parts = torch.stack(slots).chunk(len(self.experts), 1)
+            y_NRD = torch.cat([expert(part_NrD) for expert, part_NrD in zip(self.experts, parts)], 1)
+            for (b, own_L), y_RD in zip(readers, y_NRD):
+                y_BSD[b, own_L] = logits_BSR[b, own_L].softmax(-1).to(y_RD.dtype) @ y_RD
+        return y_BSD.flatten(0, 1)
 
 
 class MoELLMDecoderLayer(GradientCheckpointingLayer):
@@ -144,10 +175,12 @@ class MoELLMDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, position_ids: Tensor, **kwargs) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, position_ids: Tensor, real_mask: Tensor | None = None, **kwargs
+    ) -> Tensor:
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), position_ids=position_ids, **kwargs)
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), position_ids)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), position_ids, real_mask)
 
 
 class MoELLMPreTrainedModel(MixtralPreTrainedModel):
@@ -167,6 +200,8 @@ class MoELLMPreTrainedModel(MixtralPreTrainedModel):
             for name in ("weight", "group_weight"):
                 if getattr(module, name, None) is not None:
                     init.normal_(getattr(module, name), std=self.config.initializer_range)
+            if hasattr(module, "scale"):
+                init.ones_(module.scale)
 
 
 class MoELLMModel(MoELLMPreTrainedModel, MixtralModel):
@@ -178,6 +213,18 @@ class MoELLMModel(MoELLMPreTrainedModel, MixtralModel):
         self.rotary_emb = MixtralRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, use_cache=None, **kwargs):
+        if self.config.moe_llm["router"]["type"] == "soft_moe":
+            if use_cache or past_key_values is not None:
+                raise ValueError("slots are formed of earlier tokens, which no cache holds: set use_cache=False")
+            if attention_mask is not None and attention_mask.dim() != 2:
+                raise ValueError("slots are formed of tokens that are no padding: give a mask of (batch, length)")
+            use_cache, kwargs["real_mask"] = False, attention_mask
+        return super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values, use_cache=use_cache,
+            **kwargs,
+        )
 
 
 class MoELLMForCausalLM(MoELLMPreTrainedModel, MixtralForCausalLM):
