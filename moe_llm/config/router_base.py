@@ -72,6 +72,11 @@ class RouterSettings(Section):
         """How many rows of experts a token costs, at most."""
         return model.num_experts_per_tok
 
+    def entered_per_token(self, model: "ModelConfig") -> float:
+        """How many values a token keeps for the backward pass, beside logits and experts, of what is put in its place
+        and taken back."""
+        return 0
+
     @property
     def parts_per_token(self) -> int:
         """How many parts of a token are routed apart, each of an equal share of its width."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from moe_llm.config.base import invalid
-from moe_llm.config.router_base import RouterSettings, Shapes
+from moe_llm.config.router_base import OverflowSettings, RouterSettings, Shapes
 
 if TYPE_CHECKING:
     from moe_llm.config.model import ModelConfig
@@ -50,9 +50,44 @@ class SoftMoESettings(RouterSettings):
         return {"num_experts_per_tok": _rows(experts, slots, segment),
                 "router": {"segment_length": segment, "slots_per_expert": slots}}
 
+    def entered_per_token(self, model: "ModelConfig") -> float:
+        slots = model.num_local_experts * self.slots_per_expert  # logits, and each softmax with what it is of
+        rows = slots / self.segment_length  # and what they give, beside tokens by segment and their outputs
+        return 5 * slots + (2 * rows + 2) * model.hidden_size
+
     def parameter_shapes(self, model: "ModelConfig") -> Shapes:
         weight = {"weight": (model.num_local_experts * self.slots_per_expert, model.hidden_size)}
         return weight | ({"scale": (1,)} if self.normalize else {})
+
+
+class MultiHeadSettings(OverflowSettings):
+    """Each token is split into parts that are routed apart, between two linear maps (MH-MoE, Wu et al. 2024)."""
+
+    type: Literal["multi_head"] = "multi_head"
+    heads: int = Field(
+        ge=2, description="parts of a token, each of width hidden_size / heads, which is that of what experts take and "
+        "give; each goes to model.num_experts_per_tok of them",
+    )
+    norm_topk_prob: bool = Field(False, description="weights of a part's experts are divided by their sum")
+
+    def check(self, model: "ModelConfig") -> None:
+        if model.hidden_size % self.heads:
+            invalid("router.heads", self.heads, f"does not divide hidden_size={model.hidden_size}", "use a divisor")
+
+    def active_experts(self, model: "ModelConfig") -> int:
+        return model.num_experts_per_tok * self.heads
+
+    def entered_per_token(self, model: "ModelConfig") -> float:
+        return 2 * model.hidden_size
+
+    @property
+    def parts_per_token(self) -> int:
+        return self.heads
+
+    def parameter_shapes(self, model: "ModelConfig") -> Shapes:
+        square = (model.hidden_size, model.hidden_size)
+        return {"weight": (model.num_local_experts, model.expert_hidden_size), "head_proj.weight": square,
+                "merge_proj.weight": square}
 
 
 def _rows(experts: int, slots: int, segment: int) -> int:

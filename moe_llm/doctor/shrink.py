@@ -111,7 +111,8 @@ def _model(config: Config, ranks: int, notes: list[str]) -> dict[str, Any]:
     heads = kv * group
     head = min(model.attention_head_dim, HEAD if heads * HEAD <= WIDTH else HEAD // 2)
     width = heads * head * model.hidden_size / (model.num_attention_heads * model.attention_head_dim)
-    hidden = min(model.hidden_size, max(8, 2 * round(width / 2)))
+    step = math.lcm(2, model.router.parts_per_token)
+    hidden = min(model.hidden_size, max(-(-8 // step) * step, step * round(width / step)))
     scale = math.sqrt(model.hidden_size / hidden)  # narrower layers keep the size of what they put out
     experts = _experts(config, ranks)
     mixed = model.router.shrunk(model, experts, _length(config))

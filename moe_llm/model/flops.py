@@ -11,6 +11,8 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """
     counts = config.parameter_counts()
     matrices = config.num_params(active=True) - counts["embed_tokens"] - counts["norms"]
+    again = config.router.active_experts(config) - config.num_local_experts  # by more rows than there are experts
+    matrices += config.num_hidden_layers * max(0, again) * config.expert_parameters
     if config.tie_word_embeddings:
         matrices += counts["embed_tokens"]  # the head multiplies by it
     visible = min(sequence_length, 2 * (config.sliding_window or sequence_length)) / 2

@@ -12,9 +12,9 @@ from torch import Tensor
 
 
 class Segments(NamedTuple):
-    """source_BGL: the places of the tokens of each whole segment that has another after it, which is `formed_BG`;
-    reader_BGL: of those of the segment after it, as far as there are. read_BS: where in (G * L) a token reads, G * L for
-    one of the first segment of its document and for padding."""
+    """source_BGL: the places of the tokens of each whole segment that has another after it, as far as there are such
+    segments (`formed_BG`); reader_BGL: of the tokens of the segment after it, as far as there are. read_BS: where in
+    (G * L) a token reads; G * L for one of the first segment of its document and for padding."""
 
     source_BGL: Tensor
     reader_BGL: Tensor

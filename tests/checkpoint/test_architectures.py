@@ -18,7 +18,8 @@ from moe_llm.model.init import init_weights
 
 TOKENS = torch.randint(0, 24, (3, 17), generator=torch.Generator().manual_seed(1))
 MODEL = {"dense": {"num_experts_per_tok": 4}, "switch": {"num_experts_per_tok": 1}, "top_p": {"num_experts_per_tok": 4}}
-NEEDED = {"hierarchical": {"groups": 2}, "soft_moe": {"slots_per_expert": 2, "segment_length": 4}}
+NEEDED = {"hierarchical": {"groups": 2}, "soft_moe": {"slots_per_expert": 2, "segment_length": 4},
+          "multi_head": {"heads": 2}}
 GATED = {"num_shared_experts": 2, "shared_expert_gate": True}
 SHARED = {"num_shared_experts": 2}
 GROUPS = {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5}
@@ -54,6 +55,8 @@ CASES = [
     ("hierarchical", {}, {}, "moe_llm"),
     ("balanced", {}, {}, "moe_llm"),
     ("soft_moe", {}, SHARED, "moe_llm"),
+    ("multi_head", {}, SHARED, "moe_llm"),
+    ("multi_head", {"norm_topk_prob": True}, {"sliding_window": 5}, "moe_llm"),
     ("soft_moe", {"normalize": False}, {"sliding_window": 5, "tie_word_embeddings": True}, "moe_llm"),
 ]
 
@@ -191,7 +194,7 @@ assert all(p.grad is not None for p in model.parameters())
 """
 
 
-@pytest.mark.parametrize(("kind", "cache"), [("soft_moe", "no cache")])
+@pytest.mark.parametrize(("kind", "cache"), [("soft_moe", "no cache"), ("multi_head", "cache")])
 def test_what_is_routed_in_the_tokens_place_generates_by_default(tmp_path, kind, cache):
     """What whole passes say, one after the other, also with padding on the left."""
     model_of(kind, {}, SHARED).save_pretrained(tmp_path / "model")

@@ -1,5 +1,6 @@
 """Settings of routers: one block each, whose keys are those of its type and no others; a file for each."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,8 @@ def refusal(*overrides: str) -> str:
      "model.router.segment_length=256 leaves no second segment in data.sequence_length=256"),
     (["model.router={type: soft_moe, slots_per_expert: 256, segment_length: 1024}"],
      "model.router.segment_length=1024 leaves no second segment in max_position_embeddings=1024"),
+    (["model.router={type: multi_head, heads: 5}"], "model.router.heads=5 does not divide hidden_size=192"),
+    (["model.router={type: multi_head, heads: 1}"], "model.router.heads=1"),
     (["model.shared_expert_gate=true"], "has nothing to gate with num_shared_experts=0"),
     (["model.router=switch"], "model.router=switch is not a section"),
 ])
@@ -84,7 +87,10 @@ def test_each_has_a_file_with_its_source_that_reads_back(kind):
     assert config.model_dump(exclude=others) == quickstart.model_dump(exclude=others)
     if kind != "top_p":  # whose tokens decide how many experts they need
         active, theirs = (of.model.parameter_counts(active=True) for of in (config, quickstart))
-        assert active["experts"] + active.get("shared_experts", 0) == theirs["experts"]
+        maps = sum(math.prod(shape) for name, shape in config.model.router.parameter_shapes(config.model).items()
+                   if name.endswith("_proj.weight"))
+        extra = active.get("shared_experts", 0) + config.model.num_hidden_layers * maps
+        assert active["experts"] + extra == theirs["experts"]
 
 
 def test_files_and_routers_are_the_same_set():

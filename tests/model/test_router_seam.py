@@ -17,7 +17,8 @@ from moe_llm.finetune.selection import part_of
 from moe_llm.model.init import build_model
 from moe_llm.model.moe.routers import ROUTERS, routers_of
 
-NEEDED = {"hierarchical": {"groups": 2}, "soft_moe": {"slots_per_expert": 2, "segment_length": 4}}
+NEEDED = {"hierarchical": {"groups": 2}, "soft_moe": {"slots_per_expert": 2, "segment_length": 4},
+          "multi_head": {"heads": 2}}
 BF16 = {"train": {"precision": "bf16"}, "checkpoint": {"dtype": "bf16"}}
 
 

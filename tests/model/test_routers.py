@@ -43,6 +43,7 @@ CASES = {
                               {"scale": 1.0, "share": False, "groups": 3, "groups_per_token": 2, "score": "softmax"}),
     # these put something else in the tokens' place: files of their own have their references
     "soft_moe": ("soft_moe", 3, {"slots_per_expert": 2, "segment_length": 4}, None),
+    "multi_head": ("multi_head", 2, {"heads": 3}, None),
 }
 OF_TOKENS = [case for case, (*_, told) in CASES.items() if told is not None]
 

@@ -6,6 +6,8 @@ Dimensions: B sequences, S positions, T = B * S tokens, D hidden, E experts, K e
 P groups of a token; in soft slots N segments that form slots, L tokens of one of them, R slots of each.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from .configuration_moe_llm import MoELLMConfig
 
 RENORMALISED = ("mixtral", "dense", "gshard", "noisy_top_k")
 AS_THEY_ARE = ("switch", "batch_prioritised")
+EITHER = ("deepseek_moe", "multi_head")
 
 
 class MoELLMRouter(nn.Module):
@@ -35,7 +38,12 @@ class MoELLMRouter(nn.Module):
         self.settings = config.moe_llm["router"]
         self.kind, self.top_k = self.settings["type"], config.num_experts_per_tok
         experts, hidden = config.num_local_experts, config.hidden_size
-        self.weight = nn.Parameter(torch.empty(experts * self.settings.get("slots_per_expert", 1), hidden))
+        self.heads = self.settings.get("heads", 1)  # parts of a token that are routed apart
+        rows = experts * self.settings.get("slots_per_expert", 1)
+        self.weight = nn.Parameter(torch.empty(rows, hidden // self.heads))
+        if self.heads > 1:
+            self.head_proj = nn.Linear(hidden, hidden, bias=False)
+            self.merge_proj = nn.Linear(hidden, hidden, bias=False)
         if self.kind == "soft_moe" and self.settings["normalize"]:
             self.scale = nn.Parameter(torch.ones(1))
         if self.kind == "noisy_top_k":  # of no use outside training
@@ -72,9 +80,9 @@ class MoELLMRouter(nn.Module):
             taken_TK = weight_TK.cumsum(-1) - weight_TK < self.settings["p"]
             taken_TK[:, 0] = True
             return expert_TK, weight_TK * taken_TK
-        if self.kind in RENORMALISED or (self.kind == "deepseek_moe" and self.settings["norm_topk_prob"]):
+        if self.kind in RENORMALISED or (self.kind in EITHER and self.settings["norm_topk_prob"]):
             weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
-        elif self.kind not in AS_THEY_ARE and self.kind != "deepseek_moe":
+        elif self.kind not in AS_THEY_ARE + EITHER:
             raise ValueError(f"moe_llm.router.type={self.kind!r} of config.json is not known here: use a newer file")
         return expert_TK, weight_TK * self.settings.get("routed_scaling_factor", 1.0)
 
@@ -123,7 +131,8 @@ class MoELLMSparseBlock(nn.Module):
         hidden, width, own = config.hidden_size, config.intermediate_size, config.moe_llm
         shared = own.get("num_shared_experts", 0)
         self.gate = MoELLMRouter(config)
-        self.experts = nn.ModuleList(MoELLMExpert(hidden, width) for _ in range(config.num_local_experts))
+        part = hidden // self.gate.heads
+        self.experts = nn.ModuleList(MoELLMExpert(part, width) for _ in range(config.num_local_experts))
         self.shared_experts = MoELLMExpert(hidden, shared * width) if shared else None
         self.shared_expert_gate = nn.Linear(hidden, 1, bias=False) if own.get("shared_expert_gate") else None
 
@@ -131,6 +140,9 @@ class MoELLMSparseBlock(nn.Module):
         x_TD, position_T = x_BSD.flatten(0, 1), position_BS.expand(x_BSD.shape[:2]).flatten()
         if self.gate.kind == "soft_moe":
             y_TD = self._soft(x_BSD, self.gate(x_TD, position_T)[1].unflatten(0, x_BSD.shape[:2]), real_BS)
+        elif self.gate.heads > 1:
+            parts = self.gate.head_proj(x_TD).chunk(self.gate.heads, -1)
+            y_TD = self.gate.merge_proj(torch.cat([self._routed(part_TP, position_T) for part_TP in parts], -1))
         else:
             y_TD = self._routed(x_TD, position_T)
         if self.shared_experts is not None:
@@ -156,7 +168,7 @@ class MoELLMSparseBlock(nn.Module):
         for b, logits_SR in enumerate(logits_BSR):
             real_S = torch.ones_like(logits_SR[:, 0]) if real_BS is None else real_BS[b]
             segments = real_S.nonzero()[:, 0].split(length)
-            for before_L, own_L in zip(segments, segments[1:]):
+            for before_L, own_L in pairwise(segments):
                 slots.append(logits_SR[before_L].softmax(0).T.to(x_BSD.dtype) @ x_BSD[b, before_L])
                 readers.append((b, own_L))
         if slots:

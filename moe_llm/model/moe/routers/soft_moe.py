@@ -1,7 +1,7 @@
 """Soft slots (Puigcerver et al. 2023, "From Sparse to Soft Mixtures of Experts"), made causal by segments.
 
-Dimensions: B sequences, S positions, T = B*S tokens, D hidden, E experts, P slots of a segment, G segments of a sequence
-that form slots, L tokens of a segment, R = B*G*P slots in all.
+Dimensions: B sequences, S positions, T = B*S tokens, D hidden, E experts, G segments of a sequence that form slots, L
+tokens and P slots of each, R = B*G*P slots in all, Q = G*L + 1 outputs of a sequence, the last of which is zero.
 """
 
 import torch
@@ -18,12 +18,12 @@ class SoftMoERouter(Router):
     """Each slot is a mean of a segment's tokens, by a softmax over these; an expert works on its slots; each token's
     output is a mean of the slots' outputs, by a softmax over them. The logits of both are x phi.
 
-    In the paper (sections 2.1 and 2.3) a token's output is of slots that the same tokens formed, later ones among them.
-    Here it is of those that the tokens of the segment before it formed, in the same document: nothing depends on a later
+    In the paper (section 2.1) a token's output is of slots that the same tokens formed, later ones among them. Here it
+    is of those that tokens of the segment before it formed, in the same document: nothing depends on a later
     token. The tokens of a document's first segment have no output of experts, and go on as they are.
 
-    With `normalize` tokens and columns of phi have length 1, and the logits a learned factor, `scale`. To the losses and
-    statistics of routers, a token's distribution is what it takes of each expert's slots; loads are equal always.
+    With `normalize` tokens and columns of phi have length 1, and the logits a learned factor, `scale`. To the losses
+    and statistics of routers, a token's distribution is what it takes of each expert's slots; loads are always equal.
     """
 
     Settings = SoftMoESettings
