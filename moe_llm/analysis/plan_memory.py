@@ -168,7 +168,7 @@ class _Walk:
             attention += self.layout.micro_batch * self.config.data.sequence_length**2 * size
         norms = 2 * hidden + 8 * tokens
         # logits and probabilities of the router; indices and weights of the choices
-        router = tokens * (8 * m.num_local_experts + 60 * m.num_experts_per_tok)
+        router = tokens * (8 * m.num_local_experts * m.router.parts_per_token + 60 * m.router.active_experts(m))
         if m.router_jitter_noise:
             router += 8 * tokens * m.hidden_size  # the noise, and the input times the noise, in fp32
         experts = hidden + self.received * 2 * m.intermediate_size * size
@@ -190,7 +190,7 @@ class _Walk:
         """What stays of a layer until the backward pass comes to it."""
         if not self.layout.recompute:
             return self.layer()
-        choices = 12 * self.tokens * self.model.num_experts_per_tok  # top-k is kept (`model.recomputation`)
+        choices = 12 * self.rows  # top-k is kept (`model.recomputation`)
         return {"activations": 2 * self.tokens * self.model.hidden_size * self.size + choices, "all_to_all": 0.0}
 
     def shared(self) -> float:

@@ -139,7 +139,9 @@ class MoELLMSparseBlock(nn.Module):
     def forward(self, x_BSD: Tensor, position_BS: Tensor, real_BS: Tensor | None = None) -> Tensor:
         x_TD, position_T = x_BSD.flatten(0, 1), position_BS.expand(x_BSD.shape[:2]).flatten()
         if self.gate.kind == "soft_moe":
-            y_TD = self._soft(x_BSD, self.gate(x_TD, position_T)[1].unflatten(0, x_BSD.shape[:2]), real_BS)
+            logits_TR = self.gate(x_TD, position_T)[1]
+            real_T = torch.ones_like(position_T) if real_BS is None else real_BS.flatten()
+            y_TD = self._soft(x_TD, logits_TR, _segments(position_T, real_T, len(x_BSD), self.gate.settings))
         elif self.gate.heads > 1:
             parts = self.gate.head_proj(x_TD).chunk(self.gate.heads, -1)
             y_TD = self.gate.merge_proj(torch.cat([self._routed(part_TP, position_T) for part_TP in parts], -1))
@@ -161,22 +163,27 @@ class MoELLMSparseBlock(nn.Module):
                 y_TD.index_add_(0, token_N, expert(x_TD[token_N]).float() * weight_TK[token_N, choice_N, None])
         return y_TD.to(x_TD.dtype)
 
-    def _soft(self, x_BSD: Tensor, logits_BSR: Tensor, real_BS: Tensor | None) -> Tensor:
+    def _soft(self, x_TD: Tensor, logits_TR: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Each segment's tokens form slots, of which those of the next segment take their output."""
-        y_BSD, length = torch.zeros_like(x_BSD), self.gate.settings["segment_length"]
-        slots, readers = [], []
-        for b, logits_SR in enumerate(logits_BSR):
-            real_S = torch.ones_like(logits_SR[:, 0]) if real_BS is None else real_BS[b]
-            segments = real_S.nonzero()[:, 0].split(length)
-            for before_L, own_L in pairwise(segments):
-                slots.append(logits_SR[before_L].softmax(0).T.to(x_BSD.dtype) @ x_BSD[b, before_L])
-                readers.append((b, own_L))
-        if slots:
-            parts = torch.stack(slots).chunk(len(self.experts), 1)
+        y_TD = torch.zeros_like(x_TD)
+        if pairs:
+            slot_NRD = torch.stack([logits_TR[a_L].softmax(0).T.to(x_TD.dtype) @ x_TD[a_L] for a_L, _ in pairs])
+            parts = slot_NRD.chunk(len(self.experts), 1)
             y_NRD = torch.cat([expert(part_NrD) for expert, part_NrD in zip(self.experts, parts)], 1)
-            for (b, own_L), y_RD in zip(readers, y_NRD):
-                y_BSD[b, own_L] = logits_BSR[b, own_L].softmax(-1).to(y_RD.dtype) @ y_RD
-        return y_BSD.flatten(0, 1)
+            for (_, b_L), y_RD in zip(pairs, y_NRD):
+                y_TD[b_L] = logits_TR[b_L].softmax(-1).to(y_RD.dtype) @ y_RD
+        return y_TD
+
+
+def _segments(position_T: Tensor, real_T: Tensor, rows: int, settings: dict) -> list[tuple[Tensor, Tensor]]:
+    """The tokens of each segment that has one after it, and of that; a text ends where positions do not go on."""
+    pairs = []
+    for place_S in torch.arange(len(real_T), device=real_T.device).chunk(rows):
+        place_S = place_S[real_T[place_S] != 0]
+        ends = (position_T[place_S].diff() != 1).nonzero()[:, 0] + 1
+        for text_S in place_S.tensor_split(ends.cpu()):
+            pairs += pairwise(text_S.split(settings["segment_length"]))
+    return pairs
 
 
 class MoELLMDecoderLayer(GradientCheckpointingLayer):
