@@ -72,6 +72,10 @@ class RouterSettings(Section):
         """How many rows of experts a token costs, at most."""
         return model.num_experts_per_tok
 
+    def mixed_per_token(self, model: "ModelConfig") -> int:
+        """How many multiplications a token costs beside those by parameters."""
+        return 0
+
     def entered_per_token(self, model: "ModelConfig") -> float:
         """How many values a token keeps for the backward pass, beside logits and experts, of what is put in its place
         and taken back."""

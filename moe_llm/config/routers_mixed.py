@@ -50,6 +50,9 @@ class SoftMoESettings(RouterSettings):
         return {"num_experts_per_tok": _rows(experts, slots, segment),
                 "router": {"segment_length": segment, "slots_per_expert": slots}}
 
+    def mixed_per_token(self, model: "ModelConfig") -> int:
+        return 2 * model.num_local_experts * self.slots_per_expert * model.hidden_size  # into slots and out of them
+
     def entered_per_token(self, model: "ModelConfig") -> float:
         slots = model.num_local_experts * self.slots_per_expert  # logits, and each softmax with what it is of
         rows = slots / self.segment_length  # and what they give, beside tokens by segment and their outputs

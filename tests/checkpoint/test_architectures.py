@@ -180,7 +180,8 @@ for row in (0, 1):  # the second without its padding
     together = model.generate(tokens, attention_mask=mask, **options)[row]
     assert torch.equal(together[len(tokens[row]) - mask[row].sum():], whole[0]), (together, whole)
 texts = [torch.arange(1, 12)[None], torch.arange(5, 20)[None]]  # packed, as positions that begin anew say
-packed = model(torch.cat(texts, 1), position_ids=torch.cat([torch.arange(11), torch.arange(15)])[None], use_cache=False).logits
+positions = torch.cat([torch.arange(11), torch.arange(15)])[None]
+packed = model(torch.cat(texts, 1), position_ids=positions, use_cache=False).logits
 assert torch.allclose(packed, torch.cat([model(text).logits for text in texts], 1), atol=1e-5)
 if sys.argv[2] == "no cache":
     try:
