@@ -56,7 +56,9 @@ class OwnTeacher:
             batch.input_ids_BS, attention_mask=batch.attention_mask_BS, document_ids=batch.document_ids_BS,
             sliding_window=model.config.sliding_window,
         )
-        x_BSD, _ = model.model(batch.input_ids_BS, batch.position_ids_BS, pattern, batch.attention_mask_BS)
+        x_BSD, _ = model.model(
+            batch.input_ids_BS, batch.position_ids_BS, pattern, batch.attention_mask_BS, batch.document_ids_BS
+        )
         return x_BSD[batch.labels_BS != IGNORED]
 
     @torch.no_grad()
