@@ -232,6 +232,23 @@ class BalancedSettings(RouterSettings):
     type: Literal["balanced"] = "balanced"
 
 
+class LorySettings(RouterSettings):
+    """Experts' weights are mixed, segment by segment, by what the segment before was about (Lory, Zhong et al. 2024)."""
+
+    type: Literal["lory"] = "lory"
+    segment_length: int = Field(256, ge=1, description="tokens that pass through the same mixture")
+    merges: ClassVar[bool] = True
+
+    def check(self, model: "ModelConfig") -> None:
+        _exactly(model, 1, self.type)  # the one of mixed weights
+        if self.segment_length >= model.max_position_embeddings:
+            invalid("router.segment_length", self.segment_length,
+                    f"leaves no second segment in max_position_embeddings={model.max_position_embeddings}", "lower it")
+
+    def parameter_shapes(self, model: "ModelConfig") -> Shapes:
+        return {**super().parameter_shapes(model), "start": (model.num_local_experts,)}
+
+
 def _exactly(model: "ModelConfig", experts: int, kind: str) -> None:
     if model.num_experts_per_tok != experts:
         invalid("num_experts_per_tok", model.num_experts_per_tok, f"does not fit model.router.type={kind}",
@@ -250,6 +267,7 @@ ROUTER_SETTINGS: dict[str, type[RouterSettings]] = {
     "balanced": BalancedSettings,
     "deepseek_moe": DeepSeekMoESettings,
     "bias_balanced": BiasBalancedSettings,
+    "lory": LorySettings,
 }
 
 

@@ -90,8 +90,8 @@ def test_buffers_stay_fp32_wherever_the_model_goes():
 @pytest.mark.parametrize("kind", [*ROUTERS, "tilted"])
 def test_names_shapes_and_sizes_are_those_of_the_module(kind):
     model = run_of().model.model_dump(mode="json") | {"num_local_experts": 4}
-    model |= {"num_experts_per_tok": {"switch": 1, "dense": 4}.get(kind, 2),
-              "router": {"type": kind, **({"groups": 2} if kind == "hierarchical" else {})}}
+    model |= {"num_experts_per_tok": {"switch": 1, "dense": 4, "lory": 1}.get(kind, 2),
+              "router": {"type": kind, **{"hierarchical": {"groups": 2}, "lory": {"segment_length": 4}}.get(kind, {})}}
     cfg = run_of(model=model)
     built = build_model(cfg.model, 0)
     assert {name: tuple(p.shape) for name, p in built.named_parameters()} == parameter_shapes(cfg.model)

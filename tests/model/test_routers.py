@@ -41,6 +41,8 @@ CASES = {
     "bias_balanced, groups": ("bias_balanced", 3, {"n_group": 3, "topk_group": 2, "score": "softmax",
                                                   "norm_topk_prob": False},
                               {"scale": 1.0, "share": False, "groups": 3, "groups_per_token": 2, "score": "softmax"}),
+    "lory": ("lory", 1, {"segment_length": 4}, {"length": 4, "merged": True}),
+    "lory, one token": ("lory", 1, {"segment_length": 1}, {"length": 1, "merged": True}),
 }
 
 
@@ -84,6 +86,13 @@ def by_definition(x_TD: torch.Tensor, layer: MoELayer, gates_TE: torch.Tensor) -
     return torch.einsum("te,tef,edf->td", gates_TE, hidden_TEF, layer.experts.down_proj)
 
 
+def merged_by_definition(x_TD: torch.Tensor, layer: MoELayer, gates_TE: torch.Tensor) -> torch.Tensor:
+    """One expert for each token, of weights sum over all experts of gate * weight."""
+    gate_TFD, up_TFD = torch.einsum("te,efd->tfd", gates_TE, layer.experts.gate_up_proj).chunk(2, dim=1)
+    hidden_TF = F.silu(torch.einsum("td,tfd->tf", x_TD, gate_TFD)) * torch.einsum("td,tfd->tf", x_TD, up_TFD)
+    return torch.einsum("tf,te,edf->td", hidden_TF, gates_TE, layer.experts.down_proj)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_and_gradients_are_those_of_the_papers_equations(case):
     kind, top_k, settings, told = CASES[case]
@@ -92,7 +101,8 @@ def test_outputs_and_gradients_are_those_of_the_papers_equations(case):
     gates_TE, dropped = getattr(reference, kind)(
         x_BSD.flatten(0, 1), parameters, real_BS.tolist(), top_k=top_k, **{**draws(told.get("draws")), **told}
     )
-    expected_TD = by_definition(x_BSD.flatten(0, 1), layer, gates_TE)
+    merged = told.get("merged", False)
+    expected_TD = (merged_by_definition if merged else by_definition)(x_BSD.flatten(0, 1), layer, gates_TE)
     direction_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(3))
     leaves = [x_BSD, *layer.parameters()]
     slopes = torch.autograd.grad((expected_TD * direction_TD)[real_BS.flatten()].sum(), leaves, allow_unused=True)
@@ -109,7 +119,11 @@ def test_outputs_and_gradients_are_those_of_the_papers_equations(case):
             assert ours is None or not ours.any(), leaf
 
     rows_E = (gates_TE[real_T] > 0).sum(0)
-    if dropped is None:
+    if merged:
+        torch.testing.assert_close(statistics.tokens_per_expert_E, gates_TE[real_T].sum(0))
+        torch.testing.assert_close(statistics.entropy_sum, torch.special.entr(gates_TE[real_T]).sum())
+        assert statistics.dropped == 0
+    elif dropped is None:
         assert torch.equal(statistics.tokens_per_expert_E, rows_E.float())
         assert statistics.dropped == 0
     else:

@@ -1,4 +1,4 @@
-"""The sparse feed-forward layer: route, dispatch, compute, combine."""
+"""The mixture layer: route, dispatch, compute, combine; or mix the experts' weights first, then compute."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from moe_llm.config import ModelConfig
 from moe_llm.model.moe.dispatch import Dispatcher, LocalDispatcher
 from moe_llm.model.moe.experts import Experts
 from moe_llm.model.moe.routers import build_router
-from moe_llm.model.moe.routing import RoutingStatistics
+from moe_llm.model.moe.routing import Merging, RoutingStatistics
 from moe_llm.model.moe.shared import SharedExperts
 
 
@@ -29,7 +29,8 @@ class MoELayer(nn.Module):
     def forward(self, x_BSD: Tensor, real_BS: Tensor) -> tuple[Tensor, RoutingStatistics]:
         routing = self.gate(x_BSD, real_BS)
         x_TD = x_BSD.flatten(0, 1)
-        y_TD = self.dispatcher(x_TD, routing, self.experts)
+        through = self.dispatcher.merge if isinstance(routing, Merging) else self.dispatcher
+        y_TD = through(x_TD, routing, self.experts)
         if self.shared_experts is not None:
             y_TD = y_TD + self._shared(x_TD)
         return y_TD.view_as(x_BSD), routing.statistics

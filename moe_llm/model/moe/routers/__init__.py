@@ -15,6 +15,7 @@ from moe_llm.model.moe.routers.deepseek_moe import DeepSeekMoERouter
 from moe_llm.model.moe.routers.dense import DenseRouter
 from moe_llm.model.moe.routers.gshard import GShardRouter
 from moe_llm.model.moe.routers.hierarchical import HierarchicalRouter
+from moe_llm.model.moe.routers.lory import LoryRouter
 from moe_llm.model.moe.routers.mixtral import MixtralRouter
 from moe_llm.model.moe.routers.noisy_top_k import NoisyTopKRouter
 from moe_llm.model.moe.routers.switch import SwitchRouter
@@ -33,6 +34,7 @@ ROUTERS: dict[str, type[Router]] = {
     "balanced": BalancedRouter,
     "deepseek_moe": DeepSeekMoERouter,
     "bias_balanced": BiasBalancedRouter,
+    "lory": LoryRouter,
 }
 
 R = TypeVar("R", bound=type[Router])
