@@ -63,7 +63,8 @@ def _glm4_moe_fields(model: ModelConfig) -> dict[str, Any]:
 def _own_fields(model: ModelConfig) -> dict[str, Any]:
     if not _has_code(model):
         return {}
-    return {"auto_map": {"AutoConfig": "configuration_moe_llm.MoELLMConfig",
+    cache = {"use_cache": False} if model.router.merges else {}
+    return {**cache, "auto_map": {"AutoConfig": "configuration_moe_llm.MoELLMConfig",
                          "AutoModelForCausalLM": "modeling_moe_llm.MoELLMForCausalLM"}}
 
 
@@ -94,7 +95,7 @@ _TOP_K_OF_SOFTMAX: dict[str, Callable[[ModelConfig], bool]] = {
     "deepseek_moe": lambda model: model.router.norm_topk_prob,
 }
 # All that the modelling code knows (`remote_code/modeling_moe_llm.py`).
-CODED = (*_TOP_K_OF_SOFTMAX, "bias_balanced", "top_p", "hierarchical", "balanced")
+CODED = (*_TOP_K_OF_SOFTMAX, "bias_balanced", "top_p", "hierarchical", "balanced", "lory")
 _UNUSED = {"noisy_top_k": ("noise_weight",)}
 
 

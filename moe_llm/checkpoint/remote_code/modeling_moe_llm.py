@@ -3,7 +3,7 @@ but for how tokens choose their experts and for the experts that all tokens pass
 
 This is the model as it is evaluated: noise, limits of capacity and losses of the routers belong to training.
 Dimensions: B sequences, S positions, T = B * S tokens, D hidden, E experts, K experts per token, G groups of M experts,
-P groups of a token.
+P groups of a token, C segments of a sequence, L tokens of a segment.
 """
 
 import torch
@@ -42,8 +42,14 @@ class MoELLMRouter(nn.Module):
             self.group_weight = nn.Parameter(torch.empty(self.settings["groups"], hidden))
         if self.kind == "bias_balanced":
             self.register_buffer("e_score_correction_bias", torch.zeros(experts, dtype=torch.float32))
+        if self.kind == "lory":
+            self.start = nn.Parameter(torch.zeros(experts))
 
-    def forward(self, x_TD: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x_TD: Tensor, position_T: Tensor, real_BS: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.kind == "lory":
+            return self._by_segment(x_TD, real_BS)
         logits_TE = F.linear(x_TD.float(), self.weight.float())
         if self.kind == "hierarchical":
             group_TG = F.linear(x_TD.float(), self.group_weight.float())
@@ -93,6 +99,19 @@ class MoELLMRouter(nn.Module):
         weight_TPQ = gate_TP.softmax(-1)[..., None] * inner_TPQ.softmax(-1)
         return (group_TP[..., None] * size + place_TPQ).flatten(1), weight_TPQ.flatten(1)
 
+    def _by_segment(self, x_TD: Tensor, real_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (T, E), each token's segment (B, S), and each segment's mixture of the experts (B, C, E). Segments are
+        counted in tokens that are no padding; one has the mixture that the mean of the one before asks for."""
+        count, length = real_BS.shape[1], self.settings["segment_length"]
+        segment_BS = (real_BS.cumsum(1) - 1).clamp(min=0) // length
+        inside_BSC = F.one_hot(segment_BS, -(-count // length)).float() * real_BS[..., None]
+        x_BSD = x_TD.float().view(*real_BS.shape, -1)
+        mean_BCD = torch.einsum("bsc,bsd->bcd", inside_BSC, x_BSD) / inside_BSC.sum(1).clamp(min=1)[..., None]
+        logits_BCE = F.linear(mean_BCD, self.weight.float())[:, :-1]
+        logits_BCE = torch.cat([self.start.float().expand(len(real_BS), 1, -1), logits_BCE], 1)
+        sequence_B1 = torch.arange(len(real_BS), device=x_TD.device)[:, None]
+        return logits_BCE[sequence_B1, segment_BS].flatten(0, 1), segment_BS, logits_BCE.softmax(-1)
+
 
 class MoELLMExpert(nn.Module):
     """down(silu(gate(x)) * up(x))."""
@@ -119,21 +138,39 @@ class MoELLMSparseBlock(nn.Module):
         self.shared_experts = MoELLMExpert(hidden, shared * width) if shared else None
         self.shared_expert_gate = nn.Linear(hidden, 1, bias=False) if own.get("shared_expert_gate") else None
 
-    def forward(self, x_BSD: Tensor, position_BS: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, position_BS: Tensor, real_BS: Tensor | None = None) -> Tensor:
         x_TD = x_BSD.flatten(0, 1)
-        _, expert_TK, weight_TK = self.gate(x_TD, position_BS.expand(x_BSD.shape[:2]).flatten())
-        y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
-        for e, expert in enumerate(self.experts):
-            token_N, choice_N = torch.where((expert_TK == e) & (weight_TK != 0))
-            if len(token_N):
-                y_TD.index_add_(0, token_N, expert(x_TD[token_N]).float() * weight_TK[token_N, choice_N, None])
-        y_TD = y_TD.to(x_TD.dtype)
+        mix = self._mixed if self.gate.kind == "lory" else self._weighted_sum
+        y_TD = mix(x_TD, position_BS.expand(x_BSD.shape[:2]).flatten(), real_BS)
         if self.shared_experts is not None:
             shared_TD = self.shared_experts(x_TD)
             if self.shared_expert_gate is not None:
                 shared_TD = torch.sigmoid(self.shared_expert_gate(x_TD)) * shared_TD
             y_TD = y_TD + shared_TD
         return y_TD.view_as(x_BSD)
+
+    def _weighted_sum(self, x_TD: Tensor, position_T: Tensor, real_BS: Tensor | None) -> Tensor:
+        _, expert_TK, weight_TK = self.gate(x_TD, position_T)
+        y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+        for e, expert in enumerate(self.experts):
+            token_N, choice_N = torch.where((expert_TK == e) & (weight_TK != 0))
+            if len(token_N):
+                y_TD.index_add_(0, token_N, expert(x_TD[token_N]).float() * weight_TK[token_N, choice_N, None])
+        return y_TD.to(x_TD.dtype)
+
+    def _mixed(self, x_TD: Tensor, position_T: Tensor, real_BS: Tensor) -> Tensor:
+        """Each segment through one expert, of mixed weights."""
+        _, segment_BS, mixture_BCE = self.gate(x_TD, position_T, real_BS)
+        x_BSD, names = x_TD.view(*segment_BS.shape, -1), ("gate_proj", "up_proj", "down_proj")
+        stacks = [torch.stack([getattr(expert, name).weight for expert in self.experts]) for name in names]
+        rows = []
+        for x_SD, segment_S, mixture_CE in zip(x_BSD, segment_BS, mixture_BCE):
+            for x_LD, mixture_E in zip(x_SD.split(segment_S.unique_consecutive(return_counts=True)[1].tolist()), mixture_CE):
+                gate_FD, up_FD, down_DF = (
+                    (mixture_E.to(x_LD.dtype) @ stack.flatten(1)).view(stack.shape[1:]) for stack in stacks
+                )
+                rows.append((F.silu(x_LD @ gate_FD.T) * (x_LD @ up_FD.T)) @ down_DF.T)
+        return torch.cat(rows)
 
 
 class MoELLMDecoderLayer(GradientCheckpointingLayer):
@@ -144,10 +181,12 @@ class MoELLMDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, position_ids: Tensor, **kwargs) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, position_ids: Tensor, real_BS: Tensor | None = None, **kwargs
+    ) -> Tensor:
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), position_ids=position_ids, **kwargs)
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), position_ids)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), position_ids, real_BS)
 
 
 class MoELLMPreTrainedModel(MixtralPreTrainedModel):
@@ -179,6 +218,15 @@ class MoELLMModel(MoELLMPreTrainedModel, MixtralModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs):
+        if self.config.moe_llm["router"]["type"] == "lory":
+            if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
+                raise ValueError("moe_llm.router.type='lory' needs a segment's tokens together: set use_cache=False")
+            seen = attention_mask is not None and attention_mask.dim() == 2
+            like = input_ids if input_ids is not None else kwargs["inputs_embeds"][..., 0]
+            kwargs["real_BS"] = attention_mask.bool() if seen else torch.ones_like(like, dtype=torch.bool)
+        return super().forward(input_ids, attention_mask=attention_mask, **kwargs)
+
 
 class MoELLMForCausalLM(MoELLMPreTrainedModel, MixtralForCausalLM):
     def __init__(self, config: MoELLMConfig):
@@ -189,3 +237,8 @@ class MoELLMForCausalLM(MoELLMPreTrainedModel, MixtralForCausalLM):
         self.router_aux_loss_coef = config.router_aux_loss_coef
         self.num_experts, self.num_experts_per_tok = config.num_local_experts, config.num_experts_per_tok
         self.post_init()
+
+    def generate(self, *args, **kwargs):
+        if self.config.moe_llm["router"]["type"] == "lory":
+            kwargs.setdefault("use_cache", False)  # a segment's mean is that of all its tokens
+        return super().generate(*args, **kwargs)
