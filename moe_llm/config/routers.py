@@ -233,7 +233,7 @@ class BalancedSettings(RouterSettings):
 
 
 class LorySettings(RouterSettings):
-    """Experts' weights are mixed, segment by segment, by what the segment before was about (Lory, Zhong et al. 2024)."""
+    """Experts' weights are mixed, segment by segment, by the mean of the segment before (Lory, Zhong et al. 2024)."""
 
     type: Literal["lory"] = "lory"
     segment_length: int = Field(256, ge=1, description="tokens that pass through the same mixture")

@@ -165,7 +165,8 @@ class MoELLMSparseBlock(nn.Module):
         stacks = [torch.stack([getattr(expert, name).weight for expert in self.experts]) for name in names]
         rows = []
         for x_SD, segment_S, mixture_CE in zip(x_BSD, segment_BS, mixture_BCE):
-            for x_LD, mixture_E in zip(x_SD.split(segment_S.unique_consecutive(return_counts=True)[1].tolist()), mixture_CE):
+            lengths = segment_S.unique_consecutive(return_counts=True)[1].tolist()
+            for x_LD, mixture_E in zip(x_SD.split(lengths), mixture_CE):
                 gate_FD, up_FD, down_DF = (
                     (mixture_E.to(x_LD.dtype) @ stack.flatten(1)).view(stack.shape[1:]) for stack in stacks
                 )

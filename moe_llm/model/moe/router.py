@@ -1,6 +1,7 @@
 """What every router is built on. One file each in `routers/`.
 
-A router maps hidden states to a `Routing`, or to a `Merging` where experts' weights are mixed; that is all that dispatch, experts, combine and statistics know of it.
+A router maps hidden states to a `Routing`, or to a `Merging` where experts' weights are mixed; that is all that
+dispatch, experts, combine and statistics know of it.
 Dimensions: B sequences, S positions, T = B*S tokens, D hidden, E experts, R choices of a token, N routed rows.
 """
 

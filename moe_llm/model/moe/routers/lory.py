@@ -1,5 +1,5 @@
-"""Lory (Zhong, Xia, Chen and Lewis 2024, "Lory: Fully Differentiable Mixture-of-Experts for Autoregressive Language Model
-Pre-training"): experts are merged, not chosen, with one mixture for each segment of a sequence.
+"""Lory (Zhong, Xia, Chen and Lewis 2024, "Lory: Fully Differentiable Mixture-of-Experts for Autoregressive Language
+Model Pre-training"): experts are merged, not chosen, with one mixture for each segment of a sequence.
 
 Dimensions: B sequences, G segments of L tokens, N = B*G, D hidden, E experts.
 """
