@@ -84,6 +84,10 @@ class RouterSettings(Section):
         tokens lie on ranks."""
         return {}
 
+    def shortened(self, share: float) -> dict[str, Any]:
+        """Changes of settings for sequences of that share of their length."""
+        return {}
+
 
 class LimitedSettings(RouterSettings):
     """Routers whose tokens choose experts that may have limited room."""

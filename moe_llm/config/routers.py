@@ -248,6 +248,9 @@ class LorySettings(RouterSettings):
     def parameter_shapes(self, model: "ModelConfig") -> Shapes:
         return {**super().parameter_shapes(model), "start": (model.num_local_experts,)}
 
+    def shortened(self, share: float) -> dict[str, Any]:
+        return {"segment_length": max(1, round(self.segment_length * share))}
+
 
 def _exactly(model: "ModelConfig", experts: int, kind: str) -> None:
     if model.num_experts_per_tok != experts:

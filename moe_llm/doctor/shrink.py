@@ -115,6 +115,7 @@ def _model(config: Config, ranks: int, notes: list[str]) -> dict[str, Any]:
     scale = math.sqrt(model.hidden_size / hidden)  # narrower layers keep the size of what they put out
     if model.init_from is not None:
         notes.append(f"model.init_from={model.init_from} is not loaded: the copy is smaller, with random weights")
+    shorter = model.router.shortened(_length(config) / config.data.sequence_length)
     shape = {
         "init_from": None,
         "hidden_size": hidden,
@@ -128,7 +129,7 @@ def _model(config: Config, ranks: int, notes: list[str]) -> dict[str, Any]:
         "head_dim": head,
         "num_local_experts": _experts(config, ranks),
         "sliding_window": _window(config),
-        "router": {**model.router.model_dump(mode="json"), **model.router.quiet()},
+        "router": {**model.router.model_dump(mode="json"), **model.router.quiet(), **shorter},
         "router_jitter_noise": 0.0,
         "expert_dropout": 0.0,
         "initializer_range": max(model.initializer_range, min(_INIT_LIMIT, model.initializer_range * scale)),

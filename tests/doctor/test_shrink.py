@@ -105,3 +105,9 @@ def test_noise_is_off_between_layouts_and_says_so():
     made = small("model.router_jitter_noise=0.1")
     assert made.config.model.router_jitter_noise == 0
     assert any("router_jitter_noise=0.1 is off" in note for note in made.notes)
+
+
+def test_blocks_keep_their_number_of_segments():
+    lory = ["model.router={type: lory, segment_length: 64}", "model.num_experts_per_tok=1"]
+    made = small(*lory).config
+    assert made.model.router.segment_length == made.data.sequence_length // 4
