@@ -53,7 +53,8 @@ def test_mixed_experts_have_no_adapters_and_segments_no_documents(train, make_co
     last, base = runs.records(root)[-1], root / "checkpoints/step-00000006"
     assert last["moe"]["experts_per_token"] == pytest.approx([1, 1])
     assert last["moe"]["dropped_share"] == [0, 0]
-    config = make_config("lora", model={"init_from": str(base), **lory}, finetune={"lora": {"rank": 2, "targets": ["experts"]}})
+    lora = {"rank": 2, "targets": ["experts"]}
+    config = make_config("lora", model={"init_from": str(base), **lory}, finetune={"lora": lora})
     assert main(["train", str(config)]) == 2
     assert "names experts, and model.router.type=lory mixes their weights" in capsys.readouterr().err
 
