@@ -151,6 +151,23 @@ def test_evaluation_draws_nothing_and_drops_nothing(case):
         torch.testing.assert_close(alone[0], y_BSD[b, :6], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_no_segment_sees_what_comes_later(training):
+    model = MoEDecoder(config_of("lory", 1, {"segment_length": 4})).train(training)
+    init_weights(model, 0)
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter)
+    ids_BS = torch.randint(0, 40, (B, S), generator=torch.Generator().manual_seed(1))
+    before = model(ids_BS).logits
+    for changed in range(S):
+        other_BS = ids_BS.clone()
+        other_BS[:, changed] = (other_BS[:, changed] + 7) % 40
+        after = model(other_BS).logits
+        assert torch.equal(after[:, :changed], before[:, :changed])
+        assert not torch.equal(after[:, -1], before[:, -1])
+
+
 def test_importance_and_load_losses_are_the_papers():
     config = config_of("noisy_top_k", 2, {})
     layer, (x_BSD, real_BS) = layer_of(config), inputs()
