@@ -63,8 +63,7 @@ def _glm4_moe_fields(model: ModelConfig) -> dict[str, Any]:
 def _own_fields(model: ModelConfig) -> dict[str, Any]:
     if not _has_code(model):
         return {}
-    cache = {"use_cache": False} if model.router.merges else {}
-    return {**cache, "auto_map": {"AutoConfig": "configuration_moe_llm.MoELLMConfig",
+    return {"auto_map": {"AutoConfig": "configuration_moe_llm.MoELLMConfig",
                          "AutoModelForCausalLM": "modeling_moe_llm.MoELLMForCausalLM"}}
 
 

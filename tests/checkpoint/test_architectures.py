@@ -153,7 +153,7 @@ assert all(p.grad is not None for n, p in model.named_parameters() if ".gate.wei
 
 @pytest.mark.parametrize("kind", ["balanced", "lory"])
 def test_the_code_beside_the_weights_stands_alone_and_generates(tmp_path, kind):
-    """In a process that cannot import the package; with the cache, where there is one, it says what it says without."""
+    """In a process that cannot import the package; with the cache it says what it says without."""
     model_of(kind, {}, SHARED).save_pretrained(tmp_path / "model")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
@@ -178,8 +178,27 @@ def test_segments_begin_with_the_text_whichever_side_the_padding_is_on(tmp_path)
     batch = theirs.generate(TOKENS[:2], attention_mask=mask[:2], max_new_tokens=8, do_sample=False, eos_token_id=None,
                             pad_token_id=0)
     assert torch.equal(batch[1:, 6:], text)
-    with pytest.raises(ValueError, match="use_cache=False"):
-        theirs.generate(TOKENS, max_new_tokens=2, use_cache=True)
+    with pytest.raises(ValueError, match="needs a DynamicCache"):
+        theirs.generate(TOKENS, max_new_tokens=2, cache_implementation="static")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("more", [{}, {"sliding_window": 5}], ids=["whole", "sliding"])
+def test_what_the_cache_keeps_of_segments_follows_beams_and_parts_of_a_text(tmp_path, more):
+    model_of("lory", {}, more).save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for beams in (1, 3):
+        with_cache, without = (
+            theirs.generate(TOKENS, num_beams=beams, use_cache=cached, **options) for cached in (True, False)
+        )
+        assert torch.equal(with_cache, without)
+    whole, cache, parts = theirs(TOKENS, use_cache=False).logits, None, []
+    for part in TOKENS.split([6, 1, 3, 7], dim=1):
+        output = theirs(part, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        parts.append(output.logits)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_bf16_keeps_the_bias_in_fp32(tmp_path):

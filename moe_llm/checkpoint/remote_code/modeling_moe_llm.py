@@ -3,14 +3,15 @@ but for how tokens choose their experts and for the experts that all tokens pass
 
 This is the model as it is evaluated: noise, limits of capacity and losses of the routers belong to training.
 Dimensions: B sequences, S positions, T = B * S tokens, D hidden, E experts, K experts per token, G groups of M experts,
-P groups of a token, C segments of a sequence, L tokens of a segment.
+P groups of a token, C segments of a sequence, A tokens of a sequence with those that the cache has.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import MixtralForCausalLM
+from transformers import DynamicCache, MixtralForCausalLM
 from transformers import initialization as init
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mixtral.modeling_mixtral import (
     MixtralAttention,
@@ -46,10 +47,10 @@ class MoELLMRouter(nn.Module):
             self.start = nn.Parameter(torch.zeros(experts))
 
     def forward(
-        self, x_TD: Tensor, position_T: Tensor, real_BS: Tensor | None = None
+        self, x_TD: Tensor, position_T: Tensor, real_BA: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         if self.kind == "lory":
-            return self._by_segment(x_TD, real_BS)
+            return self._by_segment(x_TD, position_T, real_BA)
         logits_TE = F.linear(x_TD.float(), self.weight.float())
         if self.kind == "hierarchical":
             group_TG = F.linear(x_TD.float(), self.group_weight.float())
@@ -99,17 +100,18 @@ class MoELLMRouter(nn.Module):
         weight_TPQ = gate_TP.softmax(-1)[..., None] * inner_TPQ.softmax(-1)
         return (group_TP[..., None] * size + place_TPQ).flatten(1), weight_TPQ.flatten(1)
 
-    def _by_segment(self, x_TD: Tensor, real_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (T, E), each token's segment (B, S), and each segment's mixture of the experts (B, C, E). Segments are
-        counted in tokens that are no padding; one has the mixture that the mean of the one before asks for."""
-        count, length = real_BS.shape[1], self.settings["segment_length"]
-        segment_BS = (real_BS.cumsum(1) - 1).clamp(min=0) // length
-        inside_BSC = F.one_hot(segment_BS, -(-count // length)).float() * real_BS[..., None]
-        x_BSD = x_TD.float().view(*real_BS.shape, -1)
-        mean_BCD = torch.einsum("bsc,bsd->bcd", inside_BSC, x_BSD) / inside_BSC.sum(1).clamp(min=1)[..., None]
+    def _by_segment(self, x_BAD: Tensor, position_T: Tensor, real_BA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (T, E) of the new tokens, their segments (B, S), and each segment's mixture of the experts (B, C, E).
+        Segments are counted in tokens that are no padding; a mixture is what the mean of the segment before asks for.
+        """
+        sequences, tokens = real_BA.shape
+        new, length = len(position_T) // sequences, self.settings["segment_length"]
+        segment_BA = (real_BA.cumsum(1) - 1).clamp(min=0) // length
+        inside_BAC = F.one_hot(segment_BA, -(-tokens // length)).float() * real_BA[..., None]
+        mean_BCD = inside_BAC.mT @ x_BAD.float() / inside_BAC.sum(1).clamp(min=1)[..., None]
         logits_BCE = F.linear(mean_BCD, self.weight.float())[:, :-1]
-        logits_BCE = torch.cat([self.start.float().expand(len(real_BS), 1, -1), logits_BCE], 1)
-        sequence_B1 = torch.arange(len(real_BS), device=x_TD.device)[:, None]
+        logits_BCE = torch.cat([self.start.float().expand(sequences, 1, -1), logits_BCE], 1)
+        sequence_B1, segment_BS = torch.arange(sequences, device=x_BAD.device)[:, None], segment_BA[:, -new:]
         return logits_BCE[sequence_B1, segment_BS].flatten(0, 1), segment_BS, logits_BCE.softmax(-1)
 
 
@@ -129,8 +131,9 @@ class MoELLMExpert(nn.Module):
 class MoELLMSparseBlock(nn.Module):
     """The weighted sum of each token's experts, and the shared experts' output where there are any."""
 
-    def __init__(self, config: MoELLMConfig):
+    def __init__(self, config: MoELLMConfig, layer_idx: int):
         super().__init__()
+        self.cache_index = config.num_hidden_layers + layer_idx
         hidden, width, own = config.hidden_size, config.intermediate_size, config.moe_llm
         shared = own.get("num_shared_experts", 0)
         self.gate = MoELLMRouter(config)
@@ -138,10 +141,12 @@ class MoELLMSparseBlock(nn.Module):
         self.shared_experts = MoELLMExpert(hidden, shared * width) if shared else None
         self.shared_expert_gate = nn.Linear(hidden, 1, bias=False) if own.get("shared_expert_gate") else None
 
-    def forward(self, x_BSD: Tensor, position_BS: Tensor, real_BS: Tensor | None = None) -> Tensor:
-        x_TD = x_BSD.flatten(0, 1)
-        mix = self._mixed if self.gate.kind == "lory" else self._weighted_sum
-        y_TD = mix(x_TD, position_BS.expand(x_BSD.shape[:2]).flatten(), real_BS)
+    def forward(
+        self, x_BSD: Tensor, position_BS: Tensor, real_BA: Tensor | None = None, cache: DynamicCache | None = None
+    ) -> Tensor:
+        x_TD, position_T = x_BSD.flatten(0, 1), position_BS.expand(x_BSD.shape[:2]).flatten()
+        y_TD = self._weighted_sum(x_TD, position_T) if real_BA is None else self._mixed(
+            x_BSD, self._with_earlier(x_BSD, cache), position_T, real_BA)
         if self.shared_experts is not None:
             shared_TD = self.shared_experts(x_TD)
             if self.shared_expert_gate is not None:
@@ -149,7 +154,7 @@ class MoELLMSparseBlock(nn.Module):
             y_TD = y_TD + shared_TD
         return y_TD.view_as(x_BSD)
 
-    def _weighted_sum(self, x_TD: Tensor, position_T: Tensor, real_BS: Tensor | None) -> Tensor:
+    def _weighted_sum(self, x_TD: Tensor, position_T: Tensor) -> Tensor:
         _, expert_TK, weight_TK = self.gate(x_TD, position_T)
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
         for e, expert in enumerate(self.experts):
@@ -158,19 +163,25 @@ class MoELLMSparseBlock(nn.Module):
                 y_TD.index_add_(0, token_N, expert(x_TD[token_N]).float() * weight_TK[token_N, choice_N, None])
         return y_TD.to(x_TD.dtype)
 
-    def _mixed(self, x_TD: Tensor, position_T: Tensor, real_BS: Tensor) -> Tensor:
+    def _with_earlier(self, x_BSD: Tensor, cache: DynamicCache | None) -> Tensor:
+        """The inputs of all tokens so far, (B, A, D), for segments that have begun before. The cache keeps them as if
+        they were the keys of further layers, so that whatever happens to it (beams, cropping) happens to them."""
+        if cache is None:
+            return x_BSD
+        while len(cache.layers) <= self.cache_index:
+            cache.layers.append(DynamicLayer())
+        return cache.update(x_BSD[:, None], x_BSD[:, None, :, :0], self.cache_index)[0][:, 0]
+
+    def _mixed(self, x_BSD: Tensor, x_BAD: Tensor, position_T: Tensor, real_BA: Tensor) -> Tensor:
         """Each segment through one expert, of mixed weights."""
-        _, segment_BS, mixture_BCE = self.gate(x_TD, position_T, real_BS)
-        x_BSD, names = x_TD.view(*segment_BS.shape, -1), ("gate_proj", "up_proj", "down_proj")
+        _, segment_BS, mixture_BCE = self.gate(x_BAD, position_T, real_BA)
+        names, rows = ("gate_proj", "up_proj", "down_proj"), []
         stacks = [torch.stack([getattr(expert, name).weight for expert in self.experts]) for name in names]
-        rows = []
         for x_SD, segment_S, mixture_CE in zip(x_BSD, segment_BS, mixture_BCE):
-            lengths = segment_S.unique_consecutive(return_counts=True)[1].tolist()
-            for x_LD, mixture_E in zip(x_SD.split(lengths), mixture_CE):
-                gate_FD, up_FD, down_DF = (
-                    (mixture_E.to(x_LD.dtype) @ stack.flatten(1)).view(stack.shape[1:]) for stack in stacks
-                )
-                rows.append((F.silu(x_LD @ gate_FD.T) * (x_LD @ up_FD.T)) @ down_DF.T)
+            segment_C, count_C = segment_S.unique_consecutive(return_counts=True)
+            for x_nD, mixture_E in zip(x_SD.split(count_C.tolist()), mixture_CE[segment_C].to(x_SD.dtype)):
+                gate_FD, up_FD, down_DF = ((mixture_E @ stack.flatten(1)).view(stack.shape[1:]) for stack in stacks)
+                rows.append((F.silu(x_nD @ gate_FD.T) * (x_nD @ up_FD.T)) @ down_DF.T)
         return torch.cat(rows)
 
 
@@ -178,16 +189,17 @@ class MoELLMDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MoELLMConfig, layer_idx: int):
         super().__init__()
         self.self_attn = MixtralAttention(config, layer_idx)
-        self.mlp = MoELLMSparseBlock(config)
+        self.mlp = MoELLMSparseBlock(config, layer_idx)
         self.input_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, hidden_states: Tensor, position_ids: Tensor, real_BS: Tensor | None = None, **kwargs
+        self, hidden_states: Tensor, position_ids: Tensor, real_BA: Tensor | None = None, **kwargs
     ) -> Tensor:
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), position_ids=position_ids, **kwargs)
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), position_ids, real_BS)
+        normed = self.post_attention_layernorm(hidden_states)
+        return hidden_states + self.mlp(normed, position_ids, real_BA, kwargs.get("past_key_values"))
 
 
 class MoELLMPreTrainedModel(MixtralPreTrainedModel):
@@ -221,11 +233,14 @@ class MoELLMModel(MoELLMPreTrainedModel, MixtralModel):
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs):
         if self.config.moe_llm["router"]["type"] == "lory":
-            if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
-                raise ValueError("moe_llm.router.type='lory' needs a segment's tokens together: set use_cache=False")
+            cache, like = kwargs.get("past_key_values"), input_ids
+            if cache is not None and not isinstance(cache, DynamicCache):
+                raise ValueError(f"moe_llm.router.type='lory' needs a DynamicCache, not a {type(cache).__name__}")
+            if like is None:
+                like = kwargs["inputs_embeds"][..., 0]
+            tokens = like.shape[1] + (0 if cache is None else cache.get_seq_length())
             seen = attention_mask is not None and attention_mask.dim() == 2
-            like = input_ids if input_ids is not None else kwargs["inputs_embeds"][..., 0]
-            kwargs["real_BS"] = attention_mask.bool() if seen else torch.ones_like(like, dtype=torch.bool)
+            kwargs["real_BA"] = attention_mask.bool() if seen else like.new_ones(len(like), tokens, dtype=torch.bool)
         return super().forward(input_ids, attention_mask=attention_mask, **kwargs)
 
 
@@ -238,8 +253,3 @@ class MoELLMForCausalLM(MoELLMPreTrainedModel, MixtralForCausalLM):
         self.router_aux_loss_coef = config.router_aux_loss_coef
         self.num_experts, self.num_experts_per_tok = config.num_local_experts, config.num_experts_per_tok
         self.post_init()
-
-    def generate(self, *args, **kwargs):
-        if self.config.moe_llm["router"]["type"] == "lory":
-            kwargs.setdefault("use_cache", False)  # a segment's mean is that of all its tokens
-        return super().generate(*args, **kwargs)
