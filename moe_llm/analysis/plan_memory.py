@@ -18,6 +18,7 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "all_to_all", "loss
 # config.py, version 0.19.8): reduce_bucket_size, sub_group_size and stage3_max_live_parameters, in elements.
 REDUCE_BUCKET, SUB_GROUP, MAX_LIVE = 500_000_000, 1_000_000_000, 1_000_000_000
 _LOGITS_CHUNK = 32 * 2**20  # moe_llm.ops.cross_entropy: logits of one chunk
+_PORTION = 8  # moe_llm.ops.merged_expert_mlp: mixtures that exist at once
 
 
 @dataclass(frozen=True)
@@ -173,16 +174,18 @@ class _Walk:
             router += 8 * tokens * m.hidden_size  # the noise, and the input times the noise, in fp32
         experts = hidden + self.received * 2 * m.intermediate_size * size
         experts += tokens * m.router.entered_per_token(m) * size
-        if self.autograd:
+        if m.router.merges:
+            experts = hidden  # the tokens in their segments; all else is computed again
+        elif self.autograd:
             # silu(gate), the activations after dropout and its mask; unweighted outputs, for the weights' gradient
             experts += self.received * (m.intermediate_size * (2 * size + 1) + m.expert_hidden_size * size)
         # of the shared experts gate, its silu, up and their product, as torch's own operations keep them, and outputs
         experts += tokens * 4 * m.shared_width * size
         experts += hidden * (m.shared_expert_gate + bool(m.shared_width and m.expert_dropout))
         exchanged = 0.0
-        if self.elsewhere:
+        if self.elsewhere and not m.router.merges:
             exchanged = (self.received + self.rows) * m.expert_hidden_size * size  # rows received; rows that came back
-        elif not self.fused:
+        elif not self.fused and not m.router.merges:
             experts += self.rows * m.expert_hidden_size * size
         return {"activations": attention + norms + router + experts, "all_to_all": exchanged}
 
@@ -205,12 +208,21 @@ class _Walk:
 
     def experts_forward(self) -> dict[str, float]:
         m, size = self.model, self.size
+        if m.router.merges:
+            return self.merging(merged=1, activations=2 * self.tokens * m.hidden_size)
         largest = self.largest_rows * m.intermediate_size if self.fused else self.received * m.intermediate_size
         rows = self.received * m.expert_hidden_size * size
         if self.elsewhere:
             return {"activations": size * largest + rows, "all_to_all": 2 * rows}
         gathered = self.largest_rows * m.expert_hidden_size if self.fused else 0
         return {"activations": size * (largest + gathered) + rows, "all_to_all": 0.0}
+
+    def merging(self, merged: int, activations: float) -> dict[str, float]:
+        """Weights of a portion of the mixtures, `merged` times, its rows, and the experts that come from elsewhere."""
+        m, size = self.model, self.size
+        layer, rows = 3 * m.hidden_size * m.intermediate_size, min(_PORTION * m.router.segment_length, self.tokens)
+        activations += merged * (_PORTION * layer + 3 * rows * m.intermediate_size)
+        return {"activations": size * activations, "all_to_all": size * m.num_local_experts * layer * self.elsewhere}
 
     @property
     def largest_rows(self) -> float:
@@ -219,6 +231,11 @@ class _Walk:
 
     def experts_backward(self) -> dict[str, float]:
         m, size = self.model, self.size
+        if m.router.merges:
+            held = self.merging(merged=2, activations=3 * self.tokens * m.hidden_size)
+            # gradients of all experts, summed in fp32, and what a portion adds to the larger of the two weights
+            whole = m.num_local_experts * m.hidden_size * m.intermediate_size
+            return {**held, "activations": held["activations"] + whole * (3 * 4 + 2 * size)}
         hidden, rows = self.tokens * m.hidden_size * size, self.received * m.expert_hidden_size * size
         # gradients on their way: of the residual stream, of the layer's output, of the experts' input
         flowing = 2 * hidden + rows

@@ -57,9 +57,14 @@ def _groups(config: Config, layout: Layout) -> list[tuple[float, int]]:
 
 def _exchanged(config: Config, layout: Layout) -> float:
     """Rows to their experts and back: twice in the forward pass, twice in the backward pass, and twice more where the
-    forward pass is recomputed; of evenly spread rows the share that is for other ranks."""
+    forward pass is recomputed; of evenly spread rows the share that is for other ranks. Where weights are mixed, these
+    instead: to every rank once for each of those passes, and their gradients back, in every micro-batch."""
     if layout.expert_parallel == 1:
         return 0.0
+    if config.model.router.merges:
+        size = 4 if config.train.precision == "fp32" else 2
+        held = size * config.model.parameter_counts()["experts"] / layout.expert_parallel
+        return (4 if layout.recompute else 3) * accumulation(config, layout) * (layout.expert_parallel - 1) * held
     m, tokens = config.model, config.tokens_per_step / layout.ranks
     row = m.hidden_size * (4 if config.train.precision == "fp32" else 2)
     elsewhere = 1 - 1 / layout.expert_parallel

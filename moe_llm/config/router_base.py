@@ -38,6 +38,8 @@ class RouterSettings(Section):
     causal: ClassVar[bool] = True  # whether, in training too, a token's experts depend on no later token
     needs_past: ClassVar[bool] = False  # whether experts work on earlier tokens too, so that generation reads them anew
 
+    merges: ClassVar[bool] = False  # whether experts' weights are mixed, rather than their outputs
+
     @model_validator(mode="after")
     def _entropies_agree(self):
         if self.entropy_bonus_coef and self.local_entropy_coef:

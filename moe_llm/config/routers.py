@@ -233,6 +233,26 @@ class BalancedSettings(RouterSettings):
     type: Literal["balanced"] = "balanced"
 
 
+class LorySettings(RouterSettings):
+    """Experts' weights are mixed, segment by segment, by the mean of the segment before (Lory, Zhong et al. 2024)."""
+
+    type: Literal["lory"] = "lory"
+    segment_length: int = Field(256, ge=1, description="tokens that pass through the same mixture")
+    merges: ClassVar[bool] = True
+
+    def check(self, model: "ModelConfig") -> None:
+        _exactly(model, 1, self.type)  # the one of mixed weights
+        if self.segment_length >= model.max_position_embeddings:
+            invalid("router.segment_length", self.segment_length,
+                    f"leaves no second segment in max_position_embeddings={model.max_position_embeddings}", "lower it")
+
+    def parameter_shapes(self, model: "ModelConfig") -> Shapes:
+        return {**super().parameter_shapes(model), "start": (model.num_local_experts,)}
+
+    def shrunk(self, model: "ModelConfig", experts: int, length: int) -> dict[str, Any]:
+        return {"router": {"segment_length": min(self.segment_length, max(1, length // 4))}}
+
+
 def _exactly(model: "ModelConfig", experts: int, kind: str) -> None:
     if model.num_experts_per_tok != experts:
         invalid("num_experts_per_tok", model.num_experts_per_tok, f"does not fit model.router.type={kind}",
@@ -253,6 +273,7 @@ ROUTER_SETTINGS: dict[str, type[RouterSettings]] = {
     "bias_balanced": BiasBalancedSettings,
     "soft_moe": SoftMoESettings,
     "multi_head": MultiHeadSettings,
+    "lory": LorySettings,
 }
 
 

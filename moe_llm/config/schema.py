@@ -92,6 +92,10 @@ class DataConfig(Section):
     isolate_documents: bool = Field(
         True, description="tokens attend within their own document only; false: across a whole block"
     )
+    order: Literal["source", "similar"] = Field(
+        "source", description="in which training documents follow each other in blocks: as in their source, or each by "
+        "the one most like it (Lory, Zhong et al. 2024, section 3); `run.seed` chooses the first"
+    )
     chat_template: str = Field(
         "auto", min_length=1,
         description="for content chat: tokenizer: its own; mixtral: Mixtral-Instruct's; auto: its own where it has "
@@ -121,6 +125,9 @@ class DataConfig(Section):
     def _chat_settings_apply(self):
         if self.has_chat and not self.isolate_documents:
             invalid("isolate_documents", False, "would let chat examples attend to each other", "leave it true")
+        if self.order != "source" and any(source.content == "chat" for source in self.sources):
+            invalid("order", self.order, "is for documents that follow each other, and chat examples are packed by "
+                    "themselves", "leave it at source")
         for name in ("chat_template", "over_long"):
             if not self.has_chat and getattr(self, name) != type(self).model_fields[name].default:
                 invalid(name, getattr(self, name), "applies to no source", "set content: chat on one, or remove it")

@@ -5,7 +5,8 @@
 `tokens` is the concatenation of the documents, each bos + ids + eos (uint16 where ids fit, else uint32);
 `starts` (documents + 1, int64) is where each begins; `bytes` (documents, int64) is the UTF-8 length of each, of chat
 examples that of the assistant's turns; `targets` (uint8 for each token) is 1 where the assistant speaks.
-KEY is a hash of all that determines the content. A directory that has its name is complete.
+KEY is a hash of all that determines the content. `similar-KEY` holds documents of such an entry in another order
+(`moe_llm.data.similar`). A directory that has its name is complete.
 """
 
 import contextlib
@@ -42,7 +43,8 @@ class TokenizedText:
     """Documents as tokens.
 
     tokens_N: all of them in order; starts (documents + 1,): where each begins; sizes (documents,): UTF-8
-    length of each; bytes: of all together. targets_N: of chat, uint8, 1 for the tokens that are learned.
+    length of each; bytes: of all together. targets_N: of chat, uint8, 1 for the tokens that are learned. key: its name
+    in the cache, which says all that determines it; None for text that is not from there.
     """
 
     tokens_N: np.ndarray
@@ -50,6 +52,7 @@ class TokenizedText:
     sizes: np.ndarray
     bytes: int
     targets_N: np.ndarray | None = None
+    key: str | None = None
 
     @property
     def documents(self) -> int:
@@ -95,7 +98,7 @@ class _Piece(NamedTuple):
     size: int
 
 
-class _Tokens(NamedTuple):
+class Tokens(NamedTuple):
     ids: np.ndarray
     targets: np.ndarray | None
 
@@ -138,10 +141,11 @@ def cached_tokens(
                         _progress(field, source_bytes(source, field), show_progress) as advance:
                     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
                     _build(pieces, encode, dtype, chat, temporary, num_workers, advance)
-    return {split: _open(directory, split) for split in SPLITS}
+    return {split: open_split(directory, split) for split in SPLITS}
 
 
-def _open(directory: Path, split: str) -> TokenizedText:
+def open_split(directory: Path, split: str) -> TokenizedText:
+    """One split of a complete entry of the cache."""
     meta = json.loads((directory / "meta.json").read_text())
     part = meta[split]
 
@@ -156,10 +160,11 @@ def _open(directory: Path, split: str) -> TokenizedText:
         sizes=array("bytes", "int64", part["documents"]),
         bytes=part["bytes"],
         targets_N=array("targets", "uint8", part["tokens"]) if meta.get("chat") else None,
+        key=f"{directory.name}/{split}",
     )
 
 
-class _SplitWriter:
+class SplitWriter:
     """Appends documents of one split to its files."""
 
     def __init__(self, directory: Path, split: str, chat: bool, stack: contextlib.ExitStack):
@@ -170,7 +175,7 @@ class _SplitWriter:
         self.totals = {"documents": 0, "tokens": 0, "bytes": 0}
         self._files["starts"].write(np.int64(0).tobytes())
 
-    def write(self, tokens: _Tokens, size: int) -> None:
+    def write(self, tokens: Tokens, size: int) -> None:
         ids, targets = tokens
         self.totals["documents"] += 1
         self.totals["tokens"] += len(ids)
@@ -184,7 +189,7 @@ class _SplitWriter:
 
 def _build(
     pieces: Iterable[_Piece],
-    encode: Callable[[list[_Piece]], list[_Tokens]],
+    encode: Callable[[list[_Piece]], list[Tokens]],
     dtype: np.dtype,
     chat: bool,
     directory: Path,
@@ -192,11 +197,16 @@ def _build(
     advance: Callable[[int], None],
 ) -> None:
     with contextlib.ExitStack() as stack:
-        writers = {split: _SplitWriter(directory, split, chat, stack) for split in SPLITS}
+        writers = {split: SplitWriter(directory, split, chat, stack) for split in SPLITS}
         for batch, encoded in _encode_in_threads(_batches(pieces), encode, num_workers or os.cpu_count() or 1):
             for piece, tokens in zip(batch, encoded):
                 writers[piece.split].write(tokens, piece.size)
                 advance(piece.read)
+    write_meta(directory, dtype, chat, writers)
+
+
+def write_meta(directory: Path, dtype: np.dtype, chat: bool, writers: dict[str, SplitWriter]) -> None:
+    """What `open_split` reads."""
     meta = {"dtype": dtype.name, "chat": chat} | {split: writer.totals for split, writer in writers.items()}
     (directory / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
@@ -216,12 +226,12 @@ def _examples(source: SourceConfig, field: str, holdout: HoldOut) -> Iterator[_P
         yield _Piece(SPLITS[0 if training else 1], found, len(found.text), found.answer_bytes)
 
 
-def _text_encoding(encoder: DocumentEncoder) -> Callable[[list[_Piece]], list[_Tokens]]:
-    return lambda batch: [_Tokens(ids, None) for ids in encoder.encode([piece.content for piece in batch])]
+def _text_encoding(encoder: DocumentEncoder) -> Callable[[list[_Piece]], list[Tokens]]:
+    return lambda batch: [Tokens(ids, None) for ids in encoder.encode([piece.content for piece in batch])]
 
 
-def _example_encoding(encoder: ChatEncoder) -> Callable[[list[_Piece]], list[_Tokens]]:
-    return lambda batch: [_Tokens(*both) for both in encoder.encode([piece.content for piece in batch])]
+def _example_encoding(encoder: ChatEncoder) -> Callable[[list[_Piece]], list[Tokens]]:
+    return lambda batch: [Tokens(*both) for both in encoder.encode([piece.content for piece in batch])]
 
 
 def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:

@@ -17,6 +17,7 @@ from moe_llm.data.chat_template import ChatEncoder
 from moe_llm.data.examples import PackedExamples
 from moe_llm.data.order import Mixture, shuffled
 from moe_llm.data.packing import Batch, PackedBlocks, as_batch
+from moe_llm.data.similar import in_similar_order
 from moe_llm.data.sources import check_sources, named_sources, named_validation_sources, read_documents
 from moe_llm.data.split import HoldOut, find_holdout
 from moe_llm.errors import UserError
@@ -274,6 +275,9 @@ def load_data(
         return PackedBlocks(text, data.sequence_length, data.isolate_documents, tokenizer.eos_token_id)
 
     texts = [(field, tokens(field, source, holdout)) for field, source in named_sources(config)]
+    if data.order == "similar":
+        for _, text in texts:
+            text["train"] = in_similar_order(text["train"], config.run.seed, data.cache_dir)
     parts = [(field, split, text[split]) for field, text in texts for split in SPLITS]
     if data.validation_sources:
         parts = [part for part in parts if part[1] == "train"]

@@ -9,7 +9,7 @@ _ROUNDS = 6
 _PERIOD = 2**16  # samples after which a mixture repeats its pattern: the resolution of weights
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix(x: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser (Steele et al. 2014): uint64 to uint64, a bijection that scatters well."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -38,8 +38,8 @@ def permute(index: np.ndarray, length: int, keys: np.ndarray) -> np.ndarray:
     while walking.any():
         left, right, key = result[walking] >> half, result[walking] & mask, keys[walking]
         for round_ in range(_ROUNDS):
-            key = _mix(key + round_constants[round_])
-            left, right = right, left ^ (_mix(right + key) & mask)
+            key = mix(key + round_constants[round_])
+            left, right = right, left ^ (mix(right + key) & mask)
         result[walking] = (left << half) | right
         walking = result >= np.uint64(length)
     return result.astype(np.int64)
@@ -49,7 +49,7 @@ def shuffled(position: np.ndarray, length: int, seed: int, stream: int) -> np.nd
     """Sample at each position of an endless sequence: epoch after epoch, each in an order of its own."""
     epoch, index = np.divmod(position.astype(np.uint64), np.uint64(length))
     root = np.array([seed, stream], dtype=np.uint64)
-    key = _mix(_mix(_mix(root[:1]) + root[1:]) + epoch)
+    key = mix(mix(mix(root[:1]) + root[1:]) + epoch)
     return permute(index, length, key)
 
 

@@ -84,6 +84,12 @@ def _check_fit(config: Config, shapes: dict[str, tuple[int, ...]]) -> None:
             f"finetune.lora.targets={config.finetune.lora.targets} names routers, and those of "
             f"model.router.type={config.model.router.type} have no adapters: leave them out"
         )
+    if config.model.router.merges and any(is_expert(name) for name in shapes):
+        raise UserError(
+            f"finetune.lora.targets={config.finetune.lora.targets} names experts, and "
+            f"model.router.type={config.model.router.type} mixes their weights, which adapters are no part of: leave "
+            "them out"
+        )
 
 
 def adapter_shapes(config: Config) -> dict[str, tuple[int, ...]]:

@@ -4,10 +4,6 @@ Dimensions: T tokens, D hidden, N rows of this rank's tokens, M rows that this r
 R ranks of the expert-parallel group, E experts, P = E / R experts a rank.
 """
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -15,43 +11,10 @@ from torch.autograd.function import once_differentiable
 
 from moe_llm.model.moe.experts import Experts
 from moe_llm.model.moe.layer import MoELayer
-from moe_llm.model.moe.routing import Routing
+from moe_llm.model.moe.routing import Merging, Routing
 from moe_llm.ops.permutation import combine, permute
-
-
-class Traffic:
-    """What a layer has exchanged since it was last read: forward, backward and recomputation alike.
-
-    Bytes are those that leave this rank; seconds are the time that this rank waited for exchanges, on CUDA measured
-    by events on the stream, so that nothing is synchronised for it.
-    """
-
-    def __init__(self):
-        self.bytes = 0
-        self._seconds = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    @contextmanager
-    def timed(self, device: torch.device) -> Iterator[None]:
-        if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            yield
-            end.record()
-            self._events.append((begin, end))
-            return
-        start = time.perf_counter()
-        yield
-        self._seconds += time.perf_counter() - start
-
-    def take(self) -> tuple[int, float]:
-        """(bytes, seconds), and start over."""
-        for begin, end in self._events:
-            end.synchronize()
-            self._seconds += begin.elapsed_time(end) / 1e3
-        taken = self.bytes, self._seconds
-        self.__init__()
-        return taken
+from moe_llm.parallel.traffic import Traffic
+from moe_llm.parallel.weights import GroupWeights
 
 
 class AllToAllDispatcher:
@@ -95,6 +58,9 @@ class AllToAllDispatcher:
         arrived = [_Arrive.apply(*flight) for flight in leaving]
         y_ND = torch.cat(arrived) if self.chunks > 1 else arrived[0]
         return combine(y_ND, routing.weight_N, routing.token_index_N, len(x_TD), routing.slot_TK)
+
+    def merge(self, x_TD: Tensor, merging: Merging, experts: Experts) -> Tensor:
+        return experts(x_TD, merging=merging, exchange=GroupWeights(self.group, self.size, self.traffic))
 
     def _depart(self, x_ND: Tensor, sent_RP: Tensor, received_RP: Tensor) -> tuple[Tensor, "_Flight"]:
         flight = _Flight(self, sent_RP.sum(1).tolist(), received_RP.sum(1).tolist())

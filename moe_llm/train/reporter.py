@@ -106,6 +106,11 @@ def announce(
             f"model.router.type={config.model.router.type} is not causal in training: where room is short, who gets it "
             "depends on later tokens; evaluation and generation turn no token away"
         )
+    if config.model.router.merges and config.data.isolate_documents:
+        reporter.say(
+            f"model.router.type={config.model.router.type} cuts segments through whole blocks: a document's first "
+            "mixture is what the text before it in the block asks for, also with data.isolate_documents=true"
+        )
     if config.distill.teachers:
         teachers, distill = ", ".join(teacher.path for teacher in config.distill.teachers), config.distill
         reporter.say(f"learns from {teachers} by {distill.divergence}, {distill.alpha:g} of the loss, at temperature "

@@ -52,6 +52,8 @@ CASES: dict[str, tuple[int, list[str]]] = {
         "train.precision=bf16", "model.vocab_size=32000", "model.num_hidden_layers=1", "data.sequence_length=2048",
         "train.global_batch_size=8",
     ]),
+    "bf16, mixed weights": (1, [
+        "train.precision=bf16", "model.num_experts_per_tok=1", "model.router={type: lory, segment_length: 64}"]),
     "fp32, EP 2, ZeRO-1": (2, ["parallel.expert_parallel_size=2", "train.global_batch_size=8"]),
     "bf16, EP 2, ZeRO-1": (2, [
         "train.precision=bf16", "parallel.expert_parallel_size=2", "train.global_batch_size=8"]),
@@ -59,6 +61,9 @@ CASES: dict[str, tuple[int, list[str]]] = {
         "train.precision=bf16", "parallel.expert_parallel_size=2", "parallel.zero_stage=2",
         "train.global_batch_size=8", "train.activation_checkpointing=true",
     ]),
+    "fp32, mixed weights, EP 2, ZeRO-1": (2, [
+        "parallel.expert_parallel_size=2", "train.global_batch_size=8", "model.num_experts_per_tok=1",
+        "model.router={type: lory, segment_length: 64}"]),
     "bf16, EP 1, ZeRO-2": (2, ["train.precision=bf16", "parallel.zero_stage=2", "train.global_batch_size=8"]),
     "bf16, EP 2, ZeRO-3": (2, [
         "train.precision=bf16", "parallel.expert_parallel_size=2", "parallel.zero_stage=3",

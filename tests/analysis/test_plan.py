@@ -37,7 +37,8 @@ def script(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "smaller"),
     [("fp32, many tokens", ["train.micro_batch_size=8", "train.global_batch_size=8"]),
-     ("bf16, recomputed, long", ["model.num_hidden_layers=3", "data.sequence_length=512"])],
+     ("bf16, recomputed, long", ["model.num_hidden_layers=3", "data.sequence_length=512"]),
+     ("bf16, mixed weights", ["model.num_hidden_layers=2"])],
 )
 def test_memory_is_within_15_percent_of_what_is_measured(script, name, smaller):
     fresh_accelerate()
@@ -63,6 +64,13 @@ def test_mixtral_8x7b_on_64_gpus_by_hand():
     assert sent.all_to_all == pytest.approx(6 * 32 * tokens * 2 * 4096 * 2 * 7 / 8)
     # fp32 gradients to their owners in each of 16 micro-batches
     assert sent.gradients == pytest.approx(16 * 4 * (dense * 63 / 64 + expert * 7 / 8))
+
+
+def test_mixed_weights_travel_instead_of_rows():
+    config = load_config(ROOT / "configs/routing/lory.yaml", ["train.micro_batch_size=2"])
+    sent = [traffic(config, Layout(2, 2, 1, micro, False)).all_to_all for micro in (2, 4)]
+    weights = 4 * config.model.parameter_counts()["experts"]
+    assert sent == [4 * 3 * weights / 2, 2 * 3 * weights / 2]  # forward, backward, gradients, of each micro-batch
 
 
 def test_what_fits_is_what_is_within_the_memory_and_the_best_is_the_fastest_of_it():

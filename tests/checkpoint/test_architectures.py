@@ -17,9 +17,10 @@ from moe_llm.config.routers import ROUTER_SETTINGS
 from moe_llm.model.init import init_weights
 
 TOKENS = torch.randint(0, 24, (3, 17), generator=torch.Generator().manual_seed(1))
-MODEL = {"dense": {"num_experts_per_tok": 4}, "switch": {"num_experts_per_tok": 1}, "top_p": {"num_experts_per_tok": 4}}
+MODEL = {"dense": {"num_experts_per_tok": 4}, "switch": {"num_experts_per_tok": 1}, "top_p": {"num_experts_per_tok": 4},
+         "lory": {"num_experts_per_tok": 1}}
 NEEDED = {"hierarchical": {"groups": 2}, "soft_moe": {"slots_per_expert": 2, "segment_length": 4},
-          "multi_head": {"heads": 2}}
+          "multi_head": {"heads": 2}, "lory": {"segment_length": 4}}
 GATED = {"num_shared_experts": 2, "shared_expert_gate": True}
 SHARED = {"num_shared_experts": 2}
 GROUPS = {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5}
@@ -58,6 +59,8 @@ CASES = [
     ("multi_head", {}, SHARED, "moe_llm"),
     ("multi_head", {"norm_topk_prob": True}, {"sliding_window": 5}, "moe_llm"),
     ("soft_moe", {"normalize": False}, {"sliding_window": 5, "tie_word_embeddings": True}, "moe_llm"),
+    ("lory", {}, {}, "moe_llm"),
+    ("lory", {"segment_length": 5}, {**GATED, "sliding_window": 5}, "moe_llm"),
 ]
 
 
@@ -153,9 +156,10 @@ assert all(p.grad is not None for n, p in model.named_parameters() if ".gate.wei
 """
 
 
-def test_the_code_beside_the_weights_stands_alone_and_generates(tmp_path):
+@pytest.mark.parametrize("kind", ["balanced", "lory"])
+def test_the_code_beside_the_weights_stands_alone_and_generates(tmp_path, kind):
     """In a process that cannot import the package; with the cache it says what it says without."""
-    model_of("balanced", {}, SHARED).save_pretrained(tmp_path / "model")
+    model_of(kind, {}, SHARED).save_pretrained(tmp_path / "model")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", REMOTE, str(tmp_path / "model")], env=environment, cwd=tmp_path,
@@ -207,6 +211,45 @@ def test_what_is_routed_in_the_tokens_place_generates_by_default(tmp_path, kind,
     done = subprocess.run([sys.executable, "-c", GENERATED, str(tmp_path / "model"), cache], env=environment,
                           cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@torch.no_grad()
+def test_segments_begin_with_the_text_whichever_side_the_padding_is_on(tmp_path):
+    model = model_of("lory", {}, {})
+    model.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    mask = torch.ones_like(TOKENS)
+    mask[1, :6] = mask[2, 9:] = 0
+    options = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    ours, exported = model(TOKENS, **options).logits, theirs(TOKENS, **options).logits
+    torch.testing.assert_close(exported[mask.bool()], ours[mask.bool()], rtol=1e-5, atol=1e-5)
+    alone = model(TOKENS[1:2, 6:]).logits
+    torch.testing.assert_close(ours[1, 6:], alone[0], rtol=1e-5, atol=1e-5)
+    text = theirs.generate(TOKENS[1:2, 6:], max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    batch = theirs.generate(TOKENS[:2], attention_mask=mask[:2], max_new_tokens=8, do_sample=False, eos_token_id=None,
+                            pad_token_id=0)
+    assert torch.equal(batch[1:, 6:], text)
+    with pytest.raises(ValueError, match="needs a DynamicCache"):
+        theirs.generate(TOKENS, max_new_tokens=2, cache_implementation="static")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("more", [{}, {"sliding_window": 5}], ids=["whole", "sliding"])
+def test_what_the_cache_keeps_of_segments_follows_beams_and_parts_of_a_text(tmp_path, more):
+    model_of("lory", {}, more).save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for beams in (1, 3):
+        with_cache, without = (
+            theirs.generate(TOKENS, num_beams=beams, use_cache=cached, **options) for cached in (True, False)
+        )
+        assert torch.equal(with_cache, without)
+    whole, cache, parts = theirs(TOKENS, use_cache=False).logits, None, []
+    for part in TOKENS.split([6, 1, 3, 7], dim=1):
+        output = theirs(part, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        parts.append(output.logits)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_bf16_keeps_the_bias_in_fp32(tmp_path):

@@ -61,6 +61,11 @@ def refusal(*overrides: str) -> str:
      "model.router.segment_length=1024 leaves no second segment in max_position_embeddings=1024"),
     (["model.router={type: multi_head, heads: 5}"], "model.router.heads=5 does not divide hidden_size=192"),
     (["model.router={type: multi_head, heads: 1}"], "model.router.heads=1"),
+    (["model.router.type=lory"], "num_experts_per_tok=2 does not fit model.router.type=lory: set it to 1"),
+    (["model.router={type: lory, segment_length: 0}", "model.num_experts_per_tok=1"], "router.segment_length=0"),
+    (["model.router={type: lory, segment_length: 1024}", "model.num_experts_per_tok=1"],
+     "model.router.segment_length=1024 leaves no second segment in max_position_embeddings=1024: lower it"),
+    (["model.router.segment_length=32"], "is no setting of type mixtral but of soft_moe, lory"),
     (["model.shared_expert_gate=true"], "has nothing to gate with num_shared_experts=0"),
     (["model.router=switch"], "model.router=switch is not a section"),
 ])

@@ -106,7 +106,7 @@ def test_no_space_left_is_one_sentence_and_leaves_nothing(source, tokenizer, tmp
     def full(self, ids, size):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(cache_module._SplitWriter, "write", full)
+    monkeypatch.setattr(cache_module.SplitWriter, "write", full)
     with pytest.raises(
         UserError, match=r"^data\.cache_dir: no space left for .*: free some or choose another"
     ):
@@ -121,7 +121,7 @@ def test_a_cache_directory_that_cannot_be_is_one_sentence(source, tokenizer, tmp
 
 
 def _build_in_process(source, tokenizer_dir, cache_dir, log, pause):
-    original = cache_module._SplitWriter.write
+    original = cache_module.SplitWriter.write
 
     def slow(self, ids, size):
         original(self, ids, size)
@@ -129,7 +129,7 @@ def _build_in_process(source, tokenizer_dir, cache_dir, log, pause):
             file.write(f"{os.getpid()}\n")
         time.sleep(pause)
 
-    cache_module._SplitWriter.write = slow
+    cache_module.SplitWriter.write = slow
     texts = cached_tokens(source, FIELD, HoldOut(), load_tokenizer(tokenizer_dir), cache_dir=str(cache_dir))
     assert texts["train"].documents == 40
 

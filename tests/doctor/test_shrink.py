@@ -125,3 +125,9 @@ def test_slots_are_formed_in_short_blocks_and_of_fewer_experts(experts, top_k, r
 def test_parts_of_tokens_stay_whole(heads):
     model = small(f"model.router={{type: multi_head, heads: {heads}}}").config.model
     assert (model.router.heads, model.hidden_size % heads) == (heads, 0)
+
+
+def test_blocks_have_several_segments():
+    lory = ["model.router={type: lory, segment_length: 64}", "model.num_experts_per_tok=1"]
+    made = small(*lory).config
+    assert made.model.router.segment_length == made.data.sequence_length // 4

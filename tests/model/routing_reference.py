@@ -182,6 +182,21 @@ def bias_balanced(x_TD, p, real, top_k, scale, share, groups=1, groups_per_token
     return _weighted(score_TE, biased, top_k, scale, share), None
 
 
+def lory(x_TD, p, real, top_k, length, **settings):
+    """Zhong et al. 2024, section 3: each token's mixture, by the mean of the segment before its own; of the first, by
+    what was learned."""
+    rows, positions = [], len(real[0])
+    for b, mask in enumerate(real):
+        sequence, before, here = x_TD[b * positions : (b + 1) * positions], None, []
+        for x_D, is_real in zip(sequence, mask):
+            if is_real and len(here) == length:
+                before, here = sum(here) / length, []
+            logits_E = p["start"] if before is None else p["weight"] @ before
+            rows.append(logits_E.softmax(-1))
+            here += [x_D] * is_real
+    return torch.stack(rows), None
+
+
 def _weighted(score_TE, preferred, top_k, scale, share):
     """The scores of the k most preferred, or their shares, times `scale`."""
     out = torch.zeros_like(score_TE)

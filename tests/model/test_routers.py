@@ -44,6 +44,8 @@ CASES = {
     # these put something else in the tokens' place: files of their own have their references
     "soft_moe": ("soft_moe", 3, {"slots_per_expert": 2, "segment_length": 4}, None),
     "multi_head": ("multi_head", 2, {"heads": 3}, None),
+    "lory": ("lory", 1, {"segment_length": 4}, {"length": 4, "merged": True}),
+    "lory, one token": ("lory", 1, {"segment_length": 1}, {"length": 1, "merged": True}),
 }
 OF_TOKENS = [case for case, (*_, told) in CASES.items() if told is not None]
 
@@ -88,6 +90,13 @@ def by_definition(x_TD: torch.Tensor, layer: MoELayer, gates_TE: torch.Tensor) -
     return torch.einsum("te,tef,edf->td", gates_TE, hidden_TEF, layer.experts.down_proj)
 
 
+def merged_by_definition(x_TD: torch.Tensor, layer: MoELayer, gates_TE: torch.Tensor) -> torch.Tensor:
+    """One expert for each token, of weights sum over all experts of gate * weight."""
+    gate_TFD, up_TFD = torch.einsum("te,efd->tfd", gates_TE, layer.experts.gate_up_proj).chunk(2, dim=1)
+    hidden_TF = F.silu(torch.einsum("td,tfd->tf", x_TD, gate_TFD)) * torch.einsum("td,tfd->tf", x_TD, up_TFD)
+    return torch.einsum("tf,te,edf->td", hidden_TF, gates_TE, layer.experts.down_proj)
+
+
 @pytest.mark.parametrize("case", OF_TOKENS)
 def test_outputs_and_gradients_are_those_of_the_papers_equations(case):
     kind, top_k, settings, told = CASES[case]
@@ -96,7 +105,8 @@ def test_outputs_and_gradients_are_those_of_the_papers_equations(case):
     gates_TE, dropped = getattr(reference, kind)(
         x_BSD.flatten(0, 1), parameters, real_BS.tolist(), top_k=top_k, **{**draws(told.get("draws")), **told}
     )
-    expected_TD = by_definition(x_BSD.flatten(0, 1), layer, gates_TE)
+    merged = told.get("merged", False)
+    expected_TD = (merged_by_definition if merged else by_definition)(x_BSD.flatten(0, 1), layer, gates_TE)
     direction_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(3))
     leaves = [x_BSD, *layer.parameters()]
     slopes = torch.autograd.grad((expected_TD * direction_TD)[real_BS.flatten()].sum(), leaves, allow_unused=True)
@@ -113,7 +123,11 @@ def test_outputs_and_gradients_are_those_of_the_papers_equations(case):
             assert ours is None or not ours.any(), leaf
 
     rows_E = (gates_TE[real_T] > 0).sum(0)
-    if dropped is None:
+    if merged:
+        torch.testing.assert_close(statistics.tokens_per_expert_E, gates_TE[real_T].sum(0))
+        torch.testing.assert_close(statistics.entropy_sum, torch.special.entr(gates_TE[real_T]).sum())
+        assert statistics.dropped == 0
+    elif dropped is None:
         assert torch.equal(statistics.tokens_per_expert_E, rows_E.float())
         assert statistics.dropped == 0
     else:
@@ -139,6 +153,23 @@ def test_evaluation_draws_nothing_and_drops_nothing(case):
     for b in range(B):  # and a sequence is treated the same in any batch, and whatever comes later in it
         alone = layer(x_BSD[b : b + 1, :6], real_BS[b : b + 1, :6])[0]
         torch.testing.assert_close(alone[0], y_BSD[b, :6], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_no_segment_sees_what_comes_later(training):
+    model = MoEDecoder(config_of("lory", 1, {"segment_length": 4})).train(training)
+    init_weights(model, 0)
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter)
+    ids_BS = torch.randint(0, 40, (B, S), generator=torch.Generator().manual_seed(1))
+    before = model(ids_BS).logits
+    for changed in range(S):
+        other_BS = ids_BS.clone()
+        other_BS[:, changed] = (other_BS[:, changed] + 7) % 40
+        after = model(other_BS).logits
+        assert torch.equal(after[:, :changed], before[:, :changed])
+        assert not torch.equal(after[:, -1], before[:, -1])
 
 
 def test_importance_and_load_losses_are_the_papers():

@@ -17,13 +17,14 @@ SETTINGS = {
     "top_p": {"p": 0.5}, "hierarchical": {"groups": 2}, "balanced": {},
     "deepseek_moe": {"device_balance_coef": 0.1, "device_groups": 2}, "bias_balanced": {"update_rate": 0.02},
     "soft_moe": {"slots_per_expert": 2, "segment_length": 4}, "multi_head": {"heads": 2},
+    "lory": {"segment_length": 4},
 }
 
 
 def curve(kind: str) -> list[float]:
     from support.training import MODEL, config, train_steps
 
-    top_k = {"dense": 4, "top_p": 4, "switch": 1}.get(kind, 2)
+    top_k = {"dense": 4, "top_p": 4, "switch": 1, "lory": 1}.get(kind, 2)
     model = {**MODEL, "num_experts_per_tok": top_k, "router": {"type": kind, **SETTINGS[kind]}}
     return train_steps(config(4, 2, 1, optimizer="adamw", model=model), 6)["losses"]
 

@@ -46,6 +46,19 @@ def test_what_depends_on_later_tokens_says_so(train, capsys):
     assert "batch_prioritised is not causal in training" in capsys.readouterr().err
 
 
+def test_mixed_experts_have_no_adapters_and_segments_no_documents(train, make_config, capsys):
+    lory = {"num_experts_per_tok": 1, "router": {"type": "lory", "segment_length": 8}}
+    root = train(model={**runs.MODEL, **lory}, evaluate={"max_blocks": 4, "sample_prompt": "abc", "sample_tokens": 5})
+    assert "also with data.isolate_documents=true" in capsys.readouterr().err
+    last, base = runs.records(root)[-1], root / "checkpoints/step-00000006"
+    assert last["moe"]["experts_per_token"] == pytest.approx([1, 1])
+    assert last["moe"]["dropped_share"] == [0, 0]
+    lora = {"rank": 2, "targets": ["experts"]}
+    config = make_config("lora", model={"init_from": str(base), **lory}, finetune={"lora": lora})
+    assert main(["train", str(config)]) == 2
+    assert "names experts, and model.router.type=lory mixes their weights" in capsys.readouterr().err
+
+
 def test_a_guard_over_another_router_is_refused(make_config, tmp_path, train, capsys):
     base = train("base", train={"max_steps": 1, "micro_batch_size": 2, "global_batch_size": 4})
     config = make_config("next", model={"init_from": str(base / "checkpoints/step-00000001"),

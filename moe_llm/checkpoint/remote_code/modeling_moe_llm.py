@@ -3,7 +3,8 @@ but for how tokens choose their experts and for the experts that all tokens pass
 
 This is the model as it is evaluated: noise, limits of capacity and losses of the routers belong to training.
 Dimensions: B sequences, S positions, T = B * S tokens, D hidden, E experts, K experts per token, G groups of M experts,
-P groups of a token; in soft slots N segments that form slots, L tokens of one of them, R slots of each.
+P groups of a token, C segments of a sequence, A tokens of a sequence with those that the cache has; in soft slots N
+segments that form slots, L tokens of one of them, R slots of each.
 """
 
 from itertools import pairwise
@@ -11,8 +12,9 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import MixtralForCausalLM
+from transformers import DynamicCache, MixtralForCausalLM
 from transformers import initialization as init
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mixtral.modeling_mixtral import (
     MixtralAttention,
@@ -52,8 +54,14 @@ class MoELLMRouter(nn.Module):
             self.group_weight = nn.Parameter(torch.empty(self.settings["groups"], hidden))
         if self.kind == "bias_balanced":
             self.register_buffer("e_score_correction_bias", torch.zeros(experts, dtype=torch.float32))
+        if self.kind == "lory":
+            self.start = nn.Parameter(torch.zeros(experts))
 
-    def forward(self, x_TD: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(
+        self, x_TD: Tensor, position_T: Tensor, real_BA: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if self.kind == "lory":
+            return self._by_segment(x_TD, position_T, real_BA)
         if self.kind == "soft_moe":  # logits of the slots instead of experts, and no weights
             x_TD, phi_RD = x_TD.float(), self.weight.float()
             if self.settings["normalize"]:
@@ -109,6 +117,20 @@ class MoELLMRouter(nn.Module):
         weight_TPQ = gate_TP.softmax(-1)[..., None] * inner_TPQ.softmax(-1)
         return (group_TP[..., None] * size + place_TPQ).flatten(1), weight_TPQ.flatten(1)
 
+    def _by_segment(self, x_BAD: Tensor, position_T: Tensor, real_BA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (T, E) of the new tokens, their segments (B, S), and each segment's mixture of the experts (B, C, E).
+        Segments are counted in tokens that are no padding; a mixture is what the mean of the segment before asks for.
+        """
+        sequences, tokens = real_BA.shape
+        new, length = len(position_T) // sequences, self.settings["segment_length"]
+        segment_BA = (real_BA.cumsum(1) - 1).clamp(min=0) // length
+        inside_BAC = F.one_hot(segment_BA, -(-tokens // length)).float() * real_BA[..., None]
+        mean_BCD = inside_BAC.mT @ x_BAD.float() / inside_BAC.sum(1).clamp(min=1)[..., None]
+        logits_BCE = F.linear(mean_BCD, self.weight.float())[:, :-1]
+        logits_BCE = torch.cat([self.start.float().expand(sequences, 1, -1), logits_BCE], 1)
+        sequence_B1, segment_BS = torch.arange(sequences, device=x_BAD.device)[:, None], segment_BA[:, -new:]
+        return logits_BCE[sequence_B1, segment_BS].flatten(0, 1), segment_BS, logits_BCE.softmax(-1)
+
 
 class MoELLMExpert(nn.Module):
     """down(silu(gate(x)) * up(x))."""
@@ -126,8 +148,9 @@ class MoELLMExpert(nn.Module):
 class MoELLMSparseBlock(nn.Module):
     """The weighted sum of each token's experts, and the shared experts' output where there are any."""
 
-    def __init__(self, config: MoELLMConfig):
+    def __init__(self, config: MoELLMConfig, layer_idx: int):
         super().__init__()
+        self.cache_index = config.num_hidden_layers + layer_idx
         hidden, width, own = config.hidden_size, config.intermediate_size, config.moe_llm
         shared = own.get("num_shared_experts", 0)
         self.gate = MoELLMRouter(config)
@@ -136,12 +159,15 @@ class MoELLMSparseBlock(nn.Module):
         self.shared_experts = MoELLMExpert(hidden, shared * width) if shared else None
         self.shared_expert_gate = nn.Linear(hidden, 1, bias=False) if own.get("shared_expert_gate") else None
 
-    def forward(self, x_BSD: Tensor, position_BS: Tensor, real_BS: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_BSD: Tensor, position_BS: Tensor, real_BA: Tensor | None = None, cache: DynamicCache | None = None
+    ) -> Tensor:
         x_TD, position_T = x_BSD.flatten(0, 1), position_BS.expand(x_BSD.shape[:2]).flatten()
         if self.gate.kind == "soft_moe":
             logits_TR = self.gate(x_TD, position_T)[1]
-            real_T = torch.ones_like(position_T) if real_BS is None else real_BS.flatten()
-            y_TD = self._soft(x_TD, logits_TR, _segments(position_T, real_T, len(x_BSD), self.gate.settings))
+            y_TD = self._soft(x_TD, logits_TR, _segments(position_T, real_BA.flatten(), len(x_BSD), self.gate.settings))
+        elif self.gate.kind == "lory":
+            y_TD = self._mixed(x_BSD, self._with_earlier(x_BSD, cache), position_T, real_BA)
         elif self.gate.heads > 1:
             parts = self.gate.head_proj(x_TD).chunk(self.gate.heads, -1)
             y_TD = self.gate.merge_proj(torch.cat([self._routed(part_TP, position_T) for part_TP in parts], -1))
@@ -174,6 +200,27 @@ class MoELLMSparseBlock(nn.Module):
                 y_TD[b_L] = logits_TR[b_L].softmax(-1).to(y_RD.dtype) @ y_RD
         return y_TD
 
+    def _with_earlier(self, x_BSD: Tensor, cache: DynamicCache | None) -> Tensor:
+        """The inputs of all tokens so far, (B, A, D), for segments that have begun before. The cache keeps them as if
+        they were the keys of further layers, so that whatever happens to it (beams, cropping) happens to them."""
+        if cache is None:
+            return x_BSD
+        while len(cache.layers) <= self.cache_index:
+            cache.layers.append(DynamicLayer())
+        return cache.update(x_BSD[:, None], x_BSD[:, None, :, :0], self.cache_index)[0][:, 0]
+
+    def _mixed(self, x_BSD: Tensor, x_BAD: Tensor, position_T: Tensor, real_BA: Tensor) -> Tensor:
+        """Each segment through one expert, of mixed weights."""
+        _, segment_BS, mixture_BCE = self.gate(x_BAD, position_T, real_BA)
+        names, rows = ("gate_proj", "up_proj", "down_proj"), []
+        stacks = [torch.stack([getattr(expert, name).weight for expert in self.experts]) for name in names]
+        for x_SD, segment_S, mixture_CE in zip(x_BSD, segment_BS, mixture_BCE):
+            segment_C, count_C = segment_S.unique_consecutive(return_counts=True)
+            for x_nD, mixture_E in zip(x_SD.split(count_C.tolist()), mixture_CE[segment_C].to(x_SD.dtype)):
+                gate_FD, up_FD, down_DF = ((mixture_E @ stack.flatten(1)).view(stack.shape[1:]) for stack in stacks)
+                rows.append((F.silu(x_nD @ gate_FD.T) * (x_nD @ up_FD.T)) @ down_DF.T)
+        return torch.cat(rows)
+
 
 def _segments(position_T: Tensor, real_T: Tensor, rows: int, settings: dict) -> list[tuple[Tensor, Tensor]]:
     """The tokens of each segment that has one after it, and of that; a text ends where positions do not go on."""
@@ -190,16 +237,17 @@ class MoELLMDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MoELLMConfig, layer_idx: int):
         super().__init__()
         self.self_attn = MixtralAttention(config, layer_idx)
-        self.mlp = MoELLMSparseBlock(config)
+        self.mlp = MoELLMSparseBlock(config, layer_idx)
         self.input_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, hidden_states: Tensor, position_ids: Tensor, real_mask: Tensor | None = None, **kwargs
+        self, hidden_states: Tensor, position_ids: Tensor, real_BA: Tensor | None = None, **kwargs
     ) -> Tensor:
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), position_ids=position_ids, **kwargs)
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), position_ids, real_mask)
+        normed = self.post_attention_layernorm(hidden_states)
+        return hidden_states + self.mlp(normed, position_ids, real_BA, kwargs.get("past_key_values"))
 
 
 class MoELLMPreTrainedModel(MixtralPreTrainedModel):
@@ -233,17 +281,23 @@ class MoELLMModel(MoELLMPreTrainedModel, MixtralModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, use_cache=None, **kwargs):
-        if self.config.moe_llm["router"]["type"] == "soft_moe":
-            if use_cache or past_key_values is not None:
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs):
+        kind, cache, like = self.config.moe_llm["router"]["type"], kwargs.get("past_key_values"), input_ids
+        if kind == "soft_moe":
+            if kwargs.get("use_cache") or cache is not None:
                 raise ValueError("slots are formed of earlier tokens, which no cache holds: set use_cache=False")
             if attention_mask is not None and attention_mask.dim() != 2:
                 raise ValueError("slots are formed of tokens that are no padding: give a mask of (batch, length)")
-            use_cache, kwargs["real_mask"] = False, attention_mask
-        return super().forward(
-            input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values, use_cache=use_cache,
-            **kwargs,
-        )
+            kwargs["use_cache"] = False
+        if kind == "lory" and cache is not None and not isinstance(cache, DynamicCache):
+            raise ValueError(f"moe_llm.router.type='lory' needs a DynamicCache, not a {type(cache).__name__}")
+        if kind in ("soft_moe", "lory"):
+            if like is None:
+                like = kwargs["inputs_embeds"][..., 0]
+            tokens = like.shape[1] + (0 if cache is None else cache.get_seq_length())
+            seen = attention_mask is not None and attention_mask.dim() == 2
+            kwargs["real_BA"] = attention_mask.bool() if seen else like.new_ones(len(like), tokens, dtype=torch.bool)
+        return super().forward(input_ids, attention_mask=attention_mask, **kwargs)
 
 
 class MoELLMForCausalLM(MoELLMPreTrainedModel, MixtralForCausalLM):

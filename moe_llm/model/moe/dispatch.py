@@ -5,12 +5,15 @@ from typing import Protocol
 from torch import Tensor
 
 from moe_llm.model.moe.experts import Experts
-from moe_llm.model.moe.routing import Routing
+from moe_llm.model.moe.routing import Merging, Routing
 
 
 class Dispatcher(Protocol):
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
         """The weighted sum of each token's experts, (T, D) in and out."""
+
+    def merge(self, x_TD: Tensor, merging: Merging, experts: Experts) -> Tensor:
+        """Each token through its segment's mixture of all experts' weights, (T, D) in and out."""
 
 
 class LocalDispatcher:
@@ -18,3 +21,6 @@ class LocalDispatcher:
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
         return experts(x_TD, routing.counts_E, routing)
+
+    def merge(self, x_TD: Tensor, merging: Merging, experts: Experts) -> Tensor:
+        return experts(x_TD, merging=merging)

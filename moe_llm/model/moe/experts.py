@@ -4,9 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_llm.config import ModelConfig
-from moe_llm.model.moe.routing import Routing
+from moe_llm.model.moe.routing import Merging, Routing
 from moe_llm.ops.expert_mlp import expert_mlp
 from moe_llm.ops.expert_mlp_adapted import ExpertAdapters, Factors, adapted_expert_mlp
+from moe_llm.ops.merged_expert_mlp import WeightExchange, merged_expert_mlp
 from moe_llm.ops.routed_experts import routed_expert_mlp
 
 
@@ -25,15 +26,24 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
 
     def forward(
-        self, x: Tensor, counts_E: Tensor, routing: Routing | None = None, own: slice | None = None
+        self, x: Tensor, counts_E: Tensor | None = None, routing: Routing | None = None, own: slice | None = None,
+        merging: Merging | None = None, exchange: WeightExchange | None = None,
     ) -> Tensor:
         """Rows sorted by expert in, the same rows out: down(silu(gate(x)) * up(x)), with dropout before `down` while
         training.
 
         With a routing, tokens in and tokens out, (T, D): each one's weighted sum over its experts. With `own`, the
-        counts and the rows are those of some of the experts that are held.
+        counts and the rows are those of some of the experts that are held. With a merging, tokens in and tokens out
+        and no counts: one expert of mixed weights for each segment; `exchange` reaches experts that are elsewhere.
         """
         dropout = self.dropout if self.training else 0.0
+        if merging is not None:
+            assert self.low_rank is None, "weights are mixed without adapters: the configuration refuses them"
+            y_NLD = merged_expert_mlp(
+                merging.segments.split(x).flatten(0, 1), merging.probability_NE, self.gate_up_proj, self.down_proj,
+                dropout=dropout, exchange=exchange,
+            )
+            return merging.segments.join(y_NLD.unflatten(0, merging.segments.real_BGL.shape[:2]))
         if self.low_rank is not None:
             rows = () if routing is None else (routing.weight_N, routing.token_index_N, routing.slot_TK)
             held = slice(None) if own is None else own

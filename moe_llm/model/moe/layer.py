@@ -1,4 +1,4 @@
-"""The sparse feed-forward layer: route, dispatch, compute, combine."""
+"""The mixture layer: route, dispatch, compute, combine; or mix the experts' weights first, then compute."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from moe_llm.config import ModelConfig
 from moe_llm.model.moe.dispatch import Dispatcher, LocalDispatcher
 from moe_llm.model.moe.experts import Experts
 from moe_llm.model.moe.routers import build_router
-from moe_llm.model.moe.routing import RoutingStatistics
+from moe_llm.model.moe.routing import Merging, RoutingStatistics
 from moe_llm.model.moe.shared import SharedExperts
 
 
@@ -31,9 +31,12 @@ class MoELayer(nn.Module):
     ) -> tuple[Tensor, RoutingStatistics]:
         routing = self.gate(x_BSD, real_BS, *([document_BS] if self.gate.by_document else []))
         x_TD = x_BSD.flatten(0, 1)
-        y_TD = self.dispatcher(x_TD if routing.entered_RW is None else routing.entered_RW, routing, self.experts)
-        if routing.leave is not None:
-            y_TD = routing.leave(y_TD)
+        if isinstance(routing, Merging):
+            y_TD = self.dispatcher.merge(x_TD, routing, self.experts)
+        else:
+            y_TD = self.dispatcher(x_TD if routing.entered_RW is None else routing.entered_RW, routing, self.experts)
+            if routing.leave is not None:
+                y_TD = routing.leave(y_TD)
         if self.shared_experts is not None:
             y_TD = y_TD + self._shared(x_TD)
         return y_TD.view_as(x_BSD), routing.statistics

@@ -1,6 +1,7 @@
 """What every router is built on. One file each in `routers/`.
 
-A router maps hidden states to a `Routing`; that is all that dispatch, experts, combine and statistics know of it.
+A router maps hidden states to a `Routing`, or to a `Merging` where experts' weights are mixed; that is all that
+dispatch, experts, combine and statistics know of it.
 Dimensions: B sequences, S positions, T = B*S tokens, D hidden, E experts, R choices of a token, N routed rows.
 """
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from moe_llm.config import ModelConfig
 from moe_llm.config.routers import RouterSettings
 from moe_llm.model.moe.losses import RouterLoss, entropy_losses
-from moe_llm.model.moe.routing import Routing, RoutingStatistics, router_statistics
+from moe_llm.model.moe.routing import Merging, Routing, RoutingStatistics, router_statistics
 from moe_llm.ops.permutation import sort_by_expert
 from moe_llm.ops.wide_linear import wide_linear
 
@@ -53,7 +54,7 @@ class Router(nn.Module):
         for name, shape in self.settings.buffer_shapes(config).items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float32))
 
-    def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Routing:
+    def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Routing | Merging:
         """The routing of hidden states (B, S, D), of which those where `real_BS` (bool) holds are no padding."""
         raise NotImplementedError
 

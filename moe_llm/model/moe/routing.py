@@ -1,4 +1,5 @@
-"""The one record that every router returns and dispatch, experts and combine understand.
+"""The record that a router returns and dispatch, experts and combine understand: `Routing` of those that send tokens to
+experts, `Merging` of those that mix the experts' weights instead.
 
 Dimensions: B sequences, T tokens, D hidden, E experts, K experts per token, N routed rows (T*K for token choice),
 L layers, R what is routed in the tokens' place, W its width.
@@ -9,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from moe_llm.model.moe.segments import Segments
 
 
 class RoutingStatistics(NamedTuple):
@@ -61,6 +64,14 @@ class Routing(NamedTuple):
     leave: Callable[[Tensor], Tensor] | None = None  # (R, W) to (T, D)
 
 
+class Merging(NamedTuple):
+    """Which mixture of the experts' weights the tokens of each segment pass through."""
+
+    segments: Segments
+    probability_NE: Tensor  # fp32, of each sequence's segments in turn, with gradient
+    statistics: RoutingStatistics
+
+
 def router_statistics(
     logits_TE: Tensor,
     probability_TE: Tensor,
@@ -79,7 +90,7 @@ def router_statistics(
     per_sequence: also form the balance loss of each sequence by itself (DeepSeek-AI 2024, equations 17 to 20, in the
     normalisation of `balance.balance_loss`).
     entropy_T: of the distributions, nats, where these are not the softmax of the logits.
-    taken_TK: which of the choices count; all, where it is None.
+    taken_TK: which of the choices count, or how much of each; all, where it is None.
     """
     (sequences, length), experts = real_BS.shape, logits_TE.shape[-1]
     weight_T = real_BS.flatten().to(logits_TE.dtype)

@@ -15,6 +15,7 @@ from moe_llm.model.moe.routers.deepseek_moe import DeepSeekMoERouter
 from moe_llm.model.moe.routers.dense import DenseRouter
 from moe_llm.model.moe.routers.gshard import GShardRouter
 from moe_llm.model.moe.routers.hierarchical import HierarchicalRouter
+from moe_llm.model.moe.routers.lory import LoryRouter
 from moe_llm.model.moe.routers.mixtral import MixtralRouter
 from moe_llm.model.moe.routers.multi_head import MultiHeadRouter
 from moe_llm.model.moe.routers.noisy_top_k import NoisyTopKRouter
@@ -37,6 +38,7 @@ ROUTERS: dict[str, type[Router]] = {
     "bias_balanced": BiasBalancedRouter,
     "soft_moe": SoftMoERouter,
     "multi_head": MultiHeadRouter,
+    "lory": LoryRouter,
 }
 
 R = TypeVar("R", bound=type[Router])

@@ -1,0 +1,48 @@
+"""Lory (Zhong, Xia, Chen and Lewis 2024, "Lory: Fully Differentiable Mixture-of-Experts for Autoregressive Language
+Model Pre-training"): experts are merged, not chosen, with one mixture for each segment of a sequence.
+
+Dimensions: B sequences, G segments of L tokens, N = B*G, D hidden, E experts.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_llm.config.routers import LorySettings
+from moe_llm.model.moe.router import Router
+from moe_llm.model.moe.routing import Merging
+from moe_llm.model.moe.segments import Segments
+
+
+class LoryRouter(Router):
+    """p_s = softmax(W h_{s-1}), with h_{s-1} the mean hidden state of segment s - 1, and segment s passes through the
+    one feed-forward layer whose weights are sum_e p_se * expert_e's.
+
+    The paper routes a sequence's first segment by its own mean, without gradient, while training. That lets a token
+    see later ones of its segment, which generation does not have. Here the first segment has a learned distribution,
+    softmax(start), uniform at first: training and generation compute the same, and nothing looks ahead.
+    """
+
+    Settings = LorySettings
+    settings: LorySettings
+    zero_parameters = ("start",)
+
+    def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Merging:
+        segments = Segments.cut(real_BS, self.settings.segment_length)
+        real_BGL1 = segments.real_BGL[..., None]
+        x_BGLD = segments.split(x_BSD.flatten(0, 1)) * real_BGL1
+        mean_BGD = x_BGLD.sum(2, dtype=torch.float32) / real_BGL1.sum(2).clamp(min=1)
+        before_BGD = F.pad(mean_BGD, (0, 0, 1, 0))[:, :-1]  # zeros before the first, so that its logits are `start`
+        first_G1 = torch.arange(before_BGD.shape[1], device=x_BSD.device)[:, None] == 0
+        logits_BGE = self.logits(before_BGD).view(*before_BGD.shape[:2], self.num_experts)
+        logits_BGE = logits_BGE + self.start.float() * first_G1
+        probability_BGE = logits_BGE.softmax(-1)
+
+        def of_tokens(of_BGE: Tensor) -> Tensor:
+            return segments.join(of_BGE[:, :, None].expand(-1, -1, segments.real_BGL.shape[2], -1))
+
+        probability_TE = of_tokens(probability_BGE)
+        every_TE = torch.arange(self.num_experts, device=x_BSD.device).expand_as(probability_TE)
+        return Merging(segments, probability_BGE.flatten(0, 1), self.statistics(
+            of_tokens(logits_BGE), probability_TE, every_TE, real_BS, taken_TK=probability_TE.detach()
+        ))
