@@ -36,6 +36,9 @@ class RouterSettings(Section):
     )
 
     causal: ClassVar[bool] = True  # whether, in training too, a token's experts depend on no later token
+    # where they do: why, and what evaluation and generation do instead
+    looks_ahead: ClassVar[str] = "where room is short, who gets it depends on later tokens"
+    afterwards: ClassVar[str] = "turn no token away"
 
     @model_validator(mode="after")
     def _entropies_agree(self):
@@ -60,7 +63,7 @@ class RouterSettings(Section):
         return {}
 
     def active_experts(self, model: "ModelConfig") -> int:
-        """How many experts a token passes through, at most."""
+        """How many experts a token passes through, at most; where experts choose tokens, on average."""
         return model.num_experts_per_tok
 
     @property

@@ -101,10 +101,11 @@ def announce(
     noted = export_note(config.model)
     if noted is not None:
         reporter.say(noted)
-    if not config.model.router.causal:
+    router = config.model.router
+    if not router.causal:
         reporter.say(
-            f"model.router.type={config.model.router.type} is not causal in training: where room is short, who gets it "
-            "depends on later tokens; evaluation and generation turn no token away"
+            f"model.router.type={router.type} is not causal in training: {router.looks_ahead}; evaluation and "
+            f"generation {router.afterwards}"
         )
     if config.distill.teachers:
         teachers, distill = ", ".join(teacher.path for teacher in config.distill.teachers), config.distill

@@ -53,6 +53,8 @@ CASES = [
     ("hierarchical", {"groups_per_token": 2}, SHARED, "moe_llm"),
     ("hierarchical", {}, {}, "moe_llm"),
     ("balanced", {}, {}, "moe_llm"),
+    ("expert_choice", {}, {}, "moe_llm"),
+    ("expert_choice", {"capacity_factor": 0.5}, SHARED, "moe_llm"),
 ]
 
 
@@ -148,9 +150,10 @@ assert all(p.grad is not None for n, p in model.named_parameters() if ".gate.wei
 """
 
 
-def test_the_code_beside_the_weights_stands_alone_and_generates(tmp_path):
+@pytest.mark.parametrize("kind", ["balanced", "expert_choice"])
+def test_the_code_beside_the_weights_stands_alone_and_generates(tmp_path, kind):
     """In a process that cannot import the package; with the cache it says what it says without."""
-    model_of("balanced", {}, SHARED).save_pretrained(tmp_path / "model")
+    model_of(kind, {}, SHARED).save_pretrained(tmp_path / "model")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", REMOTE, str(tmp_path / "model")], env=environment, cwd=tmp_path,

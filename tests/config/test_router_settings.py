@@ -50,6 +50,9 @@ def refusal(*overrides: str) -> str:
     (["model.router={type: bias_balanced, topk_group: 2}"], "model.router.topk_group=2 is above n_group=1"),
     (["model.router={type: bias_balanced, n_group: 4}", "model.num_experts_per_tok=3"],
      "model.num_experts_per_tok=3 is above the 2 experts of router.topk_group=1 groups"),
+    (["model.router={type: expert_choice, capacity_factor: 4.5}"],
+     "model.router.capacity_factor=4.5 asks 9 experts a token of num_local_experts=8: lower it"),
+    (["model.router={type: expert_choice, threshold_rate: 0}"], "model.router.threshold_rate=0"),
     (["model.shared_expert_gate=true"], "has nothing to gate with num_shared_experts=0"),
     (["model.router=switch"], "model.router=switch is not a section"),
 ])

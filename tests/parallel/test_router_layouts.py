@@ -25,6 +25,7 @@ ROUTER = {
                      "num_shared_experts": 2, "shared_expert_gate": True},
     "bias_balanced": {"update_rate": 0.05, "n_group": 2, "topk_group": 1, "num_shared_experts": 1},
     "tilted": {},
+    "expert_choice": {"capacity_factor": 0.8},
 }
 
 

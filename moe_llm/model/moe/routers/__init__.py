@@ -13,6 +13,7 @@ from moe_llm.model.moe.routers.batch_prioritised import BatchPrioritisedRouter
 from moe_llm.model.moe.routers.bias_balanced import BiasBalancedRouter
 from moe_llm.model.moe.routers.deepseek_moe import DeepSeekMoERouter
 from moe_llm.model.moe.routers.dense import DenseRouter
+from moe_llm.model.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_llm.model.moe.routers.gshard import GShardRouter
 from moe_llm.model.moe.routers.hierarchical import HierarchicalRouter
 from moe_llm.model.moe.routers.mixtral import MixtralRouter
@@ -33,6 +34,7 @@ ROUTERS: dict[str, type[Router]] = {
     "balanced": BalancedRouter,
     "deepseek_moe": DeepSeekMoERouter,
     "bias_balanced": BiasBalancedRouter,
+    "expert_choice": ExpertChoiceRouter,
 }
 
 R = TypeVar("R", bound=type[Router])
