@@ -261,7 +261,6 @@ def _generate(args) -> None:
         temperature=args.temperature,
         top_p=args.top_p,
         seed=args.seed,
-        say=lambda sentence: print(sentence, file=sys.stderr),
     )
     print(text)
 

@@ -137,8 +137,9 @@ class LimitedSettings(RouterSettings):
 
 
 class OverflowSettings(LimitedSettings):
-    """Those of them that may pass a token on."""
+    """Those of them that may pass a token on, or hold what it is denied."""
 
-    overflow: Literal["drop", "next"] = Field(
-        "drop", description="beyond the capacity: drop, or pass on to the next expert that has room"
+    overflow: Literal["drop", "next", "residual"] = Field(
+        "drop", description="beyond the capacity: drop; next: pass on to the next expert that has room; residual: the "
+        "token itself takes the place of the expert's output, times the weight that this would have had"
     )

@@ -154,6 +154,6 @@ def farewell(config: Config, run_dir: Path, checkpoint: Path | None, finished: b
 
         print(f"--- a sample, from {config.evaluate.sample_prompt!r} ---")
         print(generate(checkpoint, config.evaluate.sample_prompt, max_new_tokens=config.evaluate.sample_tokens,
-                       seed=config.run.seed))
+                       seed=config.run.seed, say=lambda sentence: None))  # `announce` has said it
         print("---")
     print(f"checkpoint: {checkpoint}")

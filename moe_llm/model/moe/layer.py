@@ -12,8 +12,9 @@ from moe_llm.model.moe.shared import SharedExperts
 
 
 class MoELayer(nn.Module):
-    """y = sum over the chosen experts of weight * expert(x) (Shazeer et al. 2017, equation 1), and the shared experts'
-    output where there are any, gated by sigmoid(w x) where that is asked for.
+    """y = sum over the chosen experts of weight * expert(x) (Shazeer et al. 2017, equation 1), plus x times what weight
+    the router keeps for it, if any, and the shared experts' output where there are any, gated by sigmoid(w x) where
+    that is asked for.
 
     `dispatcher` is a plain object that expert parallelism replaces.
     """
@@ -30,6 +31,8 @@ class MoELayer(nn.Module):
         routing = self.gate(x_BSD, real_BS)
         x_TD = x_BSD.flatten(0, 1)
         y_TD = self.dispatcher(x_TD, routing, self.experts)
+        if routing.kept_T is not None:
+            y_TD = (y_TD + routing.kept_T[:, None] * x_TD).to(x_TD.dtype)
         if self.shared_experts is not None:
             y_TD = y_TD + self._shared(x_TD)
         return y_TD.view_as(x_BSD), routing.statistics

@@ -42,7 +42,8 @@ class Routing(NamedTuple):
     """Which token goes to which expert, as flat rows sorted by expert.
 
     slot_TK holds the rows of each token where every token has exactly K of them (then combining is a
-    gather); it is None where their number varies.
+    gather); it is None where their number varies. kept_T is what each token itself, as the experts see it, is
+    multiplied by and added; None: no token is.
     """
 
     token_index_N: Tensor  # int64, the token of each row
@@ -51,6 +52,7 @@ class Routing(NamedTuple):
     slot_TK: Tensor | None  # int64
     logits_TE: Tensor  # fp32
     statistics: RoutingStatistics
+    kept_T: Tensor | None = None  # fp32, with gradient
 
 
 def router_statistics(
