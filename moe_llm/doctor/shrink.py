@@ -101,7 +101,10 @@ def _train(config: Config, ranks: int) -> dict[str, Any]:
     train = config.train
     rounds = max(1, min(ROUNDS, train.global_batch_size // (train.micro_batch_size * ranks)))
     micro = min(train.micro_batch_size, MICRO)
-    return {"micro_batch_size": micro, "global_batch_size": micro * rounds * ranks}
+    adversarial = train.adversarial.model_dump(mode="json")
+    if adversarial["router_every"] is not None:
+        adversarial["router_every"] = 2  # so that few steps see both turns
+    return {"micro_batch_size": micro, "global_batch_size": micro * rounds * ranks, "adversarial": adversarial}
 
 
 def _model(config: Config, ranks: int, notes: list[str]) -> dict[str, Any]:

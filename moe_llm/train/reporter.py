@@ -111,6 +111,17 @@ def announce(
         teachers, distill = ", ".join(teacher.path for teacher in config.distill.teachers), config.distill
         reporter.say(f"learns from {teachers} by {distill.divergence}, {distill.alpha:g} of the loss, at temperature "
                      f"{distill.temperature:g}")
+    adversarial = config.train.adversarial
+    if adversarial.epsilon is not None:
+        reporter.say(
+            f"trains on embeddings moved by up to {adversarial.epsilon:g} ({adversarial.norm}) towards a higher loss: "
+            f"losses of training are of these, and a micro-batch takes {adversarial.steps} more "
+            f"pass{'es' if adversarial.steps > 1 else ''}"
+        )
+    if adversarial.router_every is not None:
+        reporter.say(
+            f"routers are trained alone in each {adversarial.router_every}. step, and stay as they are in the others"
+        )
     if config.model.expert_dropout:
         reporter.say(
             f"model.expert_dropout={config.model.expert_dropout:g}: experts are computed one by one, which is slower"
