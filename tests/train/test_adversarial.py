@@ -242,6 +242,15 @@ def test_turns_that_train_nothing_are_refused(overrides, named):
         check_adversarial(cfg)
 
 
+@pytest.mark.parametrize(("command", "named"), [
+    (["plan", "--gpus", "2", "--gpu-memory", "80GB"], "takes passes that plans do not count"),
+    (["bench"], "is not part of the step that is timed"),
+])
+def test_what_does_not_count_it_says_so(command, named, capsys):
+    assert main([*command, str(runs.ROOT / "configs/adversarial.yaml")]) == 2
+    assert named in capsys.readouterr().err
+
+
 def test_the_file_with_its_source_is_mixtrals_but_for_this():
     cfg = load_config(runs.ROOT / "configs/adversarial.yaml")
     mixtral = load_config(runs.ROOT / "configs/routing/mixtral.yaml")
