@@ -147,7 +147,7 @@ class _Walk:
 
     @property
     def layer_experts(self) -> int:
-        return self.local_experts * 3 * self.model.hidden_size * self.model.intermediate_size
+        return self.local_experts * self.model.expert_parameters
 
     @property
     def layer_dense(self) -> float:
@@ -168,28 +168,29 @@ class _Walk:
             attention += self.layout.micro_batch * self.config.data.sequence_length**2 * size
         norms = 2 * hidden + 8 * tokens
         # logits and probabilities of the router; indices and weights of the choices
-        router = tokens * (8 * m.num_local_experts + 60 * m.num_experts_per_tok)
+        router = tokens * (8 * m.num_local_experts * m.router.parts_per_token + 60 * m.router.active_experts(m))
         if m.router_jitter_noise:
             router += 8 * tokens * m.hidden_size  # the noise, and the input times the noise, in fp32
         experts = hidden + self.received * 2 * m.intermediate_size * size
+        experts += tokens * m.router.entered_per_token(m) * size
         if self.autograd:
             # silu(gate), the activations after dropout and its mask; unweighted outputs, for the weights' gradient
-            experts += self.received * (m.intermediate_size * (2 * size + 1) + m.hidden_size * size)
+            experts += self.received * (m.intermediate_size * (2 * size + 1) + m.expert_hidden_size * size)
         # of the shared experts gate, its silu, up and their product, as torch's own operations keep them, and outputs
         experts += tokens * 4 * m.shared_width * size
         experts += hidden * (m.shared_expert_gate + bool(m.shared_width and m.expert_dropout))
         exchanged = 0.0
         if self.elsewhere:
-            exchanged = (self.received + self.rows) * m.hidden_size * size  # rows received; rows that came back
+            exchanged = (self.received + self.rows) * m.expert_hidden_size * size  # rows received; rows that came back
         elif not self.fused:
-            experts += self.rows * m.hidden_size * size
+            experts += self.rows * m.expert_hidden_size * size
         return {"activations": attention + norms + router + experts, "all_to_all": exchanged}
 
     def kept_by_layer(self) -> dict[str, float]:
         """What stays of a layer until the backward pass comes to it."""
         if not self.layout.recompute:
             return self.layer()
-        choices = 12 * self.tokens * self.model.num_experts_per_tok  # top-k is kept (`model.recomputation`)
+        choices = 12 * self.rows  # top-k is kept (`model.recomputation`)
         return {"activations": 2 * self.tokens * self.model.hidden_size * self.size + choices, "all_to_all": 0.0}
 
     def shared(self) -> float:
@@ -205,10 +206,10 @@ class _Walk:
     def experts_forward(self) -> dict[str, float]:
         m, size = self.model, self.size
         largest = self.largest_rows * m.intermediate_size if self.fused else self.received * m.intermediate_size
-        rows = self.received * m.hidden_size * size
+        rows = self.received * m.expert_hidden_size * size
         if self.elsewhere:
             return {"activations": size * largest + rows, "all_to_all": 2 * rows}
-        gathered = self.largest_rows * m.hidden_size if self.fused else 0
+        gathered = self.largest_rows * m.expert_hidden_size if self.fused else 0
         return {"activations": size * (largest + gathered) + rows, "all_to_all": 0.0}
 
     @property
@@ -218,14 +219,14 @@ class _Walk:
 
     def experts_backward(self) -> dict[str, float]:
         m, size = self.model, self.size
-        hidden, rows = self.tokens * m.hidden_size * size, self.received * m.hidden_size * size
+        hidden, rows = self.tokens * m.hidden_size * size, self.received * m.expert_hidden_size * size
         # gradients on their way: of the residual stream, of the layer's output, of the experts' input
         flowing = 2 * hidden + rows
         if self.fused or (self.kernels.fused_experts and self.elsewhere and not self.autograd):
             busy = self.largest_rows if self.fused else self.received / self.local_experts * 1.1
-            work = size * busy * (4 * m.intermediate_size + (2 * m.hidden_size if self.fused else 0))
+            work = size * busy * (4 * m.intermediate_size + (2 * m.expert_hidden_size if self.fused else 0))
         else:
-            work = size * self.received * (4 * m.intermediate_size + m.hidden_size)
+            work = size * self.received * (4 * m.intermediate_size + m.expert_hidden_size)
         exchanged = 2 * rows if self.elsewhere else 0.0
         return {"activations": flowing + work, "all_to_all": exchanged}
 

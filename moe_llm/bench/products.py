@@ -57,7 +57,7 @@ def step_products(
     """
     T, D, d, L = batch * length, config.hidden_size, config.attention_head_dim, config.num_hidden_layers
     heads, kv = config.num_attention_heads, config.kv_heads
-    F = config.intermediate_size
+    F, W = config.intermediate_size, config.expert_hidden_size
     products: list[Linear | Scores] = [
         Linear("attention", T, D, heads * d, L),
         Linear("attention", T, D, kv * d, 2 * L),
@@ -68,7 +68,7 @@ def step_products(
     ]
     for counts_E in counts_LE:
         for rows in filter(None, counts_E):
-            products += [Linear("experts", rows, D, 2 * F), Linear("experts", rows, F, D)]
+            products += [Linear("experts", rows, W, 2 * F), Linear("experts", rows, F, W)]
     return products
 
 

@@ -53,6 +53,6 @@ def write_model_files(
             directory / "config.json", hf.to_transformers_config(model, dtype=dtype, **ids)
         ),
         "generation_config.json": write_json(
-            directory / "generation_config.json", hf.generation_config(**ids)
+            directory / "generation_config.json", hf.generation_config(model, **ids)
         ),
     }

@@ -108,8 +108,8 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         "self_attn.v_proj.weight": (kv_width, D),
         "self_attn.o_proj.weight": (D, q_width),
         **{f"mlp.gate.{name}": shape for name, shape in model.router.parameter_shapes(model).items()},
-        "mlp.experts.gate_up_proj": (E, 2 * F, D),
-        "mlp.experts.down_proj": (E, D, F),
+        "mlp.experts.gate_up_proj": (E, 2 * F, model.expert_hidden_size),
+        "mlp.experts.down_proj": (E, model.expert_hidden_size, F),
         **{f"mlp.{name}": shape for name, shape in model.shared_shapes().items()},
         "input_layernorm.weight": (D,),
         "post_attention_layernorm.weight": (D,),
@@ -188,7 +188,7 @@ def to_transformers_config(
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,
         "output_router_logits": False,
-        "use_cache": True,
+        "use_cache": not model.router.needs_past,
         "torch_dtype": _DTYPE_WORDS[dtype],
         "dtype": _DTYPE_WORDS[dtype],
         "transformers_version": version("transformers"),
@@ -198,11 +198,13 @@ def to_transformers_config(
 
 
 def generation_config(
-    *, bos_token_id: int | None, eos_token_id: int | list[int] | None, pad_token_id: int | None = None
+    model: ModelConfig, *, bos_token_id: int | None, eos_token_id: int | list[int] | None,
+    pad_token_id: int | None = None,
 ) -> dict[str, Any]:
     """The content of generation_config.json."""
     return {
         "_from_model_config": True,
+        **({"use_cache": False} if model.router.needs_past else {}),
         "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,

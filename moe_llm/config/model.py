@@ -95,6 +95,16 @@ class ModelConfig(Section):
         return self
 
     @property
+    def expert_hidden_size(self) -> int:
+        """Width of what an expert takes and gives."""
+        return self.hidden_size // self.router.parts_per_token
+
+    @property
+    def expert_parameters(self) -> int:
+        """Of one expert."""
+        return 3 * self.expert_hidden_size * self.intermediate_size
+
+    @property
     def shared_width(self) -> int:
         """Width of the shared experts together."""
         return self.num_shared_experts * self.intermediate_size
@@ -117,14 +127,14 @@ class ModelConfig(Section):
         assert self.vocab_size is not None, "vocab_size is resolved from the tokenizer first"
         d, dh, layers = self.hidden_size, self.attention_head_dim, self.num_hidden_layers
         attention = 2 * d * dh * (self.num_attention_heads + self.kv_heads)
-        experts = self.router.active_experts(self) if active else self.num_local_experts
+        experts = min(self.router.active_experts(self), self.num_local_experts) if active else self.num_local_experts
         router = sum(math.prod(shape) for shape in self.router.parameter_shapes(self).values())
         shared = layers * sum(math.prod(shape) for shape in self.shared_shapes().values())
         return {
             "embed_tokens": self.vocab_size * d,
             "attention": layers * attention,
             "router": layers * router,
-            "experts": layers * experts * 3 * d * self.intermediate_size,
+            "experts": layers * experts * self.expert_parameters,
             **({"shared_experts": shared} if shared else {}),
             "norms": (2 * layers + 1) * d,
             "lm_head": 0 if self.tie_word_embeddings else self.vocab_size * d,

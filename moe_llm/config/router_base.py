@@ -36,6 +36,7 @@ class RouterSettings(Section):
     )
 
     causal: ClassVar[bool] = True  # whether, in training too, a token's experts depend on no later token
+    needs_past: ClassVar[bool] = False  # whether experts work on earlier tokens too, so that generation reads them anew
     # where they do: why, and what evaluation and generation do instead
     looks_ahead: ClassVar[str] = "where room is short, who gets it depends on later tokens"
     afterwards: ClassVar[str] = "turn no token away"
@@ -62,9 +63,31 @@ class RouterSettings(Section):
         the router's `after_step` alone, and is in every checkpoint."""
         return {}
 
+    def check_length(self, length: int) -> None:
+        """Refuse, with `invalid`, blocks of so many tokens; fields are relative to the whole configuration."""
+
+    def shrunk(self, model: "ModelConfig", experts: int, length: int) -> dict[str, Any]:
+        """Changes of the model's section, `router` among them, for a copy with so many experts and blocks of so many
+        tokens."""
+        return {}
+
     def active_experts(self, model: "ModelConfig") -> int:
-        """How many experts a token passes through, at most; where experts choose tokens, on average."""
+        """How many rows of experts a token costs, at most; where experts choose tokens, on average."""
         return model.num_experts_per_tok
+
+    def mixed_per_token(self, model: "ModelConfig") -> int:
+        """How many multiplications a token costs beside those by parameters."""
+        return 0
+
+    def entered_per_token(self, model: "ModelConfig") -> float:
+        """How many values a token keeps for the backward pass, beside logits and experts, of what is put in its place
+        and taken back."""
+        return 0
+
+    @property
+    def parts_per_token(self) -> int:
+        """How many parts of a token are routed apart, each of an equal share of its width."""
+        return 1
 
     @property
     def even(self) -> bool:

@@ -19,6 +19,7 @@ from moe_llm.config.router_base import (
     RouterSettings,
     Shapes,
 )
+from moe_llm.config.routers_mixed import MultiHeadSettings, SoftMoESettings
 
 __all__ = [
     "DEFAULT_TYPE", "ENTROPY_COEFFICIENTS", "ROUTER_SETTINGS", "AnyRouterSettings", "LimitedSettings",
@@ -285,6 +286,8 @@ ROUTER_SETTINGS: dict[str, type[RouterSettings]] = {
     "balanced": BalancedSettings,
     "deepseek_moe": DeepSeekMoESettings,
     "bias_balanced": BiasBalancedSettings,
+    "soft_moe": SoftMoESettings,
+    "multi_head": MultiHeadSettings,
     "expert_choice": ExpertChoiceSettings,
 }
 

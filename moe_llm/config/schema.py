@@ -333,6 +333,7 @@ class Config(Section):
             invalid("data.sequence_length", data.sequence_length,
                     f"is above model.max_position_embeddings={model.max_position_embeddings}",
                     "lower the one or raise the other")
+        model.router.check_length(data.sequence_length)
         if train.global_batch_size % train.micro_batch_size:
             invalid("train.global_batch_size", train.global_batch_size,
                     f"is not a multiple of train.micro_batch_size={train.micro_batch_size}",

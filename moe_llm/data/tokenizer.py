@@ -77,10 +77,15 @@ def load_tokenizer(directory: Path | str) -> "PreTrainedTokenizerFast":
     Raises:
         UserError: it cannot be read, or it has no `tokenizers` backend or end-of-text token.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedConfig
 
+    # No code beside the files is run, nor is it asked whether it may be. What has our own model's code beside it has a
+    # plain tokenizer, for which a configuration of no model's is enough.
+    options: dict = {"trust_remote_code": False}
+    if _model_type(Path(directory) / "config.json") == "moe_llm":
+        options["config"] = PreTrainedConfig()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory))
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -94,6 +99,15 @@ def load_tokenizer(directory: Path | str) -> "PreTrainedTokenizerFast":
             f"tokenizer {str(directory)!r} has no eos_token: set one in its tokenizer_config.json"
         )
     return tokenizer
+
+
+def _model_type(file: Path) -> str | None:
+    """Of a checkpoint's config.json; None where there is none to be read, of which others tell."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found.get("model_type") if isinstance(found, dict) else None
 
 
 def _settings(config: Config) -> dict:

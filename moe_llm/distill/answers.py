@@ -22,7 +22,7 @@ from moe_llm.data.chat_template import own_template
 from moe_llm.data.files import user_error_on_disk
 from moe_llm.data.sources import list_files, read_documents, read_records
 from moe_llm.data.tokenizer import load_tokenizer
-from moe_llm.distill.teachers import load_causal_lm
+from moe_llm.ensemble.causal_lm import load_causal_lm
 from moe_llm.errors import UserError
 
 if TYPE_CHECKING:
@@ -138,8 +138,8 @@ def _answer_all(
             if start < done:
                 continue
             if model is None:
-                model = load_causal_lm(directory, None, "TEACHER")
-                model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+                model = load_causal_lm(directory, called="TEACHER")
+                model.to("cuda" if torch.cuda.is_available() else "cpu")
             texts = iter(_generate(model, tokenizer, [p.ids for p in batch if p is not None], start, options))
             rows = [None if prompt is None else prompt.answered(next(texts)) for prompt in batch]
             stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -21,6 +21,7 @@ from moe_llm.config import Config
 from moe_llm.config.distill import TeacherConfig
 from moe_llm.data.packing import IGNORED, Batch
 from moe_llm.data.tokenizer import load_tokenizer
+from moe_llm.ensemble.causal_lm import load_causal_lm
 from moe_llm.errors import UserError
 from moe_llm.ops.attention import AttentionPattern
 
@@ -55,7 +56,9 @@ class OwnTeacher:
             batch.input_ids_BS, attention_mask=batch.attention_mask_BS, document_ids=batch.document_ids_BS,
             sliding_window=model.config.sliding_window,
         )
-        x_BSD, _ = model.model(batch.input_ids_BS, batch.position_ids_BS, pattern, batch.attention_mask_BS)
+        x_BSD, _ = model.model(
+            batch.input_ids_BS, batch.position_ids_BS, pattern, batch.attention_mask_BS, batch.document_ids_BS
+        )
         return x_BSD[batch.labels_BS != IGNORED]
 
     @torch.no_grad()
@@ -247,41 +250,7 @@ def load_teacher(teacher: TeacherConfig, device: torch.device, field: str) -> Te
     directory, dtype = Path(teacher.path).expanduser(), DTYPES.get(teacher.dtype)
     if _is_mixtral(directory):
         return OwnTeacher(MoEForCausalLM.from_pretrained(directory, dtype).to(device))
-    return ForeignTeacher(load_causal_lm(directory, dtype, field).to(device), field)
-
-
-def load_causal_lm(directory: Path, dtype: torch.dtype | None, field: str) -> nn.Module:
-    """A causal language model of transformers, on the CPU, every tensor from the checkpoint.
-
-    Args:
-        dtype: None: as stored.
-
-    Raises:
-        UserError: it cannot be loaded, or a tensor is missing, which transformers would draw at random.
-    """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    unset_hf_deepspeed_config()  # under ZeRO-3 transformers would cut the model up among the ranks
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its table of what is missing, of which a sentence is told below
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype or "auto", output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{field}={str(directory)!r} cannot be loaded ({reason}): use another checkpoint") from error
-    finally:
-        logging.set_verbosity(verbosity)
-    lost = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
-    if lost:
-        raise UserError(f"{field}={str(directory)!r} lacks {lost[0]}, or has it in another shape: "
-                        "use a causal language model's checkpoint")
-    return model
+    return ForeignTeacher(load_causal_lm(directory, dtype or "auto", field).to(device), field)
 
 
 def _is_mixtral(directory: Path) -> bool:

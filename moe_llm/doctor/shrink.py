@@ -116,8 +116,11 @@ def _model(config: Config, ranks: int, notes: list[str]) -> dict[str, Any]:
     heads = kv * group
     head = min(model.attention_head_dim, HEAD if heads * HEAD <= WIDTH else HEAD // 2)
     width = heads * head * model.hidden_size / (model.num_attention_heads * model.attention_head_dim)
-    hidden = min(model.hidden_size, max(8, 2 * round(width / 2)))
+    step = math.lcm(2, model.router.parts_per_token)
+    hidden = min(model.hidden_size, max(-(-8 // step) * step, step * round(width / step)))
     scale = math.sqrt(model.hidden_size / hidden)  # narrower layers keep the size of what they put out
+    experts = _experts(config, ranks)
+    mixed = model.router.shrunk(model, experts, _length(config))
     if model.init_from is not None:
         notes.append(f"model.init_from={model.init_from} is not loaded: the copy is smaller, with random weights")
     shape = {
@@ -131,9 +134,10 @@ def _model(config: Config, ranks: int, notes: list[str]) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": kv,
         "head_dim": head,
-        "num_local_experts": _experts(config, ranks),
+        "num_local_experts": experts,
         "sliding_window": _window(config),
-        "router": {**model.router.model_dump(mode="json"), **model.router.quiet()},
+        **mixed,
+        "router": {**model.router.model_dump(mode="json"), **model.router.quiet(), **mixed.get("router", {})},
         "router_jitter_noise": 0.0,
         "expert_dropout": 0.0,
         "initializer_range": max(model.initializer_range, min(_INIT_LIMIT, model.initializer_range * scale)),
@@ -166,6 +170,8 @@ def _experts(config: Config, ranks: int) -> int:
     size = fitting_expert_parallel(config.parallel.expert_parallel_size, model.num_local_experts, ranks)
     least = max(EXPERTS, model.num_experts_per_tok)
     for experts in range(-(-least // size) * size, model.num_local_experts, size):
+        if model.router.shrunk(model, experts, _length(config)):
+            return experts  # it brings itself into line
         try:
             model.router.check(model.model_copy(update={"num_local_experts": experts}))
         except PydanticCustomError:

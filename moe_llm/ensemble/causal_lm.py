@@ -8,28 +8,41 @@ import torch
 from moe_llm.errors import UserError
 
 
-def load_causal_lm(checkpoint: str | Path, dtype: torch.dtype | str = "auto") -> Any:
-    """A checkpoint directory as transformers' model, on the CPU, in evaluation mode.
+def load_causal_lm(checkpoint: str | Path, dtype: torch.dtype | str = "auto", called: str = "checkpoint") -> Any:
+    """A causal language model of transformers, on the CPU, in evaluation mode, every tensor from the checkpoint.
 
     Args:
         dtype: of the weights; `auto`: as stored.
+        called: what the user calls it, for errors.
 
     Raises:
-        UserError: it is damaged, or of no architecture that transformers knows.
+        UserError: it is damaged, of no architecture that transformers knows, or a tensor is missing, which
+            transformers would draw at random.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+    from transformers.utils import logging
 
-    disable_progress_bar()
+    logging.disable_progress_bar()
+    unset_hf_deepspeed_config()  # under ZeRO-3 transformers would cut the model up among the ranks
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its table of what is missing, of which a sentence is told below
     try:
-        return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        model, info = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"checkpoint {str(checkpoint)!r} cannot be loaded, its config.json or model.safetensors is unusable "
+            f"{called}={str(checkpoint)!r} cannot be loaded, its config.json or its safetensors files are unusable "
             f"({reason}): use another checkpoint"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    lost = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
+    if lost:
+        raise UserError(f"{called}={str(checkpoint)!r} lacks {lost[0]}, or has it in another shape: "
+                        "use a causal language model's checkpoint")
+    return model.eval()
 
 
 def sampling(temperature: float, top_p: float) -> dict[str, Any]:

@@ -34,8 +34,8 @@ def _first_alone(weights: Sequence[float]) -> bool:
 
 
 @dataclass(frozen=True)
-class Linear:
-    """log sum_m w_m p_m; the weights are not negative and sum to 1."""
+class _Weighted:
+    """Rules with a weight for each model."""
 
     weights: tuple[float, ...]
 
@@ -45,24 +45,18 @@ class Linear:
 
     def asks(self, main_NV: Tensor) -> Tensor:
         return main_NV.new_full(main_NV.shape[:1], not _first_alone(self.weights), dtype=torch.bool)
+
+
+class Linear(_Weighted):
+    """log sum_m w_m p_m; the weights are not negative and sum to 1."""
 
     def __call__(self, log_probs: Sequence[Tensor | None]) -> Tensor:
         parts = [log_probs[m] + math.log(weight) for m, weight in enumerate(self.weights) if weight]
         return parts[0] if len(parts) == 1 else torch.stack(parts).logsumexp(0)
 
 
-@dataclass(frozen=True)
-class LogLinear:
+class LogLinear(_Weighted):
     """log of prod_m p_m^w_m, renormalised; DExperts' sum of logits is the same, since softmax takes no constants."""
-
-    weights: tuple[float, ...]
-
-    @property
-    def needed(self) -> tuple[int, ...]:
-        return tuple(m for m, weight in enumerate(self.weights) if weight and m)
-
-    def asks(self, main_NV: Tensor) -> Tensor:
-        return main_NV.new_full(main_NV.shape[:1], not _first_alone(self.weights), dtype=torch.bool)
 
     def __call__(self, log_probs: Sequence[Tensor | None]) -> Tensor:
         total_NV = torch.zeros_like(log_probs[0])

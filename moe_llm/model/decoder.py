@@ -60,12 +60,12 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self, x_BSD: Tensor, delta_BSD: Tensor | None, cos_BSd: Tensor, sin_BSd: Tensor, pattern: AttentionPattern,
-        real_BS: Tensor,
+        real_BS: Tensor, document_BS: Tensor | None,
     ) -> tuple[Tensor, Tensor, RoutingStatistics]:
         x_BSD, normed_BSD = self.input_layernorm.after_adding(x_BSD, delta_BSD)
         attended_BSD = self.self_attn(normed_BSD, cos_BSd, sin_BSd, pattern)
         x_BSD, normed_BSD = self.post_attention_layernorm.after_adding(x_BSD, attended_BSD)
-        y_BSD, statistics = self.mlp(normed_BSD, real_BS)
+        y_BSD, statistics = self.mlp(normed_BSD, real_BS, document_BS)
         return x_BSD, y_BSD, statistics
 
 
@@ -82,7 +82,7 @@ class Decoder(nn.Module):
 
     def forward(
         self, input_ids_BS: Tensor, position_ids_BS: Tensor, pattern: AttentionPattern, real_BS: Tensor,
-        perturbation_BSD: Tensor | None = None,
+        document_BS: Tensor | None = None, perturbation_BSD: Tensor | None = None,
     ) -> tuple[Tensor, RoutingStatistics]:
         x_BSD = self.embed_tokens(input_ids_BS)
         if perturbation_BSD is not None:
@@ -92,7 +92,7 @@ class Decoder(nn.Module):
         )
         statistics, delta_BSD = [], None
         for layer in self.layers:
-            arguments = (x_BSD, delta_BSD, cos_BSd, sin_BSd, pattern, real_BS)
+            arguments = (x_BSD, delta_BSD, cos_BSd, sin_BSd, pattern, real_BS, document_BS)
             if self.recompute and torch.is_grad_enabled():
                 x_BSD, delta_BSD, layer_statistics = checkpoint(
                     layer, *arguments, use_reentrant=False, context_fn=keep_routing
@@ -162,7 +162,7 @@ class MoEDecoder(nn.Module):
                 -100 is ignored.
             targets: (B, S) int64, already shifted: what position t is to predict; instead of `labels`.
             position_ids: (B, S) int64; by default 0 to S-1.
-            document_ids: (B, S) int64; tokens attend within their own document only.
+            document_ids: (B, S) int64; tokens attend, and are mixed, within their own document only.
             return_logits: without them only the loss is computed, in less memory.
             teacher: what the targets' distributions are drawn to, beside the targets themselves.
             perturbation: (B, S, D), added to the embeddings of the input.
@@ -179,7 +179,7 @@ class MoEDecoder(nn.Module):
             document_ids=document_ids,
             sliding_window=self.config.sliding_window,
         )
-        x_BSD, routing = self.model(input_ids, position_ids, pattern, real_BS, perturbation)
+        x_BSD, routing = self.model(input_ids, position_ids, pattern, real_BS, document_ids, perturbation)
 
         logits = self.lm_head(x_BSD) if return_logits else None
         aux = balance_loss(routing, self.config.router_aux_loss_scope)

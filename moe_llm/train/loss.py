@@ -48,13 +48,14 @@ class StepLoss:
         self._own_before: Tensor | None = None
         self.routing: RoutingStatistics | None = None
         counts = torch.stack([_counts(batch) for batch in batches]).sum(0)
-        self.targets, self.tokens, self.sequences = runtime.sum(counts)
+        self.targets, tokens, self.sequences = runtime.sum(counts)
+        self.routed = tokens * model.router.parts_per_token
 
     def __call__(self, output: MoEOutput) -> StepLosses:
         own, ranks, model = output.routing, self.runtime.world_size, self.model
         self.routing = sum_over_ranks(own, self.runtime).plus(self.routing)
         total = self.routing._replace(
-            num_tokens=self.tokens.expand_as(own.num_tokens), num_sequences=self.sequences.expand_as(own.num_tokens)
+            num_tokens=self.routed.expand_as(own.num_tokens), num_sequences=self.sequences.expand_as(own.num_tokens)
         )
         aux = balance_loss(own, model.router_aux_loss_scope, total=total, seen=self.routing)
         aux = aux / self.rounds if model.router_aux_loss_scope == "transformers" else ranks * aux

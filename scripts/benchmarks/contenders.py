@@ -1,8 +1,10 @@
 """The models that `step.py` compares: the same weights and the same batches for each of them."""
 
+import importlib.util
 from dataclasses import dataclass, replace
 
 import torch
+from other_layers import LAYERS
 from torch import Tensor, nn
 
 from moe_llm.config import ModelConfig
@@ -11,6 +13,8 @@ from moe_llm.ops import triton
 
 # transformers' experts that hold a copy of the weights for every routed row: 15 GB a layer at the main shape
 _COPIES_WEIGHTS = "batched_mm"
+# contender -> what it cannot do without; transformers fetches kernels by the package of that name
+_NEEDS = {**{name: name for name in LAYERS}, "transformers:deepgemm": "kernels", "transformers:sonicmoe": "kernels"}
 # `ours:NAME` on CUDA: which of our Triton kernels are on
 OUR_KERNELS = {"triton": list(triton.DEFAULT), "elementwise": [part for part in triton.DEFAULT if part != "experts"]}
 
@@ -153,22 +157,16 @@ class Transformers(nn.Module):
         return {name: parameter.grad for name, parameter in self.model.named_parameters()}
 
 
-class DeepSpeed(Transformers):
-    """transformers' Mixtral with DeepSpeed's own MoE layers in it, which here drop nothing. The balance loss is
-    Mixtral's, from the same logits."""
+class Replaced(Transformers):
+    """transformers' Mixtral with another package's MoE layers in it. The balance loss is Mixtral's, from the logits
+    that these layers routed by."""
 
-    def __init__(self, shape: Shape, state: dict[str, Tensor], dtype: torch.dtype):
+    def __init__(self, shape: Shape, state: dict[str, Tensor], dtype: torch.dtype, package: str):
         super().__init__(shape, state, dtype, "eager")
-        import deepspeed
-
-        if not torch.distributed.is_initialized():
-            store = torch.distributed.HashStore()
-            torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-            deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
         self.shape = shape
-        self.model.config.output_router_logits = False  # there is no router of transformers' to record
+        self.model.config.output_router_logits = False
         for layer in self.model.model.layers:
-            layer.mlp = DeepSpeedLayer(shape, layer.mlp, dtype)
+            layer.mlp = LAYERS[package](shape, layer.mlp, dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
         from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -185,68 +183,27 @@ class DeepSpeed(Transformers):
         return found
 
 
-class DeepSpeedLayer(nn.Module):
-    """deepspeed.moe.layer.MoE with the weights of transformers' layer."""
-
-    def __init__(self, shape: Shape, theirs: nn.Module, dtype: torch.dtype):
-        super().__init__()
-        from deepspeed.moe.layer import MoE
-
-        self.moe = MoE(
-            shape.hidden, SwiGLU(shape.hidden, shape.width), num_experts=shape.experts, k=shape.top_k,
-            drop_tokens=False, top2_2nd_expert_sampling=False,
-        ).to(dtype)
-        self.moe.set_deepspeed_parallelism()
-        self.gate = self.moe.deepspeed_moe.gate.wg
-        self.experts = list(self.moe.deepspeed_moe.experts.deepspeed_experts)
-        self.logits: Tensor | None = None
-        with torch.no_grad():
-            self.gate.weight.copy_(theirs.gate.weight)
-            for e, expert in enumerate(self.experts):
-                expert.gate_up.weight.copy_(theirs.experts.gate_up_proj[e])
-                expert.down.weight.copy_(theirs.experts.down_proj[e])
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        self.logits = self.gate(x_BSD.flatten(0, 1))
-        return self.moe(x_BSD)[0]
-
-    def gradients(self) -> dict[str, Tensor]:
-        return {
-            "gate.weight": self.gate.weight.grad,
-            "experts.gate_up_proj": torch.stack([expert.gate_up.weight.grad for expert in self.experts]),
-            "experts.down_proj": torch.stack([expert.down.weight.grad for expert in self.experts]),
-        }
-
-
-class SwiGLU(nn.Module):
-    """One expert."""
-
-    def __init__(self, hidden: int, width: int):
-        super().__init__()
-        self.gate_up, self.down = nn.Linear(hidden, 2 * width, bias=False), nn.Linear(width, hidden, bias=False)
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        gate_TF, up_TF = self.gate_up(x_TD).chunk(2, -1)
-        return self.down(nn.functional.silu(gate_TF) * up_TF)
-
-
 def contender(
     name: str, shape: Shape, state: dict[str, Tensor], dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> nn.Module:
-    """`ours`, `ours:KERNELS`, `deepspeed` or `transformers:IMPLEMENTATION`."""
-    kind, _, variant = name.partition(":")
+    """`ours`, `ours:KERNELS`, a package of `LAYERS` or `transformers:IMPLEMENTATION`, each also with `+compiled`: its
+    decoder by torch.compile."""
+    plain, _, how = name.partition("+")
+    kind, _, variant = plain.partition(":")
     if kind == "ours":
         model = Ours(shape, state, dtype, variant or None)
-    elif kind == "deepspeed":
-        model = DeepSpeed(shape, state, dtype)
+    elif kind in LAYERS:
+        model = Replaced(shape, state, dtype, kind)
     else:
         model = Transformers(shape, state, dtype, variant)
+    if how == "compiled":
+        model.model.compile()
     return model.to(device)
 
 
 def contender_names(shape: Shape, memory_bytes: float = 4e9, device: str = "cpu") -> list[str]:
-    """Ours (on CUDA also with our own kernels), DeepSpeed's layer, and transformers with each of its implementations
-    that the shape leaves room for; SonicMoE is one of those, where it is installed."""
+    """Ours (on CUDA also with our own kernels), transformers' model with the layers of each package, and with each of
+    transformers' implementations that the shape leaves room for; whether they are installed or not."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     names = ["eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()]
@@ -254,4 +211,9 @@ def contender_names(shape: Shape, memory_bytes: float = 4e9, device: str = "cpu"
     if copied > memory_bytes and _COPIES_WEIGHTS in names:
         names.remove(_COPIES_WEIGHTS)
     ours = ["ours", *(f"ours:{parts}" for parts in OUR_KERNELS if device == "cuda" and triton.available())]
-    return [*ours, "deepspeed", *(f"transformers:{name}" for name in dict.fromkeys(names))]
+    return [*ours, *LAYERS, *(f"transformers:{name}" for name in dict.fromkeys(names))]
+
+
+def installed(name: str) -> bool:
+    """Whether the package is there without which this contender cannot run."""
+    return name not in _NEEDS or importlib.util.find_spec(_NEEDS[name]) is not None

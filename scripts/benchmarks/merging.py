@@ -5,7 +5,8 @@
 
 Soups: the base, pretrained on the source text of Python's standard library, is fine-tuned on prose (docstrings of
 packages which this one depends on) with several seeds and rates. Single models, their uniform and greedy soups and the
-mean of their distributions are compared by loss on held-out prose and by the parameters that each token passes.
+mean of their distributions are compared by loss on held-out prose and by the parameters that each token passes; so is a
+student of that mean, which begins, reads and ends as the best single one does but for its teachers.
 
 Tasks: one of these and a model fine-tuned on other code (the same packages' source): task vectors added and negated,
 TIES and DARE, on both held-out texts.
@@ -24,7 +25,7 @@ import math
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -89,8 +90,9 @@ def write_texts(work: Path, max_bytes: int) -> dict[str, dict[str, Path]]:
     return files
 
 
-def fine_tune(arguments, name: str, text: Path, rate: float, seed: int) -> Path:
-    """The checkpoint of a run of that name, which is made or gone on with."""
+def fine_tune(arguments, name: str, text: Path, rate: float, seed: int, teachers: Sequence[Path] = ()) -> Path:
+    """The checkpoint of a run of that name, which is made or gone on with; with teachers, it learns half from the
+    text and half from the mean of their distributions."""
     run_dir = arguments.work / name
     steps = max(2, arguments.tokens // (arguments.batch * arguments.length))
     content = {
@@ -105,11 +107,17 @@ def fine_tune(arguments, name: str, text: Path, rate: float, seed: int) -> Path:
         "evaluate": {"max_blocks": 4},
         "logging": {"every_steps": max(1, steps // 10), "console": "off"},
     }
+    if teachers:
+        content["distill"] = {"teachers": [{"path": str(teacher)} for teacher in teachers], "alpha": 0.5}
     path = run_dir.with_suffix(".yaml")
     path.write_text(json.dumps(content), encoding="utf-8")  # JSON is YAML
     if moe_llm(["train", str(path)]):
         raise SystemExit(1)
     return (run_dir / "checkpoints/latest").resolve()
+
+
+def named(rate: float, seed: int) -> str:
+    return f"rate {rate:g}, seed {seed}"
 
 
 def merged(arguments, name: str, recipe: dict) -> Path:
@@ -145,7 +153,7 @@ def ensemble_loss(arguments, models: list[Path], text: Path) -> float:
 def soups(arguments, texts: dict[str, Path]) -> tuple[list[dict], dict[str, Path]]:
     """A row for each way to use several fine-tunes of one base, and the fine-tunes."""
     tuned = {
-        f"rate {rate:g}, seed {seed}": fine_tune(arguments, f"prose-{rate:g}-{seed}", texts["train"], rate, seed)
+        named(rate, seed): fine_tune(arguments, f"prose-{rate:g}-{seed}", texts["train"], rate, seed)
         for rate in arguments.rates for seed in arguments.seeds
     }
     rows = [{"what": "base", "models": 1, "loss": loss(arguments, arguments.base, texts["judge"])}]
@@ -166,6 +174,10 @@ def soups(arguments, texts: dict[str, Path]) -> tuple[list[dict], dict[str, Path
     rows.append({"what": f"greedy soup of {kept}", "models": 1, "loss": loss(arguments, greedy, texts["judge"])})
     rows.append({"what": f"ensemble of {len(tuned)}", "models": len(tuned),
                  "loss": ensemble_loss(arguments, list(tuned.values()), texts["judge"])})
+    rate, seed = next((r, s) for r in arguments.rates for s in arguments.seeds if named(r, s) == chosen)
+    student = fine_tune(arguments, "prose-student", texts["train"], rate, seed, list(tuned.values()))
+    rows.append({"what": f"student of that ensemble: {chosen}", "models": 1,
+                 "loss": loss(arguments, student, texts["judge"])})
     active = MoEForCausalLM.from_pretrained(arguments.base).config.num_params(active=True)
     return [{**row, "active_parameters": active * row["models"]} for row in rows], tuned
 

@@ -1,10 +1,13 @@
-"""Time the training step of this package against transformers' and DeepSpeed's, on the same weights and batches.
+"""Time the training step of this package against that of others, on the same weights and batches.
 
     python scripts/benchmarks/step.py [--suites main fine-grained skew tokens experts memory] [--dtype bf16 fp32]
                                       [--threads 2] [--rounds 9] [--optimizer] [--device cpu] [--out DIRECTORY]
+    python scripts/benchmarks/step.py --suites main --compiled ours transformers:grouped_mm     # beside torch.compile
     python scripts/benchmarks/step.py --suites cuda --dtype bf16     # on a CUDA device
 
-Contenders take turns within one process, so that a busy machine slows all of them alike: read the ratios, not the
+Contenders are transformers' Mixtral with each of its experts implementations, and with the MoE layers of DeepSpeed,
+ScatterMoE, MegaBlocks and SonicMoE (see other_layers.py); one that is not installed or does not train is reported.
+They take turns within one process, so that a busy machine slows all of them alike: read the ratios, not the
 times. Every batch is new, and routes differently: kernels that are compiled for a shape pay for it as in training.
 The step's bare matrix products, at their own shapes, take turns with them, and a plain product of 2048 x 2048 (8192
 on CUDA) is timed at the end. A contender whose loss or gradients differ from those of transformers' plain loop in fp32
@@ -16,7 +19,6 @@ moe_llm/ops/triton). Each contender's first steps, which compile and tune kernel
 """
 
 import argparse
-import gc
 import json
 import statistics
 import subprocess
@@ -29,7 +31,18 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from contenders import CUDA, MIXTRAL_LAYER, Shape, batches, contender, contender_names, shape_that_fits, weights
+from admission import build_all, departures, free
+from contenders import (
+    CUDA,
+    MIXTRAL_LAYER,
+    Shape,
+    batches,
+    contender,
+    contender_names,
+    installed,
+    shape_that_fits,
+    weights,
+)
 
 from moe_llm.bench.products import peak_rate, prepare_products, step_products, synchronize
 
@@ -50,37 +63,6 @@ SUITES: dict[str, dict[str, Shape]] = {
 ACROSS = ("skew", "tokens", "experts")  # what is asked there is how one shape compares with another
 MEMORY = {f"4 x {length}": replace(MAIN, length=length) for length in (512, 4096)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Relative distance of each parameter's gradient from fp32's. In bf16 it may be a multiple of what transformers' plain
-# loop itself has there.
-FP32_TOLERANCE, BF16_MULTIPLE, BF16_FLOOR = 1e-4, 1.5, 0.01
-
-
-def gradients(model, ids) -> tuple[float, dict[str, torch.Tensor]]:
-    """(loss, the gradient of each parameter, in fp32) of one step."""
-    model.zero_grad(set_to_none=True)
-    loss = model(ids)
-    loss.backward()
-    found = {name: grad.float().cpu() for name, grad in model.gradients().items()}
-    model.zero_grad(set_to_none=True)
-    return loss.item(), found
-
-
-def departures(models, shape, state, ids, dtype: str) -> dict[str, float]:
-    """How far each model's loss and gradients are from those of the plain loop in fp32, in units of what is allowed:
-    the worst parameter's. In bf16 the plain loop's own distance sets what is allowed for each."""
-    golden = contender("transformers:eager", shape, state, torch.float32, ids.device)
-    loss, exact = gradients(golden, ids)
-    del golden
-    free()
-    distances = {}
-    for name, model in models.items():
-        own_loss, own = gradients(model, ids)
-        distances[name] = {key: ((own[key] - exact[key]).norm() / exact[key].norm()).item() for key in exact}
-        distances[name]["loss"] = abs(own_loss - loss) / abs(loss)
-    allowed = dict.fromkeys([*exact, "loss"], FP32_TOLERANCE)
-    if dtype == "bf16":
-        allowed = {key: BF16_FLOOR + BF16_MULTIPLE * d for key, d in distances["transformers:eager"].items()}
-    return {name: max(d[key] / allowed[key] for key in allowed) for name, d in distances.items()}
 
 
 def step(model, ids, optimizer) -> None:
@@ -104,9 +86,11 @@ def compare(name: str, shape: Shape, dtype: str, arguments) -> dict:
     chosen = contender_names(shape, device=device.type)
     chosen = [n for n in chosen if n in arguments.only or not arguments.only]
     if device.type == "cuda":
-        shape = shape_that_fits(shape, len({*chosen, "transformers:eager"}), kind, torch.cuda.mem_get_info()[0])
+        together = {*filter(installed, chosen), "transformers:eager"}
+        shape = shape_that_fits(shape, len(together), kind, torch.cuda.mem_get_info()[0])
     state = weights(shape)
     ids = [batch.to(device) for batch in batches(shape, arguments.rounds + 2)]
+    chosen += [f"{n}+compiled" for n in arguments.compiled if n in chosen]
     models, failures = build_all([*dict.fromkeys([*chosen, "transformers:eager"])], shape, state, kind, ids[0])
     found = departures(models, shape, state, ids[0], dtype)
     refused = {n: f"differs by {d:.2g} times what is allowed: not timed" for n, d in found.items() if not d <= 1}
@@ -142,6 +126,7 @@ def compare(name: str, shape: Shape, dtype: str, arguments) -> dict:
         result["contenders"][n] = {
             "seconds": median, "quartiles": statistics.quantiles(samples, n=4), "departure": found[n],
             "flops_per_second": flops / median, "tokens_per_second": shape.tokens / median,
+            "first_step_seconds": models[n].first_step_seconds,
             "share_of_bare_products": statistics.median(
                 products / own for products, own in zip(bare, samples, strict=True)
             ),
@@ -153,12 +138,6 @@ def compare(name: str, shape: Shape, dtype: str, arguments) -> dict:
     del models, optimizers
     free()
     return result
-
-
-def free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def across(shapes: dict[str, Shape], dtype: str, rounds: int, device: str = "cpu") -> dict[str, float]:
@@ -177,21 +156,6 @@ def across(shapes: dict[str, Shape], dtype: str, rounds: int, device: str = "cpu
             for name, value in per_token.items():
                 ratios[name].append(value / first)
     return {name: statistics.median(found) for name, found in ratios.items()}
-
-
-def build_all(names, shape, state, dtype, ids) -> tuple[dict, dict]:
-    """The contenders that run, and what the others said."""
-    models, failures = {}, {}
-    for name in names:
-        try:
-            model = contender(name, shape, state, dtype, ids.device)
-            model(ids)
-            models[name] = model
-        except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
-            if name in ("ours", "transformers:eager"):
-                raise
-            failures[name] = f"does not run: {str(error).splitlines()[0][:120]}"
-    return models, failures
 
 
 def even_counts(shape: Shape) -> list[list[int]]:
@@ -276,6 +240,14 @@ def show(result: dict) -> None:
         if "ours_to_best_transformers" in result:
             print(f"  ours / transformers' least    {result['ours_to_best_transformers']:.2f}")
         return
+    if "contenders" in result:
+        show_contenders(result)
+    if "time_per_token_to_first" in result:
+        print(f"  {result['name']}, {result['dtype']}, taking turns with the suite's other shapes: ours takes "
+              f"{result['time_per_token_to_first']:.2f} times the first one's time per token", flush=True)
+
+
+def show_contenders(result: dict) -> None:
     bare = result["bare_products"]
     print(
         f"{result['name']}, {result['dtype']}: {result['flops'] / 1e9:.0f} GFLOP a step; its bare products alone "
@@ -288,12 +260,10 @@ def show(result: dict) -> None:
             f"  {name:28} {row['seconds'] * 1e3:9.1f} ms {row['flops_per_second'] / 1e9:7.0f} GFLOP/s  "
             f"products {row['share_of_bare_products']:4.0%}  {row['tokens_per_second']:8.0f} tokens/s"
             + ("" if ratio is None else f"  {ratio:5.2f}x")
+            + (f"  first step {row['first_step_seconds']:.0f} s" if "+" in name else "")
         )
     for name, why in result["failures"].items():
-        print(f"  {name:28} {why}")
-    if "time_per_token_to_first" in result:
-        print(f"  ours, taking turns with the suite's other shapes: {result['time_per_token_to_first']:.2f} times the "
-              "first one's time per token", flush=True)
+        print(f"  {name:28} {why}", flush=True)
 
 
 def environment(arguments) -> dict:
@@ -354,6 +324,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", nargs="+", default=[], help="contenders, such as ours transformers:grouped_mm")
+    parser.add_argument("--compiled", nargs="+", default=[], help="contenders that also run by torch.compile")
+    parser.add_argument("--turns-only", action="store_true", help="of skew, tokens and experts only how our time per "
+                        "token at one shape compares with that at another")
     parser.add_argument("--optimizer", action="store_true", help="with the update, by AdamW")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--measure-memory", help=argparse.SUPPRESS)
@@ -371,9 +344,13 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in about.items() if key != "command"))
     for dtype in arguments.dtype:
         for suite in arguments.suites:
-            rows = memory_suite(arguments, dtype) if suite == "memory" else [
-                compare(name, shape, dtype, arguments) for name, shape in {**SUITES, "cuda": CUDA}[suite].items()
-            ]
+            shapes = {**SUITES, "cuda": CUDA}.get(suite, {})
+            if suite == "memory":
+                rows = memory_suite(arguments, dtype)
+            elif suite in ACROSS and arguments.turns_only:
+                rows = [{"name": name, "dtype": dtype, "shape": asdict(shape)} for name, shape in shapes.items()]
+            else:
+                rows = [compare(name, shape, dtype, arguments) for name, shape in shapes.items()]
             if suite in ACROSS and (not arguments.only or "ours" in arguments.only):
                 ratios = across(SUITES[suite], dtype, arguments.rounds, arguments.device)
                 for row in rows:

@@ -37,11 +37,13 @@ def test_all_tables_come_out(script, tmp_path, monkeypatch):
     results = json.loads(file.read_text())
     soups = {row["what"].partition(":")[0].partition(" of ")[0]: row for row in results["soups"]}
     assert list(soups) == ["base", "rate 0.01, seed 0", "rate 0.01, seed 1", "best single", "uniform soup",
-                           "greedy soup", "ensemble"]
+                           "greedy soup", "ensemble", "student"]
     losses = [soups[f"rate 0.01, seed {seed}"]["loss"] for seed in (0, 1)]
     assert losses[0] != losses[1]
     assert soups["best single"]["loss"] in losses
     assert soups["ensemble"]["active_parameters"] == 2 * soups["base"]["active_parameters"] > 0
+    assert soups["student"]["loss"] not in losses
+    assert soups["student"]["active_parameters"] == soups["base"]["active_parameters"]
     # the mean of distributions is at least as likely as the mean of their logarithms (Jensen)
     assert soups["ensemble"]["loss"] <= sum(losses) / 2 + 1e-6
     tasks = {row["what"]: row for row in results["tasks"]}
@@ -53,4 +55,4 @@ def test_all_tables_come_out(script, tmp_path, monkeypatch):
     assert copy["loss"] == pytest.approx(base["loss"], rel=1e-5)
     assert copy["largest_difference"] > 0
     table = file.with_suffix(".md").read_text()
-    assert sum(line.startswith("| ") for line in table.splitlines()) == 7 + 10 + 4 + 3
+    assert sum(line.startswith("| ") for line in table.splitlines()) == 8 + 10 + 4 + 3

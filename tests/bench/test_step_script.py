@@ -1,6 +1,8 @@
 """The comparison with transformers refuses what differs."""
 
+import json
 import sys
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ def step(monkeypatch):
     import step
 
     yield step
-    for name in ("step", "contenders"):
+    for name in ("step", "admission", "contenders", "other_layers"):
         sys.modules.pop(name)
 
 
@@ -101,3 +103,36 @@ def test_our_variants_turn_their_own_kernels_on(step, monkeypatch):
         on[name] = triton.enabled()
     every = frozenset(triton.DEFAULT)
     assert on == {"ours": frozenset(), "ours:triton": every, "ours:elementwise": every - {"experts"}}
+
+
+def test_a_compiled_contender_is_compared_like_any_other(step, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(step.SUITES, "main", {"main": tiny(step, layers=1)})
+    # without inductor, which takes half a minute
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    monkeypatch.setattr(sys, "argv", [
+        "step.py", "--suites", "main", "--dtype", "fp32", "--rounds", "2", "--only", "ours", "transformers:grouped_mm",
+        "--compiled", "transformers:grouped_mm", "--device", "cpu", "--out", str(tmp_path),
+    ])
+    step.main()
+    [file] = tmp_path.glob("*.json")
+    [result] = json.loads(file.read_text())["results"]
+    found = result["contenders"]
+    assert set(found) == {"ours", "transformers:grouped_mm", "transformers:grouped_mm+compiled"}
+    compiled = found["transformers:grouped_mm+compiled"]
+    assert compiled["departure"] <= 1
+    assert compiled["first_step_seconds"] > 2 * compiled["seconds"]  # it did compile
+    assert "transformers:grouped_mm+compiled" in capsys.readouterr().out
+
+
+def test_shapes_take_turns_without_contenders(step, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(step.SUITES, "tokens", {f"{n} tokens": tiny(step, batch=n // 32) for n in (32, 64)})
+    monkeypatch.setattr(sys, "argv", [
+        "step.py", "--suites", "tokens", "--dtype", "fp32", "--rounds", "2", "--turns-only", "--device", "cpu",
+        "--out", str(tmp_path),
+    ])
+    step.main()
+    [file] = tmp_path.glob("*.json")
+    first, second = json.loads(file.read_text())["results"]
+    assert first["time_per_token_to_first"] == 1 != second["time_per_token_to_first"] > 0
+    assert "contenders" not in first
+    assert "64 tokens, fp32, taking turns" in capsys.readouterr().out

@@ -18,7 +18,8 @@ from moe_llm.model.init import init_weights
 
 TOKENS = torch.randint(0, 24, (3, 17), generator=torch.Generator().manual_seed(1))
 MODEL = {"dense": {"num_experts_per_tok": 4}, "switch": {"num_experts_per_tok": 1}, "top_p": {"num_experts_per_tok": 4}}
-NEEDED = {"hierarchical": {"groups": 2}}
+NEEDED = {"hierarchical": {"groups": 2}, "soft_moe": {"slots_per_expert": 2, "segment_length": 4},
+          "multi_head": {"heads": 2}}
 GATED = {"num_shared_experts": 2, "shared_expert_gate": True}
 SHARED = {"num_shared_experts": 2}
 GROUPS = {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5}
@@ -53,6 +54,10 @@ CASES = [
     ("hierarchical", {"groups_per_token": 2}, SHARED, "moe_llm"),
     ("hierarchical", {}, {}, "moe_llm"),
     ("balanced", {}, {}, "moe_llm"),
+    ("soft_moe", {}, SHARED, "moe_llm"),
+    ("multi_head", {}, SHARED, "moe_llm"),
+    ("multi_head", {"norm_topk_prob": True}, {"sliding_window": 5}, "moe_llm"),
+    ("soft_moe", {"normalize": False}, {"sliding_window": 5, "tie_word_embeddings": True}, "moe_llm"),
     ("expert_choice", {}, {}, "moe_llm"),
     ("expert_choice", {"capacity_factor": 0.5}, SHARED, "moe_llm"),
 ]
@@ -158,6 +163,52 @@ def test_the_code_beside_the_weights_stands_alone_and_generates(tmp_path, kind):
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", REMOTE, str(tmp_path / "model")], env=environment, cwd=tmp_path,
                           capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+GENERATED = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+assert not any(name.partition(".")[0] == "moe_llm" for name in sys.modules), "the package is imported"
+tokens = torch.tensor([[1, 5, 9, 2, 11], [7, 7, 3, 20, 6]])
+mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+options = dict(max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
+for row in (0, 1):  # the second without its padding
+    whole = tokens[row, mask[row].bool()][None]
+    alone = model.generate(whole, max_new_tokens=9, do_sample=False, pad_token_id=0)
+    for _ in range(9):
+        whole = torch.cat([whole, model(whole).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(alone, whole[:, : alone.shape[1]])
+    together = model.generate(tokens, attention_mask=mask, **options)[row]
+    assert torch.equal(together[len(tokens[row]) - mask[row].sum():], whole[0]), (together, whole)
+texts = [torch.arange(1, 12)[None], torch.arange(5, 20)[None]]  # packed, as positions that begin anew say
+positions = torch.cat([torch.arange(11), torch.arange(15)])[None]
+packed = model(torch.cat(texts, 1), position_ids=positions, use_cache=False).logits
+assert torch.allclose(packed, torch.cat([model(text).logits for text in texts], 1), atol=1e-5)
+if sys.argv[2] == "no cache":
+    try:
+        model.generate(tokens, use_cache=True, **options)
+    except ValueError as error:
+        assert "use_cache=False" in str(error)
+    else:
+        raise AssertionError("a cache was taken")
+with_aux = model(tokens, labels=tokens, attention_mask=mask, output_router_logits=True)
+assert 0 < with_aux.aux_loss < 4
+assert {layer.shape for layer in with_aux.router_logits} == {(10, 4)}
+with_aux.loss.backward()
+assert all(p.grad is not None for p in model.parameters())
+"""
+
+
+@pytest.mark.parametrize(("kind", "cache"), [("soft_moe", "no cache"), ("multi_head", "cache")])
+def test_what_is_routed_in_the_tokens_place_generates_by_default(tmp_path, kind, cache):
+    """What whole passes say, one after the other, also with padding on the left."""
+    model_of(kind, {}, SHARED).save_pretrained(tmp_path / "model")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", GENERATED, str(tmp_path / "model"), cache], env=environment,
+                          cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 

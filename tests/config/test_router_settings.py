@@ -1,5 +1,6 @@
 """Settings of routers: one block each, whose keys are those of its type and no others; a file for each."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,16 @@ def refusal(*overrides: str) -> str:
     (["model.router={type: bias_balanced, topk_group: 2}"], "model.router.topk_group=2 is above n_group=1"),
     (["model.router={type: bias_balanced, n_group: 4}", "model.num_experts_per_tok=3"],
      "model.num_experts_per_tok=3 is above the 2 experts of router.topk_group=1 groups"),
+    (["model.router.type=soft_moe"], "model.router.slots_per_expert is missing"),
+    (["model.router={type: soft_moe, slots_per_expert: 9, segment_length: 8}"], "slots_per_expert=9 is more than the"),
+    (["model.router={type: soft_moe, slots_per_expert: 8, segment_length: 64}"],
+     "num_experts_per_tok=2 is not what 64 slots for each router.segment_length=64 tokens make: set it to 1"),
+    (["model.router={type: soft_moe, slots_per_expert: 64, segment_length: 256}"],
+     "model.router.segment_length=256 leaves no second segment in data.sequence_length=256"),
+    (["model.router={type: soft_moe, slots_per_expert: 256, segment_length: 1024}"],
+     "model.router.segment_length=1024 leaves no second segment in max_position_embeddings=1024"),
+    (["model.router={type: multi_head, heads: 5}"], "model.router.heads=5 does not divide hidden_size=192"),
+    (["model.router={type: multi_head, heads: 1}"], "model.router.heads=1"),
     (["model.router={type: expert_choice, capacity_factor: 4.5}"],
      "model.router.capacity_factor=4.5 asks 9 experts a token of num_local_experts=8: lower it"),
     (["model.router={type: expert_choice, threshold_rate: 0}"], "model.router.threshold_rate=0"),
@@ -79,7 +90,10 @@ def test_each_has_a_file_with_its_source_that_reads_back(kind):
     assert config.model_dump(exclude=others) == quickstart.model_dump(exclude=others)
     if kind != "top_p":  # whose tokens decide how many experts they need
         active, theirs = (of.model.parameter_counts(active=True) for of in (config, quickstart))
-        assert active["experts"] + active.get("shared_experts", 0) == theirs["experts"]
+        maps = sum(math.prod(shape) for name, shape in config.model.router.parameter_shapes(config.model).items()
+                   if name.endswith("_proj.weight"))
+        extra = active.get("shared_experts", 0) + config.model.num_hidden_layers * maps
+        assert active["experts"] + extra == theirs["experts"]
 
 
 def test_files_and_routers_are_the_same_set():

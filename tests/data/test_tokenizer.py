@@ -15,7 +15,7 @@ from moe_llm.config import SourceConfig
 from moe_llm.data import spm
 from moe_llm.data.cache import DocumentEncoder
 from moe_llm.data.sources import read_documents
-from moe_llm.data.tokenizer import build_tokenizer, check_vocab, resolve_vocab
+from moe_llm.data.tokenizer import build_tokenizer, check_vocab, load_tokenizer, resolve_vocab
 from moe_llm.errors import UserError
 
 UNICODE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=60)
@@ -82,6 +82,28 @@ def test_a_checkpoint_directory_gives_the_same_tokenizer(tokenizer, tmp_path, ma
     assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
     assert (again.bos_token, again.eos_token, again.unk_token) == ("<s>", "</s>", "<unk>")
+
+
+def test_a_checkpoint_with_modelling_code_is_read_without_asking(tokenizer, tmp_path, monkeypatch, capfd, make_text):
+    """transformers would ask on the terminal whether to run the code, and wait for an answer."""
+    tokenizer.save_pretrained(tmp_path)
+    config = {"model_type": "moe_llm", "auto_map": {"AutoConfig": "configuration_moe_llm.MoELLMConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "configuration_moe_llm.py").write_text("raise SystemExit('run')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    assert load_tokenizer(tmp_path)(make_text(5))["input_ids"] == tokenizer(make_text(5))["input_ids"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_tokenizer_that_is_code_is_refused(tokenizer, tmp_path, monkeypatch):
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    said = {**json.loads(file.read_text()), "tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    file.write_text(json.dumps(said))
+    (tmp_path / "own.py").write_text("raise SystemExit('run')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_tokenizer(tmp_path)
 
 
 def test_conventions_of_the_trained_model(tokenizer):

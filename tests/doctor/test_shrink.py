@@ -107,6 +107,26 @@ def test_noise_is_off_between_layouts_and_says_so():
     assert any("router_jitter_noise=0.1 is off" in note for note in made.notes)
 
 
+@pytest.mark.parametrize(("experts", "top_k", "router"), [
+    (8, 2, {"slots_per_expert": 16, "segment_length": 64}), (128, 2, {"slots_per_expert": 2, "segment_length": 128}),
+    (8, 1, {"slots_per_expert": 1, "segment_length": 9}),
+])
+def test_slots_are_formed_in_short_blocks_and_of_fewer_experts(experts, top_k, router):
+    settings = f"{{type: soft_moe, slots_per_expert: {router['slots_per_expert']}, "
+    settings += f"segment_length: {router['segment_length']}}}"
+    made = small(f"model.num_local_experts={experts}", f"model.num_experts_per_tok={top_k}", f"model.router={settings}")
+    assert made.config.model.router.segment_length * 4 < made.config.data.sequence_length
+    assert made.config.model.num_local_experts == min(experts, 64)
+    if experts == 8:
+        assert made.config.model.num_experts_per_tok == top_k
+
+
+@pytest.mark.parametrize("heads", [2, 3, 16])
+def test_parts_of_tokens_stay_whole(heads):
+    model = small(f"model.router={{type: multi_head, heads: {heads}}}").config.model
+    assert (model.router.heads, model.hidden_size % heads) == (heads, 0)
+
+
 @pytest.mark.parametrize(("router", "experts", "more", "expected"), [
     ("{type: hierarchical, groups: 12, groups_per_token: 2}", 96, [], 72),
     ("{type: hierarchical, groups: 12, groups_per_token: 2}", 96, ["parallel.expert_parallel_size=4"], 72),

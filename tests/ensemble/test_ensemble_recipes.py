@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 from ensemble_fakes import members, write
+from safetensors.torch import load_file, save_file
 
 from moe_llm import cli
 from moe_llm.ensemble.recipe import METHODS, parse_recipe, recipe_text
@@ -111,6 +112,11 @@ def test_a_damaged_member_and_missing_text_are_refused(models, text, tmp_path, c
     (damaged / "model.safetensors").write_bytes(b"nothing")
     file = write(tmp_path / "damaged.yaml", "linear", members(models["a"], str(damaged)))
     assert "cannot be loaded" in run("evaluate", "--ensemble", file, "--data", text, capsys=capsys)
+    whole = load_file(Path(models["a"], "model.safetensors"))
+    name = max(whole)
+    del whole[name]
+    save_file(whole, damaged / "model.safetensors", {"format": "pt"})
+    assert f"lacks {name}" in run("evaluate", "--ensemble", file, "--data", text, capsys=capsys)
     file = write(tmp_path / "sound.yaml", "linear", members(models["a"], models["b"]))
     out = str(tmp_path / "out.yaml")
     assert "matches no file" in run("ensemble", "fit", file, out, "--data", str(tmp_path / "*.none"), capsys=capsys)

@@ -204,3 +204,62 @@ def _weighted(score_TE, preferred, top_k, scale, share):
         for e in chosen:
             out[t, e] = scale * score_TE[t, e] / total
     return out
+
+
+def soft_moe(x_BSD, p, real, documents, segment, slots, normalize, expert):
+    """Puigcerver et al. 2023, section 2.1: slots D^T X with D = softmax over tokens of X Phi, outputs C Y with C =
+    softmax over slots of it; D of one segment of a document and C of the next. Token by token; zero for all others.
+
+    documents: a number for each position; expert(e, x_D): what expert e makes of one input.
+    """
+    phi_PD = p["weight"]
+    if normalize:
+        phi_PD = p["scale"] * phi_PD / phi_PD.norm(dim=1, keepdim=True)
+
+    def logits(x_LD):
+        return (x_LD / x_LD.norm(dim=1, keepdim=True) if normalize else x_LD) @ phi_PD.T
+
+    out = {}
+    for b in range(len(real)):
+        for document in sorted(set(documents[b])):
+            places = [s for s in range(len(real[b])) if real[b][s] and documents[b][s] == document]
+            pieces = [places[i : i + segment] for i in range(0, len(places), segment)]
+            for before, own in itertools.pairwise(pieces):
+                x_LD = x_BSD[b, before]
+                slot_PD = logits(x_LD).softmax(0).T @ x_LD
+                y_PD = torch.stack([expert(i // slots, slot_D) for i, slot_D in enumerate(slot_PD)])
+                for s in own:
+                    out[b, s] = logits(x_BSD[b, [s]]).softmax(1)[0] @ y_PD
+    zero_D = torch.zeros_like(x_BSD[0, 0])
+    return torch.stack([torch.stack([out.get((b, s), zero_D) for s in range(x_BSD.shape[1])])
+                        for b in range(len(x_BSD))])
+
+
+def multi_head(x_TD, p, real, top_k, heads, share, expert, factor=None):
+    """Wu et al. 2024: x W_head cut into parts, each the sum over its top k of g_e E_e(part), with g a softmax over all
+    experts, and these side by side times W_merge. Part by part; with a limit, and None for the choices dropped.
+
+    expert(e, x_W): what expert e makes of one part.
+    """
+    parts = [(p["head_proj.weight"] @ x_D).chunk(heads) for x_D in x_TD]
+    gates = [[(p["weight"] @ part).softmax(0) for part in token] for token in parts]
+    chosen = [[best(gate.tolist(), top_k) for gate in token] for token in gates]
+    length, experts = len(real[0]), len(p["weight"])
+    proposals = [[choice for token in chosen[b * length : (b + 1) * length] for choice in token]
+                 for b in range(len(real))]
+    wide = [[one for one in row for _ in range(heads)] for row in real]
+    room = capacity(factor, length * heads, top_k, experts) if factor else math.inf
+    granted = seats(proposals, wide, room, experts)
+    out = []
+    for t in range(len(x_TD)):
+        row = []
+        for h in range(heads):
+            total = sum(gates[t][h][e] for e in chosen[t][h]) if share else 1.0
+            row.append(sum(
+                (gates[t][h][e] / total * expert(e, parts[t][h]) for i, e in enumerate(chosen[t][h])
+                 if (t // length, t % length * heads + h, i) in granted), torch.zeros_like(parts[t][h])
+            ))
+        out.append(p["merge_proj.weight"] @ torch.cat(row))
+    counts = [sum(e in chosen[t][h] for t in range(len(x_TD)) if real[t // length][t % length] for h in range(heads))
+              for e in range(experts)]
+    return torch.stack(out), counts, sum(map(sum, wide)) * top_k - len(granted)

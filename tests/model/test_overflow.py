@@ -3,7 +3,7 @@
 import pytest
 import routing_reference as reference
 import torch
-from test_routers import B, E, S, T, by_definition, config_of, inputs, layer_of
+from test_routers import E, T, by_definition, config_of, inputs, layer_of
 
 from moe_llm.model.moe.routers import ROUTERS
 
@@ -13,6 +13,7 @@ CASES = {
     "noisy_top_k": (2, {"noise": False}, {"noise_TE": torch.zeros(T, E)}),
     "switch": (1, {}, {"factor": 100.0}),
     "batch_prioritised": (2, {"noise": False}, {"factor": 100.0, "noise_TE": torch.zeros(T, E), "score": "max"}),
+    "multi_head": (2, {"heads": 2}, {}),
     "deepseek_moe": (3, {"routed_scaling_factor": 1.5}, {"scale": 1.5, "share": False}),
 }
 FACTOR = 0.7
@@ -21,21 +22,33 @@ FACTOR = 0.7
 def expected(layer, kind: str, x_BSD: torch.Tensor, real_BS: torch.Tensor) -> tuple[torch.Tensor, int]:
     """y = sum of granted w_e E_e(x) + (sum of denied w_e) x, and how many are denied; without padding's rows."""
     top_k, _, told = CASES[kind]
-    x_TD, real = x_BSD.flatten(0, 1), real_BS.tolist()
-    gates_TE, _ = getattr(reference, kind)(x_TD, dict(layer.gate.named_parameters()), real, top_k=top_k, **told)
+    if kind == "multi_head":  # whose parts of tokens are what tokens are elsewhere
+        parts_BPW = (x_BSD @ layer.gate.head_proj.weight.T).unflatten(-1, (2, -1)).flatten(1, 2)
+        y_RW, denied = _expected(layer, "switch", top_k, {"factor": 100.0}, parts_BPW, real_BS.repeat_interleave(2, 1))
+        return y_RW.unflatten(0, (-1, 2)).flatten(1) @ layer.gate.merge_proj.weight.T, denied
+    return _expected(layer, kind, top_k, told, x_BSD, real_BS)
+
+
+def _expected(layer, kind, top_k, told, x_BSD, real_BS) -> tuple[torch.Tensor, int]:
+    (batch, length), x_TD, real = real_BS.shape, x_BSD.flatten(0, 1), real_BS.tolist()
+    parameters = dict(layer.gate.named_parameters())
+    if kind == "switch":  # there for one expert a token alone
+        gates_TE, _ = reference.by_probability(x_TD @ parameters["weight"].T, real, top_k, 100.0, None)
+    else:
+        gates_TE, _ = getattr(reference, kind)(x_TD, parameters, real, top_k=top_k, **told)
     chosen = [reference.best(row, top_k) for row in gates_TE.tolist()]
-    proposals = [chosen[b * S : (b + 1) * S] for b in range(B)]
+    proposals = [chosen[b * length : (b + 1) * length] for b in range(batch)]
     order = None
     if kind == "batch_prioritised":
-        best_BS = gates_TE.amax(-1).view(B, S).tolist()
-        order = [reference.best(scores, S) for scores in best_BS]
-    granted = reference.seats(proposals, real, reference.capacity(FACTOR, S, top_k, E), E, order)
+        best_BS = gates_TE.amax(-1).view(batch, length).tolist()
+        order = [reference.best(scores, length) for scores in best_BS]
+    granted = reference.seats(proposals, real, reference.capacity(FACTOR, length, top_k, E), E, order)
     denied, open_TE = 0, torch.zeros_like(gates_TE)
-    for t in range(T):
+    for t in range(batch * length):
         for choice in range(top_k):
-            given = (t // S, t % S, choice) in granted
+            given = (t // length, t % length, choice) in granted
             open_TE[t, chosen[t][choice]] = given
-            denied += not given and real[t // S][t % S]
+            denied += not given and real[t // length][t % length]
     kept_T1 = (gates_TE * (1 - open_TE)).sum(-1, keepdim=True)
     return by_definition(x_TD, layer, gates_TE * open_TE) + kept_T1 * x_TD, denied
 
@@ -70,14 +83,14 @@ def test_evaluation_has_no_limit_and_keeps_nothing(kind):
     free = layer_of(config_of(kind, top_k, {**settings, "capacity_factor": None})).eval()
     x_BSD, real_BS = inputs()
     assert torch.equal(held(x_BSD, real_BS)[0], free(x_BSD, real_BS)[0])
-    assert held.gate(x_BSD, real_BS).kept_T is None
+    assert held.gate(x_BSD, real_BS).kept_R is None
 
 
 def test_weights_still_sum_to_one():
     layer = layer_of(config_of("mixtral", 2, {"capacity_factor": FACTOR, "overflow": "residual"}))
     x_BSD, real_BS = inputs()
     routing = layer.gate(x_BSD, real_BS)
-    total_T = routing.kept_T.clone().index_add_(0, routing.token_index_N, routing.weight_N)
+    total_T = routing.kept_R.clone().index_add_(0, routing.token_index_N, routing.weight_N)
     torch.testing.assert_close(total_T, real_BS.flatten().float())
 
 

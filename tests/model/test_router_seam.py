@@ -17,6 +17,8 @@ from moe_llm.finetune.selection import part_of
 from moe_llm.model.init import build_model
 from moe_llm.model.moe.routers import ROUTERS, routers_of
 
+NEEDED = {"hierarchical": {"groups": 2}, "soft_moe": {"slots_per_expert": 2, "segment_length": 4},
+          "multi_head": {"heads": 2}}
 BF16 = {"train": {"precision": "bf16"}, "checkpoint": {"dtype": "bf16"}}
 
 
@@ -91,7 +93,7 @@ def test_buffers_stay_fp32_wherever_the_model_goes():
 def test_names_shapes_and_sizes_are_those_of_the_module(kind):
     model = run_of().model.model_dump(mode="json") | {"num_local_experts": 4}
     model |= {"num_experts_per_tok": {"switch": 1, "dense": 4}.get(kind, 2),
-              "router": {"type": kind, **({"groups": 2} if kind == "hierarchical" else {})}}
+              "router": {"type": kind, **NEEDED.get(kind, {})}}
     cfg = run_of(model=model)
     built = build_model(cfg.model, 0)
     assert {name: tuple(p.shape) for name, p in built.named_parameters()} == parameter_shapes(cfg.model)

@@ -43,7 +43,11 @@ CASES = {
     "bias_balanced, groups": ("bias_balanced", 3, {"n_group": 3, "topk_group": 2, "score": "softmax",
                                                   "norm_topk_prob": False},
                               {"scale": 1.0, "share": False, "groups": 3, "groups_per_token": 2, "score": "softmax"}),
+    # these put something else in the tokens' place: files of their own have their references
+    "soft_moe": ("soft_moe", 3, {"slots_per_expert": 2, "segment_length": 4}, None),
+    "multi_head": ("multi_head", 2, {"heads": 3}, None),
 }
+OF_TOKENS = [case for case, (*_, told) in CASES.items() if told is not None]
 
 
 def config_of(kind: str, top_k: int, settings: dict, **more) -> ModelConfig:
@@ -86,7 +90,7 @@ def by_definition(x_TD: torch.Tensor, layer: MoELayer, gates_TE: torch.Tensor) -
     return torch.einsum("te,tef,edf->td", gates_TE, hidden_TEF, layer.experts.down_proj)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", OF_TOKENS)
 def test_outputs_and_gradients_are_those_of_the_papers_equations(case):
     kind, top_k, settings, told = CASES[case]
     layer, (x_BSD, real_BS) = layer_of(config_of(kind, top_k, settings)), inputs()

@@ -24,6 +24,8 @@ ROUTER = {
     "deepseek_moe": {"expert_balance_coef": 0.1, "device_balance_coef": 0.2, "device_groups": 2,
                      "num_shared_experts": 2, "shared_expert_gate": True},
     "bias_balanced": {"update_rate": 0.05, "n_group": 2, "topk_group": 1, "num_shared_experts": 1},
+    "multi_head": {"heads": 3, "capacity_factor": 0.9, "overflow": "next", "global_entropy_coef": 0.1},
+    "soft_moe": {"slots_per_expert": 2, "segment_length": 4, "entropy_bonus_coef": 0.1},
     "tilted": {},
     "expert_choice": {"capacity_factor": 0.8},
 }

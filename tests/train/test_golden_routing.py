@@ -16,6 +16,7 @@ SETTINGS = {
     "dense": {}, "noisy_top_k": {}, "gshard": {"entropy_bonus_coef": 0.05}, "switch": {}, "batch_prioritised": {},
     "top_p": {"p": 0.5}, "hierarchical": {"groups": 2}, "balanced": {},
     "deepseek_moe": {"device_balance_coef": 0.1, "device_groups": 2}, "bias_balanced": {"update_rate": 0.02},
+    "soft_moe": {"slots_per_expert": 2, "segment_length": 4}, "multi_head": {"heads": 2},
     "expert_choice": {}, "mixtral, residual": {"capacity_factor": 0.7, "overflow": "residual"},
 }
 

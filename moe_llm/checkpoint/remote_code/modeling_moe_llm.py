@@ -3,8 +3,10 @@ but for how tokens choose their experts and for the experts that all tokens pass
 
 This is the model as it is evaluated: noise, limits of capacity and losses of the routers belong to training.
 Dimensions: B sequences, S positions, T = B * S tokens, D hidden, E experts, K experts per token, G groups of M experts,
-P groups of a token.
+P groups of a token; in soft slots N segments that form slots, L tokens of one of them, R slots of each.
 """
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ from .configuration_moe_llm import MoELLMConfig
 
 RENORMALISED = ("mixtral", "dense", "gshard", "noisy_top_k")
 AS_THEY_ARE = ("switch", "batch_prioritised")
+EITHER = ("deepseek_moe", "multi_head")
 
 
 class MoELLMRouter(nn.Module):
@@ -35,7 +38,14 @@ class MoELLMRouter(nn.Module):
         self.settings = config.moe_llm["router"]
         self.kind, self.top_k = self.settings["type"], config.num_experts_per_tok
         experts, hidden = config.num_local_experts, config.hidden_size
-        self.weight = nn.Parameter(torch.empty(experts, hidden))
+        self.heads = self.settings.get("heads", 1)  # parts of a token that are routed apart
+        rows = experts * self.settings.get("slots_per_expert", 1)
+        self.weight = nn.Parameter(torch.empty(rows, hidden // self.heads))
+        if self.heads > 1:
+            self.head_proj = nn.Linear(hidden, hidden, bias=False)
+            self.merge_proj = nn.Linear(hidden, hidden, bias=False)
+        if self.kind == "soft_moe" and self.settings["normalize"]:
+            self.scale = nn.Parameter(torch.ones(1))
         if self.kind == "noisy_top_k":  # of no use outside training
             self.noise_weight = nn.Parameter(torch.zeros(experts, hidden), requires_grad=False)
         if self.kind == "hierarchical":
@@ -45,7 +55,13 @@ class MoELLMRouter(nn.Module):
         if self.kind == "expert_choice":
             self.register_buffer("threshold", torch.zeros(experts, dtype=torch.float32))
 
-    def forward(self, x_TD: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_TD: Tensor, position_T: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        if self.kind == "soft_moe":  # logits of the slots instead of experts, and no weights
+            x_TD, phi_RD = x_TD.float(), self.weight.float()
+            if self.settings["normalize"]:
+                x_TD, phi_RD = F.normalize(x_TD, dim=-1), self.scale.float() * F.normalize(phi_RD, dim=-1)
+            logits_TR = F.linear(x_TD, phi_RD)
+            return logits_TR.unflatten(-1, (-1, self.settings["slots_per_expert"])).logsumexp(-1), logits_TR, None
         logits_TE = F.linear(x_TD.float(), self.weight.float())
         if self.kind == "hierarchical":
             group_TG = F.linear(x_TD.float(), self.group_weight.float())
@@ -70,9 +86,9 @@ class MoELLMRouter(nn.Module):
             taken_TK = weight_TK.cumsum(-1) - weight_TK < self.settings["p"]
             taken_TK[:, 0] = True
             return expert_TK, weight_TK * taken_TK
-        if self.kind in RENORMALISED or (self.kind == "deepseek_moe" and self.settings["norm_topk_prob"]):
+        if self.kind in RENORMALISED or (self.kind in EITHER and self.settings["norm_topk_prob"]):
             weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
-        elif self.kind not in AS_THEY_ARE and self.kind != "deepseek_moe":
+        elif self.kind not in AS_THEY_ARE + EITHER:
             raise ValueError(f"moe_llm.router.type={self.kind!r} of config.json is not known here: use a newer file")
         return expert_TK, weight_TK * self.settings.get("routed_scaling_factor", 1.0)
 
@@ -121,25 +137,59 @@ class MoELLMSparseBlock(nn.Module):
         hidden, width, own = config.hidden_size, config.intermediate_size, config.moe_llm
         shared = own.get("num_shared_experts", 0)
         self.gate = MoELLMRouter(config)
-        self.experts = nn.ModuleList(MoELLMExpert(hidden, width) for _ in range(config.num_local_experts))
+        part = hidden // self.gate.heads
+        self.experts = nn.ModuleList(MoELLMExpert(part, width) for _ in range(config.num_local_experts))
         self.shared_experts = MoELLMExpert(hidden, shared * width) if shared else None
         self.shared_expert_gate = nn.Linear(hidden, 1, bias=False) if own.get("shared_expert_gate") else None
 
-    def forward(self, x_BSD: Tensor, position_BS: Tensor) -> Tensor:
-        x_TD = x_BSD.flatten(0, 1)
-        _, expert_TK, weight_TK = self.gate(x_TD, position_BS.expand(x_BSD.shape[:2]).flatten())
-        y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
-        for e, expert in enumerate(self.experts):
-            token_N, choice_N = torch.where((expert_TK == e) & (weight_TK != 0))
-            if len(token_N):
-                y_TD.index_add_(0, token_N, expert(x_TD[token_N]).float() * weight_TK[token_N, choice_N, None])
-        y_TD = y_TD.to(x_TD.dtype)
+    def forward(self, x_BSD: Tensor, position_BS: Tensor, real_BS: Tensor | None = None) -> Tensor:
+        x_TD, position_T = x_BSD.flatten(0, 1), position_BS.expand(x_BSD.shape[:2]).flatten()
+        if self.gate.kind == "soft_moe":
+            logits_TR = self.gate(x_TD, position_T)[1]
+            real_T = torch.ones_like(position_T) if real_BS is None else real_BS.flatten()
+            y_TD = self._soft(x_TD, logits_TR, _segments(position_T, real_T, len(x_BSD), self.gate.settings))
+        elif self.gate.heads > 1:
+            parts = self.gate.head_proj(x_TD).chunk(self.gate.heads, -1)
+            y_TD = self.gate.merge_proj(torch.cat([self._routed(part_TP, position_T) for part_TP in parts], -1))
+        else:
+            y_TD = self._routed(x_TD, position_T)
         if self.shared_experts is not None:
             shared_TD = self.shared_experts(x_TD)
             if self.shared_expert_gate is not None:
                 shared_TD = torch.sigmoid(self.shared_expert_gate(x_TD)) * shared_TD
             y_TD = y_TD + shared_TD
         return y_TD.view_as(x_BSD)
+
+    def _routed(self, x_TD: Tensor, position_T: Tensor) -> Tensor:
+        _, expert_TK, weight_TK = self.gate(x_TD, position_T)
+        y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+        for e, expert in enumerate(self.experts):
+            token_N, choice_N = torch.where((expert_TK == e) & (weight_TK != 0))
+            if len(token_N):
+                y_TD.index_add_(0, token_N, expert(x_TD[token_N]).float() * weight_TK[token_N, choice_N, None])
+        return y_TD.to(x_TD.dtype)
+
+    def _soft(self, x_TD: Tensor, logits_TR: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Each segment's tokens form slots, of which those of the next segment take their output."""
+        y_TD = torch.zeros_like(x_TD)
+        if pairs:
+            slot_NRD = torch.stack([logits_TR[a_L].softmax(0).T.to(x_TD.dtype) @ x_TD[a_L] for a_L, _ in pairs])
+            parts = slot_NRD.chunk(len(self.experts), 1)
+            y_NRD = torch.cat([expert(part_NrD) for expert, part_NrD in zip(self.experts, parts)], 1)
+            for (_, b_L), y_RD in zip(pairs, y_NRD):
+                y_TD[b_L] = logits_TR[b_L].softmax(-1).to(y_RD.dtype) @ y_RD
+        return y_TD
+
+
+def _segments(position_T: Tensor, real_T: Tensor, rows: int, settings: dict) -> list[tuple[Tensor, Tensor]]:
+    """The tokens of each segment that has one after it, and of that; a text ends where positions do not go on."""
+    pairs = []
+    for place_S in torch.arange(len(real_T), device=real_T.device).chunk(rows):
+        place_S = place_S[real_T[place_S] != 0]
+        ends = (position_T[place_S].diff() != 1).nonzero()[:, 0] + 1
+        for text_S in place_S.tensor_split(ends.cpu()):
+            pairs += pairwise(text_S.split(settings["segment_length"]))
+    return pairs
 
 
 class MoELLMDecoderLayer(GradientCheckpointingLayer):
@@ -150,10 +200,12 @@ class MoELLMDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, position_ids: Tensor, **kwargs) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, position_ids: Tensor, real_mask: Tensor | None = None, **kwargs
+    ) -> Tensor:
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), position_ids=position_ids, **kwargs)
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), position_ids)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), position_ids, real_mask)
 
 
 class MoELLMPreTrainedModel(MixtralPreTrainedModel):
@@ -173,6 +225,8 @@ class MoELLMPreTrainedModel(MixtralPreTrainedModel):
             for name in ("weight", "group_weight"):
                 if getattr(module, name, None) is not None:
                     init.normal_(getattr(module, name), std=self.config.initializer_range)
+            if hasattr(module, "scale"):
+                init.ones_(module.scale)
 
 
 class MoELLMModel(MoELLMPreTrainedModel, MixtralModel):
@@ -184,6 +238,18 @@ class MoELLMModel(MoELLMPreTrainedModel, MixtralModel):
         self.rotary_emb = MixtralRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, use_cache=None, **kwargs):
+        if self.config.moe_llm["router"]["type"] == "soft_moe":
+            if use_cache or past_key_values is not None:
+                raise ValueError("slots are formed of earlier tokens, which no cache holds: set use_cache=False")
+            if attention_mask is not None and attention_mask.dim() != 2:
+                raise ValueError("slots are formed of tokens that are no padding: give a mask of (batch, length)")
+            use_cache, kwargs["real_mask"] = False, attention_mask
+        return super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values, use_cache=use_cache,
+            **kwargs,
+        )
 
 
 class MoELLMForCausalLM(MoELLMPreTrainedModel, MixtralForCausalLM):

@@ -27,12 +27,17 @@ class MoELayer(nn.Module):
         self.shared_experts = SharedExperts(config) if config.num_shared_experts else None
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
 
-    def forward(self, x_BSD: Tensor, real_BS: Tensor) -> tuple[Tensor, RoutingStatistics]:
-        routing = self.gate(x_BSD, real_BS)
+    def forward(
+        self, x_BSD: Tensor, real_BS: Tensor, document_BS: Tensor | None = None
+    ) -> tuple[Tensor, RoutingStatistics]:
+        routing = self.gate(x_BSD, real_BS, *([document_BS] if self.gate.by_document else []))
         x_TD = x_BSD.flatten(0, 1)
-        y_TD = self.dispatcher(x_TD, routing, self.experts)
-        if routing.kept_T is not None:
-            y_TD = (y_TD + routing.kept_T[:, None] * x_TD).to(x_TD.dtype)
+        entered_RW = x_TD if routing.entered_RW is None else routing.entered_RW
+        y_TD = self.dispatcher(entered_RW, routing, self.experts)
+        if routing.kept_R is not None:
+            y_TD = (y_TD + routing.kept_R[:, None] * entered_RW).to(x_TD.dtype)
+        if routing.leave is not None:
+            y_TD = routing.leave(y_TD)
         if self.shared_experts is not None:
             y_TD = y_TD + self._shared(x_TD)
         return y_TD.view_as(x_BSD), routing.statistics

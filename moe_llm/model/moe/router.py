@@ -21,14 +21,18 @@ from moe_llm.ops.wide_linear import wide_linear
 class Router(nn.Module):
     """Base of all routers. A subclass names its settings, writes `forward`, and may have losses and an update.
 
-    Parameters and buffers are those that the settings name. Parameters begin with normal weights, but for those in
-    `zero_parameters`; buffers with zero. Buffers stay fp32 whatever the model's dtype.
+    Parameters and buffers are those that the settings name; `NAME.weight` is that of a linear map `NAME`. Parameters
+    begin with normal weights, but for those in `zero_parameters`, and vectors with ones; buffers with zero. Buffers
+    stay fp32 whatever the model's dtype.
+
+    by_document: `forward` takes the documents' ids (B, S) too, None where they are not isolated.
 
     step: the optimizer step that is being computed, counted from 0; set by the training loop.
     """
 
     Settings: ClassVar[type[RouterSettings]]
     zero_parameters: ClassVar[tuple[str, ...]] = ()
+    by_document: ClassVar[bool] = False
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -40,7 +44,12 @@ class Router(nn.Module):
         self.step = 0
         self.low_rank: tuple[float, float] | None = None  # scale and dropout of adapters
         for name, shape in self.settings.parameter_shapes(config).items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+            module, _, leaf = name.rpartition(".")
+            if module:
+                assert leaf == "weight", f"{name} is no linear map's"
+                self.add_module(module, nn.Linear(shape[1], shape[0], bias=False))
+            else:
+                self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         for name, shape in self.settings.buffer_shapes(config).items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float32))
 

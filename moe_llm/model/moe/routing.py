@@ -1,8 +1,10 @@
 """The one record that every router returns and dispatch, experts and combine understand.
 
-Dimensions: B sequences, T tokens, E experts, K experts per token, N routed rows (T*K for token choice), L layers.
+Dimensions: B sequences, T tokens, D hidden, E experts, K experts per token, N routed rows (T*K for token choice),
+L layers, R what is routed in the tokens' place, W its width.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -42,8 +44,12 @@ class Routing(NamedTuple):
     """Which token goes to which expert, as flat rows sorted by expert.
 
     slot_TK holds the rows of each token where every token has exactly K of them (then combining is a
-    gather); it is None where their number varies. kept_T is what each token itself, as the experts see it, is
-    multiplied by and added; None: no token is.
+    gather); it is None where their number varies. kept_R is what each token itself, as the experts see it, is
+    multiplied by and added to their outputs; None: no token is.
+
+    A router may put something else in the tokens' place, such as slots or parts of tokens: the experts then work on
+    `entered_RW`, to which the rows refer, and `leave` makes the tokens' outputs of theirs. What `leave` needs of the
+    router's parameters it reaches through a module, whose call gathers them where they are spread over ranks.
     """
 
     token_index_N: Tensor  # int64, the token of each row
@@ -52,7 +58,9 @@ class Routing(NamedTuple):
     slot_TK: Tensor | None  # int64
     logits_TE: Tensor  # fp32
     statistics: RoutingStatistics
-    kept_T: Tensor | None = None  # fp32, with gradient
+    entered_RW: Tensor | None = None
+    leave: Callable[[Tensor], Tensor] | None = None  # (R, W) to (T, D)
+    kept_R: Tensor | None = None  # fp32, with gradient
 
 
 def router_statistics(

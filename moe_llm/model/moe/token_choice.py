@@ -63,7 +63,7 @@ class TokenChoiceRouter(Router):
         expert_TR = self._preferred(probability_TE, self.num_experts if pass_on else self.top_k)
         value_TR = probability_TE.gather(-1, expert_TR)
         wanted_TR = self.wanted(value_TR)
-        granted_TR, dropped, kept_T = wanted_TR, None, None
+        granted_TR, dropped, kept_R = wanted_TR, None, None
         if factor is not None:
             capacity = capacity_of(factor, real_BS.shape[1], self.top_k, self.num_experts)
             granted_TR = self.assign(expert_TR, value_TR, wanted_TR, real_BS, capacity)
@@ -74,7 +74,7 @@ class TokenChoiceRouter(Router):
         if overflow == "residual":
             denied_TR = real_BS.flatten()[:, None] & ~granted_TR
             denied_TR = denied_TR if wanted_TR is None else denied_TR & wanted_TR
-            kept_T = (weight_TR * denied_TR).sum(-1)
+            kept_R = (weight_TR * denied_TR).sum(-1)
         return Routing(
             **rows_by_token(expert_TR, weight_TR, self.num_experts, granted_TR),
             logits_TE=logits_TE,
@@ -83,7 +83,7 @@ class TokenChoiceRouter(Router):
                 taken_TK=None if wanted_TR is None else wanted_TR[:, : self.top_k],
                 own_X=None if measure is None else measure(expert_TR, weight_TR),
             ),
-            kept_T=kept_T,
+            kept_R=kept_R,
         )
 
     def _preferred(self, probability_TE: Tensor, choices: int) -> Tensor:

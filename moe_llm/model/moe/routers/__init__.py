@@ -17,7 +17,9 @@ from moe_llm.model.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_llm.model.moe.routers.gshard import GShardRouter
 from moe_llm.model.moe.routers.hierarchical import HierarchicalRouter
 from moe_llm.model.moe.routers.mixtral import MixtralRouter
+from moe_llm.model.moe.routers.multi_head import MultiHeadRouter
 from moe_llm.model.moe.routers.noisy_top_k import NoisyTopKRouter
+from moe_llm.model.moe.routers.soft_moe import SoftMoERouter
 from moe_llm.model.moe.routers.switch import SwitchRouter
 from moe_llm.model.moe.routers.top_p import TopPRouter
 from moe_llm.model.moe.routing import RoutingStatistics
@@ -34,6 +36,8 @@ ROUTERS: dict[str, type[Router]] = {
     "balanced": BalancedRouter,
     "deepseek_moe": DeepSeekMoERouter,
     "bias_balanced": BiasBalancedRouter,
+    "soft_moe": SoftMoERouter,
+    "multi_head": MultiHeadRouter,
     "expert_choice": ExpertChoiceRouter,
 }
 

@@ -1,0 +1,36 @@
+"""Parts of tokens routed apart (Wu et al. 2024, "Multi-Head Mixture-of-Experts").
+
+Dimensions: B sequences, S positions, T = B*S tokens, D hidden, H heads, W = D / H, R = T*H parts of tokens.
+"""
+
+from torch import Tensor
+
+from moe_llm.config.routers_mixed import MultiHeadSettings
+from moe_llm.model.moe.routing import Routing
+from moe_llm.model.moe.token_choice import TokenChoiceRouter
+
+
+class MultiHeadRouter(TokenChoiceRouter):
+    """A linear map of each token is cut into H parts. Each takes its top k of a softmax over experts that work on
+    vectors of W, weighted by their probabilities; what they made of a token's parts, side by side, goes through another
+    linear map.
+
+    To losses, limits of capacity and statistics a part is what a token is elsewhere: all count parts, and a token's
+    stand side by side in its sequence.
+    """
+
+    Settings = MultiHeadSettings
+    settings: MultiHeadSettings
+
+    def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Routing:
+        heads = self.settings.heads
+        part_BPW = self.head_proj(x_BSD).unflatten(-1, (heads, -1)).flatten(1, 2)
+        routing = super().forward(part_BPW, real_BS.repeat_interleave(heads, 1))
+
+        def leave(y_RW: Tensor) -> Tensor:
+            return self.merge_proj(y_RW.unflatten(0, (-1, heads)).flatten(1))
+
+        return routing._replace(entered_RW=part_BPW.flatten(0, 1), leave=leave)
+
+    def weights(self, value_TR: Tensor, shared_TR: Tensor) -> Tensor:
+        return super().weights(value_TR, shared_TR) if self.settings.norm_topk_prob else value_TR
