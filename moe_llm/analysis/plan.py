@@ -95,6 +95,8 @@ def _check(config: Config, request: Request) -> None:
         )
     if config.distill.teachers:
         raise UserError("distill.teachers take memory and time that plans do not count: add distill={}")
+    if config.train.adversarial.epsilon is not None:
+        raise UserError("train.adversarial.epsilon takes passes that plans do not count: add train.adversarial={}")
     if request.gpus % request.nodes:
         raise UserError(
             f"--gpus {request.gpus} does not divide over --nodes {request.nodes}: give as many GPUs on every node"

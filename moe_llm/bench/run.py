@@ -18,6 +18,7 @@ import torch
 from moe_llm.bench.parts import PARTS, marked, seconds_by_part, span
 from moe_llm.bench.products import measure_products, peak_rate, step_products, synchronize
 from moe_llm.config import Config
+from moe_llm.config.adversarial import AdversarialConfig
 from moe_llm.data.cache import TokenizedText
 from moe_llm.data.loader import TrainBlocks, TrainLoader
 from moe_llm.data.packing import Batch, PackedBlocks
@@ -42,8 +43,8 @@ def bench(config: Config, *, steps: int = 5, trace: str | Path | None = None) ->
     the others.
 
     Raises:
-        UserError: no vocabulary size, teachers, a layout that does not fit the ranks, or a trace that cannot be
-            written.
+        UserError: no vocabulary size, teachers, perturbations or turns, a layout that does not fit the ranks, or a
+            trace that cannot be written.
     """
     if config.model.vocab_size is None:
         raise UserError(
@@ -52,6 +53,8 @@ def bench(config: Config, *, steps: int = 5, trace: str | Path | None = None) ->
         )
     if config.distill.teachers:
         raise UserError("distill.teachers are not part of the step that is timed: add distill={}")
+    if config.train.adversarial != AdversarialConfig():
+        raise UserError("train.adversarial is not part of the step that is timed: add train.adversarial={}")
     _check_trace(trace)
     runtime = start(config)
     try:

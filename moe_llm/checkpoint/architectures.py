@@ -94,7 +94,8 @@ _TOP_K_OF_SOFTMAX: dict[str, Callable[[ModelConfig], bool]] = {
     "deepseek_moe": lambda model: model.router.norm_topk_prob,
 }
 # All that the modelling code knows (`remote_code/modeling_moe_llm.py`).
-CODED = (*_TOP_K_OF_SOFTMAX, "bias_balanced", "top_p", "hierarchical", "balanced", "soft_moe", "multi_head", "lory")
+CODED = (*_TOP_K_OF_SOFTMAX, "bias_balanced", "top_p", "hierarchical", "balanced", "soft_moe", "multi_head", "lory",
+         "expert_choice")
 _UNUSED = {"noisy_top_k": ("noise_weight",)}
 
 

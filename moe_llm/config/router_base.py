@@ -37,6 +37,9 @@ class RouterSettings(Section):
 
     causal: ClassVar[bool] = True  # whether, in training too, a token's experts depend on no later token
     needs_past: ClassVar[bool] = False  # whether experts work on earlier tokens too, so that generation reads them anew
+    # where they do: why, and what evaluation and generation do instead
+    looks_ahead: ClassVar[str] = "where room is short, who gets it depends on later tokens"
+    afterwards: ClassVar[str] = "turn no token away"
 
     merges: ClassVar[bool] = False  # whether experts' weights are mixed, rather than their outputs
 
@@ -71,7 +74,7 @@ class RouterSettings(Section):
         return {}
 
     def active_experts(self, model: "ModelConfig") -> int:
-        """How many rows of experts a token costs, at most."""
+        """How many rows of experts a token costs, at most; where experts choose tokens, on average."""
         return model.num_experts_per_tok
 
     def mixed_per_token(self, model: "ModelConfig") -> int:
@@ -159,8 +162,9 @@ class LimitedSettings(RouterSettings):
 
 
 class OverflowSettings(LimitedSettings):
-    """Those of them that may pass a token on."""
+    """Those of them that may pass a token on, or hold what it is denied."""
 
-    overflow: Literal["drop", "next"] = Field(
-        "drop", description="beyond the capacity: drop, or pass on to the next expert that has room"
+    overflow: Literal["drop", "next", "residual"] = Field(
+        "drop", description="beyond the capacity: drop; next: pass on to the next expert that has room; residual: the "
+        "token itself takes the place of the expert's output, times the weight that this would have had"
     )

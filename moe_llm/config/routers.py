@@ -4,6 +4,7 @@ One class of settings for each router in `moe_llm.model.moe.routers`, and one li
 that is defined elsewhere adds its own with `moe_llm.model.moe.routers.register`.
 """
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny
@@ -252,6 +253,39 @@ class LorySettings(RouterSettings):
     def shrunk(self, model: "ModelConfig", experts: int, length: int) -> dict[str, Any]:
         return {"router": {"segment_length": min(self.segment_length, max(1, length // 4))}}
 
+class ExpertChoiceSettings(RouterSettings):
+    """Experts take the tokens of a sequence that score highest for them, a token any number of experts (Zhou et al.
+    2022)."""
+
+    type: Literal["expert_choice"] = "expert_choice"
+    capacity_factor: float = Field(
+        1.0, gt=0, description="an expert takes this many times its even share of each sequence, while training: the "
+        "paper's capacity factor c, experts of a token on average, is this times model.num_experts_per_tok",
+    )
+    threshold_rate: float = Field(
+        0.05, gt=0, le=1, description="share of the way that each step moves an expert's threshold, which decides in "
+        "evaluation, to the lowest probability that it took in that step",
+    )
+    causal: ClassVar[bool] = False
+    looks_ahead: ClassVar[str] = "experts take the best tokens of a whole sequence"
+    afterwards: ClassVar[str] = "send a token to each expert whose threshold its probability reaches, perhaps to none"
+
+    def check(self, model: "ModelConfig") -> None:
+        average = self.capacity_factor * model.num_experts_per_tok
+        if average > model.num_local_experts:
+            invalid("router.capacity_factor", self.capacity_factor,
+                    f"asks {average:g} experts a token of num_local_experts={model.num_local_experts}", "lower it")
+
+    def buffer_shapes(self, model: "ModelConfig") -> Shapes:
+        return {"threshold": (model.num_local_experts,)}
+
+    def active_experts(self, model: "ModelConfig") -> int:
+        return math.ceil(self.capacity_factor * model.num_experts_per_tok)
+
+    @property
+    def even(self) -> bool:
+        return False
+
 
 def _exactly(model: "ModelConfig", experts: int, kind: str) -> None:
     if model.num_experts_per_tok != experts:
@@ -274,6 +308,7 @@ ROUTER_SETTINGS: dict[str, type[RouterSettings]] = {
     "soft_moe": SoftMoESettings,
     "multi_head": MultiHeadSettings,
     "lory": LorySettings,
+    "expert_choice": ExpertChoiceSettings,
 }
 
 

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from moe_llm.config.adversarial import AdversarialConfig
 from moe_llm.config.alarms import AlarmsConfig
 from moe_llm.config.base import Section, invalid
 from moe_llm.config.distill import DistillConfig, with_teachers_tokenizer
@@ -215,6 +216,7 @@ class TrainConfig(Section):
     )
 
     early_stopping: EarlyStoppingConfig = Field(EarlyStoppingConfig(), description="an end before the last step")
+    adversarial: AdversarialConfig = Field(AdversarialConfig(), description="perturbed embeddings; routers in turns")
 
     @model_validator(mode="after")
     def _one_length(self):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from moe_llm.config import Config
+from moe_llm.config.adversarial import AdversarialConfig
 from moe_llm.config.routers import ENTROPY_COEFFICIENTS
 from moe_llm.doctor import adapters, compare
 from moe_llm.doctor.causes import diagnose
@@ -157,19 +158,24 @@ class _Case:
         return replace(self.config, train={"precision": "fp32"})
 
     def _as_transformers(self, precise: Observation) -> Observation:
-        """One process in fp32 without what transformers has not: limits of capacity and losses of the router's own."""
+        """One process in fp32 without what transformers has not: limits of capacity, losses of the router's own,
+        perturbations and turns."""
         router = self.config.model.router
         without = {**router.unlimited(), **dict.fromkeys(ENTROPY_COEFFICIENTS, 0.0), "global_entropy_threshold": None}
         changed = {key: value for key, value in without.items() if getattr(router, key) != value}
-        if not changed:
+        adversarial = self.config.train.adversarial != AdversarialConfig()
+        if not changed and not adversarial:
             return precise
+        if adversarial:
+            self.findings.append(note("train.adversarial is off beside transformers, which has no such thing"))
         for key, value in changed.items():
             self.findings.append(note(
                 f"model.router.{key}={getattr(router, key)} is {'null' if value is None else value} beside "
                 "transformers, which has no such thing"
             ))
         plain = {**router.model_dump(mode="json"), **without}
-        return self._alone(replace(self._in_fp32(), model={"router": plain}), "one_plain", keep_batches=True)
+        config = replace(self._in_fp32(), model={"router": plain}, train={"precision": "fp32", "adversarial": {}})
+        return self._alone(config, "one_plain", keep_batches=True)
 
     def _elsewhere(self) -> Config:
         """The ranks in another layout than the configured one."""

@@ -25,6 +25,7 @@ from moe_llm.parallel.engine import Engine
 from moe_llm.parallel.runtime import start
 from moe_llm.parallel.side_group import SideGroup
 from moe_llm.train import loop
+from moe_llm.train.adversarial import build_perturbation
 from moe_llm.train.evaluate import validation_loss
 from moe_llm.train.run import build_trained
 from moe_llm.train.signals import StopRequest
@@ -94,7 +95,8 @@ def observe(config: Config, *, source: str | None = None, keep_batches: bool = F
         seen.saved.append(str(path))
 
     callbacks = loop.Callbacks(
-        evaluate=lambda: validation_loss(config, watched, runtime, data), record=seen.records.append, save=save
+        evaluate=lambda: validation_loss(config, watched, runtime, data), record=seen.records.append, save=save,
+        perturb=build_perturbation(config, engine.model),
     )
     loader = TrainLoader(
         data.train, position=position.samples, global_batch_size=config.train.global_batch_size,

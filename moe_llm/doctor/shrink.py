@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic_core import PydanticCustomError
+
 from moe_llm.config import Config
 from moe_llm.config.distill import DistillConfig
 from moe_llm.config.load import validate
@@ -101,7 +103,10 @@ def _train(config: Config, ranks: int) -> dict[str, Any]:
     train = config.train
     rounds = max(1, min(ROUNDS, train.global_batch_size // (train.micro_batch_size * ranks)))
     micro = min(train.micro_batch_size, MICRO)
-    return {"micro_batch_size": micro, "global_batch_size": micro * rounds * ranks}
+    adversarial = train.adversarial.model_dump(mode="json")
+    if adversarial["router_every"] is not None:
+        adversarial["router_every"] = 2  # so that few steps see both turns
+    return {"micro_batch_size": micro, "global_batch_size": micro * rounds * ranks, "adversarial": adversarial}
 
 
 def _model(config: Config, ranks: int, notes: list[str]) -> dict[str, Any]:
@@ -158,13 +163,21 @@ def _model(config: Config, ranks: int, notes: list[str]) -> dict[str, Any]:
 
 
 def _experts(config: Config, ranks: int) -> int:
-    """All of them up to 64; beyond, what the ranks divide as they divide the user's."""
+    """All of them up to 64; beyond, what the ranks divide as they divide the user's, and the router's groups too."""
     model = config.model
     if model.num_local_experts <= EXPERTS:
         return model.num_local_experts
     size = fitting_expert_parallel(config.parallel.expert_parallel_size, model.num_local_experts, ranks)
     least = max(EXPERTS, model.num_experts_per_tok)
-    return min(model.num_local_experts, -(-least // size) * size)
+    for experts in range(-(-least // size) * size, model.num_local_experts, size):
+        if model.router.shrunk(model, experts, _length(config)):
+            return experts  # it brings itself into line
+        try:
+            model.router.check(model.model_copy(update={"num_local_experts": experts}))
+        except PydanticCustomError:
+            continue  # groups that this number does not divide into, or leaves too small
+        return experts
+    return model.num_local_experts
 
 
 def _finetune(config: Config, experts: int, notes: list[str]) -> dict[str, Any]:

@@ -82,9 +82,11 @@ class Decoder(nn.Module):
 
     def forward(
         self, input_ids_BS: Tensor, position_ids_BS: Tensor, pattern: AttentionPattern, real_BS: Tensor,
-        document_BS: Tensor | None = None,
+        document_BS: Tensor | None = None, perturbation_BSD: Tensor | None = None,
     ) -> tuple[Tensor, RoutingStatistics]:
         x_BSD = self.embed_tokens(input_ids_BS)
+        if perturbation_BSD is not None:
+            x_BSD = (x_BSD + perturbation_BSD).to(x_BSD.dtype)
         cos_BSd, sin_BSd = rotary_cos_sin(
             position_ids_BS, self.config.attention_head_dim, self.config.rope_theta, dtype=x_BSD.dtype
         )
@@ -149,6 +151,7 @@ class MoEDecoder(nn.Module):
         document_ids: Tensor | None = None,
         return_logits: bool = True,
         teacher: Distillation | None = None,
+        perturbation: Tensor | None = None,
     ) -> MoEOutput:
         """Logits and losses of a batch.
 
@@ -162,6 +165,7 @@ class MoEDecoder(nn.Module):
             document_ids: (B, S) int64; tokens attend, and are mixed, within their own document only.
             return_logits: without them only the loss is computed, in less memory.
             teacher: what the targets' distributions are drawn to, beside the targets themselves.
+            perturbation: (B, S, D), added to the embeddings of the input.
         """
         if labels is not None:
             assert targets is None, "labels are shifted here, targets are shifted already: give one of them"
@@ -175,7 +179,7 @@ class MoEDecoder(nn.Module):
             document_ids=document_ids,
             sliding_window=self.config.sliding_window,
         )
-        x_BSD, routing = self.model(input_ids, position_ids, pattern, real_BS, document_ids)
+        x_BSD, routing = self.model(input_ids, position_ids, pattern, real_BS, document_ids, perturbation)
 
         logits = self.lm_head(x_BSD) if return_logits else None
         aux = balance_loss(routing, self.config.router_aux_loss_scope)

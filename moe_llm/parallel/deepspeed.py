@@ -236,6 +236,14 @@ def flat_parameters(optimizer: Any) -> list[torch.Tensor]:
     return optimizer.single_partition_of_fp32_groups
 
 
+def flat_parameters_with_groups(optimizer: Any) -> list[tuple[torch.Tensor, dict]]:
+    """The same, each with its parameter group."""
+    flat, groups = flat_parameters(optimizer), optimizer.param_groups
+    if hasattr(optimizer, "sub_group_to_group_id"):  # ZeRO-3
+        return [(piece, groups[optimizer.sub_group_to_group_id[i]]) for i, piece in enumerate(flat)]
+    return list(zip(flat, groups, strict=True))
+
+
 def held_parameters(model: torch.nn.Module) -> list[torch.Tensor]:
     """The model's own parameters, or this rank's slices of them (ZeRO-3)."""
     return [getattr(p, "ds_tensor", p).detach() for p in model.parameters()]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_llm.config import Config
+from moe_llm.config.adversarial import Turn
 from moe_llm.model.adapters import factors_of, is_factor, own_name
 from moe_llm.model.decoder import MoEDecoder, MoEOutput
 from moe_llm.model.moe.experts import Experts
@@ -18,6 +19,7 @@ from moe_llm.parallel import deepspeed as contract
 from moe_llm.parallel.averaging import Averaging
 from moe_llm.parallel.runtime import Runtime
 from moe_llm.parallel.state import Adapted, Entry
+from moe_llm.parallel.turns import Turns
 
 OptimizerFactory = Callable[[list[dict]], torch.optim.Optimizer]
 
@@ -35,6 +37,10 @@ class Engine(Protocol):
     def gradient_square(self) -> Tensor:
         """This rank's summand of the square of the gradients' global norm (fp32 scalar on its device), between
         `backward` and `step`. Not finite if any gradient that it holds is not."""
+
+    def take_turn(self, turn: Turn) -> None:
+        """What the coming step trains, before its first backward pass: the gradients of all else are zero, and `step`
+        leaves it and its optimizer tensors as they are."""
 
     def step(self, lr: float) -> float:
         """Clip, update, clear; returns the gradients' global norm before clipping. The gradients must be finite."""
@@ -79,7 +85,7 @@ def first_experts(model: nn.Module) -> dict[str, int]:
     }
 
 
-class _NamedState(Averaging):
+class _NamedState(Averaging, Turns):
     """The parts of `TrainedState` that do not depend on who trains.
 
     Where only some experts are trained (`finetune.experts`), a stacked parameter is trained whole, since the engine
@@ -125,15 +131,20 @@ class _NamedState(Averaging):
                 self._trained_rows[parameter] = [row for row, trained in enumerate(rows) if trained]
                 others = [row for row, trained in enumerate(rows) if not trained]
                 parameter.register_hook(_clear_rows(torch.tensor(others, device=runtime.device)))
+        self._set_up_turns(config.train.adversarial, groups)
         self._decays = [
             (p, group["row_weight_decay"], group.get("lr_multiplier", 1.0))
             for group in groups if "row_weight_decay" in group for p in group["params"]
         ]
 
     def _before_step(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
-        """Give each group its rate, and the trained rows of stacked parameters their decay (as AdamW does it)."""
+        """Give each group its rate and its turn, and the trained rows of stacked parameters their decay (as AdamW does
+        it)."""
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_multiplier", 1.0)
+        self._mark_idle(optimizer.param_groups)
+        if self._idle(routers=False):
+            return
         for parameter, decay, multiplier in self._decays:
             self._decay_rows(parameter, self._trained_rows[parameter], 1 - lr * multiplier * decay)
 
@@ -267,18 +278,8 @@ class LocalEngine(_NamedState):
             self.optimizer.state[master][kind].copy_(tensor)
 
     def make_optimizer_state(self, steps: int) -> None:
-        _fill_optimizer_state(self.optimizer, self._trained, self.kinds, steps)
-
-
-def _fill_optimizer_state(
-    optimizer: torch.optim.Optimizer, parameters: list[Tensor], kinds: tuple[str, ...], steps: int
-) -> None:
-    for parameter in parameters if kinds else ():
-        state = optimizer.state[parameter]
-        # a fused optimizer counts on the device
-        state["step"] = torch.tensor(float(steps), device=parameter.device)
-        for kind in kinds:
-            state[kind] = torch.zeros_like(parameter)
+        groups = self.optimizer.param_groups
+        self._fill_optimizer_state(self.optimizer, [(p, group) for group in groups for p in group["params"]], steps)
 
 
 @torch.no_grad()
@@ -369,7 +370,8 @@ class DeepSpeedEngine(_NamedState):
         return optimizer.optimizer, contract.flat_parameters(optimizer)
 
     def make_optimizer_state(self, steps: int) -> None:
-        _fill_optimizer_state(*self._stepped(), self.kinds, steps)
+        optimizer = self.engine.optimizer
+        self._fill_optimizer_state(optimizer.optimizer, contract.flat_parameters_with_groups(optimizer), steps)
         contract.link_optimizer_state(self.engine.optimizer)
 
     def make_average(self, updates: int) -> None:

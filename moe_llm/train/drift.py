@@ -45,7 +45,7 @@ def check_guard(config: Config) -> None:
         )
     if action != "off" and not is_mixtral(config.model):
         raise UserError(
-            f"finetune.router_guard.action={action} compares routers that take the top k, which "
+            f"finetune.router_guard.action={action} compares routers that take the top k and renormalise, which "
             f"model.router.type={config.model.router.type} does not: use another type, or turn the guard off"
         )
     if action == "stop" and config.evaluate.every_steps is None:

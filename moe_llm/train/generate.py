@@ -1,5 +1,7 @@
 """Continue a text. Most checkpoints are transformers' own, so transformers does it."""
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,9 +26,12 @@ def check_checkpoint_directory(checkpoint: str | Path) -> None:
 
 def generate(
     checkpoint: str | Path, prompt: str, *, max_new_tokens: int = 128, temperature: float = 0.8, top_p: float = 0.95,
-    seed: int = 0,
+    seed: int = 0, say: Callable[[str], None] | None = None,
 ) -> str:
     """The prompt and its continuation; temperature 0 takes the likeliest token each time.
+
+    Args:
+        say: is given a sentence where generation routes otherwise than training did; None: stderr.
 
     Raises:
         UserError: the directory is no checkpoint, or a damaged one.
@@ -36,11 +41,15 @@ def generate(
     tokenizer = load_tokenizer(checkpoint)
     if read_json(Path(checkpoint) / "config.json").get("model_type") == OWN.model_type:
         torch.manual_seed(seed)
+        model = MoEForCausalLM.from_pretrained(checkpoint).to(device)
+        router = model.config.router
+        if not router.causal:
+            (say or _to_stderr)(
+                f"model.router.type={router.type}: in training {router.looks_ahead}, evaluation and generation "
+                f"{router.afterwards}"
+            )
         ids_BS = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
-        ids_BS = _continue(
-            MoEForCausalLM.from_pretrained(checkpoint).to(device), ids_BS, max_new_tokens, temperature, top_p,
-            tokenizer.eos_token_id,
-        )
+        ids_BS = _continue(model, ids_BS, max_new_tokens, temperature, top_p, tokenizer.eos_token_id)
         return tokenizer.decode(ids_BS[0], skip_special_tokens=True)
     model = load_causal_lm(checkpoint).to(device)
     torch.manual_seed(seed)
@@ -49,6 +58,10 @@ def generate(
         **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling(temperature, top_p)
     )
     return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def _to_stderr(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
 
 
 @torch.no_grad()

@@ -63,7 +63,8 @@ class Callbacks:
     """What the loop calls: `evaluate` gives validation metrics, `judge` says what they mean, `record` takes a finished
     record, `save` writes a checkpoint, `rollback` restores the newest one (None if there is none),
     `add_gradients` goes before a step's micro-batches, `teach` gives what a micro-batch's forward pass takes beside it,
-    `say` tells the user a sentence, and `alive` is told what comes next, again and again."""
+    `perturb` what it takes beside all that, `say` tells the user a sentence, and `alive` is told what comes next, again
+    and again."""
 
     evaluate: Callable[[], dict[str, Any]]
     record: Callable[[dict[str, Any]], None]
@@ -71,6 +72,7 @@ class Callbacks:
     rollback: Callable[[], Position | None] = lambda: None
     add_gradients: Callable[[], None] = lambda: None
     teach: Callable[[Batch], dict[str, Any]] = lambda batch: {}
+    perturb: Callable[[dict[str, Any]], dict[str, Any]] = lambda inputs: {}
     judge: Callable[[dict[str, Any], Position], Verdict] = lambda measured, position: Verdict()
     say: Callable[[str], None] = lambda sentence: None
     alive: Callable[[str], None] = lambda phase: None
@@ -93,11 +95,14 @@ def train_loop(
         batches = [batch.to(runtime.device) for batch in next(loader)]
         seed_noise(config.run.seed, position.step, runtime.rank)
         begin_step(engine.model, position.step)
+        turn = config.train.adversarial.turn(position.updates)
+        engine.take_turn(turn)
         callbacks.add_gradients()
         step_loss = StepLoss(config.model, runtime, batches)
         for i, batch in enumerate(batches):
             callbacks.alive(f"{name}, micro-batch {i + 1} of {len(batches)}")
-            losses = step_loss(engine.forward(**model_inputs(batch), **callbacks.teach(batch)))
+            inputs = model_inputs(batch) | callbacks.teach(batch)
+            losses = step_loss(engine.forward(**inputs, **callbacks.perturb(inputs)))
             engine.backward(losses.total, last=i == len(batches) - 1)
             window.add(losses)
         callbacks.alive(f"{name}, optimizer")
@@ -105,10 +110,11 @@ def train_loop(
         trouble = health.inspect(position.step + 1, position.samples, window.step_losses)
         expert_norms = None
         if trouble is None:
-            if _to_be_recorded(config, position.step + 1):
+            if turn != "routers" and _to_be_recorded(config, position.step + 1):
                 expert_norms = expert_gradient_norms(engine, runtime)
             norm = engine.step(rate)
-            end_step(engine.model, step_loss.routing)
+            if turn != "rest":
+                end_step(engine.model, step_loss.routing)
             if config.checkpoint.ema.due(position.step + 1):
                 engine.update_average()
         else:

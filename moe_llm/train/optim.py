@@ -1,6 +1,7 @@
 """The optimizer's parameter groups and the learning-rate schedule."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,17 +22,21 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def groups_by_part(model: nn.Module, groups: list[dict], config: Config) -> list[dict]:
-    """Parameter groups cut further where parts of the model have rates of their own (`optim.lr_multipliers`), or only
-    some of the experts are trained (`finetune.experts`): engines then decay the rows of these alone."""
+    """Parameter groups cut further where parts of the model have rates of their own (`optim.lr_multipliers`), where
+    routers take turns (`train.adversarial.router_every`), or only some of the experts are trained (`finetune.experts`):
+    engines then decay the rows of these alone."""
     rates, names = config.optim.lr_multipliers, {p: name for name, p in model.named_parameters()}
-    some = config.finetune.experts is not None
+    some, in_turns = config.finetune.experts is not None, config.train.adversarial.router_every is not None
     cut: dict[str, dict] = {}
     for group in groups:
         for parameter in group["params"]:
             experts = is_expert(names[parameter])
             rate = rates.experts if experts else rates.router if is_router(names[parameter]) else rates.rest
             name = group["name"] + (f"_times_{rate:g}" if rate != 1 else "") + ("_of_some_experts" * (some and experts))
+            routers = in_turns and is_router(names[parameter])
+            name += "_of_routers" * routers
             part = cut.setdefault(name, {**group, "params": [], "name": name, "lr_multiplier": rate})
+            part |= {"routers": routers} if in_turns else {}
             part["params"].append(parameter)
             if some and experts:
                 part |= {"row_weight_decay": group["weight_decay"], "weight_decay": 0.0}
@@ -40,9 +45,31 @@ def groups_by_part(model: nn.Module, groups: list[dict], config: Config) -> list
 
 def build_optimizer(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019) or SGD without momentum."""
+    in_turns = any("routers" in group for group in groups)
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        return (_SGDInTurns if in_turns else torch.optim.SGD)(groups, lr=config.lr)
+    kind = _AdamWInTurns if in_turns else torch.optim.AdamW
+    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+class _InTurns:
+    """A step leaves out the groups that are `idle`: their weights do not decay, and their moments stay as they are."""
+
+    def step(self, closure: Any = None) -> Any:
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group.get("idle")]
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups = groups
+
+
+class _SGDInTurns(_InTurns, torch.optim.SGD):
+    pass
+
+
+class _AdamWInTurns(_InTurns, torch.optim.AdamW):
+    pass
 
 
 def optimizer_kinds(config: OptimConfig) -> tuple[str, ...]:

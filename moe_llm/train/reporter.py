@@ -101,10 +101,11 @@ def announce(
     noted = export_note(config.model)
     if noted is not None:
         reporter.say(noted)
-    if not config.model.router.causal:
+    router = config.model.router
+    if not router.causal:
         reporter.say(
-            f"model.router.type={config.model.router.type} is not causal in training: where room is short, who gets it "
-            "depends on later tokens; evaluation and generation turn no token away"
+            f"model.router.type={router.type} is not causal in training: {router.looks_ahead}; evaluation and "
+            f"generation {router.afterwards}"
         )
     if config.model.router.merges and config.data.isolate_documents:
         reporter.say(
@@ -115,6 +116,17 @@ def announce(
         teachers, distill = ", ".join(teacher.path for teacher in config.distill.teachers), config.distill
         reporter.say(f"learns from {teachers} by {distill.divergence}, {distill.alpha:g} of the loss, at temperature "
                      f"{distill.temperature:g}")
+    adversarial = config.train.adversarial
+    if adversarial.epsilon is not None:
+        reporter.say(
+            f"trains on embeddings moved by up to {adversarial.epsilon:g} ({adversarial.norm}) towards a higher loss: "
+            f"losses of training are of these, and a micro-batch takes {adversarial.steps} more "
+            f"pass{'es' if adversarial.steps > 1 else ''}"
+        )
+    if adversarial.router_every is not None:
+        reporter.say(
+            f"routers are trained alone in each {adversarial.router_every}. step, and stay as they are in the others"
+        )
     if config.model.expert_dropout:
         reporter.say(
             f"model.expert_dropout={config.model.expert_dropout:g}: experts are computed one by one, which is slower"
@@ -158,6 +170,6 @@ def farewell(config: Config, run_dir: Path, checkpoint: Path | None, finished: b
 
         print(f"--- a sample, from {config.evaluate.sample_prompt!r} ---")
         print(generate(checkpoint, config.evaluate.sample_prompt, max_new_tokens=config.evaluate.sample_tokens,
-                       seed=config.run.seed))
+                       seed=config.run.seed, say=lambda sentence: None))  # `announce` has said it
         print("---")
     print(f"checkpoint: {checkpoint}")

@@ -32,6 +32,7 @@ from moe_llm.model.init import build_blank, build_model
 from moe_llm.parallel.engine import Engine, build_engine, shard_experts
 from moe_llm.parallel.runtime import Runtime, rank_from_environment, start, world_size_from_environment
 from moe_llm.parallel.side_group import SideGroup
+from moe_llm.train.adversarial import build_perturbation, check_adversarial
 from moe_llm.train.drift import RouterGuard, check_guard
 from moe_llm.train.ema import averaged_weights, check_ema, say_of_average
 from moe_llm.train.evaluate import validation_loss
@@ -63,6 +64,7 @@ def train(config: Config) -> None:
     trained_names(config)  # refuses what names nothing
     check_lora(config)
     check_guard(config)
+    check_adversarial(config)
     check_ema(config)
     check_teachers(config)
     _check_resume(run_dir, config)
@@ -168,7 +170,7 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
     callbacks = Callbacks(
         evaluate=evaluate, record=reporter.record, save=save, rollback=rollback, judge=judge,
         add_gradients=(lambda: None) if guard is None else guard.add_gradients, teach=teach, say=reporter.say,
-        alive=watchdog.alive,
+        alive=watchdog.alive, perturb=build_perturbation(config, engine.model),
     )
     stop.defer()
     try:
@@ -220,6 +222,8 @@ def build_trained(config: Config, runtime: Runtime, source: Path | None) -> tupl
         load_origin(engine, config.model)
     if source is not None:
         return engine, restore(engine, source, hashes=False)  # `_resume_source` has compared them
+    if config.train.adversarial.router_every is not None:
+        engine.make_optimizer_state(0)  # what has to wait for its turn has it in checkpoints before that
     return engine, Position()
 
 

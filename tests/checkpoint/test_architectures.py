@@ -61,6 +61,8 @@ CASES = [
     ("soft_moe", {"normalize": False}, {"sliding_window": 5, "tie_word_embeddings": True}, "moe_llm"),
     ("lory", {}, {}, "moe_llm"),
     ("lory", {"segment_length": 5}, {**GATED, "sliding_window": 5}, "moe_llm"),
+    ("expert_choice", {}, {}, "moe_llm"),
+    ("expert_choice", {"capacity_factor": 0.5}, SHARED, "moe_llm"),
 ]
 
 
@@ -156,7 +158,7 @@ assert all(p.grad is not None for n, p in model.named_parameters() if ".gate.wei
 """
 
 
-@pytest.mark.parametrize("kind", ["balanced", "lory"])
+@pytest.mark.parametrize("kind", ["balanced", "lory", "expert_choice"])
 def test_the_code_beside_the_weights_stands_alone_and_generates(tmp_path, kind):
     """In a process that cannot import the package; with the cache it says what it says without."""
     model_of(kind, {}, SHARED).save_pretrained(tmp_path / "model")

@@ -79,6 +79,10 @@ VARIANTS = {
         "finetune.lora={rank: 8, alpha: 4, dropout: 0.1, targets: [attention, experts, router]}",
         "parallel.zero_stage=3", "parallel.expert_parallel_size=2", "optim.lr=0.02",
     ],
+    "experts that choose, perturbed embeddings, routers in turns": [
+        "model.router.type=expert_choice", "train.adversarial={epsilon: 0.05, steps: 2, router_every: 3}",
+        "parallel.expert_parallel_size=2", "parallel.zero_stage=2",
+    ],
     "capacity passed on, balance by sequence, accumulation": [
         "model.router.capacity_factor=1.0", "model.router.overflow=next", "model.router_aux_loss_scope=sequence",
         "train.global_batch_size=64",

@@ -131,3 +131,28 @@ def test_blocks_have_several_segments():
     lory = ["model.router={type: lory, segment_length: 64}", "model.num_experts_per_tok=1"]
     made = small(*lory).config
     assert made.model.router.segment_length == made.data.sequence_length // 4
+
+@pytest.mark.parametrize(("router", "experts", "more", "expected"), [
+    ("{type: hierarchical, groups: 12, groups_per_token: 2}", 96, [], 72),
+    ("{type: hierarchical, groups: 12, groups_per_token: 2}", 96, ["parallel.expert_parallel_size=4"], 72),
+    ("{type: bias_balanced, n_group: 5, topk_group: 2}", 160, [], 65),
+    ("{type: bias_balanced, n_group: 5, topk_group: 2}", 160, ["parallel.expert_parallel_size=4"], 80),
+    ("{type: bias_balanced, n_group: 100, topk_group: 2}", 200, [], 200),  # groups of two are the smallest
+    ("{type: deepseek_moe, device_groups: 3, device_balance_coef: 1}", 192, ["parallel.expert_parallel_size=4"], 72),
+    ("{type: dense}", 96, ["model.num_experts_per_tok=96"], 96),
+    ("{type: expert_choice, capacity_factor: 35}", 96, [], 70),
+    ("{type: mixtral}", 96, [], 64),
+])
+def test_fewer_experts_still_fit_the_router(router, experts, more, expected):
+    made = small(f"model.router={router}", f"model.num_local_experts={experts}", *more, ranks=4)
+    assert made.config.model.num_local_experts == expected
+    assert made.config.model.router == load_config(
+        QUICKSTART, [f"model.router={router}", f"model.num_local_experts={experts}", *more]
+    ).model.router
+    assert expected == experts or any(f"is {expected} here" in note for note in made.notes)
+
+
+def test_turns_are_seen_in_few_steps():
+    made = small("train.adversarial={epsilon: 0.1, router_every: 50}").config
+    assert made.train.adversarial.router_every == 2
+    assert made.train.adversarial.epsilon == 0.1

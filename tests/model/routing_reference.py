@@ -196,6 +196,18 @@ def lory(x_TD, p, real, top_k, length, **settings):
             here += [x_D] * is_real
     return torch.stack(rows), None
 
+def expert_choice(x_TD, p, real, top_k, factor, **settings):
+    """Zhou et al. 2022, section 3.2: S = Softmax(X W), and G, I = TopK(S transposed, k = n c / e), n tokens of a
+    sequence, c experts of a token on average."""
+    score_TE = (x_TD @ p["weight"].T).softmax(-1)
+    out, length, experts = torch.zeros_like(score_TE), len(real[0]), score_TE.shape[1]
+    for b, e in itertools.product(range(len(real)), range(experts)):
+        offers = [score_TE[b * length + s, e].item() if real[b][s] else -INFINITY for s in range(length)]
+        for s in best(offers, capacity(factor, length, top_k, experts)):
+            if real[b][s]:
+                out[b * length + s, e] = score_TE[b * length + s, e]
+    return out, None
+
 
 def _weighted(score_TE, preferred, top_k, scale, share):
     """The scores of the k most preferred, or their shares, times `scale`."""

@@ -54,7 +54,7 @@ def model_of(**router):
 TOKENS = torch.randint(0, 50, (4, 24), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("overflow", ["drop", "next"])
+@pytest.mark.parametrize("overflow", ["drop", "next", "residual"])
 def test_ample_capacity_changes_nothing(overflow):
     free, limited = model_of(), model_of(capacity_factor=4.0, overflow=overflow)
     a, b = free(TOKENS, labels=TOKENS), limited(TOKENS, labels=TOKENS)
@@ -90,7 +90,7 @@ def test_evaluation_drops_nothing_as_the_exported_model():
     assert torch.equal(free(TOKENS).logits, limited(TOKENS).logits)
 
 
-@pytest.mark.parametrize("overflow", ["drop", "next"])
+@pytest.mark.parametrize("overflow", ["drop", "next", "residual"])
 def test_a_sequence_is_treated_the_same_in_any_batch(overflow):
     model = model_of(capacity_factor=0.8, overflow=overflow)
     together = model(TOKENS).logits
@@ -107,7 +107,7 @@ def test_padding_takes_no_place():
     assert (statistics.dropped <= 48 * 2).all()
 
 
-@pytest.mark.parametrize("overflow", ["drop", "next"])
+@pytest.mark.parametrize("overflow", ["drop", "next", "residual"])
 def test_recomputation_drops_the_same(overflow):
     results = []
     for recompute in (False, True):

@@ -37,6 +37,8 @@ CASES = {
     "balanced": ("balanced", 2, {}, {}),
     "deepseek_moe": ("deepseek_moe", 3, {"routed_scaling_factor": 1.5}, {"scale": 1.5, "share": False}),
     "deepseek_moe, shares": ("deepseek_moe", 3, {"norm_topk_prob": True}, {"scale": 1.0, "share": True}),
+    "expert_choice": ("expert_choice", 2, {}, {"factor": 1.0}),
+    "expert_choice, fewer": ("expert_choice", 2, {"capacity_factor": 0.6}, {"factor": 0.6}),
     "bias_balanced": ("bias_balanced", 2, {"routed_scaling_factor": 2.5}, {"scale": 2.5, "share": True}),
     "bias_balanced, groups": ("bias_balanced", 3, {"n_group": 3, "topk_group": 2, "score": "softmax",
                                                   "norm_topk_prob": False},
@@ -268,6 +270,7 @@ def test_recomputation_routes_as_the_first_pass_did(case):
 
 @pytest.mark.parametrize("router", [
     {"type": "top_p", "p": 0.5}, {"type": "gshard"}, {"warmup_steps": 2}, {"type": "batch_prioritised"},
+    {"type": "expert_choice"},
 ], ids=lambda router: router.get("type", "warm-up"))
 def test_a_recomputation_that_differs_in_its_numbers_routes_the_same(router, monkeypatch):
     """As it may in the last bits on a GPU; here it is far more, so that no decision would survive by chance."""

@@ -66,6 +66,7 @@ FEATURES = {
     "sequence_scope": {"router_aux_loss_scope": "sequence"},
     "capacity_drop": {"router": {"capacity_factor": 0.8}},
     "capacity_next": {"router": {"capacity_factor": 0.8, "overflow": "next"}},
+    "capacity_residual": {"router": {"capacity_factor": 0.8, "overflow": "residual"}},
     "tied": {"tie_word_embeddings": True},
     "top1": {"num_experts_per_tok": 1},
 }

@@ -28,6 +28,7 @@ ROUTER = {
     "soft_moe": {"slots_per_expert": 2, "segment_length": 4, "entropy_bonus_coef": 0.1},
     "tilted": {},
     "lory": {"num_experts_per_tok": 1, "segment_length": 5, "local_entropy_coef": 0.1},
+    "expert_choice": {"capacity_factor": 0.8},
 }
 
 

@@ -9,6 +9,7 @@ from moe_llm.config.load import validate
 from moe_llm.data.packing import Batch
 from moe_llm.model.moe.routers import begin_step, end_step
 from moe_llm.parallel.runtime import start
+from moe_llm.train.adversarial import build_perturbation
 from moe_llm.train.loop import model_inputs, seed_noise
 from moe_llm.train.loss import StepLoss
 from moe_llm.train.metrics import expert_gradient_norms
@@ -70,25 +71,30 @@ def train_steps(cfg, steps: int, *, source: str | None = None, first: int = 0, s
 
     engine, position = build_trained(cfg, runtime, Path(source) if source else None)
     assert position.step == first
+    perturb = build_perturbation(cfg, engine.model)
     result: dict[str, Any] = {"losses": [], "aux": [], "norms": [], "gradients": {}, "weights": {}}
     micro, rounds = cfg.train.micro_batch_size, cfg.accumulation_steps(runtime.world_size)
     for step in range(first, first + steps):
         seed_noise(cfg.run.seed, step, runtime.rank)
         begin_step(engine.model, step)
+        turn = cfg.train.adversarial.turn(step)
+        engine.take_turn(turn)
         batches = [
             rows(step, (j * runtime.world_size + runtime.rank) * micro, micro) for j in range(rounds)
         ]
         step_loss = StepLoss(cfg.model, runtime, batches)
         shares = torch.zeros(2)
         for j, batch in enumerate(batches):
-            losses = step_loss(engine.forward(**model_inputs(batch)))
+            inputs = model_inputs(batch)
+            losses = step_loss(engine.forward(**inputs, **perturb(inputs)))
             engine.backward(losses.total, last=j == rounds - 1)
             shares += torch.stack([losses.total.detach(), losses.aux])
         if step == first:
             result["gradients"] = _named(engine, engine.gradient, trained=True)
             result["expert_norms"] = expert_gradient_norms(engine, runtime)
         result["norms"].append(engine.step(learning_rate(cfg, step)))
-        end_step(engine.model, step_loss.routing)
+        if turn != "rest":
+            end_step(engine.model, step_loss.routing)
         loss, aux = (runtime.sum(shares) / runtime.world_size).tolist()
         result["losses"].append(loss)
         result["aux"].append(aux)

@@ -3,10 +3,12 @@
 import json
 import math
 import random
+from itertools import pairwise
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from moe_llm.checkpoint import manifest
 from moe_llm.cli import main
@@ -236,3 +238,22 @@ def test_a_spike_reaches_record_and_console(train, monkeypatch, capsys):
     _, run_dir = train("logging.every_steps=100")  # a record at each save, too
     assert [(r["step"], r.get("spike", False)) for r in records(run_dir)] == [(4, False), (6, True), (8, False)]
     assert "step 6: loss " in capsys.readouterr().err
+
+
+def test_a_step_that_is_left_out_gives_its_turn_to_the_next(train):
+    """With routers in turns with the rest; and a run that is resumed after it goes on as the uninterrupted one."""
+    overrides = ("train.on_nan=skip", "train.adversarial.router_every=2", "checkpoint.every_steps=1")
+    code, run_dir = train(*overrides, bad=(3,))
+    assert code == 0
+    weights = [load_file(run_dir / f"checkpoints/step-{step:08d}/model.safetensors") for step in range(1, STEPS + 1)]
+    changed = []
+    for before, after in pairwise(weights):
+        names = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+        changed.append({"routers" if ".gate." in name else "rest" for name in names})
+    assert changed == [{"routers"}, {"rest"}, set(), {"routers"}, {"rest"}, {"routers"}, {"rest"}]
+
+    assert train(*overrides, "train.max_steps=5", bad=(3,), name="again")[0] == 0
+    code, again = train(*overrides, name="again")
+    assert code == 0
+    last = load_file(again / f"checkpoints/step-{STEPS:08d}/model.safetensors")
+    assert all(torch.equal(tensor, weights[-1][name]) for name, tensor in last.items())

@@ -58,6 +58,22 @@ def test_mixed_experts_have_no_adapters_and_segments_no_documents(train, make_co
     assert main(["train", str(config)]) == 2
     assert "names experts, and model.router.type=lory mixes their weights" in capsys.readouterr().err
 
+def test_a_run_whose_experts_choose(train, corpus, capsys):
+    """Its loads are even, its thresholds move, are saved and resumed, and generation says that it goes by them."""
+    model = {**runs.MODEL, "router_aux_loss_coef": 0.0, "router": {"type": "expert_choice"}}
+    root = train(model=model, evaluate={"max_blocks": 4})
+    told = "each expert whose threshold its probability reaches, perhaps to none"
+    assert told in capsys.readouterr().err
+    assert all(cv < 0.1 for record in runs.records(root) for cv in record["moe"]["load_cv"])  # but for padding, 0
+    checkpoint = root / "checkpoints/step-00000006"
+    assert (biases(checkpoint) > 0).all()
+    longer = train(model=model, evaluate={"max_blocks": 4},
+                   train={"max_steps": 8, "micro_batch_size": 2, "global_batch_size": 4})  # resumes
+    assert not torch.equal(biases(longer / "checkpoints/step-00000008"), biases(checkpoint))
+    capsys.readouterr()
+    assert main(["generate", str(checkpoint), "--prompt", "abc", "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().err.count(told) == 1
+
 
 def test_a_guard_over_another_router_is_refused(make_config, tmp_path, train, capsys):
     base = train("base", train={"max_steps": 1, "micro_batch_size": 2, "global_batch_size": 4})

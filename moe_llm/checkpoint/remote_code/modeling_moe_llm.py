@@ -56,6 +56,8 @@ class MoELLMRouter(nn.Module):
             self.register_buffer("e_score_correction_bias", torch.zeros(experts, dtype=torch.float32))
         if self.kind == "lory":
             self.start = nn.Parameter(torch.zeros(experts))
+        if self.kind == "expert_choice":
+            self.register_buffer("threshold", torch.zeros(experts, dtype=torch.float32))
 
     def forward(
         self, x_TD: Tensor, position_T: Tensor, real_BA: Tensor | None = None
@@ -83,6 +85,10 @@ class MoELLMRouter(nn.Module):
             expert_TK = position_T[:, None] * self.top_k + torch.arange(self.top_k, device=position_T.device)
             expert_TK = expert_TK % logits_TE.shape[-1]
             return expert_TK, logits_TE.gather(-1, expert_TK).softmax(-1)
+        if self.kind == "expert_choice":
+            score_TE = logits_TE.softmax(-1)
+            every_TE = torch.arange(score_TE.shape[-1], device=score_TE.device).expand_as(score_TE)
+            return every_TE, score_TE * (score_TE >= self.threshold)
         weight_TK, expert_TK = logits_TE.softmax(-1).topk(self.top_k, dim=-1)
         if self.kind == "top_p":
             taken_TK = weight_TK.cumsum(-1) - weight_TK < self.settings["p"]
@@ -258,7 +264,7 @@ class MoELLMPreTrainedModel(MixtralPreTrainedModel):
         "hidden_states": MoELLMDecoderLayer,
         "attentions": MixtralAttention,
     }
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias", "threshold"]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

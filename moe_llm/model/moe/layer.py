@@ -7,13 +7,14 @@ from moe_llm.config import ModelConfig
 from moe_llm.model.moe.dispatch import Dispatcher, LocalDispatcher
 from moe_llm.model.moe.experts import Experts
 from moe_llm.model.moe.routers import build_router
-from moe_llm.model.moe.routing import Merging, RoutingStatistics
+from moe_llm.model.moe.routing import Merging, Routing, RoutingStatistics
 from moe_llm.model.moe.shared import SharedExperts
 
 
 class MoELayer(nn.Module):
-    """y = sum over the chosen experts of weight * expert(x) (Shazeer et al. 2017, equation 1), and the shared experts'
-    output where there are any, gated by sigmoid(w x) where that is asked for.
+    """y = sum over the chosen experts of weight * expert(x) (Shazeer et al. 2017, equation 1), plus x times what weight
+    the router keeps for it, if any, and the shared experts' output where there are any, gated by sigmoid(w x) where
+    that is asked for.
 
     `dispatcher` is a plain object that expert parallelism replaces.
     """
@@ -34,12 +35,17 @@ class MoELayer(nn.Module):
         if isinstance(routing, Merging):
             y_TD = self.dispatcher.merge(x_TD, routing, self.experts)
         else:
-            y_TD = self.dispatcher(x_TD if routing.entered_RW is None else routing.entered_RW, routing, self.experts)
-            if routing.leave is not None:
-                y_TD = routing.leave(y_TD)
+            y_TD = self._routed(x_TD, routing)
         if self.shared_experts is not None:
             y_TD = y_TD + self._shared(x_TD)
         return y_TD.view_as(x_BSD), routing.statistics
+
+    def _routed(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        entered_RW = x_TD if routing.entered_RW is None else routing.entered_RW
+        y_TD = self.dispatcher(entered_RW, routing, self.experts)
+        if routing.kept_R is not None:
+            y_TD = (y_TD + routing.kept_R[:, None] * entered_RW).to(x_TD.dtype)
+        return y_TD if routing.leave is None else routing.leave(y_TD)
 
     def _shared(self, x_TD: Tensor) -> Tensor:
         y_TD = self.shared_experts(x_TD)

@@ -47,7 +47,8 @@ class Routing(NamedTuple):
     """Which token goes to which expert, as flat rows sorted by expert.
 
     slot_TK holds the rows of each token where every token has exactly K of them (then combining is a
-    gather); it is None where their number varies.
+    gather); it is None where their number varies. kept_R is what each token itself, as the experts see it, is
+    multiplied by and added to their outputs; None: no token is.
 
     A router may put something else in the tokens' place, such as slots or parts of tokens: the experts then work on
     `entered_RW`, to which the rows refer, and `leave` makes the tokens' outputs of theirs. What `leave` needs of the
@@ -62,6 +63,7 @@ class Routing(NamedTuple):
     statistics: RoutingStatistics
     entered_RW: Tensor | None = None
     leave: Callable[[Tensor], Tensor] | None = None  # (R, W) to (T, D)
+    kept_R: Tensor | None = None  # fp32, with gradient
 
 
 class Merging(NamedTuple):

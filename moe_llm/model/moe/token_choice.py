@@ -21,7 +21,8 @@ class TokenChoiceRouter(Router):
 
     With `router.capacity_factor`, and in training, an expert takes a limited number of tokens from each sequence
     (see `capacity`), and padding gets no expert; in evaluation none is dropped, so that the model computes what its
-    export does. With `router.warmup_steps`, tokens are drawn in training that take experts at random instead.
+    export does. With `router.overflow: residual` the token itself stands in for experts that had no room, times their
+    weights. With `router.warmup_steps`, tokens are drawn in training that take experts at random instead.
 
     What a subclass may say otherwise: `weights`, `wanted` and `assign`.
     """
@@ -57,11 +58,12 @@ class TokenChoiceRouter(Router):
         """The routing that follows from probabilities. `measure`, given experts and weights (T, R), forms the sums that
         the router's own losses need."""
         factor = self.settings.capacity_at(self.step) if self.training else None
-        pass_on = factor is not None and getattr(self.settings, "overflow", "drop") == "next"
+        overflow = getattr(self.settings, "overflow", "drop") if factor is not None else None
+        pass_on = overflow == "next"
         expert_TR = self._preferred(probability_TE, self.num_experts if pass_on else self.top_k)
         value_TR = probability_TE.gather(-1, expert_TR)
         wanted_TR = self.wanted(value_TR)
-        granted_TR, dropped = wanted_TR, None
+        granted_TR, dropped, kept_R = wanted_TR, None, None
         if factor is not None:
             capacity = capacity_of(factor, real_BS.shape[1], self.top_k, self.num_experts)
             granted_TR = self.assign(expert_TR, value_TR, wanted_TR, real_BS, capacity)
@@ -69,6 +71,10 @@ class TokenChoiceRouter(Router):
                 wanted_TR[:, : self.top_k] & real_BS.flatten()[:, None]).sum()
             dropped = asked - granted_TR.sum()
         weight_TR = self.weights(value_TR, value_TR * granted_TR if pass_on else value_TR)
+        if overflow == "residual":
+            denied_TR = real_BS.flatten()[:, None] & ~granted_TR
+            denied_TR = denied_TR if wanted_TR is None else denied_TR & wanted_TR
+            kept_R = (weight_TR * denied_TR).sum(-1)
         return Routing(
             **rows_by_token(expert_TR, weight_TR, self.num_experts, granted_TR),
             logits_TE=logits_TE,
@@ -77,6 +83,7 @@ class TokenChoiceRouter(Router):
                 taken_TK=None if wanted_TR is None else wanted_TR[:, : self.top_k],
                 own_X=None if measure is None else measure(expert_TR, weight_TR),
             ),
+            kept_R=kept_R,
         )
 
     def _preferred(self, probability_TE: Tensor, choices: int) -> Tensor:

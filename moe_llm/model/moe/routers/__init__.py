@@ -13,6 +13,7 @@ from moe_llm.model.moe.routers.batch_prioritised import BatchPrioritisedRouter
 from moe_llm.model.moe.routers.bias_balanced import BiasBalancedRouter
 from moe_llm.model.moe.routers.deepseek_moe import DeepSeekMoERouter
 from moe_llm.model.moe.routers.dense import DenseRouter
+from moe_llm.model.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_llm.model.moe.routers.gshard import GShardRouter
 from moe_llm.model.moe.routers.hierarchical import HierarchicalRouter
 from moe_llm.model.moe.routers.lory import LoryRouter
@@ -39,6 +40,7 @@ ROUTERS: dict[str, type[Router]] = {
     "soft_moe": SoftMoERouter,
     "multi_head": MultiHeadRouter,
     "lory": LoryRouter,
+    "expert_choice": ExpertChoiceRouter,
 }
 
 R = TypeVar("R", bound=type[Router])

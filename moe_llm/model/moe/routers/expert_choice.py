@@ -1,0 +1,64 @@
+"""Experts choose their tokens (Zhou et al. 2022, "Mixture-of-Experts with Expert Choice Routing", section 3.2).
+
+Dimensions: B sequences, S positions, T = B*S tokens, E experts, C tokens that an expert takes of a sequence.
+"""
+
+import torch
+from torch import Tensor
+
+from moe_llm.config.routers import ExpertChoiceSettings
+from moe_llm.model.moe.capacity import capacity_of
+from moe_llm.model.moe.router import Router, rows_by_token
+from moe_llm.model.moe.routing import Routing, RoutingStatistics
+from moe_llm.ops.decided import decided
+
+# Tokens that repeat at the start of a text have equal hidden states but for rounding, which differs between layouts: of
+# scores that are equal when rounded to multiples of this, the earlier token's comes first.
+_EQUAL = 2.0**-16
+
+
+class ExpertChoiceRouter(Router):
+    """Each expert takes the C = S * k / E tokens of a sequence whose softmax over the experts is highest for it, and
+    weights its output by that: loads are even, and a token has as many experts as want it, perhaps none.
+
+    That needs the whole sequence. In evaluation, where later tokens are not known, a token goes to each expert for
+    which its probability reaches `threshold_E`, a running mean of the lowest one that this expert took while training,
+    moved after each step alike on all ranks; before the first step it is 0, and every token has every expert.
+    """
+
+    Settings = ExpertChoiceSettings
+    settings: ExpertChoiceSettings
+
+    def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Routing:
+        logits_TE = self.logits(x_BSD)
+        probability_TE = logits_TE.softmax(-1)
+        every_TE = torch.arange(self.num_experts, device=logits_TE.device).expand_as(logits_TE)
+        score_TE, lowest_E = probability_TE.detach(), None
+        if self.training:
+            taken_TE, lowest_E = self._take(score_TE.view(*real_BS.shape, -1), real_BS)
+        else:
+            taken_TE = score_TE >= self.threshold
+        taken_TE = decided(taken_TE)
+        return Routing(
+            **rows_by_token(every_TE, probability_TE, self.num_experts, taken_TE), logits_TE=logits_TE,
+            statistics=self.statistics(
+                logits_TE, probability_TE, every_TE, real_BS, taken_TK=taken_TE, own_X=lowest_E
+            ),
+        )
+
+    def _take(self, score_BSE: Tensor, real_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """What experts take, bool (T, E), and the sum over sequences of the lowest scores among that, (E,)."""
+        length = real_BS.shape[1]
+        room = capacity_of(self.settings.capacity_factor, length, self.top_k, self.num_experts)
+        offered_BSE = (score_BSE / _EQUAL).round().masked_fill(~real_BS[..., None], -1.0)
+        best_BCE = offered_BSE.sort(dim=1, descending=True, stable=True).indices[:, :room]
+        taken_BSE = torch.zeros_like(score_BSE, dtype=torch.bool).scatter(1, best_BCE, True)
+        taken_BSE &= real_BS[..., None]
+        lowest_BE = score_BSE.masked_fill(~taken_BSE, float("inf")).amin(1)
+        lowest_BE = lowest_BE.masked_fill(~real_BS.any(1)[:, None], 0.0)
+        return taken_BSE.flatten(0, 1), lowest_BE.sum(0)
+
+    def after_step(self, total: RoutingStatistics) -> None:
+        lowest_E = total.own_X / total.num_sequences.clamp(min=1)
+        moved_E = self.threshold.lerp(lowest_E, self.settings.threshold_rate)
+        self.threshold.copy_(torch.where(self.threshold == 0, lowest_E, moved_E))
