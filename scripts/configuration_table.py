@@ -1,4 +1,4 @@
-"""Write the configuration reference of README.md from the configuration's own schema.
+"""Write docs/configuration.md from the configuration's own schema.
 
 Run it after a change to moe_llm/config; a test says when that was forgotten.
 """
@@ -14,7 +14,7 @@ from moe_llm.config import Config
 from moe_llm.config.base import fields_by_key
 from moe_llm.config.routers import ROUTER_SETTINGS, RouterSettings
 
-README = Path(__file__).parents[1] / "README.md"
+REFERENCE = Path(__file__).parents[1] / "docs/configuration.md"
 START, END = "<!-- configuration: start -->\n", "<!-- configuration: end -->\n"
 
 
@@ -84,12 +84,12 @@ def _summary(section: type[BaseModel]) -> str:
     return text[0].lower() + text[1:]
 
 
-def updated(readme: str) -> str:
-    """The README's text with the tables as they should be."""
-    before, _, rest = readme.partition(START)
+def updated(reference: str) -> str:
+    """Its text with the tables as they should be."""
+    before, _, rest = reference.partition(START)
     _, _, after = rest.partition(END)
     return f"{before}{START}\n{tables()}\n{END}{after}"
 
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
+    REFERENCE.write_text(updated(REFERENCE.read_text(encoding="utf-8")), encoding="utf-8")
