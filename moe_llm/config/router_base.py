@@ -168,3 +168,13 @@ class OverflowSettings(LimitedSettings):
         "drop", description="beyond the capacity: drop; next: pass on to the next expert that has room; residual: the "
         "token itself takes the place of the expert's output, times the weight that this would have had"
     )
+
+    @model_validator(mode="after")
+    def _there_is_overflow(self):
+        if self.overflow != "drop" and self.capacity_factor is None:
+            invalid("overflow", self.overflow, "never comes about without a limit",
+                    "set capacity_factor, or remove it")
+        return self
+
+    def unlimited(self) -> dict[str, Any]:
+        return {**super().unlimited(), "overflow": "drop"}

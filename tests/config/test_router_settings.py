@@ -27,6 +27,7 @@ def refusal(*overrides: str) -> str:
     (["model.router.capacity_facto=2"], "did you mean model.router.capacity_factor?"),
     (["model.router.type=switch"], "model.num_experts_per_tok=2 does not fit model.router.type=switch: set it to 1"),
     (["model.router.type=gshard", "model.num_experts_per_tok=3"], "num_experts_per_tok=3"),
+    (["model.router.overflow=residual"], "model.router.overflow=residual never comes about without a limit"),
     (["model.router.type=gshard", "model.router.overflow=next"], "no setting of type gshard but of mixtral"),
     (["model.router.type=dense"], "num_local_experts=8"),
     (["model.router.type=top_p", "model.router.p=0"], "model.router.p=0 is refused"),
