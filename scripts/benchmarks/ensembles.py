@@ -11,7 +11,9 @@ Mixture: losses of the two models, of their uniform mixture and of fitted linear
 of both sources together and on each alone. Predicted: a fitted mixture beats the better model on both together.
 
 Negative: the base with the model of one source as DExperts' negative, at several strengths: losses on both sources, and
-the loss that this source's model has on text that the ensemble writes. Predicted: the latter rises with the strength.
+the loss that this source's model has on text that the ensemble writes, beside the core's loss on it, since sharper
+distributions write what all models find likelier. Predicted: the ensemble's loss on this source, and the negative
+model's on what it writes, relative to the core's, rise with the strength.
 
 Results: JSON and a table in Markdown, in --out.
 """
@@ -119,8 +121,8 @@ def mixture(arguments, models: dict[str, Path], texts: dict) -> list[dict]:
     return rows
 
 
-def written_loss(ensemble: Ensemble, judge: Ensemble, arguments) -> float:
-    """Loss of a model on samples that an ensemble writes, nats a token."""
+def written_losses(ensemble: Ensemble, judges: dict[str, Ensemble], arguments) -> dict[str, float]:
+    """Losses of models on samples that an ensemble writes, nats a token."""
     texts = []
     for seed in range(arguments.samples):
         torch.manual_seed(seed)
@@ -131,21 +133,25 @@ def written_loss(ensemble: Ensemble, judge: Ensemble, arguments) -> float:
         texts.append(json.dumps({"text": ensemble.main.tokenizer.decode(ids, skip_special_tokens=True)}))
     path = arguments.work / "samples.jsonl"
     path.write_text("\n".join(texts) + "\n", encoding="utf-8")
-    return evaluate(judge, [str(path)])["loss"]
+    return {name: evaluate(judge, [str(path)])["loss"] for name, judge in judges.items()}
 
 
 def negative(arguments, models: dict[str, Path], texts: dict) -> list[dict]:
     """A row for each negative model and strength."""
     rows = []
     for source in SOURCES:
-        judge = Ensemble(parse_recipe({"method": "linear", "members": [{"model": str(models[source])}]}))
+        judges = {
+            name: Ensemble(parse_recipe({"method": "linear", "members": [{"model": str(model)}]}))
+            for name, model in {"by_negative": models[source], "by_core": arguments.base}.items()
+        }
         members = [{"model": str(arguments.base), "role": "core"}, {"model": str(models[source]), "role": "negative"}]
         for strength in STRENGTHS:
             ensemble = Ensemble(parse_recipe({"method": "experts", "members": members, "lambda": strength}))
             found = losses(ensemble, arguments, texts)
-            found["written"] = written_loss(ensemble, judge, arguments)
+            found["written"] = written_losses(ensemble, judges, arguments)
+            found["away"] = found["written"]["by_negative"] - found["written"]["by_core"]
             rows.append({"negative": source, "lambda": strength, **found})
-            print(f"without {source}, lambda {strength}: {found['written']:.4f} by its model", flush=True)
+            print(f"without {source}, lambda {strength}: its model {found['away']:+.4f} to the core", flush=True)
     return rows
 
 
@@ -155,10 +161,11 @@ def as_markdown(results: dict) -> str:
     for row in results["mixture"]:
         weights = ", ".join(f"{weight:.3f}" for weight in row["weights"])
         told.append(f"| {row['model']} | {weights} | {row['both']:.4f} | {row['code']:.4f} | {row['prose']:.4f} |")
-    told += ["", "| negative | lambda | code | prose | its samples, by the negative model |", "|---|---|---|---|---|"]
+    told += ["", "| negative | lambda | code | prose | its samples, by the negative model | by the core | difference |",
+             "|---|---|---|---|---|---|---|"]
     for row in results["negative"]:
         told.append(f"| {row['negative']} | {row['lambda']:g} | {row['code']:.4f} | {row['prose']:.4f} | "
-                    f"{row['written']:.4f} |")  # fmt: skip
+                    f"{row['written']['by_negative']:.4f} | {row['written']['by_core']:.4f} | {row['away']:+.4f} |")
     return "\n".join(told) + "\n"
 
 

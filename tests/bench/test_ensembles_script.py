@@ -52,4 +52,5 @@ def test_both_tables_come_out(script, tmp_path, monkeypatch):
         other = {"code": "prose", "prose": "code"}[source]
         assert without[source] - base[source] > without[other] - base[other]
         assert without[source] > base[source]
+        assert without["away"] == without["written"]["by_negative"] - without["written"]["by_core"]
     assert file.with_suffix(".md").read_text().count("\n|") == 4 + 5 + 3
