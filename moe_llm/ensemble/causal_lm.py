@@ -33,7 +33,7 @@ def load_causal_lm(checkpoint: str | Path, dtype: torch.dtype | str = "auto", ca
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{called}={str(checkpoint)!r} cannot be loaded, its config.json or its safetensors files are unusable "
+            f"{called}={str(checkpoint)!r} cannot be loaded, its config.json or model.safetensors is unusable "
             f"({reason}): use another checkpoint"
         ) from error
     finally:
