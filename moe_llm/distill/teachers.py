@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_llm.checkpoint import hf
+from moe_llm.checkpoint.architectures import OWN
 from moe_llm.checkpoint.export import DTYPES
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.checkpoint.safetensors_io import read_json
@@ -272,6 +273,8 @@ def _described(teacher: TeacherConfig, field: str) -> dict:
     if not file.is_file():
         raise UserError(f"{field}.path={teacher.path!r} has no config.json: give a checkpoint directory")
     content = read_json(file)
+    if content.get("model_type") == OWN.model_type:  # loading it tells what is wrong with it
+        return content
     try:
         known = type(AutoConfig.from_pretrained(file.parent)) in MODEL_FOR_CAUSAL_LM_MAPPING
     except (OSError, ValueError, KeyError, ImportError):

@@ -5,11 +5,14 @@ from typing import Any
 
 import torch
 
+from moe_llm.checkpoint.architectures import OWN
+from moe_llm.checkpoint.safetensors_io import read_json
 from moe_llm.errors import UserError
 
 
 def load_causal_lm(checkpoint: str | Path, dtype: torch.dtype | str = "auto", called: str = "checkpoint") -> Any:
-    """A causal language model of transformers, on the CPU, in evaluation mode, every tensor from the checkpoint.
+    """A causal language model of transformers, or of our modelling code for it, on the CPU, in evaluation mode, every
+    tensor from the checkpoint.
 
     Args:
         dtype: of the weights; `auto`: as stored.
@@ -20,7 +23,6 @@ def load_causal_lm(checkpoint: str | Path, dtype: torch.dtype | str = "auto", ca
             transformers would draw at random.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
     from transformers.utils import logging
 
@@ -29,7 +31,7 @@ def load_causal_lm(checkpoint: str | Path, dtype: torch.dtype | str = "auto", ca
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its table of what is missing, of which a sentence is told below
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, output_loading_info=True)
+        model, info = _class_of(checkpoint, called).from_pretrained(checkpoint, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -43,6 +45,25 @@ def load_causal_lm(checkpoint: str | Path, dtype: torch.dtype | str = "auto", ca
         raise UserError(f"{called}={str(checkpoint)!r} lacks {lost[0]}, or has it in another shape: "
                         "use a causal language model's checkpoint")
     return model.eval()
+
+
+def _class_of(checkpoint: str | Path, called: str) -> Any:
+    """The Auto class, or that of our own modelling code: of the package's copy of it, so that no code beside the
+    weights is run."""
+    file = Path(checkpoint) / "config.json"
+    content = read_json(file) if file.is_file() else {}
+    if content.get("model_type") != OWN.model_type:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM
+    if "auto_map" not in content:
+        raise UserError(
+            f"{called}={str(checkpoint)!r} has a router that is defined elsewhere, which transformers' models do not "
+            "know: use moe-llm generate or evaluate on it alone, or another checkpoint"
+        )
+    from moe_llm.checkpoint.remote_code.modeling_moe_llm import MoELLMForCausalLM
+
+    return MoELLMForCausalLM
 
 
 def sampling(temperature: float, top_p: float) -> dict[str, Any]:

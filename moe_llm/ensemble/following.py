@@ -34,7 +34,7 @@ class Follower:
         self, member: Model, translator: Translator | None = None, prompt_mask_BP: Tensor | None = None,
         use_cache: bool = True,
     ):  # fmt: skip
-        self.member, self.translator, self.use_cache = member, translator, use_cache
+        self.member, self.translator, self.use_cache = member, translator, use_cache and member.caches
         self._prompt_mask_BP = None if prompt_mask_BP is None else prompt_mask_BP.bool().cpu()
         self._takes = inspect.signature(member.model.forward).parameters
         self.forwards = 0

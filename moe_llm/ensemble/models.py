@@ -39,6 +39,11 @@ class Model:
         return getattr(self.model.config, "max_position_embeddings", None)
 
     @property
+    def caches(self) -> bool:
+        """Whether it may keep keys and values; a model that cannot says so in its configuration."""
+        return getattr(self.model.config, "use_cache", None) is not False
+
+    @property
     def width(self) -> int:
         """Of its logits."""
         return self.model.get_output_embeddings().weight.shape[0]

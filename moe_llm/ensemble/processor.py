@@ -71,4 +71,5 @@ def generate(ensemble: Ensemble, inputs: Mapping[str, Tensor], use_cache: bool =
     processors = LogitsProcessorList([processor, *options.pop("logits_processor", [])])
     device = ensemble.main.device
     tensors = {name: tensor.to(device) for name, tensor in inputs.items()}
+    use_cache = use_cache and ensemble.main.caches
     return ensemble.main.model.generate(**tensors, use_cache=use_cache, logits_processor=processors, **options)

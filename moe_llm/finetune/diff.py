@@ -62,7 +62,7 @@ def diff(base: str | Path, tuned: str | Path, *, layers: bool = False, experts: 
     """
     (config, before), (_, after) = _open_both(base, tuned)
     rows: dict[tuple, Change] = {}
-    for name, shape in hf.parameter_shapes(config).items():
+    for name, shape in _shapes(config).items():
         part, layer = part_of(name), int(name.split(".")[2]) if ".layers." in name else None
         for expert, change in _changes(name, shape, before, after):
             key = (part, layer if layers else None, expert if experts else None)
@@ -75,7 +75,7 @@ def diff(base: str | Path, tuned: str | Path, *, layers: bool = False, experts: 
 
 def _open_both(base: str | Path, tuned: str | Path) -> list[tuple[ModelConfig, Weights]]:
     configs = [_described(directory) for directory in (base, tuned)]
-    shapes = [hf.parameter_shapes(config) for config in configs]
+    shapes = [_shapes(config) for config in configs]
     for name in [*shapes[0], *shapes[1]]:
         if shapes[0].get(name) != shapes[1].get(name):
             raise UserError(
@@ -86,6 +86,11 @@ def _open_both(base: str | Path, tuned: str | Path) -> list[tuple[ModelConfig, W
     for weights in opened:
         check_weights(weights, shapes[0])
     return list(zip(configs, opened))
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Of all that a checkpoint holds of the model: parameters, and the routers' buffers."""
+    return hf.parameter_shapes(config) | hf.buffer_shapes(config)
 
 
 def _shown(shape: tuple[int, ...] | None) -> str:

@@ -99,3 +99,27 @@ def test_other_shapes_and_missing_tensors_are_named(model, tmp_path, capsys):
     save_file(tensors, tmp_path / "base/model.safetensors")
     assert main(["diff", str(tmp_path / "base"), str(tmp_path / "base")]) == 2
     assert "missing model.norm.weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("router", [
+    {"type": "bias_balanced"}, {"type": "expert_choice"}, {"type": "noisy_top_k"}, {"type": "multi_head", "heads": 2},
+], ids=lambda router: router["type"])
+def test_what_routers_have_beside_weights_is_compared_too(tmp_path, router):
+    config = ModelConfig(**{**MODEL, "router": router})
+    for name, moved in (("base", False), ("tuned", True)):
+        model = MoEForCausalLM(config)
+        init_weights(model, 1)
+        with torch.no_grad():
+            for _, tensor in [*model.named_buffers(), *model.named_parameters()]:
+                if moved and any(tensor is part for layer in model.model.layers for part in (
+                    *layer.mlp.gate.buffers(), *layer.mlp.gate.parameters()
+                )):
+                    tensor += 1
+        model.save_pretrained(tmp_path / name)
+    same = {row["part"]: row["same_bytes"] == row["matrices"] for row in diff(tmp_path / "base", tmp_path / "tuned")}
+    assert [part for part, is_same in same.items() if not is_same] == ["router"]
+    assert all(row["change"] == 0 for row in diff(tmp_path / "base", tmp_path / "base"))
+    buffers = len(list(model.model.layers[0].mlp.gate.buffers()))
+    parameters = len(list(model.model.layers[0].mlp.gate.parameters()))
+    [routers] = [row for row in diff(tmp_path / "base", tmp_path / "tuned") if row["part"] == "router"]
+    assert routers["matrices"] == config.num_hidden_layers * (buffers + parameters)
