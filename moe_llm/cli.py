@@ -57,8 +57,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="moe-llm",
-        description="Train Mixtral-style mixture-of-experts language models.",
+        "moe-llm", description="Train Mixtral-style mixture-of-experts language models.",
         epilog="Overrides are section.key=value, the value in YAML: optim.lr=3e-4 data.sources.0.path=x.txt",
         allow_abbrev=False,
     )
@@ -323,6 +322,7 @@ def _merge(args) -> None:
         from moe_llm.merge.run import merge
 
         merge(args.recipe, args.out, args.max_shard_size)
+    print(f"written: {args.out}")
 
 
 def _params(args) -> None:

@@ -170,8 +170,8 @@ class CascadeRecipe(_Fitted):
     def _one_of_both(self):
         _check_roles(self.members, ["small", "large"])
         if (self.threshold is None) == (self.budget is None):
-            given = "neither" if self.budget is None else "both"
-            invalid("threshold", given, "and budget are alternatives", "give exactly one of threshold and budget")
+            given = "missing, and so is budget" if self.budget is None else "given, and so is budget"
+            invalid("threshold", self.threshold, f"is {given}", "give exactly one of them")
         return self
 
     @property

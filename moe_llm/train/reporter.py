@@ -125,7 +125,7 @@ def announce(
         )
     if adversarial.router_every is not None:
         reporter.say(
-            f"routers are trained alone in each {adversarial.router_every}. step, and stay as they are in the others"
+            f"routers are trained alone in one of {adversarial.router_every} steps, and stay as they are in the others"
         )
     if config.model.expert_dropout:
         reporter.say(

@@ -4,10 +4,10 @@
     python scripts/experiments/distill.py --teacher-steps 20 --steps 20 --seeds 0 1 train.global_batch_size=4
 
 Trains `--teachers` models of CONFIG, which differ in their seed, and then, for each seed of `--seeds`, the student of
-`configs/distill/word_level.yaml` four times on the same blocks in the same order: on the text alone; with the first
-teacher beside it; with all of them; and with all of them, of which a cache names 64 successors. Validation losses are
-those of the text, on the same held-out blocks; the teachers', and that of their mean of probabilities, stand beside
-them. Runs are kept in --work and resumed: the same command goes on where it was stopped.
+`configs/distill/word_level.yaml` several times on the same blocks in the same order: on the text alone; with the first
+teacher beside it; with all of them; and, with --cached, with all of them, of which a cache names 64 successors.
+Validation losses are those of the text, on the same held-out blocks; the teachers', and that of their mean of
+probabilities, stand beside them. Runs are kept in --work and resumed: the same command goes on where it was stopped.
 
 Trailing section.key=value are overrides of every run. Results: JSON and a table in Markdown, in --out.
 """
@@ -61,7 +61,8 @@ def students(arguments, teachers: list[Path]) -> dict[str, dict]:
         "text alone": {},
         "one teacher": {"teachers": every[:1], **how},
         f"ensemble of {len(every)}": {"teachers": every, **how},
-        f"ensemble of {len(every)}, 64 successors": {"teachers": every, "cache_top_k": 64, **how},
+        **({f"ensemble of {len(every)}, 64 successors": {"teachers": every, "cache_top_k": 64, **how}}
+           if arguments.cached else {}),
     }
 
 
@@ -132,6 +133,7 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, default=0.5)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--divergence", default="forward_kl")
+    parser.add_argument("--cached", action="store_true", help="one way to learn more: from a cache")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/distill_experiment")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments, overrides = parser.parse_known_args()

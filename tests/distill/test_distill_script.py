@@ -15,7 +15,7 @@ def test_the_experiment_tells_losses_of_students_and_teachers(lessons, tmp_path)
     config = runs.write_yaml(tmp_path / "config.yaml", raw)
     words = [sys.executable, str(runs.ROOT / "scripts/experiments/distill.py"), "--config", str(config), "--student",
              str(config), "--teachers", "2", "--teacher-steps", "2", "--steps", "2", "--seeds", "0",
-             "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "optim.lr=0.01"]
+             "--cached", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "optim.lr=0.01"]
     done = runs.finish(words)
     assert done.returncode == 0, done.stderr
     found = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
