@@ -28,7 +28,7 @@ class Reporter:
                 self._sinks.append(Wandb(config, run_dir))
             if config.logging.tensorboard:
                 self._sinks.append(TensorBoard(config, run_dir, position.step))
-            self._console = Console(config, position.step, _limit(facts))
+            self._console = Console(config, position.step, _limit(facts, config))
             if position.step < config.max_steps:  # a start that trains nothing is none to tell of
                 write_facts(run_dir / "facts.json", facts)
             self._metrics_path = run_dir / "metrics.jsonl"
@@ -70,10 +70,10 @@ class Reporter:
             sink.close()
 
 
-def _limit(facts: dict[str, Any]) -> float | None:
-    """Tokens a second at the hardware's peak rate; None where that is not known."""
+def _limit(facts: dict[str, Any], config: Config) -> float | None:
+    """Tokens a second at the hardware's peak rate; None where that, or how many experts a token has, is not known."""
     peak = facts["start"]["peak_flops_per_second"]
-    return None if peak is None else peak / facts["flops_per_token"]
+    return None if peak is None or not config.model.router.even else peak / facts["flops_per_token"]
 
 
 def announce(

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from support import runs
-from support.training import config
+from support.training import MODEL, config
 
 from moe_llm.cli import main
 from moe_llm.train.console import BLOCKS, Console, load_map
+from moe_llm.train.reporter import _limit
 from moe_llm.train.trackers import Wandb, distributions, load_image, scalars
 
 MOE = {"tokens_per_expert": [[10, 10, 10, 10], [0, 20, 40, 0]], "load_cv": [0.0, 0.9], "router_entropy": [1.3, 0.5],
@@ -103,6 +104,13 @@ def test_the_bar_shows_the_share_of_the_limit_and_the_map(monkeypatch):
     assert "1,000 tokens/s (25% of the limit)" in shown
     assert "loss 1.5000 · val 2.5000" in shown.split("layer 1")[-2], "the newest validation loss stays"
     assert "layer 1" in shown
+
+
+@pytest.mark.parametrize(("router", "limit"), [({"type": "mixtral"}, 20.0), ({"type": "top_p"}, None),
+                                                ({"type": "mixtral", "capacity_factor": 1.0}, None)])
+def test_there_is_no_limit_where_a_tokens_experts_vary(router, limit):
+    facts = {"start": {"peak_flops_per_second": 100.0}, "flops_per_token": 5.0}
+    assert _limit(facts, config(1, 1, 1, model={**MODEL, "router": router})) == limit
 
 
 def test_facts_of_each_start_are_kept(train):
