@@ -43,7 +43,8 @@ def test_a_soup_takes_what_helps_and_leaves_the_rest(finished_run, corpus, tmp_p
               "data": [str(corpus)], "max_blocks": 4}  # fmt: skip
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
     assert cli.main(["merge", str(tmp_path / "r.yaml"), str(tmp_path / "out")]) == 0
-    _, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    _, *rows, written = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert written == ["written:", str(tmp_path / "out")]
     alone = {name: evaluate_files(name, [str(corpus)], max_blocks=4)["loss"] for name in names}
     order = sorted(names, key=alone.__getitem__)
     assert [row[0] for row in rows] == order
