@@ -77,6 +77,15 @@ class RouterSettings(Section):
         """How many rows of experts a token costs, at most; where experts choose tokens, on average."""
         return model.num_experts_per_tok
 
+    @property
+    def normalized(self) -> bool:
+        """Whether the weights of a token's experts sum to 1 whatever the logits are."""
+        return False
+
+    def unweighed(self, model: "ModelConfig") -> list[str]:
+        """The router's parameters that the language-model loss cannot move: of a single expert the weight is 1."""
+        return ["weight"] if self.normalized and model.num_experts_per_tok == 1 else []
+
     def mixed_per_token(self, model: "ModelConfig") -> int:
         """How many multiplications a token costs beside those by parameters."""
         return 0

@@ -4,6 +4,7 @@ One class of settings for each router in `moe_llm.model.moe.routers`, and one li
 that is defined elsewhere adds its own with `moe_llm.model.moe.routers.register`.
 """
 
+import difflib
 import math
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -34,6 +35,10 @@ class MixtralSettings(OverflowSettings):
 
     type: Literal["mixtral"] = Field("mixtral", description="mixtral: softmax, top-k, renormalised")
 
+    @property
+    def normalized(self) -> bool:
+        return True
+
 
 class DenseSettings(RouterSettings):
     """Every expert, weighted by the softmax: the original mixture (Jacobs, Jordan, Nowlan and Hinton 1991)."""
@@ -54,6 +59,13 @@ class NoisyTopKSettings(OverflowSettings):
     importance_coef: float = Field(0.1, ge=0, description="weight of CV^2 of the gates' sums over tokens (equation 7)")
     load_coef: float = Field(0.1, ge=0, description="weight of CV^2 of the expected numbers of tokens (equation 11)")
     noise: bool = Field(True, description="false: nothing is drawn while training, as in evaluation")
+
+    @property
+    def normalized(self) -> bool:
+        return True
+
+    def unweighed(self, model: "ModelConfig") -> list[str]:
+        return [*super().unweighed(model), "noise_weight"] if model.num_experts_per_tok == 1 else []
 
     def parameter_shapes(self, model: "ModelConfig") -> Shapes:
         shape = (model.num_local_experts, model.hidden_size)
@@ -155,11 +167,15 @@ class HierarchicalSettings(RouterSettings):
         if chosen // self.groups_per_token > experts // self.groups:
             invalid("num_experts_per_tok", chosen,
                     f"asks {chosen // self.groups_per_token} experts of each group of {experts // self.groups}",
-                    "lower it, or raise router.groups_per_token")
+                    "lower it, or raise model.router.groups_per_token")
 
     def parameter_shapes(self, model: "ModelConfig") -> Shapes:
         return {"weight": (model.num_local_experts, model.hidden_size),
                 "group_weight": (self.groups, model.hidden_size)}
+
+    def unweighed(self, model: "ModelConfig") -> list[str]:
+        alone = {"group_weight": self.groups_per_token, "weight": model.num_experts_per_tok // self.groups_per_token}
+        return [name for name, number in alone.items() if number == 1]
 
 
 class DeepSeekMoESettings(OverflowSettings):
@@ -179,13 +195,17 @@ class DeepSeekMoESettings(OverflowSettings):
         "the ranks",
     )
 
+    @property
+    def normalized(self) -> bool:
+        return self.norm_topk_prob
+
     def check(self, model: "ModelConfig") -> None:
         experts = model.num_local_experts
         if self.device_groups is None and self.device_balance_coef:
             invalid("router.device_balance_coef", self.device_balance_coef, "has no groups to balance",
-                    "set router.device_groups")
+                    "set model.router.device_groups")
         if self.device_groups is not None and not self.device_balance_coef:
-            invalid("router.device_groups", self.device_groups, "is for router.device_balance_coef=0",
+            invalid("router.device_groups", self.device_groups, "is for model.router.device_balance_coef=0",
                     "set that, or remove it")
         if self.device_groups is not None and experts % self.device_groups:
             invalid("router.device_groups", self.device_groups, f"does not divide num_local_experts={experts}",
@@ -209,6 +229,10 @@ class BiasBalancedSettings(RouterSettings):
         1, ge=1, description="groups that a token may take experts from: those whose two best scores are highest in sum"
     )
 
+    @property
+    def normalized(self) -> bool:
+        return self.norm_topk_prob
+
     def buffer_shapes(self, model: "ModelConfig") -> Shapes:
         return {"e_score_correction_bias": (model.num_local_experts,)}
 
@@ -223,8 +247,9 @@ class BiasBalancedSettings(RouterSettings):
             invalid("router.topk_group", self.topk_group, f"is above n_group={self.n_group}", "lower it")
         if model.num_experts_per_tok > self.topk_group * size:
             invalid("num_experts_per_tok", model.num_experts_per_tok,
-                    f"is above the {self.topk_group * size} experts of router.topk_group={self.topk_group} groups",
-                    "lower it, or raise router.topk_group")
+                    f"is above the {self.topk_group * size} experts of model.router.topk_group={self.topk_group} "
+                    "groups",
+                    "lower it, or raise model.router.topk_group")
 
 
 class BalancedSettings(RouterSettings):
@@ -232,6 +257,10 @@ class BalancedSettings(RouterSettings):
     the same work."""
 
     type: Literal["balanced"] = "balanced"
+
+    @property
+    def normalized(self) -> bool:
+        return True
 
 
 class LorySettings(RouterSettings):
@@ -318,7 +347,9 @@ def _settings(value: Any) -> Any:
         return value
     kind = value.get("type", DEFAULT_TYPE)
     if not isinstance(kind, str) or kind not in ROUTER_SETTINGS:
-        invalid("type", kind, "is no router", f"use one of {', '.join(ROUTER_SETTINGS)}")
+        near = difflib.get_close_matches(str(kind), ROUTER_SETTINGS, n=1)
+        invalid("type", kind, "is no router",
+                f"did you mean {near[0]}?" if near else f"use one of {', '.join(ROUTER_SETTINGS)}")
     known = fields_by_key(ROUTER_SETTINGS[kind])
     for key in value:
         if key not in known:

@@ -33,8 +33,8 @@ class SoftMoESettings(RouterSettings):
         if model.num_experts_per_tok != rows:
             slots = model.num_local_experts * self.slots_per_expert
             invalid("num_experts_per_tok", model.num_experts_per_tok,
-                    f"is not what {slots} slots for each router.segment_length={self.segment_length} tokens make",
-                    f"set it to {rows}, or change router.slots_per_expert")
+                    f"is not what {slots} slots for each model.router.segment_length={self.segment_length} tokens make",
+                    f"set it to {rows}, or change model.router.slots_per_expert")
         if self.segment_length >= model.max_position_embeddings:
             invalid("router.segment_length", self.segment_length,
                     f"leaves no second segment in max_position_embeddings={model.max_position_embeddings}", "lower it")
@@ -82,6 +82,10 @@ class MultiHeadSettings(OverflowSettings):
 
     def entered_per_token(self, model: "ModelConfig") -> float:
         return 2 * model.hidden_size
+
+    @property
+    def normalized(self) -> bool:
+        return self.norm_topk_prob
 
     @property
     def parts_per_token(self) -> int:

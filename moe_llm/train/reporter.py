@@ -107,6 +107,13 @@ def announce(
             f"model.router.type={router.type} is not causal in training: {router.looks_ahead}; evaluation and "
             f"generation {router.afterwards}"
         )
+    unweighed = router.unweighed(config.model)
+    if unweighed:
+        reporter.say(
+            f"the language-model loss does not reach the routers' {' and '.join(unweighed)}: where a token takes one "
+            f"of several, model.router.type={router.type} gives it the weight 1 whatever its logit, so that only "
+            "the routers' own losses move that"
+        )
     if config.model.router.merges and config.data.isolate_documents:
         reporter.say(
             f"model.router.type={config.model.router.type} cuts segments through whole blocks: a document's first "

@@ -49,6 +49,21 @@ CASES = {
     "lory": ("lory", 1, {"segment_length": 4}, {"length": 4, "merged": True}),
     "lory, one token": ("lory", 1, {"segment_length": 1}, {"length": 1, "merged": True}),
 }
+SINGLE = {
+    "mixtral, 1": ("mixtral", 1, {}),
+    "noisy_top_k, 1": ("noisy_top_k", 1, {}),
+    "balanced, 1": ("balanced", 1, {}),
+    "top_p, 1": ("top_p", 1, {}),
+    "batch_prioritised, 1": ("batch_prioritised", 1, {}),
+    "deepseek_moe, 1": ("deepseek_moe", 1, {}),
+    "deepseek_moe, shares, 1": ("deepseek_moe", 1, {"norm_topk_prob": True}),
+    "bias_balanced, 1": ("bias_balanced", 1, {}),
+    "bias_balanced, no shares, 1": ("bias_balanced", 1, {"norm_topk_prob": False}),
+    "multi_head, 1": ("multi_head", 1, {"heads": 3}),
+    "multi_head, shares, 1": ("multi_head", 1, {"heads": 3, "norm_topk_prob": True}),
+    "hierarchical, 1 of each": ("hierarchical", 2, {"groups": 3, "groups_per_token": 2}),
+    "hierarchical, 1 of 1": ("hierarchical", 1, {"groups": 2}),
+}
 OF_TOKENS = [case for case, (*_, told) in CASES.items() if told is not None]
 
 
@@ -75,6 +90,23 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
     real_BS = torch.ones(B, S, dtype=torch.bool)
     real_BS[1, 7:] = False
     return x_BSD.requires_grad_(), real_BS
+
+
+@pytest.mark.parametrize("case", [*CASES, *SINGLE])
+def test_what_the_language_model_loss_cannot_move_is_told(case):
+    """Router parameters without a gradient are those of `unweighed`: all others have one."""
+    kind, top_k, settings, *_ = (CASES | SINGLE)[case]
+    config = config_of(kind, top_k, settings)
+    layer, (x_BSD, real_BS) = layer_of(config), inputs()
+    torch.manual_seed(9)
+    y_BSD, _ = layer(x_BSD, real_BS)
+    direction_BSD = torch.randn(y_BSD.shape, generator=torch.Generator().manual_seed(3))
+    names, parameters = zip(*layer.gate.named_parameters(), strict=True)
+    slopes = torch.autograd.grad((y_BSD * direction_BSD)[real_BS].sum(), parameters, allow_unused=True)
+    still = [name for name, slope in zip(names, slopes, strict=True) if slope is None or slope.abs().max() < 1e-5]
+    if settings.get("noise") is False and "noise_weight" in still:
+        still.remove("noise_weight")  # of which nothing is drawn
+    assert sorted(still) == sorted(config.router.unweighed(config))
 
 
 def draws(kind: str | None) -> dict[str, torch.Tensor | None]:

@@ -46,6 +46,13 @@ def test_what_depends_on_later_tokens_says_so(train, capsys):
     assert "batch_prioritised is not causal in training" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("kind", "told"), [("mixtral", True), ("switch", False)])
+def test_routers_that_the_loss_does_not_reach_are_told(train, capsys, kind, told):
+    model = {**runs.MODEL, "num_experts_per_tok": 1, "router": {"type": kind}}
+    train(model=model, train={"max_steps": 1, "micro_batch_size": 2, "global_batch_size": 4})
+    assert ("the language-model loss does not reach the routers' weight" in capsys.readouterr().err) == told
+
+
 def test_mixed_experts_have_no_adapters_and_segments_no_documents(train, make_config, capsys):
     lory = {"num_experts_per_tok": 1, "router": {"type": "lory", "segment_length": 8}}
     root = train(model={**runs.MODEL, **lory}, evaluate={"max_blocks": 4, "sample_prompt": "abc", "sample_tokens": 5})
