@@ -20,7 +20,7 @@ from moe_llm.config.router_base import (
     RouterSettings,
     Shapes,
 )
-from moe_llm.config.routers_mixed import MultiHeadSettings, SoftMoESettings
+from moe_llm.config.routers_mixed import MultiHeadSettings, SoftMoESettings, check_second_segment
 
 __all__ = [
     "DEFAULT_TYPE", "ENTROPY_COEFFICIENTS", "ROUTER_SETTINGS", "AnyRouterSettings", "LimitedSettings",
@@ -276,11 +276,15 @@ class LorySettings(RouterSettings):
             invalid("router.segment_length", self.segment_length,
                     f"leaves no second segment in max_position_embeddings={model.max_position_embeddings}", "lower it")
 
+    def check_length(self, length: int) -> None:
+        check_second_segment(self.segment_length, length)
+
     def parameter_shapes(self, model: "ModelConfig") -> Shapes:
         return {**super().parameter_shapes(model), "start": (model.num_local_experts,)}
 
     def shrunk(self, model: "ModelConfig", experts: int, length: int) -> dict[str, Any]:
         return {"router": {"segment_length": min(self.segment_length, max(1, length // 4))}}
+
 
 class ExpertChoiceSettings(RouterSettings):
     """Experts take the tokens of a sequence that score highest for them, a token any number of experts (Zhou et al.

@@ -40,9 +40,7 @@ class SoftMoESettings(RouterSettings):
                     f"leaves no second segment in max_position_embeddings={model.max_position_embeddings}", "lower it")
 
     def check_length(self, length: int) -> None:
-        if self.segment_length >= length:
-            invalid("model.router.segment_length", self.segment_length,
-                    f"leaves no second segment in data.sequence_length={length}", "lower the one or raise the other")
+        check_second_segment(self.segment_length, length)
 
     def shrunk(self, model: "ModelConfig", experts: int, length: int) -> dict[str, Any]:
         segment = min(self.segment_length, max(1, length // 5))
@@ -95,6 +93,13 @@ class MultiHeadSettings(OverflowSettings):
         square = (model.hidden_size, model.hidden_size)
         return {"weight": (model.num_local_experts, model.expert_hidden_size), "head_proj.weight": square,
                 "merge_proj.weight": square}
+
+
+def check_second_segment(segment: int, length: int) -> None:
+    """Refuse blocks of so many tokens in which no segment has one before it, and what that decides is not trained."""
+    if segment >= length:
+        invalid("model.router.segment_length", segment, f"leaves no second segment in data.sequence_length={length}",
+                "lower the one or raise the other")
 
 
 def _rows(experts: int, slots: int, segment: int) -> int:

@@ -68,6 +68,8 @@ def refusal(*overrides: str) -> str:
     (["model.router={type: lory, segment_length: 0}", "model.num_experts_per_tok=1"], "router.segment_length=0"),
     (["model.router={type: lory, segment_length: 1024}", "model.num_experts_per_tok=1"],
      "model.router.segment_length=1024 leaves no second segment in max_position_embeddings=1024: lower it"),
+    (["model.router.type=lory", "model.num_experts_per_tok=1"],
+     "model.router.segment_length=256 leaves no second segment in data.sequence_length=256: lower the one or raise"),
     (["model.router.segment_length=32"], "is no setting of type mixtral but of soft_moe, lory"),
     (["model.router={type: expert_choice, capacity_factor: 4.5}"],
      "model.router.capacity_factor=4.5 asks 9 experts a token of num_local_experts=8: lower it"),
