@@ -41,6 +41,7 @@ class RouterSettings(Section):
     looks_ahead: ClassVar[str] = "where room is short, who gets it depends on later tokens"
     afterwards: ClassVar[str] = "turn no token away"
 
+    evaluates_by_buffers: ClassVar[bool] = False  # whether evaluation has no use for buffers that no step has changed
     merges: ClassVar[bool] = False  # whether experts' weights are mixed, rather than their outputs
 
     @model_validator(mode="after")

@@ -301,6 +301,7 @@ class ExpertChoiceSettings(RouterSettings):
     )
     causal: ClassVar[bool] = False
     looks_ahead: ClassVar[str] = "experts take the best tokens of a whole sequence"
+    evaluates_by_buffers: ClassVar[bool] = True
     afterwards: ClassVar[str] = "send a token to each expert whose threshold its probability reaches, perhaps to none"
 
     def check(self, model: "ModelConfig") -> None:

@@ -12,6 +12,7 @@ from moe_llm.config import Config, ModelConfig
 from moe_llm.config.base import fields_by_key
 from moe_llm.config.routers import DEFAULT_TYPE
 from moe_llm.errors import UserError
+from moe_llm.finetune.selection import trained_names
 
 if TYPE_CHECKING:
     from moe_llm.checkpoint.weights import Weights
@@ -53,15 +54,26 @@ def complete(raw: dict[str, Any]) -> None:
 
 
 def check_origin(config: Config) -> None:
-    """Refuse a checkpoint that is not of the model's shape, from config.json and the headers of its files alone.
+    """Refuse a checkpoint that is not of the model's shape, from config.json and the headers of its files alone; and
+    routers that could not be evaluated, because neither it nor training gives them their buffers.
 
     Raises:
         UserError: names the key or the tensor.
     """
-    directory = config.model.init_from
+    directory, weights = config.model.init_from, None
     if directory is not None:
         _check_agrees(_decisive(config.model), _described(directory), directory)
-        _open(config.model)
+        weights = _open(config.model)
+    router = config.model.router
+    if not router.evaluates_by_buffers or any(map(hf.is_router, trained_names(config))):
+        return
+    if weights is None or not all(map(weights.has, hf.buffer_shapes(config.model))):
+        buffers = " and ".join(router.buffer_shapes(config.model))
+        absent = "" if directory is None else f"not in model.init_from={directory!r} and is "
+        raise UserError(
+            f"model.router.type={router.type} evaluates by each router's {buffers}, which is {absent}set only while "
+            "routers are trained, and this run leaves them as they are: train routers too, or use another type"
+        )
 
 
 def load_origin(state: "TrainedState", model: ModelConfig) -> None:

@@ -220,3 +220,22 @@ def test_losses_and_noise_are_the_runs_own(bases, key, value):
     changed = [name for name in plain if not torch.equal(plain[name][1], other[name][1])]
     assert changed
     assert all(EXPERT in name for name in changed)
+
+
+@pytest.mark.parametrize("finetune", [{"train": "experts"}, {"lora": {"rank": 2, "targets": ["experts"]}}])
+def test_frozen_routers_that_would_never_have_thresholds_are_refused(tmp_path, bases, finetune):
+    """They would stay zero, and evaluation would send every token to every expert."""
+    def run(directory, **changes):
+        model = {**MODEL, "init_from": str(directory), "router": {"type": "expert_choice"}}
+        return config(4, 2, 1, **{**sections(directory, 4), "model": model, "finetune": {**finetune, **changes}})
+
+    with pytest.raises(UserError, match=r"threshold, which is not in model.init_from=.* train routers too"):
+        check_origin(run(bases["fp32"]))
+    if "train" in finetune:
+        check_origin(run(bases["fp32"], train="all"))
+        with pytest.raises(UserError, match="threshold, which is set only while routers are trained"):
+            check_origin(config(4, 2, 1, model={"router": {"type": "expert_choice"}}, finetune=finetune))
+    model = MoEForCausalLM(ModelConfig(**{**MODEL, "router": {"type": "expert_choice"}}))
+    init_weights(model, 11)
+    model.save_pretrained(tmp_path / "thresholds")
+    check_origin(run(tmp_path / "thresholds"))
