@@ -24,8 +24,10 @@ from moe_llm.data.loader import TrainBlocks, load_data
 from moe_llm.data.packing import Batch
 from moe_llm.data.tokenizer import build_tokenizer, check_vocab, resolve_vocab
 from moe_llm.errors import TrainingFailure, UserError
-from moe_llm.model.decoder import MoEDecoder
+from moe_llm.model.decoder import MoEDecoder, MoEOutput
 from moe_llm.model.init import build_model
+from moe_llm.model.moe.routers import end_step
+from moe_llm.model.moe.routing import RoutingStatistics
 from moe_llm.train.loop import model_inputs
 from moe_llm.train.optim import build_optimizer, parameter_groups
 
@@ -81,7 +83,7 @@ def meta_train(
         for index in chosen.tolist():
             first = adapt(model, tasks[index], optim, options.inner_steps, blocks=blocks, start=read[index])
             read[index] += (options.inner_steps + 1) * blocks
-            held_out = _loss(model, tasks[index].rows(read[index] - blocks, blocks))
+            held_out = _forward(model, tasks[index].rows(read[index] - blocks, blocks)).loss
             _check_finite(held_out, done, index)
             for total, change in zip(moved, _change(model, start, held_out, options.method)):
                 total += change / options.tasks
@@ -103,6 +105,8 @@ def adapt(
 ) -> float:
     """Adapt a model to a task in place, by plain optimizer steps; the loss before the first of them.
 
+    Routers' buffers are updated by that one's routing: they are kept, and the weights that they fit are the first.
+
     Args:
         blocks: a step; `start`: the first of the task's samples that is read.
     """
@@ -111,18 +115,20 @@ def adapt(
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = optim.lr
-        loss = _loss(model, task.rows(start + step * blocks, blocks))
-        first = loss.item() if step == 0 else first
+        output = _forward(model, task.rows(start + step * blocks, blocks))
+        if step == 0:
+            first = output.loss.item()
+            end_step(model, RoutingStatistics(*(part.detach() for part in output.routing)))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        output.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip or float("inf"))
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return first
 
 
-def _loss(model: MoEDecoder, batch: Batch) -> Tensor:
-    return model(**model_inputs(batch.to(model.lm_head.weight.device))).loss
+def _forward(model: MoEDecoder, batch: Batch) -> MoEOutput:
+    return model(**model_inputs(batch.to(model.lm_head.weight.device)))
 
 
 def _change(model: MoEDecoder, start: list[Tensor], held_out: Tensor, method: str) -> Iterator[Tensor]:

@@ -33,11 +33,22 @@ class Shifted:
         return Batch(ids, (ids + self.shift) % TOKENS, torch.zeros_like(ids), places, torch.ones_like(ids).bool())
 
 
+PLAIN = {
+    "vocab_size": TOKENS, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_local_experts": 2, "num_experts_per_tok": 1, "max_position_embeddings": 16, "router_aux_loss_coef": 0.0,
+}
+
+
 def plain_model():
-    return build_model(ModelConfig(
-        vocab_size=TOKENS, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_local_experts=2, num_experts_per_tok=1, max_position_embeddings=16, router_aux_loss_coef=0.0,
-    ), seed=0)
+    return build_model(ModelConfig(**PLAIN), seed=0)
+
+
+def test_routers_buffers_are_those_of_the_meta_trained_weights():
+    """Thresholds that stayed zero would send every token to every expert in evaluation."""
+    model = build_model(ModelConfig(**{**PLAIN, "num_local_experts": 4, "router": {"type": "expert_choice"}}), seed=0)
+    meta_train(model, [Shifted(shift) for shift in range(3)], OPTIM, MetaOptions("reptile", 30, 2, 2), blocks=8)
+    routing = model.eval()(torch.arange(96).view(12, 8) % TOKENS).routing
+    assert 0.6 < (routing.tokens_per_expert_E.sum() / routing.num_tokens.sum()).item() < 1.6
 
 
 def adapted(model, task, steps: int = 4) -> tuple[float, float]:
