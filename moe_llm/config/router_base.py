@@ -87,7 +87,7 @@ class RouterSettings(Section):
         """The router's parameters that the language-model loss cannot move: of a single expert the weight is 1."""
         return ["weight"] if self.normalized and model.num_experts_per_tok == 1 else []
 
-    def mixed_per_token(self, model: "ModelConfig") -> int:
+    def mixed_per_token(self, model: "ModelConfig") -> float:
         """How many multiplications a token costs beside those by parameters."""
         return 0
 

@@ -282,6 +282,9 @@ class LorySettings(RouterSettings):
     def parameter_shapes(self, model: "ModelConfig") -> Shapes:
         return {**super().parameter_shapes(model), "start": (model.num_local_experts,)}
 
+    def mixed_per_token(self, model: "ModelConfig") -> float:
+        return model.num_local_experts * model.expert_parameters / self.segment_length
+
     def shrunk(self, model: "ModelConfig", experts: int, length: int) -> dict[str, Any]:
         return {"router": {"segment_length": min(self.segment_length, max(1, length // 4))}}
 

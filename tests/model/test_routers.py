@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from moe_llm.config import ModelConfig
 from moe_llm.config.routers import ROUTER_SETTINGS
 from moe_llm.model.decoder import MoEDecoder
+from moe_llm.model.flops import train_flops_per_token
 from moe_llm.model.init import init_weights
 from moe_llm.model.moe.layer import MoELayer
 from moe_llm.model.moe.losses import router_loss_values
@@ -204,6 +205,14 @@ def test_no_segment_sees_what_comes_later(training):
         after = model(other_BS).logits
         assert torch.equal(after[:, :changed], before[:, :changed])
         assert not torch.equal(after[:, -1], before[:, -1])
+
+
+def test_the_work_of_mixing_weights_is_counted():
+    """Of all experts' weights, once for each segment, beside one expert's for each token."""
+    lory, mixtral = config_of("lory", 1, {"segment_length": 4}), config_of("mixtral", 1, {})
+    layers, start = lory.num_hidden_layers, E
+    expected = train_flops_per_token(mixtral, 16) + 6 * layers * (start + E * lory.expert_parameters / 4)
+    assert train_flops_per_token(lory, 16) == pytest.approx(expected)
 
 
 def test_importance_and_load_losses_are_the_papers():
