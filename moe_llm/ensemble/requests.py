@@ -92,10 +92,8 @@ def fit_cascade(recipe: CascadeRecipe, models: list[Model], data: list[str], max
     """A threshold for requests: the small model continues the beginning of each document, greedily.
 
     Raises:
-        UserError: no text, or a threshold instead of a budget.
+        UserError: no text.
     """
-    if recipe.budget is None:
-        raise UserError(f"threshold={recipe.threshold} leaves nothing to fit: give a budget in its place")
     small = models[by_role(recipe)["small"]]
     source = SourceConfig(type="files", path=data, document="file")
     found = []

@@ -114,7 +114,7 @@ BAD = {
     "no text": (two(align_experts="activations"), "align_text"),
     "text for nothing": (two(align_text=["x"]), "align_text"),
     "text that is missing": (
-        two(align_experts="activations", align_text=["x.txt"]), "align_text.path=x.txt does not exist"
+        two(align_experts="activations", align_text=["x.txt"]), "align_text=x.txt does not exist"
     ),
     "neurons alone": (two(align_neurons=True), "align_neurons=True has no effect without align_experts"),
     "dense experts": (
