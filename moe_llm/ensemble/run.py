@@ -11,10 +11,11 @@ import torch
 from moe_llm.config import SourceConfig
 from moe_llm.data.sources import list_files
 from moe_llm.ensemble import requests
-from moe_llm.ensemble.causal_lm import sampling
+from moe_llm.ensemble.causal_lm import read_prompt, sampling
 from moe_llm.ensemble.ensemble import Ensemble, describe
 from moe_llm.ensemble.evaluate import evaluate
 from moe_llm.ensemble.fit import Fitted, check_fittable, fit
+from moe_llm.ensemble.following import room
 from moe_llm.ensemble.models import Model, load_models
 from moe_llm.ensemble.recipe import (
     AnyRecipe,
@@ -54,7 +55,8 @@ def generate_command(
     ensemble = _ready(recipe, say)
     torch.manual_seed(seed)
     main = ensemble.main
-    inputs = main.tokenizer(prompt, return_tensors="pt").to(main.device)
+    inputs = read_prompt(main.tokenizer, prompt).to(main.device)
+    options["max_new_tokens"] = room(main, inputs["input_ids"].shape[1], max_new_tokens)
     processor = EnsembleLogitsProcessor(ensemble)
     options |= {"logits_processor": [processor], "pad_token_id": main.tokenizer.eos_token_id}
     output = main.model.generate(**inputs, **options)

@@ -151,3 +151,8 @@ def test_nothing_but_top_p_limits_what_is_drawn(tmp_path):
     torch.manual_seed(0)
     ids = model.generate(torch.full((2000, 1), 3), max_new_tokens=1, pad_token_id=2, **sampling(1.0, 1.0))
     assert len(ids[:, 1].unique()) == len(words)
+
+
+def test_a_prompt_without_tokens_is_refused_for_one_checkpoint_too(models, capsys):
+    assert cli.main(["generate", models["a"], "--prompt", ""]) == 2
+    assert capsys.readouterr().err == "moe-llm: error: the prompt '' has no tokens: give a text to continue\n"
