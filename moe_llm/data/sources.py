@@ -47,8 +47,8 @@ def check_sources(config: Config) -> None:
 
 
 def _path_key(field: str) -> str:
-    """The key of a source's path; a source from the command line is its path."""
-    return field if field.startswith("--") else f"{field}.path"
+    """The key of a source's path; other than those of a list, as in data.sources.0, a source is its path."""
+    return f"{field}.path" if field.rpartition(".")[2].isdecimal() else field
 
 
 def list_files(source: SourceConfig, field: str) -> list[Path]:

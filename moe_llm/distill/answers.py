@@ -116,7 +116,7 @@ def _settings(directory: Path, source: SourceConfig, options: AnswerOptions) -> 
 
 def _resume(partial: Path, settings: str) -> int:
     """How many prompts have been dealt with; the file then ends behind the last of them."""
-    lines = partial.read_text(encoding="utf-8").splitlines(keepends=True) if partial.exists() else []
+    lines = _lines(partial) if partial.exists() else []
     whole = [line for line in lines if line.endswith("\n")]
     if not whole or whole[0] != settings:
         whole = [settings]
@@ -158,14 +158,20 @@ def _batches(found: Iterator[_Prompt | None], size: int) -> Iterator[tuple[int, 
         yield start, batch
 
 
+def _lines(partial: Path) -> list[str]:
+    """With their newlines, which alone end a row: `splitlines` also cuts at U+2028 and the like, within a text."""
+    with partial.open(encoding="utf-8") as stream:
+        return list(stream)
+
+
 def _keep_lines(partial: Path, count: int) -> None:
-    lines = partial.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = _lines(partial)
     if len(lines) > count:
         partial.write_text("".join(lines[:count]), encoding="utf-8")
 
 
 def _finish(partial: Path, out: Path) -> Written:
-    lines = partial.read_text(encoding="utf-8").splitlines(keepends=True)[1:]
+    lines = _lines(partial)[1:]
     rows = [line for line in lines if line != "null\n"]
     if not rows:
         raise UserError(f"{_FIELD}: of {len(lines)} prompts none has an answer, all are too short or too long for the "

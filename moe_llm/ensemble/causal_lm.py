@@ -67,5 +67,20 @@ def _class_of(checkpoint: str | Path, called: str) -> Any:
 
 
 def sampling(temperature: float, top_p: float) -> dict[str, Any]:
-    """generate()'s options for a temperature, 0 meaning the likeliest token, and top-p."""
-    return {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    """generate()'s options for a temperature, 0 meaning the likeliest token, and top-p. Without top_k: 0, transformers
+    draws from the 50 likeliest tokens."""
+    if not temperature:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+
+
+def read_prompt(tokenizer: Any, prompt: str, **options: Any) -> Any:
+    """A prompt's tokens, one row, as the tokenizer gives them.
+
+    Raises:
+        UserError: there are none, and so nothing to continue.
+    """
+    inputs = tokenizer(prompt, return_tensors="pt", **options)
+    if not inputs["input_ids"].shape[1]:
+        raise UserError(f"the prompt {prompt!r} has no tokens: give a text to continue")
+    return inputs

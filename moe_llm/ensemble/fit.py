@@ -40,8 +40,7 @@ def fit(ensemble: Ensemble, data: list[str], *, max_blocks: int | None = None, b
         UserError: no text, or a cascade with a threshold instead of a budget.
     """
     recipe = ensemble.recipe
-    if isinstance(recipe, CascadeRecipe) and recipe.budget is None:
-        raise UserError(f"threshold={recipe.threshold} leaves nothing to fit: give a budget in its place")
+    check_fittable(recipe)
     text = load_text(ensemble, data, max_blocks)
     if isinstance(recipe, CascadeRecipe):
         confidences = [confidence(s.log_probs[0]) for s in score(ensemble, text, batch_size, wanted=[0])]
@@ -52,6 +51,16 @@ def fit(ensemble: Ensemble, data: list[str], *, max_blocks: int | None = None, b
         fitted = _fit_log_linear(ensemble, recipe, score(ensemble, text, batch_size), text.num_targets)
     ensemble.use(fitted.recipe)
     return fitted
+
+
+def check_fittable(recipe: FittedRecipe) -> None:
+    """Refuse a cascade whose threshold is given.
+
+    Raises:
+        UserError: so it is.
+    """
+    if isinstance(recipe, CascadeRecipe) and recipe.budget is None:
+        raise UserError(f"threshold={recipe.threshold} leaves nothing to fit: give a budget in its place")
 
 
 def fit_threshold(recipe: CascadeRecipe, confidence_N: Tensor) -> Fitted:

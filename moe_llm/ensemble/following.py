@@ -146,7 +146,20 @@ def check_length(member: Model, mask_RU: Tensor) -> None:
     Raises:
         UserError: so it is.
     """
-    tokens = int(mask_RU.sum(1).max())
+    _check_tokens(member, int(mask_RU.sum(1).max()))
+
+
+def room(member: Model, prompt: int, wanted: int) -> int:
+    """How many tokens, `wanted` at most, may follow a prompt of so many; the last one is not read any more.
+
+    Raises:
+        UserError: the prompt alone is longer than the member is meant for.
+    """
+    _check_tokens(member, prompt)
+    return wanted if member.longest is None else min(wanted, member.longest + 1 - prompt)
+
+
+def _check_tokens(member: Model, tokens: int) -> None:
     if member.longest is not None and tokens > member.longest:
         raise UserError(
             f"the text of {tokens} tokens is longer than max_position_embeddings={member.longest} of {member.name}: "

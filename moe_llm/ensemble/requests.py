@@ -15,7 +15,9 @@ from torch import Tensor
 from moe_llm.config import SourceConfig
 from moe_llm.data.chat_template import own_template
 from moe_llm.data.sources import read_documents
+from moe_llm.ensemble.causal_lm import read_prompt
 from moe_llm.ensemble.fit import Fitted, fit_threshold
+from moe_llm.ensemble.following import room
 from moe_llm.ensemble.models import Model
 from moe_llm.ensemble.recipe import CascadeRecipe, SelfRefineRecipe, StackingRecipe, by_role
 from moe_llm.errors import UserError
@@ -41,11 +43,11 @@ def answer(model: Model, prompt: str, options: dict[str, Any], chat: bool = Fals
     """What a model makes of a prompt.
 
     Args:
-        options: generate()'s.
+        options: generate()'s, max_new_tokens among them; the answer ends where the model's positions do.
         chat: the prompt is a user's turn, put into the tokenizer's chat template.
 
     Raises:
-        UserError: chat, and no template.
+        UserError: chat, and no template; a prompt without tokens, or longer than the model is meant for.
     """
     tokenizer = model.tokenizer
     if chat:
@@ -53,13 +55,14 @@ def answer(model: Model, prompt: str, options: dict[str, Any], chat: bool = Fals
             raise UserError(f"chat=true, but the tokenizer of {model.name} has no chat template: set chat: false")
         turns = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(model.device)
+    inputs = read_prompt(tokenizer, prompt, add_special_tokens=not chat).to(model.device)
     return _continue(model, inputs, options)
 
 
 def _continue(model: Model, inputs: Any, options: dict[str, Any]) -> Answer:
-    ids_T = model.model.generate(**inputs, pad_token_id=model.tokenizer.eos_token_id, **options)[0]
     prompt = inputs["input_ids"].shape[1]
+    options = {**options, "max_new_tokens": room(model, prompt, options["max_new_tokens"])}
+    ids_T = model.model.generate(**inputs, pad_token_id=model.tokenizer.eos_token_id, **options)[0]
     # decoded together, since many tokenizers drop the space that a text of its own begins with
     before, whole = (model.tokenizer.decode(ids, skip_special_tokens=True) for ids in (ids_T[:prompt], ids_T))
     return Answer(whole[len(before) :], whole, ids_T, prompt)
@@ -70,8 +73,8 @@ def answer_confidence(model: Model, found: Answer) -> float:
     """The geometric mean of the probabilities that a model gives its answer's tokens; 1 for none."""
     if len(found.ids_T) == found.prompt:
         return 1.0
-    log_probs_TV = model.model(input_ids=found.ids_T[None]).logits[0].float().log_softmax(-1)
-    said_T = log_probs_TV[:-1].gather(1, found.ids_T[1:, None])[found.prompt - 1 :]
+    log_probs_TV = model.model(input_ids=found.ids_T[None, :-1]).logits[0].float().log_softmax(-1)
+    said_T = log_probs_TV.gather(1, found.ids_T[1:, None])[found.prompt - 1 :]
     return float(said_T.mean().exp())
 
 
@@ -92,15 +95,14 @@ def fit_cascade(recipe: CascadeRecipe, models: list[Model], data: list[str], max
     """A threshold for requests: the small model continues the beginning of each document, greedily.
 
     Raises:
-        UserError: no text, or a threshold instead of a budget.
+        UserError: no text.
     """
-    if recipe.budget is None:
-        raise UserError(f"threshold={recipe.threshold} leaves nothing to fit: give a budget in its place")
     small = models[by_role(recipe)["small"]]
     source = SourceConfig(type="files", path=data, document="file")
+    longest = min(PROMPT_TOKENS, small.longest or PROMPT_TOKENS)
     found = []
     for text in islice(read_documents(source, "--data"), max_documents):
-        inputs = small.tokenizer(text, return_tensors="pt", truncation=True, max_length=PROMPT_TOKENS)
+        inputs = small.tokenizer(text, return_tensors="pt", truncation=True, max_length=longest)
         said = _continue(small, inputs.to(small.device), {"max_new_tokens": ANSWER_TOKENS, "do_sample": False})
         found.append(answer_confidence(small, said))
     return fit_threshold(recipe, torch.tensor(found))

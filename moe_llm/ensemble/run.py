@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 
+from moe_llm.config import SourceConfig
+from moe_llm.data.sources import list_files
 from moe_llm.ensemble import requests
-from moe_llm.ensemble.causal_lm import sampling
+from moe_llm.ensemble.causal_lm import read_prompt, sampling
 from moe_llm.ensemble.ensemble import Ensemble, describe
 from moe_llm.ensemble.evaluate import evaluate
-from moe_llm.ensemble.fit import Fitted, fit
+from moe_llm.ensemble.fit import Fitted, check_fittable, fit
+from moe_llm.ensemble.following import room
 from moe_llm.ensemble.models import Model, load_models
 from moe_llm.ensemble.recipe import (
     AnyRecipe,
@@ -52,7 +55,8 @@ def generate_command(
     ensemble = _ready(recipe, say)
     torch.manual_seed(seed)
     main = ensemble.main
-    inputs = main.tokenizer(prompt, return_tensors="pt").to(main.device)
+    inputs = read_prompt(main.tokenizer, prompt).to(main.device)
+    options["max_new_tokens"] = room(main, inputs["input_ids"].shape[1], max_new_tokens)
     processor = EnsembleLogitsProcessor(ensemble)
     options |= {"logits_processor": [processor], "pad_token_id": main.tokenizer.eos_token_id}
     output = main.model.generate(**inputs, **options)
@@ -80,6 +84,7 @@ def evaluate_command(
             "use it with `moe-llm generate`"
         )
     _check_fitted(recipe, file)
+    _check_text(files, "--data")
     ensemble = _ready(recipe, say)
     result = evaluate(ensemble, files, batch_size=batch_size, max_blocks=max_blocks, chat=chat)
     _tell_what_was_left_out(ensemble, say)
@@ -97,7 +102,9 @@ def fit_command(
     recipe, out = load_recipe(file), Path(out)
     if isinstance(recipe, (StackingRecipe, SelfRefineRecipe)):
         raise UserError(f"{file}: method={recipe.method} has nothing to fit: use it with `moe-llm generate` as it is")
+    check_fittable(recipe)
     _check_output(out)
+    _check_text(data, "--data")
     if _by_request(recipe):
         fitted = requests.fit_cascade(recipe, load_models(recipe.members), data, max_blocks)
     else:
@@ -161,6 +168,13 @@ def _check_fitted(recipe: AnyRecipe, file: str | Path) -> None:
         raise UserError(
             f"{file}: {recipe.to_fit} needs data: add data: [FILES], or use what `moe-llm ensemble fit` makes of it"
         )
+    if getattr(recipe, "to_fit", None):
+        _check_text(recipe.data, f"{file}: data")
+
+
+def _check_text(files: list[str], field: str) -> None:
+    """Refuse files that are missing or empty before models are loaded."""
+    list_files(SourceConfig(type="files", path=files), field)
 
 
 def _tell_what_was_left_out(ensemble: Ensemble, say: Say) -> None:

@@ -59,7 +59,13 @@ class Aligner:
     def _match(self, reference: Model, layer: int, other: Model, other_layer: int) -> dict[str, Move]:
         a, b = _Layer(reference, layer), _Layer(other, other_layer)
         assert a.shapes == b.shapes, "the plan lets no such models through"
-        order = best_order(self._similarity(a, b, reference, other), MARGIN)
+        similarity = self._similarity(a, b, reference, other)
+        if not similarity.isfinite().all():
+            raise UserError(
+                f"the experts of layer {layer} of {reference.reference} and layer {other_layer} of {other.reference} "
+                "cannot be compared, for some numbers are not finite: give sound checkpoints, or align_experts: none"
+            )
+        order = best_order(similarity, MARGIN)
         neurons = torch.arange(a.F).expand(a.E, a.F)
         if self.neurons:
             neurons = torch.stack([match_neurons(a.expert(e), b.expert(int(order[e]))) for e in range(a.E)])

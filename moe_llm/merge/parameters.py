@@ -5,6 +5,7 @@ first whose filter is in the tensor's name counts. Where none does, the next wid
 model, its slice, the recipe, the method's default. As mergekit resolves them.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -117,6 +118,8 @@ def _checked(name: str, value: Any, parameter: Parameter, tensor: str, whose: st
     if isinstance(value, bool) != (parameter.kind is bool):
         wanted = "true or false" if parameter.kind is bool else "a number"
         raise UserError(f"{where} is of the wrong kind: give {wanted}")
+    if parameter.kind is float and not math.isfinite(value):
+        raise UserError(f"{where} is not finite: give a number")
     if parameter.kind is float and not parameter.low <= value <= parameter.high:
         raise UserError(f"{where} is out of range: use a number from {parameter.low:g} to {parameter.high:g}")
     return value

@@ -37,10 +37,13 @@ def check_output(out: Path) -> None:
     """Refuse an output that would overwrite something.
 
     Raises:
-        UserError: it is there and not an empty directory.
+        UserError: it is there and not an empty directory, or nothing can take its place.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"output {str(out)!r} exists already: give a directory that is not there yet, or an empty one")
+    if out.is_symlink() or out.absolute() == Path.cwd():
+        what = "a link" if out.is_symlink() else "the working directory"
+        raise UserError(f"output {str(out)!r} is {what}, which cannot be replaced: give a new directory")
 
 
 def write(plan: Plan, out: Path, recipe_text: str, max_shard_size: str = "5GB") -> None:

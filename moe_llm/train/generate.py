@@ -11,7 +11,7 @@ from moe_llm.checkpoint.folder import complete_checkpoints
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.checkpoint.safetensors_io import read_json
 from moe_llm.data.tokenizer import load_tokenizer
-from moe_llm.ensemble.causal_lm import load_causal_lm, sampling
+from moe_llm.ensemble.causal_lm import load_causal_lm, read_prompt, sampling
 from moe_llm.errors import UserError
 
 
@@ -39,6 +39,7 @@ def generate(
     check_checkpoint_directory(checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(checkpoint)
+    inputs = read_prompt(tokenizer, prompt).to(device)
     if read_json(Path(checkpoint) / "config.json").get("model_type") == OWN.model_type:
         torch.manual_seed(seed)
         model = MoEForCausalLM.from_pretrained(checkpoint).to(device)
@@ -48,12 +49,10 @@ def generate(
                 f"model.router.type={router.type}: in training {router.looks_ahead}, evaluation and generation "
                 f"{router.afterwards}"
             )
-        ids_BS = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
-        ids_BS = _continue(model, ids_BS, max_new_tokens, temperature, top_p, tokenizer.eos_token_id)
+        ids_BS = _continue(model, inputs["input_ids"], max_new_tokens, temperature, top_p, tokenizer.eos_token_id)
         return tokenizer.decode(ids_BS[0], skip_special_tokens=True)
     model = load_causal_lm(checkpoint).to(device)
     torch.manual_seed(seed)
-    inputs = tokenizer(prompt, return_tensors="pt").to(device)
     output = model.generate(
         **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling(temperature, top_p)
     )

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_llm.config import SourceConfig
+from moe_llm.data.sources import list_files
 from moe_llm.merge.recipe import Recipe, SoupRecipe
 from moe_llm.merge.run import merge_recipe, plan_of
 from moe_llm.merge.write import check_output
@@ -34,6 +36,7 @@ def greedy_soup(
     """
     out = Path(out)
     check_output(out)
+    list_files(SourceConfig(type="files", path=recipe.data), "data")
     say = say or (lambda sentence: print(sentence, file=sys.stderr))
     names = list(dict.fromkeys(item.model for item in recipe.models))
     plan = plan_of(_average(recipe, names))  # refuses what cannot be averaged before anything is evaluated

@@ -137,3 +137,26 @@ def test_limit_and_seed_act(texts, dense, tmp_path):
     assert found[0] != found[1]
     with pytest.raises(UserError, match="draws"):
         module.AnswerOptions(beams=2, temperature=1.0)
+
+
+def test_line_separators_within_a_text_end_no_row(dense, tmp_path, monkeypatch):
+    """U+2028 and U+0085 stand in JSON as they are, and only a newline ends a row."""
+    documents = [f"abc def\u2028ghi\x85jkl {i}" for i in range(4)]
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    options = module.AnswerOptions(max_new_tokens=4, beams=1, batch_size=1, continued=14)
+    out, generate, calls = tmp_path / "answers.jsonl", module._generate, []
+
+    def stopped(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(*arguments)
+
+    monkeypatch.setattr(module, "_generate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        module.write_answers(dense, str(texts), out, options)
+    written = module.write_answers(dense, str(texts), out, options)
+    rows = [json.loads(line)["text"] for line in out.read_text(encoding="utf-8").split("\n")[:-1]]
+    assert [written.rows, written.left_out] == [4, 0]
+    assert all(text.startswith("abc def\u2028ghi\x85") for text in rows)

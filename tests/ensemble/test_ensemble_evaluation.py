@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 import yaml
-from ensemble_fakes import build, log_probs, members, write
+from ensemble_fakes import WORDS, build, checkpoint, log_probs, members, write
 from transformers import AutoTokenizer
 
 from moe_llm import cli
 from moe_llm.ensemble import scores
+from moe_llm.ensemble.causal_lm import load_causal_lm, sampling
 from moe_llm.ensemble.evaluate import evaluate
 from moe_llm.ensemble.recipe import load_recipe
 from moe_llm.train.evaluate import evaluate_files
@@ -140,3 +141,18 @@ def test_generate_continues_a_prompt(models, tmp_path, capsys):
     assert len(greedy[0].split()) > 2
     sampled = {run(*argv, "--temperature", "3", "--top-p", "1", "--seed", str(seed), capsys=capsys) for seed in "1234"}
     assert len(sampled) > 1
+
+
+def test_nothing_but_top_p_limits_what_is_drawn(tmp_path):
+    """transformers takes the 50 likeliest tokens alone where it is not told otherwise."""
+    words = [*WORDS, *(f"w{i}" for i in range(100))]
+    model = load_causal_lm(checkpoint(tmp_path / "flat", words=words))
+    model.lm_head.weight.data.mul_(0.01)  # nearly alike: with equal ones a top-k would keep all
+    torch.manual_seed(0)
+    ids = model.generate(torch.full((2000, 1), 3), max_new_tokens=1, pad_token_id=2, **sampling(1.0, 1.0))
+    assert len(ids[:, 1].unique()) == len(words)
+
+
+def test_a_prompt_without_tokens_is_refused_for_one_checkpoint_too(models, capsys):
+    assert cli.main(["generate", models["a"], "--prompt", ""]) == 2
+    assert capsys.readouterr().err == "moe-llm: error: the prompt '' has no tokens: give a text to continue\n"

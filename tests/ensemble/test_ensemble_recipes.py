@@ -101,10 +101,19 @@ def test_the_command_line_refuses_before_anything_is_loaded(models, text, tmp_pa
     assert "has nothing to fit" in run("ensemble", "fit", stacking, str(out), "--data", text, capsys=capsys)
     assert "exists already" in run("ensemble", "fit", unfitted, stacking, "--data", text, capsys=capsys)
     assert "no directory" in run("ensemble", "fit", unfitted, str(tmp_path / "no/x"), "--data", text, capsys=capsys)
+    nothing = str(tmp_path / "*.none")
+    sound = write(tmp_path / "sound.yaml", "linear", members(a, b))
+    said = f"--data={nothing} matches no file"
+    assert said in run("ensemble", "fit", sound, str(out), "--data", nothing, capsys=capsys)
+    assert said in run("evaluate", "--ensemble", sound, "--data", nothing, capsys=capsys)
+    textless = write(tmp_path / "textless.yaml", "linear", members(a, b), weights="fit", data=[nothing])
+    assert f"textless.yaml: data={nothing} matches no file" in run(*generate, "--ensemble", textless, capsys=capsys)
+    cascade = write(tmp_path / "cascade.yaml", "cascade", members(a, b, role=["small", "large"]), threshold=0.5)
+    assert "leaves nothing to fit" in run("ensemble", "fit", cascade, str(out), "--data", text, capsys=capsys)
     assert not out.exists()
 
 
-def test_a_damaged_member_and_missing_text_are_refused(models, text, tmp_path, capsys):
+def test_a_damaged_member_is_refused(models, text, tmp_path, capsys):
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -117,13 +126,6 @@ def test_a_damaged_member_and_missing_text_are_refused(models, text, tmp_path, c
     del whole[name]
     save_file(whole, damaged / "model.safetensors", {"format": "pt"})
     assert f"lacks {name}" in run("evaluate", "--ensemble", file, "--data", text, capsys=capsys)
-    file = write(tmp_path / "sound.yaml", "linear", members(models["a"], models["b"]))
-    out = str(tmp_path / "out.yaml")
-    assert "matches no file" in run("ensemble", "fit", file, out, "--data", str(tmp_path / "*.none"), capsys=capsys)
-    cascade = write(tmp_path / "cascade.yaml", "cascade",
-                    members(models["a"], models["b"], role=["small", "large"]), threshold=0.5)  # fmt: skip
-    assert "leaves nothing to fit" in run("ensemble", "fit", cascade, out, "--data", text, capsys=capsys)
     twice = write(tmp_path / "twice.yaml", "cascade",
                   members(models["a"], models["a"], role=["small", "large"]), threshold=0.5)  # fmt: skip
     assert "give a cascade two checkpoints" in run("evaluate", "--ensemble", twice, "--data", text, capsys=capsys)
-    assert not (tmp_path / "out.yaml").exists()

@@ -1,7 +1,7 @@
 """Methods on whole answers: a cascade by request, stacking, self-refinement."""
 
 import pytest
-from ensemble_fakes import log_probs, members, write
+from ensemble_fakes import WORDS, Words, log_probs, members, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_llm import cli
@@ -117,3 +117,34 @@ def test_a_budget_of_requests_is_kept(models, tmp_path, capsys):
     inline = write(tmp_path / "inline.yaml", "cascade", roles, per="request", budget=0.4, max_blocks=10,
                    data=[str(tmp_path / "*.txt")])  # fmt: skip
     assert f"threshold {recipe.threshold:.6g}" in generate(inline, capsys)[1]
+
+
+@pytest.mark.parametrize("method", ["linear", "cascade", "stacking", "self_refine"])
+def test_texts_end_where_the_positions_of_a_model_do(models, tmp_path, capsys, method):
+    """Positions that were learned end: transformers would look for the embedding of one that is not there."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=len(WORDS), n_positions=12, n_embd=8, n_layer=1, n_head=2, bos_token_id=1,
+                        eos_token_id=2)  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    model.transformer.wte.weight.data[2] = -model.transformer.wte.weight.data[3:].mean(0)  # it does not end early
+    model.save_pretrained(tmp_path / "short")
+    Words().save(tmp_path / "short")
+    short, other = str(tmp_path / "short"), models["a"]
+    keys = {"linear": {}, "cascade": {"per": "request", "threshold": 0.0}, "stacking": {"template": "{input} {output}"},
+            "self_refine": {"critique": "{draft}", "revise": "{draft} {critique}"}}  # fmt: skip
+    roles = {"cascade": ["small", "large"], "stacking": ["first", "second"], "self_refine": ["writer", "critic"]}
+    columns = {"role": roles[method]} if method in roles else {"weight": [0.9, 0.1]}
+    file = write(tmp_path / "e.yaml", method, members(short, other, **columns), **keys[method])
+    argv = ["generate", "--ensemble", file, "--temperature", "0", "--max-new-tokens", "30"]
+    assert cli.main([*argv, "--prompt", "the cat " * 7]) == 2
+    said = "error: the text of 14 tokens is longer than max_position_embeddings=12 of "
+    assert said in capsys.readouterr().err
+    assert cli.main([*argv, "--prompt", ""]) == 2
+    assert "error: the prompt '' has no tokens: give a text to continue" in capsys.readouterr().err
+    assert cli.main([*argv, "--prompt", "the cat"]) == (2 if method == "self_refine" else 0)
+    out, err = capsys.readouterr()
+    if method == "self_refine":  # the writer cannot read its draft and the criticism together
+        assert "tokens is longer than max_position_embeddings=12 of " in err
+    elif method != "stacking":
+        assert len(out.split()) == 13  # the last one is not read

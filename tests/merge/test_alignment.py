@@ -5,6 +5,7 @@ import torch
 from merge_fakes import load, make_model, merged, model_list, save
 from transformers import MixtralForCausalLM
 
+from moe_llm.errors import UserError
 from moe_llm.merge import job
 from moe_llm.merge.align import best_order
 
@@ -130,6 +131,16 @@ def test_activations_match_experts_too(tmp_path, words):
     found = merged(recipe(paths, "activations", **asked), tmp_path / "m")
     for name, tensor in load(paths[0]).items():
         assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("neurons", [False, True])
+def test_experts_without_numbers_are_refused(tmp_path, neurons):
+    model, broken = make_model(), make_model(seed=1)
+    broken.state_dict()["model.layers.1.mlp.experts.down_proj"][2] = torch.nan
+    paths = [save(model, tmp_path / "a"), save(broken, tmp_path / "b")]
+    with pytest.raises(UserError, match=r"layer 1 of .*a and layer 1 of .*b cannot be compared"):
+        merged(recipe(paths, "weights", align_neurons=neurons), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
 def test_the_order_as_it_is_wins_within_the_margin():

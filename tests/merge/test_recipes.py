@@ -80,6 +80,8 @@ BAD = {
     "weights of sum 0": (two(models=model_list("a", "b", weight=[1, -1]), parameters={}), "weight adds up to 0"),
     "too dense": (two("ties", parameters={"weight": 1.0, "density": 1.5}), "density=1.5 .* from 0 to 1"),
     "negative density": (two("dare_ties", parameters={"weight": 1, "density": -0.1}), "density=-0.1 .* from 0 to 1"),
+    "an endless weight": (two(parameters={"weight": float("inf")}), "weight=inf .* is not finite: give a number"),
+    "no number at all": (two("slerp", parameters={"t": float("nan")}), "t=nan .* is not finite: give a number"),
     "a number for a switch": (two("ties", parameters={"weight": 1, "normalize": 3}), "normalize=3 .* true or false"),
     "no base": (two("ties", base_model=None), "base_model is missing, and ties needs it"),
     "no t": (two("slerp", parameters={}), "t is missing"),
@@ -112,7 +114,7 @@ BAD = {
     "no text": (two(align_experts="activations"), "align_text"),
     "text for nothing": (two(align_text=["x"]), "align_text"),
     "text that is missing": (
-        two(align_experts="activations", align_text=["x.txt"]), "align_text.path=x.txt does not exist"
+        two(align_experts="activations", align_text=["x.txt"]), "align_text=x.txt does not exist"
     ),
     "neurons alone": (two(align_neurons=True), "align_neurons=True has no effect without align_experts"),
     "dense experts": (
@@ -152,6 +154,22 @@ def test_what_is_there_is_not_overwritten(models, monkeypatch, capsys):
     assert cli.main(["merge", "recipe.yaml", "c", "--max-shard-size", "3"]) == 2
     assert cli.main(["merge", "nothing.yaml", "c"]) == 2
     assert not (models / "c").exists()
+
+
+def test_what_cannot_be_replaced_is_told_before_any_work(models, monkeypatch, tmp_path, capsys):
+    """At the end the output takes over the name, which neither a link nor `.` lets happen."""
+    monkeypatch.setattr("moe_llm.merge.run.merge_recipe", lambda *_: pytest.fail("began to work"))
+    content = two(models=model_list(str(models / "a"), str(models / "b")))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here/link").symlink_to(tmp_path / "there")
+    (tmp_path / "here/dangling").symlink_to(tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path / "there")
+    for out, what in ((".", "the working directory"), ("../here/link", "a link"), ("../here/dangling", "a link")):
+        assert cli.main(["merge", "../recipe.yaml", out]) == 2
+        assert f"output {out!r} is {what}, which cannot be replaced" in capsys.readouterr().err
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_no_space_is_told_before(models, monkeypatch, tmp_path):

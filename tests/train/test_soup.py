@@ -64,11 +64,12 @@ def test_a_soup_takes_what_helps_and_leaves_the_rest(finished_run, corpus, tmp_p
 def test_a_soup_refuses_before_it_evaluates(finished_run, corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("moe_llm.train.soup.evaluate_files", lambda *_, **__: pytest.fail("too late"))
     newest = str(complete_checkpoints(finished_run / "checkpoints")[0])
-    for models, words in (
-        ([{"model": newest}, {"model": "nowhere"}], "model 'nowhere'"),
-        ([{"model": newest, "parameters": {"weight": 1.0}}], "models.0.parameters"),
+    for models, data, words in (
+        ([{"model": newest}, {"model": "nowhere"}], str(corpus), "model 'nowhere'"),
+        ([{"model": newest, "parameters": {"weight": 1.0}}], str(corpus), "models.0.parameters"),
+        ([{"model": newest}], "nothing.txt", "error: data=nothing.txt does not exist"),
     ):
-        recipe = {"merge_method": "greedy_soup", "models": models, "data": [str(corpus)]}
+        recipe = {"merge_method": "greedy_soup", "models": models, "data": [data]}
         (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
         assert cli.main(["merge", str(tmp_path / "r.yaml"), str(tmp_path / "out")]) == 2
         assert words in capsys.readouterr().err
