@@ -233,10 +233,13 @@ def _of_texts(source: SourceConfig, tokenizer: "PreTrainedTokenizerFast", count:
     backend.encode_special_tokens = True  # "</s>" in a text is the text it is, as where it is trained on
     for text in read_documents(source, _FIELD):
         encoding = backend.encode(text, add_special_tokens=False)
-        if len(encoding.ids) < count:
+        end, places = count if len(encoding.ids) >= count else 0, encoding.offsets
+        while 0 < end < len(places) and places[end][0] < places[end - 1][1]:
+            end -= 1  # within a character, which several tokens write
+        if end == 0:
             yield None
         else:
-            yield _Prompt([first, *encoding.ids[:count]], {"text": text[: encoding.offsets[count - 1][1]]}, "text")
+            yield _Prompt([first, *encoding.ids[:end]], {"text": text[: places[end - 1][1]]}, "text")
 
 
 def _of_chat(source: SourceConfig, tokenizer: "PreTrainedTokenizerFast") -> Iterator[_Prompt]:

@@ -35,6 +35,25 @@ def generated(teacher, prompt_ids, **how):
     return tokenizer.decode(output[0], skip_special_tokens=True)
 
 
+def test_no_character_is_cut(mixtures, tmp_path):
+    """Prompts end between characters, of which one that the tokenizer lacks takes a token for each of its bytes."""
+    from moe_llm.config.schema import SourceConfig
+    from moe_llm.data.tokenizer import load_tokenizer
+
+    text, tokenizer = "a \U00010348\U00010348 b\U0001f422c", load_tokenizer(mixtures[0])
+    file = tmp_path / "text.jsonl"
+    file.write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
+    source = SourceConfig(type="files", path=str(file))
+    lengths = set()
+    for count in range(1, len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1):
+        (prompt,) = module._of_texts(source, tokenizer, count)
+        assert len(prompt.ids) - 1 <= count
+        said = tokenizer.decode(prompt.ids, skip_special_tokens=True)
+        assert said.rstrip() == prompt.row["text"].rstrip() == text[: len(prompt.row["text"])].rstrip()
+        lengths.add(len(prompt.row["text"]))
+    assert len(lengths) >= len(text) - 3
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_texts_are_continued_as_transformers_does(beams, texts, mixtures, tmp_path, capsys):
     from moe_llm.data.tokenizer import load_tokenizer
