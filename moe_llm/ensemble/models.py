@@ -90,7 +90,7 @@ def _device(name: str | None, field: str) -> torch.device:
         return default_device()
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{field}.device={name!r} cannot be used ({reason}): give cpu or a GPU that is here") from error

@@ -91,8 +91,9 @@ def test_the_command_line_refuses_before_anything_is_loaded(models, text, tmp_pa
     assert "does not exist" in run(*generate, "--ensemble", str(tmp_path / "none.yaml"), capsys=capsys)
     gone = write(tmp_path / "gone.yaml", "linear", members(a, str(tmp_path / "gone")))
     assert "gone' is no checkpoint directory" in run(*generate, "--ensemble", gone, capsys=capsys)
-    device = write(tmp_path / "device.yaml", "linear", members(a, b, device=["cpu", "tpu:9"]))
-    assert "members.1.device='tpu:9' cannot be used" in run(*generate, "--ensemble", device, capsys=capsys)
+    for name in ("tpu:9", "meta"):
+        device = write(tmp_path / "device.yaml", "linear", members(a, b, device=["cpu", name]))
+        assert f"members.1.device={name!r} cannot be used" in run(*generate, "--ensemble", device, capsys=capsys)
     unfitted = write(tmp_path / "unfitted.yaml", "linear", members(a, b), weights="fit")
     assert "weights=fit needs data" in run(*generate, "--ensemble", unfitted, capsys=capsys)
     stacking = write(tmp_path / "stacking.yaml", "stacking", members(a, b, role=["first", "second"]))
