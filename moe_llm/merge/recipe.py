@@ -105,9 +105,21 @@ class Recipe(_WithParameters, _Recalibrated):
             invalid("align_text", self.align_text, "and align_experts: activations need each other", "give both")
         if self.align_neurons and self.align_experts == "none":
             invalid("align_neurons", True, "has no effect without align_experts", "set align_experts: weights")
-        if self.chat_template and "{" not in self.chat_template:
-            invalid("chat_template", self.chat_template, "is no template", "give the Jinja text itself")
+        if self.chat_template:
+            _check_template(self.chat_template)
         return self
+
+
+def _check_template(text: str) -> None:
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    if "{" not in text:
+        invalid("chat_template", text, "is no template", "give the Jinja text itself")
+    try:
+        render_jinja_template(conversations=[], chat_template=text)  # compiled, and with transformers' own tags
+    except TemplateSyntaxError as error:
+        invalid("chat_template", text, f"is no Jinja template ({error.message})", "repair it")
 
 
 class Expert(Section):

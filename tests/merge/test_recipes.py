@@ -106,6 +106,7 @@ BAD = {
     ),
     "an unknown dtype": (two(dtype="int4"), "dtype='int4' is no dtype"),
     "an unknown output dtype": (two(out_dtype="float8"), "out_dtype='float8' is no dtype"),
+    "half a template": (two(chat_template="{% for m in %}{{ x"), "is no Jinja template"),
     "no template": (two(chat_template="chatml"), "chat_template='chatml' is no template"),
     "no tokenizer": (two(tokenizer_source="union"), "tokenizer of a cannot be loaded"),
     "two tokenizers": (two(tokenizer_source="base", tokenizer={"source": "base"}), "says the same as tokenizer"),
