@@ -108,10 +108,10 @@ def train_loop(
         callbacks.alive(f"{name}, optimizer")
         rate = learning_rate(config, position.step)
         trouble = health.inspect(position.step + 1, position.samples, window.step_losses)
-        expert_norms = None
         if trouble is None:
-            if turn != "routers" and _to_be_recorded(config, position.step + 1):
-                expert_norms = expert_gradient_norms(engine, runtime)
+            # where turns are taken, the step of the next record may be the routers'
+            if turn == "rest" or (turn == "all" and _to_be_recorded(config, position.step + 1)):
+                window.expert_norms = expert_gradient_norms(engine, runtime)
             norm = engine.step(rate)
             if turn != "rest":
                 end_step(engine.model, step_loss.routing)
@@ -143,8 +143,8 @@ def train_loop(
                 "step": position.step, "tokens": position.tokens, **window.read(config), "grad_norm": norm, "lr": rate,
                 **remarks, "moe": routing_metrics(window.routing) | traffic(engine.model),
             }
-            if expert_norms is not None:
-                record["moe"]["expert_grad_norm"] = expert_norms
+            if window.expert_norms is not None:
+                record["moe"]["expert_grad_norm"] = window.expert_norms
             callbacks.record(record | measured)
             window.clear()
             traffic(engine.model)  # what the evaluation exchanged belongs to no step
@@ -267,6 +267,7 @@ class _Window:
         self.steps = 0
         self.losses: torch.Tensor | None = None
         self.routing: RoutingStatistics | None = None
+        self.expert_norms: list[list[float | None]] | None = None  # of the newest step that has them
         self.step_losses: list[torch.Tensor] = []
         self.seconds = 0.0
         self.restart_clock()

@@ -198,7 +198,13 @@ def test_a_whole_run(train, corpus, capsys):
     assert last["val_loss"] == pytest.approx(clean, rel=0.05)
     assert last["lm_loss"] > last["val_loss"] + 0.3
     assert last["moe"].get("expert_grad_norm") is None  # the sixth step was the routers'
-    assert runs.records(straight)[-2]["moe"]["expert_grad_norm"] is not None
+    newest = runs.records(straight)[-2]["moe"]["expert_grad_norm"]
+    assert newest is not None
+
+    seldom = train("seldom", train={**section, "max_steps": 6}, optim={"lr": 3e-3, "schedule": "constant"},
+                   logging={"every_steps": 2})
+    assert [record["step"] for record in runs.records(seldom)] == [2, 3, 4, 6]
+    assert runs.records(seldom)[-1]["moe"]["expert_grad_norm"] == newest  # the routers' turns are the recorded ones
 
     resumed = train("resumed", train={**section, "max_steps": 3}, optim={"lr": 3e-3, "schedule": "constant"})
     train("resumed", train={**section, "max_steps": 6}, optim={"lr": 3e-3, "schedule": "constant"})
