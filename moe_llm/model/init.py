@@ -14,7 +14,8 @@ from moe_llm.model.moe.router import Router
 @torch.no_grad()
 def init_weights(model: MoEDecoder, seed: int) -> None:
     """Normal weights of deviation `initializer_range`; those that write into the residual stream are divided by
-    sqrt(2 * layers) (Radford et al. 2019); norms are one; routers have some that are zero, as are their buffers.
+    sqrt(2 * layers) (Radford et al. 2019); norms are one; routers have some that are zero, as are their buffers, and
+    some of a deviation that keeps a vector's length (Glorot and Bengio 2010).
 
     Every tensor, and every expert, draws from a generator of its own, seeded by (seed, name, expert): a rank that
     holds some of the experts gets what one process that holds them all would get.
@@ -24,10 +25,9 @@ def init_weights(model: MoEDecoder, seed: int) -> None:
     first_expert = {
         name: module.first_expert for name, module in model.named_modules() if isinstance(module, Experts)
     }
-    zero = {
-        f"{name}.{leaf}" for name, module in model.named_modules() if isinstance(module, Router)
-        for leaf in module.zero_parameters
-    }
+    routers = [(name, module) for name, module in model.named_modules() if isinstance(module, Router)]
+    zero = {f"{name}.{leaf}" for name, router in routers for leaf in router.zero_parameters}
+    gains = {f"{name}.{leaf}": gain for name, router in routers for leaf, gain in router.gains.items()}
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
         if name in zero:
@@ -38,6 +38,8 @@ def init_weights(model: MoEDecoder, seed: int) -> None:
             continue
         writes = leaf == "down_proj" or owner.endswith(("o_proj", "down_proj"))
         std = residual if writes else config.initializer_range
+        if name in gains:
+            std = gains[name] * math.sqrt(2 / sum(parameter.shape))
         if owner in first_expert:
             for local, expert in enumerate(parameter):
                 _fill_normal(expert, std, f"{seed}/{name}/{first_expert[owner] + local}")

@@ -122,3 +122,17 @@ def test_sizes_and_work_are_those_of_parts():
     assert counts["router"] == 2 * (E * D // H + 2 * D * D)
     work = [train_flops_per_token(config_of(num_experts_per_tok=k), 8) for k in (2, 4)]
     assert work[1] - work[0] == 6 * 2 * 2 * H * expert  # rows, of which a token has more than there are experts
+
+
+def test_the_maps_around_the_experts_keep_a_vectors_length():
+    """Glorot's deviation at gains 1 / sqrt(2) and 1, whatever `initializer_range`."""
+    sizes = {"hidden_size": 192, "num_attention_heads": 2, "router": {"heads": 3}, "num_hidden_layers": 2}
+    for initializer_range in (0.02, 0.4):
+        model = build_model(config_of(**sizes, initializer_range=initializer_range), 0)
+        x_TD = torch.randn(50, 192, generator=torch.Generator().manual_seed(1))
+        for layer in model.model.layers:
+            router = layer.mlp.gate
+            for projection, gain in ((router.head_proj, 0.5**0.5), (router.merge_proj, 1.0)):
+                longer = (projection(x_TD).norm(dim=-1) / x_TD.norm(dim=-1)).mean().item()
+                assert longer == pytest.approx(gain, rel=0.05)
+            assert router.weight.std().item() == pytest.approx(initializer_range, rel=0.1)

@@ -23,8 +23,10 @@ class Router(nn.Module):
     """Base of all routers. A subclass names its settings, writes `forward`, and may have losses and an update.
 
     Parameters and buffers are those that the settings name; `NAME.weight` is that of a linear map `NAME`. Parameters
-    begin with normal weights, but for those in `zero_parameters`, and vectors with ones; buffers with zero. Buffers
-    stay fp32 whatever the model's dtype.
+    begin with normal weights of deviation `initializer_range`, but for those in `zero_parameters` and `gains`, and
+    vectors with ones; buffers with zero. Buffers stay fp32 whatever the model's dtype.
+
+    gains: name -> gain of maps that begin with Glorot's deviation, gain * sqrt(2 / (rows + columns)).
 
     by_document: `forward` takes the documents' ids (B, S) too, None where they are not isolated.
 
@@ -33,6 +35,7 @@ class Router(nn.Module):
 
     Settings: ClassVar[type[RouterSettings]]
     zero_parameters: ClassVar[tuple[str, ...]] = ()
+    gains: ClassVar[dict[str, float]] = {}
     by_document: ClassVar[bool] = False
 
     def __init__(self, config: ModelConfig):

@@ -3,6 +3,8 @@
 Dimensions: B sequences, S positions, T = B*S tokens, D hidden, H heads, W = D / H, R = T*H parts of tokens.
 """
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from moe_llm.config.routers_mixed import MultiHeadSettings
@@ -20,6 +22,7 @@ class MultiHeadRouter(TokenChoiceRouter):
     """
 
     Settings = MultiHeadSettings
+    gains: ClassVar[dict[str, float]] = {"head_proj.weight": 0.5**0.5, "merge_proj.weight": 1.0}
     settings: MultiHeadSettings
 
     def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Routing:
