@@ -26,6 +26,20 @@ def lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def interrupted(monkeypatch):
+    """The third batch is stopped, once; returns a list that grows by one with each batch."""
+    generate, calls = module._generate, []
+
+    def counted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(*arguments)
+
+    monkeypatch.setattr(module, "_generate", counted)
+    return calls
+
+
 def generated(teacher, prompt_ids, **how):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -103,15 +117,7 @@ def test_an_interrupted_answering_goes_on_to_the_same_file(texts, dense, tmp_pat
     """Killed in the middle of a batch's lines; then with other settings, which begin anew."""
     options = module.AnswerOptions(max_new_tokens=4, beams=1, temperature=1.5, batch_size=2, continued=4)
     module.write_answers(dense, str(texts), tmp_path / "straight.jsonl", options)
-    generate, calls = module._generate, []
-
-    def counted(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return generate(*arguments)
-
-    monkeypatch.setattr(module, "_generate", counted)
+    calls = interrupted(monkeypatch)
     out = tmp_path / "stopped.jsonl"
     with pytest.raises(KeyboardInterrupt):
         module.write_answers(dense, str(texts), out, options)
@@ -164,15 +170,8 @@ def test_line_separators_within_a_text_end_no_row(dense, tmp_path, monkeypatch):
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
     options = module.AnswerOptions(max_new_tokens=4, beams=1, batch_size=1, continued=14)
-    out, generate, calls = tmp_path / "answers.jsonl", module._generate, []
-
-    def stopped(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return generate(*arguments)
-
-    monkeypatch.setattr(module, "_generate", stopped)
+    out = tmp_path / "answers.jsonl"
+    interrupted(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         module.write_answers(dense, str(texts), out, options)
     written = module.write_answers(dense, str(texts), out, options)
