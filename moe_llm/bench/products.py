@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_llm.config import ModelConfig
+from moe_llm.ops.products import bmm, mm
 
 
 class Linear(NamedTuple):
@@ -114,7 +115,7 @@ def measure_products(
 def peak_rate(dtype: torch.dtype, device: torch.device, size: int = 2048, rounds: int = 5) -> float:
     """FLOP/s of a plain square product."""
     a, b, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
-    return 2.0 * size**3 / _median_seconds(lambda: torch.mm(a, b, out=out), device, rounds)
+    return 2.0 * size**3 / _median_seconds(lambda: mm(a, b, out=out), device, rounds)
 
 
 def _prepare(product: Linear | Scores, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
@@ -128,9 +129,9 @@ def _prepare(product: Linear | Scores, dtype: torch.dtype, device: torch.device)
 
         def run() -> None:
             for _ in range(times):
-                torch.mm(x_RI, w_OI.t(), out=y_RO)
-                torch.mm(y_RO, w_OI, out=dx_RI)
-                torch.mm(y_RO.t(), x_RI, out=dw_OI)
+                mm(x_RI, w_OI.t(), out=y_RO)
+                mm(y_RO, w_OI, out=dx_RI)
+                mm(y_RO.t(), x_RI, out=dw_OI)
 
         return run
 
@@ -141,12 +142,12 @@ def _prepare(product: Linear | Scores, dtype: torch.dtype, device: torch.device)
 
     def run_scores() -> None:
         for _ in range(times):
-            torch.bmm(q_NSd, k_NKd.transpose(1, 2), out=p_NSK)  # scores
-            torch.bmm(p_NSK, k_NKd, out=out_NSd)  # their product with the values
-            torch.bmm(p_NSK.transpose(1, 2), q_NSd, out=out_NKd)  # gradient of the values
-            torch.bmm(q_NSd, k_NKd.transpose(1, 2), out=p_NSK)  # of the probabilities
-            torch.bmm(p_NSK, k_NKd, out=out_NSd)  # of the queries
-            torch.bmm(p_NSK.transpose(1, 2), q_NSd, out=out_NKd)  # of the keys
+            bmm(q_NSd, k_NKd.transpose(1, 2), out=p_NSK)  # scores
+            bmm(p_NSK, k_NKd, out=out_NSd)  # their product with the values
+            bmm(p_NSK.transpose(1, 2), q_NSd, out=out_NKd)  # gradient of the values
+            bmm(q_NSd, k_NKd.transpose(1, 2), out=p_NSK)  # of the probabilities
+            bmm(p_NSK, k_NKd, out=out_NSd)  # of the queries
+            bmm(p_NSK.transpose(1, 2), q_NSd, out=out_NKd)  # of the keys
 
     return run_scores
 

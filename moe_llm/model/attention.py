@@ -6,6 +6,7 @@ Dimensions: B batch, S sequence, D hidden, H query heads, G key-value heads, d h
 from torch import Tensor, nn
 
 from moe_llm.config import ModelConfig
+from moe_llm.model.linear import Linear
 from moe_llm.ops.attention import AttentionPattern, attention
 from moe_llm.ops.rope import apply_rotary
 
@@ -16,10 +17,10 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         hidden, self.head_dim = config.hidden_size, config.attention_head_dim
-        self.q_proj = nn.Linear(hidden, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden, config.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden, config.kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=False)
+        self.q_proj = Linear(hidden, config.num_attention_heads * self.head_dim)
+        self.k_proj = Linear(hidden, config.kv_heads * self.head_dim)
+        self.v_proj = Linear(hidden, config.kv_heads * self.head_dim)
+        self.o_proj = Linear(config.num_attention_heads * self.head_dim, hidden)
 
     def forward(self, x_BSD: Tensor, cos_BSd: Tensor, sin_BSd: Tensor, pattern: AttentionPattern) -> Tensor:
         q_BHSd, k_BGSd, v_BGSd = (

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_llm.config import ModelConfig
 from moe_llm.model.attention import Attention
+from moe_llm.model.linear import Linear
 from moe_llm.model.moe.balance import balance_loss, z_loss
 from moe_llm.model.moe.layer import MoELayer
 from moe_llm.model.moe.losses import router_loss_values
@@ -104,14 +105,14 @@ class Decoder(nn.Module):
         return normed_BSD, RoutingStatistics.stack(statistics)
 
 
-class LanguageModelHead(nn.Linear):
+class LanguageModelHead(Linear):
     """Hidden states to logits, or straight to the loss without ever holding all logits.
 
     The loss is computed in this module's own `forward`, since ZeRO-3 gathers its weight only there.
     """
 
     def __init__(self, config: ModelConfig):
-        super().__init__(config.hidden_size, config.vocab_size, bias=False)
+        super().__init__(config.hidden_size, config.vocab_size)
 
     def forward(
         self, x_BSD: Tensor, targets_BS: Tensor | None = None, teacher: Distillation | None = None

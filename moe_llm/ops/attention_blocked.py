@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_llm.ops import native
+from moe_llm.ops.products import bmm
 
 # scores of one product: they should stay in the processor's cache from one product to the next
 _SCRATCH_ELEMENTS = 2**20
@@ -43,9 +44,9 @@ class _BlockedAttention(torch.autograd.Function):
         for rows, queries, keys in _blocks(q_BGRSd, starts_BS):
             q_NMd = _rows(q_BGRSd[rows, :, :, queries])
             k_NKd, v_NKd = (x[rows, :, keys].flatten(0, 1) for x in (k_BGSd, v_BGSd))
-            p_NMK = torch.bmm(q_NMd, k_NKd.transpose(1, 2), out=scratch[0, len(q_NMd), q_NMd.shape[1], k_NKd.shape[1]])
+            p_NMK = bmm(q_NMd, k_NKd.transpose(1, 2), out=scratch[0, len(q_NMd), q_NMd.shape[1], k_NKd.shape[1]])
             _probabilities_(p_NMK, log_sum_BHS[rows], starts_BS, rows, queries, keys, width, fresh=True)
-            y_NMd = torch.bmm(p_NMK, v_NKd)
+            y_NMd = bmm(p_NMK, v_NKd)
             out_BGRSd[rows, :, :, queries] = y_NMd.view_as(out_BGRSd[rows, :, :, queries])
         ctx.save_for_backward(q_BHSd, k_BGSd, v_BGSd, starts_BS, log_sum_BHS)
         return out_BSHd.transpose(1, 2)
@@ -67,15 +68,15 @@ class _BlockedAttention(torch.autograd.Function):
             q_NMd, grad_NMd = _rows(q_BGRSd[rows, :, :, queries]), _rows(grad_BGRSd[rows, :, :, queries])
             k_NKd, v_NKd = (x[rows, :, keys].flatten(0, 1) for x in (k_BGSd, v_BGSd))
             shape = len(q_NMd), q_NMd.shape[1], k_NKd.shape[1]
-            p_NMK = torch.bmm(q_NMd, k_NKd.transpose(1, 2), out=scratch[0, *shape])
+            p_NMK = bmm(q_NMd, k_NKd.transpose(1, 2), out=scratch[0, *shape])
             _probabilities_(p_NMK, log_sum_BHS[rows], starts_BS, rows, queries, keys, width, fresh=False)
-            grad_v = torch.bmm(p_NMK.transpose(1, 2), grad_NMd)
-            grad_NMK = torch.bmm(grad_NMd, v_NKd.transpose(1, 2), out=scratch[1, *shape])
+            grad_v = bmm(p_NMK.transpose(1, 2), grad_NMd)
+            grad_NMK = bmm(grad_NMd, v_NKd.transpose(1, 2), out=scratch[1, *shape])
             native.call(
                 "softmax_backward", p_NMK.dtype, p_NMK, grad_NMK, shape[0] * shape[1], shape[2], width**-0.5
             )
-            grad_q = torch.bmm(grad_NMK, k_NKd)
-            grad_k = torch.bmm(grad_NMK.transpose(1, 2), q_NMd)
+            grad_q = bmm(grad_NMK, k_NKd)
+            grad_k = bmm(grad_NMK.transpose(1, 2), q_NMd)
             grad_q_BGRSd[rows, :, :, queries] = grad_q.view_as(grad_q_BGRSd[rows, :, :, queries])
             grad_k_BGSd[rows, :, keys] += grad_k.view_as(grad_k_BGSd[rows, :, keys])
             grad_v_BGSd[rows, :, keys] += grad_v.view_as(grad_v_BGSd[rows, :, keys])

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_llm.ops import native, triton
+from moe_llm.ops.products import compiled_by_shape, mm
 from moe_llm.ops.shapes import round_up
 
 # scratch for the logits of one chunk: large enough that adding to the (V, D) weight gradient is a small share
@@ -56,10 +57,10 @@ def linear_cross_entropy(
 
 
 def _kept_rows(targets_T: Tensor, num_targets: int, hidden_TD: Tensor) -> Tensor | None:
-    """Which rows to go through: those with a target, and on a CPU in bf16 as many more as make their number round,
-    since there a product is compiled for each new number of rows. None: all of them."""
+    """Which rows to go through: those with a target, and as many more as make their number round where a product is
+    compiled for each new number of rows. None: all of them."""
     count = num_targets
-    if hidden_TD.dtype == torch.bfloat16 and hidden_TD.device.type == "cpu":
+    if compiled_by_shape(hidden_TD):
         count = min(round_up(num_targets), len(targets_T))
     if count == len(targets_T):
         return None
@@ -84,17 +85,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden_TD), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             hidden_CD = hidden_TD[rows]
-            logits_CV = hidden_CD @ weight_VD.t()
+            logits_CV = mm(hidden_CD, weight_VD.t())
             loss += _loss_and_gradient_(logits_CV, labels_T[rows], needs_hidden or needs_weight)
             grad_CV = logits_CV  # by now, if one is needed
             if needs_hidden:
-                torch.mm(grad_CV, weight_VD, out=grad_hidden[rows])
+                mm(grad_CV, weight_VD, out=grad_hidden[rows])
             if needs_weight and single:
-                torch.mm(grad_CV.t(), hidden_CD, out=grad_weight)
+                mm(grad_CV.t(), hidden_CD, out=grad_weight)
             elif needs_weight and accumulate_dtype == hidden_TD.dtype:
-                grad_weight.addmm_(grad_CV.t(), hidden_CD)
+                mm(grad_CV.t(), hidden_CD, out=grad_weight, add=True)
             elif needs_weight:
-                grad_weight += grad_CV.t() @ hidden_CD
+                grad_weight += mm(grad_CV.t(), hidden_CD)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight_VD.dtype
         return loss

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_llm.ops.products import mm
+
 Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
 
 # a chunk has half a dozen arrays of that size, in fp32 at least
@@ -97,15 +99,15 @@ class _LinearDistillation(torch.autograd.Function):
         for start in range(0, len(hidden_ND), chunk):
             stop = min(start + chunk, len(hidden_ND))
             hidden_CD = hidden_ND[start:stop]
-            logits_CV = (hidden_CD @ weight_VD.t()).to(wide)
+            logits_CV = mm(hidden_CD, weight_VD.t()).to(wide)
             outcomes = distillation.outcomes(start, stop)
             hard, soft, grad_CV = losses_and_gradient(logits_CV, labels_N[start:stop], outcomes, distillation)
             sums += torch.stack([hard, soft])
             grad_CV = grad_CV.to(hidden_ND.dtype)
             if needs_hidden:
-                grad_hidden[start:stop] = grad_CV @ weight_VD
+                grad_hidden[start:stop] = mm(grad_CV, weight_VD)
             if needs_weight:
-                grad_weight += grad_CV.t() @ hidden_CD
+                grad_weight += mm(grad_CV.t(), hidden_CD)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight_VD.dtype
         hard, soft = sums[0].clone(), sums[1].clone()

@@ -4,10 +4,11 @@ Kept for the backward pass: the input rows (or the tokens that they are gathered
 projections. silu(gate) * up is computed again, expert by expert, in buffers as large as the busiest expert needs;
 weight gradients are written straight into one (E, ...) tensor.
 
-bf16 products on a CPU are compiled for their exact shape at its first use, which takes as long as the
-product itself, and row counts hardly ever repeat. There an expert's block is extended to a round number of
-rows: into the next expert's rows, whose results are written later and over it, or into zeros at the end; what
-enters a sum over rows is set to zero. With counts that change every step this saves 0.3 of the time.
+Products by oneDNN (bf16 on a CPU, and fp32 on some, see `products`) are compiled for their exact shape at its
+first use, which in bf16 takes as long as the product itself, and row counts hardly ever repeat. There an expert's
+block is extended to a round number of rows: into the next expert's rows, whose results are written later and over it,
+or into zeros at the end; what enters a sum over rows is set to zero. With counts that change every step this saves 0.3
+of the time in bf16. In fp32 an expert with many rows has several blocks.
 Dimensions: N routed rows (n: of one block), D hidden, F expert width, G = 2F, E experts.
 """
 
@@ -19,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_llm.ops import native, triton
 from moe_llm.ops.permutation import gather_sum, row_dot
-from moe_llm.ops.shapes import round_up
+from moe_llm.ops.products import mm, row_tiles
 
 
 def fused_expert_mlp(
@@ -43,15 +44,15 @@ def fused_routed_expert_mlp(
 class _FusedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N, slot_TK):
-        blocks = _Blocks.of(counts_E, x_ND, token_index_N)
+        blocks = _Blocks.of(counts_E, x_ND, token_index_N, gate_up_proj_EGD.shape[1])
         gate_up_NG = x_ND.new_empty(blocks.stop, gate_up_proj_EGD.shape[1])
         hidden_nF = x_ND.new_empty(blocks.largest, down_proj_EDF.shape[2])
         y_ND = x_ND.new_empty(max(blocks.stop, blocks.num_rows), x_ND.shape[1])
-        for expert, start, end, stop in blocks.busy:
+        for expert, start, end, stop, _ in blocks.busy:
             gate_up_nG, h_nF = gate_up_NG[start:stop], hidden_nF[: stop - start]
-            torch.mm(blocks.rows(x_ND, start, stop), gate_up_proj_EGD[expert].t(), out=gate_up_nG)
+            mm(blocks.rows(x_ND, start, stop), gate_up_proj_EGD[expert].t(), out=gate_up_nG)
             weighted_swiglu(gate_up_nG, None if weight_N is None else weight_N[start:end], h_nF)
-            torch.mm(h_nF, down_proj_EDF[expert].t(), out=y_ND[start:stop])
+            mm(h_nF, down_proj_EDF[expert].t(), out=y_ND[start:stop])
         # the counts are kept as a tensor, not as integers on ctx, so that checkpointing recomputes them too
         ctx.save_for_backward(
             x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, gate_up_NG, token_index_N, slot_TK
@@ -65,7 +66,7 @@ class _FusedExperts(torch.autograd.Function):
         x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, gate_up_NG, *routing = ctx.saved_tensors
         token_index_N, slot_TK = routing
         needs_x, needs_gate_up, needs_down, _, needs_weight, _, _ = ctx.needs_input_grad
-        blocks = _Blocks.of(counts_E, x_ND, token_index_N)
+        blocks = _Blocks.of(counts_E, x_ND, token_index_N, gate_up_proj_EGD.shape[1])
         grad_x = x_ND.new_empty(max(blocks.stop, blocks.num_rows), x_ND.shape[1]) if needs_x else None
         grad_gate_up = blocks.weight_gradient(gate_up_proj_EGD) if needs_gate_up else None
         grad_down = blocks.weight_gradient(down_proj_EDF) if needs_down else None
@@ -73,11 +74,11 @@ class _FusedExperts(torch.autograd.Function):
 
         hidden_nF, grad_hidden_nF = x_ND.new_empty(2, blocks.largest, down_proj_EDF.shape[2])
         grad_gate_up_nG = x_ND.new_empty(blocks.largest, gate_up_proj_EGD.shape[1])
-        for expert, start, end, stop in blocks.busy:
+        for expert, start, end, stop, first in blocks.busy:
             rows, n = stop - start, end - start
             grad_nD, gate_up_nG = blocks.rows(grad_ND, start, stop), gate_up_NG[start:stop]
             h_nF, grad_h_nF, grad_nG = hidden_nF[:rows], grad_hidden_nF[:rows], grad_gate_up_nG[:rows]
-            torch.mm(grad_nD, down_proj_EDF[expert], out=grad_h_nF)
+            mm(grad_nD, down_proj_EDF[expert], out=grad_h_nF)
             # y = (weight h) W^T, so dL/dweight = grad . (h W^T) = (grad W) . h: y itself is not needed
             grad_weight_n = weighted_swiglu_backward(
                 gate_up_nG, grad_h_nF, None if weight_N is None else weight_N[start:end], h_nF, grad_nG
@@ -86,27 +87,37 @@ class _FusedExperts(torch.autograd.Function):
                 grad_weight[start:end] = grad_weight_n
             if needs_down:
                 h_nF[n:].zero_()
-                torch.mm(grad_nD.t(), h_nF, out=grad_down[expert])
+                mm(grad_nD.t(), h_nF, out=grad_down[expert], add=not first)
             grad_nG[n:].zero_()
             if needs_gate_up:
-                torch.mm(grad_nG.t(), blocks.rows(x_ND, start, stop), out=grad_gate_up[expert])
+                mm(grad_nG.t(), blocks.rows(x_ND, start, stop), out=grad_gate_up[expert], add=not first)
             if needs_x:
-                torch.mm(grad_nG, gate_up_proj_EGD[expert], out=grad_x[start:stop])
+                mm(grad_nG, gate_up_proj_EGD[expert], out=grad_x[start:stop])
         if needs_x:
             grad_x = blocks.only_used_(grad_x)
             grad_x = grad_x if slot_TK is None else gather_sum(grad_x, slot_TK, None)
         return grad_x, grad_gate_up, grad_down, None, grad_weight, None, None
 
 
+class _Block(NamedTuple):
+    """Rows of an expert, from `start` to `end`; its products go on to `stop`. first: they are the expert's first."""
+
+    expert: int
+    start: int
+    end: int
+    stop: int
+    first: bool
+
+
 class _Blocks(NamedTuple):
     """The rows of each expert that has any.
 
-    busy: (expert, first row, end, stop): its rows end at `end`, its products at `stop`, which may be beyond.
+    busy: in the order of rows.
     used: rows that belong to an expert. stop: the last of the stops. largest: rows of the largest product.
     num_rows: rows in all. token_index: of each row up to `stop`, where rows are gathered from tokens.
     """
 
-    busy: list[tuple[int, int, int, int]]
+    busy: list[_Block]
     used: int
     stop: int
     largest: int
@@ -114,18 +125,17 @@ class _Blocks(NamedTuple):
     token_index: Tensor | None
 
     @staticmethod
-    def of(counts_E: Tensor, x_ND: Tensor, token_index_N: Tensor | None) -> "_Blocks":
-        rounded = x_ND.dtype == torch.bfloat16 and x_ND.device.type == "cpu"
+    def of(counts_E: Tensor, x_ND: Tensor, token_index_N: Tensor | None, columns: int) -> "_Blocks":
         busy, start = [], 0
         for expert, count in enumerate(counts_E.tolist()):
-            if count:
-                rows = round_up(count) if rounded else count
-                busy.append((expert, start, start + count, start + rows))
-            start += count
+            first = True
+            for rows, computed in row_tiles(x_ND, count, columns) if count else ():
+                busy.append(_Block(expert, start, start + rows, start + computed, first))
+                start, first = start + rows, False
         num_rows = len(x_ND) if token_index_N is None else len(token_index_N)
         assert start <= num_rows, f"the counts sum to {start}, but there are {num_rows} rows"
-        stop = max((stop for _, _, _, stop in busy), default=0)
-        largest = max((stop - start for _, start, _, stop in busy), default=0)
+        stop = max((block.stop for block in busy), default=0)
+        largest = max((block.stop - block.start for block in busy), default=0)
         if token_index_N is not None and stop > num_rows:  # any token does: what comes of those rows is multiplied by 0
             token_index_N = torch.nn.functional.pad(token_index_N, (0, stop - num_rows))
         return _Blocks(busy, start, stop, largest, num_rows, token_index_N)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_llm.ops.expert_mlp_fused import weighted_swiglu, weighted_swiglu_backward
+from moe_llm.ops.products import bmm
 
 PORTION = 8  # mixtures that exist at once
 
@@ -64,12 +65,12 @@ class _Merged(torch.autograd.Function):
         y_NLD = torch.empty_like(x_NLD)
         for part in _portions(len(x_NLD)):
             x_nLD, mixture_nE = x_NLD[part], probability_NE[part].to(x_NLD.dtype)
-            gate_up_nLG = x_nLD @ _merge(mixture_nE, gate_up_EGD).mT
+            gate_up_nLG = bmm(x_nLD, _merge(mixture_nE, gate_up_EGD).mT)
             hidden_nLF = x_nLD.new_empty(*x_nLD.shape[:2], down_EDF.shape[-1])
             weighted_swiglu(gate_up_nLG.flatten(0, 1), None, hidden_nLF.flatten(0, 1))
             if dropout:
                 hidden_nLF *= _kept(hidden_nLF, dropout, seed + part.start)
-            y_NLD[part] = hidden_nLF @ _merge(mixture_nE, down_EDF).mT
+            y_NLD[part] = bmm(hidden_nLF, _merge(mixture_nE, down_EDF).mT)
         return y_NLD
 
     @staticmethod
@@ -85,7 +86,7 @@ class _Merged(torch.autograd.Function):
         for part in _portions(len(x_NLD)):
             x_nLD, grad_nLD, mixture_nE = x_NLD[part], grad_NLD[part], probability_NE[part].to(x_NLD.dtype)
             gate_up_nGD, down_nDF = _merge(mixture_nE, gate_up_EGD), _merge(mixture_nE, down_EDF)
-            gate_up_nLG, grad_hidden_nLF = x_nLD @ gate_up_nGD.mT, grad_nLD @ down_nDF
+            gate_up_nLG, grad_hidden_nLF = bmm(x_nLD, gate_up_nGD.mT), bmm(grad_nLD, down_nDF)
             kept_nLF = _kept(grad_hidden_nLF, ctx.dropout, ctx.seed + part.start) if ctx.dropout else None
             if kept_nLF is not None:
                 grad_hidden_nLF *= kept_nLF
@@ -95,8 +96,8 @@ class _Merged(torch.autograd.Function):
             weighted_swiglu_backward(rows_gate_up, rows_grad_hidden, None, rows_hidden, rows_grad)
             if kept_nLF is not None:
                 hidden_nLF *= kept_nLF
-            grad_x[part] = grad_nLG @ gate_up_nGD
-            for which, grad_merged in enumerate((grad_nLG.mT @ x_nLD, grad_nLD.mT @ hidden_nLF)):
+            grad_x[part] = bmm(grad_nLG, gate_up_nGD)
+            for which, grad_merged in enumerate((bmm(grad_nLG.mT, x_nLD), bmm(grad_nLD.mT, hidden_nLF))):
                 flat_n = grad_merged.flatten(1)
                 grad_probability[part] += flat_n @ weights[which].flatten(1).mT
                 if grad_weights[which] is not None:

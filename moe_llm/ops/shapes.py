@@ -1,4 +1,4 @@
-"""Round numbers of rows: bf16 products on a CPU are compiled for their exact shape, at its first use."""
+"""Round numbers of rows: products by oneDNN are compiled for their exact shape, at its first use."""
 
 
 def round_up(rows: int) -> int:

@@ -5,12 +5,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_llm.ops.products import linear
+
 
 def wide_linear(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """x W^T in fp32 at least, (T, E). The widened copy of x lives for the product alone, not until the backward."""
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     if x_TD.dtype == weight_ED.dtype == wide:
-        return F.linear(x_TD, weight_ED)
+        return linear(x_TD, weight_ED)
     return _WideLinear.apply(x_TD, weight_ED, wide)
 
 

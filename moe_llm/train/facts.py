@@ -15,6 +15,7 @@ import torch
 from moe_llm.config import Config
 from moe_llm.data.loader import Data
 from moe_llm.model.flops import train_flops_per_token
+from moe_llm.ops.products import mm
 from moe_llm.parallel.runtime import Runtime
 
 # Dense FLOP/s by precision, from the vendors' data sheets. The first name that is part of the device's counts.
@@ -81,6 +82,6 @@ def _peak_rate(device: torch.device, name: str, precision: str) -> float | None:
     best = float("inf")
     for _ in range(4):  # the first one warms up
         begin = time.perf_counter()
-        torch.mm(a, a, out=out)
+        mm(a, a, out=out)
         best = min(best, time.perf_counter() - begin)
     return 2.0 * size**3 / best

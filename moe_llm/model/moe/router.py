@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moe_llm.config import ModelConfig
 from moe_llm.config.routers import RouterSettings
+from moe_llm.model.linear import Linear
 from moe_llm.model.moe.losses import RouterLoss, entropy_losses
 from moe_llm.model.moe.routing import Merging, Routing, RoutingStatistics, router_statistics
 from moe_llm.ops.permutation import sort_by_expert
@@ -51,7 +52,7 @@ class Router(nn.Module):
             module, _, leaf = name.rpartition(".")
             if module:
                 assert leaf == "weight", f"{name} is no linear map's"
-                self.add_module(module, nn.Linear(shape[1], shape[0], bias=False))
+                self.add_module(module, Linear(shape[1], shape[0]))
             else:
                 self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         for name, shape in self.settings.buffer_shapes(config).items():

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_llm.config import ModelConfig
+from moe_llm.model.linear import Linear
 
 
 class SharedExperts(nn.Module):
@@ -15,9 +16,9 @@ class SharedExperts(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         hidden, width, self.dropout = config.hidden_size, config.shared_width, config.expert_dropout
-        self.gate_proj = nn.Linear(hidden, width, bias=False)
-        self.up_proj = nn.Linear(hidden, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden, bias=False)
+        self.gate_proj = Linear(hidden, width)
+        self.up_proj = Linear(hidden, width)
+        self.down_proj = Linear(width, hidden)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         hidden_TW = F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD)

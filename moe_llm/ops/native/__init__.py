@@ -61,21 +61,37 @@ def call(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> No
     function(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments], torch.get_num_threads())
 
 
+def product(function: int, a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0) -> None:
+    """out = beta out + a b, by the function of torch's at that address (see `moe_llm.ops.products`)."""
+    # a reference to a C++ tensor is the address of a pointer to its contents
+    cells = [ctypes.c_void_p(tensor._cdata) for tensor in (a, b, out)]
+    why = ctypes.create_string_buffer(2000)
+    references = map(ctypes.byref, cells)
+    if _library().product(
+        ctypes.c_void_p(function), *references, ctypes.c_float(beta), why, ctypes.c_int64(len(why))
+    ):
+        raise RuntimeError(why.value.decode(errors="replace"))
+
+
 @contextlib.contextmanager
 def recorded() -> Iterator[None]:
     """Meanwhile torch's profiler sees each kernel, under its name."""
-    global call
-    plain = call
+    global call, product
+    plain, plain_product = call, product
 
     def call_recorded(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> None:
         with torch.profiler.record_function(f"moe_llm::{name}"):
             plain(name, dtype, *arguments)
 
-    call = call_recorded
+    def product_recorded(*arguments: int | Tensor | float) -> None:
+        with torch.profiler.record_function("moe_llm::product"):
+            plain_product(*arguments)
+
+    call, product = call_recorded, product_recorded
     try:
         yield
     finally:
-        call = plain
+        call, product = plain, plain_product
 
 
 @functools.cache
@@ -122,10 +138,20 @@ def build() -> Path:
     return library
 
 
+def vendor() -> str:
+    """Who made the processor, in the processor's own words; empty where that is not known."""
+    found = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("vendor_id")]
+    return found[0] if found else ""
+
+
 def _processor() -> str:
     """What -march=native depends on."""
+    lines = [line for line in _cpuinfo() if line.startswith(("model name", "flags", "Features"))]
+    return "\n".join(dict.fromkeys(lines)) or f"{platform.machine()} {platform.processor()}"
+
+
+def _cpuinfo() -> list[str]:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:  # not Linux
-        return f"{platform.machine()} {platform.processor()}"
-    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(("model name", "flags", "Features"))))
+        return []

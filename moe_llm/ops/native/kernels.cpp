@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <vector>
 
 typedef int64_t i64;
@@ -305,6 +306,19 @@ static void rotate(const T* x, const T* cosine, const T* sine, T* out, i64 token
                 put(y, i + half, second * get(c, i) + sign * first * get(s, i));
             }
         }
+    }
+}
+
+// Calls a product of torch's (see products.py) with references to its tensors, result = beta result + a b, and keeps what
+// it may throw from crossing into C: 1 then, with the reason in `why`, which holds `size` bytes.
+extern "C" int product(void (*torch_product)(const void*, const void*, const void*, float, float), const void* a,
+                       const void* b, const void* result, float beta, char* why, i64 size) {
+    try {
+        torch_product(a, b, result, beta, 1.0f);
+        return 0;
+    } catch (const std::exception& error) {
+        strncpy(why, error.what(), size - 1);
+        return 1;
     }
 }
 
