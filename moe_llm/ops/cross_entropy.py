@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from moe_llm.ops import native, triton
 from moe_llm.ops.products import compiled_by_shape, mm
 from moe_llm.ops.shapes import round_up
+from moe_llm.ops.spent import graph_is_kept
 
 # scratch for the logits of one chunk: large enough that adding to the (V, D) weight gradient is a small share
 # of a chunk's work, small beside the model
@@ -106,7 +107,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = (grad_hidden * grad).to(grad_hidden.dtype)
-        if grad_weight is not None:
+        if grad_weight is not None and grad_weight.dtype == ctx.weight_dtype and not graph_is_kept():
+            grad_weight.mul_(grad)
+        elif grad_weight is not None:
             scaled = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
             grad_weight = torch.mul(grad_weight, grad, out=scaled)
         return grad_hidden, grad_weight, None, None, None

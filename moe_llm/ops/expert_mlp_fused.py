@@ -2,7 +2,7 @@
 
 Kept for the backward pass: the input rows (or the tokens that they are gathered from) and their gate and up
 projections. silu(gate) * up is computed again, expert by expert, in buffers as large as the busiest expert needs;
-weight gradients are written straight into one (E, ...) tensor.
+weight gradients are written straight into one (E, ...) tensor, while the projections' memory is given back.
 
 Products by oneDNN (bf16 on a CPU, and fp32 on some, see `products`) are compiled for their exact shape at its
 first use, which in bf16 takes as long as the product itself, and row counts hardly ever repeat. There an expert's
@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from moe_llm.ops import native, triton
 from moe_llm.ops.permutation import gather_sum, row_dot
 from moe_llm.ops.products import mm, row_tiles
+from moe_llm.ops.spent import give_back, graph_is_kept
 
 
 def fused_expert_mlp(
@@ -71,6 +72,7 @@ class _FusedExperts(torch.autograd.Function):
         grad_gate_up = blocks.weight_gradient(gate_up_proj_EGD) if needs_gate_up else None
         grad_down = blocks.weight_gradient(down_proj_EDF) if needs_down else None
         grad_weight = torch.zeros_like(weight_N) if needs_weight else None
+        kept = graph_is_kept()
 
         hidden_nF, grad_hidden_nF = x_ND.new_empty(2, blocks.largest, down_proj_EDF.shape[2])
         grad_gate_up_nG = x_ND.new_empty(blocks.largest, gate_up_proj_EGD.shape[1])
@@ -93,6 +95,8 @@ class _FusedExperts(torch.autograd.Function):
                 mm(grad_nG.t(), blocks.rows(x_ND, start, stop), out=grad_gate_up[expert], add=not first)
             if needs_x:
                 mm(grad_nG, gate_up_proj_EGD[expert], out=grad_x[start:stop])
+            if not kept:
+                give_back(gate_up_NG[start:end])
         if needs_x:
             grad_x = blocks.only_used_(grad_x)
             grad_x = grad_x if slot_TK is None else gather_sum(grad_x, slot_TK, None)
