@@ -126,6 +126,17 @@ def test_other_dtypes_are_torch_s(onednn, dtype):
     assert not onednn
 
 
+def test_the_profiler_sees_them(onednn):
+    a = seeded(200, 200)
+    with native.recorded(), torch.profiler.profile() as profile:
+        out = products.mm(a, a)
+        products.mm(a, a, out=out, add=True)
+        products.bmm(a[None], a[None])
+        products.linear(a, a)
+    assert [event.count for event in profile.key_averages() if event.key == "moe_llm::product"] == [4]
+    assert close(out, 2 * (a.double() @ a.double()))
+
+
 def test_what_torch_throws_arrives_as_an_error(onednn):
     with pytest.raises(RuntimeError, match="matmul"):
         products.mm(seeded(200, 200), seeded(200, 200), out=torch.empty(7, 7))

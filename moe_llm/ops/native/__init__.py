@@ -83,9 +83,9 @@ def recorded() -> Iterator[None]:
         with torch.profiler.record_function(f"moe_llm::{name}"):
             plain(name, dtype, *arguments)
 
-    def product_recorded(*arguments: int | Tensor | float) -> None:
+    def product_recorded(function: int, a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0) -> None:
         with torch.profiler.record_function("moe_llm::product"):
-            plain_product(*arguments)
+            plain_product(function, a, b, out, beta)
 
     call, product = call_recorded, product_recorded
     try:
