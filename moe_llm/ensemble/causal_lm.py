@@ -74,6 +74,13 @@ def sampling(temperature: float, top_p: float) -> dict[str, Any]:
     return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
 
 
+def learned_positions(model: Any) -> int | None:
+    """How many positions the model has an embedding for; None where positions are not learned, and none is the last."""
+    tokens = model.get_input_embeddings()
+    tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not tokens]
+    return getattr(model.config, "max_position_embeddings", None) if tables else None
+
+
 def read_prompt(tokenizer: Any, prompt: str, **options: Any) -> Any:
     """A prompt's tokens, one row, as the tokenizer gives them.
 

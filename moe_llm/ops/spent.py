@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 _MADV_DONTNEED = 4
-_LEAST_BYTES = 2**20  # below, the call is not worth its time
+# What glibc unmaps in any case when it is freed; smaller blocks it may hand out again, whose pages would have to be
+# fetched anew
+_LEAST_BLOCK = 32 * 2**20
 
 
 def graph_is_kept() -> bool:
@@ -24,14 +26,14 @@ def graph_is_kept() -> bool:
 
 
 def give_back(x: Tensor) -> None:
-    """Return the memory of x (contiguous), whose content is lost, to the system, on a CPU under Linux; x may be written
-    again."""
-    size = x.numel() * x.element_size()
-    if x.device.type != "cpu" or sys.platform != "linux" or size < _LEAST_BYTES:
+    """Return the memory of x (contiguous), whose content is lost, to the system; x may be written again. Nothing
+    happens where x is no part of a large block on a CPU under Linux."""
+    if x.device.type != "cpu" or sys.platform != "linux" or x.untyped_storage().nbytes() < _LEAST_BLOCK:
         return
+    size = x.numel() * x.element_size()
     page = mmap.PAGESIZE  # only whole ones: what lies before and after x is not ours
     begin, end = -(-x.data_ptr() // page) * page, (x.data_ptr() + size) // page * page
-    if _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_DONTNEED):
+    if begin < end and _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_DONTNEED):
         raise OSError(ctypes.get_errno(), f"madvise: {os.strerror(ctypes.get_errno())}")
 
 

@@ -11,7 +11,7 @@ from moe_llm.checkpoint.folder import complete_checkpoints
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.checkpoint.safetensors_io import read_json
 from moe_llm.data.tokenizer import load_tokenizer
-from moe_llm.ensemble.causal_lm import load_causal_lm, read_prompt, sampling
+from moe_llm.ensemble.causal_lm import learned_positions, load_causal_lm, read_prompt, sampling
 from moe_llm.errors import UserError
 
 
@@ -34,7 +34,7 @@ def generate(
         say: is given a sentence where generation routes otherwise than training did; None: stderr.
 
     Raises:
-        UserError: the directory is no checkpoint, or a damaged one.
+        UserError: the directory is no checkpoint, or a damaged one, or the prompt is longer than its positions.
     """
     check_checkpoint_directory(checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,6 +52,12 @@ def generate(
         ids_BS = _continue(model, inputs["input_ids"], max_new_tokens, temperature, top_p, tokenizer.eos_token_id)
         return tokenizer.decode(ids_BS[0], skip_special_tokens=True)
     model = load_causal_lm(checkpoint).to(device)
+    longest, length = learned_positions(model), inputs["input_ids"].shape[1]
+    if longest is not None:
+        if length > longest:
+            raise UserError(f"the prompt has {length} tokens, and {str(checkpoint)!r} only "
+                            f"max_position_embeddings={longest} positions: give a shorter prompt")
+        max_new_tokens = min(max_new_tokens, longest + 1 - length)  # the last token is not read again
     torch.manual_seed(seed)
     output = model.generate(
         **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling(temperature, top_p)

@@ -119,9 +119,10 @@ def test_a_budget_of_requests_is_kept(models, tmp_path, capsys):
     assert f"threshold {recipe.threshold:.6g}" in generate(inline, capsys)[1]
 
 
-@pytest.mark.parametrize("method", ["linear", "cascade", "stacking", "self_refine"])
-def test_texts_end_where_the_positions_of_a_model_do(models, tmp_path, capsys, method):
-    """Positions that were learned end: transformers would look for the embedding of one that is not there."""
+@pytest.fixture
+def short(tmp_path):
+    """A model of twelve positions, which were learned, and so end: transformers would look for the embedding of one
+    that is not there."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(vocab_size=len(WORDS), n_positions=12, n_embd=8, n_layer=1, n_head=2, bos_token_id=1,
@@ -130,7 +131,23 @@ def test_texts_end_where_the_positions_of_a_model_do(models, tmp_path, capsys, m
     model.transformer.wte.weight.data[2] = -model.transformer.wte.weight.data[3:].mean(0)  # it does not end early
     model.save_pretrained(tmp_path / "short")
     Words().save(tmp_path / "short")
-    short, other = str(tmp_path / "short"), models["a"]
+    return str(tmp_path / "short")
+
+
+def test_the_text_of_one_model_ends_where_its_positions_do(short, capsys):
+    argv = ["generate", short, "--temperature", "0", "--max-new-tokens", "30"]
+    assert cli.main([*argv, "--prompt", "the cat " * 7]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("moe-llm: error: the prompt has 14 tokens, and ")
+    assert said.endswith(" only max_position_embeddings=12 positions: give a shorter prompt\n")
+    for words in (2, 12):
+        assert cli.main([*argv, "--prompt", " ".join(["cat"] * words)]) == 0
+        assert words <= len(capsys.readouterr().out.split()) <= 13  # the last one is not read
+
+
+@pytest.mark.parametrize("method", ["linear", "cascade", "stacking", "self_refine"])
+def test_texts_end_where_the_positions_of_a_model_do(models, short, tmp_path, capsys, method):
+    other = models["a"]
     keys = {"linear": {}, "cascade": {"per": "request", "threshold": 0.0}, "stacking": {"template": "{input} {output}"},
             "self_refine": {"critique": "{draft}", "revise": "{draft} {critique}"}}  # fmt: skip
     roles = {"cascade": ["small", "large"], "stacking": ["first", "second"], "self_refine": ["writer", "critic"]}

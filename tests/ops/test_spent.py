@@ -41,7 +41,7 @@ def test_whether_the_graph_is_kept(keep):
 
 
 def test_only_x_is_given_back():
-    whole = torch.ones(3, 2**20)
+    whole = torch.ones(3, 3 * 2**20)
     before = resident_of(whole)
     give_back(whole[1])
     assert resident_of(whole) <= before - 0.9 * whole[1].nbytes
@@ -50,16 +50,23 @@ def test_only_x_is_given_back():
     assert whole[1].eq(2).all()
 
 
-def test_small_tensors_are_left_alone():
-    x = torch.ones(1000)
+def test_small_blocks_are_left_alone():
+    """The C library may hand them out again."""
+    x = torch.ones(2**20)
     give_back(x)
     assert x.eq(1).all()
 
 
+def test_less_than_a_page_is_left_alone():
+    x = torch.ones(9 * 2**20)
+    give_back(x[1000:1010])
+    assert x.eq(1).all()
+
+
 def experts():
-    counts = torch.tensor([300, 0, 700, 24])
-    leaves = [seeded(1024, 64), seeded(4, 1024, 64, seed=1, scale=0.2), seeded(4, 64, 512, seed=2, scale=0.2),
-              seeded(1024, seed=3)]
+    counts = torch.tensor([3000, 0, 5168, 24])
+    leaves = [seeded(8192, 64), seeded(4, 1024, 64, seed=1, scale=0.2), seeded(4, 64, 512, seed=2, scale=0.2),
+              seeded(8192, seed=3)]
     x, gate_up, down, weight = leaves
     return expert_mlp(x, gate_up, down, counts, backend="fused", weight_N=weight), leaves
 
@@ -71,7 +78,7 @@ def test_the_experts_projections_are_given_back_as_they_are_used():
     (projections,) = [x for x in kept if x.dim() == 2 and x.shape[1] == 1024]
     before = resident_of(projections)
     y.sum().backward()
-    assert before >= 2**22
+    assert before >= 2**25
     assert resident_of(projections) < before / 4
 
 
