@@ -11,7 +11,8 @@ They take turns within one process, so that a busy machine slows all of them ali
 times. Every batch is new, and routes differently: kernels that are compiled for a shape pay for it as in training.
 The step's bare matrix products, at their own shapes, take turns with them, and a plain product of 2048 x 2048 (8192
 on CUDA) is timed at the end. A contender whose loss or gradients differ from those of transformers' plain loop in fp32
-by more than transformers' own rounding explains is reported and not timed. Peak memory is that of a process of its own.
+by more than transformers' own rounding explains is reported and not timed. Peak memory is that of a process of its own,
+the median of several.
 
 On CUDA, `cuda` is Mixtral 8x7B's true shape at 4096 tokens, with as many layers as leave room for all contenders at
 once, and a fine-grained shape; `ours:triton` and `ours:elementwise` are ours with our own kernels on (see
@@ -232,18 +233,21 @@ def memory_suite(arguments, dtype: str) -> list[dict]:
     ours = [n for n in contender_names(MAIN, device=arguments.device) if n.startswith("ours")]
     names = [n for n in (*ours, "transformers:grouped_mm", "transformers:eager") if n in arguments.only
              or not arguments.only]
-    for name, shape in (CUDA if on_cuda else MEMORY).items():
+    shapes = {n: s for n, s in (CUDA if on_cuda else MEMORY).items() if n in arguments.shapes or not arguments.shapes}
+    for name, shape in shapes.items():
         if on_cuda:
             shape = shape_that_fits(shape, 1, DTYPES[dtype], torch.cuda.mem_get_info()[0])
         row = {"name": f"memory {name}", "dtype": dtype, "shape": asdict(shape), "peak_bytes": {}}
-        for contender_name in names:
-            row["peak_bytes"][contender_name] = peak_memory(
-                contender_name, shape, dtype, arguments.threads, arguments.optimizer, arguments.device
-            )
+        runs = [{n: peak_memory(n, shape, dtype, arguments.threads, arguments.optimizer, arguments.device)
+                 for n in names} for _ in range(arguments.memory_rounds)]
+        for n in names:
+            row["peak_bytes"][n] = {what: statistics.median(run[n][what] for run in runs) for what in runs[0][n]}
+            row["peak_bytes"][n]["peaks"] = [run[n]["peak"] for run in runs]
         for what, key in (("peak", "ours_to_best_transformers"), ("tensors", "ours_to_best_transformers_in_tensors")):
-            rivals = [v[what] for n, v in row["peak_bytes"].items() if not n.startswith("ours")]
-            if rivals and "ours" in row["peak_bytes"]:
-                row[key] = row["peak_bytes"]["ours"][what] / min(rivals)
+            rivals = [n for n in names if not n.startswith("ours")]
+            if rivals and "ours" in names:
+                ratios = [run["ours"][what] / min(run[n][what] for n in rivals) for run in runs]
+                row[key], row[key + "_each"] = statistics.median(ratios), ratios
         rows.append(row)
     return rows
 
@@ -255,8 +259,9 @@ def show(result: dict) -> None:
             print(f"  {name:28} {value['peak'] / 2**20:8.0f} MiB; tensors alone {value['tensors'] / 2**20:.0f}, of "
                   f"which parameters {value['parameters'] / 2**20:.0f}")
         if "ours_to_best_transformers" in result:
-            print(f"  ours / transformers' least    {result['ours_to_best_transformers']:.2f}; tensors alone "
-                  f"{result['ours_to_best_transformers_in_tensors']:.2f}")
+            each = ", ".join(f"{ratio:.3f}" for ratio in result["ours_to_best_transformers_each"])
+            print(f"  ours / transformers' least    {result['ours_to_best_transformers']:.3f} ({each}); tensors alone "
+                  f"{result['ours_to_best_transformers_in_tensors']:.3f}")
         return
     if "contenders" in result:
         show_contenders(result)
@@ -347,6 +352,8 @@ def main() -> None:
                         "token at one shape compares with that at another")
     parser.add_argument("--optimizer", action="store_true", help="with the update, by AdamW")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--shapes", nargs="+", default=[], choices=[*MEMORY, *CUDA], help="of memory only these")
+    parser.add_argument("--memory-rounds", type=int, default=3, help="processes of each contender, taking turns")
     parser.add_argument("--measure-memory", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure_memory:

@@ -136,3 +136,25 @@ def test_shapes_take_turns_without_contenders(step, tmp_path, monkeypatch, capsy
     assert first["time_per_token_to_first"] == 1 != second["time_per_token_to_first"] > 0
     assert "contenders" not in first
     assert "64 tokens, fp32, taking turns" in capsys.readouterr().out
+
+
+def test_peak_memory_is_the_median_of_processes_that_take_turns(step, tmp_path, monkeypatch, capsys):
+    peaks = {"ours": iter([700, 900, 800]), "transformers:grouped_mm": iter([1000, 1000, 2000]),
+             "transformers:eager": iter([2000, 1500, 1000])}
+    turns = []
+
+    def measured(name, *_):
+        turns.append(name)
+        return {"peak": next(peaks[name]) * 2**20, "parameters": 2**20, "tensors": 2**21}
+
+    monkeypatch.setattr(step, "peak_memory", measured)
+    monkeypatch.setattr(step, "MEMORY", {"tiny": step.MAIN, "another": step.QUICKSTART})
+    monkeypatch.setattr(sys, "argv", [
+        "step.py", "--suites", "memory", "--dtype", "fp32", "--shapes", "tiny", "--device", "cpu",
+        "--out", str(tmp_path),
+    ])
+    step.main()
+    assert turns == [*peaks] * 3
+    out = capsys.readouterr().out
+    assert "ours                              800 MiB" in out
+    assert "ours / transformers' least    0.800 (0.700, 0.900, 0.800); tensors alone 1.000" in out
