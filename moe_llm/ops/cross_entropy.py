@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_llm.ops import native, triton
+from moe_llm.ops.graph import graph_is_kept
 from moe_llm.ops.products import compiled_by_shape, mm
 from moe_llm.ops.shapes import round_up
-from moe_llm.ops.spent import graph_is_kept
 
 # scratch for the logits of one chunk: large enough that adding to the (V, D) weight gradient is a small share
 # of a chunk's work, small beside the model

@@ -16,7 +16,6 @@ from torch.autograd.function import once_differentiable
 from moe_llm.ops.expert_mlp_fused import _Blocks, weighted_swiglu, weighted_swiglu_backward
 from moe_llm.ops.permutation import combine, gather_sum, permute
 from moe_llm.ops.products import mm
-from moe_llm.ops.spent import give_back, graph_is_kept
 
 
 class Factors(NamedTuple):
@@ -119,7 +118,7 @@ class _FusedAdapted(torch.autograd.Function):
         token_index_N, slot_TK = routing
         needs, scale, factors = ctx.needs_input_grad, ctx.scale, (a1, b1, a2, b2)
         assert not any(needs[1:3]), "weights beneath adapters are frozen"
-        blocks, kept = _Blocks.of(counts_E, x_ND, token_index_N, gate_up_EGD.shape[1]), graph_is_kept()
+        blocks = _Blocks.of(counts_E, x_ND, token_index_N, gate_up_EGD.shape[1])
         grad_x = x_ND.new_empty(max(blocks.stop, blocks.num_rows), x_ND.shape[1]) if needs[0] else None
         grad_weight = torch.zeros_like(weight_N) if needs[4] else None
         grads = grad_a1, grad_b1, grad_a2, grad_b2 = [
@@ -153,8 +152,6 @@ class _FusedAdapted(torch.autograd.Function):
                 mm(grad_nG, gate_up_EGD[expert], out=grad_x[start:stop])
                 if a1 is not None:
                     mm(low_nr, a1[expert], out=grad_x[start:stop], add=True)
-            if not kept:
-                give_back(gate_up_NG[start:end])
         if needs[0]:
             grad_x = blocks.only_used_(grad_x)
             grad_x = grad_x if slot_TK is None else gather_sum(grad_x, slot_TK, None)

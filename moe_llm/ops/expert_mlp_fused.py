@@ -2,7 +2,7 @@
 
 Kept for the backward pass: the input rows (or the tokens that they are gathered from) and their gate and up
 projections. silu(gate) * up is computed again, expert by expert, in buffers as large as the busiest expert needs;
-weight gradients are written straight into one (E, ...) tensor, while the projections' memory is given back.
+weight gradients are written straight into one (E, ...) tensor, and those of the projections over these.
 
 Products by oneDNN (bf16 on a CPU, and fp32 on some, see `products`) are compiled for their exact shape at its
 first use, which in bf16 takes as long as the product itself, and row counts hardly ever repeat. There an expert's
@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_llm.ops import native, triton
+from moe_llm.ops.graph import graph_is_kept
 from moe_llm.ops.permutation import gather_sum, row_dot
 from moe_llm.ops.products import mm, row_tiles
-from moe_llm.ops.spent import give_back, graph_is_kept
 
 
 def fused_expert_mlp(
@@ -72,14 +72,18 @@ class _FusedExperts(torch.autograd.Function):
         grad_gate_up = blocks.weight_gradient(gate_up_proj_EGD) if needs_gate_up else None
         grad_down = blocks.weight_gradient(down_proj_EDF) if needs_down else None
         grad_weight = torch.zeros_like(weight_N) if needs_weight else None
-        kept = graph_is_kept()
 
-        hidden_nF, grad_hidden_nF = x_ND.new_empty(2, blocks.largest, down_proj_EDF.shape[2])
-        grad_gate_up_nG = x_ND.new_empty(blocks.largest, gate_up_proj_EGD.shape[1])
+        # buffers of their own cost memory, and time when they push the others out of the cache
+        in_place = native.fits(gate_up_NG) and not graph_is_kept()
+        hidden_nF = x_ND.new_empty(blocks.largest, down_proj_EDF.shape[2])
+        grad_hidden_nF = hidden_nF if in_place else torch.empty_like(hidden_nF)
+        grad_gate_up_nG = None if in_place else x_ND.new_empty(blocks.largest, gate_up_proj_EGD.shape[1])
         for expert, start, end, stop, first in blocks.busy:
             rows, n = stop - start, end - start
             grad_nD, gate_up_nG = blocks.rows(grad_ND, start, stop), gate_up_NG[start:stop]
-            h_nF, grad_h_nF, grad_nG = hidden_nF[:rows], grad_hidden_nF[:rows], grad_gate_up_nG[:rows]
+            h_nF, grad_h_nF = hidden_nF[:rows], grad_hidden_nF[:rows]
+            grad_nG = gate_up_nG if in_place else grad_gate_up_nG[:rows]
+            of_the_next_nG = gate_up_NG[end:stop].clone() if in_place else None
             mm(grad_nD, down_proj_EDF[expert], out=grad_h_nF)
             # y = (weight h) W^T, so dL/dweight = grad . (h W^T) = (grad W) . h: y itself is not needed
             grad_weight_n = weighted_swiglu_backward(
@@ -95,8 +99,8 @@ class _FusedExperts(torch.autograd.Function):
                 mm(grad_nG.t(), blocks.rows(x_ND, start, stop), out=grad_gate_up[expert], add=not first)
             if needs_x:
                 mm(grad_nG, gate_up_proj_EGD[expert], out=grad_x[start:stop])
-            if not kept:
-                give_back(gate_up_NG[start:end])
+            if in_place:
+                gate_up_NG[end:stop] = of_the_next_nG
         if needs_x:
             grad_x = blocks.only_used_(grad_x)
             grad_x = grad_x if slot_TK is None else gather_sum(grad_x, slot_TK, None)

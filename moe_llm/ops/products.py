@@ -29,9 +29,9 @@ from moe_llm.ops.shapes import round_up
 _SYMBOL = "_ZN2at6native13mkldnn_matmulERKNS_6TensorES3_S3_ff"
 # multiplications below which its fixed cost of 14 microseconds is more than it saves
 _LEAST_WORK = 2**20
-# Larger products are faster by up to 5%, but come in more shapes, each of which keeps half a megabyte of compiled code,
-# and need larger buffers; in bf16 a weight's gradient, a sum over rows, would be rounded for each tile
-_TILE_ROWS = 256
+# Whole products would be faster by up to 5%, but come in more shapes, each of which keeps half a megabyte of compiled
+# code, and need larger buffers; in bf16 a weight's gradient, a sum over rows, would be rounded for each tile
+_TILE_ROWS = (512, 256)
 
 
 def mm(a_MK: Tensor, b_KP: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
@@ -72,13 +72,14 @@ def compiled_by_shape(x: Tensor) -> bool:
 def row_tiles(x: Tensor, count: int, columns: int) -> Iterator[tuple[int, int]]:
     """(rows that are there, rows to compute) of the parts in which the product of `count` rows like x's with a matrix
     of so many columns is best computed: in few shapes, where products are compiled for theirs at its first use."""
-    compiled, tile = compiled_by_shape(x), count
+    compiled = compiled_by_shape(x)
     if fits(x):
         compiled = count * x.shape[-1] * columns >= _LEAST_WORK
-        tile = _TILE_ROWS if compiled else count
-    for start in range(0, count, tile):
-        rows = min(tile, count - start)
-        yield rows, round_up(rows) if compiled else rows
+        for tile in _TILE_ROWS if compiled else ():
+            yield from [(tile, tile)] * (count // tile)
+            count %= tile
+    if count:
+        yield count, round_up(count) if compiled else count
 
 
 class _Linear(torch.autograd.Function):

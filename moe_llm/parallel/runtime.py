@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from moe_llm.config import Config
+from moe_llm.ops import caching_allocator
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,9 @@ class Runtime:
         return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item())
 
     def close(self) -> None:
-        """Leave the group; this process can then load models on its own."""
+        """Leave the group, and return what memory was kept for the next step; this process can then load models on
+        its own."""
+        caching_allocator.stop()
         if self.deepspeed:
             from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -125,6 +128,8 @@ def start(config: Config) -> Runtime:
         )
     else:
         accelerator = Accelerator(cpu=cpu)
+    if accelerator.device.type == "cpu":
+        caching_allocator.start()
     assert accelerator.num_processes == world_size, (
         f"the launcher started {world_size} ranks, accelerate sees {accelerator.num_processes}"
     )

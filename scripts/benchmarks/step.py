@@ -12,7 +12,7 @@ times. Every batch is new, and routes differently: kernels that are compiled for
 The step's bare matrix products, at their own shapes, take turns with them, and a plain product of 2048 x 2048 (8192
 on CUDA) is timed at the end. A contender whose loss or gradients differ from those of transformers' plain loop in fp32
 by more than transformers' own rounding explains is reported and not timed. Peak memory is that of a process of its own,
-the median of several.
+the median of several. On a CPU ours takes memory from the caching allocator, as in training.
 
 On CUDA, `cuda` is Mixtral 8x7B's true shape at 4096 tokens, with as many layers as leave room for all contenders at
 once, and a fine-grained shape; `ours:triton` and `ours:elementwise` are ours with our own kernels on (see
@@ -20,6 +20,7 @@ moe_llm/ops/triton). Each contender's first steps, which compile and tune kernel
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
@@ -47,6 +48,7 @@ from contenders import (
 )
 
 from moe_llm.bench.products import peak_rate, prepare_products, step_products, synchronize
+from moe_llm.ops import caching_allocator
 
 MAIN = Shape(batch=4, length=512)
 QUICKSTART = Shape(8, 256, hidden=192, width=256, heads=6, vocabulary=4096)
@@ -67,11 +69,12 @@ MEMORY = {f"4 x {length}": replace(MAIN, length=length) for length in (512, 4096
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def step(model, ids, optimizer) -> None:
-    model(ids).backward()
-    if optimizer is not None:
-        optimizer.step()
-    model.zero_grad(set_to_none=True)
+def step(model, ids, optimizer, caching: bool = False) -> None:
+    with caching_allocator.running() if caching else contextlib.nullcontext():
+        model(ids).backward()
+        if optimizer is not None:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
 
 
 def timed(run: Callable[[], None], device: torch.device) -> float:
@@ -85,8 +88,7 @@ def timed(run: Callable[[], None], device: torch.device) -> float:
 def compare(name: str, shape: Shape, dtype: str, arguments) -> dict:
     """Median step times of all contenders at one shape, with what they are to be held against."""
     kind, device = DTYPES[dtype], torch.device(arguments.device)
-    chosen = contender_names(shape, device=device.type)
-    chosen = [n for n in chosen if n in arguments.only or not arguments.only]
+    chosen = [n for n in contender_names(shape, device=device.type) if n in arguments.only or not arguments.only]
     if device.type == "cuda":
         together = {*filter(installed, chosen), "transformers:eager"}
         shape = shape_that_fits(shape, len(together), kind, torch.cuda.mem_get_info()[0])
@@ -101,12 +103,14 @@ def compare(name: str, shape: Shape, dtype: str, arguments) -> dict:
         n: torch.optim.AdamW(m.parameters(), lr=1e-5, fused=True) if arguments.optimizer else None
         for n, m in models.items()
     }
+    # ours takes memory as in training, the others as they do by themselves
+    caching = {n: device.type == "cpu" and (n.startswith("ours") or arguments.allocator_for_all) for n in models}
     counts = models["ours"].counts(ids[0]) if "ours" in models else even_counts(shape)
     products = prepare_products(step_products(shape.config, shape.batch, shape.length, counts), kind, device)
     seconds: dict[str, list[float]] = {n: [] for n in models}
     alone: dict[str, list[float]] = {part: [] for part in products}
     for round_, batch in enumerate(ids):
-        turns = [*((seconds[n], partial(step, models[n], batch, optimizers[n])) for n in models),
+        turns = [*((seconds[n], partial(step, models[n], batch, optimizers[n], caching[n])) for n in models),
                  *((alone[part], run) for part, (_, run) in products.items())]
         for samples, run in turns if round_ % 2 else reversed(turns):
             elapsed = timed(run, device)
@@ -152,7 +156,8 @@ def across(shapes: dict[str, Shape], dtype: str, rounds: int, device: str = "cpu
         per_token = {}
         for name, shape in shapes.items():
             batch = ids[name][round_].to(device)
-            per_token[name] = timed(partial(step, models[name], batch, None), batch.device) / shape.tokens
+            run = partial(step, models[name], batch, None, device == "cpu")
+            per_token[name] = timed(run, batch.device) / shape.tokens
         if round_:
             first = next(iter(per_token.values()))
             for name, value in per_token.items():
@@ -174,9 +179,8 @@ def peak_memory(name: str, shape: Shape, dtype: str, threads: int, optimizer: bo
     """Bytes that a process of its own took at most for `name`'s steps, beyond what it had before the model."""
     arguments = json.dumps({"name": name, "shape": asdict(shape), "dtype": dtype, "threads": threads,
                             "optimizer": optimizer, "device": device})
-    done = subprocess.run(
-        [sys.executable, __file__, "--measure-memory", arguments], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, __file__, "--measure-memory", arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -195,6 +199,8 @@ def measure_memory(arguments: str) -> None:
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     on_cuda = given["device"] == "cuda"
     before = 0 if on_cuda else resident() - parameters
+    if given["name"].startswith("ours") and not on_cuda:
+        caching_allocator.start()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True) if given["optimizer"] else None
     steps = [ids.to(given["device"]) for ids in batches(shape, 4)]
     if on_cuda:
@@ -350,6 +356,7 @@ def main() -> None:
     parser.add_argument("--compiled", nargs="+", default=[], help="contenders that also run by torch.compile")
     parser.add_argument("--turns-only", action="store_true", help="of skew, tokens and experts only how our time per "
                         "token at one shape compares with that at another")
+    parser.add_argument("--allocator-for-all", action="store_true", help="on a CPU all use our caching allocator")
     parser.add_argument("--optimizer", action="store_true", help="with the update, by AdamW")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--shapes", nargs="+", default=[], choices=[*MEMORY, *CUDA], help="of memory only these")

@@ -120,19 +120,19 @@ def _library() -> ctypes.CDLL | None:
         return None
 
 
-def build() -> Path:
+def build(source: Path = _SOURCE, flags: tuple[str, ...] = _FLAGS) -> Path:
     """The compiled library, from the cache where it is there: named by source, flags, compiler and processor."""
     compiler = os.environ.get("CXX", "g++")
-    key = "\n".join([_SOURCE.read_text(encoding="utf-8"), *_FLAGS, compiler, _processor()])
+    key = "\n".join([source.read_text(encoding="utf-8"), *flags, compiler, _processor()])
     root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "moe_llm" / "native"
-    library = root / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    library = root / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not library.exists():
         root.mkdir(parents=True, exist_ok=True)
         # under a name of its own first: ranks may build at the same time, and each then puts the same file there
         with tempfile.TemporaryDirectory(dir=root) as folder:
             built = Path(folder) / library.name
             subprocess.run(
-                [compiler, *_FLAGS, "-o", str(built), str(_SOURCE)], check=True, capture_output=True, text=True
+                [compiler, str(source), *flags, "-o", str(built)], check=True, capture_output=True, text=True
             )
             os.replace(built, library)
     return library

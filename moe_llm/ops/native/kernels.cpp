@@ -37,27 +37,32 @@ static inline float rounded(float value) {
     return get(&cell, 0);
 }
 
-// e^x to two units in the last place, in a form that compilers turn into vector code; 0 below -87, inf above 88.7.
+// a b + c, rounded once where the processor has that as one operation
+static inline float fused(float a, float b, float c) {
+#ifdef __FMA__
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+// e^x to two units in the last place, in a form that compilers turn into vector code; 0 below -86.9, inf above 88.7.
 static inline float exponential(float x) {
-    float bounded = x < -87.0f ? -87.0f : (x > 89.0f ? 89.0f : x);
+    float bounded = x < -87.3f ? -87.3f : (x > 89.0f ? 89.0f : x);
     float n = std::nearbyint(bounded * 1.44269504f);
-    float r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
+    float r = fused(n, 2.12194440e-4f, fused(n, -0.693359375f, bounded));
     float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    // 2^n in two factors, since n may be 128
-    int32_t whole = int32_t(n), half = whole / 2;
-    uint32_t first = uint32_t(half + 127) << 23, second = uint32_t(whole - half + 127) << 23;
-    float a, b;
-    memcpy(&a, &first, 4);
-    memcpy(&b, &second, 4);
-    float y = p * a * b;
-    y = x < -87.0f ? 0.0f : y;
-    return x != x ? x : y;
+    p = fused(p, r, 1.3981999507e-3f);
+    p = fused(p, r, 8.3334519073e-3f);
+    p = fused(p, r, 4.1665795894e-2f);
+    p = fused(p, r, 1.6666665459e-1f);
+    p = fused(p, r, 5.0000001201e-1f);
+    p = fused(p * r, r, r) + 1.0f;
+    // 2^(n - 1), since n may be 128; of n = -126 this is 0
+    uint32_t bits = uint32_t(int32_t(n) + 126) << 23;
+    float half;
+    memcpy(&half, &bits, 4);
+    return p * half * 2.0f;
 }
 
 static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
