@@ -43,7 +43,7 @@ class _BlockedAttention(torch.autograd.Function):
         scratch = _Scratch(1, q_BHSd)
         for rows, queries, keys in _blocks(q_BGRSd, starts_BS):
             q_NMd = _rows(q_BGRSd[rows, :, :, queries])
-            k_NKd, v_NKd = (x[rows, :, keys].flatten(0, 1) for x in (k_BGSd, v_BGSd))
+            k_NKd, v_NKd = (_dense(x[rows, :, keys]) for x in (k_BGSd, v_BGSd))
             p_NMK = bmm(q_NMd, k_NKd.transpose(1, 2), out=scratch[0, len(q_NMd), q_NMd.shape[1], k_NKd.shape[1]])
             _probabilities_(p_NMK, log_sum_BHS[rows], starts_BS, rows, queries, keys, width, fresh=True)
             y_NMd = bmm(p_NMK, v_NKd)
@@ -66,7 +66,7 @@ class _BlockedAttention(torch.autograd.Function):
         scratch = _Scratch(2, q_BHSd)
         for rows, queries, keys in _blocks(q_BGRSd, starts_BS):
             q_NMd, grad_NMd = _rows(q_BGRSd[rows, :, :, queries]), _rows(grad_BGRSd[rows, :, :, queries])
-            k_NKd, v_NKd = (x[rows, :, keys].flatten(0, 1) for x in (k_BGSd, v_BGSd))
+            k_NKd, v_NKd = (_dense(x[rows, :, keys]) for x in (k_BGSd, v_BGSd))
             shape = len(q_NMd), q_NMd.shape[1], k_NKd.shape[1]
             p_NMK = bmm(q_NMd, k_NKd.transpose(1, 2), out=scratch[0, *shape])
             _probabilities_(p_NMK, log_sum_BHS[rows], starts_BS, rows, queries, keys, width, fresh=False)
@@ -88,6 +88,11 @@ def _rows(x_BGRbd: Tensor) -> Tensor:
     """(N, R * b, d): the queries of a group are rows of one product."""
     batch, groups, repeats, block, width = x_BGRbd.shape
     return x_BGRbd.reshape(batch * groups, repeats * block, width)
+
+
+def _dense(x_BGKd: Tensor) -> Tensor:
+    """(N, K, d), copied where it must be: each product would copy it again, slower where it is transposed."""
+    return x_BGKd.flatten(0, 1).contiguous()
 
 
 def _blocks(q_BGRSd: Tensor, starts_BS: Tensor | None):

@@ -49,11 +49,12 @@ class _FusedExperts(torch.autograd.Function):
         gate_up_NG = x_ND.new_empty(blocks.stop, gate_up_proj_EGD.shape[1])
         hidden_nF = x_ND.new_empty(blocks.largest, down_proj_EDF.shape[2])
         y_ND = x_ND.new_empty(max(blocks.stop, blocks.num_rows), x_ND.shape[1])
+        gate_up_DG, down_FD = gate_up_proj_EGD.mT.unbind(), down_proj_EDF.mT.unbind()
         for expert, start, end, stop, _ in blocks.busy:
             gate_up_nG, h_nF = gate_up_NG[start:stop], hidden_nF[: stop - start]
-            mm(blocks.rows(x_ND, start, stop), gate_up_proj_EGD[expert].t(), out=gate_up_nG)
+            mm(blocks.rows(x_ND, start, stop), gate_up_DG[expert], out=gate_up_nG)
             weighted_swiglu(gate_up_nG, None if weight_N is None else weight_N[start:end], h_nF)
-            mm(h_nF, down_proj_EDF[expert].t(), out=y_ND[start:stop])
+            mm(h_nF, down_FD[expert], out=y_ND[start:stop])
         # the counts are kept as a tensor, not as integers on ctx, so that checkpointing recomputes them too
         ctx.save_for_backward(
             x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, gate_up_NG, token_index_N, slot_TK
@@ -78,29 +79,31 @@ class _FusedExperts(torch.autograd.Function):
         hidden_nF = x_ND.new_empty(blocks.largest, down_proj_EDF.shape[2])
         grad_hidden_nF = hidden_nF if in_place else torch.empty_like(hidden_nF)
         grad_gate_up_nG = None if in_place else x_ND.new_empty(blocks.largest, gate_up_proj_EGD.shape[1])
+        gate_up_GD, down_DF = gate_up_proj_EGD.unbind(), down_proj_EDF.unbind()
         for expert, start, end, stop, first in blocks.busy:
             rows, n = stop - start, end - start
             grad_nD, gate_up_nG = blocks.rows(grad_ND, start, stop), gate_up_NG[start:stop]
             h_nF, grad_h_nF = hidden_nF[:rows], grad_hidden_nF[:rows]
             grad_nG = gate_up_nG if in_place else grad_gate_up_nG[:rows]
-            of_the_next_nG = gate_up_NG[end:stop].clone() if in_place else None
-            mm(grad_nD, down_proj_EDF[expert], out=grad_h_nF)
+            of_the_next_nG = gate_up_nG[n:].clone() if in_place and n < rows else None
+            mm(grad_nD, down_DF[expert], out=grad_h_nF)
             # y = (weight h) W^T, so dL/dweight = grad . (h W^T) = (grad W) . h: y itself is not needed
             grad_weight_n = weighted_swiglu_backward(
                 gate_up_nG, grad_h_nF, None if weight_N is None else weight_N[start:end], h_nF, grad_nG
             )
             if needs_weight:
                 grad_weight[start:end] = grad_weight_n
-            if needs_down:
+            if n < rows:
                 h_nF[n:].zero_()
+                grad_nG[n:].zero_()
+            if needs_down:
                 mm(grad_nD.t(), h_nF, out=grad_down[expert], add=not first)
-            grad_nG[n:].zero_()
             if needs_gate_up:
                 mm(grad_nG.t(), blocks.rows(x_ND, start, stop), out=grad_gate_up[expert], add=not first)
             if needs_x:
-                mm(grad_nG, gate_up_proj_EGD[expert], out=grad_x[start:stop])
-            if in_place:
-                gate_up_NG[end:stop] = of_the_next_nG
+                mm(grad_nG, gate_up_GD[expert], out=grad_x[start:stop])
+            if of_the_next_nG is not None:
+                grad_nG[n:] = of_the_next_nG
         if needs_x:
             grad_x = blocks.only_used_(grad_x)
             grad_x = grad_x if slot_TK is None else gather_sum(grad_x, slot_TK, None)
@@ -200,7 +203,8 @@ def weighted_swiglu(gate_up_nG: Tensor, weight_m: Tensor | None, out_nF: Tensor)
         rows, width = len(gate_up_nG) if weight_m is None else len(weight_m), out_nF.shape[1]
         weight_m = None if weight_m is None else weight_m.float().contiguous()
         native.call("swiglu_forward", gate_up_nG.dtype, gate_up_nG, weight_m, out_nF, rows, width)
-        out_nF[rows:].zero_()
+        if rows < len(out_nF):
+            out_nF[rows:].zero_()
         return
     if triton.use("swiglu", gate_up_nG) and (weight_m is None or len(weight_m) == len(gate_up_nG)):
         from moe_llm.ops.triton import elementwise

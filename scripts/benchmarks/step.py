@@ -12,7 +12,8 @@ times. Every batch is new, and routes differently: kernels that are compiled for
 The step's bare matrix products, at their own shapes, take turns with them, and a plain product of 2048 x 2048 (8192
 on CUDA) is timed at the end. A contender whose loss or gradients differ from those of transformers' plain loop in fp32
 by more than transformers' own rounding explains is reported and not timed. Peak memory is that of a process of its own,
-the median of several. On a CPU ours takes memory from the caching allocator, as in training.
+the median of several. On a CPU ours takes memory from the caching allocator, as in training; when times are taken the
+others do too, though by themselves they would not, unless --own-allocators is given.
 
 On CUDA, `cuda` is Mixtral 8x7B's true shape at 4096 tokens, with as many layers as leave room for all contenders at
 once, and a fine-grained shape; `ours:triton` and `ours:elementwise` are ours with our own kernels on (see
@@ -103,8 +104,8 @@ def compare(name: str, shape: Shape, dtype: str, arguments) -> dict:
         n: torch.optim.AdamW(m.parameters(), lr=1e-5, fused=True) if arguments.optimizer else None
         for n, m in models.items()
     }
-    # ours takes memory as in training, the others as they do by themselves
-    caching = {n: device.type == "cpu" and (n.startswith("ours") or arguments.allocator_for_all) for n in models}
+    others = device.type == "cpu" and not arguments.own_allocators
+    caching = {n: others or device.type == "cpu" and n.startswith("ours") for n in models}
     counts = models["ours"].counts(ids[0]) if "ours" in models else even_counts(shape)
     products = prepare_products(step_products(shape.config, shape.batch, shape.length, counts), kind, device)
     seconds: dict[str, list[float]] = {n: [] for n in models}
@@ -356,7 +357,7 @@ def main() -> None:
     parser.add_argument("--compiled", nargs="+", default=[], help="contenders that also run by torch.compile")
     parser.add_argument("--turns-only", action="store_true", help="of skew, tokens and experts only how our time per "
                         "token at one shape compares with that at another")
-    parser.add_argument("--allocator-for-all", action="store_true", help="on a CPU all use our caching allocator")
+    parser.add_argument("--own-allocators", action="store_true", help="others without our caching allocator on a CPU")
     parser.add_argument("--optimizer", action="store_true", help="with the update, by AdamW")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--shapes", nargs="+", default=[], choices=[*MEMORY, *CUDA], help="of memory only these")
