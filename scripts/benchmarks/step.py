@@ -105,7 +105,7 @@ def compare(name: str, shape: Shape, dtype: str, arguments) -> dict:
         for n, m in models.items()
     }
     others = device.type == "cpu" and not arguments.own_allocators
-    caching = {n: others or device.type == "cpu" and n.startswith("ours") for n in models}
+    caching = {n: others or (device.type == "cpu" and n.startswith("ours")) for n in models}
     counts = models["ours"].counts(ids[0]) if "ours" in models else even_counts(shape)
     products = prepare_products(step_products(shape.config, shape.batch, shape.length, counts), kind, device)
     seconds: dict[str, list[float]] = {n: [] for n in models}
