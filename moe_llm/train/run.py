@@ -29,6 +29,7 @@ from moe_llm.finetune.selection import trained_names
 from moe_llm.finetune.targets import check_lora
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.init import build_blank, build_model
+from moe_llm.ops import caching_allocator
 from moe_llm.parallel.engine import Engine, build_engine, shard_experts
 from moe_llm.parallel.runtime import Runtime, rank_from_environment, start, world_size_from_environment
 from moe_llm.parallel.side_group import SideGroup
@@ -105,6 +106,7 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
         show_progress=runtime.is_main and config.logging.console != "off",
     )
     engine, position = build_trained(config, runtime, source)
+    caching_allocator.empty_cache()  # of what steps will not need: ranks that load in turns would each keep the most
     teach = build_teaching(
         config, runtime, data.train, tokenizer, start=position.samples,
         samples=(config.max_steps - position.step) * config.train.global_batch_size, say=_complain,
@@ -140,6 +142,7 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
             model_config=config.model, run_config_text=dump_config(config), tokenizer=tokenizer,
             keep_last=config.checkpoint.keep_last, best_step=at.best_step, background=background, **storage,
         ))
+        caching_allocator.empty_cache()
 
     def rollback() -> Position | None:
         watchdog.alive("going back to a checkpoint")
@@ -161,7 +164,9 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
             with averaged_weights(engine, watchdog.alive):
                 averaged = validation_loss(config, engine, runtime, data, watchdog.alive)
             loss |= {f"ema_{name}": value for name, value in averaged.items()}
-        return loss if guard is None else loss | guard.measure()
+        measured = loss if guard is None else loss | guard.measure()
+        caching_allocator.empty_cache()
+        return measured
 
     def judge(measured: dict[str, Any], at: Position) -> Verdict:
         verdict = early_stopping.judge(measured, at)
