@@ -183,3 +183,16 @@ def test_the_model_computes_the_same_without_kernels(dtype, monkeypatch):
     assert exact == 0
     # in bf16 tokens that are undecided may go elsewhere: held against what torch's own operations do
     assert with_kernels < (1e-5 if dtype == torch.float32 else 1.2 * without)
+
+
+def test_exponentials_are_exact_to_a_few_units_in_the_last_place():
+    x = torch.cat([torch.linspace(-86.5, 88.5, 200_001), torch.tensor([-1000.0, 1000.0, torch.inf, torch.nan, 0.0])])
+    if not native.fits(x):
+        pytest.skip("no kernels here")
+    gate_up, y = torch.stack([x, torch.ones_like(x)], 1), torch.empty(len(x), 1)
+    native.call("swiglu_forward", x.dtype, gate_up, None, y, len(x), 1)
+    expected = x.double() * torch.sigmoid(x.double())
+    torch.testing.assert_close(y[:-5, 0].double(), expected[:-5], rtol=4e-7, atol=0)
+    assert y[-5:-2, 0].tolist() == [0, 1000, torch.inf]
+    assert y[-2].isnan()
+    assert y[-1] == 0
