@@ -241,10 +241,8 @@ class _Walk:
         flowing = 2 * hidden + rows
         if self.fused or (self.kernels.fused_experts and self.elsewhere and not self.autograd):
             busy = self.largest_rows if self.fused else self.received / self.local_experts * 1.1
-            # hidden activations and their gradient have one buffer, the projections' gradients take the place of these;
-            # with adapters all have their own
-            width = m.intermediate_size * (1 if self.config.finetune.lora.rank is None else 4)
-            work = size * busy * (width + (2 * m.expert_hidden_size if self.fused else 0))
+            # hidden activations and their gradient have one buffer, the projections' gradients take the place of these
+            work = size * busy * (m.intermediate_size + (2 * m.expert_hidden_size if self.fused else 0))
         else:
             work = size * self.received * (4 * m.intermediate_size + m.expert_hidden_size)
         exchanged = 2 * rows if self.elsewhere else 0.0
