@@ -40,8 +40,8 @@ def start() -> bool:
 
 def stop() -> None:
     """Have tensors come from torch's own allocator again, and return what is kept to the system."""
-    if _allocator() is not None:
-        _allocator().use(0)
+    if _started() is not None:
+        _started().use(0)
         empty_cache()
 
 
@@ -58,19 +58,24 @@ def running() -> Iterator[None]:
 
 def empty_cache() -> None:
     """Return what is kept, and in no tensor's use, to the system."""
-    error = 0 if _allocator() is None else _allocator().empty_cache()
+    error = 0 if _started() is None else _started().empty_cache()
     if error:
         raise OSError(error, f"madvise: {os.strerror(error)}")
 
 
 def bytes_in_use() -> int:
     """Of the tensors that came from here."""
-    return 0 if _allocator() is None else _allocator().in_use()
+    return 0 if _started() is None else _started().in_use()
 
 
 def bytes_reached() -> int:
     """As far as the allocator's memory has been used, with what lies free in between."""
-    return 0 if _allocator() is None else _allocator().reached()
+    return 0 if _started() is None else _started().reached()
+
+
+def _started() -> ctypes.CDLL | None:
+    """The allocator where it has been asked for: what only ends or looks compiles nothing (on a GPU it never is)."""
+    return _allocator() if _allocator.cache_info().currsize else None
 
 
 @functools.cache

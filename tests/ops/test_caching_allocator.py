@@ -262,3 +262,15 @@ def test_another_torch_has_a_library_of_its_own(monkeypatch):
     before = caching_allocator._flags()
     monkeypatch.setattr(torch, "__version__", "1.2.3")
     assert caching_allocator._flags() != before
+
+
+def test_a_run_without_it_compiles_nothing():
+    """As on a GPU, where a run never starts it, but ends it all the same."""
+    program = """
+from moe_llm.ops import caching_allocator
+caching_allocator.empty_cache()
+caching_allocator.stop()
+print(caching_allocator.bytes_in_use(), caching_allocator.bytes_reached())
+"""
+    result = python(program, CXX="no-such-compiler", XDG_CACHE_HOME="/nonexistent")
+    assert (result.stdout, result.stderr) == ("0 0\n", "")
