@@ -1,5 +1,6 @@
 """Each kernel equals torch, in odd sizes and at the ends of the range; and what happens without a compiler."""
 
+import ctypes
 import math
 
 import pytest
@@ -185,14 +186,76 @@ def test_the_model_computes_the_same_without_kernels(dtype, monkeypatch):
     assert with_kernels < (1e-5 if dtype == torch.float32 else 1.2 * without)
 
 
-def test_exponentials_are_exact_to_a_few_units_in_the_last_place():
-    x = torch.cat([torch.linspace(-86.5, 88.5, 200_001), torch.tensor([-1000.0, 1000.0, torch.inf, torch.nan, 0.0])])
-    if not native.fits(x):
+@pytest.fixture(params=["native", "x86-64", "x86-64-v3", "x86-64-v4"])
+def processor(request, monkeypatch):
+    """Kernels as they are compiled for processors with narrower vectors and fewer instructions than this one has."""
+    level = request.param
+    if not native.fits(torch.zeros(1)):
         pytest.skip("no kernels here")
-    gate_up, y = torch.stack([x, torch.ones_like(x)], 1), torch.empty(len(x), 1)
-    native.call("swiglu_forward", x.dtype, gate_up, None, y, len(x), 1)
+    if level != "native":
+        flags = next((line.split() for line in native._cpuinfo() if line.startswith("flags")), [])
+        needed = {"x86-64": {"sse2"}, "x86-64-v3": {"avx2", "fma"}, "x86-64-v4": {"avx512bw", "avx512dq", "avx512vl"}}
+        if not needed[level].issubset(flags):
+            pytest.skip(f"no processor of {level}")
+        built = native.build(flags=tuple(f"-march={level}" if f == "-march=native" else f for f in native._FLAGS))
+        library = ctypes.CDLL(str(built))
+        monkeypatch.setattr(native, "_library", lambda: library)
+    native._function.cache_clear()
+    yield level
+    native._function.cache_clear()
+
+
+@pytest.mark.parametrize("width", [1, 16])
+def test_exponentials_are_exact_to_a_few_units_in_the_last_place(processor, width):
+    x = torch.linspace(-86.5, 88.5, 200_000).view(-1, width)
+    x = torch.cat([x, *(torch.full((1, width), value) for value in (-1000.0, 1000.0, torch.inf, torch.nan, 0.0))])
+    y = torch.empty_like(x)
+    native.call("swiglu_forward", x.dtype, torch.cat([x, torch.ones_like(x)], 1), None, y, *x.shape)
     expected = x.double() * torch.sigmoid(x.double())
-    torch.testing.assert_close(y[:-5, 0].double(), expected[:-5], rtol=4e-7, atol=0)
-    assert y[-5:-2, 0].tolist() == [0, 1000, torch.inf]
-    assert y[-2].isnan()
-    assert y[-1] == 0
+    torch.testing.assert_close(y[:-5].double(), expected[:-5], rtol=4e-7, atol=0)
+    for row, value in zip(y[-5:], (0, 1000, torch.inf, torch.nan, 0), strict=True):
+        torch.testing.assert_close(row, torch.full_like(row, value), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("width", [1, 16])
+def test_rounding_to_bf16_is_torchs(processor, width):
+    bits = torch.randint(-(2**31), 2**31 - 1, (100_000,), generator=torch.Generator().manual_seed(0))
+    bits[:30_000] = bits[:30_000] & ~0xFFFF | 0x8000  # halfway
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 3.4e38])
+    weight = torch.cat([special, bits.to(torch.int32).view(torch.float32)])
+    # silu(64) / 64 is 1, so that each row is its weight
+    gate_up = torch.tensor([64.0] * width + [1 / 64] * width).to(torch.bfloat16).repeat(len(weight), 1)
+    y = torch.empty(len(weight), width, dtype=torch.bfloat16)
+    native.call("swiglu_forward", y.dtype, gate_up, weight, y, *y.shape)
+    expected = weight.to(torch.bfloat16)[:, None].expand_as(y)
+    tiny = weight.abs() < 2.0**-126  # processors that round by themselves take these for 0
+    torch.testing.assert_close(y[~tiny], expected[~tiny], rtol=0, atol=0, equal_nan=True)
+    assert ((y[tiny] == expected[tiny]) | (y[tiny] == 0)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 15, 16, 40])
+def test_kernels_of_every_processor_equal_torch(processor, width, dtype):
+    gate_up, grad, weight = seeded(9, 2 * width, dtype=dtype), seeded(9, width, dtype=dtype, seed=1), seeded(9, seed=2)
+    y, grad_gate_up, grad_weight = torch.empty_like(grad), torch.empty_like(gate_up), torch.empty(9)
+    native.call("swiglu_backward", dtype, gate_up, grad, weight, y, grad_gate_up, grad_weight, 9, width)
+    leaves = gate_up.double().requires_grad_(), weight.double().requires_grad_()
+    gate, up = leaves[0].chunk(2, 1)
+    expected = torch.nn.functional.silu(gate) * up * leaves[1][:, None]
+    assert relative(y, expected) <= TOLERANCE[dtype]
+    grads = torch.autograd.grad(expected, leaves, grad.double())
+    for actual, other in zip((grad_gate_up, grad_weight), grads, strict=True):
+        assert relative(actual, other) <= TOLERANCE[dtype]
+
+    logits, labels, losses = seeded(9, width, dtype=dtype), torch.arange(9) % width, torch.empty(9)
+    exact = logits.double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact, labels, reduction="none")
+    native.call("cross_entropy", dtype, logits, labels, losses, 9, width, 1)
+    assert relative(losses, expected) <= TOLERANCE[torch.float32]
+    gradient = torch.autograd.grad(expected.sum(), exact)[0]
+    torch.testing.assert_close(logits.double(), gradient, rtol=TOLERANCE[dtype], atol=1e-6)
+
+    q = [seeded(1, 2, width, 8, dtype=dtype, seed=i) for i in range(3)]
+    assert relative(blocked_attention(*q, None), reference.attention(*q, reference.attention_mask((1, width)))) <= (
+        TOLERANCE[dtype]
+    )

@@ -121,9 +121,10 @@ def _library() -> ctypes.CDLL | None:
 
 
 def build(source: Path = _SOURCE, flags: tuple[str, ...] = _FLAGS) -> Path:
-    """The compiled library, from the cache where it is there: named by source, flags, compiler and processor."""
+    """The compiled library, from the cache where it is there: named by source, headers, flags, compiler and processor."""
     compiler = os.environ.get("CXX", "g++")
-    key = "\n".join([source.read_text(encoding="utf-8"), *flags, compiler, _processor()])
+    texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
+    key = "\n".join([*texts, *flags, compiler, _processor()])
     root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "moe_llm" / "native"
     library = root / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not library.exists():

@@ -4,68 +4,14 @@
 // Rows are independent; a function cuts them into one run for each thread, so that results depend on the number of
 // threads at most in the order of a sum. T is float or bf16; every pointer is to contiguous memory.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <exception>
 #include <vector>
 
-typedef int64_t i64;
-
-struct bf16 {
-    uint16_t bits;
-};
-
-static inline float get(const float* p, i64 i) { return p[i]; }
-static inline float get(const bf16* p, i64 i) {
-    uint32_t wide = uint32_t(p[i].bits) << 16;
-    float value;
-    memcpy(&value, &wide, 4);
-    return value;
-}
-static inline void put(float* p, i64 i, float value) { p[i] = value; }
-static inline void put(bf16* p, i64 i, float value) {
-    uint32_t wide;
-    memcpy(&wide, &value, 4);
-    uint32_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;  // to nearest, ties to even
-    p[i].bits = value != value ? 0x7fc0 : uint16_t(rounded);
-}
-template <typename T>
-static inline float rounded(float value) {
-    T cell;
-    put(&cell, 0, value);
-    return get(&cell, 0);
-}
-
-// a b + c, rounded once where the processor has that as one operation
-static inline float fused(float a, float b, float c) {
-#ifdef __FMA__
-    return __builtin_fmaf(a, b, c);
-#else
-    return a * b + c;
-#endif
-}
-
-// e^x to two units in the last place, in a form that compilers turn into vector code; 0 below -86.9, inf above 88.7.
-static inline float exponential(float x) {
-    float bounded = x < -87.3f ? -87.3f : (x > 89.0f ? 89.0f : x);
-    float n = std::nearbyint(bounded * 1.44269504f);
-    float r = fused(n, 2.12194440e-4f, fused(n, -0.693359375f, bounded));
-    float p = 1.9875691500e-4f;
-    p = fused(p, r, 1.3981999507e-3f);
-    p = fused(p, r, 8.3334519073e-3f);
-    p = fused(p, r, 4.1665795894e-2f);
-    p = fused(p, r, 1.6666665459e-1f);
-    p = fused(p, r, 5.0000001201e-1f);
-    p = fused(p * r, r, r) + 1.0f;
-    // 2^(n - 1), since n may be 128; of n = -126 this is 0
-    uint32_t bits = uint32_t(int32_t(n) + 126) << 23;
-    float half;
-    memcpy(&half, &bits, 4);
-    return p * half * 2.0f;
-}
-
-static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+#include "lanes.h"
 
 // sum = x + delta (rounded to T; delta may be null, then sum is not written), y = T(sum / rms) * weight.
 template <typename T>
@@ -139,11 +85,10 @@ static void swiglu_forward(const T* gate_up, const float* weight, T* hidden, i64
         const T *gate = gate_up + row * 2 * width, *up = gate + width;
         T* out = hidden + row * width;
         float w = weight ? weight[row] : 1.0f;
-#pragma omp simd
-        for (i64 i = 0; i < width; i++) {
-            float x = get(gate, i);
-            put(out, i, x * sigmoid(x) * get(up, i) * w);
-        }
+        over(0, width, [&](i64 i, i64 n) INLINE {
+            lanes x = load(gate + i, n);
+            store(out + i, n, x * sigmoid(x) * load(up + i, n) * w);
+        });
     }
 }
 
@@ -156,18 +101,18 @@ static void swiglu_backward(const T* gate_up, const T* grad_hidden, const float*
     for (i64 row = 0; row < rows; row++) {
         const T *gate = gate_up + row * 2 * width, *up = gate + width, *grad = grad_hidden + row * width;
         T *out = hidden + row * width, *grad_gate = grad_gate_up + row * 2 * width, *grad_up = grad_gate + width;
-        float w = weight ? weight[row] : 1.0f, dot = 0;
-#pragma omp simd reduction(+ : dot)
-        for (i64 i = 0; i < width; i++) {
-            float x = get(gate, i), u = get(up, i), g = get(grad, i);
-            float s = sigmoid(x), silu = x * s, h = silu * u;
+        float w = weight ? weight[row] : 1.0f;
+        lanes dot = {};
+        over(0, width, [&](i64 i, i64 n) INLINE {
+            lanes x = load(gate + i, n), u = load(up + i, n), g = load(grad + i, n);
+            lanes s = sigmoid(x), silu = x * s, h = silu * u;
             dot += g * h;
             g *= w;
-            put(out, i, h * w);
-            put(grad_up, i, g * silu);
-            put(grad_gate, i, g * u * s * (1.0f + x * (1.0f - s)));
-        }
-        if (grad_weight) grad_weight[row] = dot;
+            store(out + i, n, h * w);
+            store(grad_up + i, n, g * silu);
+            store(grad_gate + i, n, g * u * s * (1.0f + x * (1.0f - s)));
+        });
+        if (grad_weight) grad_weight[row] = sum(dot);
     }
 }
 
@@ -189,20 +134,20 @@ static void cross_entropy(T* logits, const i64* labels, float* losses, i64 rows,
                 if (gradient) memset(static_cast<void*>(x), 0, width * sizeof(T));
                 continue;
             }
-            float top = -INFINITY, sum = 0, chosen = get(x, label);
-#pragma omp simd reduction(max : top)
-            for (i64 i = 0; i < width; i++) top = get(x, i) > top ? get(x, i) : top;
-#pragma omp simd reduction(+ : sum)
-            for (i64 i = 0; i < width; i++) {
-                e[i] = exponential(get(x, i) - top);
-                sum += e[i];
-            }
-            losses[row] = top + std::log(sum) - chosen;
+            float chosen = get(x, label);
+            lanes tops = lanes{} - INFINITY, sums = {};
+            over(0, width, [&](i64 i, i64 n) INLINE { tops = at_least(load(x + i, n, -INFINITY), tops); });
+            float top = largest(tops);
+            over(0, width, [&](i64 i, i64 n) INLINE {
+                lanes power = exponential(load(x + i, n, -INFINITY) - top);
+                store(e + i, n, power);
+                sums += power;
+            });
+            float total = sum(sums), inverse = 1.0f / total;
+            losses[row] = top + std::log(total) - chosen;
             if (gradient) {
-                float inverse = 1.0f / sum;
-                e[label] -= sum;
-#pragma omp simd
-                for (i64 i = 0; i < width; i++) put(x, i, e[i] * inverse);
+                e[label] -= total;
+                over(0, width, [&](i64 i, i64 n) INLINE { store(x + i, n, load(e + i, n) * inverse); });
             }
         }
     }
@@ -225,27 +170,30 @@ static void probabilities(T* scores, float* log_sums, const int32_t* starts, i64
             T* row = scores + line * keys;
             i64 begin = (starts ? starts[n / groups * length + q] : 0) - first_key, end = q + 1 - first_key;
             float* log_sum = log_sums + nh * length + q;
-            memset(static_cast<void*>(row), 0, begin * sizeof(T));
+            // unseen keys as far as whole lanes go: parts of lanes take longer
+            i64 from = begin / LANES * LANES, to = std::min(keys, (end + LANES - 1) / LANES * LANES);
+            for (i64 i = from; i < begin; i++) put(row, i, -INFINITY);
+            for (i64 i = end; i < to; i++) put(row, i, -INFINITY);
+            memset(static_cast<void*>(row), 0, from * sizeof(T));
             if (fresh) {
-                float top = -INFINITY, sum = 0;
-#pragma omp simd reduction(max : top)
-                for (i64 i = begin; i < end; i++) top = get(row, i) > top ? get(row, i) : top;
-                top *= scale;
-#pragma omp simd reduction(+ : sum)
-                for (i64 i = begin; i < end; i++) {
-                    e[i] = exponential(get(row, i) * scale - top);
-                    sum += e[i];
-                }
-                *log_sum = top + std::log(sum);
-                float inverse = 1.0f / sum;
-#pragma omp simd
-                for (i64 i = begin; i < end; i++) put(row, i, e[i] * inverse);
+                lanes tops = lanes{} - INFINITY, sums = {};
+                over(from, to, [&](i64 i, i64 n) INLINE { tops = at_least(load(row + i, n, -INFINITY), tops); });
+                float top = largest(tops) * scale;
+                over(from, to, [&](i64 i, i64 n) INLINE {
+                    lanes power = exponential(load(row + i, n, -INFINITY) * scale - top);
+                    store(e + i, n, power);
+                    sums += power;
+                });
+                float total = sum(sums), inverse = 1.0f / total;
+                *log_sum = top + std::log(total);
+                over(from, to, [&](i64 i, i64 n) INLINE { store(row + i, n, load(e + i, n) * inverse); });
             } else {
                 float offset = *log_sum;
-#pragma omp simd
-                for (i64 i = begin; i < end; i++) put(row, i, exponential(get(row, i) * scale - offset));
+                over(from, to, [&](i64 i, i64 n) INLINE {
+                    store(row + i, n, exponential(load(row + i, n) * scale - offset));
+                });
             }
-            memset(static_cast<void*>(row + end), 0, (keys - end) * sizeof(T));
+            memset(static_cast<void*>(row + to), 0, (keys - to) * sizeof(T));
         }
     }
 }
