@@ -121,7 +121,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def build(source: Path = _SOURCE, flags: tuple[str, ...] = _FLAGS) -> Path:
-    """The compiled library, from the cache where it is there: named by source, headers, flags, compiler and processor."""
+    """The compiled library, from the cache where it is there: named by source, headers, flags, compiler, processor."""
     compiler = os.environ.get("CXX", "g++")
     texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
     key = "\n".join([*texts, *flags, compiler, _processor()])
