@@ -8,7 +8,7 @@ Products by oneDNN (bf16 on a CPU, and fp32 on some, see `products`) are compile
 first use, which in bf16 takes as long as the product itself, and row counts hardly ever repeat. There an expert's
 block is extended to a round number of rows: into the next expert's rows, whose results are written later and over it,
 or into zeros at the end; what enters a sum over rows is set to zero. With counts that change every step this saves 0.3
-of the time in bf16. In fp32 an expert with many rows has several blocks.
+of the time in bf16. In fp32 a block's products are computed in tiles of few sizes.
 Dimensions: N routed rows (n: of one block), D hidden, F expert width, G = 2F, E experts.
 """
 
@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from moe_llm.ops import native, triton
 from moe_llm.ops.graph import graph_is_kept
 from moe_llm.ops.permutation import gather_sum, row_dot
-from moe_llm.ops.products import mm, row_tiles
+from moe_llm.ops.products import mm_by_tiles, mm_over_tiles, row_tiles
 
 
 def fused_expert_mlp(
@@ -42,6 +42,10 @@ def fused_routed_expert_mlp(
     )
 
 
+# Rows of a block at least, of an expert with more of them than this: buffers are as large as a block
+_BLOCK_ROWS = 1024
+
+
 class _FusedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N, slot_TK):
@@ -50,11 +54,11 @@ class _FusedExperts(torch.autograd.Function):
         hidden_nF = x_ND.new_empty(blocks.largest, down_proj_EDF.shape[2])
         y_ND = x_ND.new_empty(max(blocks.stop, blocks.num_rows), x_ND.shape[1])
         gate_up_DG, down_FD = gate_up_proj_EGD.mT.unbind(), down_proj_EDF.mT.unbind()
-        for expert, start, end, stop, _ in blocks.busy:
+        for expert, start, end, stop, _, tiles in blocks.busy:
             gate_up_nG, h_nF = gate_up_NG[start:stop], hidden_nF[: stop - start]
-            mm(blocks.rows(x_ND, start, stop), gate_up_DG[expert], out=gate_up_nG)
+            mm_by_tiles(tiles, blocks.rows(x_ND, start, stop), gate_up_DG[expert], out=gate_up_nG)
             weighted_swiglu(gate_up_nG, None if weight_N is None else weight_N[start:end], h_nF)
-            mm(h_nF, down_FD[expert], out=y_ND[start:stop])
+            mm_by_tiles(tiles, h_nF, down_FD[expert], out=y_ND[start:stop])
         # the counts are kept as a tensor, not as integers on ctx, so that checkpointing recomputes them too
         ctx.save_for_backward(
             x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, gate_up_NG, token_index_N, slot_TK
@@ -80,13 +84,13 @@ class _FusedExperts(torch.autograd.Function):
         grad_hidden_nF = hidden_nF if in_place else torch.empty_like(hidden_nF)
         grad_gate_up_nG = None if in_place else x_ND.new_empty(blocks.largest, gate_up_proj_EGD.shape[1])
         gate_up_GD, down_DF = gate_up_proj_EGD.unbind(), down_proj_EDF.unbind()
-        for expert, start, end, stop, first in blocks.busy:
+        for expert, start, end, stop, first, tiles in blocks.busy:
             rows, n = stop - start, end - start
             grad_nD, gate_up_nG = blocks.rows(grad_ND, start, stop), gate_up_NG[start:stop]
             h_nF, grad_h_nF = hidden_nF[:rows], grad_hidden_nF[:rows]
             grad_nG = gate_up_nG if in_place else grad_gate_up_nG[:rows]
             of_the_next_nG = gate_up_nG[n:].clone() if in_place and n < rows else None
-            mm(grad_nD, down_DF[expert], out=grad_h_nF)
+            mm_by_tiles(tiles, grad_nD, down_DF[expert], out=grad_h_nF)
             # y = (weight h) W^T, so dL/dweight = grad . (h W^T) = (grad W) . h: y itself is not needed
             grad_weight_n = weighted_swiglu_backward(
                 gate_up_nG, grad_h_nF, None if weight_N is None else weight_N[start:end], h_nF, grad_nG
@@ -97,11 +101,12 @@ class _FusedExperts(torch.autograd.Function):
                 h_nF[n:].zero_()
                 grad_nG[n:].zero_()
             if needs_down:
-                mm(grad_nD.t(), h_nF, out=grad_down[expert], add=not first)
+                mm_over_tiles(tiles, grad_nD, h_nF, out=grad_down[expert], add=not first)
             if needs_gate_up:
-                mm(grad_nG.t(), blocks.rows(x_ND, start, stop), out=grad_gate_up[expert], add=not first)
+                x_nD = blocks.rows(x_ND, start, stop)
+                mm_over_tiles(tiles, grad_nG, x_nD, out=grad_gate_up[expert], add=not first)
             if needs_x:
-                mm(grad_nG, gate_up_GD[expert], out=grad_x[start:stop])
+                mm_by_tiles(tiles, grad_nG, gate_up_GD[expert], out=grad_x[start:stop])
             if of_the_next_nG is not None:
                 grad_nG[n:] = of_the_next_nG
         if needs_x:
@@ -111,20 +116,22 @@ class _FusedExperts(torch.autograd.Function):
 
 
 class _Block(NamedTuple):
-    """Rows of an expert, from `start` to `end`; its products go on to `stop`. first: they are the expert's first."""
+    """Rows of an expert, from `start` to `end`; its products go on to `stop`. first: they are the expert's first.
+    tiles: of its rows up to `stop`, as its products take them."""
 
     expert: int
     start: int
     end: int
     stop: int
     first: bool
+    tiles: list[slice]
 
 
 class _Blocks(NamedTuple):
     """The rows of each expert that has any.
 
     busy: in the order of rows.
-    used: rows that belong to an expert. stop: the last of the stops. largest: rows of the largest product.
+    used: rows that belong to an expert. stop: the last of the stops. largest: rows of the largest block.
     num_rows: rows in all. token_index: of each row up to `stop`, where rows are gathered from tokens.
     """
 
@@ -137,19 +144,23 @@ class _Blocks(NamedTuple):
 
     @staticmethod
     def of(counts_E: Tensor, x_ND: Tensor, token_index_N: Tensor | None, columns: int) -> "_Blocks":
-        busy, start = [], 0
+        busy, end = [], 0
         for expert, count in enumerate(counts_E.tolist()):
-            first = True
+            start = first_row = end
+            tiles = []
             for rows, computed in row_tiles(x_ND, count, columns) if count else ():
-                busy.append(_Block(expert, start, start + rows, start + computed, first))
-                start, first = start + rows, False
+                tiles.append(slice(end - start, end - start + computed))
+                end += rows
+                if end - start >= _BLOCK_ROWS or end - first_row == count:
+                    busy.append(_Block(expert, start, end, start + tiles[-1].stop, start == first_row, tiles))
+                    start, tiles = end, []
         num_rows = len(x_ND) if token_index_N is None else len(token_index_N)
-        assert start <= num_rows, f"the counts sum to {start}, but there are {num_rows} rows"
+        assert end <= num_rows, f"the counts sum to {end}, but there are {num_rows} rows"
         stop = max((block.stop for block in busy), default=0)
         largest = max((block.stop - block.start for block in busy), default=0)
         if token_index_N is not None and stop > num_rows:  # any token does: what comes of those rows is multiplied by 0
             token_index_N = torch.nn.functional.pad(token_index_N, (0, stop - num_rows))
-        return _Blocks(busy, start, stop, largest, num_rows, token_index_N)
+        return _Blocks(busy, end, stop, largest, num_rows, token_index_N)
 
     def rows(self, x_ND: Tensor, start: int, stop: int) -> Tensor:
         """Rows start to stop, gathered, or with zeros for those that belong to nobody."""

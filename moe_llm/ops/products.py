@@ -82,6 +82,22 @@ def row_tiles(x: Tensor, count: int, columns: int) -> Iterator[tuple[int, int]]:
         yield count, round_up(count) if compiled else count
 
 
+def mm_by_tiles(tiles: list[slice], a_nK: Tensor, b_KP: Tensor, out: Tensor, add: bool = False) -> None:
+    """out = a b, or added to it, some rows after the others: all tiles but the first find b in the cache."""
+    for rows in tiles:
+        mm(a_nK[rows], b_KP, out=out[rows], add=add)
+
+
+def mm_over_tiles(tiles: list[slice], a_nM: Tensor, b_nP: Tensor, out: Tensor, add: bool = False) -> None:
+    """out = a^T b, or added to it, as the sum of the tiles' products: all but the first find `out` in the cache.
+
+    From the last one on, whose number of rows is the odd one: it then is added to nothing, unless there are more rows
+    than those of these tiles, and a product that adds, compiled apart from one that does not, is rarely asked of it.
+    """
+    for number, rows in enumerate(reversed(tiles)):
+        mm(a_nM[rows].t(), b_nP[rows], out=out, add=add or number > 0)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TI, weight_OI):

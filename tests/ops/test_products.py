@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe_llm.ops import native, products
+from moe_llm.ops import expert_mlp_fused, native, products
 from moe_llm.ops.expert_mlp import expert_mlp
+from moe_llm.ops.expert_mlp_adapted import ExpertAdapters, Factors, adapted_expert_mlp
 from moe_llm.ops.shapes import round_up
 
 
@@ -141,28 +142,68 @@ def test_what_torch_throws_arrives_as_an_error(onednn):
         products.mm(seeded(200, 200), seeded(200, 200), out=torch.empty(7, 7))
 
 
-@pytest.mark.parametrize("weighted", [True, False])
-def test_experts_whose_rows_are_cut_into_tiles(onednn, monkeypatch, weighted):
-    """Tiles of all sizes, an expert without rows, and rows that belong to nobody."""
+@pytest.fixture(params=[64, 128, 1024])
+def tiles(onednn, monkeypatch, request):
+    """Tiles of two sizes and odd rests, in blocks of one, of some, and of all of an expert's."""
     monkeypatch.setattr(products, "_LEAST_WORK", 2**12)
     monkeypatch.setattr(products, "_TILE_ROWS", (64, 32))
-    counts = torch.tensor([200, 0, 64, 1, 37])
-    total, hidden, width = 310, 24, 40
-    leaves = [
-        seeded(total, hidden).requires_grad_(), (0.2 * seeded(5, 2 * width, hidden, seed=1)).requires_grad_(),
-        (0.2 * seeded(5, hidden, width, seed=2)).requires_grad_(),
-        *([seeded(total, seed=3).requires_grad_()] if weighted else []),
-    ]
-    direction = seeded(total, hidden, seed=4)
-    results = []
-    for backend in ("fused", "loop"):
-        x, gate_up, down, *weight = leaves
-        y = expert_mlp(x, gate_up, down, counts, backend=backend, weight_N=weight[0] if weighted else None)
-        results.append((y, *torch.autograd.grad(y, leaves, direction)))
-    assert len(onednn) > 30
+    monkeypatch.setattr(expert_mlp_fused, "_BLOCK_ROWS", request.param)
+    return onednn
+
+
+def drawn_experts(hidden=24, width=40):
+    """An expert without rows, and rows that belong to nobody."""
+    counts, total = torch.tensor([200, 0, 64, 1, 37]), 310
+    weights = 0.2 * seeded(5, 2 * width, hidden, seed=1), 0.2 * seeded(5, hidden, width, seed=2)
+    return seeded(total, hidden), *weights, counts, seeded(total, seed=3), seeded(total, hidden, seed=4)
+
+
+def check_gradients(outputs, leaves, direction):
+    results = [(y, *torch.autograd.grad(y, leaves, direction)) for y in outputs]
     for actual, expected in zip(*results, strict=True):
         assert actual.isfinite().all()
         assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_experts_whose_rows_are_cut_into_tiles(tiles, weighted):
+    x, gate_up, down, counts, weight, direction = drawn_experts()
+    weight = weight if weighted else None
+    leaves = [leaf.requires_grad_() for leaf in (x, gate_up, down, weight) if leaf is not None]
+    outputs = [
+        expert_mlp(x, gate_up, down, counts, backend=backend, weight_N=weight) for backend in ("fused", "loop")
+    ]
+    check_gradients(outputs, leaves, direction)
+    assert len(tiles) > 30
+
+
+def test_adapted_experts_whose_rows_are_cut_into_tiles(tiles):
+    x, gate_up, down, counts, weight, direction = drawn_experts()
+    shapes = (5, 6, 24), (5, 80, 6), (5, 6, 40), (5, 24, 6)
+    factors = [(0.2 * seeded(*shape, seed=5 + i)).requires_grad_() for i, shape in enumerate(shapes)]
+    adapters = ExpertAdapters(Factors(*factors[:2]), Factors(*factors[2:]), 1.5)
+    leaves = [x.requires_grad_(), weight.requires_grad_(), *factors]
+    outputs = [
+        adapted_expert_mlp(x, gate_up, down, counts, adapters, weight, backend=backend)
+        for backend in ("fused", "loop")
+    ]
+    check_gradients(outputs, leaves, direction)
+    assert len(tiles) > 30
+
+
+def test_sums_over_tiles_add_where_they_must(onednn, monkeypatch):
+    """A rest is compiled once only: it adds to nothing."""
+    monkeypatch.setattr(products, "_LEAST_WORK", 2**12)
+    added = []
+    plain = products.mm
+    monkeypatch.setattr(products, "mm", lambda *a, **k: (added.append((len(a[1]), k["add"])), plain(*a, **k)))
+    a, b, out = seeded(144, 30), seeded(144, 50, seed=1), torch.full((30, 50), torch.nan)
+    rows = [slice(0, 64), slice(64, 128), slice(128, 144)]
+    products.mm_over_tiles(rows, a, b, out)
+    assert close(out, a.double().t() @ b.double())
+    assert added == [(16, False), (64, True), (64, True)]
+    products.mm_over_tiles(rows, a, b, out, add=True)
+    assert close(out, 2 * (a.double().t() @ b.double()))
 
 
 def test_tiles_come_in_few_shapes(onednn):
