@@ -70,6 +70,8 @@ class Model:
         self.kind = self._kind()
         self.biases = () if self.kind == "mixtral" else BIASES
         self.layers = self._number("num_hidden_layers")
+        for key in ("hidden_size", "num_attention_heads"):
+            self._number(key)
         self.files = TensorFiles(self.directory, MODEL)
         self._segments: dict[str, list[_Segment]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}

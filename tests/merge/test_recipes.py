@@ -39,6 +39,9 @@ def models(tmp_path_factory):
         else:
             state["model.norm.weight"] = torch.ones(8, dtype=torch.int64)
         write_shards(root / name, state)
+    for name, change in {"worded": {"hidden_size": "x"}, "headless": {"num_attention_heads": None}}.items():
+        config = shutil.copytree(root / "a", root / name) / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | change))
     (root / "empty").mkdir()
     return root
 
@@ -96,6 +99,8 @@ BAD = {
     "another kind": (two(other="llama"), "llama is a LlamaForCausalLM and a a MixtralForCausalLM"),
     "a missing tensor": (two(other="lacking"), "lacking lacks the tensor .*layers.1.block_sparse_moe.experts.2.w3"),
     "an unknown tensor": (two(other="extra"), "extra holds the tensor .*q_proj.bias"),
+    "a size in words": (two(other="worded"), "hidden_size='x' is no number from 1 upwards"),
+    "no heads": (two(other="headless"), "num_attention_heads=None is no number from 1 upwards"),
     "no floats": (two(other="integers"), "integers: tensor model.norm.weight is torch.int64"),
     "beyond the layers": (stack((0, 2), (1, 4)), r"layer_range=\[1, 4\] of a goes beyond its 3 layers"),
     "backwards": (stack((2, 1)), "holds no layers"),
