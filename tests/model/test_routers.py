@@ -334,3 +334,15 @@ def test_a_recomputation_that_differs_in_its_numbers_routes_the_same(router, mon
     torch.manual_seed(4)
     model(ids_BS, labels=ids_BS).loss.backward()
     assert counts[2:] == counts[1::-1]
+
+
+def test_what_differs_by_rounding_alone_is_served_in_order_and_no_more_than_that():
+    gate = layer_of(config_of("batch_prioritised", 1, {"capacity_factor": 1.0, "noise": False})).gate
+
+    def granted(*scores):
+        score_TR, real_BS = torch.tensor(scores)[:, None], torch.ones(1, len(scores), dtype=torch.bool)
+        return gate.assign(torch.zeros_like(score_TR, dtype=torch.int64), score_TR, None, real_BS, 2).flatten().tolist()
+
+    for first, second in ((1 - 2**-24, 1.0), (1.0, 1 - 2**-24), (1.0, 1.0)):
+        assert granted(0.3, first, second, second) == [False, True, True, False]
+    assert granted(0.3, 0.5, 0.5, 0.5001) == [False, True, False, True]

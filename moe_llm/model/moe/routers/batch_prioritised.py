@@ -35,8 +35,10 @@ class BatchPrioritisedRouter(TokenChoiceRouter):
                capacity: int) -> Tensor:
         value_TK = value_TR[:, : self.top_k]
         score_T = value_TK[:, 0] if self.settings.score == "max" else value_TK.sum(-1)
-        # of equal scores the earlier one is not promised to be first, but the same one each time
-        order_BS = score_T.view_as(real_BS).topk(real_BS.shape[1], dim=-1).indices
+        # Of equal scores the earlier token's is first. A text's first token and its repetition right behind it are
+        # equal but for rounding, which is another one in another layout of ranks: the last digits do not count
+        steps_BS = (score_T.float() * 2**16).round().view_as(real_BS)
+        order_BS = steps_BS.sort(dim=-1, descending=True, stable=True).indices
         order_BSR = order_BS[..., None].expand(*order_BS.shape, expert_TR.shape[-1])
         sorted_BSR = expert_TR.view(order_BSR.shape).gather(1, order_BSR)
         granted_BSR = super().assign(
