@@ -23,6 +23,9 @@ from moe_llm.ops.graph import graph_is_kept
 from moe_llm.ops.permutation import gather_sum, row_dot
 from moe_llm.ops.products import mm_by_tiles, mm_over_tiles, row_tiles
 
+# rows of a block at least, of an expert with more of them than this: buffers are as large as a block
+_BLOCK_ROWS = 1024
+
 
 def fused_expert_mlp(
     x_ND: Tensor, gate_up_proj_EGD: Tensor, down_proj_EDF: Tensor, counts_E: Tensor, weight_N: Tensor | None
@@ -40,10 +43,6 @@ def fused_routed_expert_mlp(
     return _FusedExperts.apply(
         x_TD, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N, slot_TK
     )
-
-
-# Rows of a block at least, of an expert with more of them than this: buffers are as large as a block
-_BLOCK_ROWS = 1024
 
 
 class _FusedExperts(torch.autograd.Function):

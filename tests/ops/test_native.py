@@ -92,6 +92,20 @@ def test_nan_is_not_hidden(dtype):
     assert seen[1:].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_of_a_query_stays_away_from_values_that_it_does_not_see(dtype):
+    q, k, v = (seeded(1, 2, 40, 8, dtype=dtype, seed=i) for i in range(3))
+    q[:, :, 17] = math.nan
+    starts = torch.tensor([[0] * 10 + [10] * 30], dtype=torch.int32)
+    y = blocked_attention(q, k, v.requires_grad_(), starts)
+    assert y[:, :, 17].isnan().all()
+    assert y[:, :, :17].isfinite().all()
+    (grad,) = torch.autograd.grad(y, v, torch.ones_like(y))
+    assert grad[:, :, 10:18].isnan().all()
+    assert grad[:, :, :10].isfinite().all()
+    assert grad[:, :, 18:].isfinite().all()
+
+
 @pytest.mark.parametrize("ignored", [0, 1, 30, 63, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ignored_labels_add_nothing(dtype, ignored):

@@ -174,7 +174,6 @@ static void probabilities(T* scores, float* log_sums, const int32_t* starts, i64
             i64 from = begin / LANES * LANES, to = std::min(keys, (end + LANES - 1) / LANES * LANES);
             for (i64 i = from; i < begin; i++) put(row, i, -INFINITY);
             for (i64 i = end; i < to; i++) put(row, i, -INFINITY);
-            memset(static_cast<void*>(row), 0, from * sizeof(T));
             if (fresh) {
                 lanes tops = lanes{} - INFINITY, sums = {};
                 over(from, to, [&](i64 i, i64 n) INLINE { tops = at_least(load(row + i, n, -INFINITY), tops); });
@@ -193,7 +192,9 @@ static void probabilities(T* scores, float* log_sums, const int32_t* starts, i64
                     store(row + i, n, exponential(load(row + i, n) * scale - offset));
                 });
             }
-            memset(static_cast<void*>(row + to), 0, (keys - to) * sizeof(T));
+            // also where the row's numbers made them NaN
+            memset(static_cast<void*>(row), 0, begin * sizeof(T));
+            memset(static_cast<void*>(row + end), 0, (keys - end) * sizeof(T));
         }
     }
 }
