@@ -2,11 +2,12 @@
 
 torch's own fused backward pass takes five times as long as its forward in bf16. Here both passes are batched matrix
 products over blocks of queries and the keys that these may see, and one pass over the scores in between. Kept for
-the backward pass: queries, keys, values and one number for each query and head.
+the backward pass: queries, keys, values and one number for each query and head. Our products (see `products`) read and
+write all of these where they lie; for torch's they are copied together.
 
 In bf16 scores and probabilities are rounded to bf16 between the products, as in transformers' eager attention.
-Dimensions: B batch, S sequence, H query heads, G key-value heads, R = H / G, N = B * G, d head dimension,
-b queries of a block, K keys of a block.
+Dimensions: B batch, S sequence, H query heads, G key-value heads, R = H / G, d head dimension; of a block: b sequences
+or queries, K keys.
 """
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_llm.ops import native
-from moe_llm.ops.products import bmm
+from moe_llm.ops.products import fits
 
 # scores of one product: they should stay in the processor's cache from one product to the next
 _SCRATCH_ELEMENTS = 2**20
@@ -36,18 +37,17 @@ class _BlockedAttention(torch.autograd.Function):
         batch, heads, length, width = q_BHSd.shape
         groups = k_BGSd.shape[1]
         q_BGRSd = q_BHSd.unflatten(1, (groups, -1))
-        k_BGSd, v_BGSd = k_BGSd.contiguous(), v_BGSd.contiguous()
         log_sum_BHS = torch.zeros(batch, heads, length)
         out_BSHd = q_BHSd.new_empty(batch, length, heads, width)
         out_BGRSd = out_BSHd.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
         scratch = _Scratch(1, q_BHSd)
         for rows, queries, keys in _blocks(q_BGRSd, starts_BS):
-            q_NMd = _rows(q_BGRSd[rows, :, :, queries])
-            k_NKd, v_NKd = (_dense(x[rows, :, keys]) for x in (k_BGSd, v_BGSd))
-            p_NMK = bmm(q_NMd, k_NKd.transpose(1, 2), out=scratch[0, len(q_NMd), q_NMd.shape[1], k_NKd.shape[1]])
-            _probabilities_(p_NMK, log_sum_BHS[rows], starts_BS, rows, queries, keys, width, fresh=True)
-            y_NMd = bmm(p_NMK, v_NKd)
-            out_BGRSd[rows, :, :, queries] = y_NMd.view_as(out_BGRSd[rows, :, :, queries])
+            q_bGRbd = _operand(q_BGRSd[rows, :, :, queries])
+            k_bGKd, v_bGKd = (_operand(x[rows, :, keys]) for x in (k_BGSd, v_BGSd))
+            p_bGRbK = scratch[0, *q_bGRbd.shape[:-1], k_bGKd.shape[2]]
+            _multiply(q_bGRbd, k_bGKd, p_bGRbK, transpose_b=True)
+            _probabilities_(p_bGRbK, log_sum_BHS[rows], starts_BS, rows, queries, keys, width, fresh=True)
+            _multiply(p_bGRbK, v_bGKd, out_BGRSd[rows, :, :, queries])
         ctx.save_for_backward(q_BHSd, k_BGSd, v_BGSd, starts_BS, log_sum_BHS)
         return out_BSHd.transpose(1, 2)
 
@@ -65,34 +65,47 @@ class _BlockedAttention(torch.autograd.Function):
         grad_k_BGSd, grad_v_BGSd = grad_k_BSGd.transpose(1, 2), grad_v_BSGd.transpose(1, 2)
         scratch = _Scratch(2, q_BHSd)
         for rows, queries, keys in _blocks(q_BGRSd, starts_BS):
-            q_NMd, grad_NMd = _rows(q_BGRSd[rows, :, :, queries]), _rows(grad_BGRSd[rows, :, :, queries])
-            k_NKd, v_NKd = (_dense(x[rows, :, keys]) for x in (k_BGSd, v_BGSd))
-            shape = len(q_NMd), q_NMd.shape[1], k_NKd.shape[1]
-            p_NMK = bmm(q_NMd, k_NKd.transpose(1, 2), out=scratch[0, *shape])
-            _probabilities_(p_NMK, log_sum_BHS[rows], starts_BS, rows, queries, keys, width, fresh=False)
-            grad_v = bmm(p_NMK.transpose(1, 2), grad_NMd)
-            grad_NMK = bmm(grad_NMd, v_NKd.transpose(1, 2), out=scratch[1, *shape])
-            native.call(
-                "softmax_backward", p_NMK.dtype, p_NMK, grad_NMK, shape[0] * shape[1], shape[2], width**-0.5
-            )
-            grad_q = bmm(grad_NMK, k_NKd)
-            grad_k = bmm(grad_NMK.transpose(1, 2), q_NMd)
-            grad_q_BGRSd[rows, :, :, queries] = grad_q.view_as(grad_q_BGRSd[rows, :, :, queries])
-            grad_k_BGSd[rows, :, keys] += grad_k.view_as(grad_k_BGSd[rows, :, keys])
-            grad_v_BGSd[rows, :, keys] += grad_v.view_as(grad_v_BGSd[rows, :, keys])
+            q_bGRbd, grad_bGRbd = (_operand(x[rows, :, :, queries]) for x in (q_BGRSd, grad_BGRSd))
+            k_bGKd, v_bGKd = (_operand(x[rows, :, keys]) for x in (k_BGSd, v_BGSd))
+            shape = *q_bGRbd.shape[:-1], k_bGKd.shape[2]
+            p_bGRbK, grad_bGRbK = scratch[0, *shape], scratch[1, *shape]
+            _multiply(q_bGRbd, k_bGKd, p_bGRbK, transpose_b=True)
+            _probabilities_(p_bGRbK, log_sum_BHS[rows], starts_BS, rows, queries, keys, width, fresh=False)
+            _multiply(p_bGRbK, grad_bGRbd, grad_v_BGSd[rows, :, keys], transpose_a=True, add=True)
+            _multiply(grad_bGRbd, v_bGKd, grad_bGRbK, transpose_b=True)
+            count = p_bGRbK.numel() // shape[-1]
+            native.call("softmax_backward", p_bGRbK.dtype, p_bGRbK, grad_bGRbK, count, shape[-1], width**-0.5)
+            _multiply(grad_bGRbK, k_bGKd, grad_q_BGRSd[rows, :, :, queries])
+            _multiply(grad_bGRbK, q_bGRbd, grad_k_BGSd[rows, :, keys], transpose_a=True, add=True)
         dtype = q_BHSd.dtype
         return grad_q_BSHd.transpose(1, 2), grad_k_BGSd.to(dtype), grad_v_BGSd.to(dtype), None
 
 
-def _rows(x_BGRbd: Tensor) -> Tensor:
-    """(N, R * b, d): the queries of a group are rows of one product."""
-    batch, groups, repeats, block, width = x_BGRbd.shape
-    return x_BGRbd.reshape(batch * groups, repeats * block, width)
+def _operand(x: Tensor) -> Tensor:
+    """As it lies, where products can read it so, and otherwise copied once for all products that read it."""
+    return x if fits(x) and x.stride(-1) == 1 else x.contiguous()
 
 
-def _dense(x_BGKd: Tensor) -> Tensor:
-    """(N, K, d), copied where it must be: each product would copy it again, slower where it is transposed."""
-    return x_BGKd.flatten(0, 1).contiguous()
+def _multiply(
+    a: Tensor, b: Tensor, out: Tensor, transpose_a: bool = False, transpose_b: bool = False, add: bool = False
+) -> None:
+    """out = a b, or added to it, of (B, G, rows, columns) or (B, G, R, rows, columns), whose R * rows are rows of one
+    product: the queries of a group."""
+    if fits(a):
+        native.matmul(a, b, out, transpose_a=transpose_a, transpose_b=transpose_b, add=add)
+        return
+    a, b = _rows(a), _rows(b)
+    a, b = a.mT if transpose_a else a, b.mT if transpose_b else b
+    if out.is_contiguous() and not add:
+        torch.bmm(a, b, out=_rows(out))
+    elif add:
+        out += torch.bmm(a, b).view_as(out)
+    else:
+        out.copy_(torch.bmm(a, b).view_as(out))
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.flatten(0, 1) if x.dim() == 4 else x.flatten(2, 3).flatten(0, 1)
 
 
 def _blocks(q_BGRSd: Tensor, starts_BS: Tensor | None):
@@ -110,16 +123,14 @@ def _blocks(q_BGRSd: Tensor, starts_BS: Tensor | None):
 
 
 def _probabilities_(
-    scores_NMK: Tensor, log_sum_bHS: Tensor, starts_BS: Tensor | None, rows: slice, queries: slice, keys: slice,
+    scores_bGRbK: Tensor, log_sum_bHS: Tensor, starts_BS: Tensor | None, rows: slice, queries: slice, keys: slice,
     width: int, fresh: bool,
 ) -> None:
-    batch, heads, length = log_sum_bHS.shape
-    groups = len(scores_NMK) // batch
+    batch, groups, repeats, block, seen = scores_bGRbK.shape
     starts_bS = None if starts_BS is None else starts_BS[rows]
     native.call(
-        "probabilities", scores_NMK.dtype, scores_NMK, log_sum_bHS, starts_bS, len(scores_NMK), groups,
-        heads // groups, queries.stop - queries.start, scores_NMK.shape[2], queries.start, keys.start, length,
-        width**-0.5, fresh,
+        "probabilities", scores_bGRbK.dtype, scores_bGRbK, log_sum_bHS, starts_bS, batch * groups, groups, repeats,
+        block, seen, queries.start, keys.start, log_sum_bHS.shape[2], width**-0.5, fresh,
     )
 
 

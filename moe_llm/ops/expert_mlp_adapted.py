@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_llm.ops.expert_mlp_fused import _Blocks, weighted_swiglu, weighted_swiglu_backward
 from moe_llm.ops.permutation import combine, gather_sum, permute
-from moe_llm.ops.products import mm_by_tiles, mm_over_tiles
+from moe_llm.ops.products import mm
 
 
 class Factors(NamedTuple):
@@ -90,18 +90,18 @@ class _FusedAdapted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_ND, gate_up_EGD, down_EDF, counts_E, weight_N, token_index_N, slot_TK, scale, a1, b1, a2, b2):
-        blocks = _Blocks.of(counts_E, x_ND, token_index_N, gate_up_EGD.shape[1])
+        blocks = _Blocks.of(counts_E, x_ND, token_index_N)
         gate_up_NG = x_ND.new_empty(blocks.stop, gate_up_EGD.shape[1])
         hidden_nF = x_ND.new_empty(blocks.largest, down_EDF.shape[2])
         y_ND = x_ND.new_empty(max(blocks.stop, blocks.num_rows), x_ND.shape[1])
-        for expert, start, end, stop, _, tiles in blocks.busy:
+        for expert, start, end, stop in blocks.busy:
             x_nD, gate_up_nG, h_nF = blocks.rows(x_ND, start, stop), gate_up_NG[start:stop], hidden_nF[: stop - start]
-            mm_by_tiles(tiles, x_nD, gate_up_EGD[expert].t(), out=gate_up_nG)
+            mm(x_nD, gate_up_EGD[expert].t(), out=gate_up_nG)
             if a1 is not None:
                 gate_up_nG.addmm_(x_nD @ a1[expert].t(), b1[expert].t(), alpha=scale)
             weighted_swiglu(gate_up_nG, None if weight_N is None else weight_N[start:end], h_nF)
             y_nD = y_ND[start:stop]
-            mm_by_tiles(tiles, h_nF, down_EDF[expert].t(), out=y_nD)
+            mm(h_nF, down_EDF[expert].t(), out=y_nD)
             if a2 is not None:
                 y_nD.addmm_(h_nF @ a2[expert].t(), b2[expert].t(), alpha=scale)
         ctx.scale = scale
@@ -118,7 +118,7 @@ class _FusedAdapted(torch.autograd.Function):
         token_index_N, slot_TK = routing
         needs, scale, factors = ctx.needs_input_grad, ctx.scale, (a1, b1, a2, b2)
         assert not any(needs[1:3]), "weights beneath adapters are frozen"
-        blocks = _Blocks.of(counts_E, x_ND, token_index_N, gate_up_EGD.shape[1])
+        blocks = _Blocks.of(counts_E, x_ND, token_index_N)
         grad_x = x_ND.new_empty(max(blocks.stop, blocks.num_rows), x_ND.shape[1]) if needs[0] else None
         grad_weight = torch.zeros_like(weight_N) if needs[4] else None
         grads = grad_a1, grad_b1, grad_a2, grad_b2 = [
@@ -126,14 +126,14 @@ class _FusedAdapted(torch.autograd.Function):
         ]
         hidden_nF, grad_hidden_nF = x_ND.new_empty(2, blocks.largest, down_EDF.shape[2])
         grad_gate_up_nG = x_ND.new_empty(blocks.largest, gate_up_EGD.shape[1])
-        for expert, start, end, stop, first, tiles in blocks.busy:
+        for expert, start, end, stop in blocks.busy:
             rows, n = stop - start, end - start
             grad_nD, gate_up_nG = blocks.rows(grad_ND, start, stop), gate_up_NG[start:stop]
             h_nF, grad_h_nF, grad_nG = hidden_nF[:rows], grad_hidden_nF[:rows], grad_gate_up_nG[:rows]
-            mm_by_tiles(tiles, grad_nD, down_EDF[expert], out=grad_h_nF)
+            mm(grad_nD, down_EDF[expert], out=grad_h_nF)
             if a2 is not None:
                 low_nr = (grad_nD @ b2[expert]).mul_(scale)
-                mm_by_tiles(tiles, low_nr, a2[expert], out=grad_h_nF, add=True)
+                mm(low_nr, a2[expert], out=grad_h_nF, add=True)
             grad_weight_n = weighted_swiglu_backward(
                 gate_up_nG, grad_h_nF, None if weight_N is None else weight_N[start:end], h_nF, grad_nG
             )
@@ -141,21 +141,17 @@ class _FusedAdapted(torch.autograd.Function):
                 grad_weight[start:end] = grad_weight_n
             if a2 is not None:
                 h_nF[n:].zero_()
-                mm_over_tiles(tiles, low_nr, h_nF, out=grad_a2[expert], add=not first)
-                mm_over_tiles(
-                    tiles, grad_nD, (h_nF @ a2[expert].t()).mul_(scale), out=grad_b2[expert], add=not first
-                )
+                mm(low_nr.t(), h_nF, out=grad_a2[expert])
+                mm(grad_nD.t(), (h_nF @ a2[expert].t()).mul_(scale), out=grad_b2[expert])
             grad_nG[n:].zero_()
             if a1 is not None:
                 x_nD, low_nr = blocks.rows(x_ND, start, stop), (grad_nG @ b1[expert]).mul_(scale)
-                mm_over_tiles(tiles, low_nr, x_nD, out=grad_a1[expert], add=not first)
-                mm_over_tiles(
-                    tiles, grad_nG, (x_nD @ a1[expert].t()).mul_(scale), out=grad_b1[expert], add=not first
-                )
+                mm(low_nr.t(), x_nD, out=grad_a1[expert])
+                mm(grad_nG.t(), (x_nD @ a1[expert].t()).mul_(scale), out=grad_b1[expert])
             if needs[0]:
-                mm_by_tiles(tiles, grad_nG, gate_up_EGD[expert], out=grad_x[start:stop])
+                mm(grad_nG, gate_up_EGD[expert], out=grad_x[start:stop])
                 if a1 is not None:
-                    mm_by_tiles(tiles, low_nr, a1[expert], out=grad_x[start:stop], add=True)
+                    mm(low_nr, a1[expert], out=grad_x[start:stop], add=True)
         if needs[0]:
             grad_x = blocks.only_used_(grad_x)
             grad_x = grad_x if slot_TK is None else gather_sum(grad_x, slot_TK, None)

@@ -4,12 +4,14 @@ Kept for the backward pass: the input rows (or the tokens that they are gathered
 projections. silu(gate) * up is computed again, expert by expert, in buffers as large as the busiest expert needs;
 weight gradients are written straight into one (E, ...) tensor, and those of the projections over these.
 
-Products by oneDNN (bf16 on a CPU, and fp32 on some, see `products`) are compiled for their exact shape at its
-first use, which in bf16 takes as long as the product itself, and row counts hardly ever repeat. There an expert's
-block is extended to a round number of rows: into the next expert's rows, whose results are written later and over it,
-or into zeros at the end; what enters a sum over rows is set to zero. With counts that change every step this saves 0.3
-of the time in bf16. In fp32 a block's products are computed in tiles of few sizes.
-Dimensions: N routed rows (n: of one block), D hidden, F expert width, G = 2F, E experts.
+Where fp32 products are our own kernel's (see `products`), all of a pass is one call of `native/experts.h`: rows are
+gathered where products read them, and nothing lies between one expert and the next.
+
+In bf16 on a CPU products are compiled for their exact shape at its first use, which takes as long as the product
+itself, and row counts hardly ever repeat. There an expert's block is extended to a round number of rows: into the next
+expert's rows, whose results are written later and over it, or into zeros at the end; what enters a sum over rows is set
+to zero. With counts that change every step this saves 0.3 of the time.
+Dimensions: N routed rows (n: of one expert), D hidden, F expert width, G = 2F, E experts.
 """
 
 from typing import NamedTuple
@@ -21,10 +23,11 @@ from torch.autograd.function import once_differentiable
 from moe_llm.ops import native, triton
 from moe_llm.ops.graph import graph_is_kept
 from moe_llm.ops.permutation import gather_sum, row_dot
-from moe_llm.ops.products import mm_by_tiles, mm_over_tiles, row_tiles
+from moe_llm.ops.products import compiled_by_shape, fits, mm
+from moe_llm.ops.shapes import round_up
 
-# rows of a block at least, of an expert with more of them than this: buffers are as large as a block
-_BLOCK_ROWS = 1024
+# rows that one call of native/experts.h takes at a time, of an expert with more of them: its buffers hold as many
+_NATIVE_ROWS = 1024
 
 
 def fused_expert_mlp(
@@ -48,16 +51,21 @@ def fused_routed_expert_mlp(
 class _FusedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N, slot_TK):
-        blocks = _Blocks.of(counts_E, x_ND, token_index_N, gate_up_proj_EGD.shape[1])
+        blocks = _Blocks.of(counts_E, x_ND, token_index_N)
         gate_up_NG = x_ND.new_empty(blocks.stop, gate_up_proj_EGD.shape[1])
-        hidden_nF = x_ND.new_empty(blocks.largest, down_proj_EDF.shape[2])
         y_ND = x_ND.new_empty(max(blocks.stop, blocks.num_rows), x_ND.shape[1])
-        gate_up_DG, down_FD = gate_up_proj_EGD.mT.unbind(), down_proj_EDF.mT.unbind()
-        for expert, start, end, stop, _, tiles in blocks.busy:
-            gate_up_nG, h_nF = gate_up_NG[start:stop], hidden_nF[: stop - start]
-            mm_by_tiles(tiles, blocks.rows(x_ND, start, stop), gate_up_DG[expert], out=gate_up_nG)
-            weighted_swiglu(gate_up_nG, None if weight_N is None else weight_N[start:end], h_nF)
-            mm_by_tiles(tiles, h_nF, down_FD[expert], out=y_ND[start:stop])
+        if _in_one_call(x_ND, gate_up_proj_EGD, down_proj_EDF):
+            _native_forward(
+                x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N, blocks, gate_up_NG, y_ND
+            )
+        else:
+            hidden_nF = x_ND.new_empty(blocks.largest, down_proj_EDF.shape[2])
+            gate_up_DG, down_FD = gate_up_proj_EGD.mT.unbind(), down_proj_EDF.mT.unbind()
+            for expert, start, end, stop in blocks.busy:
+                gate_up_nG, h_nF = gate_up_NG[start:stop], hidden_nF[: stop - start]
+                mm(blocks.rows(x_ND, start, stop), gate_up_DG[expert], out=gate_up_nG)
+                weighted_swiglu(gate_up_nG, None if weight_N is None else weight_N[start:end], h_nF)
+                mm(h_nF, down_FD[expert], out=y_ND[start:stop])
         # the counts are kept as a tensor, not as integers on ctx, so that checkpointing recomputes them too
         ctx.save_for_backward(
             x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, gate_up_NG, token_index_N, slot_TK
@@ -71,59 +79,106 @@ class _FusedExperts(torch.autograd.Function):
         x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, gate_up_NG, *routing = ctx.saved_tensors
         token_index_N, slot_TK = routing
         needs_x, needs_gate_up, needs_down, _, needs_weight, _, _ = ctx.needs_input_grad
-        blocks = _Blocks.of(counts_E, x_ND, token_index_N, gate_up_proj_EGD.shape[1])
+        blocks = _Blocks.of(counts_E, x_ND, token_index_N)
         grad_x = x_ND.new_empty(max(blocks.stop, blocks.num_rows), x_ND.shape[1]) if needs_x else None
         grad_gate_up = blocks.weight_gradient(gate_up_proj_EGD) if needs_gate_up else None
         grad_down = blocks.weight_gradient(down_proj_EDF) if needs_down else None
         grad_weight = torch.zeros_like(weight_N) if needs_weight else None
-
         # buffers of their own cost memory, and time when they push the others out of the cache
         in_place = native.fits(gate_up_NG) and not graph_is_kept()
-        hidden_nF = x_ND.new_empty(blocks.largest, down_proj_EDF.shape[2])
-        grad_hidden_nF = hidden_nF if in_place else torch.empty_like(hidden_nF)
-        grad_gate_up_nG = None if in_place else x_ND.new_empty(blocks.largest, gate_up_proj_EGD.shape[1])
-        gate_up_GD, down_DF = gate_up_proj_EGD.unbind(), down_proj_EDF.unbind()
-        for expert, start, end, stop, first, tiles in blocks.busy:
-            rows, n = stop - start, end - start
-            grad_nD, gate_up_nG = blocks.rows(grad_ND, start, stop), gate_up_NG[start:stop]
-            h_nF, grad_h_nF = hidden_nF[:rows], grad_hidden_nF[:rows]
-            grad_nG = gate_up_nG if in_place else grad_gate_up_nG[:rows]
-            of_the_next_nG = gate_up_nG[n:].clone() if in_place and n < rows else None
-            mm_by_tiles(tiles, grad_nD, down_DF[expert], out=grad_h_nF)
-            # y = (weight h) W^T, so dL/dweight = grad . (h W^T) = (grad W) . h: y itself is not needed
-            grad_weight_n = weighted_swiglu_backward(
-                gate_up_nG, grad_h_nF, None if weight_N is None else weight_N[start:end], h_nF, grad_nG
-            )
-            if needs_weight:
-                grad_weight[start:end] = grad_weight_n
-            if n < rows:
-                h_nF[n:].zero_()
-                grad_nG[n:].zero_()
-            if needs_down:
-                mm_over_tiles(tiles, grad_nD, h_nF, out=grad_down[expert], add=not first)
-            if needs_gate_up:
-                x_nD = blocks.rows(x_ND, start, stop)
-                mm_over_tiles(tiles, grad_nG, x_nD, out=grad_gate_up[expert], add=not first)
-            if needs_x:
-                mm_by_tiles(tiles, grad_nG, gate_up_GD[expert], out=grad_x[start:stop])
-            if of_the_next_nG is not None:
-                grad_nG[n:] = of_the_next_nG
+        backward = _native_backward if _in_one_call(x_ND, gate_up_proj_EGD, down_proj_EDF) else _backward
+        backward(
+            x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N, blocks, gate_up_NG, grad_ND,
+            in_place, grad_x, grad_gate_up, grad_down, grad_weight,
+        )
         if needs_x:
             grad_x = blocks.only_used_(grad_x)
             grad_x = grad_x if slot_TK is None else gather_sum(grad_x, slot_TK, None)
         return grad_x, grad_gate_up, grad_down, None, grad_weight, None, None
 
 
+def _backward(
+    x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N, blocks, gate_up_NG, grad_ND, in_place,
+    grad_x, grad_gate_up, grad_down, grad_weight,
+) -> None:
+    hidden_nF = x_ND.new_empty(blocks.largest, down_proj_EDF.shape[2])
+    grad_hidden_nF = hidden_nF if in_place else torch.empty_like(hidden_nF)
+    grad_gate_up_nG = None if in_place else x_ND.new_empty(blocks.largest, gate_up_proj_EGD.shape[1])
+    gate_up_GD, down_DF = gate_up_proj_EGD.unbind(), down_proj_EDF.unbind()
+    for expert, start, end, stop in blocks.busy:
+        rows, n = stop - start, end - start
+        grad_nD, gate_up_nG = blocks.rows(grad_ND, start, stop), gate_up_NG[start:stop]
+        h_nF, grad_h_nF = hidden_nF[:rows], grad_hidden_nF[:rows]
+        grad_nG = gate_up_nG if in_place else grad_gate_up_nG[:rows]
+        of_the_next_nG = gate_up_nG[n:].clone() if in_place and n < rows else None
+        mm(grad_nD, down_DF[expert], out=grad_h_nF)
+        # y = (weight h) W^T, so dL/dweight = grad . (h W^T) = (grad W) . h: y itself is not needed
+        grad_weight_n = weighted_swiglu_backward(
+            gate_up_nG, grad_h_nF, None if weight_N is None else weight_N[start:end], h_nF, grad_nG
+        )
+        if grad_weight is not None:
+            grad_weight[start:end] = grad_weight_n
+        if n < rows:
+            h_nF[n:].zero_()
+            grad_nG[n:].zero_()
+        if grad_down is not None:
+            mm(grad_nD.t(), h_nF, out=grad_down[expert])
+        if grad_gate_up is not None:
+            mm(grad_nG.t(), blocks.rows(x_ND, start, stop), out=grad_gate_up[expert])
+        if grad_x is not None:
+            mm(grad_nG, gate_up_GD[expert], out=grad_x[start:stop])
+        if of_the_next_nG is not None:
+            grad_nG[n:] = of_the_next_nG
+
+
+def _in_one_call(x_ND: Tensor, *weights: Tensor) -> bool:
+    return fits(x_ND) and native.fits(x_ND, *weights)
+
+
+def _native_forward(
+    x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N, blocks, gate_up_NG, y_ND
+) -> None:
+    experts, hidden, width = down_proj_EDF.shape
+    block = min(blocks.largest, _NATIVE_ROWS)
+    tensors = (
+        x_ND.contiguous(), _index(token_index_N), gate_up_proj_EGD.contiguous(), down_proj_EDF.contiguous(),
+        _index(counts_E), _wide(weight_N), gate_up_NG, x_ND.new_empty(block, width), y_ND,
+    )
+    native.call("experts_forward", x_ND.dtype, *tensors, experts, hidden, width, block)
+
+
+def _native_backward(
+    x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N, blocks, gate_up_NG, grad_ND, in_place,
+    grad_x, grad_gate_up, grad_down, grad_weight,
+) -> None:
+    experts, hidden, width = down_proj_EDF.shape
+    block = min(blocks.largest, _NATIVE_ROWS)
+    wide_N = None if grad_weight is None else torch.zeros_like(grad_weight, dtype=torch.float32)
+    tensors = (
+        x_ND.contiguous(), _index(token_index_N), gate_up_proj_EGD.contiguous(), down_proj_EDF.contiguous(),
+        _index(counts_E), _wide(weight_N), gate_up_NG, grad_ND.contiguous(), x_ND.new_empty(block, width),
+        None if in_place else x_ND.new_empty(block, 2 * width), grad_x, grad_gate_up, grad_down, wide_N,
+    )
+    native.call("experts_backward", x_ND.dtype, *tensors, experts, hidden, width, block)
+    if grad_weight is not None:
+        grad_weight.copy_(wide_N)
+
+
+def _index(numbers: Tensor | None) -> Tensor | None:
+    return None if numbers is None else numbers.to("cpu", torch.int64).contiguous()
+
+
+def _wide(weight_N: Tensor | None) -> Tensor | None:
+    return None if weight_N is None else weight_N.float().contiguous()
+
+
 class _Block(NamedTuple):
-    """Rows of an expert, from `start` to `end`; its products go on to `stop`. first: they are the expert's first.
-    tiles: of its rows up to `stop`, as its products take them."""
+    """An expert's rows, from `start` to `end`; its products go on to `stop`."""
 
     expert: int
     start: int
     end: int
     stop: int
-    first: bool
-    tiles: list[slice]
 
 
 class _Blocks(NamedTuple):
@@ -142,17 +197,12 @@ class _Blocks(NamedTuple):
     token_index: Tensor | None
 
     @staticmethod
-    def of(counts_E: Tensor, x_ND: Tensor, token_index_N: Tensor | None, columns: int) -> "_Blocks":
-        busy, end = [], 0
+    def of(counts_E: Tensor, x_ND: Tensor, token_index_N: Tensor | None) -> "_Blocks":
+        busy, end, rounded = [], 0, compiled_by_shape(x_ND)
         for expert, count in enumerate(counts_E.tolist()):
-            start = first_row = end
-            tiles = []
-            for rows, computed in row_tiles(x_ND, count, columns) if count else ():
-                tiles.append(slice(end - start, end - start + computed))
-                end += rows
-                if end - start >= _BLOCK_ROWS or end - first_row == count:
-                    busy.append(_Block(expert, start, end, start + tiles[-1].stop, start == first_row, tiles))
-                    start, tiles = end, []
+            if count:
+                busy.append(_Block(expert, end, end + count, end + (round_up(count) if rounded else count)))
+            end += count
         num_rows = len(x_ND) if token_index_N is None else len(token_index_N)
         assert end <= num_rows, f"the counts sum to {end}, but there are {num_rows} rows"
         stop = max((block.stop for block in busy), default=0)
@@ -177,7 +227,7 @@ class _Blocks(NamedTuple):
     def weight_gradient(self, weight: Tensor) -> Tensor:
         """Uninitialised, but zero for the experts that have no rows."""
         grad = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        busy = {block[0] for block in self.busy}
+        busy = {block.expert for block in self.busy}
         for expert in range(len(weight)):
             if expert not in busy:
                 grad[expert].zero_()

@@ -1,21 +1,18 @@
-"""Matrix products, on a CPU by whichever of the two libraries in torch is the faster one there.
+"""Matrix products, in fp32 on some CPUs by our own kernel.
 
-torch computes fp32 products on x86 by MKL, and products of lower precision by oneDNN. On processors other than Intel's
-MKL leaves half of the vector width unused: on an Epyc (Zen 5) it reaches 100 GFLOP/s a core where oneDNN reaches 220
-(torch 2.13, MKL 2024.2). There fp32 products go through the function by which torch has bf16 ones computed. It is part
-of torch's library but not of its interface, and so it is taken by its C++ name, which holds its signature; where a
-torch has none of that name, products are torch's own, as they are everywhere else. `MOE_LLM_ONEDNN=0` leaves all of
-them to torch, and 1 none on any x86 processor with AVX-512.
+torch computes fp32 products on x86 by MKL, which on processors other than Intel's leaves half of the vector width
+unused: on an Epyc (Zen 5) it reaches 100 GFLOP/s a core, and `native/products.h` 210. There our kernel computes them,
+which also reads strided batches, and rows that come in runs, as they lie. Everywhere else, and in every other dtype,
+products are torch's. `MOE_LLM_PRODUCTS=0` leaves all of them to torch, and 1 none of fp32 on any x86 processor with
+AVX-512.
 
-Both libraries round at other places, so that results differ in the last bits from one processor to another.
+Both round at other places, so that results differ in the last bits from one processor to another. In ours each number
+is summed in one order, whatever the other rows and the number of threads.
 Dimensions: N batch, M rows, K inner, P columns of a product; T rows, I input and O output features of a linear map.
 """
 
-import ctypes
 import functools
 import os
-from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,33 +20,42 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_llm.ops import native
-from moe_llm.ops.shapes import round_up
 
-# void at::native::mkldnn_matmul(const Tensor&, const Tensor&, const Tensor& result, float beta, float alpha)
-_SYMBOL = "_ZN2at6native13mkldnn_matmulERKNS_6TensorES3_S3_ff"
-# multiplications below which its fixed cost of 14 microseconds is more than it saves
+# multiplications below which calling it takes longer than it saves
 _LEAST_WORK = 2**20
-# Whole products would be faster by up to 5%, but come in more shapes, each of which keeps half a megabyte of compiled
-# code, and need larger buffers; in bf16 a weight's gradient, a sum over rows, would be rounded for each tile
-_TILE_ROWS = (512, 256)
 
 
 def mm(a_MK: Tensor, b_KP: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
     """The product of two matrices, without autograd; into `out` where it is given (contiguous), or added to it."""
     if not fits(a_MK) or a_MK.numel() * b_KP.shape[1] < _LEAST_WORK:
         return out.addmm_(a_MK, b_KP) if add else torch.mm(a_MK, b_KP, out=out)
-    out = a_MK.new_empty(len(a_MK), b_KP.shape[1]) if out is None else out
-    native.product(_onednn(), a_MK, b_KP, out, beta=float(add))
-    return out
+    return _product(a_MK, b_KP, out, add)
 
 
 def bmm(a_NMK: Tensor, b_NKP: Tensor, out: Tensor | None = None) -> Tensor:
     """As `mm`, for each of a batch."""
     if not fits(a_NMK) or a_NMK.numel() * b_NKP.shape[2] < _LEAST_WORK:
         return torch.bmm(a_NMK, b_NKP, out=out)
-    out = a_NMK.new_empty(*a_NMK.shape[:2], b_NKP.shape[2]) if out is None else out
-    native.product(_onednn(), a_NMK, b_NKP, out)
+    return _product(a_NMK, b_NKP, out, False)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor | None, add: bool) -> Tensor:
+    """By our kernel, which takes A by rows, and B either way, or A by columns, and B by rows."""
+    expected = *a.shape[:-1], b.shape[-1]
+    out = a.new_empty(expected) if out is None else out
+    if a.shape[-1] != b.shape[-2] or out.shape != expected:
+        shapes = " x ".join(str(tuple(x.shape)) for x in (a, b))
+        raise RuntimeError(f"a matmul of shapes {shapes} does not fit into {tuple(out.shape)}")
+    transpose_a = a.stride(-1) != 1 and a.stride(-2) == 1
+    a = a.mT if transpose_a else _by_rows(a)
+    transpose_b = not transpose_a and b.stride(-1) != 1 and b.stride(-2) == 1
+    b = b.mT if transpose_b else _by_rows(b)
+    native.matmul(a, b, out, transpose_a=transpose_a, transpose_b=transpose_b, add=add)
     return out
+
+
+def _by_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
@@ -60,42 +66,13 @@ def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
 
 
 def fits(x: Tensor) -> bool:
-    """Whether products of x go to oneDNN by `mm`, rather than by torch."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and _onednn() is not None
+    """Whether products of x go to our kernel by `mm`, rather than to torch."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and _ours()
 
 
 def compiled_by_shape(x: Tensor) -> bool:
-    """Whether (large) products of x are compiled for their exact shape, at its first use."""
-    return x.device.type == "cpu" and (x.dtype == torch.bfloat16 or fits(x))
-
-
-def row_tiles(x: Tensor, count: int, columns: int) -> Iterator[tuple[int, int]]:
-    """(rows that are there, rows to compute) of the parts in which the product of `count` rows like x's with a matrix
-    of so many columns is best computed: in few shapes, where products are compiled for theirs at its first use."""
-    compiled = compiled_by_shape(x)
-    if fits(x):
-        compiled = count * x.shape[-1] * columns >= _LEAST_WORK
-        for tile in _TILE_ROWS if compiled else ():
-            yield from [(tile, tile)] * (count // tile)
-            count %= tile
-    if count:
-        yield count, round_up(count) if compiled else count
-
-
-def mm_by_tiles(tiles: list[slice], a_nK: Tensor, b_KP: Tensor, out: Tensor, add: bool = False) -> None:
-    """out = a b, or added to it, some rows after the others: all tiles but the first find b in the cache."""
-    for rows in tiles:
-        mm(a_nK[rows], b_KP, out=out[rows], add=add)
-
-
-def mm_over_tiles(tiles: list[slice], a_nM: Tensor, b_nP: Tensor, out: Tensor, add: bool = False) -> None:
-    """out = a^T b, or added to it, as the sum of the tiles' products: all but the first find `out` in the cache.
-
-    From the last one on, whose number of rows is the odd one: it then is added to nothing, unless there are more rows
-    than those of these tiles, and a product that adds, compiled apart from one that does not, is rarely asked of it.
-    """
-    for number, rows in enumerate(reversed(tiles)):
-        mm(a_nM[rows].t(), b_nP[rows], out=out, add=add or number > 0)
+    """Whether products of x are compiled for their exact shape, at its first use: by oneDNN, which torch calls."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16
 
 
 class _Linear(torch.autograd.Function):
@@ -117,20 +94,11 @@ class _Linear(torch.autograd.Function):
 
 
 @functools.cache
-def _onednn() -> int | None:
-    """The address of oneDNN's product; None: torch's own products are to be used."""
-    wanted = os.environ.get("MOE_LLM_ONEDNN")
-    if wanted == "0" or not torch.backends.mkldnn.is_available():
-        return None
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not (wanted == "1" or _narrowed_by_mkl()):
-        return None
-    if not native.fits(torch.empty(0)):
-        return None
-    try:
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        return ctypes.cast(getattr(library, _SYMBOL), ctypes.c_void_p).value
-    except (OSError, AttributeError):  # a torch that is built or that names its functions otherwise
-        return None
+def _ours() -> bool:
+    wanted = os.environ.get("MOE_LLM_PRODUCTS")
+    if wanted == "0" or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    return (wanted == "1" or _narrowed_by_mkl()) and native.fits(torch.empty(0))
 
 
 def _narrowed_by_mkl() -> bool:

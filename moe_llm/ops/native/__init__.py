@@ -39,6 +39,8 @@ _SIGNATURES = {
     "softmax_backward": "ppqqfi",
     "gather_sum": "ppppqqqi",
     "rotate": "ppppqqqqfi",
+    "experts_forward": "pppppppppqqqqi",
+    "experts_backward": "ppppppppppppppqqqqi",
 }
 _C_TYPES = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
 
@@ -61,37 +63,59 @@ def call(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> No
     function(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments], torch.get_num_threads())
 
 
-def product(function: int, a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0) -> None:
-    """out = beta out + a b, by the function of torch's at that address (see `moe_llm.ops.products`)."""
-    # a reference to a C++ tensor is the address of a pointer to its contents
-    cells = [ctypes.c_void_p(tensor._cdata) for tensor in (a, b, out)]
-    why = ctypes.create_string_buffer(2000)
-    references = map(ctypes.byref, cells)
-    if _library().product(
-        ctypes.c_void_p(function), *references, ctypes.c_float(beta), why, ctypes.c_int64(len(why))
-    ):
-        raise RuntimeError(why.value.decode(errors="replace"))
+def matmul(
+    a: Tensor, b: Tensor, out: Tensor, *, transpose_a: bool = False, transpose_b: bool = False, add: bool = False
+) -> None:
+    """out = a b, or added to it, in fp32; a or b are given transposed where it says so, not both.
+
+    Args:
+        a, b, out: (rows, columns), (batch, rows, columns), (outer, inner, rows, columns), or, for a (and b where a is
+            given transposed, and out where it is not), (outer, inner, runs, rows, columns), which stands for
+            runs * rows rows. Columns are contiguous, all else has any stride.
+    """
+    outer, inner = (1, 1, *a.shape[:-2])[-2:] if a.dim() < 5 else a.shape[:2]
+    rows = a.shape[2] * a.shape[3] if a.dim() == 5 else a.shape[-2]
+    M, K = (a.shape[-1], rows) if transpose_a else (rows, a.shape[-1])
+    layout = (ctypes.c_int64 * 23)(
+        outer, inner, M, out.shape[-1], K, *_steps(a), *_steps(b), *_steps(out), transpose_a, transpose_b, add
+    )
+    _matmul()(a.data_ptr(), b.data_ptr(), out.data_ptr(), layout, torch.get_num_threads())
+
+
+def _steps(x: Tensor) -> tuple[int, ...]:
+    """Of the outer and the inner batch, of runs and of rows; and the rows of a run, 0 for all."""
+    strides = x.stride()[:-1]
+    return (*strides, x.shape[3]) if len(strides) == 4 else (*(0, 0, *strides[:-1])[-2:], 0, strides[-1], 0)
+
+
+@functools.cache
+def _matmul():
+    function = _library().matmul
+    pointer = ctypes.c_void_p
+    function.argtypes = [pointer, pointer, pointer, ctypes.POINTER(ctypes.c_int64), ctypes.c_int]
+    function.restype = None
+    return function
 
 
 @contextlib.contextmanager
 def recorded() -> Iterator[None]:
     """Meanwhile torch's profiler sees each kernel, under its name."""
-    global call, product
-    plain, plain_product = call, product
+    global call, matmul
+    plain, plain_matmul = call, matmul
 
     def call_recorded(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> None:
         with torch.profiler.record_function(f"moe_llm::{name}"):
             plain(name, dtype, *arguments)
 
-    def product_recorded(function: int, a: Tensor, b: Tensor, out: Tensor, beta: float = 0.0) -> None:
-        with torch.profiler.record_function("moe_llm::product"):
-            plain_product(function, a, b, out, beta)
+    def matmul_recorded(*arguments: Tensor, **how: bool) -> None:
+        with torch.profiler.record_function("moe_llm::matmul"):
+            plain_matmul(*arguments, **how)
 
-    call, product = call_recorded, product_recorded
+    call, matmul = call_recorded, matmul_recorded
     try:
         yield
     finally:
-        call, product = plain, plain_product
+        call, matmul = plain, plain_matmul
 
 
 @functools.cache

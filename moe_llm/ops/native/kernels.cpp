@@ -8,10 +8,10 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <exception>
 #include <vector>
 
 #include "lanes.h"
+#include "products.h"
 
 // sum = x + delta (rounded to T; delta may be null, then sum is not written), y = T(sum / rms) * weight.
 template <typename T>
@@ -77,11 +77,10 @@ static void norm_backward(const T* grad, const T* x, const T* weight, const floa
     }
 }
 
-// hidden = silu(gate) * up, times the row's weight (may be null). gate_up: (rows, 2 width).
+// hidden = silu(gate) * up, times the row's weight (may be null), of rows `from` to `to`. gate_up: (rows, 2 width).
 template <typename T>
-static void swiglu_forward(const T* gate_up, const float* weight, T* hidden, i64 rows, i64 width, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (i64 row = 0; row < rows; row++) {
+static void swiglu_forward_rows(const T* gate_up, const float* weight, T* hidden, i64 from, i64 to, i64 width) {
+    for (i64 row = from; row < to; row++) {
         const T *gate = gate_up + row * 2 * width, *up = gate + width;
         T* out = hidden + row * width;
         float w = weight ? weight[row] : 1.0f;
@@ -93,12 +92,12 @@ static void swiglu_forward(const T* gate_up, const float* weight, T* hidden, i64
 }
 
 // From the gradient of the unweighted hidden activations' product: hidden again (weighted), the gradients of gate and
-// up, and of the row's weight (both may be null).
+// up, and of the row's weight (both may be null), of rows `from` to `to`. hidden may be grad_hidden, and grad_gate_up
+// gate_up.
 template <typename T>
-static void swiglu_backward(const T* gate_up, const T* grad_hidden, const float* weight, T* hidden, T* grad_gate_up,
-                            float* grad_weight, i64 rows, i64 width, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (i64 row = 0; row < rows; row++) {
+static void swiglu_backward_rows(const T* gate_up, const T* grad_hidden, const float* weight, T* hidden,
+                                 T* grad_gate_up, float* grad_weight, i64 from, i64 to, i64 width) {
+    for (i64 row = from; row < to; row++) {
         const T *gate = gate_up + row * 2 * width, *up = gate + width, *grad = grad_hidden + row * width;
         T *out = hidden + row * width, *grad_gate = grad_gate_up + row * 2 * width, *grad_up = grad_gate + width;
         float w = weight ? weight[row] : 1.0f;
@@ -114,6 +113,20 @@ static void swiglu_backward(const T* gate_up, const T* grad_hidden, const float*
         });
         if (grad_weight) grad_weight[row] = sum(dot);
     }
+}
+
+template <typename T>
+static void swiglu_forward(const T* gate_up, const float* weight, T* hidden, i64 rows, i64 width, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (i64 row = 0; row < rows; row++) swiglu_forward_rows(gate_up, weight, hidden, row, row + 1, width);
+}
+
+template <typename T>
+static void swiglu_backward(const T* gate_up, const T* grad_hidden, const float* weight, T* hidden, T* grad_gate_up,
+                            float* grad_weight, i64 rows, i64 width, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (i64 row = 0; row < rows; row++)
+        swiglu_backward_rows(gate_up, grad_hidden, weight, hidden, grad_gate_up, grad_weight, row, row + 1, width);
 }
 
 // losses[row] = log sum exp(logits) - logits[label], 0 where the label is negative; where `gradient` is set the
@@ -263,19 +276,6 @@ static void rotate(const T* x, const T* cosine, const T* sine, T* out, i64 token
     }
 }
 
-// Calls a product of torch's (see products.py) with references to its tensors, result = beta result + a b, and keeps what
-// it may throw from crossing into C: 1 then, with the reason in `why`, which holds `size` bytes.
-extern "C" int product(void (*torch_product)(const void*, const void*, const void*, float, float), const void* a,
-                       const void* b, const void* result, float beta, char* why, i64 size) {
-    try {
-        torch_product(a, b, result, beta, 1.0f);
-        return 0;
-    } catch (const std::exception& error) {
-        strncpy(why, error.what(), size - 1);
-        return 1;
-    }
-}
-
 #define BOTH(name, parameters, arguments)                          \
     extern "C" void name##_fp32 parameters(float) { name arguments; } \
     extern "C" void name##_bf16 parameters(bf16) { name arguments; }
@@ -307,3 +307,5 @@ BOTH(gather_sum, P, (x, index, weight, out, rows, per_row, width, threads))
 #define P(T) (const T* x, const T* cosine, const T* sine, T* out, i64 tokens, i64 heads, i64 width, i64 stride, float sign, int threads)
 BOTH(rotate, P, (x, cosine, sine, out, tokens, heads, width, stride, sign, threads))
 #undef P
+
+#include "experts.h"
