@@ -4,13 +4,13 @@ Kept for the backward pass: the input rows (or the tokens that they are gathered
 projections. silu(gate) * up is computed again, expert by expert, in buffers as large as the busiest expert needs;
 weight gradients are written straight into one (E, ...) tensor, and those of the projections over these.
 
-Where fp32 products are our own kernel's (see `products`), all of a pass is one call of `native/experts.h`: rows are
+Where our kernels have the products too (see `products`), all of a pass is one call of `native/experts.h`: rows are
 gathered where products read them, and nothing lies between one expert and the next.
 
-In bf16 on a CPU products are compiled for their exact shape at its first use, which takes as long as the product
-itself, and row counts hardly ever repeat. There an expert's block is extended to a round number of rows: into the next
-expert's rows, whose results are written later and over it, or into zeros at the end; what enters a sum over rows is set
-to zero. With counts that change every step this saves 0.3 of the time.
+Elsewhere, in bf16 on a CPU, products are compiled for their exact shape at its first use, which takes as long as the
+product itself, and row counts hardly ever repeat. There an expert's block is extended to a round number of rows: into
+the next expert's rows, whose results are written later and over it, or into zeros at the end; what enters a sum over
+rows is set to zero. With counts that change every step this saves 0.3 of the time.
 Dimensions: N routed rows (n: of one expert), D hidden, F expert width, G = 2F, E experts.
 """
 
@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from moe_llm.ops import native, triton
 from moe_llm.ops.graph import graph_is_kept
 from moe_llm.ops.permutation import gather_sum, row_dot
-from moe_llm.ops.products import compiled_by_shape, fits, mm
+from moe_llm.ops.products import compiled_by_shape, fused_experts_fit, mm
 from moe_llm.ops.shapes import round_up
 
 # rows that one call of native/experts.h takes at a time, of an expert with more of them: its buffers hold as many
@@ -51,56 +51,88 @@ def fused_routed_expert_mlp(
 class _FusedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N, slot_TK):
-        blocks = _Blocks.of(counts_E, x_ND, token_index_N)
+        inputs = _Inputs(x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N)
+        blocks = _Blocks.of(counts_E, x_ND, token_index_N, rounded=not inputs.go_in_one_call)
         gate_up_NG = x_ND.new_empty(blocks.stop, gate_up_proj_EGD.shape[1])
         y_ND = x_ND.new_empty(max(blocks.stop, blocks.num_rows), x_ND.shape[1])
-        if _in_one_call(x_ND, gate_up_proj_EGD, down_proj_EDF):
-            _native_forward(
-                x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N, blocks, gate_up_NG, y_ND
-            )
-        else:
-            hidden_nF = x_ND.new_empty(blocks.largest, down_proj_EDF.shape[2])
-            gate_up_DG, down_FD = gate_up_proj_EGD.mT.unbind(), down_proj_EDF.mT.unbind()
-            for expert, start, end, stop in blocks.busy:
-                gate_up_nG, h_nF = gate_up_NG[start:stop], hidden_nF[: stop - start]
-                mm(blocks.rows(x_ND, start, stop), gate_up_DG[expert], out=gate_up_nG)
-                weighted_swiglu(gate_up_nG, None if weight_N is None else weight_N[start:end], h_nF)
-                mm(h_nF, down_FD[expert], out=y_ND[start:stop])
+        (_forward_natively if inputs.go_in_one_call else _forward)(inputs, blocks, gate_up_NG, y_ND)
         # the counts are kept as a tensor, not as integers on ctx, so that checkpointing recomputes them too
-        ctx.save_for_backward(
-            x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, gate_up_NG, token_index_N, slot_TK
-        )
+        ctx.save_for_backward(*inputs, slot_TK, gate_up_NG)
         y_ND = blocks.only_used_(y_ND)
         return y_ND if slot_TK is None else gather_sum(y_ND, slot_TK, None)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_ND):
-        x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, gate_up_NG, *routing = ctx.saved_tensors
-        token_index_N, slot_TK = routing
+        *inputs, slot_TK, gate_up_NG = ctx.saved_tensors
+        inputs = _Inputs(*inputs)
         needs_x, needs_gate_up, needs_down, _, needs_weight, _, _ = ctx.needs_input_grad
-        blocks = _Blocks.of(counts_E, x_ND, token_index_N)
-        grad_x = x_ND.new_empty(max(blocks.stop, blocks.num_rows), x_ND.shape[1]) if needs_x else None
-        grad_gate_up = blocks.weight_gradient(gate_up_proj_EGD) if needs_gate_up else None
-        grad_down = blocks.weight_gradient(down_proj_EDF) if needs_down else None
-        grad_weight = torch.zeros_like(weight_N) if needs_weight else None
+        blocks = _Blocks.of(inputs.counts_E, inputs.x_ND, inputs.token_index_N, rounded=not inputs.go_in_one_call)
+        grads = _Gradients(
+            inputs.x_ND.new_empty(max(blocks.stop, blocks.num_rows), inputs.x_ND.shape[1]) if needs_x else None,
+            blocks.weight_gradient(inputs.gate_up_proj_EGD) if needs_gate_up else None,
+            blocks.weight_gradient(inputs.down_proj_EDF) if needs_down else None,
+            torch.zeros_like(inputs.weight_N) if needs_weight else None,
+        )
         # buffers of their own cost memory, and time when they push the others out of the cache
         in_place = native.fits(gate_up_NG) and not graph_is_kept()
-        backward = _native_backward if _in_one_call(x_ND, gate_up_proj_EGD, down_proj_EDF) else _backward
-        backward(
-            x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N, blocks, gate_up_NG, grad_ND,
-            in_place, grad_x, grad_gate_up, grad_down, grad_weight,
-        )
+        backward = _backward_natively if inputs.go_in_one_call else _backward
+        backward(inputs, blocks, gate_up_NG, grad_ND, grads, in_place)
+        grad_x = grads.x_ND
         if needs_x:
             grad_x = blocks.only_used_(grad_x)
             grad_x = grad_x if slot_TK is None else gather_sum(grad_x, slot_TK, None)
-        return grad_x, grad_gate_up, grad_down, None, grad_weight, None, None
+        return grad_x, grads.gate_up_proj_EGD, grads.down_proj_EDF, None, grads.weight_N, None, None
+
+
+class _Inputs(NamedTuple):
+    """x_ND: (T, D), tokens, where there is an index of them."""
+
+    x_ND: Tensor
+    gate_up_proj_EGD: Tensor
+    down_proj_EDF: Tensor
+    counts_E: Tensor
+    weight_N: Tensor | None
+    token_index_N: Tensor | None
+
+    @property
+    def go_in_one_call(self) -> bool:
+        return native.fits(*self[:3]) and fused_experts_fit(self.x_ND, self.down_proj_EDF.shape[2])
+
+    def for_kernels(self) -> tuple[Tensor | None, ...]:
+        x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N = self
+        return (
+            x_ND.contiguous(), None if token_index_N is None else token_index_N.contiguous(),
+            gate_up_proj_EGD.contiguous(), down_proj_EDF.contiguous(), counts_E.to(torch.int64).contiguous(),
+            None if weight_N is None else weight_N.float().contiguous(),
+        )
+
+
+class _Gradients(NamedTuple):
+    """To be written; None: not asked for."""
+
+    x_ND: Tensor | None
+    gate_up_proj_EGD: Tensor | None
+    down_proj_EDF: Tensor | None
+    weight_N: Tensor | None
+
+
+def _forward(inputs: _Inputs, blocks: "_Blocks", gate_up_NG: Tensor, y_ND: Tensor) -> None:
+    x_ND, gate_up_proj_EGD, down_proj_EDF, _, weight_N, _ = inputs
+    hidden_nF = x_ND.new_empty(blocks.largest, down_proj_EDF.shape[2])
+    gate_up_DG, down_FD = gate_up_proj_EGD.mT.unbind(), down_proj_EDF.mT.unbind()
+    for expert, start, end, stop in blocks.busy:
+        gate_up_nG, h_nF = gate_up_NG[start:stop], hidden_nF[: stop - start]
+        mm(blocks.rows(x_ND, start, stop), gate_up_DG[expert], out=gate_up_nG)
+        weighted_swiglu(gate_up_nG, None if weight_N is None else weight_N[start:end], h_nF)
+        mm(h_nF, down_FD[expert], out=y_ND[start:stop])
 
 
 def _backward(
-    x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N, blocks, gate_up_NG, grad_ND, in_place,
-    grad_x, grad_gate_up, grad_down, grad_weight,
+    inputs: _Inputs, blocks: "_Blocks", gate_up_NG: Tensor, grad_ND: Tensor, grads: _Gradients, in_place: bool
 ) -> None:
+    """in_place: over gate_up_NG."""
+    x_ND, gate_up_proj_EGD, down_proj_EDF, _, weight_N, _ = inputs
     hidden_nF = x_ND.new_empty(blocks.largest, down_proj_EDF.shape[2])
     grad_hidden_nF = hidden_nF if in_place else torch.empty_like(hidden_nF)
     grad_gate_up_nG = None if in_place else x_ND.new_empty(blocks.largest, gate_up_proj_EGD.shape[1])
@@ -116,60 +148,46 @@ def _backward(
         grad_weight_n = weighted_swiglu_backward(
             gate_up_nG, grad_h_nF, None if weight_N is None else weight_N[start:end], h_nF, grad_nG
         )
-        if grad_weight is not None:
-            grad_weight[start:end] = grad_weight_n
+        if grads.weight_N is not None:
+            grads.weight_N[start:end] = grad_weight_n
         if n < rows:
             h_nF[n:].zero_()
             grad_nG[n:].zero_()
-        if grad_down is not None:
-            mm(grad_nD.t(), h_nF, out=grad_down[expert])
-        if grad_gate_up is not None:
-            mm(grad_nG.t(), blocks.rows(x_ND, start, stop), out=grad_gate_up[expert])
-        if grad_x is not None:
-            mm(grad_nG, gate_up_GD[expert], out=grad_x[start:stop])
+        if grads.down_proj_EDF is not None:
+            mm(grad_nD.t(), h_nF, out=grads.down_proj_EDF[expert])
+        if grads.gate_up_proj_EGD is not None:
+            mm(grad_nG.t(), blocks.rows(x_ND, start, stop), out=grads.gate_up_proj_EGD[expert])
+        if grads.x_ND is not None:
+            mm(grad_nG, gate_up_GD[expert], out=grads.x_ND[start:stop])
         if of_the_next_nG is not None:
             grad_nG[n:] = of_the_next_nG
 
 
-def _in_one_call(x_ND: Tensor, *weights: Tensor) -> bool:
-    return fits(x_ND) and native.fits(x_ND, *weights)
+def _forward_natively(inputs: _Inputs, blocks: "_Blocks", gate_up_NG: Tensor, y_ND: Tensor) -> None:
+    experts, hidden, width = inputs.down_proj_EDF.shape
+    block = _native_rows(inputs.x_ND, blocks)
+    tensors = *inputs.for_kernels(), gate_up_NG, y_ND.new_empty(block, width), y_ND
+    native.call("experts_forward", y_ND.dtype, *tensors, experts, hidden, width, block)
 
 
-def _native_forward(
-    x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N, blocks, gate_up_NG, y_ND
+def _backward_natively(
+    inputs: _Inputs, blocks: "_Blocks", gate_up_NG: Tensor, grad_ND: Tensor, grads: _Gradients, in_place: bool
 ) -> None:
-    experts, hidden, width = down_proj_EDF.shape
-    block = min(blocks.largest, _NATIVE_ROWS)
+    experts, hidden, width = inputs.down_proj_EDF.shape
+    block = _native_rows(inputs.x_ND, blocks)
+    wide_N = None if grads.weight_N is None else torch.zeros_like(grads.weight_N, dtype=torch.float32)
     tensors = (
-        x_ND.contiguous(), _index(token_index_N), gate_up_proj_EGD.contiguous(), down_proj_EDF.contiguous(),
-        _index(counts_E), _wide(weight_N), gate_up_NG, x_ND.new_empty(block, width), y_ND,
+        *inputs.for_kernels(), gate_up_NG, grad_ND.contiguous(), gate_up_NG.new_empty(block, width),
+        None if in_place else gate_up_NG.new_empty(block, 2 * width), *grads[:3], wide_N,
     )
-    native.call("experts_forward", x_ND.dtype, *tensors, experts, hidden, width, block)
+    native.call("experts_backward", gate_up_NG.dtype, *tensors, experts, hidden, width, block)
+    if wide_N is not None:
+        grads.weight_N.copy_(wide_N)
 
 
-def _native_backward(
-    x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N, blocks, gate_up_NG, grad_ND, in_place,
-    grad_x, grad_gate_up, grad_down, grad_weight,
-) -> None:
-    experts, hidden, width = down_proj_EDF.shape
-    block = min(blocks.largest, _NATIVE_ROWS)
-    wide_N = None if grad_weight is None else torch.zeros_like(grad_weight, dtype=torch.float32)
-    tensors = (
-        x_ND.contiguous(), _index(token_index_N), gate_up_proj_EGD.contiguous(), down_proj_EDF.contiguous(),
-        _index(counts_E), _wide(weight_N), gate_up_NG, grad_ND.contiguous(), x_ND.new_empty(block, width),
-        None if in_place else x_ND.new_empty(block, 2 * width), grad_x, grad_gate_up, grad_down, wide_N,
-    )
-    native.call("experts_backward", x_ND.dtype, *tensors, experts, hidden, width, block)
-    if grad_weight is not None:
-        grad_weight.copy_(wide_N)
-
-
-def _index(numbers: Tensor | None) -> Tensor | None:
-    return None if numbers is None else numbers.to("cpu", torch.int64).contiguous()
-
-
-def _wide(weight_N: Tensor | None) -> Tensor | None:
-    return None if weight_N is None else weight_N.float().contiguous()
+def _native_rows(x_ND: Tensor, blocks: "_Blocks") -> int:
+    """All of an expert's in bf16, in which sums over rows must not be rounded on their way."""
+    return min(blocks.largest, _NATIVE_ROWS) if x_ND.dtype == torch.float32 else blocks.largest
 
 
 class _Block(NamedTuple):
@@ -197,8 +215,9 @@ class _Blocks(NamedTuple):
     token_index: Tensor | None
 
     @staticmethod
-    def of(counts_E: Tensor, x_ND: Tensor, token_index_N: Tensor | None) -> "_Blocks":
-        busy, end, rounded = [], 0, compiled_by_shape(x_ND)
+    def of(counts_E: Tensor, x_ND: Tensor, token_index_N: Tensor | None, rounded: bool = True) -> "_Blocks":
+        """rounded: whether products that are compiled for their shape get blocks of a round number of rows."""
+        busy, end, rounded = [], 0, rounded and compiled_by_shape(x_ND)
         for expert, count in enumerate(counts_E.tolist()):
             if count:
                 busy.append(_Block(expert, end, end + count, end + (round_up(count) if rounded else count)))

@@ -3,8 +3,8 @@
 torch computes fp32 products on x86 by MKL, which on processors other than Intel's leaves half of the vector width
 unused: on an Epyc (Zen 5) it reaches 100 GFLOP/s a core, and `native/products.h` 210. There our kernel computes them,
 which also reads strided batches, and rows that come in runs, as they lie. Everywhere else, and in every other dtype,
-products are torch's. `MOE_LLM_PRODUCTS=0` leaves all of them to torch, and 1 none of fp32 on any x86 processor with
-AVX-512.
+products are torch's, but for those within experts in bf16 (see `fused_experts_fit`). `MOE_LLM_PRODUCTS=0` leaves all of
+them to torch; with 1 ours are used on every x86 processor that has AVX-512, in bf16 its instructions for that.
 
 Both round at other places, so that results differ in the last bits from one processor to another. In ours each number
 is summed in one order, whatever the other rows and the number of threads.
@@ -23,6 +23,8 @@ from moe_llm.ops import native
 
 # multiplications below which calling it takes longer than it saves
 _LEAST_WORK = 2**20
+# numbers in a row that our bf16 products sum without leaving the cache
+_LONGEST = 2**13
 
 
 def mm(a_MK: Tensor, b_KP: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
@@ -70,6 +72,16 @@ def fits(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu" and _ours()
 
 
+def fused_experts_fit(x: Tensor, width: int) -> bool:
+    """Whether experts of that width go to our kernels as a whole, with their products: in fp32 as all products do, in
+    bf16 on processors that multiply it, but not by matrices (AMX), which oneDNN does."""
+    if fits(x):
+        return True
+    largest = max(x.shape[-1], 2 * width)
+    even = x.shape[-1] % 2 == 0 and width % 2 == 0
+    return native.fits(x) and x.dtype == torch.bfloat16 and even and largest <= _LONGEST and _ours_in_bf16()
+
+
 def compiled_by_shape(x: Tensor) -> bool:
     """Whether products of x are compiled for their exact shape, at its first use: by oneDNN, which torch calls."""
     return x.device.type == "cpu" and x.dtype == torch.bfloat16
@@ -99,6 +111,12 @@ def _ours() -> bool:
     if wanted == "0" or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     return (wanted == "1" or _narrowed_by_mkl()) and native.fits(torch.empty(0))
+
+
+@functools.cache
+def _ours_in_bf16() -> bool:
+    wanted, can = os.environ.get("MOE_LLM_PRODUCTS"), native.instructions()
+    return "avx512_bf16" in can and wanted != "0" and (wanted == "1" or "amx_bf16" not in can)
 
 
 def _narrowed_by_mkl() -> bool:

@@ -20,8 +20,6 @@ def processor(request, monkeypatch):
         built = native.build(flags=tuple(f"-march={level}" if f == "-march=native" else f for f in native._FLAGS))
         library = ctypes.CDLL(str(built))
         monkeypatch.setattr(native, "_library", lambda: library)
-    for function in (native._function, native._matmul):
-        function.cache_clear()
+    native._function.cache_clear()
     yield level
-    for function in (native._function, native._matmul):
-        function.cache_clear()
+    native._function.cache_clear()

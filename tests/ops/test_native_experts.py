@@ -8,13 +8,16 @@ from moe_llm.ops.expert_mlp import expert_mlp
 from moe_llm.ops.permutation import sort_by_expert
 from moe_llm.ops.routed_experts import routed_expert_mlp
 
-
-def seeded(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+DTYPES = [torch.float32, torch.bfloat16]
 
 
-def close(actual, expected, tolerance=5e-6):
-    return (actual.double() - expected.double()).abs().max() <= tolerance * expected.abs().max()
+def seeded(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def close(actual, expected, tolerance=None):
+    tolerance = tolerance or {torch.float32: 5e-6, torch.bfloat16: 4e-3}[actual.dtype]
+    return (actual.double() - expected.double()).abs().max() <= tolerance * expected.double().abs().max()
 
 
 SIZES = [(1, 1, 1), (6, 8, 4), (13, 31, 16), (15, 33, 513), (129, 300, 67), (20, 2100, 600), (43, 64, 1100)]
@@ -22,20 +25,23 @@ SIZES = [(1, 1, 1), (6, 8, 4), (13, 31, 16), (15, 33, 513), (129, 300, 67), (20,
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("how", ["plain", "b by columns", "a transposed"])
-def test_products(processor, size, how):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products(processor, size, how, dtype):
     M, N, K = size
-    a = seeded(*((K, M) if how == "a transposed" else (M, K)))
-    b = seeded(*((N, K) if how == "b by columns" else (K, N)), seed=1)
+    if dtype == torch.bfloat16 and how != "a transposed":
+        K += K % 2
+    a = seeded(*((K, M) if how == "a transposed" else (M, K)), dtype=dtype)
+    b = seeded(*((N, K) if how == "b by columns" else (K, N)), seed=1, dtype=dtype)
     transposes = {"transpose_a": how == "a transposed", "transpose_b": how == "b by columns"}
     expected = (a.double().t() if transposes["transpose_a"] else a.double()) @ (
         b.double().t() if transposes["transpose_b"] else b.double()
     )
-    around = torch.full((M + 2, N + 5), 7.0)
+    around = torch.full((M + 2, N + 5), 7.0, dtype=dtype)
     out = around[1:-1, 2:-3].fill_(torch.nan)  # what is there does not enter
     native.matmul(a, b, out, **transposes)
     assert close(out, expected)
     native.matmul(a, b, out, **transposes, add=True)
-    assert close(out, 2 * expected)
+    assert close(out, 2 * expected, 4e-3 if dtype == torch.bfloat16 else None)
     around[1:-1, 2:-3] = 7.0
     assert (around == 7.0).all()  # nothing beside it is written
 
@@ -85,6 +91,7 @@ def test_a_sum_over_nothing(processor):
 def one_call(processor, monkeypatch, request):
     """Experts go to the kernels whatever the processor, in several blocks or one."""
     monkeypatch.setattr(products, "_ours", lambda: True)
+    monkeypatch.setattr(products, "_ours_in_bf16", lambda: True)
     monkeypatch.setattr(expert_mlp_fused, "_NATIVE_ROWS", request.param)
     calls, plain = [], native.call
     monkeypatch.setattr(native, "call", lambda *a: (calls.append(a[0]), plain(*a))[1])
@@ -118,6 +125,48 @@ def test_experts(one_call, weighted):
     # and now it is not
     for actual, expected in zip(*(torch.autograd.grad(y, leaves, direction) for y in outputs), strict=True):
         assert close(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_experts_in_bf16(one_call, kept):
+    """As exact as bf16 is: what is rounded is what is written down."""
+    *inputs, counts, weight, direction = drawn_experts()
+    leaves = [leaf.bfloat16().requires_grad_() for leaf in (*inputs, weight)]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    y, expected = (
+        expert_mlp(*of[:3], counts, backend=backend, weight_N=of[3])
+        for of, backend in ((leaves, "fused"), (exact, "loop"))
+    )
+    grads = torch.autograd.grad(y, leaves, direction.bfloat16(), retain_graph=kept)
+    others = torch.autograd.grad(expected, exact, direction.bfloat16().double())
+    for actual, other in zip((y, *grads), (expected, *others), strict=True):
+        assert actual.dtype == torch.bfloat16
+        assert close(actual, other, 1.5e-2)
+    assert one_call == ["experts_forward", "experts_backward"]
+
+
+def test_sums_over_many_rows_are_rounded_once(one_call):
+    """A weight's gradient in bf16 is that of fp32, rounded."""
+    a, b = (seeded(5000, width, seed=width, dtype=torch.bfloat16) for width in (30, 70))
+    out = torch.empty(30, 70, dtype=torch.bfloat16)
+    native.matmul(a, b, out, transpose_a=True)
+    expected = a.double().t() @ b.double()
+    assert ((out.double() - expected).abs() <= expected.abs() * 2**-8 + 2e-4).all()
+    wide = seeded(70, 5000, dtype=torch.bfloat16)
+    out = torch.empty(70, 70, dtype=torch.bfloat16)
+    native.matmul(wide, b, out)
+    expected = wide.double() @ b.double()
+    assert ((out.double() - expected).abs() <= expected.abs() * 2**-8 + 2e-4).all()
+
+
+@pytest.mark.parametrize(("hidden", "width"), [(23, 40), (24, 39), (24, 5000)])
+def test_bf16_experts_that_our_kernels_do_not_take(one_call, hidden, width):
+    """An odd number, or sums too long for the cache: product by product."""
+    *inputs, counts, _, _ = drawn_experts(hidden, width)
+    inputs = [leaf.bfloat16() for leaf in inputs]
+    y, expected = (expert_mlp(*inputs, counts, backend=backend) for backend in ("fused", "loop"))
+    assert close(y, expected, 1.5e-2)
+    assert "experts_forward" not in one_call
 
 
 def test_experts_of_tokens(one_call):

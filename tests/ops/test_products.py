@@ -186,3 +186,21 @@ def test_switched_off_from_outside(variable):
     environment = {**os.environ, variable: "0"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.stdout.split() == ["False"], done.stderr
+
+
+@pytest.mark.parametrize(("can", "setting", "expected"), [
+    ("avx512_bf16", None, True), ("avx512_bf16 amx_bf16", None, False), ("avx512_bf16 amx_bf16", "1", True),
+    ("avx512_bf16", "0", False), ("avx512f", "1", False), ("", None, False),
+])
+def test_who_computes_experts_in_bf16(monkeypatch, can, setting, expected):
+    monkeypatch.setattr(native, "_cpuinfo", lambda: ["vendor_id\t: AuthenticAMD", f"flags\t\t: fpu {can}"])
+    monkeypatch.delenv("MOE_LLM_PRODUCTS", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("MOE_LLM_PRODUCTS", setting)
+    products._ours_in_bf16.cache_clear()
+    try:
+        x = torch.empty(1, 24, dtype=torch.bfloat16)
+        assert products.fused_experts_fit(x, 40) == (expected and native.fits(x))
+        assert not products.fits(x)
+    finally:
+        products._ours_in_bf16.cache_clear()

@@ -276,6 +276,8 @@ static void rotate(const T* x, const T* cosine, const T* sine, T* out, i64 token
     }
 }
 
+#include "experts.h"
+
 #define BOTH(name, parameters, arguments)                          \
     extern "C" void name##_fp32 parameters(float) { name arguments; } \
     extern "C" void name##_bf16 parameters(bf16) { name arguments; }
@@ -307,5 +309,12 @@ BOTH(gather_sum, P, (x, index, weight, out, rows, per_row, width, threads))
 #define P(T) (const T* x, const T* cosine, const T* sine, T* out, i64 tokens, i64 heads, i64 width, i64 stride, float sign, int threads)
 BOTH(rotate, P, (x, cosine, sine, out, tokens, heads, width, stride, sign, threads))
 #undef P
-
-#include "experts.h"
+#define P(T) (T* a, T* b, T* c, const i64* layout, int threads)
+BOTH(matmul, P, (a, b, c, layout, threads))
+#undef P
+#define P(T) (T* x, const i64* token_index, T* gate_up_proj, T* down_proj, const i64* counts, const float* weight, T* gate_up, T* hidden, T* y, i64 experts, i64 D, i64 F, i64 block, int threads)
+BOTH(experts_forward, P, (x, token_index, gate_up_proj, down_proj, counts, weight, gate_up, hidden, y, experts, D, F, block, threads))
+#undef P
+#define P(T) (T* x, const i64* token_index, T* gate_up_proj, T* down_proj, const i64* counts, const float* weight, T* gate_up, T* grad, T* hidden, T* grad_gate_up, T* grad_x, T* grad_gate_up_proj, T* grad_down_proj, float* grad_weight, i64 experts, i64 D, i64 F, i64 block, int threads)
+BOTH(experts_backward, P, (x, token_index, gate_up_proj, down_proj, counts, weight, gate_up, grad, hidden, grad_gate_up, grad_x, grad_gate_up_proj, grad_down_proj, grad_weight, experts, D, F, block, threads))
+#undef P

@@ -1,10 +1,11 @@
-// Matrix products in fp32, by the threads of a team that runs already: so that several of them, and what lies between
-// them, share one parallel region, rows are gathered where they are read, and nothing is compiled for a shape.
+// Matrix products of fp32 and of bf16, summed in fp32, by the threads of a team that runs already: so that several of
+// them, and what lies between them, share one parallel region, rows are gathered where they are read, and nothing is
+// compiled for a shape.
 //
 // After Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication (2008): a panel of B, as wide as two
 // vectors, is copied together and stays in the cache while the rows of A pass by, a tile of which is kept in registers.
-// Each number of the result is a sum over k in one order, in runs of DEPTH, whatever its place and the number of
-// threads: so a row's product depends neither on the other rows nor on the layout of the work.
+// Each number of the result is a sum over k in one order, in runs of DEPTH or, in bf16, in one, whatever its place and
+// the number of threads: so a row's product depends neither on the other rows nor on the layout of the work.
 
 #pragma once
 
@@ -29,15 +30,15 @@ const i64 CHUNK = 8;        // panels of B that one thread holds at a time: 512 
 const i64 TILES = 20;       // tiles of A^T that one thread holds at a time: as much
 const i64 FEW = 4;          // panels of B for which A^T is read where it lies
 const i64 SHARED = 64;      // panels of B that all threads hold at a time, in the cache that they share
-typedef float loose_lanes __attribute__((vector_size(4 * LANES), aligned(4)));
 
 // Rows of contiguous numbers: row r is at step * r from base, or, where rows come in runs of `inner`, at
 // outer * (r / inner) + step * (r % inner); `index`, where given, tells which row is meant.
+template <typename T>
 struct Rows {
-    float* base;
+    T* base;
     i64 step, outer = 0, inner = 0;
     const i64* index = nullptr;
-    float* operator()(i64 row) const {
+    T* operator()(i64 row) const {
         if (index) row = index[row];
         return base + (inner ? row / inner * outer + row % inner * step : row * step);
     }
@@ -60,14 +61,39 @@ struct Buffer {
 };
 static thread_local Buffer own_buffer, team_buffer;
 
+// Numbers along k that are multiplied at once: a cell of 32 bits, one of fp32, two of bf16.
+template <typename T>
+const i64 PAIR = 4 / sizeof(T);
+
 // c + a * b, rounded once where the processor can.
-static inline lanes multiply_add(lanes a, lanes b, lanes c) {
+template <typename T>
+static inline lanes multiply_add(lanes a, lanes b, lanes c);
+template <>
+inline lanes multiply_add<float>(lanes a, lanes b, lanes c) {
 #if defined(__AVX512F__)
     return (lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
     return (lanes)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
     return c + a * b;
+#endif
+}
+// of bf16, both of a cell: a0 * b0 + a1 * b1 + c
+template <>
+inline lanes multiply_add<bf16>(lanes a, lanes b, lanes c) {
+#if defined(__AVX512BF16__)
+    return (lanes)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+#else
+    lane_bits x, y;
+    memcpy(&x, &a, sizeof x);
+    memcpy(&y, &b, sizeof y);
+    lane_bits low_x = x << 16, low_y = y << 16, high_x = x & 0xffff0000u, high_y = y & 0xffff0000u;
+    lanes a0, a1, b0, b1;
+    memcpy(&a0, &low_x, sizeof a0);
+    memcpy(&a1, &high_x, sizeof a1);
+    memcpy(&b0, &low_y, sizeof b0);
+    memcpy(&b1, &high_y, sizeof b1);
+    return multiply_add<float>(a1, b1, multiply_add<float>(a0, b0, c));
 #endif
 }
 
@@ -81,9 +107,10 @@ struct Team {
     }
 };
 
-// c[i][at...] (+)= sum over p < depth of a[i][p] b[p], or, where the rows of A^T lie `step` apart, of a[0][p * step + i].
-template <int ROWS, bool TRANSPOSED>
-static void tile(const float* const* a, i64 step, const float* b, i64 depth, float* const* c, i64 at, bool add) {
+// c[i][at...] (+)= sum over p < depth of a[i][p] b[p], or, where the rows of A^T lie `step` apart, of a[0][p * step + i];
+// all but `step` and `at` in cells.
+template <typename T, int ROWS, bool TRANSPOSED>
+static void tile(const float* const* a, i64 step, const float* b, i64 depth, T* const* c, i64 at, bool add) {
     lanes sums[ROWS][2] = {};
     const float* rows[ROWS] = {};
     for (int i = 0; i < ROWS && !TRANSPOSED; i++) rows[i] = a[i];
@@ -95,54 +122,74 @@ static void tile(const float* const* a, i64 step, const float* b, i64 depth, flo
 #pragma GCC unroll 16
         for (int i = 0; i < ROWS; i++) {
             lanes x = (TRANSPOSED ? column[i] : rows[i][p]) - lanes{};
-            sums[i][0] = multiply_add(x, first, sums[i][0]);
-            sums[i][1] = multiply_add(x, second, sums[i][1]);
+            sums[i][0] = multiply_add<T>(x, first, sums[i][0]);
+            sums[i][1] = multiply_add<T>(x, second, sums[i][1]);
         }
         if (TRANSPOSED) column += step;
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < ROWS; i++) {
-        loose_lanes *left = reinterpret_cast<loose_lanes*>(c[i] + at),
-                    *right = reinterpret_cast<loose_lanes*>(c[i] + at + LANES);
-        *left = add ? *left + sums[i][0] : sums[i][0];
-        *right = add ? *right + sums[i][1] : sums[i][1];
-    }
+    for (int i = 0; i < ROWS; i++)
+        for (i64 half = 0; half < PANEL; half += LANES) {
+            T* out = c[i] + at + half;
+            lanes sum = sums[i][half / LANES];
+            store(out, LANES, add ? load(out, LANES) + sum : sum);
+        }
 }
-typedef void (*Tile)(const float* const*, i64, const float*, i64, float* const*, i64, bool);
-template <bool TRANSPOSED, size_t... COUNTS>
-static Tile tile_of(i64 rows, std::index_sequence<COUNTS...>) {
-    static const Tile tiles[] = {tile<int(COUNTS) + 1, TRANSPOSED>...};
+template <typename T>
+using Tile = void (*)(const float* const*, i64, const float*, i64, T* const*, i64, bool);
+template <typename T, bool TRANSPOSED, size_t... COUNTS>
+static Tile<T> tile_of(i64 rows, std::index_sequence<COUNTS...>) {
+    static const Tile<T> tiles[] = {tile<T, int(COUNTS) + 1, TRANSPOSED>...};
     return tiles[rows - 1];
 }
-template <bool TRANSPOSED>
-static Tile tile_of(i64 rows) {
-    return tile_of<TRANSPOSED>(rows, std::make_index_sequence<TILE>());
+template <typename T, bool TRANSPOSED>
+static Tile<T> tile_of(i64 rows) {
+    return tile_of<T, TRANSPOSED>(rows, std::make_index_sequence<TILE>());
 }
 
 // The tile, also where fewer than PANEL columns are left: by way of a buffer then.
-static inline void compute(Tile tile, i64 rows, const float* const* a, i64 step, const float* b, i64 depth,
-                           float* const* c, i64 at, i64 columns, bool add) {
+template <typename T>
+static inline void compute(Tile<T> tile, i64 rows, const float* const* a, i64 step, const float* b, i64 depth,
+                           T* const* c, i64 at, i64 columns, bool add) {
     if (columns >= PANEL) return tile(a, step, b, depth, c, at, add);
-    float cells[TILE][PANEL], *out[TILE];
-    for (int i = 0; i < TILE; i++) out[i] = cells[i];
-    tile(a, step, b, depth, out, 0, false);
-    for (i64 i = 0; i < rows; i++)
-        for (i64 n = 0; n < columns; n++) c[i][at + n] = add ? c[i][at + n] + cells[i][n] : cells[i][n];
+    T cells[TILE][PANEL], *out[TILE];
+    for (i64 i = 0; i < TILE; i++) {
+        out[i] = cells[i];
+        if (add && i < rows) memcpy(static_cast<void*>(cells[i]), c[i] + at, columns * sizeof(T));
+    }
+    tile(a, step, b, depth, out, 0, add);
+    for (i64 i = 0; i < rows; i++) memcpy(static_cast<void*>(c[i] + at), cells[i], columns * sizeof(T));
 }
 
-// Panels `begin` to `end` (zeros beyond N columns) of B's rows k to k + depth.
-static void pack_rows(const Rows& b, i64 k, i64 depth, i64 begin, i64 end, i64 N, float* out) {
-    for (i64 p = 0; p < depth; p++) {
-        const float* row = b(k + p);
+// Cells of n numbers of a row, and of the same of the next one for bf16 (null: zeros).
+static inline void cells_of(const float* row, const float*, i64 n, float* out) { memcpy(out, row, n * sizeof(float)); }
+static inline void cells_of(const bf16* row, const bf16* next, i64 n, float* out) {
+    i64 i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        half_bits low, high = {};
+        memcpy(&low, row + i, sizeof low);
+        if (next) memcpy(&high, next + i, sizeof high);
+        lane_bits both = __builtin_convertvector(low, lane_bits) | __builtin_convertvector(high, lane_bits) << 16;
+        memcpy(out + i, &both, sizeof both);
+    }
+    for (; i < n; i++) {
+        uint32_t both = row[i].bits | (next ? uint32_t(next[i].bits) << 16 : 0);
+        memcpy(out + i, &both, sizeof both);
+    }
+}
+
+// Panels `begin` to `end` (zeros beyond N columns) of B's rows k to k + depth, as cells.
+template <typename T>
+static void pack_rows(const Rows<T>& b, i64 k, i64 depth, i64 begin, i64 end, i64 N, float* out) {
+    i64 cells = (depth + PAIR<T> - 1) / PAIR<T>;
+    for (i64 p = 0; p < cells; p++) {
+        i64 at = p * PAIR<T>;
+        const T *row = b(k + at), *next = at + 1 < depth ? b(k + at + 1) : nullptr;
         for (i64 panel = begin; panel < end; panel++) {
-            float* to = out + ((panel - begin) * depth + p) * PANEL;
-            i64 there = N - panel * PANEL;
-            if (there >= PANEL) {
-                memcpy(to, row + panel * PANEL, PANEL * sizeof(float));
-            } else {
-                memset(to, 0, PANEL * sizeof(float));
-                memcpy(to, row + panel * PANEL, there * sizeof(float));
-            }
+            float* to = out + ((panel - begin) * cells + p) * PANEL;
+            i64 there = std::min(PANEL, N - panel * PANEL);
+            if (there < PANEL) memset(to, 0, PANEL * sizeof(float));
+            cells_of(row + panel * PANEL, next ? next + panel * PANEL : nullptr, there, to);
         }
     }
 }
@@ -181,96 +228,121 @@ static inline void transpose(const float* const* rows, i64 at, float* out) {
 }
 #endif
 
-// As pack_rows, of a B that is given column by column: columns(n) are its numbers along k.
-static void pack_columns(const Rows& columns, i64 k, i64 depth, i64 begin, i64 end, i64 N, float* out) {
+// As pack_rows, of a B that is given column by column: columns(n) are its numbers along k. Of bf16 an even number.
+template <typename T>
+static void pack_columns(const Rows<T>& columns, i64 k, i64 depth, i64 begin, i64 end, i64 N, float* out) {
+    i64 cells = depth / PAIR<T>;
     for (i64 first = begin * PANEL; first < end * PANEL; first += LANES) {
-        float* to = out + (first / PANEL - begin) * PANEL * depth + first % PANEL;
+        float* to = out + (first / PANEL - begin) * PANEL * cells + first % PANEL;
         const float* column[LANES];
-        for (i64 i = 0; i < LANES; i++) column[i] = first + i < N ? columns(first + i) + k : nullptr;
+        for (i64 i = 0; i < LANES; i++)
+            column[i] = first + i < N ? reinterpret_cast<const float*>(columns(first + i) + k) : nullptr;
         i64 done = 0;
 #if defined(__AVX512F__)
-        for (; first + LANES <= N && done + LANES <= depth; done += LANES) transpose(column, done, to + done * PANEL);
+        for (; first + LANES <= N && done + LANES <= cells; done += LANES) transpose(column, done, to + done * PANEL);
 #endif
         for (i64 i = 0; i < LANES; i++)
-            for (i64 p = done; p < depth; p++) to[p * PANEL + i] = column[i] ? column[i][p] : 0.0f;
+            for (i64 p = done; p < cells; p++) {
+                if (column[i])
+                    memcpy(to + p * PANEL + i, column[i] + p, sizeof(float));
+                else
+                    to[p * PANEL + i] = 0;
+            }
     }
 }
 
+// How much of k one pass takes: all of it in bf16, in which a sum must not be rounded on its way.
+static inline i64 run_of(const Rows<float>&, i64) { return DEPTH; }
+static inline i64 run_of(const Rows<bf16>&, i64 K) { return std::max(K, i64(1)); }
+// How many panels or tiles of so many cells there is room for, where there is for `most` of DEPTH.
+static inline i64 room_for(i64 most, i64 cells) { return std::max(most * DEPTH / std::max(cells, i64(1)), i64(1)); }
+
 // C = A B (+ C where `add`), C of M x N: A's rows are read as they lie, each thread has columns of its own, or, where
-// there are few, rows. by_columns: B is given by its columns.
-static void rows_times(const Team& team, const Rows& a, const Rows& b, bool by_columns, const Rows& c, i64 M, i64 N,
-                       i64 K, bool add) {
+// there are few, rows. by_columns: B is given by its columns. In bf16 K is even, or A has one more number in each row.
+template <typename T>
+static void rows_times(const Team& team, const Rows<T>& a, const Rows<T>& b, bool by_columns, const Rows<T>& c, i64 M,
+                       i64 N, i64 K, bool add) {
     i64 panels = (N + PANEL - 1) / PANEL, across = team.size;
     while (across > 1 && (team.size % across || across > panels)) across--;
     i64 down = team.size / across, column = team.rank % across, row = team.rank / across;
     i64 first_panel = panels * column / across, panels_here = panels * (column + 1) / across - first_panel;
-    i64 chunks = (panels_here + CHUNK - 1) / CHUNK;
     i64 first_row = M * row / down, rows_here = M * (row + 1) / down - first_row;
-    i64 tiles = (rows_here + TILE - 1) / TILE;
-    float* packed = own_buffer.at_least(CHUNK * PANEL * DEPTH);
+    i64 tiles = (rows_here + TILE - 1) / TILE, run = run_of(a, K), most = std::min(K, run) / PAIR<T>;
+    i64 width = room_for(CHUNK, most), chunks = (panels_here + width - 1) / width;
+    float* packed = own_buffer.at_least(width * PANEL * std::max(most, DEPTH));
     for (i64 chunk = 0; chunk < chunks; chunk++) {
         i64 begin = first_panel + panels_here * chunk / chunks, end = first_panel + panels_here * (chunk + 1) / chunks;
-        for (i64 k = 0; k < K || (k == 0 && !add); k += DEPTH) {
-            i64 depth = std::min(DEPTH, K - k);
-            (by_columns ? pack_columns : pack_rows)(b, k, depth, begin, end, N, packed);
+        for (i64 k = 0; k < K || (k == 0 && !add); k += run) {
+            i64 depth = std::min(run, K - k), cells = depth / PAIR<T>;
+            (by_columns ? pack_columns<T> : pack_rows<T>)(b, k, depth, begin, end, N, packed);
             for (i64 t = 0; t < tiles; t++) {
                 i64 from = first_row + rows_here * t / tiles, rows = first_row + rows_here * (t + 1) / tiles - from;
                 const float* in[TILE];
-                float* out[TILE];
-                for (i64 i = 0; i < rows; i++) in[i] = a(from + i) + k, out[i] = c(from + i);
-                Tile tile = tile_of<false>(rows);
+                T* out[TILE];
+                for (i64 i = 0; i < rows; i++)
+                    in[i] = reinterpret_cast<const float*>(a(from + i) + k), out[i] = c(from + i);
+                Tile<T> tile = tile_of<T, false>(rows);
                 for (i64 panel = begin; panel < end; panel++)
-                    compute(tile, rows, in, 0, packed + (panel - begin) * PANEL * depth, depth, out,
-                            panel * PANEL, N - panel * PANEL, add || k > 0);
+                    compute(tile, rows, in, 0, packed + (panel - begin) * PANEL * cells, cells, out, panel * PANEL,
+                            N - panel * PANEL, add || k > 0);
             }
         }
     }
 }
 
 // C = A^T B (+ C where `add`), C of M x N, A of K x M, B of K x N: a sum over rows. B is copied together once, in
-// `shared` (SHARED * PANEL * DEPTH numbers), each thread has columns of A of its own.
-static void transposed_times(const Team& team, float* shared, const Rows& a, const Rows& b, const Rows& c, i64 M, i64 N,
-                             i64 K, bool add) {
+// `shared`, each thread has columns of A of its own.
+template <typename T>
+static void transposed_times(const Team& team, Buffer& shared_buffer, const Rows<T>& a, const Rows<T>& b,
+                             const Rows<T>& c, i64 M, i64 N, i64 K, bool add) {
     i64 panels = (N + PANEL - 1) / PANEL, tiles = (M + TILE - 1) / TILE;
+    i64 run = run_of(a, K), most = (std::min(K, run) + PAIR<T> - 1) / PAIR<T>;
     i64 first_tile = tiles * team.rank / team.size, tiles_here = tiles * (team.rank + 1) / team.size - first_tile;
-    i64 chunks = (tiles_here + TILES - 1) / TILES;
+    i64 height = room_for(TILES, most), chunks = (tiles_here + height - 1) / height;
+    i64 together = room_for(SHARED, most), width = room_for(CHUNK, most);
     // for few panels copies cost more than what they save, where rows are evenly apart
-    bool as_it_lies = panels <= FEW && !a.index && (!a.inner || a.outer == a.inner * a.step);
-    float* packed = own_buffer.at_least(TILES * TILE * DEPTH + LANES);
-    for (i64 first = 0; first < panels; first += SHARED) {
-        i64 last = std::min(first + SHARED, panels);
-        for (i64 k = 0; k < K || (k == 0 && !add); k += DEPTH) {
-            i64 depth = std::min(DEPTH, K - k);
+    bool as_it_lies = PAIR<T> == 1 && panels <= FEW && !a.index && (!a.inner || a.outer == a.inner * a.step);
+    float* packed = own_buffer.at_least(height * TILE * std::max(most, DEPTH) + LANES);
+    team.wait();
+    if (team.rank == 0) shared_buffer.at_least(together * PANEL * std::max(most, DEPTH));
+    for (i64 first = 0; first < panels; first += together) {
+        i64 last = std::min(first + together, panels);
+        for (i64 k = 0; k < K || (k == 0 && !add); k += run) {
+            i64 depth = std::min(run, K - k), cells = (depth + PAIR<T> - 1) / PAIR<T>;
             team.wait();
+            float* shared = shared_buffer.cells;
             i64 mine = first + (last - first) * team.rank / team.size;
             pack_rows(b, k, depth, mine, first + (last - first) * (team.rank + 1) / team.size, N,
-                      shared + (mine - first) * PANEL * depth);
+                      shared + (mine - first) * PANEL * cells);
             team.wait();
             for (i64 chunk = 0; chunk < chunks; chunk++) {
                 i64 begin = first_tile + tiles_here * chunk / chunks;
                 i64 end = first_tile + tiles_here * (chunk + 1) / chunks, left = M * begin / tiles;
-                for (i64 p = 0; p < depth && !as_it_lies; p++) {
-                    const float* row = a(k + p);
+                for (i64 p = 0; p < cells && !as_it_lies; p++) {
+                    i64 at = p * PAIR<T>;
+                    const T *row = a(k + at), *next = at + 1 < depth ? a(k + at + 1) : nullptr;
                     for (i64 t = begin; t < end; t++) {
                         i64 from = M * t / tiles, rows = M * (t + 1) / tiles - from;
-                        float* out = packed + (from - left) * depth + p * rows;
                         // more than there are, over which those of the next row are written
-                        if (p + 1 < depth && from + WIDE <= M)
-                            memcpy(out, row + from, WIDE * sizeof(float));
+                        i64 copied = p + 1 < cells && from + WIDE <= M ? WIDE : rows;
+                        float* out = packed + (from - left) * cells + p * rows;
+                        if (copied == WIDE)
+                            cells_of(row + from, next ? next + from : nullptr, WIDE, out);
                         else
-                            for (i64 i = 0; i < rows; i++) out[i] = row[from + i];
+                            cells_of(row + from, next ? next + from : nullptr, rows, out);
                     }
                 }
-                for (i64 panels_done = first; panels_done < last; panels_done += CHUNK)
+                for (i64 group = first; group < last; group += width)
                     for (i64 t = begin; t < end; t++) {
                         i64 from = M * t / tiles, rows = M * (t + 1) / tiles - from;
-                        float* out[TILE];
+                        T* out[TILE];
                         for (i64 i = 0; i < rows; i++) out[i] = c(from + i);
-                        Tile tile = tile_of<true>(rows);
-                        const float* in = as_it_lies ? a(k) + from : packed + (from - left) * depth;
-                        for (i64 panel = panels_done; panel < std::min(panels_done + CHUNK, last); panel++)
+                        Tile<T> tile = tile_of<T, true>(rows);
+                        const float* in =
+                            as_it_lies ? reinterpret_cast<const float*>(a(k) + from) : packed + (from - left) * cells;
+                        for (i64 panel = group; panel < std::min(group + width, last); panel++)
                             compute(tile, rows, &in, as_it_lies ? a.step : rows,
-                                    shared + (panel - first) * PANEL * depth, depth, out, panel * PANEL,
+                                    shared + (panel - first) * PANEL * cells, cells, out, panel * PANEL,
                                     N - panel * PANEL, add || k > 0);
                     }
             }
