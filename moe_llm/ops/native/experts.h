@@ -2,9 +2,9 @@
 
 #pragma once
 
-// C = A B, or A^T B, (+ C), `outer` times `inner` of them. layout, in this order: outer, inner, M, N, K; for each of A, B
-// and C: the steps from one to the next along outer and inner, and their rows' outer step, step and run (see Rows); and
-// whether A is given transposed, B by columns, and C is added to. In bf16 K is even unless A is given transposed.
+// C = A B, or A^T B, (+ C), `outer` times `inner` of them. layout, in this order: outer, inner, M, N, K; for each of A,
+// B and C: the steps from one to the next along outer and inner, and their rows' outer step, step and run (see Rows);
+// and whether A is given transposed, B by columns, and C is added to. In bf16 K is even unless A is given transposed.
 template <typename T>
 static void matmul(T* a, T* b, T* c, const i64* layout, int threads) {
     i64 outer = layout[0], inner = layout[1], M = layout[2], N = layout[3], K = layout[4];
@@ -40,9 +40,9 @@ struct Share {
 };
 
 // y = (weight silu(x W_gate^T) (x W_up^T)) W_down^T for each expert's rows, which follow one another. x: (tokens, D),
-// row r is token_index[r], or r without one; gate_up_proj: (experts, 2 F, D); down_proj: (experts, D, F); counts: rows of
-// each; weight: of each row, or null. Written: gate_up (rows, 2 F), y (rows, D); hidden holds `block` rows of F. In bf16
-// D and F are even.
+// row r is token_index[r], or r without one; gate_up_proj: (experts, 2 F, D); down_proj: (experts, D, F); counts: rows
+// of each; weight: of each row, or null. Written: gate_up (rows, 2 F), y (rows, D); hidden holds `block` rows of F. In
+// bf16 D and F are even.
 template <typename T>
 static void experts_forward(T* x, const i64* token_index, T* gate_up_proj, T* down_proj, const i64* counts,
                             const float* weight, T* gate_up, T* hidden, T* y, i64 experts, i64 D, i64 F, i64 block,
@@ -70,7 +70,8 @@ static void experts_forward(T* x, const i64* token_index, T* gate_up_proj, T* do
 }
 
 // The gradients of experts_forward from grad (tokens, D), gathered as x is; those that are null are not computed.
-// gate_up: as written by the forward pass; grad_gate_up: null, and then gate_up is written over, or `block` rows of 2 F.
+// gate_up: as written by the forward pass; grad_gate_up: null, and then gate_up is written over, or `block` rows of 2
+// F.
 template <typename T>
 static void experts_backward(T* x, const i64* token_index, T* gate_up_proj, T* down_proj, const i64* counts,
                              const float* weight, T* gate_up, T* grad, T* hidden, T* grad_gate_up, T* grad_x,

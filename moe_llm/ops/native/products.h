@@ -4,7 +4,7 @@
 //
 // After Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication (2008): a panel of B, as wide as two
 // vectors, is copied together and stays in the cache while the rows of A pass by, a tile of which is kept in registers.
-// Each number of the result is a sum over k in one order, in runs of DEPTH or, in bf16, in one, whatever its place and
+// Each number of the result is a sum over k in one order, in runs of DEPTH cells or in one, whatever its place and
 // the number of threads: so a row's product depends neither on the other rows nor on the layout of the work.
 
 #pragma once
@@ -29,6 +29,7 @@ const i64 DEPTH = 512;      // of k that a panel holds: 64 KiB of them with 16 l
 const i64 CHUNK = 8;        // panels of B that one thread holds at a time: 512 KiB of them
 const i64 TILES = 20;       // tiles of A^T that one thread holds at a time: as much
 const i64 FEW = 4;          // panels of B for which A^T is read where it lies
+const i64 UNFINISHED = 2097152;  // numbers of a thread's unfinished sums
 const i64 SHARED = 64;      // panels of B that all threads hold at a time, in the cache that they share
 
 // Rows of contiguous numbers: row r is at step * r from base, or, where rows come in runs of `inner`, at
@@ -59,7 +60,7 @@ struct Buffer {
     }
     ~Buffer() { std::free(cells); }
 };
-static thread_local Buffer own_buffer, team_buffer;
+static thread_local Buffer own_buffer, team_buffer, sums_buffer;
 
 // Numbers along k that are multiplied at once: a cell of 32 bits, one of fp32, two of bf16.
 template <typename T>
@@ -107,10 +108,10 @@ struct Team {
     }
 };
 
-// c[i][at...] (+)= sum over p < depth of a[i][p] b[p], or, where the rows of A^T lie `step` apart, of a[0][p * step + i];
-// all but `step` and `at` in cells.
-template <typename T, int ROWS, bool TRANSPOSED>
-static void tile(const float* const* a, i64 step, const float* b, i64 depth, T* const* c, i64 at, bool add) {
+// c[i][at...] (+)= sum over p < depth of a[i][p] b[p], or, where the rows of A^T lie `step` apart, of a[0][p * step +
+// i]; all but `step` and `at` in cells.
+template <typename T, typename Out, int ROWS, bool TRANSPOSED>
+static void tile(const float* const* a, i64 step, const float* b, i64 depth, Out* const* c, i64 at, bool add) {
     lanes sums[ROWS][2] = {};
     const float* rows[ROWS] = {};
     for (int i = 0; i < ROWS && !TRANSPOSED; i++) rows[i] = a[i];
@@ -130,21 +131,21 @@ static void tile(const float* const* a, i64 step, const float* b, i64 depth, T* 
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; i++)
         for (i64 half = 0; half < PANEL; half += LANES) {
-            T* out = c[i] + at + half;
+            Out* out = c[i] + at + half;
             lanes sum = sums[i][half / LANES];
             store(out, LANES, add ? load(out, LANES) + sum : sum);
         }
 }
-template <typename T>
-using Tile = void (*)(const float* const*, i64, const float*, i64, T* const*, i64, bool);
-template <typename T, bool TRANSPOSED, size_t... COUNTS>
-static Tile<T> tile_of(i64 rows, std::index_sequence<COUNTS...>) {
-    static const Tile<T> tiles[] = {tile<T, int(COUNTS) + 1, TRANSPOSED>...};
+template <typename Out>
+using Tile = void (*)(const float* const*, i64, const float*, i64, Out* const*, i64, bool);
+template <typename T, typename Out, bool TRANSPOSED, size_t... COUNTS>
+static Tile<Out> tile_of(i64 rows, std::index_sequence<COUNTS...>) {
+    static const Tile<Out> tiles[] = {tile<T, Out, int(COUNTS) + 1, TRANSPOSED>...};
     return tiles[rows - 1];
 }
-template <typename T, bool TRANSPOSED>
-static Tile<T> tile_of(i64 rows) {
-    return tile_of<T, TRANSPOSED>(rows, std::make_index_sequence<TILE>());
+template <typename T, typename Out, bool TRANSPOSED>
+static Tile<Out> tile_of(i64 rows) {
+    return tile_of<T, Out, TRANSPOSED>(rows, std::make_index_sequence<TILE>());
 }
 
 // The tile, also where fewer than PANEL columns are left: by way of a buffer then.
@@ -251,9 +252,6 @@ static void pack_columns(const Rows<T>& columns, i64 k, i64 depth, i64 begin, i6
     }
 }
 
-// How much of k one pass takes: all of it in bf16, in which a sum must not be rounded on its way.
-static inline i64 run_of(const Rows<float>&, i64) { return DEPTH; }
-static inline i64 run_of(const Rows<bf16>&, i64 K) { return std::max(K, i64(1)); }
 // How many panels or tiles of so many cells there is room for, where there is for `most` of DEPTH.
 static inline i64 room_for(i64 most, i64 cells) { return std::max(most * DEPTH / std::max(cells, i64(1)), i64(1)); }
 
@@ -267,7 +265,7 @@ static void rows_times(const Team& team, const Rows<T>& a, const Rows<T>& b, boo
     i64 down = team.size / across, column = team.rank % across, row = team.rank / across;
     i64 first_panel = panels * column / across, panels_here = panels * (column + 1) / across - first_panel;
     i64 first_row = M * row / down, rows_here = M * (row + 1) / down - first_row;
-    i64 tiles = (rows_here + TILE - 1) / TILE, run = run_of(a, K), most = std::min(K, run) / PAIR<T>;
+    i64 tiles = (rows_here + TILE - 1) / TILE, run = PAIR<T> == 1 ? DEPTH : std::max(K, i64(1)), most = std::min(K, run) / PAIR<T>;
     i64 width = room_for(CHUNK, most), chunks = (panels_here + width - 1) / width;
     float* packed = own_buffer.at_least(width * PANEL * std::max(most, DEPTH));
     for (i64 chunk = 0; chunk < chunks; chunk++) {
@@ -281,7 +279,7 @@ static void rows_times(const Team& team, const Rows<T>& a, const Rows<T>& b, boo
                 T* out[TILE];
                 for (i64 i = 0; i < rows; i++)
                     in[i] = reinterpret_cast<const float*>(a(from + i) + k), out[i] = c(from + i);
-                Tile<T> tile = tile_of<T, false>(rows);
+                Tile<T> tile = tile_of<T, T, false>(rows);
                 for (i64 panel = begin; panel < end; panel++)
                     compute(tile, rows, in, 0, packed + (panel - begin) * PANEL * cells, cells, out, panel * PANEL,
                             N - panel * PANEL, add || k > 0);
@@ -291,15 +289,23 @@ static void rows_times(const Team& team, const Rows<T>& a, const Rows<T>& b, boo
 }
 
 // C = A^T B (+ C where `add`), C of M x N, A of K x M, B of K x N: a sum over rows. B is copied together once, in
-// `shared`, each thread has columns of A of its own.
+// `shared`, each thread has columns of A of its own. What a run of K leaves unfinished is kept in C, or, in bf16, in a
+// buffer in fp32.
 template <typename T>
 static void transposed_times(const Team& team, Buffer& shared_buffer, const Rows<T>& a, const Rows<T>& b,
                              const Rows<T>& c, i64 M, i64 N, i64 K, bool add) {
-    i64 panels = (N + PANEL - 1) / PANEL, tiles = (M + TILE - 1) / TILE;
-    i64 run = run_of(a, K), most = (std::min(K, run) + PAIR<T> - 1) / PAIR<T>;
+    i64 panels = (N + PANEL - 1) / PANEL, tiles = (M + TILE - 1) / TILE, run = DEPTH * PAIR<T>;
+    i64 most = (std::min(K, run) + PAIR<T> - 1) / PAIR<T>;
     i64 first_tile = tiles * team.rank / team.size, tiles_here = tiles * (team.rank + 1) / team.size - first_tile;
+    i64 first_row = M * first_tile / tiles, rows_here = M * (first_tile + tiles_here) / tiles - first_row;
     i64 height = room_for(TILES, most), chunks = (tiles_here + height - 1) / height;
     i64 together = room_for(SHARED, most), width = room_for(CHUNK, most);
+    bool unfinished = PAIR<T> == 2 && K > run;
+    if (unfinished) {
+        i64 rows = (tiles + team.size - 1) / team.size * TILE;
+        together = std::clamp(UNFINISHED / (PANEL * rows), i64(1), together);
+    }
+    float* sums = unfinished ? sums_buffer.at_least(rows_here * together * PANEL) : nullptr;
     // for few panels copies cost more than what they save, where rows are evenly apart
     bool as_it_lies = PAIR<T> == 1 && panels <= FEW && !a.index && (!a.inner || a.outer == a.inner * a.step);
     float* packed = own_buffer.at_least(height * TILE * std::max(most, DEPTH) + LANES);
@@ -319,14 +325,13 @@ static void transposed_times(const Team& team, Buffer& shared_buffer, const Rows
                 i64 begin = first_tile + tiles_here * chunk / chunks;
                 i64 end = first_tile + tiles_here * (chunk + 1) / chunks, left = M * begin / tiles;
                 for (i64 p = 0; p < cells && !as_it_lies; p++) {
-                    i64 at = p * PAIR<T>;
-                    const T *row = a(k + at), *next = at + 1 < depth ? a(k + at + 1) : nullptr;
+                    i64 at = k + p * PAIR<T>;
+                    const T *row = a(at), *next = at + 1 < k + depth ? a(at + 1) : nullptr;
                     for (i64 t = begin; t < end; t++) {
                         i64 from = M * t / tiles, rows = M * (t + 1) / tiles - from;
-                        // more than there are, over which those of the next row are written
-                        i64 copied = p + 1 < cells && from + WIDE <= M ? WIDE : rows;
                         float* out = packed + (from - left) * cells + p * rows;
-                        if (copied == WIDE)
+                        // more than there are, over which those of the next row are written
+                        if (p + 1 < cells && from + WIDE <= M)
                             cells_of(row + from, next ? next + from : nullptr, WIDE, out);
                         else
                             cells_of(row + from, next ? next + from : nullptr, rows, out);
@@ -335,17 +340,34 @@ static void transposed_times(const Team& team, Buffer& shared_buffer, const Rows
                 for (i64 group = first; group < last; group += width)
                     for (i64 t = begin; t < end; t++) {
                         i64 from = M * t / tiles, rows = M * (t + 1) / tiles - from;
-                        T* out[TILE];
-                        for (i64 i = 0; i < rows; i++) out[i] = c(from + i);
-                        Tile<T> tile = tile_of<T, true>(rows);
                         const float* in =
                             as_it_lies ? reinterpret_cast<const float*>(a(k) + from) : packed + (from - left) * cells;
-                        for (i64 panel = group; panel < std::min(group + width, last); panel++)
-                            compute(tile, rows, &in, as_it_lies ? a.step : rows,
-                                    shared + (panel - first) * PANEL * cells, cells, out, panel * PANEL,
-                                    N - panel * PANEL, add || k > 0);
+                        i64 step = as_it_lies ? a.step : rows;
+                        T* out[TILE];
+                        float* kept[TILE];
+                        for (i64 i = 0; i < rows; i++) {
+                            out[i] = c(from + i);
+                            kept[i] = sums + (from + i - first_row) * together * PANEL;
+                        }
+                        for (i64 panel = group; panel < std::min(group + width, last); panel++) {
+                            const float* with = shared + (panel - first) * PANEL * cells;
+                            if (unfinished)
+                                tile_of<T, float, true>(rows)(&in, step, with, cells, kept, (panel - first) * PANEL,
+                                                              k > 0);
+                            else
+                                compute(tile_of<T, T, true>(rows), rows, &in, step, with, cells, out, panel * PANEL,
+                                        N - panel * PANEL, add || k > 0);
+                        }
                     }
             }
+        }
+        i64 columns = std::min(together * PANEL, N - first * PANEL);
+        for (i64 row = 0; row < rows_here && unfinished; row++) {
+            T* out = c(first_row + row) + first * PANEL;
+            const float* sum = sums + row * together * PANEL;
+            over(0, columns, [&](i64 i, i64 n) INLINE {
+                store(out + i, n, add ? load(out + i, n) + load(sum + i, n) : load(sum + i, n));
+            });
         }
     }
     team.wait();  // before anyone packs something else there
