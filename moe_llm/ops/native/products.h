@@ -253,7 +253,7 @@ static void pack_columns(const Rows<T>& columns, i64 k, i64 depth, i64 begin, i6
 }
 
 // How many panels or tiles of so many cells there is room for, where there is for `most` of DEPTH.
-static inline i64 room_for(i64 most, i64 cells) { return std::max(most * DEPTH / std::max(cells, i64(1)), i64(1)); }
+static inline i64 room_for(i64 most, i64 cells) { return std::max(most * DEPTH / cells, i64(1)); }
 
 // C = A B (+ C where `add`), C of M x N: A's rows are read as they lie, each thread has columns of its own, or, where
 // there are few, rows. by_columns: B is given by its columns. In bf16 K is even, or A has one more number in each row.
@@ -265,9 +265,10 @@ static void rows_times(const Team& team, const Rows<T>& a, const Rows<T>& b, boo
     i64 down = team.size / across, column = team.rank % across, row = team.rank / across;
     i64 first_panel = panels * column / across, panels_here = panels * (column + 1) / across - first_panel;
     i64 first_row = M * row / down, rows_here = M * (row + 1) / down - first_row;
-    i64 tiles = (rows_here + TILE - 1) / TILE, run = PAIR<T> == 1 ? DEPTH : std::max(K, i64(1)), most = std::min(K, run) / PAIR<T>;
+    i64 tiles = (rows_here + TILE - 1) / TILE, run = PAIR<T> == 1 ? DEPTH : std::max(K, i64(1));
+    i64 most = std::max(std::min(K, run) / PAIR<T>, i64(1));
     i64 width = room_for(CHUNK, most), chunks = (panels_here + width - 1) / width;
-    float* packed = own_buffer.at_least(width * PANEL * std::max(most, DEPTH));
+    float* packed = own_buffer.at_least(width * PANEL * most);
     for (i64 chunk = 0; chunk < chunks; chunk++) {
         i64 begin = first_panel + panels_here * chunk / chunks, end = first_panel + panels_here * (chunk + 1) / chunks;
         for (i64 k = 0; k < K || (k == 0 && !add); k += run) {
@@ -295,7 +296,7 @@ template <typename T>
 static void transposed_times(const Team& team, Buffer& shared_buffer, const Rows<T>& a, const Rows<T>& b,
                              const Rows<T>& c, i64 M, i64 N, i64 K, bool add) {
     i64 panels = (N + PANEL - 1) / PANEL, tiles = (M + TILE - 1) / TILE, run = DEPTH * PAIR<T>;
-    i64 most = (std::min(K, run) + PAIR<T> - 1) / PAIR<T>;
+    i64 most = std::max((std::min(K, run) + PAIR<T> - 1) / PAIR<T>, i64(1));
     i64 first_tile = tiles * team.rank / team.size, tiles_here = tiles * (team.rank + 1) / team.size - first_tile;
     i64 first_row = M * first_tile / tiles, rows_here = M * (first_tile + tiles_here) / tiles - first_row;
     i64 height = room_for(TILES, most), chunks = (tiles_here + height - 1) / height;
@@ -308,9 +309,9 @@ static void transposed_times(const Team& team, Buffer& shared_buffer, const Rows
     float* sums = unfinished ? sums_buffer.at_least(rows_here * together * PANEL) : nullptr;
     // for few panels copies cost more than what they save, where rows are evenly apart
     bool as_it_lies = PAIR<T> == 1 && panels <= FEW && !a.index && (!a.inner || a.outer == a.inner * a.step);
-    float* packed = own_buffer.at_least(height * TILE * std::max(most, DEPTH) + LANES);
+    float* packed = own_buffer.at_least(height * TILE * most + LANES);
     team.wait();
-    if (team.rank == 0) shared_buffer.at_least(together * PANEL * std::max(most, DEPTH));
+    if (team.rank == 0) shared_buffer.at_least(together * PANEL * most);
     for (i64 first = 0; first < panels; first += together) {
         i64 last = std::min(first + together, panels);
         for (i64 k = 0; k < K || (k == 0 && !add); k += run) {
