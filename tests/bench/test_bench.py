@@ -16,7 +16,7 @@ from moe_llm.errors import UserError
 from moe_llm.model.flops import train_flops_per_token
 from moe_llm.model.init import build_model
 from moe_llm.ops import native
-from moe_llm.ops.products import fits
+from moe_llm.ops.products import fused_experts_fit
 from moe_llm.parallel.runtime import Runtime
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def test_batches_read_as_training_reads_them():
 
 def experts_kernel(dtype):
     """The kernel that a backward pass through experts calls."""
-    return "moe_llm::experts_backward" if fits(torch.empty(1, dtype=dtype)) else "moe_llm::swiglu_backward"
+    return "moe_llm::experts_backward" if fused_experts_fit(torch.empty(1, 2, dtype=dtype), 2) else "moe_llm::swiglu_backward"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
