@@ -57,7 +57,8 @@ def test_batches_read_as_training_reads_them():
 
 def experts_kernel(dtype):
     """The kernel that a backward pass through experts calls."""
-    return "moe_llm::experts_backward" if fused_experts_fit(torch.empty(1, 2, dtype=dtype), 2) else "moe_llm::swiglu_backward"
+    in_one_call = fused_experts_fit(torch.empty(1, 2, dtype=dtype), 2)
+    return "moe_llm::experts_backward" if in_one_call else "moe_llm::swiglu_backward"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
