@@ -2,7 +2,7 @@
 
 torch's own elementwise operations take a pass over memory each, and in bf16 a slow one; together they took more than
 half of a bf16 training step on a CPU. Each kernel here does with one pass what several of them do. Where no compiler
-is found, or `MOE_LLM_NATIVE=0` is set, every operation falls back to torch's, and the first says so once.
+is found every operation falls back to torch's, and the first says so once; with `MOE_LLM_NATIVE=0` all do, silently.
 """
 
 import contextlib
