@@ -50,14 +50,20 @@ def _routers() -> list[str]:
     common, parts = set(RouterSettings.model_fields), []
     for kind, settings in ROUTER_SETTINGS.items():
         own = {
-            key for key, field in settings.model_fields.items()
+            key
+            for key, field in settings.model_fields.items()
             if key not in common or (field.default != RouterSettings.model_fields[key].default and key != "type")
         }
         rows = [row for row in _rows("model.router", settings) if row[0].removeprefix("model.router.") in own]
-        parts.append("\n".join([
-            f"**model.router**, `type: {kind}`: {_summary(settings)}", "",
-            *([_HEAD, *_lines(rows), ""] if rows else []),
-        ]))
+        parts.append(
+            "\n".join(
+                [
+                    f"**model.router**, `type: {kind}`: {_summary(settings)}",
+                    "",
+                    *([_HEAD, *_lines(rows), ""] if rows else []),
+                ]
+            )
+        )
     return parts
 
 

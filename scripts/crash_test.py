@@ -64,8 +64,15 @@ def main() -> int:
 def uninterrupted(work: Path, steps: int) -> list[dict]:
     """The records of the run that everything is compared with."""
     (work / "text.txt").write_text(invented_text(), encoding="utf-8")
-    done = subprocess.run(command(work, "reference", steps, "sync"), env=environment(), cwd=ROOT, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    done = subprocess.run(
+        command(work, "reference", steps, "sync"),
+        env=environment(),
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
     if done.returncode:
         sys.exit(f"the uninterrupted run failed:\n{done.stdout}")
     return read_records(work / "reference")
@@ -84,8 +91,11 @@ def killed(work: Path, mode: str, steps: int, kills: int, seed: int, expected: l
         outcome.problems += [f"kill {number}: {problem}" for problem in check_start(log, ended, before)]
         phase = phase_of(run_dir, log, started)
         outcome.phases[phase] += 1
-        print(f"{mode} {number}/{kills}: wanted {moment}, killed while {phase}, {len(read_lines(run_dir))} steps "
-              f"recorded, newest checkpoint {newest(run_dir)}", flush=True)
+        print(
+            f"{mode} {number}/{kills}: wanted {moment}, killed while {phase}, {len(read_lines(run_dir))} steps "
+            f"recorded, newest checkpoint {newest(run_dir)}",
+            flush=True,
+        )
     before = newest(run_dir)
     log, ended = start_and_kill(launch, work / f"{mode}.log", lambda _: False)
     outcome.problems += [f"last start: {problem}" for problem in check_start(log, ended, before, to_the_end=True)]
@@ -128,8 +138,9 @@ def draw_moment(draw: random.Random, number: int, run_dir: Path, log: Path) -> t
 def start_and_kill(launch: list[str], log: Path, when: Callable[[float], bool]) -> tuple[str, int | None]:
     """Start a run; kill all its processes once `when(seconds)`. What it printed, and its exit code if it ended."""
     with log.open("w") as output:
-        process = subprocess.Popen(launch, env=environment(), cwd=ROOT, stdout=output, stderr=output,
-                                   start_new_session=True)
+        process = subprocess.Popen(
+            launch, env=environment(), cwd=ROOT, stdout=output, stderr=output, start_new_session=True
+        )
         start = time.monotonic()
         try:
             while process.poll() is None and not when(time.monotonic() - start):
@@ -240,8 +251,15 @@ def compare(outcome: Outcome, run_dir: Path, expected: list[dict]) -> None:
 def print_table(outcomes: dict[str, Outcome], kills: int) -> None:
     head = ["mode", "kills", *PHASES, "steps", "largest difference", "minutes", "result"]
     rows = [
-        [mode, str(kills), *(str(o.phases[phase]) for phase in PHASES), str(o.records), f"{o.worst:.1e}",
-         f"{o.seconds / 60:.1f}", "FAIL" if o.problems else "PASS"]
+        [
+            mode,
+            str(kills),
+            *(str(o.phases[phase]) for phase in PHASES),
+            str(o.records),
+            f"{o.worst:.1e}",
+            f"{o.seconds / 60:.1f}",
+            "FAIL" if o.problems else "PASS",
+        ]
         for mode, o in outcomes.items()
     ]
     widths = [max(map(len, column)) for column in zip(head, *rows)]
@@ -255,16 +273,27 @@ def print_table(outcomes: dict[str, Outcome], kills: int) -> None:
 def command(work: Path, name: str, steps: int, mode: str) -> list[str]:
     """The run, as a user starts it: the same command each time."""
     model = {
-        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2,
-        "max_position_embeddings": 32, "router_z_loss_coef": 0.001,
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 32,
+        "router_z_loss_coef": 0.001,
     }
     config = {
         "run": {"dir": str(work / name), "seed": 3},
         "model": model,
-        "data": {"sources": [{"type": "files", "path": str(work / "text.txt"), "document": "line"}],
-                 "sequence_length": 32, "validation_fraction": 0.1, "num_workers": 1,
-                 "cache_dir": str(work / "cache")},
+        "data": {
+            "sources": [{"type": "files", "path": str(work / "text.txt"), "document": "line"}],
+            "sequence_length": 32,
+            "validation_fraction": 0.1,
+            "num_workers": 1,
+            "cache_dir": str(work / "cache"),
+        },
         "train": {"max_steps": steps, "micro_batch_size": 2, "global_batch_size": 4, "precision": "fp32"},
         "parallel": {"expert_parallel_size": 2},
         # many small files: more moments between which a save may be cut
@@ -275,8 +304,14 @@ def command(work: Path, name: str, steps: int, mode: str) -> list[str]:
     path = work / f"{name}.yaml"
     path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
     return [
-        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file",
-        str(ROOT / "configs/accelerate/cpu_2.yaml"), str(ROOT / "scripts/train.py"), str(path),
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--config_file",
+        str(ROOT / "configs/accelerate/cpu_2.yaml"),
+        str(ROOT / "scripts/train.py"),
+        str(path),
     ]
 
 

@@ -27,8 +27,10 @@ def main() -> int:
     parser.add_argument("--inner-steps", type=_count, default=5, help="of the adaptation to a task")
     parser.add_argument("--tasks", type=_count, default=4, help="adapted to in a round")
     parser.add_argument(
-        "--rate", type=_rate, help="reptile: share of the way to the adapted weights (default 0.5); fomaml: learning "
-        "rate of Adam (default 1e-3)"
+        "--rate",
+        type=_rate,
+        help="reptile: share of the way to the adapted weights (default 0.5); fomaml: learning "
+        "rate of Adam (default 1e-3)",
     )
     arguments, rest = parser.parse_known_args()
     if any(word.startswith("-") for word in rest):

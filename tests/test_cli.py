@@ -51,9 +51,7 @@ def test_a_mistake_in_the_configuration_is_one_line_and_code_2(command, capsys):
     assert cli.main([*command, QUICKSTART, "model.hiden_size=3"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == (
-        "moe-llm: error: unknown configuration key model.hiden_size: did you mean model.hidden_size?\n"
-    )
+    assert err == ("moe-llm: error: unknown configuration key model.hiden_size: did you mean model.hidden_size?\n")
 
 
 def test_the_process_exits_with_the_code():
@@ -204,7 +202,7 @@ def test_one_call_with_the_configuration(command, module, function, monkeypatch)
 
 def test_generate_is_one_call(monkeypatch, capsys):
     recorder = Recorder("def f(): pass")
-    monkeypatch.setitem(sys.modules, "moe_llm.train.generate", recorder)
+    monkeypatch.setitem(sys.modules, "moe_llm.inference.generate", recorder)
     options = ["--max-new-tokens", "5", "--temperature", "0", "--top-p", "1", "--seed", "3"]
     assert cli.main(["generate", "runs/a", "--prompt", "def ", *options]) == 0
     sampling = {"max_new_tokens": 5, "temperature": 0.0, "top_p": 1.0, "seed": 3}
@@ -214,7 +212,7 @@ def test_generate_is_one_call(monkeypatch, capsys):
 
 def test_evaluate_is_one_call(monkeypatch, capsys):
     recorder = Recorder({"loss": 1.25, "blocks": 4})
-    monkeypatch.setitem(sys.modules, "moe_llm.train.evaluate", recorder)
+    monkeypatch.setitem(sys.modules, "moe_llm.evaluation.evaluate", recorder)
     assert cli.main(["evaluate", "runs/a", "--data", "a", "b", "--max-blocks", "4", "--json"]) == 0
     named = {"batch_size": 8, "max_blocks": 4, "chat": False}
     assert recorder.calls == [("evaluate_files", ("runs/a", ["a", "b"]), named)]

@@ -20,16 +20,35 @@ from moe_llm.model.moe.routers import ROUTERS
 from moe_llm.model.norm import RMSNorm
 
 PARTS = (
-    "attention", "router", "permutation", "experts", "norms", "loss", "optimizer", "communication", "data", "other",
+    "attention",
+    "router",
+    "permutation",
+    "experts",
+    "norms",
+    "loss",
+    "optimizer",
+    "communication",
+    "data",
+    "other",
 )
 _PREFIX = "part:"
 # the layer's own time, that of neither router nor experts, is carrying tokens there and back
 _MODULES: dict[type[nn.Module], str] = {
-    Attention: "attention", MoELayer: "permutation", Experts: "experts", RMSNorm: "norms", LanguageModelHead: "loss",
+    Attention: "attention",
+    MoELayer: "permutation",
+    Experts: "experts",
+    RMSNorm: "norms",
+    LanguageModelHead: "loss",
     **dict.fromkeys(ROUTERS.values(), "router"),
 }
-_PERMUTING = ("aten::index_select", "aten::embedding_bag", "aten::_embedding_bag", "moe_llm::gather_sum", "aten::sort",
-              "aten::searchsorted")
+_PERMUTING = (
+    "aten::index_select",
+    "aten::embedding_bag",
+    "aten::_embedding_bag",
+    "moe_llm::gather_sum",
+    "aten::sort",
+    "aten::searchsorted",
+)
 _COMMUNICATING = ("c10d::", "gloo:", "nccl:")
 
 

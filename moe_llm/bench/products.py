@@ -46,8 +46,12 @@ class PartLimit(NamedTuple):
 
 
 def step_products(
-    config: ModelConfig, batch: int, length: int, counts_LE: list[list[int]],
-    num_targets: int | None = None, visible: int | None = None,
+    config: ModelConfig,
+    batch: int,
+    length: int,
+    counts_LE: list[list[int]],
+    num_targets: int | None = None,
+    visible: int | None = None,
 ) -> list[Linear | Scores]:
     """The products of forward and backward for `batch` sequences.
 

@@ -21,14 +21,14 @@ from moe_llm.config import Config
 from moe_llm.config.adversarial import AdversarialConfig
 from moe_llm.data.cache import TokenizedText
 from moe_llm.data.loader import TrainBlocks, TrainLoader
-from moe_llm.data.packing import Batch, PackedBlocks
+from moe_llm.data.packing import Batch, PackedBlocks, model_inputs
+from moe_llm.distributed.engine import Engine
+from moe_llm.distributed.runtime import Runtime, start
+from moe_llm.distributed.step_loss import StepLoss
 from moe_llm.errors import UserError
 from moe_llm.model.flops import train_flops_per_token
 from moe_llm.ops import native
-from moe_llm.parallel.engine import Engine
-from moe_llm.parallel.runtime import Runtime, start
-from moe_llm.train.loop import model_inputs, seed_noise
-from moe_llm.train.loss import StepLoss
+from moe_llm.train.loop import seed_noise
 from moe_llm.train.run import build_trained
 
 _WARM_UP, _PROFILED = 2, 2
@@ -84,8 +84,12 @@ def synthetic_loader(config: Config, runtime: Runtime, steps: int) -> TrainLoade
     )
     blocks = PackedBlocks(text, config.data.sequence_length, config.data.isolate_documents, pad=0)
     return TrainLoader(
-        TrainBlocks([blocks], None, config.run.seed), position=0, global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size, rank=runtime.rank, world_size=runtime.world_size,
+        TrainBlocks([blocks], None, config.run.seed),
+        position=0,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
     )
 
 
@@ -146,7 +150,11 @@ def _expert_rows(engine: Engine, batch: Batch) -> list[list[int]]:
 
 
 def _report(
-    config: Config, runtime: Runtime, seconds: list[float], parts: dict[str, float], batches: list[Batch],
+    config: Config,
+    runtime: Runtime,
+    seconds: list[float],
+    parts: dict[str, float],
+    batches: list[Batch],
     counts: list[list[int]],
 ) -> dict[str, Any]:
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
@@ -159,15 +167,23 @@ def _report(
     bare = {part: rounds * limit.seconds for part, limit in limits.items()}
     profiled = sum(parts.values())
     return {
-        "device": str(runtime.device), "ranks": runtime.world_size, "threads": torch.get_num_threads(),
-        "precision": config.train.precision, "tokens_per_step": config.tokens_per_step, "seconds": step,
-        "fastest": min(seconds), "slowest": max(seconds),
+        "device": str(runtime.device),
+        "ranks": runtime.world_size,
+        "threads": torch.get_num_threads(),
+        "precision": config.train.precision,
+        "tokens_per_step": config.tokens_per_step,
+        "seconds": step,
+        "fastest": min(seconds),
+        "slowest": max(seconds),
         "tokens_per_second": config.tokens_per_step / step,
         "flops_per_second": config.tokens_per_step * train_flops_per_token(config.model, length) / step,
         "peak_flops_per_second": peak_rate(dtype, runtime.device),
-        "parts": {part: {"seconds": value * step / profiled, "share": value / profiled, "products": bare.get(part)}
-                  for part, value in parts.items()},
-        "products_seconds": sum(bare.values()), "products_share": sum(bare.values()) / step,
+        "parts": {
+            part: {"seconds": value * step / profiled, "share": value / profiled, "products": bare.get(part)}
+            for part, value in parts.items()
+        },
+        "products_seconds": sum(bare.values()),
+        "products_share": sum(bare.values()) / step,
     }
 
 

@@ -40,10 +40,15 @@ class Architecture:
 def _qwen2_moe_fields(model: ModelConfig) -> dict[str, Any]:
     kind = "sliding_attention" if model.sliding_window else "full_attention"
     return {
-        "num_experts": model.num_local_experts, "moe_intermediate_size": model.intermediate_size,
-        "shared_expert_intermediate_size": model.shared_width, "norm_topk_prob": _renormalises(model),
-        "qkv_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": [],
-        "use_sliding_window": bool(model.sliding_window), "max_window_layers": model.num_hidden_layers,
+        "num_experts": model.num_local_experts,
+        "moe_intermediate_size": model.intermediate_size,
+        "shared_expert_intermediate_size": model.shared_width,
+        "norm_topk_prob": _renormalises(model),
+        "qkv_bias": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "use_sliding_window": bool(model.sliding_window),
+        "max_window_layers": model.num_hidden_layers,
         "layer_types": [kind] * model.num_hidden_layers,
     }
 
@@ -52,19 +57,31 @@ def _glm4_moe_fields(model: ModelConfig) -> dict[str, Any]:
     router = model.router
     rope = {"rope_theta": model.rope_theta, "rope_type": "default", "partial_rotary_factor": 1.0}
     return {
-        "n_routed_experts": model.num_local_experts, "moe_intermediate_size": model.intermediate_size,
-        "n_shared_experts": model.num_shared_experts, "norm_topk_prob": router.norm_topk_prob,
-        "routed_scaling_factor": router.routed_scaling_factor, "n_group": router.n_group,
-        "topk_group": router.topk_group, "first_k_dense_replace": 0, "use_qk_norm": False, "attention_bias": False,
-        "num_nextn_predict_layers": 0, "partial_rotary_factor": 1.0, "rope_parameters": rope,
+        "n_routed_experts": model.num_local_experts,
+        "moe_intermediate_size": model.intermediate_size,
+        "n_shared_experts": model.num_shared_experts,
+        "norm_topk_prob": router.norm_topk_prob,
+        "routed_scaling_factor": router.routed_scaling_factor,
+        "n_group": router.n_group,
+        "topk_group": router.topk_group,
+        "first_k_dense_replace": 0,
+        "use_qk_norm": False,
+        "attention_bias": False,
+        "num_nextn_predict_layers": 0,
+        "partial_rotary_factor": 1.0,
+        "rope_parameters": rope,
     }
 
 
 def _own_fields(model: ModelConfig) -> dict[str, Any]:
     if not _has_code(model):
         return {}
-    return {"auto_map": {"AutoConfig": "configuration_moe_llm.MoELLMConfig",
-                         "AutoModelForCausalLM": "modeling_moe_llm.MoELLMForCausalLM"}}
+    return {
+        "auto_map": {
+            "AutoConfig": "configuration_moe_llm.MoELLMConfig",
+            "AutoModelForCausalLM": "modeling_moe_llm.MoELLMForCausalLM",
+        }
+    }
 
 
 _BY_PROJECTION = (
@@ -76,7 +93,9 @@ _BY_PROJECTION = (
 
 MIXTRAL = Architecture("mixtral", "MixtralForCausalLM")
 QWEN2_MOE = Architecture(
-    "qwen2_moe", "Qwen2MoeForCausalLM", _qwen2_moe_fields,
+    "qwen2_moe",
+    "Qwen2MoeForCausalLM",
+    _qwen2_moe_fields,
     (*_BY_PROJECTION, (r"\.shared_experts\.", ".shared_expert.")),
 )
 GLM4_MOE = Architecture("glm4_moe", "Glm4MoeForCausalLM", _glm4_moe_fields, _BY_PROJECTION)
@@ -94,8 +113,17 @@ _TOP_K_OF_SOFTMAX: dict[str, Callable[[ModelConfig], bool]] = {
     "deepseek_moe": lambda model: model.router.norm_topk_prob,
 }
 # All that the modelling code knows (`remote_code/modeling_moe_llm.py`).
-CODED = (*_TOP_K_OF_SOFTMAX, "bias_balanced", "top_p", "hierarchical", "balanced", "soft_moe", "multi_head", "lory",
-         "expert_choice")
+CODED = (
+    *_TOP_K_OF_SOFTMAX,
+    "bias_balanced",
+    "top_p",
+    "hierarchical",
+    "balanced",
+    "soft_moe",
+    "multi_head",
+    "lory",
+    "expert_choice",
+)
 _UNUSED = {"noisy_top_k": ("noise_weight",)}
 
 
@@ -113,8 +141,12 @@ def _renormalises(model: ModelConfig) -> bool | None:
 def _fits_glm4_moe(model: ModelConfig) -> bool:
     router = model.router
     return (
-        router.type == "bias_balanced" and router.score == "sigmoid" and model.num_local_experts // router.n_group > 1
-        and bool(model.num_shared_experts) and not model.shared_expert_gate and model.sliding_window is None
+        router.type == "bias_balanced"
+        and router.score == "sigmoid"
+        and model.num_local_experts // router.n_group > 1
+        and bool(model.num_shared_experts)
+        and not model.shared_expert_gate
+        and model.sliding_window is None
     )
 
 
@@ -151,9 +183,7 @@ def export_note(model: ModelConfig) -> str | None:
             "with trust_remote_code=True"
         )
     if not found.native:
-        return (
-            f"transformers has no architecture with {told}: checkpoints load in moe_llm and need its code elsewhere"
-        )
+        return f"transformers has no architecture with {told}: checkpoints load in moe_llm and need its code elsewhere"
     if found.unused:
         return (
             f"checkpoints are {found.architecture}'s; their {', '.join(found.unused)}, which only training needs, is "

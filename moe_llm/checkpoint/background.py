@@ -25,9 +25,7 @@ class Background:
     copy: what the work writes; to be changed only while there is no work.
     """
 
-    def __init__(
-        self, ranks: Ranks, report: Callable[[str], None], alive: Callable[[str], None] = lambda phase: None
-    ):
+    def __init__(self, ranks: Ranks, report: Callable[[str], None], alive: Callable[[str], None] = lambda phase: None):
         """
         Args:
             ranks: for the work's own exchanges; nothing else may use it while work is going on.

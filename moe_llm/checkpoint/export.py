@@ -49,10 +49,6 @@ def write_model_files(
     return {
         **{str(path.relative_to(directory)): adopt_file(path) for path in written},
         **(_write_code(directory) if architecture_of(model).code else {}),
-        "config.json": write_json(
-            directory / "config.json", hf.to_transformers_config(model, dtype=dtype, **ids)
-        ),
-        "generation_config.json": write_json(
-            directory / "generation_config.json", hf.generation_config(model, **ids)
-        ),
+        "config.json": write_json(directory / "config.json", hf.to_transformers_config(model, dtype=dtype, **ids)),
+        "generation_config.json": write_json(directory / "generation_config.json", hf.generation_config(model, **ids)),
     }

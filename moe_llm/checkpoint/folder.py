@@ -63,9 +63,7 @@ def _age(path: Path) -> tuple:
 def remove_leftovers(root: Path) -> None:
     """Remove what saves and deletions that did not finish have left. Only one run may use `root`."""
     for path in root.iterdir():
-        superseded = (
-            path.name.endswith(".old") and _COMPLETE.fullmatch(path.name) and path.with_suffix("").is_dir()
-        )
+        superseded = path.name.endswith(".old") and _COMPLETE.fullmatch(path.name) and path.with_suffix("").is_dir()
         if superseded:
             delete(path)
         elif path.name.startswith(_TMP):
@@ -129,3 +127,12 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_checkpoint_directory(checkpoint: str | Path) -> None:
+    """Refuse what is plainly no checkpoint, before anything heavy is imported."""
+    if (Path(checkpoint) / "config.json").is_file():
+        return
+    newest = next(iter(complete_checkpoints(Path(checkpoint) / "checkpoints")), None)
+    name = f"such as {newest}" if newest else "such as RUN/checkpoints/step-00000020"
+    raise UserError(f"checkpoint {str(checkpoint)!r} holds no config.json: name a checkpoint directory, {name}")

@@ -99,9 +99,7 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every in-memory parameter of a whole model and its shape; `lm_head.weight` is absent when tied."""
     assert model.vocab_size is not None, "vocab_size is resolved from the tokenizer first"
     D, F, E, V = model.hidden_size, model.intermediate_size, model.num_local_experts, model.vocab_size
-    q_width, kv_width = (
-        heads * model.attention_head_dim for heads in (model.num_attention_heads, model.kv_heads)
-    )
+    q_width, kv_width = (heads * model.attention_head_dim for heads in (model.num_attention_heads, model.kv_heads))
     layer = {
         "self_attn.q_proj.weight": (q_width, D),
         "self_attn.k_proj.weight": (kv_width, D),
@@ -128,7 +126,8 @@ def buffer_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     buffers = model.router.buffer_shapes(model)
     return {
         f"model.layers.{i}.mlp.gate.{name}": shape
-        for i in range(model.num_hidden_layers) for name, shape in buffers.items()
+        for i in range(model.num_hidden_layers)
+        for name, shape in buffers.items()
     }
 
 
@@ -198,7 +197,10 @@ def to_transformers_config(
 
 
 def generation_config(
-    model: ModelConfig, *, bos_token_id: int | None, eos_token_id: int | list[int] | None,
+    model: ModelConfig,
+    *,
+    bos_token_id: int | None,
+    eos_token_id: int | list[int] | None,
     pad_token_id: int | None = None,
 ) -> dict[str, Any]:
     """The content of generation_config.json."""
@@ -227,8 +229,7 @@ def from_transformers_config(content: Mapping[str, Any], origin: str = "config.j
     _refuse_other_architectures(content, origin)
     if content.get("attention_dropout"):
         warnings.warn(
-            f"{origin}: attention_dropout={content['attention_dropout']} is ignored: "
-            "this model has no dropout",
+            f"{origin}: attention_dropout={content['attention_dropout']} is ignored: this model has no dropout",
             stacklevel=2,
         )
     fields = {name: content.get(name, default) for name, default in _DEFAULTS.items()}
@@ -237,9 +238,7 @@ def from_transformers_config(content: Mapping[str, Any], origin: str = "config.j
     if content.get("model_type") != MIXTRAL.model_type:
         fields["sliding_window"] = fields["sliding_window"] or None  # Qwen2-MoE's configuration makes 0 of null
     try:
-        return ModelConfig.model_validate(
-            {**content.get(_OURS, {}), **fields, "rope_theta": _theta(content, origin)}
-        )
+        return ModelConfig.model_validate({**content.get(_OURS, {}), **fields, "rope_theta": _theta(content, origin)})
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join([*map(str, first["loc"]), *filter(None, [first.get("ctx", {}).get("field")])])
@@ -256,9 +255,7 @@ def _refuse_other_architectures(content: Mapping[str, Any], origin: str) -> None
     if "MixtralForCausalLM" not in architectures:
         raise UserError(f"{origin}: architectures={architectures} is another model: {needed}")
     if content.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise UserError(
-            f"{origin}: hidden_act={content['hidden_act']!r} is not supported: experts here use silu"
-        )
+        raise UserError(f"{origin}: hidden_act={content['hidden_act']!r} is not supported: experts here use silu")
     if content.get("quantization_config"):
         raise UserError(f"{origin}: quantization_config is set: give a checkpoint in fp32, bf16 or fp16")
 
@@ -283,13 +280,10 @@ def _theta(content: Mapping[str, Any], origin: str) -> float:
             )
         if layered := [name for name, value in rope.items() if isinstance(value, dict)]:
             raise UserError(
-                f"{origin}: {key}.{layered[0]} is not supported: rotary embeddings here are the same "
-                "in all layers"
+                f"{origin}: {key}.{layered[0]} is not supported: rotary embeddings here are the same in all layers"
             )
         inner = rope.get("rope_theta")
         if None not in (theta, inner) and theta != inner:
-            raise UserError(
-                f"{origin}: rope_theta={theta} and {key}.rope_theta={inner} differ: make them equal"
-            )
+            raise UserError(f"{origin}: rope_theta={theta} and {key}.rope_theta={inner} differ: make them equal")
         theta = inner if theta is None else theta
     return _DEFAULT_THETA if theta is None else theta

@@ -8,7 +8,7 @@ import torch
 
 from moe_llm.checkpoint.plan import is_trained, pieces_of
 from moe_llm.checkpoint.weights import Weights
-from moe_llm.parallel.state import Entry, Kept, TrainedState
+from moe_llm.distributed.state import Entry, Kept, TrainedState
 
 
 def read_trained(entry: Entry, source: Weights) -> torch.Tensor:

@@ -56,9 +56,7 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
             "of a run's checkpoints"
         )
     try:
-        return {
-            name: FileRecord(int(r["size"]), str(r["sha256"])) for name, r in read_json(path)["files"].items()
-        }
+        return {name: FileRecord(int(r["size"]), str(r["sha256"])) for name, r in read_json(path)["files"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
@@ -84,9 +82,10 @@ def fingerprints(directory: Path, names: Iterable[str], ranks: Ranks = ALONE) ->
         UserError: on every rank, where one cannot be read.
     """
     mine = sorted(names)[ranks.rank :: ranks.world_size]
-    share = together(ranks, lambda: {
-        name: {"size": (directory / name).stat().st_size, "sha256": _hash(directory / name)} for name in mine
-    })
+    share = together(
+        ranks,
+        lambda: {name: {"size": (directory / name).stat().st_size, "sha256": _hash(directory / name)} for name in mine},
+    )
     return {name: record for part in ranks.gather(share) for name, record in sorted(part.items())}
 
 
@@ -111,9 +110,7 @@ def _check_size(path: Path, record: FileRecord) -> None:
         raise UserError(f"file {path} is missing: use another checkpoint") from None
     if size != record.size:
         what = "truncated" if size < record.size else "damaged"
-        raise UserError(
-            f"file {path} is {what}: it has {size} bytes instead of {record.size}: use another checkpoint"
-        )
+        raise UserError(f"file {path} is {what}: it has {size} bytes instead of {record.size}: use another checkpoint")
 
 
 def _hash(path: Path) -> str:

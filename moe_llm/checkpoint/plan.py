@@ -16,7 +16,7 @@ from moe_llm.checkpoint.safetensors_io import (
     shard_name,
     split_shards,
 )
-from moe_llm.parallel.state import EMA, Entry, TrainedState
+from moe_llm.distributed.state import EMA, Entry, TrainedState
 
 MODEL, OPTIMIZER = "model", "trainer/optimizer"  # stems of the files, relative to the checkpoint
 AVERAGE = f"{EMA}/{MODEL}"  # the average of the weights, as a model of its own
@@ -139,13 +139,15 @@ def make_plan(
         pieces = pieces_of(entry)
         model += [
             Spec(stored_name(piece.name), piece.shape, exported_dtype(entry, piece, dtype))
-            for piece in pieces if not entry.adapter
+            for piece in pieces
+            if not entry.adapter
         ]
         frozen += [stored_name(piece.name) for piece in pieces if not is_trained(entry, piece)]
         optimizer += [
             Spec(f"{kind}.{piece.name}", piece.shape, torch.float32)
             for kind in kinds_of(entry, state.kinds, dtype, average)
-            for piece in pieces if is_trained(entry, piece)
+            for piece in pieces
+            if is_trained(entry, piece)
         ]
     models, optimizers, frozen_by_rank = zip(*state.gather((model, optimizer, frozen)))
     apart = {name for names in frozen_by_rank for name in names} if average else set()
@@ -157,12 +159,15 @@ def make_plan(
 
 def _averages(model: FileSet, frozen: Container[str]) -> FileSet:
     """The files of the average: those of the weights anew, but for what is frozen, of which they are the average."""
+
     def there(file: str) -> str:
         return f"{EMA}/{file}"
 
     linked = {there(file): file for name, file in model.weight_map.items() if name in frozen}
     return replace(
-        model, stem=AVERAGE, linked=linked,
+        model,
+        stem=AVERAGE,
+        linked=linked,
         mine={there(file): specs for file, specs in model.mine.items() if there(file) not in linked},
         weight_map={name: there(file) for name, file in model.weight_map.items()},
     )

@@ -100,9 +100,7 @@ def load_weights(model: nn.Module, directory: str | Path, experts: range | None 
     _fill(model, Weights(TensorFiles(directory, MODEL)), experts)
 
 
-def check_weights(
-    weights: Weights, shapes: Mapping[str, tuple[int, ...]], optional: Iterable[str] = ()
-) -> None:
+def check_weights(weights: Weights, shapes: Mapping[str, tuple[int, ...]], optional: Iterable[str] = ()) -> None:
     """Demand a whole model's tensors; beside tied embeddings, a head of their values is no mistake.
 
     optional: published names of others that may be there.
@@ -155,8 +153,7 @@ def _write_weights(model: nn.Module, directory: Path, dtype: torch.dtype, max_by
     }
     buffers = {hf.published_name(name) for name, _ in model.named_buffers()}
     specs = [
-        Spec(name, piece.shape, torch.float32 if piece.name in buffers else dtype)
-        for name, (piece, _) in parts.items()
+        Spec(name, piece.shape, torch.float32 if piece.name in buffers else dtype) for name, (piece, _) in parts.items()
     ]
     files = file_set(MODEL, [specs], 0, max_bytes)
     for file, shard in files.mine.items():

@@ -97,9 +97,7 @@ def _show(flat: dict[str, Any], key: str) -> str:
 
 def _flat(value: Any, key: str = "") -> dict[str, Any]:
     """Nested mappings and lists by dotted keys; list items by index, as overrides name them."""
-    items = (
-        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    )
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
     if items is None:
         return {key: value}
     flat = {key: value} if not value and key else {}  # an empty list is a value too

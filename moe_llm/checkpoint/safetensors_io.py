@@ -105,9 +105,7 @@ class ShardWriter:
     """
 
     def __init__(self, path: Path, specs: Sequence[Spec]):
-        assert sys.byteorder == "little", (
-            "safetensors files are little-endian, and bytes are written as they lie"
-        )
+        assert sys.byteorder == "little", "safetensors files are little-endian, and bytes are written as they lie"
         self.path, self._specs, self._next = path, list(specs), 0
         self._hash, self._size = hashlib.sha256(), 0
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -298,20 +296,15 @@ def _read_header(path: Path) -> dict[str, _Stored]:
         header = json.loads(text)
         header.pop("__metadata__", None)
         stored = {
-            name: _Stored(
-                path, _DTYPES[item["dtype"]], tuple(item["shape"]), 8 + length + item["data_offsets"][0]
-            )
+            name: _Stored(path, _DTYPES[item["dtype"]], tuple(item["shape"]), 8 + length + item["data_offsets"][0])
             for name, item in header.items()
         }
         spans = sorted((s.start, s.nbytes) for s in stored.values())
         damaged = any(
-            item["data_offsets"][1] - item["data_offsets"][0] != stored[name].nbytes
-            for name, item in header.items()
+            item["data_offsets"][1] - item["data_offsets"][0] != stored[name].nbytes for name, item in header.items()
         )
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(
-            f"file {path} is damaged: its header is not that of a safetensors file: {_REPLACE}"
-        ) from error
+        raise UserError(f"file {path} is damaged: its header is not that of a safetensors file: {_REPLACE}") from error
     end = 8 + length
     for start, nbytes in spans:
         damaged |= start != end
@@ -319,9 +312,7 @@ def _read_header(path: Path) -> dict[str, _Stored]:
     if damaged:
         raise UserError(f"file {path} is damaged: its header does not add up: {_REPLACE}")
     if end != size:
-        raise UserError(
-            f"file {path} is truncated or damaged: it has {size} bytes instead of {end}: {_REPLACE}"
-        )
+        raise UserError(f"file {path} is truncated or damaged: it has {size} bytes instead of {end}: {_REPLACE}")
     return stored
 
 

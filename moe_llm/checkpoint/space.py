@@ -9,16 +9,14 @@ from moe_llm.checkpoint.export import DTYPES
 from moe_llm.checkpoint.plan import Plan, make_plan
 from moe_llm.checkpoint.ranks import describe, is_disk_full, together
 from moe_llm.checkpoint.safetensors_io import parse_size
+from moe_llm.distributed.state import TrainedState
 from moe_llm.errors import UserError
-from moe_llm.parallel.state import TrainedState
 
 T = TypeVar("T")
 _SMALL_FILES = 1 << 24  # bytes allowed for headers, indices and tokenizer when the space is checked
 
 
-def check_space(
-    root: str | Path, state: TrainedState, *, dtype: str = "fp32", max_shard_size: str = "5GB"
-) -> None:
+def check_space(root: str | Path, state: TrainedState, *, dtype: str = "fp32", max_shard_size: str = "5GB") -> None:
     """Refuse a disk that has no room for the first checkpoint, before a run spends hours on it. Collective.
 
     Args: as of `save_checkpoint`; `root` need not exist.
@@ -61,8 +59,7 @@ def naming_failure(root: Path, final: Path, plan: Plan, work: Callable[[], T]) -
                 free = shutil.disk_usage(root).free
                 raise UserError(_no_space(final.name, root, plan.nbytes + _SMALL_FILES, free)) from error
             raise UserError(
-                f"checkpoint {final} cannot be written: {describe(error)}: mend the file system or "
-                "move run.dir"
+                f"checkpoint {final} cannot be written: {describe(error)}: mend the file system or move run.dir"
             ) from error
 
     return wrapped

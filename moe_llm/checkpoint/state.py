@@ -46,11 +46,15 @@ from moe_llm.checkpoint.safetensors_io import FileRecord, TensorFiles, parse_siz
 from moe_llm.checkpoint.space import check_room, check_space, naming_failure
 from moe_llm.checkpoint.weights import Weights
 from moe_llm.config import ModelConfig
+from moe_llm.distributed.state import EMA, TrainedState
 from moe_llm.errors import UserError
-from moe_llm.parallel.state import EMA, TrainedState
 
 __all__ = [
-    "check_same_run", "check_space", "find_resumable", "load_checkpoint", "read_trainer_state",
+    "check_same_run",
+    "check_space",
+    "find_resumable",
+    "load_checkpoint",
+    "read_trainer_state",
     "save_checkpoint",
 ]
 
@@ -188,9 +192,7 @@ def _write_tensors(tmp: Path, plan: Plan, tensors: Iterable[Named]) -> dict[str,
     return {name: record for shard in shards.values() for name, record in shard.finish().items()}
 
 
-def _write_small_files(
-    tmp: Path, plan: Plan, head: dict[str, Any], run_config_text: str
-) -> dict[str, FileRecord]:
+def _write_small_files(tmp: Path, plan: Plan, head: dict[str, Any], run_config_text: str) -> dict[str, FileRecord]:
     records = {
         folder.STATE: write_json(tmp / folder.STATE, head),
         "trainer/config.yaml": write_file(tmp / "trainer/config.yaml", run_config_text),
@@ -214,9 +216,7 @@ def _trainer_head(root: Path, state: TrainedState, step: int, dtype: str, traine
         **({"base": state.base_files} if has_adapters(state) else {}),
         "ema_updates": state.averaged,
         "written_by": {"world_size": state.world_size, "python": platform.python_version()}
-        | {
-            d.name: d.version for d in map(_installed, ("torch", "transformers", "deepspeed", "moe_llm")) if d
-        },
+        | {d.name: d.version for d in map(_installed, ("torch", "transformers", "deepspeed", "moe_llm")) if d},
     }
     # A TypeError now rather than after the tensors; and training may go on to change what it gave us.
     return json.loads(json.dumps(head))
@@ -295,9 +295,7 @@ def _read_head(path: Path) -> dict[str, Any]:
         )
     absent = {"step", "trainer", "optimizer_tensors", "masters"} - head.keys()
     if absent:
-        raise UserError(
-            f"file {path / folder.STATE} is damaged: it lacks {min(absent)}: use another checkpoint"
-        )
+        raise UserError(f"file {path / folder.STATE} is damaged: it lacks {min(absent)}: use another checkpoint")
     return head
 
 

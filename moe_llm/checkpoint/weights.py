@@ -50,7 +50,8 @@ class Weights:
                 expected[hf.published_name(name)] = tuple(shape)
             else:
                 expected |= {
-                    piece.name: piece.shape for piece in hf.pieces(name, shape)
+                    piece.name: piece.shape
+                    for piece in hf.pieces(name, shape)
                     if experts is None or piece.index is ... or piece.index[0] in experts
                 }
         missing = [name for name in expected if name not in self._stored]

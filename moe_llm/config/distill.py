@@ -46,7 +46,8 @@ class DistillConfig(Section):
         0.5, gt=0, le=1, description="share of the divergence in the loss; the rest is the cross-entropy of the text"
     )
     cache_top_k: int | None = Field(
-        None, ge=1,
+        None,
+        ge=1,
         description="what the teachers say of the run's blocks is computed before training and kept in "
         "`data.cache_dir`: for each token their so many likeliest successors and, as one, all others; null: teachers "
         "run beside the student",

@@ -9,7 +9,9 @@ class EmaConfig(Section):
     """An exponential average of the weights of past steps, in fp32; its checkpoint is `ema/` in the run's own."""
 
     decay: float | None = Field(
-        None, gt=0, lt=1,
+        None,
+        gt=0,
+        lt=1,
         description="weight of the average so far in each update, without a bias towards its start: the first update "
         "is the weights themselves, and weights t updates old count decay^t; null: no average",
     )

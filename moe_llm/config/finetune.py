@@ -20,7 +20,8 @@ class RouterGuardConfig(Section):
     )
     blocks: int = Field(4, ge=1, description="held-out blocks on which routers are compared, the same all along")
     coefficient: float | None = Field(
-        None, gt=0,
+        None,
+        gt=0,
         description="regularise: weight of the KL divergence (base, then now), mean over layers and tokens, which each "
         "step takes on these blocks as well as its own",
     )
@@ -43,12 +44,11 @@ class LoraConfig(Section):
     rank: int | None = Field(
         None, ge=1, description="rows of each A: adapters alone are trained, and merged at export; null: no adapters"
     )
-    alpha: float | None = Field(
-        None, gt=0, description="adapters are multiplied by alpha / rank; null: twice the rank"
-    )
+    alpha: float | None = Field(None, gt=0, description="adapters are multiplied by alpha / rank; null: twice the rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of each A's input that is dropped while training")
     targets: list[str] = Field(
-        ["attention"], min_length=1,
+        ["attention"],
+        min_length=1,
         description="what gets adapters: `attention`, `experts`, `router`, or patterns over the names of these "
         "weights; attention needs `pip install peft`",
     )
@@ -74,10 +74,11 @@ class FinetuneConfig(Section):
     train: Part | list[str] = Field(
         "all",
         description="`all`, `experts`, `router`, `attention`, or a list of patterns (`*` and `?`) over the names of "
-        "transformers' parameters, as in [\"*.self_attn.q_proj.*\", \"lm_head.*\"]",
+        'transformers\' parameters, as in ["*.self_attn.q_proj.*", "lm_head.*"]',
     )
     experts: list[int] | None = Field(
-        None, min_length=1,
+        None,
+        min_length=1,
         description="train these experts of each layer alone, counted from 0, where experts are trained; null: all",
     )
 
@@ -98,8 +99,13 @@ class FinetuneConfig(Section):
         for name in ("train", "experts") if self.lora.rank is not None else ():
             value = getattr(self, name)
             if value != type(self).model_fields[name].default:
-                invalid(name, value, f"names whole tensors to train beside lora.rank={self.lora.rank}, with which "
-                        "adapters alone are trained", "remove it, and name what gets adapters in lora.targets")
+                invalid(
+                    name,
+                    value,
+                    f"names whole tensors to train beside lora.rank={self.lora.rank}, with which "
+                    "adapters alone are trained",
+                    "remove it, and name what gets adapters in lora.targets",
+                )
         return self
 
     @property

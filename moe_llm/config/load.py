@@ -111,9 +111,7 @@ def load_config(
     """
     raw = read_yaml(path, "configuration file")
     if not isinstance(raw, dict):
-        raise UserError(
-            f"configuration file {str(path)!r} holds no sections: it needs at least data and train"
-        )
+        raise UserError(f"configuration file {str(path)!r} holds no sections: it needs at least data and train")
     for override in overrides:
         apply_override(raw, override)
     complete(raw)

@@ -13,7 +13,8 @@ class ModelConfig(Section):
     """Architecture of the decoder. Sizes are per layer; `intermediate_size` is one expert's width."""
 
     init_from: str | None = Field(
-        None, min_length=1,
+        None,
+        min_length=1,
         description="directory of a Mixtral checkpoint whose weights to begin with; keys of this section that are not "
         "given, and the tokenizer unless `tokenizer.path` is, come from there too; null: random weights",
     )
@@ -25,13 +26,13 @@ class ModelConfig(Section):
     num_key_value_heads: int | None = Field(
         None, ge=1, description="key and value heads, each for a group of query heads; null: as many"
     )
-    head_dim: int | None = Field(
-        None, ge=2, description="width of a head; null: hidden_size / num_attention_heads"
-    )
+    head_dim: int | None = Field(None, ge=2, description="width of a head; null: hidden_size / num_attention_heads")
     num_local_experts: int = Field(8, ge=1, description="experts per layer, over all ranks")
     num_experts_per_tok: int = Field(2, ge=1, description="experts that each token passes through (top-k)")
     num_shared_experts: int = Field(
-        0, ge=0, description="experts beside those that every token passes through, as one of so many times the width "
+        0,
+        ge=0,
+        description="experts beside those that every token passes through, as one of so many times the width "
         "(DeepSeekMoE, Dai et al. 2024, section 3.2); on every rank, like the attention",
     )
     shared_expert_gate: bool = Field(
@@ -51,7 +52,9 @@ class ModelConfig(Section):
         0.0, ge=0, lt=1, description="router input times uniform(1 - x, 1 + x) while training"
     )
     expert_dropout: float = Field(
-        0.0, ge=0, lt=1,
+        0.0,
+        ge=0,
+        lt=1,
         description="share of an expert's hidden activations set to zero while training (Fedus et al. 2021, section "
         "2.4); experts are then computed one by one under autograd, which is slower",
     )
@@ -76,21 +79,34 @@ class ModelConfig(Section):
     def _shapes_fit(self):
         heads, kv = self.num_attention_heads, self.kv_heads
         if self.head_dim is None and self.hidden_size % heads:
-            invalid("hidden_size", self.hidden_size, f"is not divisible by num_attention_heads={heads}",
-                    "change one of them or set model.head_dim")
+            invalid(
+                "hidden_size",
+                self.hidden_size,
+                f"is not divisible by num_attention_heads={heads}",
+                "change one of them or set model.head_dim",
+            )
         if self.attention_head_dim % 2:
-            invalid("head_dim", self.attention_head_dim, "is odd, and rotary embeddings need pairs",
-                    "use an even head_dim")
+            invalid(
+                "head_dim", self.attention_head_dim, "is odd, and rotary embeddings need pairs", "use an even head_dim"
+            )
         if heads % kv:
-            invalid("num_key_value_heads", kv, f"does not divide num_attention_heads={heads}",
-                    f"use a divisor of {heads}")
+            invalid(
+                "num_key_value_heads", kv, f"does not divide num_attention_heads={heads}", f"use a divisor of {heads}"
+            )
         if self.num_experts_per_tok > self.num_local_experts:
-            invalid("num_experts_per_tok", self.num_experts_per_tok,
-                    f"is above num_local_experts={self.num_local_experts}",
-                    f"use at most {self.num_local_experts}")
+            invalid(
+                "num_experts_per_tok",
+                self.num_experts_per_tok,
+                f"is above num_local_experts={self.num_local_experts}",
+                f"use at most {self.num_local_experts}",
+            )
         if self.shared_expert_gate and not self.num_shared_experts:
-            invalid("shared_expert_gate", True, "has nothing to gate with num_shared_experts=0",
-                    "set num_shared_experts, or remove it")
+            invalid(
+                "shared_expert_gate",
+                True,
+                "has nothing to gate with num_shared_experts=0",
+                "set num_shared_experts, or remove it",
+            )
         self.router.check(self)
         return self
 
@@ -115,8 +131,12 @@ class ModelConfig(Section):
             return {}
         wide, narrow = (self.shared_width, self.hidden_size), (self.hidden_size, self.shared_width)
         gate = {"shared_expert_gate.weight": (1, self.hidden_size)} if self.shared_expert_gate else {}
-        return {"shared_experts.gate_proj.weight": wide, "shared_experts.up_proj.weight": wide,
-                "shared_experts.down_proj.weight": narrow, **gate}
+        return {
+            "shared_experts.gate_proj.weight": wide,
+            "shared_experts.up_proj.weight": wide,
+            "shared_experts.down_proj.weight": narrow,
+            **gate,
+        }
 
     def parameter_counts(self, active: bool = False) -> dict[str, int]:
         """Parameters per part, by arithmetic alone; their sum is the model's size.

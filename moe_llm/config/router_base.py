@@ -19,20 +19,27 @@ class RouterSettings(Section):
 
     type: str = Field(DEFAULT_TYPE, description="which router; the types and their settings are below")
     entropy_bonus_coef: float = Field(
-        0.0, ge=0, description="weight of minus the mean entropy of a token's distribution over experts: keeps routers "
+        0.0,
+        ge=0,
+        description="weight of minus the mean entropy of a token's distribution over experts: keeps routers "
         "from deciding too early",
     )
     local_entropy_coef: float = Field(
-        0.0, ge=0, description="weight of that mean entropy: makes routers decide (LIMoE's local loss, Mustafa et al. "
+        0.0,
+        ge=0,
+        description="weight of that mean entropy: makes routers decide (LIMoE's local loss, Mustafa et al. "
         "2022, section 2.2)",
     )
     global_entropy_coef: float = Field(
-        0.0, ge=0, description="weight of minus the entropy of the mean distribution: keeps all experts in use "
+        0.0,
+        ge=0,
+        description="weight of minus the entropy of the mean distribution: keeps all experts in use "
         "(LIMoE's global loss)",
     )
     global_entropy_threshold: float | None = Field(
-        None, gt=0, description="nats up to which the global loss raises that entropy, max(0, this - entropy); null: "
-        "without end",
+        None,
+        gt=0,
+        description="nats up to which the global loss raises that entropy, max(0, this - entropy); null: without end",
     )
 
     causal: ClassVar[bool] = True  # whether, in training too, a token's experts depend on no later token
@@ -47,11 +54,19 @@ class RouterSettings(Section):
     @model_validator(mode="after")
     def _entropies_agree(self):
         if self.entropy_bonus_coef and self.local_entropy_coef:
-            invalid("entropy_bonus_coef", self.entropy_bonus_coef,
-                    f"pulls against local_entropy_coef={self.local_entropy_coef:g}", "set one of them to 0")
+            invalid(
+                "entropy_bonus_coef",
+                self.entropy_bonus_coef,
+                f"pulls against local_entropy_coef={self.local_entropy_coef:g}",
+                "set one of them to 0",
+            )
         if self.global_entropy_threshold is not None and not self.global_entropy_coef:
-            invalid("global_entropy_threshold", self.global_entropy_threshold,
-                    "applies to nothing without global_entropy_coef", "set that, or remove it")
+            invalid(
+                "global_entropy_threshold",
+                self.global_entropy_threshold,
+                "applies to nothing without global_entropy_coef",
+                "set that, or remove it",
+            )
         return self
 
     def check(self, model: "ModelConfig") -> None:
@@ -125,17 +140,22 @@ class LimitedSettings(RouterSettings):
     """Routers whose tokens choose experts that may have limited room."""
 
     capacity_factor: float | None = Field(
-        None, gt=0,
+        None,
+        gt=0,
         description="an expert takes at most this many times its even share of each sequence, while training; "
         "null: no limit",
     )
     initial_capacity_factor: float | None = Field(
-        None, gt=0, description="the factor at the first step, from which it goes to `capacity_factor` linearly; null: "
+        None,
+        gt=0,
+        description="the factor at the first step, from which it goes to `capacity_factor` linearly; null: "
         "that from the start",
     )
     capacity_decay_steps: int = Field(0, ge=0, description="optimizer steps that this takes")
     warmup_steps: int = Field(
-        0, ge=0, description="steps in which a token's experts are drawn at random with a probability that falls from "
+        0,
+        ge=0,
+        description="steps in which a token's experts are drawn at random with a probability that falls from "
         "1 to 0; their weights are the router's",
     )
 
@@ -143,8 +163,12 @@ class LimitedSettings(RouterSettings):
     def _schedule_is_whole(self):
         if (self.initial_capacity_factor is None) != (self.capacity_decay_steps == 0):
             missing = "capacity_decay_steps" if self.initial_capacity_factor is not None else "initial_capacity_factor"
-            invalid(missing, getattr(self, missing), "leaves the schedule of the capacity open",
-                    "give initial_capacity_factor and capacity_decay_steps, or neither")
+            invalid(
+                missing,
+                getattr(self, missing),
+                "leaves the schedule of the capacity open",
+                "give initial_capacity_factor and capacity_decay_steps, or neither",
+            )
         if self.initial_capacity_factor is not None and self.capacity_factor is None:
             invalid("capacity_factor", None, "is what initial_capacity_factor has to go to", "give both")
         return self
@@ -175,15 +199,15 @@ class OverflowSettings(LimitedSettings):
     """Those of them that may pass a token on, or hold what it is denied."""
 
     overflow: Literal["drop", "next", "residual"] = Field(
-        "drop", description="beyond the capacity: drop; next: pass on to the next expert that has room; residual: the "
-        "token itself takes the place of the expert's output, times the weight that this would have had"
+        "drop",
+        description="beyond the capacity: drop; next: pass on to the next expert that has room; residual: the "
+        "token itself takes the place of the expert's output, times the weight that this would have had",
     )
 
     @model_validator(mode="after")
     def _there_is_overflow(self):
         if self.overflow != "drop" and self.capacity_factor is None:
-            invalid("overflow", self.overflow, "never comes about without a limit",
-                    "set capacity_factor, or remove it")
+            invalid("overflow", self.overflow, "never comes about without a limit", "set capacity_factor, or remove it")
         return self
 
     def unlimited(self) -> dict[str, Any]:

@@ -23,12 +23,19 @@ from moe_llm.config.router_base import (
 from moe_llm.config.routers_mixed import MultiHeadSettings, SoftMoESettings, check_second_segment
 
 __all__ = [
-    "DEFAULT_TYPE", "ENTROPY_COEFFICIENTS", "ROUTER_SETTINGS", "AnyRouterSettings", "LimitedSettings",
-    "OverflowSettings", "RouterSettings", "Shapes",
+    "DEFAULT_TYPE",
+    "ENTROPY_COEFFICIENTS",
+    "ROUTER_SETTINGS",
+    "AnyRouterSettings",
+    "LimitedSettings",
+    "OverflowSettings",
+    "RouterSettings",
+    "Shapes",
 ]
 
 if TYPE_CHECKING:
     from moe_llm.config.model import ModelConfig
+
 
 class MixtralSettings(OverflowSettings):
     """Softmax over the experts, the top k of it, renormalised (Jiang et al. 2024)."""
@@ -47,9 +54,12 @@ class DenseSettings(RouterSettings):
 
     def check(self, model: "ModelConfig") -> None:
         if model.num_experts_per_tok != model.num_local_experts:
-            invalid("num_experts_per_tok", model.num_experts_per_tok,
-                    "is not all experts, which model.router.type=dense gives to each token",
-                    f"set it to num_local_experts={model.num_local_experts}")
+            invalid(
+                "num_experts_per_tok",
+                model.num_experts_per_tok,
+                "is not all experts, which model.router.type=dense gives to each token",
+                f"set it to num_local_experts={model.num_local_experts}",
+            )
 
 
 class NoisyTopKSettings(OverflowSettings):
@@ -80,7 +90,9 @@ class GShardSettings(LimitedSettings):
 
     type: Literal["gshard"] = "gshard"
     capacity_factor: float | None = Field(
-        1.25, gt=0, description="an expert takes at most this many times its even share of each sequence, while "
+        1.25,
+        gt=0,
+        description="an expert takes at most this many times its even share of each sequence, while "
         "training; null: no limit",
     )
     second_expert: Literal["random", "always"] = Field(
@@ -103,7 +115,9 @@ class SwitchSettings(OverflowSettings):
 
     type: Literal["switch"] = "switch"
     capacity_factor: float | None = Field(
-        1.25, gt=0, description="an expert takes at most this many times its even share of each sequence, while "
+        1.25,
+        gt=0,
+        description="an expert takes at most this many times its even share of each sequence, while "
         "training; null: no limit",
     )
 
@@ -117,7 +131,9 @@ class BatchPrioritisedSettings(OverflowSettings):
 
     type: Literal["batch_prioritised"] = "batch_prioritised"
     capacity_factor: float | None = Field(
-        1.05, gt=0, description="an expert takes at most this many times its even share of each sequence, while "
+        1.05,
+        gt=0,
+        description="an expert takes at most this many times its even share of each sequence, while "
         "training; null: no limit",
     )
     score: Literal["max", "sum"] = Field("max", description="of a token: its largest weight, or the sum of its top k")
@@ -133,12 +149,16 @@ class TopPSettings(RouterSettings):
 
     type: Literal["top_p"] = "top_p"
     p: float = Field(
-        0.4, gt=0, le=1, description="sum of probabilities that a token's experts reach; no token has more than "
+        0.4,
+        gt=0,
+        le=1,
+        description="sum of probabilities that a token's experts reach; no token has more than "
         "model.num_experts_per_tok",
     )
     local_entropy_coef: float = Field(
-        1e-4, ge=0, description="weight of the mean entropy of a token's distribution, which keeps the number of "
-        "experts small",
+        1e-4,
+        ge=0,
+        description="weight of the mean entropy of a token's distribution, which keeps the number of experts small",
     )
 
     @property
@@ -152,8 +172,12 @@ class HierarchicalSettings(RouterSettings):
 
     type: Literal["hierarchical"] = "hierarchical"
     groups: int = Field(ge=2, description="groups of neighbouring experts, of equal size")
-    groups_per_token: int = Field(1, ge=1, description="groups that a token passes through; each gives "
-                                  "model.num_experts_per_tok / groups_per_token experts")
+    groups_per_token: int = Field(
+        1,
+        ge=1,
+        description="groups that a token passes through; each gives "
+        "model.num_experts_per_tok / groups_per_token experts",
+    )
 
     def check(self, model: "ModelConfig") -> None:
         experts, chosen = model.num_local_experts, model.num_experts_per_tok
@@ -162,16 +186,25 @@ class HierarchicalSettings(RouterSettings):
         if self.groups_per_token > self.groups:
             invalid("router.groups_per_token", self.groups_per_token, f"is above groups={self.groups}", "lower it")
         if chosen % self.groups_per_token:
-            invalid("router.groups_per_token", self.groups_per_token, f"does not divide num_experts_per_tok={chosen}",
-                    "use a divisor")
+            invalid(
+                "router.groups_per_token",
+                self.groups_per_token,
+                f"does not divide num_experts_per_tok={chosen}",
+                "use a divisor",
+            )
         if chosen // self.groups_per_token > experts // self.groups:
-            invalid("num_experts_per_tok", chosen,
-                    f"asks {chosen // self.groups_per_token} experts of each group of {experts // self.groups}",
-                    "lower it, or raise model.router.groups_per_token")
+            invalid(
+                "num_experts_per_tok",
+                chosen,
+                f"asks {chosen // self.groups_per_token} experts of each group of {experts // self.groups}",
+                "lower it, or raise model.router.groups_per_token",
+            )
 
     def parameter_shapes(self, model: "ModelConfig") -> Shapes:
-        return {"weight": (model.num_local_experts, model.hidden_size),
-                "group_weight": (self.groups, model.hidden_size)}
+        return {
+            "weight": (model.num_local_experts, model.hidden_size),
+            "group_weight": (self.groups, model.hidden_size),
+        }
 
     def unweighed(self, model: "ModelConfig") -> list[str]:
         alone = {"group_weight": self.groups_per_token, "weight": model.num_experts_per_tok // self.groups_per_token}
@@ -191,8 +224,9 @@ class DeepSeekMoESettings(OverflowSettings):
         0.0, ge=0, description="weight of the same over groups of experts, the device-level one (equations 15 and 16)"
     )
     device_groups: int | None = Field(
-        None, ge=2, description="groups of neighbouring experts, of equal size, for that; they need not be those of "
-        "the ranks",
+        None,
+        ge=2,
+        description="groups of neighbouring experts, of equal size, for that; they need not be those of the ranks",
     )
 
     @property
@@ -202,14 +236,26 @@ class DeepSeekMoESettings(OverflowSettings):
     def check(self, model: "ModelConfig") -> None:
         experts = model.num_local_experts
         if self.device_groups is None and self.device_balance_coef:
-            invalid("router.device_balance_coef", self.device_balance_coef, "has no groups to balance",
-                    "set model.router.device_groups")
+            invalid(
+                "router.device_balance_coef",
+                self.device_balance_coef,
+                "has no groups to balance",
+                "set model.router.device_groups",
+            )
         if self.device_groups is not None and not self.device_balance_coef:
-            invalid("router.device_groups", self.device_groups, "is for model.router.device_balance_coef=0",
-                    "set that, or remove it")
+            invalid(
+                "router.device_groups",
+                self.device_groups,
+                "is for model.router.device_balance_coef=0",
+                "set that, or remove it",
+            )
         if self.device_groups is not None and experts % self.device_groups:
-            invalid("router.device_groups", self.device_groups, f"does not divide num_local_experts={experts}",
-                    "use a divisor")
+            invalid(
+                "router.device_groups",
+                self.device_groups,
+                f"does not divide num_local_experts={experts}",
+                "use a divisor",
+            )
 
 
 class BiasBalancedSettings(RouterSettings):
@@ -219,7 +265,9 @@ class BiasBalancedSettings(RouterSettings):
     type: Literal["bias_balanced"] = "bias_balanced"
     score: Literal["sigmoid", "softmax"] = Field("sigmoid", description="of the router's logits")
     update_rate: float = Field(
-        0.001, ge=0, description="what an expert's bias is raised or lowered by after a step in which it had less or "
+        0.001,
+        ge=0,
+        description="what an expert's bias is raised or lowered by after a step in which it had less or "
         "more than its even share",
     )
     norm_topk_prob: bool = Field(True, description="weights of a token's experts are divided by their sum")
@@ -241,15 +289,21 @@ class BiasBalancedSettings(RouterSettings):
         if experts % self.n_group:
             invalid("router.n_group", self.n_group, f"does not divide num_local_experts={experts}", "use a divisor")
         if self.n_group > 1 and size < 2:
-            invalid("router.n_group", self.n_group, f"leaves one of num_local_experts={experts} in each group, and a "
-                    "group's score is that of two", "lower it")
+            invalid(
+                "router.n_group",
+                self.n_group,
+                f"leaves one of num_local_experts={experts} in each group, and a group's score is that of two",
+                "lower it",
+            )
         if self.topk_group > self.n_group:
             invalid("router.topk_group", self.topk_group, f"is above n_group={self.n_group}", "lower it")
         if model.num_experts_per_tok > self.topk_group * size:
-            invalid("num_experts_per_tok", model.num_experts_per_tok,
-                    f"is above the {self.topk_group * size} experts of model.router.topk_group={self.topk_group} "
-                    "groups",
-                    "lower it, or raise model.router.topk_group")
+            invalid(
+                "num_experts_per_tok",
+                model.num_experts_per_tok,
+                f"is above the {self.topk_group * size} experts of model.router.topk_group={self.topk_group} groups",
+                "lower it, or raise model.router.topk_group",
+            )
 
 
 class BalancedSettings(RouterSettings):
@@ -273,8 +327,12 @@ class LorySettings(RouterSettings):
     def check(self, model: "ModelConfig") -> None:
         _exactly(model, 1, self.type)  # the one of mixed weights
         if self.segment_length >= model.max_position_embeddings:
-            invalid("router.segment_length", self.segment_length,
-                    f"leaves no second segment in max_position_embeddings={model.max_position_embeddings}", "lower it")
+            invalid(
+                "router.segment_length",
+                self.segment_length,
+                f"leaves no second segment in max_position_embeddings={model.max_position_embeddings}",
+                "lower it",
+            )
 
     def check_length(self, length: int) -> None:
         check_second_segment(self.segment_length, length)
@@ -295,11 +353,16 @@ class ExpertChoiceSettings(RouterSettings):
 
     type: Literal["expert_choice"] = "expert_choice"
     capacity_factor: float = Field(
-        1.0, gt=0, description="an expert takes this many times its even share of each sequence, while training: the "
+        1.0,
+        gt=0,
+        description="an expert takes this many times its even share of each sequence, while training: the "
         "paper's capacity factor c, experts of a token on average, is this times model.num_experts_per_tok",
     )
     threshold_rate: float = Field(
-        0.05, gt=0, le=1, description="share of the way that each step moves an expert's threshold, which decides in "
+        0.05,
+        gt=0,
+        le=1,
+        description="share of the way that each step moves an expert's threshold, which decides in "
         "evaluation, to the lowest probability that it took in that step",
     )
     causal: ClassVar[bool] = False
@@ -310,8 +373,12 @@ class ExpertChoiceSettings(RouterSettings):
     def check(self, model: "ModelConfig") -> None:
         average = self.capacity_factor * model.num_experts_per_tok
         if average > model.num_local_experts:
-            invalid("router.capacity_factor", self.capacity_factor,
-                    f"asks {average:g} experts a token of num_local_experts={model.num_local_experts}", "lower it")
+            invalid(
+                "router.capacity_factor",
+                self.capacity_factor,
+                f"asks {average:g} experts a token of num_local_experts={model.num_local_experts}",
+                "lower it",
+            )
 
     def buffer_shapes(self, model: "ModelConfig") -> Shapes:
         return {"threshold": (model.num_local_experts,)}
@@ -326,8 +393,12 @@ class ExpertChoiceSettings(RouterSettings):
 
 def _exactly(model: "ModelConfig", experts: int, kind: str) -> None:
     if model.num_experts_per_tok != experts:
-        invalid("num_experts_per_tok", model.num_experts_per_tok, f"does not fit model.router.type={kind}",
-                f"set it to {experts}")
+        invalid(
+            "num_experts_per_tok",
+            model.num_experts_per_tok,
+            f"does not fit model.router.type={kind}",
+            f"set it to {experts}",
+        )
 
 
 ROUTER_SETTINGS: dict[str, type[RouterSettings]] = {
@@ -356,8 +427,12 @@ def _settings(value: Any) -> Any:
     kind = value.get("type", DEFAULT_TYPE)
     if not isinstance(kind, str) or kind not in ROUTER_SETTINGS:
         near = difflib.get_close_matches(str(kind), ROUTER_SETTINGS, n=1)
-        invalid("type", kind, "is no router",
-                f"did you mean {near[0]}?" if near else f"use one of {', '.join(ROUTER_SETTINGS)}")
+        invalid(
+            "type",
+            kind,
+            "is no router",
+            f"did you mean {near[0]}?" if near else f"use one of {', '.join(ROUTER_SETTINGS)}",
+        )
     known = fields_by_key(ROUTER_SETTINGS[kind])
     for key in value:
         if key not in known:

@@ -18,26 +18,39 @@ class SoftMoESettings(RouterSettings):
     type: Literal["soft_moe"] = "soft_moe"
     slots_per_expert: int = Field(ge=1, description="slots of each expert for each segment")
     segment_length: int = Field(
-        ge=1, description="tokens that form slots together, which those of the next segment of the document take from; "
+        ge=1,
+        description="tokens that form slots together, which those of the next segment of the document take from; "
         "the first segment's have no expert",
     )
-    normalize: bool = Field(True, description="tokens and slots' parameters are of length 1 in the logits, which get a "
-                            "learned factor")
+    normalize: bool = Field(
+        True, description="tokens and slots' parameters are of length 1 in the logits, which get a learned factor"
+    )
     needs_past: ClassVar[bool] = True
 
     def check(self, model: "ModelConfig") -> None:
         if self.slots_per_expert > self.segment_length:
-            invalid("router.slots_per_expert", self.slots_per_expert,
-                    f"is more than the segment_length={self.segment_length} tokens that they are means of", "lower it")
+            invalid(
+                "router.slots_per_expert",
+                self.slots_per_expert,
+                f"is more than the segment_length={self.segment_length} tokens that they are means of",
+                "lower it",
+            )
         rows = _rows(model.num_local_experts, self.slots_per_expert, self.segment_length)
         if model.num_experts_per_tok != rows:
             slots = model.num_local_experts * self.slots_per_expert
-            invalid("num_experts_per_tok", model.num_experts_per_tok,
-                    f"is not what {slots} slots for each model.router.segment_length={self.segment_length} tokens make",
-                    f"set it to {rows}, or change model.router.slots_per_expert")
+            invalid(
+                "num_experts_per_tok",
+                model.num_experts_per_tok,
+                f"is not what {slots} slots for each model.router.segment_length={self.segment_length} tokens make",
+                f"set it to {rows}, or change model.router.slots_per_expert",
+            )
         if self.segment_length >= model.max_position_embeddings:
-            invalid("router.segment_length", self.segment_length,
-                    f"leaves no second segment in max_position_embeddings={model.max_position_embeddings}", "lower it")
+            invalid(
+                "router.segment_length",
+                self.segment_length,
+                f"leaves no second segment in max_position_embeddings={model.max_position_embeddings}",
+                "lower it",
+            )
 
     def check_length(self, length: int) -> None:
         check_second_segment(self.segment_length, length)
@@ -45,8 +58,10 @@ class SoftMoESettings(RouterSettings):
     def shrunk(self, model: "ModelConfig", experts: int, length: int) -> dict[str, Any]:
         segment = min(self.segment_length, max(1, length // 5))
         slots = max(1, round(self.slots_per_expert * segment / self.segment_length))
-        return {"num_experts_per_tok": _rows(experts, slots, segment),
-                "router": {"segment_length": segment, "slots_per_expert": slots}}
+        return {
+            "num_experts_per_tok": _rows(experts, slots, segment),
+            "router": {"segment_length": segment, "slots_per_expert": slots},
+        }
 
     def mixed_per_token(self, model: "ModelConfig") -> int:
         return 2 * model.num_local_experts * self.slots_per_expert * model.hidden_size  # into slots and out of them
@@ -66,7 +81,8 @@ class MultiHeadSettings(OverflowSettings):
 
     type: Literal["multi_head"] = "multi_head"
     heads: int = Field(
-        ge=2, description="parts of a token, each of width hidden_size / heads, which is that of what experts take and "
+        ge=2,
+        description="parts of a token, each of width hidden_size / heads, which is that of what experts take and "
         "give; each goes to model.num_experts_per_tok of them",
     )
     norm_topk_prob: bool = Field(False, description="weights of a part's experts are divided by their sum")
@@ -91,15 +107,22 @@ class MultiHeadSettings(OverflowSettings):
 
     def parameter_shapes(self, model: "ModelConfig") -> Shapes:
         square = (model.hidden_size, model.hidden_size)
-        return {"weight": (model.num_local_experts, model.expert_hidden_size), "head_proj.weight": square,
-                "merge_proj.weight": square}
+        return {
+            "weight": (model.num_local_experts, model.expert_hidden_size),
+            "head_proj.weight": square,
+            "merge_proj.weight": square,
+        }
 
 
 def check_second_segment(segment: int, length: int) -> None:
     """Refuse blocks of so many tokens in which no segment has one before it, and what that decides is not trained."""
     if segment >= length:
-        invalid("model.router.segment_length", segment, f"leaves no second segment in data.sequence_length={length}",
-                "lower the one or raise the other")
+        invalid(
+            "model.router.segment_length",
+            segment,
+            f"leaves no second segment in data.sequence_length={length}",
+            "lower the one or raise the other",
+        )
 
 
 def _rows(experts: int, slots: int, segment: int) -> int:

@@ -18,9 +18,7 @@ from moe_llm.errors import UserError
 class RunConfig(Section):
     """Where a run lives, and its seed."""
 
-    dir: str = Field(
-        "runs/default", min_length=1, description="run directory; running again resumes what is there"
-    )
+    dir: str = Field("runs/default", min_length=1, description="run directory; running again resumes what is there")
     seed: int = Field(0, ge=0, description="initialisation, data order, tokenizer sampling and router noise")
 
 
@@ -85,37 +83,42 @@ class DataConfig(Section):
         [], description="held-out text of its own; empty: a share of `sources` is held out"
     )
     validation_fraction: float = Field(
-        0.01, gt=0, lt=1,
-        description="share of the documents held out, chosen by a hash of their text; "
-        "unused with validation_sources",
+        0.01,
+        gt=0,
+        lt=1,
+        description="share of the documents held out, chosen by a hash of their text; unused with validation_sources",
     )
     sequence_length: int = Field(1024, ge=2, description="tokens a block")
     isolate_documents: bool = Field(
         True, description="tokens attend within their own document only; false: across a whole block"
     )
     order: Literal["source", "similar"] = Field(
-        "source", description="in which training documents follow each other in blocks: as in their source, or each by "
-        "the one most like it (Lory, Zhong et al. 2024, section 3); `run.seed` chooses the first"
+        "source",
+        description="in which training documents follow each other in blocks: as in their source, or each by "
+        "the one most like it (Lory, Zhong et al. 2024, section 3); `run.seed` chooses the first",
     )
     chat_template: str = Field(
-        "auto", min_length=1,
+        "auto",
+        min_length=1,
         description="for content chat: tokenizer: its own; mixtral: Mixtral-Instruct's; auto: its own where it has "
         "one, else Mixtral's; or a jinja file",
     )
     over_long: Literal["drop", "truncate"] = Field(
         "drop", description="chat examples longer than a block: left out, or their end is; counted at the start"
     )
-    cache_dir: str = Field(
-        "~/.cache/moe_llm", description="tokenised data, keyed by its inputs; safe to delete"
-    )
+    cache_dir: str = Field("~/.cache/moe_llm", description="tokenised data, keyed by its inputs; safe to delete")
     num_workers: int | None = Field(None, ge=1, description="tokenisation threads; null: all cores")
 
     @model_validator(mode="after")
     def _weights_all_or_none(self):
         given = [s.weight is not None for s in self.sources]
         if any(given) and not all(given):
-            invalid(f"sources.{given.index(False)}.weight", None,
-                    "is missing while other sources have one", "give every source a weight, or none")
+            invalid(
+                f"sources.{given.index(False)}.weight",
+                None,
+                "is missing while other sources have one",
+                "give every source a weight, or none",
+            )
         return self
 
     @property
@@ -127,8 +130,12 @@ class DataConfig(Section):
         if self.has_chat and not self.isolate_documents:
             invalid("isolate_documents", False, "would let chat examples attend to each other", "leave it true")
         if self.order != "source" and any(source.content == "chat" for source in self.sources):
-            invalid("order", self.order, "is for documents that follow each other, and chat examples are packed by "
-                    "themselves", "leave it at source")
+            invalid(
+                "order",
+                self.order,
+                "is for documents that follow each other, and chat examples are packed by themselves",
+                "leave it at source",
+            )
         for name in ("chat_template", "over_long"):
             if not self.has_chat and getattr(self, name) != type(self).model_fields[name].default:
                 invalid(name, getattr(self, name), "applies to no source", "set content: chat on one, or remove it")
@@ -148,9 +155,7 @@ class OptimConfig(Section):
 
     name: Literal["adamw", "sgd"] = Field("adamw", description="sgd: plain, without momentum")
     lr: float = Field(3e-4, gt=0, description="the highest learning rate")
-    betas: tuple[float, float] = Field(
-        (0.9, 0.95), description="adamw: decay rates of the two moments"
-    )
+    betas: tuple[float, float] = Field((0.9, 0.95), description="adamw: decay rates of the two moments")
     eps: float = Field(1e-8, gt=0, description="adamw: added to the denominator")
     weight_decay: float = Field(0.1, ge=0, description="on matrices; norms are never decayed")
     grad_clip: float = Field(1.0, ge=0, description="bound on the global gradient norm; 0: off")
@@ -175,7 +180,8 @@ class EarlyStoppingConfig(Section):
     """When to end before the last step; each evaluation's weights are saved where they are the best so far."""
 
     patience: int | None = Field(
-        None, ge=1,
+        None,
+        ge=1,
         description="evaluations in a row without a new best validation loss that end the run; the best checkpoint is "
         "kept, whatever `checkpoint.keep_last`, as checkpoints/best; null: off",
     )
@@ -233,8 +239,9 @@ class ParallelConfig(Section):
 
     expert_parallel_size: int = Field(1, ge=1, description="ranks that share one set of experts")
     exchange_chunks: Literal["auto"] | PositiveInt = Field(
-        "auto", description="parts in which rows travel to their experts and back, so that the next part travels while "
-        "one is computed; auto: 2 on CUDA, 1 on a CPU"
+        "auto",
+        description="parts in which rows travel to their experts and back, so that the next part travels while "
+        "one is computed; auto: 2 on CUDA, 1 on a CPU",
     )
     zero_stage: Literal[1, 2, 3] = Field(
         1, description="DeepSpeed ZeRO stage (0 clips wrongly under expert parallelism)"
@@ -249,7 +256,8 @@ class CheckpointConfig(Section):
 
     every_steps: int | None = Field(None, ge=1, description="null: at the end only")
     async_: bool = Field(
-        False, alias="async",
+        False,
+        alias="async",
         description="write in the background: a step waits for a copy in host memory of what its rank writes, "
         "not for the disk",
     )
@@ -333,29 +341,50 @@ class Config(Section):
     def _sections_fit(self):
         model, data, train, ep = self.model, self.data, self.train, self.parallel.expert_parallel_size
         if model.num_local_experts % ep:
-            invalid("parallel.expert_parallel_size", ep,
-                    f"does not divide model.num_local_experts={model.num_local_experts}",
-                    f"use a divisor of {model.num_local_experts}")
+            invalid(
+                "parallel.expert_parallel_size",
+                ep,
+                f"does not divide model.num_local_experts={model.num_local_experts}",
+                f"use a divisor of {model.num_local_experts}",
+            )
         if data.sequence_length > model.max_position_embeddings:
-            invalid("data.sequence_length", data.sequence_length,
-                    f"is above model.max_position_embeddings={model.max_position_embeddings}",
-                    "lower the one or raise the other")
+            invalid(
+                "data.sequence_length",
+                data.sequence_length,
+                f"is above model.max_position_embeddings={model.max_position_embeddings}",
+                "lower the one or raise the other",
+            )
         model.router.check_length(data.sequence_length)
         if train.global_batch_size % train.micro_batch_size:
-            invalid("train.global_batch_size", train.global_batch_size,
-                    f"is not a multiple of train.micro_batch_size={train.micro_batch_size}",
-                    "change one of them")
+            invalid(
+                "train.global_batch_size",
+                train.global_batch_size,
+                f"is not a multiple of train.micro_batch_size={train.micro_batch_size}",
+                "change one of them",
+            )
         if train.on_nan == "rollback" and self.checkpoint.every_steps is None:
-            invalid("train.on_nan", train.on_nan, "has no checkpoint to go back to",
-                    "set checkpoint.every_steps, or use skip or stop")
+            invalid(
+                "train.on_nan",
+                train.on_nan,
+                "has no checkpoint to go back to",
+                "set checkpoint.every_steps, or use skip or stop",
+            )
         if train.early_stopping.patience is not None and self.evaluate.every_steps is None:
-            invalid("train.early_stopping.patience", train.early_stopping.patience,
-                    "has no evaluations to count before the end", "set evaluate.every_steps")
+            invalid(
+                "train.early_stopping.patience",
+                train.early_stopping.patience,
+                "has no evaluations to count before the end",
+                "set evaluate.every_steps",
+            )
         if self.evaluate.ema and self.checkpoint.ema.decay is None:
             invalid("evaluate.ema", True, "has no average to measure", "set checkpoint.ema.decay")
         if self.tokenizer.path is None and model.vocab_size is None:
-            invalid("model.vocab_size", None, "is missing while the tokenizer is to be trained",
-                    "set model.vocab_size, or tokenizer.path to an existing tokenizer")
+            invalid(
+                "model.vocab_size",
+                None,
+                "is missing while the tokenizer is to be trained",
+                "set model.vocab_size, or tokenizer.path to an existing tokenizer",
+            )
         return self
 
     @property

@@ -137,8 +137,10 @@ def cached_tokens(
             if not directory.exists():
                 pieces = _examples(source, field, holdout) if chat else _texts(source, field, holdout)
                 encode = _example_encoding(encoder) if chat else _text_encoding(DocumentEncoder(tokenizer))
-                with publish(directory, field="data.cache_dir") as temporary, \
-                        _progress(field, source_bytes(source, field), show_progress) as advance:
+                with (
+                    publish(directory, field="data.cache_dir") as temporary,
+                    _progress(field, source_bytes(source, field), show_progress) as advance,
+                ):
                     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
                     _build(pieces, encode, dtype, chat, temporary, num_workers, advance)
     return {split: open_split(directory, split) for split in SPLITS}

@@ -1,7 +1,7 @@
 """Rows of chat: `messages` with roles, or `prompt` and `completion`, checked and told by file and line.
 
-    {"messages": [{"role": "system", "content": "..."}, {"role": "user", ...}, {"role": "assistant", ...}]}
-    {"prompt": "...", "completion": "..."}        the same as a user's turn and the assistant's
+{"messages": [{"role": "system", "content": "..."}, {"role": "user", ...}, {"role": "assistant", ...}]}
+{"prompt": "...", "completion": "..."}        the same as a user's turn and the assistant's
 """
 
 import json

@@ -139,9 +139,7 @@ class ChatEncoder:
         if self._marked:
             return self._call(found, found.messages, marks=True)
         text, _ = self._call(found, found.messages)
-        spans = [
-            self._span(found, text, turn) for turn, m in enumerate(found.messages) if m["role"] == "assistant"
-        ]
+        spans = [self._span(found, text, turn) for turn, m in enumerate(found.messages) if m["role"] == "assistant"]
         return text, spans
 
     def _span(self, found: Example, text: str, turn: int) -> tuple[int, int]:
@@ -150,7 +148,8 @@ class ChatEncoder:
         after, _ = self._call(found, found.messages[: turn + 1])
         if not (text.startswith(after) and after.startswith(before)):
             raise self._refusal(
-                found, f"writes turn {turn + 1} otherwise when other turns follow it",
+                found,
+                f"writes turn {turn + 1} otherwise when other turns follow it",
                 "mark what the assistant says with {% generation %} in a template of your own",
             )
         # Nothing is generated behind the token that ends a turn, such as ChatML's line break behind <|im_end|>.
@@ -165,8 +164,11 @@ class ChatEncoder:
 
         try:
             texts, spans = render_jinja_template(
-                conversations=[messages], chat_template=self.template, add_generation_prompt=prompt,
-                return_assistant_tokens_mask=marks, **self._names,
+                conversations=[messages],
+                chat_template=self.template,
+                add_generation_prompt=prompt,
+                return_assistant_tokens_mask=marks,
+                **self._names,
             )
         except TemplateSyntaxError as error:
             raise UserError(

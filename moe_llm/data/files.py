@@ -75,9 +75,7 @@ def user_error_on_disk(field: str, path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"{field}: no space left for {path}: free some or choose another directory"
-            ) from error
+            raise UserError(f"{field}: no space left for {path}: free some or choose another directory") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise UserError(
                 f"{field}: {path} cannot be written ({error.strerror}): choose another directory"

@@ -290,9 +290,7 @@ def load_data(
     for (field, source), part in zip(named_sources(config), train):
         _check_not_all_dropped(part, field, config)
         if not len(part) and (source.weight is not None or not any(map(len, train))):
-            raise UserError(
-                f"{field} has no text left to train on, all is held out: add text to it or remove it"
-            )
+            raise UserError(f"{field} has no text left to train on, all is held out: add text to it or remove it")
     held_out = [part for _, split, part in blocks if split == "validation"]
     if not any(map(len, held_out)):
         for field, split, part in blocks:
@@ -373,6 +371,7 @@ def _chat_evaluation(
     text = TokenizedText(np.concatenate(ids), starts, sizes, int(sizes.sum()), np.concatenate(targets))
     blocks = PackedExamples(text, sequence_length, "truncate", tokenizer.eos_token_id)
     if not len(blocks):
-        raise UserError(f"--data: no example says anything of the assistant's within {sequence_length} tokens: "
-                        "give shorter ones")
+        raise UserError(
+            f"--data: no example says anything of the assistant's within {sequence_length} tokens: give shorter ones"
+        )
     return ValidationBlocks([blocks], max_blocks)

@@ -4,6 +4,7 @@ Shapes: B blocks, S sequence length, N tokens of a source.
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -132,3 +133,15 @@ class PackedBlocks:
 def as_batch(arrays: dict[str, np.ndarray]) -> Batch:
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return Batch(**({"document_ids_BS": None} | tensors))
+
+
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """The decoder's keyword arguments for a batch, without logits."""
+    return {
+        "input_ids": batch.input_ids_BS,
+        "attention_mask": batch.attention_mask_BS,
+        "targets": batch.labels_BS,
+        "position_ids": batch.position_ids_BS,
+        "document_ids": batch.document_ids_BS,
+        "return_logits": False,
+    }

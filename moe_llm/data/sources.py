@@ -78,9 +78,7 @@ def _expand(pattern: str, field: str) -> list[Path]:
     if path.exists():
         return [path]
     if not glob.has_magic(pattern):
-        raise UserError(
-            f"{_path_key(field)}={pattern} does not exist: give a file or a pattern like data/*.txt"
-        )
+        raise UserError(f"{_path_key(field)}={pattern} does not exist: give a file or a pattern like data/*.txt")
     files = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
     if not files:
         raise UserError(
@@ -160,9 +158,7 @@ def read_documents(source: SourceConfig, field: str) -> Iterator[str]:
         count += 1
         yield text
     if not count:
-        raise UserError(
-            f"{field}: {source.path or source.type} holds no text: name files with non-empty documents"
-        )
+        raise UserError(f"{field}: {source.path or source.type} holds no text: name files with non-empty documents")
 
 
 def read_records(source: SourceConfig, field: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -32,9 +32,7 @@ def _noting(texts: Iterable[str], errors: list[UserError]) -> Iterator[str]:
         raise
 
 
-def train_model(
-    texts: Iterable[str], vocab_size: int, max_bytes: int, character_coverage: float, seed: int
-) -> bytes:
+def train_model(texts: Iterable[str], vocab_size: int, max_bytes: int, character_coverage: float, seed: int) -> bytes:
     """Train a BPE model with byte fallback: unk 0, bos 1, eos 2, digits apart, text taken as it is.
 
     Args:

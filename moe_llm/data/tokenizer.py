@@ -95,9 +95,7 @@ def load_tokenizer(directory: Path | str) -> "PreTrainedTokenizerFast":
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise UserError(f"tokenizer {str(directory)!r} has no tokenizer.json: convert it or use another one")
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"tokenizer {str(directory)!r} has no eos_token: set one in its tokenizer_config.json"
-        )
+        raise UserError(f"tokenizer {str(directory)!r} has no eos_token: set one in its tokenizer_config.json")
     return tokenizer
 
 

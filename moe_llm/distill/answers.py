@@ -46,8 +46,10 @@ class AnswerOptions:
 
     def __post_init__(self):
         if self.temperature is not None and self.beams != 1:
-            raise UserError(f"--beams {self.beams} searches and --temperature {self.temperature:g} draws: "
-                            "add --beams 1, or leave --temperature out")
+            raise UserError(
+                f"--beams {self.beams} searches and --temperature {self.temperature:g} draws: "
+                "add --beams 1, or leave --temperature out"
+            )
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,10 @@ def write_answers(teacher: str | Path, prompts: str | list[str], out: str | Path
 
 def _settings(directory: Path, source: SourceConfig, options: AnswerOptions) -> str:
     """A line that is the same for the same answers."""
-    files = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
-             for file in [*list_files(source, _FIELD), directory / "config.json",
-                          *sorted(directory.glob("*.safetensors"))]]
+    files = [
+        [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
+        for file in [*list_files(source, _FIELD), directory / "config.json", *sorted(directory.glob("*.safetensors"))]
+    ]
     return json.dumps({"options": asdict(options), "files": files}) + "\n"
 
 
@@ -126,7 +129,11 @@ def _resume(partial: Path, settings: str) -> int:
 
 
 def _answer_all(
-    directory: Path, tokenizer: "PreTrainedTokenizerFast", found: Iterator[_Prompt | None], done: int, partial: Path,
+    directory: Path,
+    tokenizer: "PreTrainedTokenizerFast",
+    found: Iterator[_Prompt | None],
+    done: int,
+    partial: Path,
     options: AnswerOptions,
 ) -> None:
     """Append the answers of all prompts, batch by batch."""
@@ -174,8 +181,10 @@ def _finish(partial: Path, out: Path) -> Written:
     lines = _lines(partial)[1:]
     rows = [line for line in lines if line != "null\n"]
     if not rows:
-        raise UserError(f"{_FIELD}: of {len(lines)} prompts none has an answer, all are too short or too long for the "
-                        "teacher, or it says nothing: give others, or a smaller --continue or --max-new-tokens")
+        raise UserError(
+            f"{_FIELD}: of {len(lines)} prompts none has an answer, all are too short or too long for the "
+            "teacher, or it says nothing: give others, or a smaller --continue or --max-new-tokens"
+        )
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     temporary.write_text("".join(rows), encoding="utf-8")
     temporary.replace(out)
@@ -201,8 +210,14 @@ def _generate(
     how = {"do_sample": False, "num_beams": options.beams, "early_stopping": options.beams > 1}
     if options.temperature is not None:
         how = {"do_sample": True, "num_beams": 1, "temperature": options.temperature, "top_k": 0, "top_p": 1.0}
-    output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=options.max_new_tokens,
-                            pad_token_id=pad, eos_token_id=tokenizer.eos_token_id, **how)
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=options.max_new_tokens,
+        pad_token_id=pad,
+        eos_token_id=tokenizer.eos_token_id,
+        **how,
+    )
     answers = iter(_said(tokenizer, ids, new) for ids, new in zip(read, output[:, width:].tolist()))
     return [next(answers) if fit else "" for fit in fits]
 
@@ -244,8 +259,10 @@ def _of_texts(source: SourceConfig, tokenizer: "PreTrainedTokenizerFast", count:
 
 def _of_chat(source: SourceConfig, tokenizer: "PreTrainedTokenizerFast") -> Iterator[_Prompt]:
     if own_template(tokenizer) is None:
-        raise UserError("TEACHER has no chat template to answer with: add --continue N, for PROMPTS that are texts, or "
-                        "save a template beside its tokenizer")
+        raise UserError(
+            "TEACHER has no chat template to answer with: add --continue N, for PROMPTS that are texts, or "
+            "save a template beside its tokenizer"
+        )
     for where, record in read_records(source, _FIELD, ("messages", "prompt")):
         turns = record.get("messages")
         if turns is None and isinstance(record.get("prompt"), str):
@@ -254,8 +271,10 @@ def _of_chat(source: SourceConfig, tokenizer: "PreTrainedTokenizerFast") -> Iter
             messages = turns[:-1] if turns[-1].get("role") == "assistant" else turns
             row, answer = {"messages": messages}, "messages"
         else:
-            raise UserError(f"{_FIELD}: {where} has neither messages nor a prompt: rename its columns, or add "
-                            "--continue N for rows of text")
+            raise UserError(
+                f"{_FIELD}: {where} has neither messages nor a prompt: rename its columns, or add "
+                "--continue N for rows of text"
+            )
         yield _Prompt(_rendered(tokenizer, messages, where), row, answer)
 
 

@@ -173,8 +173,13 @@ def _settings(config: Config) -> dict[str, Any]:
     distill = config.distill
     total = sum(t.weight for t in distill.teachers)
     return {
-        "decisive": [_VERSION, distill.temperature, distill.cache_top_k, config.model.vocab_size,
-                     [[t.weight / total, t.dtype] for t in distill.teachers]],
+        "decisive": [
+            _VERSION,
+            distill.temperature,
+            distill.cache_top_k,
+            config.model.vocab_size,
+            [[t.weight / total, t.dtype] for t in distill.teachers],
+        ],
         "paths": [str(Path(t.path).expanduser().absolute()) for t in distill.teachers],
     }
 
@@ -188,8 +193,10 @@ def _recorded(root: Path, said: dict[str, Any], field: str, teacher: TeacherConf
     if len(found) == 1:
         return found[0]
     there = f"{len(found)} caches of what it said at different times" if found else "no cache of what it said"
-    raise UserError(f"{field}.path={teacher.path!r} does not exist, and data.cache_dir={str(root)!r} has {there}: "
-                    "give the teacher's checkpoint directory")
+    raise UserError(
+        f"{field}.path={teacher.path!r} does not exist, and data.cache_dir={str(root)!r} has {there}: "
+        "give the teacher's checkpoint directory"
+    )
 
 
 def teacher_hash(directory: Path, root: Path) -> str:

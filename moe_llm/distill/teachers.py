@@ -54,7 +54,9 @@ class OwnTeacher:
         model = self._model
         batch = batch.to(model.lm_head.weight.device)
         pattern = AttentionPattern.build(
-            batch.input_ids_BS, attention_mask=batch.attention_mask_BS, document_ids=batch.document_ids_BS,
+            batch.input_ids_BS,
+            attention_mask=batch.attention_mask_BS,
+            document_ids=batch.document_ids_BS,
             sliding_window=model.config.sliding_window,
         )
         x_BSD, _ = model.model(
@@ -205,8 +207,9 @@ def check_vocabularies(config: Config, tokenizer: "PreTrainedTokenizerFast") -> 
         if not directory.exists():
             continue
         theirs = load_tokenizer(directory).get_vocab()
-        differing = next((word for word, i in [*ours.items(), *theirs.items()]
-                          if ours.get(word) != i or theirs.get(word) != i), None)
+        differing = next(
+            (word for word, i in [*ours.items(), *theirs.items()] if ours.get(word) != i or theirs.get(word) != i), None
+        )
         if differing is not None:
             raise UserError(
                 f"{field}.path={teacher.path!r} has another vocabulary ({json.dumps(differing)} is its token "
@@ -232,8 +235,9 @@ def load_ensemble(config: Config, device: torch.device) -> Ensemble:
     for field, teacher in named_teachers(config):
         key = (teacher.path, teacher.dtype, teacher.device)
         if key not in loaded:
-            loaded[key] = load_teacher(teacher, device if teacher.device == "auto" else torch.device(teacher.device),
-                                       field)
+            loaded[key] = load_teacher(
+                teacher, device if teacher.device == "auto" else torch.device(teacher.device), field
+            )
         if loaded[key].width < config.model.vocab_size:
             raise UserError(
                 f"{field}.path={teacher.path!r} has {loaded[key].width} logits, fewer than model.vocab_size="
@@ -241,7 +245,9 @@ def load_ensemble(config: Config, device: torch.device) -> Ensemble:
             )
     teachers = config.distill.teachers
     return Ensemble(
-        [loaded[t.path, t.dtype, t.device] for t in teachers], [t.weight for t in teachers], config.model.vocab_size,
+        [loaded[t.path, t.dtype, t.device] for t in teachers],
+        [t.weight for t in teachers],
+        config.model.vocab_size,
         config.distill.temperature,
     )
 

@@ -15,8 +15,8 @@ from moe_llm.data.loader import TrainBlocks
 from moe_llm.data.packing import Batch
 from moe_llm.distill.cache import Named, TeacherCache, block_digests, name_successors, open_cache
 from moe_llm.distill.teachers import Ensemble, load_ensemble
+from moe_llm.distributed.runtime import Runtime
 from moe_llm.ops.distillation import Distillation, Outcomes
-from moe_llm.parallel.runtime import Runtime
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -107,8 +107,14 @@ class FromDisk:
 
 
 def build_teaching(
-    config: Config, runtime: Runtime, blocks: TrainBlocks, tokenizer: "PreTrainedTokenizerFast", *, start: int,
-    samples: int, say: Callable[[str], None],
+    config: Config,
+    runtime: Runtime,
+    blocks: TrainBlocks,
+    tokenizer: "PreTrainedTokenizerFast",
+    *,
+    start: int,
+    samples: int,
+    say: Callable[[str], None],
 ) -> Teaching:
     """What a run learns from beside its text. Collective.
 
@@ -137,4 +143,3 @@ def _joined(rows: list[Batch]) -> Batch:
     names = ("input_ids_BS", "labels_BS", "position_ids_BS", "document_ids_BS", "attention_mask_BS")
     values = {name: [getattr(row, name) for row in rows] for name in names}
     return Batch(**{name: None if parts[0] is None else torch.cat(parts) for name, parts in values.items()})
-

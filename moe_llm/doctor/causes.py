@@ -127,9 +127,26 @@ _FOLLOWS_SAMPLES = _says("follows from the data: the blocks are not those that w
 _RULES: list[tuple[set[str], Callable[[Finding, Failed, int], str]]] = [
     ({"samples"}, _says("ranks share out the blocks wrongly: look at the loader's rank, world size and position")),
     ({"run"}, _run),
-    ({"tokens", "lm_loss", "aux_loss", "z_loss", "loss", "gradients", "norm", "weights", "routing", "dropped",
-      "val_loss", "resume_one_data", "resume_one_loss", "resume_ranks_data", "resume_ranks_loss"},
-     _FOLLOWS_SAMPLES),
+    (
+        {
+            "tokens",
+            "lm_loss",
+            "aux_loss",
+            "z_loss",
+            "loss",
+            "gradients",
+            "norm",
+            "weights",
+            "routing",
+            "dropped",
+            "val_loss",
+            "resume_one_data",
+            "resume_one_loss",
+            "resume_ranks_data",
+            "resume_ranks_loss",
+        },
+        _FOLLOWS_SAMPLES,
+    ),
     ({"start"}, _says("a rank's initial weights are not those of one process: initialisation depends on the rank")),
     ({"tokens"}, _says("padding is counted, or the ranks' masks differ from those of one process")),
     ({"experts_train"}, _says("experts are not in the optimizer, or their learning rate is zero")),
@@ -140,13 +157,23 @@ _RULES: list[tuple[set[str], Callable[[Finding, Failed, int], str]]] = [
     ({"loss"}, _says("follows from the balance loss", if_failed="aux_loss")),
     ({"loss"}, _says("follows from the z-loss", if_failed="z_loss")),
     ({"z_loss"}, _says("the number of tokens it is divided by is not that of all ranks")),
-    ({"lm_loss", "loss"}, _says("the targets it is divided by are not those of the whole step, or the forward pass of "
-                               "the layout differs: look at dispatch and attention")),
+    (
+        {"lm_loss", "loss"},
+        _says(
+            "the targets it is divided by are not those of the whole step, or the forward pass of "
+            "the layout differs: look at dispatch and attention"
+        ),
+    ),
     ({"dropped"}, _dropped),
     ({"routing"}, _routing),
     ({"gradients", "reference_gradients"}, _gradient),
-    ({"gradients"}, _says("backward departs where forward does not: look at the exchange's backward and at "
-                          "accumulation over micro-batches")),
+    (
+        {"gradients"},
+        _says(
+            "backward departs where forward does not: look at the exchange's backward and at "
+            "accumulation over micro-batches"
+        ),
+    ),
     ({"norm"}, _says("follows from the gradients", if_failed="gradients")),
     ({"norm"}, _says("gradients are right, so the norm is not taken over all ranks and parameters: clipping is wrong")),
     ({"weights"}, _weights),
@@ -156,10 +183,17 @@ _RULES: list[tuple[set[str], Callable[[Finding, Failed, int], str]]] = [
     ({"reference_aux"}, _reference_aux),
     ({"reference_z"}, lambda finding, failed, ranks: _padding(finding)),
     ({"reference_lm"}, _says("documents see each other, targets are shifted wrongly or padding is counted")),
-    ({"export_load"}, _says("config.json or the files of the checkpoint are not what transformers reads: --json has "
-                            "the trace")),
-    ({"export", "export_keys"}, _says("the checkpoint does not hold what was trained: experts of some ranks are "
-                                      "missing, doubled or in another's place")),
+    (
+        {"export_load"},
+        _says("config.json or the files of the checkpoint are not what transformers reads: --json has the trace"),
+    ),
+    (
+        {"export", "export_keys"},
+        _says(
+            "the checkpoint does not hold what was trained: experts of some ranks are "
+            "missing, doubled or in another's place"
+        ),
+    ),
     ({"export_logits"}, _says("follows from the exported weights", if_failed="export")),
     ({"export_logits"}, _says("config.json does not describe the model that was trained")),
     ({"resume_one_data", "resume_ranks_data"}, _says("the data position in the checkpoint is not that of its step")),
@@ -168,8 +202,10 @@ _RULES: list[tuple[set[str], Callable[[Finding, Failed, int], str]]] = [
     ({"resume_ranks_loss"}, _says("follows from the data position", if_failed="resume_ranks_data")),
     ({"resume_one_loss"}, _says("follows from the restored state", if_failed="resume_one_state")),
     ({"resume_ranks_loss"}, _says("follows from the restored state", if_failed="resume_ranks_state")),
-    ({"resume_one_loss", "resume_ranks_loss"},
-     _says("the state is right and the steps after it are not: step count, schedule or noise")),
+    (
+        {"resume_one_loss", "resume_ranks_loss"},
+        _says("the state is right and the steps after it are not: step count, schedule or noise"),
+    ),
     ({"noise_recomputed"}, _says("recomputation draws other noise than the forward pass, or noise is not seeded")),
     ({"noise_acts"}, _says("the noise is drawn but not used, or never drawn")),
 ]

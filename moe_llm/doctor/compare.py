@@ -61,7 +61,8 @@ def widened(allowed: Tolerances, ranks: Sequence[Observation], one: Observation)
     noise = math.hypot(allowed.gradient, 2 * math.sqrt(2 * most))
     turned = allowed.weights * math.sqrt(math.atan(noise) / math.atan(allowed.gradient))
     return replace(
-        allowed, gradient=math.hypot(allowed.gradient, 2 * math.sqrt(2 * first)),
+        allowed,
+        gradient=math.hypot(allowed.gradient, 2 * math.sqrt(2 * first)),
         weights=min(turned, 0.95),  # a weight that did not change at all departs by 1
     )
 
@@ -141,9 +142,7 @@ def norms(ranks: Sequence[Observation], one: Observation, allowed: Tolerances, c
     return within("norm", f"norm of all gradients{active}", compared)
 
 
-def gradients(
-    found: Whole, expected: Whole, allowed: Tolerances, key: str, check: str
-) -> Finding:
+def gradients(found: Whole, expected: Whole, allowed: Tolerances, key: str, check: str) -> Finding:
     """Of the first step, tensor by tensor. Evidence: which kinds of tensors depart, and the factor if it is one."""
     size = _rms if allowed.in_bf16 else _largest
     floor = 1e-4 * max(size(value) for value in expected.values())
@@ -156,8 +155,14 @@ def gradients(
     kinds = sorted({kind_of(name) for name in factors})
     same = {round(f, 3) for f in factors.values() if f is not None}
     factor = same.pop() if len(same) == 1 and None not in factors.values() else None
-    return within(key, check, compared, kinds=kinds, factor=factor,
-                  spared=sorted({kind_of(name) for name in expected} - set(kinds)))
+    return within(
+        key,
+        check,
+        compared,
+        kinds=kinds,
+        factor=factor,
+        spared=sorted({kind_of(name) for name in expected} - set(kinds)),
+    )
 
 
 def _factor(found: np.ndarray, expected: np.ndarray, tolerance: float) -> float | None:
@@ -183,9 +188,7 @@ def weights(ranks: Sequence[Observation], one: Observation, allowed: Tolerances)
         found, expected = whole([rank.weights[step] for rank in ranks]), whole([one.weights[step]])
         for name, value in expected.items():
             change = value - start[name]
-            compared.append(
-                (_apart(found[name], value, change), allowed.weights, f"{name} after step {step + 1}")
-            )
+            compared.append((_apart(found[name], value, change), allowed.weights, f"{name} after step {step + 1}"))
     return within("weights", "weights after each step, against their change", compared)
 
 
@@ -274,8 +277,11 @@ def frozen(ranks: Sequence[Observation], config: Config) -> Finding:
         if name not in trained:
             wrong += [] if np.array_equal(value, end[name]) else [name]
         elif some is not None and is_expert(name):
-            wrong += [f"{name}, expert {e}" for e in range(len(value))
-                      if e not in some and not np.array_equal(value[e], end[name][e])]
+            wrong += [
+                f"{name}, expert {e}"
+                for e in range(len(value))
+                if e not in some and not np.array_equal(value[e], end[name][e])
+            ]
     return exact("frozen", "what is not trained is what it was, to the bit", wrong)
 
 
@@ -299,20 +305,30 @@ def against_transformers(
             (relative(record[f"{name}_loss"], getattr(theirs, name)), allowed.loss[0], f"step {step + 1}")
             for step, (record, theirs) in enumerate(zip(one.records, expected, strict=True))
         ]
-        findings.append(within(f"reference_{name}", f"{title}, as transformers computes it", compared,
-                               **_padding(one)))
+        findings.append(within(f"reference_{name}", f"{title}, as transformers computes it", compared, **_padding(one)))
     slopes = {name: expected[0].gradients[name] for name in one.gradients[0]}
     if experts is not None:
         for name in filter(is_expert, slopes):
             is_trained = np.isin(np.arange(len(slopes[name])), experts)
             slopes[name] = np.where(is_trained[:, None, None], slopes[name], 0)
-    findings.append(gradients(whole([one.gradients[0]]), slopes, allowed, "reference_gradients",
-                              "gradients of step 1, as transformers computes them"))
+    findings.append(
+        gradients(
+            whole([one.gradients[0]]),
+            slopes,
+            allowed,
+            "reference_gradients",
+            "gradients of step 1, as transformers computes them",
+        )
+    )
     return findings
 
 
 def resumed(
-    title: str, key: str, straight: Sequence[Observation], after: Sequence[Observation], expected: list[list[str]],
+    title: str,
+    key: str,
+    straight: Sequence[Observation],
+    after: Sequence[Observation],
+    expected: list[list[str]],
     allowed: Tolerances,
 ) -> list[Finding]:
     """A run that went on at another layout.
@@ -326,7 +342,8 @@ def resumed(
         before = whole([rank.at_save[kind] for rank in straight])
         now = whole([rank.start.get(kind, {}) for rank in after])
         wrong += [
-            f"{kind} of {name}" for name, value in before.items()
+            f"{kind} of {name}"
+            for name, value in before.items()
             if name not in now or not np.array_equal(now[name], value)
         ]
     first = after[0].first_step

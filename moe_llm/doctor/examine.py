@@ -14,6 +14,7 @@ import torch
 from moe_llm.config import Config
 from moe_llm.config.adversarial import AdversarialConfig
 from moe_llm.config.routers import ENTROPY_COEFFICIENTS
+from moe_llm.distributed.runtime import world_size_from_environment
 from moe_llm.doctor import adapters, compare
 from moe_llm.doctor.causes import diagnose
 from moe_llm.doctor.exported import check_export
@@ -25,7 +26,6 @@ from moe_llm.doctor.sample import small_data
 from moe_llm.doctor.shrink import one_process, replace, shrink
 from moe_llm.errors import UserError
 from moe_llm.model.moe.routers import router_losses
-from moe_llm.parallel.runtime import world_size_from_environment
 
 STEPS = 4
 
@@ -45,7 +45,12 @@ class Report:
 
 
 def examine(
-    config: Config, *, ranks: int = 2, steps: int = STEPS, plant: Plant = no_plant, processes: LocalRanks | None = None,
+    config: Config,
+    *,
+    ranks: int = 2,
+    steps: int = STEPS,
+    plant: Plant = no_plant,
+    processes: LocalRanks | None = None,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> Report:
     """Compare a small copy of the run on `ranks` local ranks with one process and with transformers.
@@ -76,8 +81,9 @@ def examine(
         try:
             _Case(config, prepared, directory, pool, plant, ranks, report.findings, say).run()
         except RankError as error:
-            report.findings.append(Finding("run", "the ranks run", FAIL, where=error.message,
-                                           evidence={"trace": str(error)}))
+            report.findings.append(
+                Finding("run", "the ranks run", FAIL, where=error.message, evidence={"trace": str(error)})
+            )
     diagnose(report.findings, ranks)
     report.seconds = time.monotonic() - begin
     return report
@@ -86,21 +92,32 @@ def examine(
 def _layout(config: Config, ranks: int) -> str:
     """In words: what the ranks do."""
     rounds, shared = config.accumulation_steps(ranks), config.parallel.expert_parallel_size
-    return ", ".join([
-        f"{ranks} ranks",
-        "each with all experts" if shared == 1 else f"{shared} of them share a set of experts",
-        f"ZeRO-{config.parallel.zero_stage}",
-        f"{rounds} micro-batch{'es' if rounds > 1 else ''} a step",
-        config.train.precision,
-        *(["recomputation"] if config.train.activation_checkpointing else []),
-    ])
+    return ", ".join(
+        [
+            f"{ranks} ranks",
+            "each with all experts" if shared == 1 else f"{shared} of them share a set of experts",
+            f"ZeRO-{config.parallel.zero_stage}",
+            f"{rounds} micro-batch{'es' if rounds > 1 else ''} a step",
+            config.train.precision,
+            *(["recomputation"] if config.train.activation_checkpointing else []),
+        ]
+    )
 
 
 class _Case:
     """One examination: `run` goes through it and appends to `findings`."""
 
-    def __init__(self, user: Config, config: Config, directory: Path, pool: LocalRanks, plant: Plant, ranks: int,
-                 findings: list[Finding], say: Callable[[str], None]):
+    def __init__(
+        self,
+        user: Config,
+        config: Config,
+        directory: Path,
+        pool: LocalRanks,
+        plant: Plant,
+        ranks: int,
+        findings: list[Finding],
+        say: Callable[[str], None],
+    ):
         self.user, self.directory, self.pool, self.plant, self.ranks = user, directory, pool, plant, ranks
         self.findings, self.say = findings, say
         self.reference = Reference(config.model) if comparable(config.model) else None
@@ -123,11 +140,18 @@ class _Case:
         self.say("exporting, and resuming at other layouts")
         self.pool.send(_observe_from, self._elsewhere(), one.saved[0], plant=self.plant)
         self.findings += check_export(
-            ranks[0].saved[0], adapters.merged(compare.whole([rank.at_save["weight"] for rank in ranks]), self.config),
-            self.config, one.batches[0][0], self.allowed,
+            ranks[0].saved[0],
+            adapters.merged(compare.whole([rank.at_save["weight"] for rank in ranks]), self.config),
+            self.config,
+            one.batches[0][0],
+            self.allowed,
         )
-        self._compare_resumed("one", f"{self.ranks} ranks -> one process", ranks,
-                              [self._alone(self.config, "resumed", source=ranks[0].saved[0])])
+        self._compare_resumed(
+            "one",
+            f"{self.ranks} ranks -> one process",
+            ranks,
+            [self._alone(self.config, "resumed", source=ranks[0].saved[0])],
+        )
         other = self._elsewhere().parallel
         title = f"one process -> {self.ranks} ranks, EP {other.expert_parallel_size}, ZeRO-{other.zero_stage}"
         self._compare_resumed("ranks", title, [one], self.pool.receive())
@@ -169,10 +193,12 @@ class _Case:
         if adversarial:
             self.findings.append(note("train.adversarial is off beside transformers, which has no such thing"))
         for key, value in changed.items():
-            self.findings.append(note(
-                f"model.router.{key}={getattr(router, key)} is {'null' if value is None else value} beside "
-                "transformers, which has no such thing"
-            ))
+            self.findings.append(
+                note(
+                    f"model.router.{key}={getattr(router, key)} is {'null' if value is None else value} beside "
+                    "transformers, which has no such thing"
+                )
+            )
         plain = {**router.model_dump(mode="json"), **without}
         config = replace(self._in_fp32(), model={"router": plain}, train={"precision": "fp32", "adversarial": {}})
         return self._alone(config, "one_plain", keep_batches=True)
@@ -183,16 +209,19 @@ class _Case:
         sizes = [s for s in range(self.ranks, 0, -1) if self.ranks % s == 0 and experts % s == 0]
         size = next((s for s in sizes if s != now.expert_parallel_size), 1)
         return replace(
-            self.config, run={"dir": str(self.directory / "elsewhere")},
+            self.config,
+            run={"dir": str(self.directory / "elsewhere")},
             parallel={"expert_parallel_size": size, "zero_stage": 1 if now.zero_stage == 3 else 3},
         )
 
     def _compare_with_transformers(self, precise: Observation) -> None:
         if self.reference is None:
-            self.findings.append(note(
-                f"transformers trains no model with model.router.type={self.config.model.router.type}: ranks are "
-                "compared with one process alone"
-            ))
+            self.findings.append(
+                note(
+                    f"transformers trains no model with model.router.type={self.config.model.router.type}: ranks are "
+                    "compared with one process alone"
+                )
+            )
             return
         one = self._as_transformers(precise)
         before = [one.start["weight"], *one.weights[:-1]]
@@ -217,8 +246,11 @@ class _Case:
             compare.routing(ranks, one, allowed),
             *([compare.dropped(ranks, one, allowed)] if self.config.model.router.limited else []),
             compare.gradients(
-                compare.whole([rank.gradients[0] for rank in ranks]), compare.whole([one.gradients[0]]),
-                allowed, "gradients", "gradients of step 1",
+                compare.whole([rank.gradients[0] for rank in ranks]),
+                compare.whole([one.gradients[0]]),
+                allowed,
+                "gradients",
+                "gradients of step 1",
             ),
             compare.norms(ranks, one, allowed, self.config.optim.grad_clip),
             compare.weights(ranks, one, allowed),
@@ -239,16 +271,16 @@ class _Case:
         runs = []
         for recompute in (False, True):
             noisy = replace(
-                self.config, run={"dir": str(self.directory / f"noise_{recompute}")},
+                self.config,
+                run={"dir": str(self.directory / f"noise_{recompute}")},
                 model={"router_jitter_noise": self.user.model.router_jitter_noise},
                 train={"max_steps": 1, "activation_checkpointing": recompute},
             )
             runs.append(self.pool.run(observe, noisy, plant=self.plant))
-        plain, again, silent = (
-            compare.whole([rank.gradients[0] for rank in run]) for run in (runs[0], runs[1], quiet)
+        plain, again, silent = (compare.whole([rank.gradients[0] for rank in run]) for run in (runs[0], runs[1], quiet))
+        seen = compare.gradients(
+            again, plain, self.allowed, "noise_recomputed", "router noise: seeded, and the same in recomputation"
         )
-        seen = compare.gradients(again, plain, self.allowed, "noise_recomputed",
-                                 "router noise: seeded, and the same in recomputation")
         idle = [] if any((plain[name] != silent[name]).any() for name in plain) else ["no gradient depends on it"]
         self.findings += [seen, exact("noise_acts", "router noise: acts on the gradients", idle)]
 

@@ -17,9 +17,7 @@ from moe_llm.doctor.findings import FAIL, Finding, exact, note, within
 
 
 @torch.no_grad()
-def check_export(
-    directory: str, weights: Whole, config: Config, batch: Batch, allowed: Tolerances
-) -> list[Finding]:
+def check_export(directory: str, weights: Whole, config: Config, batch: Batch, allowed: Tolerances) -> list[Finding]:
     """Every tensor of `weights` (whole, as in training) is there, no other is, and logits are those of our model."""
     architecture = architecture_of(config.model)
     if not (architecture.native or architecture.code):
@@ -30,15 +28,29 @@ def check_export(
     disable_progress_bar()
     try:
         theirs, report = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, output_loading_info=True, experts_implementation="eager",
+            directory,
+            dtype=torch.float32,
+            output_loading_info=True,
+            experts_implementation="eager",
             trust_remote_code=architecture.code,  # this package's own, written a moment ago
         )
     except Exception as error:  # noqa: BLE001 - whatever it is, it is what the user's users would meet
         said = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
-        return [Finding("export_load", "checkpoint in transformers: loads", FAIL, where=said,
-                        evidence={"trace": traceback.format_exc()})]
-    wrong = [f"{kind.replace('_', ' ')}: {name}" for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-             for name in sorted(map(str, report[kind])) if not name.endswith(architecture.unused)]
+        return [
+            Finding(
+                "export_load",
+                "checkpoint in transformers: loads",
+                FAIL,
+                where=said,
+                evidence={"trace": traceback.format_exc()},
+            )
+        ]
+    wrong = [
+        f"{kind.replace('_', ' ')}: {name}"
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        for name in sorted(map(str, report[kind]))
+        if not name.endswith(architecture.unused)
+    ]
     keys = exact("export_keys", "checkpoint in transformers: all tensors, no others", wrong)
 
     held = {hf.published_name(name): tensor for name, tensor in [*theirs.named_parameters(), *theirs.named_buffers()]}
@@ -59,8 +71,11 @@ def check_export(
     ids_BS = batch.input_ids_BS[:1, : int(batch.attention_mask_BS[0].sum())]
     a, b = theirs.eval()(ids_BS).logits.numpy(), ours(ids_BS).logits.numpy()
     apart = float(np.abs(a - b).max() / np.abs(a).max())
-    return [keys, tensors, within("export_logits", "checkpoint in transformers: logits", [
-        (apart, allowed.logits, "the largest logit")])]
+    return [
+        keys,
+        tensors,
+        within("export_logits", "checkpoint in transformers: logits", [(apart, allowed.logits, "the largest logit")]),
+    ]
 
 
 def _found(name: str, shape: tuple[int, ...], held: Mapping[str, torch.Tensor]) -> torch.Tensor | None:

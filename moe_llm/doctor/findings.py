@@ -44,5 +44,12 @@ def within(key: str, check: str, differences: list[tuple[float, float, str]], **
     to its tolerance."""
     beyond = [d for d in differences if not d[0] <= d[1]]  # NaN is beyond
     shown = beyond[0] if beyond else max(differences, key=lambda d: d[0] / d[1] if d[1] else 0.0)
-    return Finding(key, check, FAIL if beyond else PASS, shown[0], shown[1], shown[2] if beyond else "",
-                   {**evidence, "beyond": [d[2] for d in beyond[:_NAMED]]})
+    return Finding(
+        key,
+        check,
+        FAIL if beyond else PASS,
+        shown[0],
+        shown[1],
+        shown[2] if beyond else "",
+        {**evidence, "beyond": [d[2] for d in beyond[:_NAMED]]},
+    )

@@ -21,12 +21,12 @@ from moe_llm.config import Config, dump_config
 from moe_llm.data.loader import Data, TrainLoader, load_data
 from moe_llm.data.packing import Batch
 from moe_llm.data.tokenizer import build_tokenizer
-from moe_llm.parallel.engine import Engine
-from moe_llm.parallel.runtime import start
-from moe_llm.parallel.side_group import SideGroup
+from moe_llm.distributed.engine import Engine
+from moe_llm.distributed.runtime import start
+from moe_llm.distributed.side_group import SideGroup
+from moe_llm.evaluation.evaluate import validation_loss
 from moe_llm.train import loop
 from moe_llm.train.adversarial import build_perturbation
-from moe_llm.train.evaluate import validation_loss
 from moe_llm.train.run import build_trained
 from moe_llm.train.signals import StopRequest
 
@@ -73,9 +73,7 @@ def observe(config: Config, *, source: str | None = None, keep_batches: bool = F
     runtime = start(config)
     run_dir = Path(config.run.dir)
     tokenizer = build_tokenizer(config, run_dir / "tokenizer")
-    data = load_data(
-        config, tokenizer, rank=runtime.rank, world_size=runtime.world_size, show_progress=False
-    )
+    data = load_data(config, tokenizer, rank=runtime.rank, world_size=runtime.world_size, show_progress=False)
     if source:
         verify(Path(source), runtime)
     engine, position = build_trained(config, runtime, Path(source) if source else None)
@@ -88,19 +86,32 @@ def observe(config: Config, *, source: str | None = None, keep_batches: bool = F
         if not seen.saved:
             seen.at_save = _state(engine, with_optimizer=True)
         path = save_checkpoint(
-            run_dir / "checkpoints", engine, step=at.step, trainer_state=vars(at), model_config=config.model,
-            run_config_text=dump_config(config), tokenizer=tokenizer, dtype=config.checkpoint.dtype,
-            max_shard_size=config.checkpoint.max_shard_size, background=background,
+            run_dir / "checkpoints",
+            engine,
+            step=at.step,
+            trainer_state=vars(at),
+            model_config=config.model,
+            run_config_text=dump_config(config),
+            tokenizer=tokenizer,
+            dtype=config.checkpoint.dtype,
+            max_shard_size=config.checkpoint.max_shard_size,
+            background=background,
         )
         seen.saved.append(str(path))
 
     callbacks = loop.Callbacks(
-        evaluate=lambda: validation_loss(config, watched, runtime, data), record=seen.records.append, save=save,
+        evaluate=lambda: validation_loss(config, watched, runtime, data),
+        record=seen.records.append,
+        save=save,
         perturb=build_perturbation(config, engine.model),
     )
     loader = TrainLoader(
-        data.train, position=position.samples, global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size, rank=runtime.rank, world_size=runtime.world_size,
+        data.train,
+        position=position.samples,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
     )
     with loader, background or nullcontext():
         loop.train_loop(config, watched, runtime, loader, position, StopRequest(), callbacks)
@@ -131,10 +142,15 @@ class Watched:
 
     def forward(self, **inputs: Any) -> Any:
         if self._engine.model.training:
-            self._micro.append(Batch(
-                input_ids_BS=inputs["input_ids"], labels_BS=inputs["targets"], position_ids_BS=inputs["position_ids"],
-                document_ids_BS=inputs["document_ids"], attention_mask_BS=inputs["attention_mask"],
-            ))
+            self._micro.append(
+                Batch(
+                    input_ids_BS=inputs["input_ids"],
+                    labels_BS=inputs["targets"],
+                    position_ids_BS=inputs["position_ids"],
+                    document_ids_BS=inputs["document_ids"],
+                    attention_mask_BS=inputs["attention_mask"],
+                )
+            )
         return self._engine.forward(**inputs)
 
     def step(self, lr: float) -> float:

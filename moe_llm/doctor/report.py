@@ -17,9 +17,14 @@ def as_json(report: Report) -> dict[str, Any]:
         "changes": {key: {"configured": old, "examined": new} for key, (old, new) in report.changes.items()},
         "checks": [
             {
-                "key": finding.key, "check": finding.check, "status": finding.status,
-                "difference": _finite(finding.difference), "tolerance": finding.tolerance,
-                "where": finding.where, "cause": finding.cause, "evidence": finding.evidence,
+                "key": finding.key,
+                "check": finding.check,
+                "status": finding.status,
+                "difference": _finite(finding.difference),
+                "tolerance": finding.tolerance,
+                "where": finding.where,
+                "cause": finding.cause,
+                "evidence": finding.evidence,
             }
             for finding in report.findings
         ],
@@ -48,8 +53,9 @@ def print_report(report: Report) -> None:
     checks = [finding for finding in report.findings if finding.status != NOTE]
     for finding in checks:
         status = f"[{_STYLES[finding.status]}]{finding.status}[/]"
-        table.add_row(escape(finding.check), status, _number(finding, finding.difference),
-                      _number(finding, finding.tolerance))
+        table.add_row(
+            escape(finding.check), status, _number(finding, finding.difference), _number(finding, finding.tolerance)
+        )
     console.print(table)
     for finding in checks:
         if finding.status == FAIL:

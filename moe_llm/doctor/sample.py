@@ -31,10 +31,15 @@ def small_data(user: Config, small: Config, directory: Path) -> tuple[Config, li
     """
     notes: list[str] = []
     train, held_out = _read(user, notes)
-    config = replace(small, run={"dir": str(directory / "run")}, data={
-        "cache_dir": str(directory / "cache"), "num_workers": 1,
-        "validation_fraction": max(0.1, user.data.validation_fraction),
-    })
+    config = replace(
+        small,
+        run={"dir": str(directory / "run")},
+        data={
+            "cache_dir": str(directory / "cache"),
+            "num_workers": 1,
+            "validation_fraction": max(0.1, user.data.validation_fraction),
+        },
+    )
     config = _with_tokenizer(user, config, train, directory, notes)
     if user.data.has_chat:
         config = _with_chat(user, config, notes)
@@ -66,11 +71,17 @@ def _with_chat(user: Config, config: Config, notes: list[str]) -> Config:
     if template == "tokenizer" and config.tokenizer.path != _resolved(user.tokenizer.path):
         notes.append("data.chat_template=tokenizer is auto here, because the tokenizer is another one")
         template = "auto"
-    config = replace(config, data={"chat_template": template, "over_long": "truncate",
-                                   **{key: asked[key] for key in ("sources", "validation_sources")}})
+    config = replace(
+        config,
+        data={
+            "chat_template": template,
+            "over_long": "truncate",
+            **{key: asked[key] for key in ("sources", "validation_sources")},
+        },
+    )
     encoder = ChatEncoder(build_tokenizer(config, Path(config.run.dir) / "tokenizer"), "data.chat_template")
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
-    (ids, _), = encoder.encode([example(turns, "a user's and an assistant's turn")])
+    ((ids, _),) = encoder.encode([example(turns, "a user's and an assistant's turn")])
     length = min(user.data.sequence_length, config.data.sequence_length + len(ids))
     notes.append(f"data.sequence_length is {length} here, because the chat template alone writes {len(ids)} tokens")
     return replace(config, data={"sequence_length": length})
@@ -142,8 +153,11 @@ def _within_time(field: str, source: SourceConfig, budget: int) -> list[str]:
     theirs.close()
     try:
         answered = ours.poll(HUB_SECONDS)
-        texts, sentence = ours.recv() if answered else (None, f"{field}.path={source.path} gave no text in "
-                                                              f"{HUB_SECONDS} s: check the connection")
+        texts, sentence = (
+            ours.recv()
+            if answered
+            else (None, f"{field}.path={source.path} gave no text in {HUB_SECONDS} s: check the connection")
+        )
     except EOFError:
         texts, sentence = None, f"{field}.path={source.path} cannot be read here: use local files"
     finally:
@@ -162,9 +176,7 @@ def _send_documents(pipe, field: str, source: SourceConfig, budget: int) -> None
         pipe.send((None, str(error)))
 
 
-def _with_tokenizer(
-    user: Config, config: Config, texts: list[list[str]], directory: Path, notes: list[str]
-) -> Config:
+def _with_tokenizer(user: Config, config: Config, texts: list[list[str]], directory: Path, notes: list[str]) -> Config:
     """The user's own tokenizer where it is a local path, else one trained on the sample; in the run directory."""
     path = user.tokenizer.path
     if path is not None and Path(path).expanduser().exists():
@@ -175,14 +187,20 @@ def _with_tokenizer(
         return replace(config, model={"vocab_size": vocabulary or size})
     if path is not None:
         notes.append(f"tokenizer.path={path} is no local path: a small tokenizer is trained in its place")
-    config = replace(config, tokenizer={"path": None, "train_bytes": READ}, data={
-        "chat_template": "auto", "over_long": "drop",
-        "sources": [_source(directory / f"text_{i}.jsonl", part, None) for i, part in enumerate(texts)],
-        "validation_sources": [],
-    })
+    config = replace(
+        config,
+        tokenizer={"path": None, "train_bytes": READ},
+        data={
+            "chat_template": "auto",
+            "over_long": "drop",
+            "sources": [_source(directory / f"text_{i}.jsonl", part, None) for i, part in enumerate(texts)],
+            "validation_sources": [],
+        },
+    )
     trained = _train_tokenizer(config, directory)
-    return replace(config, tokenizer={"path": str(trained.tokenizer.path)},
-                   model={"vocab_size": trained.model.vocab_size})
+    return replace(
+        config, tokenizer={"path": str(trained.tokenizer.path)}, model={"vocab_size": trained.model.vocab_size}
+    )
 
 
 def _train_tokenizer(config: Config, directory: Path) -> Config:

@@ -48,8 +48,14 @@ def shrink(config: Config, ranks: int, steps: int) -> Small:
         "optim": {"warmup_steps": min(config.optim.warmup_steps, 1)},
         "finetune": _finetune(config, model["num_local_experts"], notes),
         # a step that is not finite is a finding, not one to leave out
-        "train": {**train, "max_steps": steps, "max_tokens": None, "device": "cpu", "on_nan": "stop",
-                  "early_stopping": {}},
+        "train": {
+            **train,
+            "max_steps": steps,
+            "max_tokens": None,
+            "device": "cpu",
+            "on_nan": "stop",
+            "early_stopping": {},
+        },
         "parallel": {"expert_parallel_size": expert_parallel},
         "checkpoint": {"every_steps": max(1, steps // 2), "keep_last": None, "resume": "auto"},
         "evaluate": {"every_steps": None, "max_blocks": 8, "sample_prompt": None},
@@ -57,8 +63,9 @@ def shrink(config: Config, ranks: int, steps: int) -> Small:
     }
     if config.distill.teachers:
         changed["distill"] = DistillConfig().model_dump(mode="json")
-        notes.append("distill is left out here, since the copy has a vocabulary of its own: its loss is that of the "
-                     "text alone")
+        notes.append(
+            "distill is left out here, since the copy has a vocabulary of its own: its loss is that of the text alone"
+        )
     changes = {
         f"{section}.{key}": (raw[section][key], value)
         for section in ("model", "data", "train", "parallel")
@@ -127,8 +134,7 @@ def _model(config: Config, ranks: int, notes: list[str]) -> dict[str, Any]:
         "init_from": None,
         "hidden_size": hidden,
         "intermediate_size": min(
-            model.intermediate_size,
-            max(4, round(hidden * min(2.0, model.intermediate_size / model.hidden_size)))
+            model.intermediate_size, max(4, round(hidden * min(2.0, model.intermediate_size / model.hidden_size)))
         ),
         "num_hidden_layers": min(model.num_hidden_layers, LAYERS),
         "num_attention_heads": heads,
@@ -188,8 +194,10 @@ def _finetune(config: Config, experts: int, notes: list[str]) -> dict[str, Any]:
     if some is not None and max(some) >= experts:
         some = sorted({expert % experts for expert in some})
     if (train, some) != (config.finetune.train, config.finetune.experts):
-        notes.append(f"finetune.train={config.finetune.train} with experts={config.finetune.experts} is {train} with "
-                     f"experts={some} here, where there are fewer layers or experts")
+        notes.append(
+            f"finetune.train={config.finetune.train} with experts={config.finetune.experts} is {train} with "
+            f"experts={some} here, where there are fewer layers or experts"
+        )
     # what is frozen stays frozen; the rest of the guard needs a base
     guard = {"action": "freeze"} if config.finetune.router_guard.action == "freeze" else {}
     return {"train": train, "experts": some, "router_guard": guard, "lora": _lora(config, experts, notes)}

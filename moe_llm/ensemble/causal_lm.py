@@ -42,8 +42,10 @@ def load_causal_lm(checkpoint: str | Path, dtype: torch.dtype | str = "auto", ca
         logging.set_verbosity(verbosity)
     lost = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if lost:
-        raise UserError(f"{called}={str(checkpoint)!r} lacks {lost[0]}, or has it in another shape: "
-                        "use a causal language model's checkpoint")
+        raise UserError(
+            f"{called}={str(checkpoint)!r} lacks {lost[0]}, or has it in another shape: "
+            "use a causal language model's checkpoint"
+        )
     return model.eval()
 
 

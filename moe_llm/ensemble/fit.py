@@ -176,10 +176,12 @@ def _chunks(kept: Sequence[Scored]) -> Iterable[tuple[Tensor, list[Tensor]]]:
 
 
 def _fit_linear(ensemble: Ensemble, recipe: LinearRecipe, scores: Iterable[Scored]) -> Fitted:
-    log_probs_NU = torch.cat([
-        torch.stack([part.gather(1, s.targets_N[:, None])[:, 0] for part in s.log_probs], 1).double().cpu()
-        for s in scores
-    ])
+    log_probs_NU = torch.cat(
+        [
+            torch.stack([part.gather(1, s.targets_N[:, None])[:, 0] for part in s.log_probs], 1).double().cpu()
+            for s in scores
+        ]
+    )
     weights_U, likelihoods = mixture_weights(log_probs_NU)
     before = None if recipe.to_fit else _mixture_loss(log_probs_NU, ensemble.rule.weights)
     alone_U = -log_probs_NU.mean(0)

@@ -107,8 +107,12 @@ class LinearRecipe(_Weighted):
     def _no_weight_is_negative(self):
         for i, member in enumerate(self.members):
             if member.weight is not None and member.weight < 0:
-                invalid(f"members.{i}.weight", member.weight, "is negative, which a probability cannot be",
-                        "use method: log_linear or experts")
+                invalid(
+                    f"members.{i}.weight",
+                    member.weight,
+                    "is negative, which a probability cannot be",
+                    "use method: log_linear or experts",
+                )
         return self
 
     @property
@@ -179,9 +183,7 @@ class CascadeRecipe(_Fitted):
         return None if self.budget is None else f"budget={self.budget}"
 
     def with_threshold(self, threshold: float) -> "CascadeRecipe":
-        return self.model_copy(
-            update={"threshold": float(threshold), "budget": None, "data": None, "max_blocks": None}
-        )
+        return self.model_copy(update={"threshold": float(threshold), "budget": None, "data": None, "max_blocks": None})
 
 
 class StackingRecipe(Section):

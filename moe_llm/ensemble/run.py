@@ -32,8 +32,14 @@ Say = Callable[[str], None]
 
 
 def generate_command(
-    file: str | Path, prompt: str, *, max_new_tokens: int = 128, temperature: float = 0.8, top_p: float = 0.95,
-    seed: int = 0, say: Say | None = None,
+    file: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+    say: Say | None = None,
 ) -> str:
     """The prompt and its continuation by an ensemble; of stacking and self-refinement, the last answer alone.
 
@@ -67,7 +73,12 @@ def generate_command(
 
 
 def evaluate_command(
-    file: str | Path, files: list[str], *, batch_size: int = 8, max_blocks: int | None = None, chat: bool = False,
+    file: str | Path,
+    files: list[str],
+    *,
+    batch_size: int = 8,
+    max_blocks: int | None = None,
+    chat: bool = False,
     say: Say | None = None,
 ) -> dict[str, Any]:
     """`moe_llm.ensemble.evaluate.evaluate` of a file's ensemble, with its method.

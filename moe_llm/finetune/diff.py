@@ -67,10 +67,13 @@ def diff(base: str | Path, tuned: str | Path, *, layers: bool = False, experts: 
         for expert, change in _changes(name, shape, before, after):
             key = (part, layer if layers else None, expert if experts else None)
             rows.setdefault(key, Change()).add(change)
-    order = sorted(rows, key=lambda key: (PARTS.index(key[0]), -1 if key[1] is None else key[1],
-                                          -1 if key[2] is None else key[2]))
-    return [{"part": part, "layer": layer, "expert": expert, **rows[part, layer, expert].row()}
-            for part, layer, expert in order]
+    order = sorted(
+        rows, key=lambda key: (PARTS.index(key[0]), -1 if key[1] is None else key[1], -1 if key[2] is None else key[2])
+    )
+    return [
+        {"part": part, "layer": layer, "expert": expert, **rows[part, layer, expert].row()}
+        for part, layer, expert in order
+    ]
 
 
 def _open_both(base: str | Path, tuned: str | Path) -> list[tuple[ModelConfig, Weights]]:
@@ -104,9 +107,7 @@ def _described(directory: str | Path) -> ModelConfig:
     return hf.from_transformers_config(read_json(file), str(file))
 
 
-def _changes(
-    name: str, shape: tuple[int, ...], before: Weights, after: Weights
-) -> Iterator[tuple[int | None, Change]]:
+def _changes(name: str, shape: tuple[int, ...], before: Weights, after: Weights) -> Iterator[tuple[int | None, Change]]:
     """(expert, change) of a parameter, an expert at a time where it has them."""
     if not hf.is_expert(name):
         yield None, compare(before.as_stored(name, shape), after.as_stored(name, shape))

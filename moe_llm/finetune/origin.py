@@ -16,13 +16,25 @@ from moe_llm.finetune.selection import trained_names
 
 if TYPE_CHECKING:
     from moe_llm.checkpoint.weights import Weights
-    from moe_llm.parallel.state import TrainedState
+    from moe_llm.distributed.state import TrainedState
 
 # What decides which function the weights compute. All else (losses, noise, limits) is training's to choose.
 _DECISIVE = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "num_local_experts", "num_experts_per_tok", "rope_theta", "sliding_window", "rms_norm_eps",
-    "tie_word_embeddings", "num_shared_experts", "shared_expert_gate",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "rope_theta",
+    "sliding_window",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "num_shared_experts",
+    "shared_expert_gate",
 )
 
 

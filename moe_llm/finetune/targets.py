@@ -24,8 +24,12 @@ def part_of(name: str) -> str:
         return "lm_head"
     if "embed_tokens" in name:
         return "embed_tokens"
-    kinds = {"experts": is_expert(name), "router": is_router(name), "attention": is_attention(name),
-             "shared_experts": ".mlp.shared_expert" in name}
+    kinds = {
+        "experts": is_expert(name),
+        "router": is_router(name),
+        "attention": is_attention(name),
+        "shared_experts": ".mlp.shared_expert" in name,
+    }
     return next((part for part, is_it in kinds.items() if is_it), "norms")
 
 

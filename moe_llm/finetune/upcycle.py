@@ -39,13 +39,26 @@ _ARCHITECTURES = {"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}
 # What their config.json means by leaving a key out, where it is not what Mixtral's means.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"rms_norm_eps": 1e-6, "sliding_window": 4096},
-    "llama": {"intermediate_size": 11008, "num_key_value_heads": None, "max_position_embeddings": 2048,
-              "rms_norm_eps": 1e-6, "sliding_window": None},
+    "llama": {
+        "intermediate_size": 11008,
+        "num_key_value_heads": None,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "sliding_window": None,
+    },
 }
 _THETA = 10000.0  # both families' default
 _DENSE = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # Mixtral's names and theirs
-_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tekken.json",
-              "chat_template*", "generation_config.json")
+_TOKENIZER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tekken.json",
+    "chat_template*",
+    "generation_config.json",
+)
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _MAX_SHARD_SIZE = "5GB"
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
@@ -125,16 +138,19 @@ def upcycled_config(content: Mapping[str, Any], recipe: Recipe, origin: str) -> 
     if width % m:
         raise UserError(f"--granularity {m} does not divide intermediate_size={width} of {origin}: use a divisor")
     if recipe.top_k > recipe.experts:
-        raise UserError(
-            f"--num-experts-per-tok {recipe.top_k} is above --num-local-experts {recipe.experts}: lower it"
-        )
+        raise UserError(f"--num-experts-per-tok {recipe.top_k} is above --num-local-experts {recipe.experts}: lower it")
     if not _has_theta(filled):
         filled["rope_theta"] = _THETA
     return hf.from_transformers_config(
         {
-            **filled, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "intermediate_size": width // m,
-            "num_local_experts": recipe.experts * m, "num_experts_per_tok": recipe.top_k * m,
-            "router_aux_loss_coef": ModelConfig().router_aux_loss_coef, "router_jitter_noise": 0.0,
+            **filled,
+            "model_type": "mixtral",
+            "architectures": ["MixtralForCausalLM"],
+            "intermediate_size": width // m,
+            "num_local_experts": recipe.experts * m,
+            "num_experts_per_tok": recipe.top_k * m,
+            "router_aux_loss_coef": ModelConfig().router_aux_loss_coef,
+            "router_jitter_noise": 0.0,
         },
         origin,
     )

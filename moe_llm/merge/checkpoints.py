@@ -23,7 +23,5 @@ def averaged(recipe: CheckpointRecipe) -> Recipe:
             f"use at most {len(found)}"
         )
     decay = 1.0 if recipe.decay is None else recipe.decay
-    models = [
-        {"model": str(path), "parameters": {"weight": decay**i}} for i, path in enumerate(found[: recipe.last])
-    ]
+    models = [{"model": str(path), "parameters": {"weight": decay**i}} for i, path in enumerate(found[: recipe.last])]
     return Recipe.model_validate({"merge_method": "linear", "models": models, "dtype": recipe.dtype})

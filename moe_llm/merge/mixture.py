@@ -40,8 +40,12 @@ def make_mixture_plan(recipe: MixtureRecipe) -> Plan:
     )
     gates_LED = _gates(recipe, base)
     return Plan(
-        "mixtral", base, list(models.values()), list(_tensors(recipe, base, models, gates_LED, dtype)),
-        _changes(recipe, base), notes=notes,
+        "mixtral",
+        base,
+        list(models.values()),
+        list(_tensors(recipe, base, models, gates_LED, dtype)),
+        _changes(recipe, base),
+        notes=notes,
     )
 
 
@@ -110,9 +114,7 @@ def _spans(model: Model, name: str) -> Iterator[torch.Tensor]:
         yield model.read(name, start, min(start + SPAN, total))
 
 
-def _expert_spans(
-    seed: int, sources: list[tuple[Expert, Model, int]], names: list[str]
-) -> Iterator[torch.Tensor]:
+def _expert_spans(seed: int, sources: list[tuple[Expert, Model, int]], names: list[str]) -> Iterator[torch.Tensor]:
     for expert, model, e in sources:
         for name in names:
             generator = seeded(seed, name, e)
@@ -134,6 +136,7 @@ def _gates(recipe: MixtureRecipe, base: Model) -> torch.Tensor:
         return (torch.rand(L, E, D, generator=generator) * 2 - 1) / math.sqrt(D)
     tokenizer = load_tokenizer(base.directory)
     if recipe.gate_mode == "cheap_embed":
+
         def represent(prompts: list[str]) -> torch.Tensor:
             return _embedded(base, [i for prompt in prompts for i in _encode(tokenizer, prompt)])
     else:

@@ -186,8 +186,10 @@ def find(reference: str) -> Path:
     if (path / "config.json").is_file():
         return path
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", reference):
-        what = "adds a LoRA: merge it into its base first" if "+" in reference else (
-            "is no checkpoint directory: give one with config.json and safetensors, or a hub name"
+        what = (
+            "adds a LoRA: merge it into its base first"
+            if "+" in reference
+            else ("is no checkpoint directory: give one with config.json and safetensors, or a hub name")
         )
         raise UserError(f"model {reference!r} {what}")
     return _fetch(*reference.partition("@")[::2])

@@ -44,8 +44,12 @@ def _check_conditions(name: str, setting: Any) -> None:
     for item in items:
         form = isinstance(item, dict) and "value" in item and set(item) <= {"value", "filter"}
         if not form:
-            invalid(str(name), item, "is no setting",
-                    "give a number, a list of numbers, or a list of `filter: NAME` with `value:`")
+            invalid(
+                str(name),
+                item,
+                "is no setting",
+                "give a number, a list of numbers, or a list of `filter: NAME` with `value:`",
+            )
         value, word = item["value"], item.get("filter")
         if not _is_scalar(value) and not (isinstance(value, list) and value and all(map(_is_scalar, value))):
             invalid(f"{name}.value", value, "is no number", "give a number or a list of numbers")

@@ -101,8 +101,16 @@ class _Planner:
         if self.vocabulary is not None:
             changes["vocab_size"] = self.vocabulary.size
         return Plan(
-            self.donor.kind, self.donor, list(self.models.values()), tensors, changes, self.vocabulary,
-            self.recipe.chat_template, self.notes, layers, self.aligner,
+            self.donor.kind,
+            self.donor,
+            list(self.models.values()),
+            tensors,
+            changes,
+            self.vocabulary,
+            self.recipe.chat_template,
+            self.notes,
+            layers,
+            self.aligner,
         )
 
     def _slices(self) -> list[OutputSlice]:

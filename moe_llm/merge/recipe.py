@@ -148,18 +148,30 @@ class MixtureRecipe(_Recalibrated):
     @model_validator(mode="after")
     def _gates_can_be_made(self):
         if self.experts_per_token > len(self.experts):
-            invalid("experts_per_token", self.experts_per_token, f"is above the {len(self.experts)} experts",
-                    f"use at most {len(self.experts)}")
+            invalid(
+                "experts_per_token",
+                self.experts_per_token,
+                f"is above the {len(self.experts)} experts",
+                f"use at most {len(self.experts)}",
+            )
         if self.gate_mode in ("random", "uniform_random"):
             return self
         for i, expert in enumerate(self.experts):
             if not expert.positive_prompts:
-                invalid(f"experts.{i}.positive_prompts", expert.positive_prompts,
-                        f"is needed by gate_mode: {self.gate_mode}", "give a text or more, or gate_mode: random")
+                invalid(
+                    f"experts.{i}.positive_prompts",
+                    expert.positive_prompts,
+                    f"is needed by gate_mode: {self.gate_mode}",
+                    "give a text or more, or gate_mode: random",
+                )
         prompts = [(e.positive_prompts, e.negative_prompts or []) for e in self.experts]
         if len(prompts) > 1 and all(prompt == prompts[0] for prompt in prompts):
-            invalid("experts", "with one and the same prompts", "makes all router rows equal",
-                    "give each expert prompts of its own, or gate_mode: random")
+            invalid(
+                "experts",
+                "with one and the same prompts",
+                "makes all router rows equal",
+                "give each expert prompts of its own, or gate_mode: random",
+            )
         return self
 
 
@@ -189,8 +201,12 @@ class SoupRecipe(Section):
     def _models_alone(self):
         for i, item in enumerate(self.models):
             if item.parameters:
-                invalid(f"models.{i}.parameters", item.parameters, "has no effect here: a soup weighs all alike",
-                        "remove it")
+                invalid(
+                    f"models.{i}.parameters",
+                    item.parameters,
+                    "has no effect here: a soup weighs all alike",
+                    "remove it",
+                )
         return self
 
 

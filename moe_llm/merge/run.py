@@ -50,10 +50,10 @@ def merge_recipe(
 def plan_of(recipe: AnyRecipe) -> Plan:
     """The plan that a recipe means."""
     if isinstance(recipe, SoupRecipe):
-        raise UserError("greedy_soup evaluates models: use moe_llm.train.soup.greedy_soup or `moe-llm merge`")
+        raise UserError("greedy_soup evaluates models: use moe_llm.merge.soup.greedy_soup or `moe-llm merge`")
     if recipe.recalibrate is not None:
         raise UserError(
-            "recalibrate trains routers: use moe_llm.train.recalibrate.merge_recalibrated or `moe-llm merge`"
+            "recalibrate trains routers: use moe_llm.merge.recalibrate.merge_recalibrated or `moe-llm merge`"
         )
     if isinstance(recipe, MixtureRecipe):
         return make_mixture_plan(recipe)

@@ -60,8 +60,14 @@ class DecoderLayer(nn.Module):
         self.mlp = MoELayer(config)
 
     def forward(
-        self, x_BSD: Tensor, delta_BSD: Tensor | None, cos_BSd: Tensor, sin_BSd: Tensor, pattern: AttentionPattern,
-        real_BS: Tensor, document_BS: Tensor | None,
+        self,
+        x_BSD: Tensor,
+        delta_BSD: Tensor | None,
+        cos_BSd: Tensor,
+        sin_BSd: Tensor,
+        pattern: AttentionPattern,
+        real_BS: Tensor,
+        document_BS: Tensor | None,
     ) -> tuple[Tensor, Tensor, RoutingStatistics]:
         x_BSD, normed_BSD = self.input_layernorm.after_adding(x_BSD, delta_BSD)
         attended_BSD = self.self_attn(normed_BSD, cos_BSd, sin_BSd, pattern)
@@ -82,8 +88,13 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, input_ids_BS: Tensor, position_ids_BS: Tensor, pattern: AttentionPattern, real_BS: Tensor,
-        document_BS: Tensor | None = None, perturbation_BSD: Tensor | None = None,
+        self,
+        input_ids_BS: Tensor,
+        position_ids_BS: Tensor,
+        pattern: AttentionPattern,
+        real_BS: Tensor,
+        document_BS: Tensor | None = None,
+        perturbation_BSD: Tensor | None = None,
     ) -> tuple[Tensor, RoutingStatistics]:
         x_BSD = self.embed_tokens(input_ids_BS)
         if perturbation_BSD is not None:

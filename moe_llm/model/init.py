@@ -22,9 +22,7 @@ def init_weights(model: MoEDecoder, seed: int) -> None:
     """
     config = model.config
     residual = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
-    first_expert = {
-        name: module.first_expert for name, module in model.named_modules() if isinstance(module, Experts)
-    }
+    first_expert = {name: module.first_expert for name, module in model.named_modules() if isinstance(module, Experts)}
     routers = [(name, module) for name, module in model.named_modules() if isinstance(module, Router)]
     zero = {f"{name}.{leaf}" for name, router in routers for leaf in router.zero_parameters}
     gains = {f"{name}.{leaf}": gain for name, router in routers for leaf, gain in router.gains.items()}

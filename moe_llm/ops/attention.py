@@ -84,8 +84,7 @@ def attention(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, *, pattern: Attent
 def _segment_attention(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, segments: tuple[int, ...]) -> Tensor:
     # one sequence of B * S positions; split and cat, unlike slices, have gradients that write each row once
     parts = [
-        x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None].split(segments, dim=2)
-        for x in (q_BHSd, k_BGSd, v_BGSd)
+        x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None].split(segments, dim=2) for x in (q_BHSd, k_BGSd, v_BGSd)
     ]
     gqa = q_BHSd.shape[1] != k_BGSd.shape[1]
     outputs = [
@@ -120,9 +119,7 @@ def _starts(segments: tuple[int, ...], shape_BS: torch.Size) -> Tensor:
     return (first_R % shape_BS[1]).repeat_interleave(length_R).view(shape_BS).to(torch.int32)
 
 
-def _mask(
-    like_BS: Tensor, real_BS: Tensor | None, document_ids: Tensor | None, sliding_window: int | None
-) -> Tensor:
+def _mask(like_BS: Tensor, real_BS: Tensor | None, document_ids: Tensor | None, sliding_window: int | None) -> Tensor:
     batch, length = like_BS.shape
     position_S = torch.arange(length, device=like_BS.device)
     distance_SS = position_S[:, None] - position_S

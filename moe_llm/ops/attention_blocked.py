@@ -123,14 +123,33 @@ def _blocks(q_BGRSd: Tensor, starts_BS: Tensor | None):
 
 
 def _probabilities_(
-    scores_bGRbK: Tensor, log_sum_bHS: Tensor, starts_BS: Tensor | None, rows: slice, queries: slice, keys: slice,
-    width: int, fresh: bool,
+    scores_bGRbK: Tensor,
+    log_sum_bHS: Tensor,
+    starts_BS: Tensor | None,
+    rows: slice,
+    queries: slice,
+    keys: slice,
+    width: int,
+    fresh: bool,
 ) -> None:
     batch, groups, repeats, block, seen = scores_bGRbK.shape
     starts_bS = None if starts_BS is None else starts_BS[rows]
     native.call(
-        "probabilities", scores_bGRbK.dtype, scores_bGRbK, log_sum_bHS, starts_bS, batch * groups, groups, repeats,
-        block, seen, queries.start, keys.start, log_sum_bHS.shape[2], width**-0.5, fresh,
+        "probabilities",
+        scores_bGRbK.dtype,
+        scores_bGRbK,
+        log_sum_bHS,
+        starts_bS,
+        batch * groups,
+        groups,
+        repeats,
+        block,
+        seen,
+        queries.start,
+        keys.start,
+        log_sum_bHS.shape[2],
+        width**-0.5,
+        fresh,
     )
 
 

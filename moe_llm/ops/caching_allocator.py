@@ -95,7 +95,8 @@ def _allocator() -> ctypes.CDLL | None:
         detail = str(getattr(error, "stderr", None) or error).strip().splitlines()[-1]
         warnings.warn(
             f"the caching allocator is not there, and training on a CPU is slower for it: {detail}; "
-            "MOE_LLM_CACHING_ALLOCATOR=0 does without it", stacklevel=3,
+            "MOE_LLM_CACHING_ALLOCATOR=0 does without it",
+            stacklevel=3,
         )
         return None
     return library

@@ -100,7 +100,11 @@ def triton_kernels(x: Tensor):
 
 
 def _loop_expert_mlp(
-    x_ND: Tensor, gate_up_proj_EGD: Tensor, down_proj_EDF: Tensor, counts_E: Tensor, weight_N: Tensor | None,
+    x_ND: Tensor,
+    gate_up_proj_EGD: Tensor,
+    down_proj_EDF: Tensor,
+    counts_E: Tensor,
+    weight_N: Tensor | None,
     dropout: float,
 ) -> Tensor:
     counts = counts_E.tolist()

@@ -35,9 +35,17 @@ class ExpertAdapters(NamedTuple):
 
 
 def adapted_expert_mlp(
-    x: Tensor, gate_up_proj_EGD: Tensor, down_proj_EDF: Tensor, counts_E: Tensor, adapters: ExpertAdapters,
-    weight_N: Tensor | None = None, token_index_N: Tensor | None = None, slot_TK: Tensor | None = None,
-    *, dropout: float = 0.0, backend: str = "auto",
+    x: Tensor,
+    gate_up_proj_EGD: Tensor,
+    down_proj_EDF: Tensor,
+    counts_E: Tensor,
+    adapters: ExpertAdapters,
+    weight_N: Tensor | None = None,
+    token_index_N: Tensor | None = None,
+    slot_TK: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+    backend: str = "auto",
 ) -> Tensor:
     """`expert_mlp` of sorted rows (N, D), or with `token_index_N` `routed_expert_mlp` of tokens (T, D).
 
@@ -56,15 +64,27 @@ def adapted_expert_mlp(
             x, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N, slot_TK, adapters.scale, *factors
         )
     y_ND = _FusedAdapted.apply(
-        permute(x, token_index_N, slot_TK), gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, None, None,
-        adapters.scale, *factors,
+        permute(x, token_index_N, slot_TK),
+        gate_up_proj_EGD,
+        down_proj_EDF,
+        counts_E,
+        weight_N,
+        None,
+        None,
+        adapters.scale,
+        *factors,
     )
     return combine(y_ND, None, token_index_N, num_tokens, slot_TK)
 
 
 def _loop(
-    x_ND: Tensor, gate_up_proj_EGD: Tensor, down_proj_EDF: Tensor, counts_E: Tensor, adapters: ExpertAdapters,
-    weight_N: Tensor | None, dropout: float,
+    x_ND: Tensor,
+    gate_up_proj_EGD: Tensor,
+    down_proj_EDF: Tensor,
+    counts_E: Tensor,
+    adapters: ExpertAdapters,
+    weight_N: Tensor | None,
+    dropout: float,
 ) -> Tensor:
     def apply(x_nI: Tensor, weight_OI: Tensor, factors: Factors | None, expert: int) -> Tensor:
         y_nO = F.linear(x_nI, weight_OI)

@@ -38,14 +38,17 @@ def fused_expert_mlp(
 
 
 def fused_routed_expert_mlp(
-    x_TD: Tensor, gate_up_proj_EGD: Tensor, down_proj_EDF: Tensor, counts_E: Tensor, weight_N: Tensor,
-    token_index_N: Tensor, slot_TK: Tensor,
+    x_TD: Tensor,
+    gate_up_proj_EGD: Tensor,
+    down_proj_EDF: Tensor,
+    counts_E: Tensor,
+    weight_N: Tensor,
+    token_index_N: Tensor,
+    slot_TK: Tensor,
 ) -> Tensor:
     """See `moe_llm.ops.routed_experts.routed_expert_mlp`. An expert's rows are gathered when it is their turn, in both
     passes, so that of N rows only the gate and up projections are kept."""
-    return _FusedExperts.apply(
-        x_TD, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N, slot_TK
-    )
+    return _FusedExperts.apply(x_TD, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N, slot_TK)
 
 
 class _FusedExperts(torch.autograd.Function):
@@ -102,8 +105,11 @@ class _Inputs(NamedTuple):
     def for_kernels(self) -> tuple[Tensor | None, ...]:
         x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N = self
         return (
-            x_ND.contiguous(), None if token_index_N is None else token_index_N.contiguous(),
-            gate_up_proj_EGD.contiguous(), down_proj_EDF.contiguous(), counts_E.to(torch.int64).contiguous(),
+            x_ND.contiguous(),
+            None if token_index_N is None else token_index_N.contiguous(),
+            gate_up_proj_EGD.contiguous(),
+            down_proj_EDF.contiguous(),
+            counts_E.to(torch.int64).contiguous(),
             None if weight_N is None else weight_N.float().contiguous(),
         )
 
@@ -177,8 +183,13 @@ def _backward_natively(
     block = _native_rows(inputs.x_ND, blocks)
     wide_N = None if grads.weight_N is None else torch.zeros_like(grads.weight_N, dtype=torch.float32)
     tensors = (
-        *inputs.for_kernels(), gate_up_NG, grad_ND.contiguous(), gate_up_NG.new_empty(block, width),
-        None if in_place else gate_up_NG.new_empty(block, 2 * width), *grads[:3], wide_N,
+        *inputs.for_kernels(),
+        gate_up_NG,
+        grad_ND.contiguous(),
+        gate_up_NG.new_empty(block, width),
+        None if in_place else gate_up_NG.new_empty(block, 2 * width),
+        *grads[:3],
+        wide_N,
     )
     native.call("experts_backward", gate_up_NG.dtype, *tensors, experts, hidden, width, block)
     if wide_N is not None:

@@ -37,7 +37,12 @@ class _AllHere:
 
 
 def merged_expert_mlp(
-    x_NLD: Tensor, probability_NE: Tensor, gate_up_proj_EGD: Tensor, down_proj_EDF: Tensor, *, dropout: float = 0.0,
+    x_NLD: Tensor,
+    probability_NE: Tensor,
+    gate_up_proj_EGD: Tensor,
+    down_proj_EDF: Tensor,
+    *,
+    dropout: float = 0.0,
     exchange: WeightExchange | None = None,
 ) -> Tensor:
     """down_n(silu(gate_n(x)) * up_n(x)) with the weights of run n sum_e probability_ne * expert_e (Muqeeth, Liu and
@@ -51,9 +56,7 @@ def merged_expert_mlp(
     assert x_NLD.dtype == gate_up_proj_EGD.dtype == down_proj_EDF.dtype, "tokens and weights differ in dtype"
     # on the CPU, whose generator activation checkpointing sets back, and without asking the device
     seed = int(torch.randint(2**62, ())) if dropout else 0
-    return _Merged.apply(
-        x_NLD, probability_NE, gate_up_proj_EGD, down_proj_EDF, exchange or _AllHere(), dropout, seed
-    )
+    return _Merged.apply(x_NLD, probability_NE, gate_up_proj_EGD, down_proj_EDF, exchange or _AllHere(), dropout, seed)
 
 
 class _Merged(torch.autograd.Function):
@@ -81,8 +84,9 @@ class _Merged(torch.autograd.Function):
         gate_up_EGD, down_EDF = weights = [ctx.exchange.gather(own) for own in held]
         grad_x, grad_probability = torch.empty_like(x_NLD), torch.zeros_like(probability_NE)
         # sums over all runs, in fp32 whatever the weights are in
-        grad_weights = [torch.zeros_like(w, dtype=torch.float32) if needed else None
-                        for w, needed in zip(weights, needs_weights)]
+        grad_weights = [
+            torch.zeros_like(w, dtype=torch.float32) if needed else None for w, needed in zip(weights, needs_weights)
+        ]
         for part in _portions(len(x_NLD)):
             x_nLD, grad_nLD, mixture_nE = x_NLD[part], grad_NLD[part], probability_NE[part].to(x_NLD.dtype)
             gate_up_nGD, down_nDF = _merge(mixture_nE, gate_up_EGD), _merge(mixture_nE, down_EDF)

@@ -90,9 +90,7 @@ def _backward(
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
         partial = torch.empty(torch.get_num_threads(), width)
         kept = [grad.contiguous(), x.contiguous(), None if grad_sum is None else grad_sum.contiguous()]
-        native.call(
-            "norm_backward", x.dtype, kept[0], kept[1], weight_D, scale, kept[2], grad_x, partial, rows, width
-        )
+        native.call("norm_backward", x.dtype, kept[0], kept[1], weight_D, scale, kept[2], grad_x, partial, rows, width)
         return grad_x if needs_x else None, partial.sum(0).to(weight_D.dtype) if needs_weight else None
     if triton.use("norm", x, grad, weight_D, grad_sum):
         from moe_llm.ops.triton import elementwise

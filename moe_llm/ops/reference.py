@@ -107,8 +107,14 @@ def attention(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, sees_BSS: Tensor) 
 
 
 def linear_distillation(
-    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, log_p_NV: Tensor, kind: str, temperature: float,
-    alpha: float, ignore_index: int = -100,
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    log_p_NV: Tensor,
+    kind: str,
+    temperature: float,
+    alpha: float,
+    ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(objective, cross-entropy, temperature^2 * divergence), summed over the N labelled rows, with all logits at once.
 
@@ -126,7 +132,8 @@ def linear_distillation(
         return (torch.special.xlogy(a_NV, a_NV) - torch.special.xlogy(a_NV, b_NV)).sum()
 
     divergences = {
-        "forward_kl": lambda: kl(p_NV, q_NV), "reverse_kl": lambda: kl(q_NV, p_NV),
+        "forward_kl": lambda: kl(p_NV, q_NV),
+        "reverse_kl": lambda: kl(q_NV, p_NV),
         "jensen_shannon": lambda: (kl(p_NV, m_NV) + kl(q_NV, m_NV)) / 2,
     }
     soft = temperature**2 * divergences[kind]()

@@ -42,16 +42,19 @@ def segments(real_BS: Tensor, document_BS: Tensor | None, length: int) -> Segmen
     place_S = torch.arange(positions, device=device).expand_as(rank_BS)
     # columns of their own take what is not asked for
     place_by_rank_BS = place_S.new_zeros(sequences, positions + 1).scatter_(
-        1, rank_BS.masked_fill(~real_BS, positions), place_S)
-    first_BG = rank_BS.new_zeros(sequences, groups + 1).scatter_(
-        1, group_BS.masked_fill(~opens_BS, groups), rank_BS)[:, :groups, None]
+        1, rank_BS.masked_fill(~real_BS, positions), place_S
+    )
+    first_BG = rank_BS.new_zeros(sequences, groups + 1).scatter_(1, group_BS.masked_fill(~opens_BS, groups), rank_BS)[
+        :, :groups, None
+    ]
     step_L = torch.arange(length, device=device)
 
     def places(rank_BGL: Tensor) -> Tensor:
         return place_by_rank_BS.gather(1, rank_BGL.clamp(0, positions - 1).flatten(1)).view_as(rank_BGL)
 
     return Segments(
-        source_BGL=places(first_BG - length + step_L), reader_BGL=places(first_BG + step_L),
+        source_BGL=places(first_BG - length + step_L),
+        reader_BGL=places(first_BG + step_L),
         formed_BG=torch.arange(groups, device=device) < opens_BS.sum(1, keepdim=True),
         read_BS=torch.where(reads_BS, group_BS * length + nth_BS % length, groups * length),
     )

@@ -71,7 +71,9 @@ class Alarms:
             seen -= self._window.popleft().steps
         counts_LE = sum(entry.counts_LE for entry in self._window)
         found = [
-            self._dying(counts_LE, seen), self._collapsing(seen), self._drifting(counts_LE, seen),
+            self._dying(counts_LE, seen),
+            self._collapsing(seen),
+            self._drifting(counts_LE, seen),
             *self._gradients(counts_LE, seen),
         ]
         return [alarm for alarm in found if alarm is not None]
@@ -91,10 +93,14 @@ class Alarms:
             return None
         worst = min(share_LE[layer, expert] for layer, expert in new)
         coefficient = self.config.model.router_aux_loss_coef
-        return Alarm("dying_expert", new, (
-            f"{_places(new)}: dying, with down to {worst:.1%} of an even share of the tokens over {steps} steps: try "
-            f"a larger model.router_aux_loss_coef (now {coefficient:g}) or a smaller optim.lr_multipliers.router"
-        ))
+        return Alarm(
+            "dying_expert",
+            new,
+            (
+                f"{_places(new)}: dying, with down to {worst:.1%} of an even share of the tokens over {steps} steps: try "
+                f"a larger model.router_aux_loss_coef (now {coefficient:g}) or a smaller optim.lr_multipliers.router"
+            ),
+        )
 
     def _collapsing(self, steps: int) -> Alarm | None:
         experts = self.config.model.num_local_experts
@@ -106,11 +112,15 @@ class Alarms:
         if not new:
             return None
         worst = min(share_L[layer] for (layer,) in new)
-        return Alarm("router_collapse", new, (
-            f"{_places(new)}: the router collapses, its entropy is down to {worst:.1%} of ln {experts} over {steps} "
-            f"steps: try model.router_z_loss_coef=0.001 (now {self.config.model.router_z_loss_coef:g}), a larger "
-            f"model.router_aux_loss_coef (now {self.config.model.router_aux_loss_coef:g}) or a smaller optim.lr"
-        ))
+        return Alarm(
+            "router_collapse",
+            new,
+            (
+                f"{_places(new)}: the router collapses, its entropy is down to {worst:.1%} of ln {experts} over {steps} "
+                f"steps: try model.router_z_loss_coef=0.001 (now {self.config.model.router_z_loss_coef:g}), a larger "
+                f"model.router_aux_loss_coef (now {self.config.model.router_aux_loss_coef:g}) or a smaller optim.lr"
+            ),
+        )
 
     def _drifting(self, counts_LE: np.ndarray, steps: int) -> Alarm | None:
         limit = self.config.logging.alarms.load_cv
@@ -123,11 +133,15 @@ class Alarms:
         if not new:
             return None
         worst = max((layer for (layer,) in new), key=lambda layer: cv_L[layer])
-        return Alarm("load_drift", new, (
-            f"{_places(new)}: the experts' loads drift apart, their variation over {steps} steps has risen from "
-            f"{self._lowest_cv_L[worst]:.2f} to {cv_L[worst]:.2f}: try a larger model.router_aux_loss_coef "
-            f"(now {self.config.model.router_aux_loss_coef:g})"
-        ))
+        return Alarm(
+            "load_drift",
+            new,
+            (
+                f"{_places(new)}: the experts' loads drift apart, their variation over {steps} steps has risen from "
+                f"{self._lowest_cv_L[worst]:.2f} to {cv_L[worst]:.2f}: try a larger model.router_aux_loss_coef "
+                f"(now {self.config.model.router_aux_loss_coef:g})"
+            ),
+        )
 
     def _gradients(self, counts_LE: np.ndarray, steps: int) -> list[Alarm | None]:
         limit = self.config.logging.alarms.gradient_ratio
@@ -140,15 +154,31 @@ class Alarms:
         none_LE = np.all([ratio == 0 for ratio in measured], axis=0) & (counts_LE > 0)
         outliers = self._begun("gradient_outlier", outlier_LE > 0.5, outlier_LE == 0)
         silent = self._begun("no_gradient", none_LE, ~none_LE)
-        outlying = Alarm("gradient_outlier", outliers, (
-            f"{_places(outliers)}: the gradient norm is above {limit:g} times its layer's median in most records of "
-            f"{steps} steps: try a smaller optim.lr_multipliers.experts or optim.grad_clip "
-            f"(now {self.config.optim.grad_clip:g})"
-        )) if outliers else None
-        without = Alarm("no_gradient", silent, (
-            f"{_places(silent)}: tokens come in and no gradient has come back for {steps} steps: try `moe-llm doctor` "
-            "on this configuration, which checks that every expert is trained"
-        )) if silent else None
+        outlying = (
+            Alarm(
+                "gradient_outlier",
+                outliers,
+                (
+                    f"{_places(outliers)}: the gradient norm is above {limit:g} times its layer's median in most records of "
+                    f"{steps} steps: try a smaller optim.lr_multipliers.experts or optim.grad_clip "
+                    f"(now {self.config.optim.grad_clip:g})"
+                ),
+            )
+            if outliers
+            else None
+        )
+        without = (
+            Alarm(
+                "no_gradient",
+                silent,
+                (
+                    f"{_places(silent)}: tokens come in and no gradient has come back for {steps} steps: try `moe-llm doctor` "
+                    "on this configuration, which checks that every expert is trained"
+                ),
+            )
+            if silent
+            else None
+        )
         return [outlying, without]
 
     def _begun(self, kind: str, true: np.ndarray, over: np.ndarray) -> list[list[int]]:

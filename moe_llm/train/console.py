@@ -91,9 +91,14 @@ class Console:
                 yield below[0]
 
         self._bar = BarAndMap(
-            BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
-            TextColumn("·"), TimeRemainingColumn(), TextColumn("left"),
-            console=RichConsole(stderr=True), speed_estimate_period=120,
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TextColumn("·"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=RichConsole(stderr=True),
+            speed_estimate_period=120,
         )
         self._task = self._bar.add_task("", total=self.total, completed=first_step, status="starting")
         self._bar.start()

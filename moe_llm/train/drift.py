@@ -21,12 +21,11 @@ from moe_llm.checkpoint.architectures import is_mixtral
 from moe_llm.config import Config
 from moe_llm.data.files import replace_file
 from moe_llm.data.loader import ValidationBlocks
-from moe_llm.data.packing import Batch
+from moe_llm.data.packing import Batch, model_inputs
+from moe_llm.distributed.engine import Engine
+from moe_llm.distributed.runtime import Runtime
 from moe_llm.errors import UserError
 from moe_llm.model.decoder import MoEDecoder
-from moe_llm.parallel.engine import Engine
-from moe_llm.parallel.runtime import Runtime
-from moe_llm.train.loop import model_inputs
 
 FILE = "router_base.safetensors"
 _NAME = "log_probabilities"
@@ -71,8 +70,12 @@ class RouterGuard:
         self._rows = [mine[i * width : (i + 1) * width] for i in range(len(self._batches))]
         whole = probe.batches(micro_batch_size=len(probe))[0]
         self._tokens, self._digest = whole.num_tokens, _digest(whole)
-        self._shape = (len(probe), config.model.num_hidden_layers, whole.input_ids_BS.shape[1],
-                       config.model.num_local_experts)
+        self._shape = (
+            len(probe),
+            config.model.num_hidden_layers,
+            whole.input_ids_BS.shape[1],
+            config.model.num_local_experts,
+        )
         self._base_PLSE: Tensor | None = None  # fp32 on the CPU: 4 L E bytes a token
 
     def recall(self, run_dir: Path) -> bool:
@@ -109,9 +112,9 @@ class RouterGuard:
             base_LBSE = self._base(rows, now_LBSE)
             chosen_LBSE = _chosen(base_LBSE, self._top_k) & _chosen(now_LBSE, self._top_k)
             agreement_LBS = chosen_LBSE.sum(-1) / self._top_k
-            sums_2L += torch.stack([
-                (value_LBS * real_BS).double().sum((1, 2)) for value_LBS in (_kl(base_LBSE, now_LBSE), agreement_LBS)
-            ])
+            sums_2L += torch.stack(
+                [(value_LBS * real_BS).double().sum((1, 2)) for value_LBS in (_kl(base_LBSE, now_LBSE), agreement_LBS)]
+            )
         kl_L, agreement_L = (self._runtime.sum(sums_2L) / self._tokens).tolist()
         return {"router_drift": {"kl": kl_L, "agreement": agreement_L}}
 

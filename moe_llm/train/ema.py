@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from moe_llm.config import Config
+from moe_llm.distributed.engine import Engine
+from moe_llm.distributed.state import EMA
 from moe_llm.errors import UserError
-from moe_llm.parallel.engine import Engine
-from moe_llm.parallel.state import EMA
 from moe_llm.train.loop import Position
 
 

@@ -14,9 +14,9 @@ import torch
 
 from moe_llm.config import Config
 from moe_llm.data.loader import Data
+from moe_llm.distributed.runtime import Runtime
 from moe_llm.model.flops import train_flops_per_token
 from moe_llm.ops.products import mm
-from moe_llm.parallel.runtime import Runtime
 
 # Dense FLOP/s by precision, from the vendors' data sheets. The first name that is part of the device's counts.
 _DATA_SHEETS = {
@@ -39,13 +39,17 @@ def gather_facts(config: Config, runtime: Runtime, data: Data, step: int) -> dic
     peaks = runtime.gather(_peak_rate(runtime.device, name, config.train.precision))
     model = config.model
     return {
-        "parameters": model.num_params(), "active_parameters": model.num_params(active=True),
+        "parameters": model.num_params(),
+        "active_parameters": model.num_params(active=True),
         "parts": model.parameter_counts(),
         "flops_per_token": train_flops_per_token(model, config.data.sequence_length),
         "data": [asdict(part) for part in data.statistics],
         "start": {
-            "time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step, "ranks": runtime.world_size,
-            "device": name, "threads": torch.get_num_threads(),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "step": step,
+            "ranks": runtime.world_size,
+            "device": name,
+            "threads": torch.get_num_threads(),
             "peak_flops_per_second": None if None in peaks else sum(peaks),
             "versions": {package: version(package) for package in _PACKAGES} | {"python": platform.python_version()},
         },

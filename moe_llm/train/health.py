@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from moe_llm.config import Config
-from moe_llm.parallel.engine import Engine
-from moe_llm.parallel.runtime import Runtime
+from moe_llm.distributed.engine import Engine
+from moe_llm.distributed.runtime import Runtime
 
 Response = Literal["stop", "skip", "rollback"]
 
@@ -60,8 +60,13 @@ class Trouble:
 
     def record(self) -> dict[str, Any]:
         """For metrics.jsonl."""
-        return {"samples": self.samples or [list(self.step_samples)], "loss_finite": not self.samples,
-                "parameter": self.parameter, "layer": self.layer, "expert": self.expert}
+        return {
+            "samples": self.samples or [list(self.step_samples)],
+            "loss_finite": not self.samples,
+            "parameter": self.parameter,
+            "layer": self.layer,
+            "expert": self.expert,
+        }
 
 
 class Health:
@@ -124,9 +129,15 @@ class Health:
         parameter = None if last is None else names[last]
         experts = [expert for name, expert in bad if name == parameter and expert is not None]
         return Trouble(
-            step=step, samples=bad_samples, step_samples=(first_sample, first_sample + train.global_batch_size - 1),
-            parameter=parameter, layer=_layer(parameter), expert=min(experts, default=None),
-            bad_parameters=len({name for name, _ in bad}), parameters=len(names), weights_finite=self.weights_finite(),
+            step=step,
+            samples=bad_samples,
+            step_samples=(first_sample, first_sample + train.global_batch_size - 1),
+            parameter=parameter,
+            layer=_layer(parameter),
+            expert=min(experts, default=None),
+            bad_parameters=len({name for name, _ in bad}),
+            parameters=len(names),
+            weights_finite=self.weights_finite(),
         )
 
     def _bad_gradients(self) -> list[tuple[str, int | None]]:

@@ -11,15 +11,15 @@ import torch
 
 from moe_llm.config import Config
 from moe_llm.data.loader import TrainLoader
-from moe_llm.data.packing import Batch
+from moe_llm.data.packing import Batch, model_inputs
+from moe_llm.distributed.dispatch import traffic
+from moe_llm.distributed.engine import Engine
+from moe_llm.distributed.runtime import Runtime
+from moe_llm.distributed.step_loss import StepLoss, StepLosses
 from moe_llm.errors import TrainingFailure
 from moe_llm.model.moe.routers import begin_step, end_step, router_losses
 from moe_llm.model.moe.routing import RoutingStatistics
-from moe_llm.parallel.dispatch import traffic
-from moe_llm.parallel.engine import Engine
-from moe_llm.parallel.runtime import Runtime
 from moe_llm.train.health import Health, Trouble
-from moe_llm.train.loss import StepLoss, StepLosses
 from moe_llm.train.metrics import expert_gradient_norms, routing_metrics
 from moe_llm.train.optim import learning_rate
 from moe_llm.train.signals import StopRequest
@@ -79,7 +79,12 @@ class Callbacks:
 
 
 def train_loop(
-    config: Config, engine: Engine, runtime: Runtime, loader: TrainLoader, position: Position, stop: StopRequest,
+    config: Config,
+    engine: Engine,
+    runtime: Runtime,
+    loader: TrainLoader,
+    position: Position,
+    stop: StopRequest,
     callbacks: Callbacks,
 ) -> bool:
     """Train until `config.max_steps`; false if asked to stop before. Saved either way, `position` is moved on.
@@ -140,8 +145,13 @@ def train_loop(
         # Also at each save, so that a resumed run's records are means over the same steps as an uninterrupted one's.
         if evaluating or saving or remarks or _due(config.logging.every_steps, position.step):
             record = {
-                "step": position.step, "tokens": position.tokens, **window.read(config), "grad_norm": norm, "lr": rate,
-                **remarks, "moe": routing_metrics(window.routing) | traffic(engine.model),
+                "step": position.step,
+                "tokens": position.tokens,
+                **window.read(config),
+                "grad_norm": norm,
+                "lr": rate,
+                **remarks,
+                "moe": routing_metrics(window.routing) | traffic(engine.model),
             }
             if window.expert_norms is not None:
                 record["moe"]["expert_grad_norm"] = window.expert_norms
@@ -161,17 +171,6 @@ def train_loop(
         if stopping and not last:
             return False
     return True
-
-
-def model_inputs(batch: Batch) -> dict[str, Any]:
-    return {
-        "input_ids": batch.input_ids_BS,
-        "attention_mask": batch.attention_mask_BS,
-        "targets": batch.labels_BS,
-        "position_ids": batch.position_ids_BS,
-        "document_ids": batch.document_ids_BS,
-        "return_logits": False,
-    }
 
 
 def seed_noise(seed: int, step: int, rank: int) -> None:
@@ -299,7 +298,10 @@ class _Window:
         total = learned + config.model.router_aux_loss_coef * aux + config.model.router_z_loss_coef * z
         total += sum(loss.coefficient * value for loss, value in own.items())
         return {
-            "loss": total, "lm_loss": lm, "aux_loss": aux, "z_loss": z,
+            "loss": total,
+            "lm_loss": lm,
+            "aux_loss": aux,
+            "z_loss": z,
             **{loss.name: value for loss, value in own.items()},
             **({"distill_loss": distill} if share else {}),
             "tokens_per_second": config.tokens_per_step * self.steps / self.seconds,

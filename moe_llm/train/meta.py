@@ -21,14 +21,13 @@ from moe_llm.config import Config
 from moe_llm.config.schema import OptimConfig
 from moe_llm.data.files import publish
 from moe_llm.data.loader import TrainBlocks, load_data
-from moe_llm.data.packing import Batch
+from moe_llm.data.packing import Batch, model_inputs
 from moe_llm.data.tokenizer import build_tokenizer, check_vocab, resolve_vocab
 from moe_llm.errors import TrainingFailure, UserError
 from moe_llm.model.decoder import MoEDecoder, MoEOutput
 from moe_llm.model.init import build_model
 from moe_llm.model.moe.routers import end_step
 from moe_llm.model.moe.routing import RoutingStatistics
-from moe_llm.train.loop import model_inputs
 from moe_llm.train.optim import build_optimizer, parameter_groups
 
 
@@ -55,7 +54,13 @@ class MetaOptions:
 
 
 def meta_train(
-    model: MoEDecoder, tasks: Sequence[Task], optim: OptimConfig, options: MetaOptions, *, blocks: int, seed: int = 0,
+    model: MoEDecoder,
+    tasks: Sequence[Task],
+    optim: OptimConfig,
+    options: MetaOptions,
+    *,
+    blocks: int,
+    seed: int = 0,
     say: Callable[[int, float, float], None] = lambda done, before, after: None,
 ) -> None:
     """Move a model's weights to where few steps adapt them to tasks like these.
@@ -100,9 +105,7 @@ def meta_train(
         say(done, sum(before) / len(before), sum(after) / len(after))
 
 
-def adapt(
-    model: MoEDecoder, task: Task, optim: OptimConfig, steps: int, *, blocks: int, start: int = 0
-) -> float:
+def adapt(model: MoEDecoder, task: Task, optim: OptimConfig, steps: int, *, blocks: int, start: int = 0) -> float:
     """Adapt a model to a task in place, by plain optimizer steps; the loss before the first of them.
 
     Routers' buffers are updated by that one's routing: they are kept, and the weights that they fit are the first.
@@ -148,12 +151,16 @@ def _set(model: MoEDecoder, values: Sequence[Tensor]) -> None:
 
 def _check_finite(loss: Tensor, done: int, task: int) -> None:
     if not loss.isfinite():
-        raise TrainingFailure(f"round {done}: the loss of data.sources.{task} is not finite after its adaptation: "
-                              "lower optim.lr, or take fewer --inner-steps")
+        raise TrainingFailure(
+            f"round {done}: the loss of data.sources.{task} is not finite after its adaptation: "
+            "lower optim.lr, or take fewer --inner-steps"
+        )
 
 
 def meta_train_sources(
-    config: Config, out: str | Path, options: MetaOptions,
+    config: Config,
+    out: str | Path,
+    options: MetaOptions,
     say: Callable[[int, float, float], None] = lambda done, before, after: None,
 ) -> None:
     """Meta-train a configuration's model, or the one of `model.init_from`, with each of `data.sources` as a task.
@@ -182,8 +189,9 @@ def meta_train_sources(
         model.cuda()
     torch.manual_seed(config.run.seed)
     tasks = [TrainBlocks([source], None, config.run.seed) for source in sources]
-    meta_train(model, tasks, config.optim, options, blocks=config.train.global_batch_size, seed=config.run.seed,
-               say=say)
+    meta_train(
+        model, tasks, config.optim, options, blocks=config.train.global_batch_size, seed=config.run.seed, say=say
+    )
     with publish(out, field="--out") as directory:
         model.cpu().save_pretrained(directory, tokenizer)
 

@@ -9,10 +9,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from moe_llm.distributed.engine import Engine
+from moe_llm.distributed.runtime import Runtime
 from moe_llm.errors import UserError
 from moe_llm.model.moe.routing import RoutingStatistics
-from moe_llm.parallel.engine import Engine
-from moe_llm.parallel.runtime import Runtime
 
 
 def routing_metrics(statistics: RoutingStatistics) -> dict[str, list]:

@@ -6,9 +6,9 @@ from typing import Any
 from moe_llm.checkpoint.architectures import export_note
 from moe_llm.config import Config
 from moe_llm.data.loader import Data
+from moe_llm.distributed.engine import Engine
+from moe_llm.distributed.runtime import Runtime
 from moe_llm.finetune.selection import describe
-from moe_llm.parallel.engine import Engine
-from moe_llm.parallel.runtime import Runtime
 from moe_llm.train.alarms import Alarms
 from moe_llm.train.console import Console
 from moe_llm.train.facts import write_facts
@@ -121,8 +121,10 @@ def announce(
         )
     if config.distill.teachers:
         teachers, distill = ", ".join(teacher.path for teacher in config.distill.teachers), config.distill
-        reporter.say(f"learns from {teachers} by {distill.divergence}, {distill.alpha:g} of the loss, at temperature "
-                     f"{distill.temperature:g}")
+        reporter.say(
+            f"learns from {teachers} by {distill.divergence}, {distill.alpha:g} of the loss, at temperature "
+            f"{distill.temperature:g}"
+        )
     adversarial = config.train.adversarial
     if adversarial.epsilon is not None:
         reporter.say(
@@ -173,10 +175,17 @@ def farewell(config: Config, run_dir: Path, checkpoint: Path | None, finished: b
         print(best)
     print("plots: " + " ".join(str(p) for p in plots))
     if config.evaluate.sample_prompt is not None:
-        from moe_llm.train.generate import generate
+        from moe_llm.inference.generate import generate
 
         print(f"--- a sample, from {config.evaluate.sample_prompt!r} ---")
-        print(generate(checkpoint, config.evaluate.sample_prompt, max_new_tokens=config.evaluate.sample_tokens,
-                       seed=config.run.seed, say=lambda sentence: None))  # `announce` has said it
+        print(
+            generate(
+                checkpoint,
+                config.evaluate.sample_prompt,
+                max_new_tokens=config.evaluate.sample_tokens,
+                seed=config.run.seed,
+                say=lambda sentence: None,
+            )
+        )  # `announce` has said it
         print("---")
     print(f"checkpoint: {checkpoint}")

@@ -21,7 +21,11 @@ from moe_llm.data.sources import check_sources
 from moe_llm.data.tokenizer import build_tokenizer, check_vocab, resolve_vocab
 from moe_llm.distill.teachers import check_teachers, check_vocabularies
 from moe_llm.distill.teaching import build_teaching
+from moe_llm.distributed.engine import Engine, build_engine, shard_experts
+from moe_llm.distributed.runtime import Runtime, rank_from_environment, start, world_size_from_environment
+from moe_llm.distributed.side_group import SideGroup
 from moe_llm.errors import TrainingFailure, UserError
+from moe_llm.evaluation.evaluate import validation_loss
 from moe_llm.finetune.freeze import freeze
 from moe_llm.finetune.lora import add_adapters
 from moe_llm.finetune.origin import check_origin, load_origin
@@ -30,13 +34,9 @@ from moe_llm.finetune.targets import check_lora
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.init import build_blank, build_model
 from moe_llm.ops import caching_allocator
-from moe_llm.parallel.engine import Engine, build_engine, shard_experts
-from moe_llm.parallel.runtime import Runtime, rank_from_environment, start, world_size_from_environment
-from moe_llm.parallel.side_group import SideGroup
 from moe_llm.train.adversarial import build_perturbation, check_adversarial
 from moe_llm.train.drift import RouterGuard, check_guard
 from moe_llm.train.ema import averaged_weights, check_ema, say_of_average
-from moe_llm.train.evaluate import validation_loss
 from moe_llm.train.facts import gather_facts
 from moe_llm.train.loop import Callbacks, Position, Verdict, train_loop
 from moe_llm.train.metrics import read_metrics
@@ -102,14 +102,22 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
     check_vocab(config, tokenizer)
     check_vocabularies(config, tokenizer)
     data = load_data(
-        config, tokenizer, rank=runtime.rank, world_size=runtime.world_size,
+        config,
+        tokenizer,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
         show_progress=runtime.is_main and config.logging.console != "off",
     )
     engine, position = build_trained(config, runtime, source)
     caching_allocator.empty_cache()  # of what steps will not need: ranks that load in turns would each keep the most
     teach = build_teaching(
-        config, runtime, data.train, tokenizer, start=position.samples,
-        samples=(config.max_steps - position.step) * config.train.global_batch_size, say=_complain,
+        config,
+        runtime,
+        data.train,
+        tokenizer,
+        start=position.samples,
+        samples=(config.max_steps - position.step) * config.train.global_batch_size,
+        say=_complain,
     )
     storage = {"dtype": config.checkpoint.dtype, "max_shard_size": config.checkpoint.max_shard_size}
     if position.step < config.max_steps:
@@ -129,19 +137,33 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
 
     say_if_lost(position)
     loader = TrainLoader(
-        data.train, position=position.samples, global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size, rank=runtime.rank, world_size=runtime.world_size,
+        data.train,
+        position=position.samples,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
     )
     watchdog = Watchdog(runtime, config.train.hang_timeout_seconds)
     saved: list[Path] = []
     background = Background(SideGroup(runtime), _complain, watchdog.alive) if config.checkpoint.async_ else None
 
     def save(at: Position) -> None:
-        saved.append(save_checkpoint(
-            run_dir / "checkpoints", Telling(engine, watchdog.alive), step=at.step, trainer_state=at.state(),
-            model_config=config.model, run_config_text=dump_config(config), tokenizer=tokenizer,
-            keep_last=config.checkpoint.keep_last, best_step=at.best_step, background=background, **storage,
-        ))
+        saved.append(
+            save_checkpoint(
+                run_dir / "checkpoints",
+                Telling(engine, watchdog.alive),
+                step=at.step,
+                trainer_state=at.state(),
+                model_config=config.model,
+                run_config_text=dump_config(config),
+                tokenizer=tokenizer,
+                keep_last=config.checkpoint.keep_last,
+                best_step=at.best_step,
+                background=background,
+                **storage,
+            )
+        )
         caching_allocator.empty_cache()
 
     def rollback() -> Position | None:
@@ -173,9 +195,16 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
         return verdict if guard is None else verdict._replace(failure=guard.why_failed(measured))
 
     callbacks = Callbacks(
-        evaluate=evaluate, record=reporter.record, save=save, rollback=rollback, judge=judge,
-        add_gradients=(lambda: None) if guard is None else guard.add_gradients, teach=teach, say=reporter.say,
-        alive=watchdog.alive, perturb=build_perturbation(config, engine.model),
+        evaluate=evaluate,
+        record=reporter.record,
+        save=save,
+        rollback=rollback,
+        judge=judge,
+        add_gradients=(lambda: None) if guard is None else guard.add_gradients,
+        teach=teach,
+        say=reporter.say,
+        alive=watchdog.alive,
+        perturb=build_perturbation(config, engine.model),
     )
     stop.defer()
     try:
@@ -235,6 +264,7 @@ def build_trained(config: Config, runtime: Runtime, source: Path | None) -> tupl
 def _build_model(config: Config, runtime: Runtime) -> MoEDecoder:
     """With this rank's experts; where its weights are to come from elsewhere, it has none yet, and no dtype wider than
     it will need."""
+
     def keep_own(model: MoEDecoder) -> None:
         shard_experts(model, config.expert_range(runtime.rank))
 

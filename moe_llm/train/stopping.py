@@ -37,8 +37,10 @@ class EarlyStopping:
         """A sentence if the patience is used up, None before."""
         if self._patience is None or (position.waited or 0) < self._patience:
             return None
-        best = "none was finite" if position.best_step is None else (
-            f"the best is {position.best_loss:.4f}, of step {position.best_step}"
+        best = (
+            "none was finite"
+            if position.best_step is None
+            else (f"the best is {position.best_loss:.4f}, of step {position.best_step}")
         )
         return (
             f"stopping early at step {position.step}: in {position.waited} evaluations the validation loss has not "

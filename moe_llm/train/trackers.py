@@ -84,8 +84,12 @@ class Wandb(_Tracker):
             identity.write_text(secrets.token_hex(4), encoding="utf-8")
         self._wandb = wandb
         self._run = wandb.init(
-            project=config.logging.wandb_project, dir=run_dir, mode=config.logging.wandb,
-            id=identity.read_text(encoding="utf-8"), resume="allow", name=run_dir.name,
+            project=config.logging.wandb_project,
+            dir=run_dir,
+            mode=config.logging.wandb,
+            id=identity.read_text(encoding="utf-8"),
+            resume="allow",
+            name=run_dir.name,
             config=config.model_dump(mode="json"),
         )
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_llm.parallel.engine import Engine
-from moe_llm.parallel.runtime import Runtime
+from moe_llm.distributed.engine import Engine
+from moe_llm.distributed.runtime import Runtime
 
 EXIT_HUNG = 1
 # A live process answers within seconds, whatever its training does
@@ -99,8 +99,10 @@ class Watchdog:
     def _end(self, now: float, waited: float, silent: list[int]) -> None:
         lines = [f"moe-llm: error: rank {self._rank} has made no progress for {waited:.0f} s in: {self._phase}"]
         for rank in silent:
-            lines.append(f"  rank {rank} has died, was stopped or is out of reach: silent for "
-                         f"{now - self._peers[rank].heard:.0f} s, its last words: {self._peers[rank].said}")
+            lines.append(
+                f"  rank {rank} has died, was stopped or is out of reach: silent for "
+                f"{now - self._peers[rank].heard:.0f} s, its last words: {self._peers[rank].said}"
+            )
         lines += [f"  rank {rank} lives, in: {peer.said}" for rank, peer in self._peers.items() if rank not in silent]
         if not silent:
             lines.append("  raise train.hang_timeout_seconds if a step may take so long")

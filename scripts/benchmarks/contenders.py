@@ -42,10 +42,16 @@ class Shape:
     @property
     def config(self) -> ModelConfig:
         return ModelConfig(
-            vocab_size=self.vocabulary, hidden_size=self.hidden, intermediate_size=self.width,
-            num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
-            num_local_experts=self.experts, num_experts_per_tok=self.top_k,
-            max_position_embeddings=max(self.length, 64), router_aux_loss_scope="transformers",
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.width,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            num_local_experts=self.experts,
+            num_experts_per_tok=self.top_k,
+            max_position_embeddings=max(self.length, 64),
+            router_aux_loss_scope="transformers",
         )
 
 
@@ -53,8 +59,9 @@ MIXTRAL_LAYER = Shape(1, 512, hidden=4096, width=14336, layers=1, heads=32, kv_h
 # On CUDA: layers is how many are asked for, of which as many are taken as fit.
 CUDA = {
     "Mixtral 8x7B": replace(MIXTRAL_LAYER, length=4096, layers=32),
-    "64 experts, top 6": Shape(2, 4096, hidden=2048, width=1408, experts=64, top_k=6, layers=8, heads=16, kv_heads=16,
-                               vocabulary=32000),
+    "64 experts, top 6": Shape(
+        2, 4096, hidden=2048, width=1408, experts=64, top_k=6, layers=8, heads=16, kv_heads=16, vocabulary=32000
+    ),
 }
 
 
@@ -137,14 +144,26 @@ class Transformers(nn.Module):
 
         config = shape.config
         names = (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "num_local_experts", "num_experts_per_tok", "max_position_embeddings",
-            "rms_norm_eps", "router_aux_loss_coef", "tie_word_embeddings",
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "num_local_experts",
+            "num_experts_per_tok",
+            "max_position_embeddings",
+            "rms_norm_eps",
+            "router_aux_loss_coef",
+            "tie_word_embeddings",
         )
         theirs = MixtralConfig(
             **{name: getattr(config, name) for name in names},
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            output_router_logits=True, use_cache=False, attn_implementation="sdpa", experts_implementation=experts,
+            output_router_logits=True,
+            use_cache=False,
+            attn_implementation="sdpa",
+            experts_implementation=experts,
             sliding_window=None,
         )
         self.model = MixtralForCausalLM(theirs).to(dtype)

@@ -161,11 +161,16 @@ def as_markdown(results: dict) -> str:
     for row in results["mixture"]:
         weights = ", ".join(f"{weight:.3f}" for weight in row["weights"])
         told.append(f"| {row['model']} | {weights} | {row['both']:.4f} | {row['code']:.4f} | {row['prose']:.4f} |")
-    told += ["", "| negative | lambda | code | prose | its samples, by the negative model | by the core | difference |",
-             "|---|---|---|---|---|---|---|"]
+    told += [
+        "",
+        "| negative | lambda | code | prose | its samples, by the negative model | by the core | difference |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in results["negative"]:
-        told.append(f"| {row['negative']} | {row['lambda']:g} | {row['code']:.4f} | {row['prose']:.4f} | "
-                    f"{row['written']['by_negative']:.4f} | {row['written']['by_core']:.4f} | {row['away']:+.4f} |")
+        told.append(
+            f"| {row['negative']} | {row['lambda']:g} | {row['code']:.4f} | {row['prose']:.4f} | "
+            f"{row['written']['by_negative']:.4f} | {row['written']['by_core']:.4f} | {row['away']:+.4f} |"
+        )
     return "\n".join(told) + "\n"
 
 

@@ -84,12 +84,20 @@ def run_config(arguments, text: Path, run_dir: Path, train: str, blocks: int, ra
     content = {
         "run": {"dir": str(run_dir), "seed": seed},
         "model": {"init_from": str(arguments.base.resolve()), "router_aux_loss_coef": 0.0},
-        "data": {"sources": [{"type": "files", "path": str(text), "format": "jsonl"}], "sequence_length": length,
-                 "validation_fraction": 0.05, "cache_dir": str(arguments.work.resolve() / "cache")},
+        "data": {
+            "sources": [{"type": "files", "path": str(text), "format": "jsonl"}],
+            "sequence_length": length,
+            "validation_fraction": 0.05,
+            "cache_dir": str(arguments.work.resolve() / "cache"),
+        },
         "finetune": {"train": train, "router_guard": {"action": "log"}},
         "optim": {"lr": rate, "schedule": "cosine", "warmup_steps": max(1, steps // 20), "weight_decay": 0.1},
-        "train": {"max_steps": steps, "micro_batch_size": min(4, blocks), "global_batch_size": blocks,
-                  "precision": arguments.precision},
+        "train": {
+            "max_steps": steps,
+            "micro_batch_size": min(4, blocks),
+            "global_batch_size": blocks,
+            "precision": arguments.precision,
+        },
         "checkpoint": {"keep_last": 1},
         "evaluate": {"every_steps": max(1, steps // 10), "max_blocks": arguments.blocks},
         "logging": {"every_steps": max(1, steps // 10), "console": "off"},
@@ -115,7 +123,8 @@ def quality(arguments) -> list[dict]:
                 moe_llm_or_exit("train", str(run_config(arguments, text, run_dir, train, blocks, rate, seed)))
                 measured = [r for r in read_metrics(run_dir / "metrics.jsonl") if r.get("val_loss") is not None]
                 row["seeds"][seed] = {
-                    "first": measured[0]["val_loss"], "last": measured[-1]["val_loss"],
+                    "first": measured[0]["val_loss"],
+                    "last": measured[-1]["val_loss"],
                     "best": min(r["val_loss"] for r in measured),
                     "bits_per_byte": measured[-1]["val_bits_per_byte"],
                     "router_kl": max(measured[-1]["router_drift"]["kl"]),
@@ -131,8 +140,8 @@ def base_loss(arguments, text: Path) -> float:
     """The base's loss on the same held-out blocks, before any step."""
     from moe_llm.checkpoint.pretrained import MoEForCausalLM
     from moe_llm.data.loader import load_data
+    from moe_llm.data.packing import model_inputs
     from moe_llm.data.tokenizer import load_tokenizer
-    from moe_llm.train.loop import model_inputs
 
     train, (blocks, rate) = CHOICES[0], next(iter(BATCHES.values()))
     path = run_config(arguments, text, arguments.work / "base", train, blocks, rate, 0)
@@ -153,10 +162,9 @@ def moe_llm_or_exit(*words: str) -> None:
 
 def measure(arguments: str) -> None:
     """In a process of its own: seconds of each step, peak memory, and what gradients and optimizer state take."""
-    from moe_llm.data.packing import Batch
-    from moe_llm.parallel.runtime import start
-    from moe_llm.train.loop import model_inputs
-    from moe_llm.train.loss import StepLoss
+    from moe_llm.data.packing import Batch, model_inputs
+    from moe_llm.distributed.runtime import start
+    from moe_llm.distributed.step_loss import StepLoss
     from moe_llm.train.run import build_trained
 
     given = json.loads(arguments)
@@ -167,8 +175,9 @@ def measure(arguments: str) -> None:
     engine, _ = build_trained(config, runtime, None)
     generator, shape = torch.Generator().manual_seed(0), (config.train.micro_batch_size, config.data.sequence_length)
     ids = torch.randint(0, config.model.vocab_size, (shape[0], shape[1] + 1), generator=generator)
-    batch = Batch(ids[:, :-1], ids[:, 1:], torch.arange(shape[1]).expand(shape), None,
-                  torch.ones(shape, dtype=torch.bool)).to(runtime.device)
+    batch = Batch(
+        ids[:, :-1], ids[:, 1:], torch.arange(shape[1]).expand(shape), None, torch.ones(shape, dtype=torch.bool)
+    ).to(runtime.device)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     seconds, gradients = [], 0
@@ -180,13 +189,24 @@ def measure(arguments: str) -> None:
         engine.step(1e-5)
         seconds.append(time.perf_counter() - begin)
     trained = sum(p.numel() for p in engine.model.parameters() if p.requires_grad)
-    state = sum(engine_state.nbytes for tensors in engine.optimizer.state.values()
-                for name, engine_state in tensors.items() if name in engine.kinds)
-    print(json.dumps({
-        "seconds": statistics.median(seconds[1:]), "peak": resident("VmHWM") - before,
-        "parameters": sum(p.nbytes for p in engine.model.parameters()), "gradients": gradients,
-        "optimizer_state": state, "optimizer_state_of_frozen": state - 4 * len(engine.kinds) * trained,  # fp32
-    }))
+    state = sum(
+        engine_state.nbytes
+        for tensors in engine.optimizer.state.values()
+        for name, engine_state in tensors.items()
+        if name in engine.kinds
+    )
+    print(
+        json.dumps(
+            {
+                "seconds": statistics.median(seconds[1:]),
+                "peak": resident("VmHWM") - before,
+                "parameters": sum(p.nbytes for p in engine.model.parameters()),
+                "gradients": gradients,
+                "optimizer_state": state,
+                "optimizer_state_of_frozen": state - 4 * len(engine.kinds) * trained,  # fp32
+            }
+        )
+    )
 
 
 def resident(field: str = "VmRSS") -> int:
@@ -204,8 +224,9 @@ def memory(arguments) -> list[dict]:
     for train in CHOICES:
         config = run_config(arguments, text, arguments.work / f"memory-{train}", train, 4, 1e-4, 0)
         given = {"config": str(config), "steps": arguments.rounds, "threads": arguments.threads}
-        done = subprocess.run([sys.executable, __file__, "--measure", json.dumps(given)],
-                              capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, __file__, "--measure", json.dumps(given)], capture_output=True, text=True, check=False
+        )
         if done.returncode:
             raise SystemExit(done.stderr)
         rows.append({"train": train, **json.loads(done.stdout.splitlines()[-1])})
@@ -217,17 +238,22 @@ def as_markdown(results: dict) -> str:
     """Both tables."""
     told = []
     if results.get("memory"):
-        told += ["| trained | seconds a step | peak | gradients | optimizer state | of it for frozen tensors |",
-                 "|---|---|---|---|---|---|"]
         told += [
-            f"| `{r['train']}` | {r['seconds']:.3f} | " + " | ".join(f"{r[key] / 2**20:.1f} MiB" for key in (
-                "peak", "gradients", "optimizer_state")) + f" | {r['optimizer_state_of_frozen']} B |"
+            "| trained | seconds a step | peak | gradients | optimizer state | of it for frozen tensors |",
+            "|---|---|---|---|---|---|",
+        ]
+        told += [
+            f"| `{r['train']}` | {r['seconds']:.3f} | "
+            + " | ".join(f"{r[key] / 2**20:.1f} MiB" for key in ("peak", "gradients", "optimizer_state"))
+            + f" | {r['optimizer_state_of_frozen']} B |"
             for r in results["memory"]
         ]
     if results.get("quality"):
         told += ["", f"Base: {results['base_loss']:.4f} nats a token on the same held-out blocks.", ""]
-        told += ["| trained | recipe | blocks a step, rate | validation loss, by seed | mean | deviation | router KL |",
-                 "|---|---|---|---|---|---|---|"]
+        told += [
+            "| trained | recipe | blocks a step, rate | validation loss, by seed | mean | deviation | router KL |",
+            "|---|---|---|---|---|---|---|",
+        ]
         for row in results["quality"]:
             cells = list(row["seeds"].values())
             losses = [cell["last"] for cell in cells]
@@ -262,12 +288,19 @@ def main() -> None:
     if not (arguments.base / "config.json").is_file():
         moe_llm_or_exit("train", str(ROOT / "configs/quickstart.yaml"), f"run.dir={arguments.base.parents[1]}")
     arguments.work.mkdir(parents=True, exist_ok=True)
-    results: dict = {"environment": {
-        "date": date.today().isoformat(), "command": " ".join(["python", *sys.argv]), "torch": torch.__version__,
-        "python": platform.python_version(), "processor": platform.machine(), "threads": arguments.threads,
-        "packages": {name: version(name) for name in PACKAGES},
-        "tokens": arguments.tokens, "precision": arguments.precision,
-    }}
+    results: dict = {
+        "environment": {
+            "date": date.today().isoformat(),
+            "command": " ".join(["python", *sys.argv]),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "processor": platform.machine(),
+            "threads": arguments.threads,
+            "packages": {name: version(name) for name in PACKAGES},
+            "tokens": arguments.tokens,
+            "precision": arguments.precision,
+        }
+    }
     if "memory" in arguments.parts:
         results["memory"] = memory(arguments)
     if "quality" in arguments.parts:

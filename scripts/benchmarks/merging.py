@@ -35,13 +35,12 @@ import torch
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.cli import main as moe_llm
 from moe_llm.data.loader import load_evaluation
-from moe_llm.data.packing import IGNORED
+from moe_llm.data.packing import IGNORED, model_inputs
 from moe_llm.data.tokenizer import load_tokenizer
+from moe_llm.evaluation.evaluate import evaluate_files
 from moe_llm.merge.recipe import parse_recipe
 from moe_llm.merge.run import merge_recipe
-from moe_llm.train.evaluate import evaluate_files
-from moe_llm.train.loop import model_inputs
-from moe_llm.train.soup import greedy_soup
+from moe_llm.merge.soup import greedy_soup
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "transformers", "numpy", "datasets", "pydantic")
@@ -98,11 +97,19 @@ def fine_tune(arguments, name: str, text: Path, rate: float, seed: int, teachers
     content = {
         "run": {"dir": str(run_dir), "seed": seed},
         "model": {"init_from": str(arguments.base.resolve())},
-        "data": {"sources": [{"type": "files", "path": str(text)}], "sequence_length": arguments.length,
-                 "validation_fraction": 0.05, "cache_dir": str(arguments.work.resolve() / "cache")},
+        "data": {
+            "sources": [{"type": "files", "path": str(text)}],
+            "sequence_length": arguments.length,
+            "validation_fraction": 0.05,
+            "cache_dir": str(arguments.work.resolve() / "cache"),
+        },
         "optim": {"lr": rate, "warmup_steps": max(1, steps // 20)},
-        "train": {"max_steps": steps, "micro_batch_size": min(4, arguments.batch),
-                  "global_batch_size": arguments.batch, "precision": "fp32"},
+        "train": {
+            "max_steps": steps,
+            "micro_batch_size": min(4, arguments.batch),
+            "global_batch_size": arguments.batch,
+            "precision": "fp32",
+        },
         "checkpoint": {"keep_last": 1},
         "evaluate": {"max_blocks": 4},
         "logging": {"every_steps": max(1, steps // 10), "console": "off"},
@@ -129,16 +136,18 @@ def merged(arguments, name: str, recipe: dict) -> Path:
 
 
 def loss(arguments, model: Path, text: Path) -> float:
-    found = evaluate_files(model, str(text), batch_size=4, sequence_length=arguments.length,
-                           max_blocks=arguments.blocks)
+    found = evaluate_files(
+        model, str(text), batch_size=4, sequence_length=arguments.length, max_blocks=arguments.blocks
+    )
     return found["loss"]
 
 
 @torch.no_grad()
 def ensemble_loss(arguments, models: list[Path], text: Path) -> float:
     """Of the mean of the models' next-token distributions, on the blocks of `loss`."""
-    blocks = load_evaluation(str(text), load_tokenizer(models[0]), sequence_length=arguments.length,
-                             max_blocks=arguments.blocks)
+    blocks = load_evaluation(
+        str(text), load_tokenizer(models[0]), sequence_length=arguments.length, max_blocks=arguments.blocks
+    )
     told = []
     for directory in models:
         model, own = MoEForCausalLM.from_pretrained(directory), []
@@ -154,30 +163,48 @@ def soups(arguments, texts: dict[str, Path]) -> tuple[list[dict], dict[str, Path
     """A row for each way to use several fine-tunes of one base, and the fine-tunes."""
     tuned = {
         named(rate, seed): fine_tune(arguments, f"prose-{rate:g}-{seed}", texts["train"], rate, seed)
-        for rate in arguments.rates for seed in arguments.seeds
+        for rate in arguments.rates
+        for seed in arguments.seeds
     }
     rows = [{"what": "base", "models": 1, "loss": loss(arguments, arguments.base, texts["judge"])}]
-    rows += [{"what": name, "models": 1, "loss": loss(arguments, model, texts["judge"])}
-             for name, model in tuned.items()]
+    rows += [
+        {"what": name, "models": 1, "loss": loss(arguments, model, texts["judge"])} for name, model in tuned.items()
+    ]
     chosen = min(tuned, key=lambda name: loss(arguments, tuned[name], texts["choose"]))
-    rows.append({"what": f"best single: {chosen}", "models": 1,
-                 "loss": next(row["loss"] for row in rows if row["what"] == chosen)})
+    rows.append(
+        {
+            "what": f"best single: {chosen}",
+            "models": 1,
+            "loss": next(row["loss"] for row in rows if row["what"] == chosen),
+        }
+    )
     models = [{"model": str(model)} for model in tuned.values()]
     weighted = [{**model, "parameters": {"weight": 1.0}} for model in models]
     uniform = merged(arguments, "uniform", {"merge_method": "linear", "models": weighted})
     rows.append({"what": "uniform soup", "models": 1, "loss": loss(arguments, uniform, texts["judge"])})
     greedy = arguments.work / "merged/greedy"
     shutil.rmtree(greedy, ignore_errors=True)
-    recipe = {"merge_method": "greedy_soup", "models": models, "data": [str(texts["choose"])],
-              "max_blocks": arguments.blocks, "batch_size": 4}
+    recipe = {
+        "merge_method": "greedy_soup",
+        "models": models,
+        "data": [str(texts["choose"])],
+        "max_blocks": arguments.blocks,
+        "batch_size": 4,
+    }
     kept = sum(decision.kept for decision in greedy_soup(parse_recipe(recipe), greedy, say=lambda sentence: None))
     rows.append({"what": f"greedy soup of {kept}", "models": 1, "loss": loss(arguments, greedy, texts["judge"])})
-    rows.append({"what": f"ensemble of {len(tuned)}", "models": len(tuned),
-                 "loss": ensemble_loss(arguments, list(tuned.values()), texts["judge"])})
+    rows.append(
+        {
+            "what": f"ensemble of {len(tuned)}",
+            "models": len(tuned),
+            "loss": ensemble_loss(arguments, list(tuned.values()), texts["judge"]),
+        }
+    )
     rate, seed = next((r, s) for r in arguments.rates for s in arguments.seeds if named(r, s) == chosen)
     student = fine_tune(arguments, "prose-student", texts["train"], rate, seed, list(tuned.values()))
-    rows.append({"what": f"student of that ensemble: {chosen}", "models": 1,
-                 "loss": loss(arguments, student, texts["judge"])})
+    rows.append(
+        {"what": f"student of that ensemble: {chosen}", "models": 1, "loss": loss(arguments, student, texts["judge"])}
+    )
     active = MoEForCausalLM.from_pretrained(arguments.base).config.num_params(active=True)
     return [{**row, "active_parameters": active * row["models"]} for row in rows], tuned
 
@@ -193,17 +220,23 @@ def tasks(arguments, texts: dict[str, dict[str, Path]], prose: Path) -> list[dic
 
     both, sparse = {prose: 1.0, code: 1.0}, {"density": DENSITY}
     models = {
-        "base": base, "tuned on prose": prose, "tuned on code": code,
-        "average of the two (task vectors added at half)": merged(arguments, "average", {
-            "merge_method": "linear", "models": recipe("linear", both)["models"]}),
-        **{name: merged(arguments, name.replace(" ", "_"), content) for name, content in {
-            "task vectors added": recipe("task_arithmetic", both),
-            "prose negated": recipe("task_arithmetic", {prose: -1.0}),
-            "code negated": recipe("task_arithmetic", {code: -1.0}),
-            "TIES": recipe("ties", both, **sparse),
-            "DARE linear": recipe("dare_linear", both, **sparse),
-            "DARE TIES": recipe("dare_ties", both, **sparse),
-        }.items()},
+        "base": base,
+        "tuned on prose": prose,
+        "tuned on code": code,
+        "average of the two (task vectors added at half)": merged(
+            arguments, "average", {"merge_method": "linear", "models": recipe("linear", both)["models"]}
+        ),
+        **{
+            name: merged(arguments, name.replace(" ", "_"), content)
+            for name, content in {
+                "task vectors added": recipe("task_arithmetic", both),
+                "prose negated": recipe("task_arithmetic", {prose: -1.0}),
+                "code negated": recipe("task_arithmetic", {code: -1.0}),
+                "TIES": recipe("ties", both, **sparse),
+                "DARE linear": recipe("dare_linear", both, **sparse),
+                "DARE TIES": recipe("dare_ties", both, **sparse),
+            }.items()
+        },
     }
     return [
         {"what": name, **{kind: loss(arguments, model, texts[kind]["judge"]) for kind in texts}}
@@ -231,9 +264,15 @@ def orders(arguments, text: Path) -> list[dict]:
     base, rows = MoEForCausalLM.from_pretrained(arguments.base), []
     models = {"base": arguments.base, "its copy in another order": copy}
     for align in ("weights", "none"):
-        models[f"average of the two, align_experts: {align}"] = merged(arguments, f"aligned-{align}", {
-            "merge_method": "linear", "align_experts": align,
-            "models": [{"model": str(m), "parameters": {"weight": 1.0}} for m in (arguments.base, copy)]})
+        models[f"average of the two, align_experts: {align}"] = merged(
+            arguments,
+            f"aligned-{align}",
+            {
+                "merge_method": "linear",
+                "align_experts": align,
+                "models": [{"model": str(m), "parameters": {"weight": 1.0}} for m in (arguments.base, copy)],
+            },
+        )
     for name, directory in models.items():
         other = dict(MoEForCausalLM.from_pretrained(directory).named_parameters())
         far = max((other[key] - p).abs().max().item() for key, p in base.named_parameters())
@@ -273,11 +312,19 @@ def main() -> None:
         raise SystemExit(1)
     (arguments.work / "merged").mkdir(parents=True, exist_ok=True)
     texts = write_texts(arguments.work, arguments.max_bytes)
-    results: dict = {"environment": {
-        "date": date.today().isoformat(), "command": " ".join(["python", *sys.argv]), "torch": torch.__version__,
-        "python": platform.python_version(), "processor": platform.machine(), "threads": arguments.threads,
-        "packages": {name: version(name) for name in PACKAGES}, "tokens": arguments.tokens, "density": DENSITY,
-    }}
+    results: dict = {
+        "environment": {
+            "date": date.today().isoformat(),
+            "command": " ".join(["python", *sys.argv]),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "processor": platform.machine(),
+            "threads": arguments.threads,
+            "packages": {name: version(name) for name in PACKAGES},
+            "tokens": arguments.tokens,
+            "density": DENSITY,
+        }
+    }
     results["soups"], tuned = soups(arguments, texts["prose"])
     results["tasks"] = tasks(arguments, texts, next(iter(tuned.values())))
     results["orders"] = orders(arguments, texts["code"]["judge"])

@@ -86,9 +86,7 @@ def permutation_group(dtype):
         return combine(permute(x, token_index_N, slots), weight, token_index_N, TOKENS, slots)
 
     return (x, weight), {
-        "reference": lambda: reference.combine(
-            reference.permute(x, token_index_N), weight, token_index_N, TOKENS
-        ),
+        "reference": lambda: reference.combine(reference.permute(x, token_index_N), weight, token_index_N, TOKENS),
         "scattered": lambda: ours(None),
         "gathered": lambda: ours(slot_TK),
     }
@@ -99,9 +97,7 @@ def cross_entropy_group(dtype):
     labels = torch.randint(VOCABULARY, (TOKENS,))
     candidates = {"reference": lambda: reference.linear_cross_entropy(hidden, weight, labels)[0]}
     for chunk in (256, 1024, None):
-        candidates[f"chunk {chunk}"] = lambda c=chunk: linear_cross_entropy(
-            hidden, weight, labels, chunk_tokens=c
-        )[0]
+        candidates[f"chunk {chunk}"] = lambda c=chunk: linear_cross_entropy(hidden, weight, labels, chunk_tokens=c)[0]
     return (hidden, weight), candidates
 
 
@@ -192,9 +188,7 @@ def compare(name, leaves, candidates, tolerance, rounds) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=9)
@@ -203,9 +197,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     dtype, tolerance = {"fp32": (torch.float32, 1e-5), "bf16": (torch.bfloat16, 2e-2)}[arguments.dtype]
-    print(
-        f"torch {torch.__version__}, {arguments.threads} threads, {arguments.dtype}; ratio to the reference"
-    )
+    print(f"torch {torch.__version__}, {arguments.threads} threads, {arguments.dtype}; ratio to the reference")
     for name, build in GROUPS_OF_CANDIDATES.items():
         if arguments.only in name:
             compare(name, *build(dtype), tolerance, arguments.rounds)

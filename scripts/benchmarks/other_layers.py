@@ -30,8 +30,12 @@ class DeepSpeedLayer(nn.Module):
             torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
             deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
         self.moe = MoE(
-            shape.hidden, SwiGLU(shape.hidden, shape.width), num_experts=shape.experts, k=shape.top_k,
-            drop_tokens=False, top2_2nd_expert_sampling=False,
+            shape.hidden,
+            SwiGLU(shape.hidden, shape.width),
+            num_experts=shape.experts,
+            k=shape.top_k,
+            drop_tokens=False,
+            top2_2nd_expert_sampling=False,
         ).to(dtype)
         self.moe.set_deepspeed_parallelism()
         self.gate = self.moe.deepspeed_moe.gate.wg
@@ -105,7 +109,10 @@ class ScatterMoELayer(PackedLayer):
 
         with torch.device("meta"):
             return GLUMLP(
-                input_size=shape.hidden, hidden_size=shape.width, num_experts=shape.experts, top_k=shape.top_k,
+                input_size=shape.hidden,
+                hidden_size=shape.width,
+                num_experts=shape.experts,
+                top_k=shape.top_k,
                 activation=nn.SiLU(),
             )
 
@@ -113,7 +120,8 @@ class ScatterMoELayer(PackedLayer):
     def pack(theirs: Weights) -> Weights:
         gate_EFD, up_EFD = theirs["experts.gate_up_proj"].chunk(2, 1)
         return {
-            "experts.weight": torch.cat([up_EFD, gate_EFD], 1), "output_experts.weight": theirs["experts.down_proj"],
+            "experts.weight": torch.cat([up_EFD, gate_EFD], 1),
+            "output_experts.weight": theirs["experts.down_proj"],
         }
 
     @staticmethod
@@ -137,13 +145,22 @@ class MegaBlocksLayer(PackedLayer):
         from megablocks.layers.arguments import Arguments
         from megablocks.layers.dmoe import ParallelDroplessMLP
 
-        return ParallelDroplessMLP(Arguments(
-            hidden_size=shape.hidden, ffn_hidden_size=shape.width, bias=False, activation_fn=nn.functional.silu,
-            moe_num_experts=shape.experts, moe_top_k=shape.top_k,
-            moe_loss_weight=0,  # else it would keep what its own balance loss needs, step after step
-            mlp_type="glu", mlp_impl="grouped", fp16=dtype == torch.float16, bf16=dtype == torch.bfloat16,
-            device=torch.device("meta"),
-        ))
+        return ParallelDroplessMLP(
+            Arguments(
+                hidden_size=shape.hidden,
+                ffn_hidden_size=shape.width,
+                bias=False,
+                activation_fn=nn.functional.silu,
+                moe_num_experts=shape.experts,
+                moe_top_k=shape.top_k,
+                moe_loss_weight=0,  # else it would keep what its own balance loss needs, step after step
+                mlp_type="glu",
+                mlp_impl="grouped",
+                fp16=dtype == torch.float16,
+                bf16=dtype == torch.bfloat16,
+                device=torch.device("meta"),
+            )
+        )
 
     @staticmethod
     def pack(theirs: Weights) -> Weights:
@@ -180,15 +197,21 @@ class SonicMoELayer(PackedLayer):
 
         with torch.device("meta"):
             return MoE(
-                num_experts=shape.experts, num_experts_per_tok=shape.top_k, hidden_size=shape.hidden,
-                intermediate_size=shape.width, activation_function=ActivationType.SWIGLU, add_bias=False, std=0.02,
+                num_experts=shape.experts,
+                num_experts_per_tok=shape.top_k,
+                hidden_size=shape.hidden,
+                intermediate_size=shape.width,
+                activation_function=ActivationType.SWIGLU,
+                add_bias=False,
+                std=0.02,
             )
 
     @staticmethod
     def pack(theirs: Weights) -> Weights:
         gate_EFD, up_EFD = theirs["experts.gate_up_proj"].chunk(2, 1)
         return {
-            "router.weight": theirs["gate.weight"], "c_proj.weight": theirs["experts.down_proj"],
+            "router.weight": theirs["gate.weight"],
+            "c_proj.weight": theirs["experts.down_proj"],
             "c_fc.weight": torch.stack([gate_EFD, up_EFD], 2).flatten(1, 2),
         }
 
@@ -196,7 +219,8 @@ class SonicMoELayer(PackedLayer):
     def unpack(packed: Weights, experts: int) -> Weights:
         gate_EFD, up_EFD = packed["c_fc.weight"][:, ::2], packed["c_fc.weight"][:, 1::2]
         return {
-            "gate.weight": packed["router.weight"], "experts.down_proj": packed["c_proj.weight"],
+            "gate.weight": packed["router.weight"],
+            "experts.down_proj": packed["c_proj.weight"],
             "experts.gate_up_proj": torch.cat([gate_EFD, up_EFD], 1),
         }
 
@@ -205,14 +229,23 @@ class SonicMoELayer(PackedLayer):
 
         moe, no_bias = self.package, None
         y_TD, self.logits, _ = moe_TC_softmax_topk_layer(
-            x_BSD.flatten(0, 1), moe.router.weight, moe.c_fc.weight.permute(1, 2, 0), no_bias,
-            moe.c_proj.weight.permute(1, 2, 0), no_bias, self.shape.top_k, moe.stream_id, moe.activation_function,
+            x_BSD.flatten(0, 1),
+            moe.router.weight,
+            moe.c_fc.weight.permute(1, 2, 0),
+            no_bias,
+            moe.c_proj.weight.permute(1, 2, 0),
+            no_bias,
+            self.shape.top_k,
+            moe.stream_id,
+            moe.activation_function,
         )
         return y_TD.view_as(x_BSD)
 
 
 # contender -> its layer; the contender's name is the package's
 LAYERS = {
-    "deepspeed": DeepSpeedLayer, "scattermoe": ScatterMoELayer, "megablocks": MegaBlocksLayer,
+    "deepspeed": DeepSpeedLayer,
+    "scattermoe": ScatterMoELayer,
+    "megablocks": MegaBlocksLayer,
     "sonicmoe": SonicMoELayer,
 }

@@ -19,56 +19,103 @@ from pathlib import Path
 
 TOLERANCE = 0.15
 _MODEL = {
-    "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "num_local_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 4096,
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 4096,
 }
 _FEW_PARAMETERS = [
-    "model.vocab_size=512", "model.hidden_size=128", "model.num_local_experts=4", "model.num_hidden_layers=3",
-    "train.micro_batch_size=16", "train.global_batch_size=16",
+    "model.vocab_size=512",
+    "model.hidden_size=128",
+    "model.num_local_experts=4",
+    "model.num_hidden_layers=3",
+    "train.micro_batch_size=16",
+    "train.global_batch_size=16",
 ]
 # name: (ranks, overrides)
 CASES: dict[str, tuple[int, list[str]]] = {
     "fp32": (1, []),
     "bf16": (1, ["train.precision=bf16"]),
     "fp32, recomputed": (1, ["train.activation_checkpointing=true"]),
-    "bf16, recomputed, long": (1, [
-        "train.precision=bf16", "train.activation_checkpointing=true", "data.sequence_length=2048",
-        "model.num_hidden_layers=8",
-    ]),
+    "bf16, recomputed, long": (
+        1,
+        [
+            "train.precision=bf16",
+            "train.activation_checkpointing=true",
+            "data.sequence_length=2048",
+            "model.num_hidden_layers=8",
+        ],
+    ),
     "fp32, two micro-batches": (1, ["train.global_batch_size=8"]),
-    "fp32, narrow and deep": (1, [
-        "model.hidden_size=128", "model.intermediate_size=1024", "model.num_hidden_layers=6",
-        "train.micro_batch_size=1", "train.global_batch_size=1",
-    ]),
+    "fp32, narrow and deep": (
+        1,
+        [
+            "model.hidden_size=128",
+            "model.intermediate_size=1024",
+            "model.num_hidden_layers=6",
+            "train.micro_batch_size=1",
+            "train.global_batch_size=1",
+        ],
+    ),
     # few parameters and many tokens: all but 2% are activations
     "fp32, many tokens": (1, [*_FEW_PARAMETERS, "train.precision=fp32"]),
     "bf16, many tokens": (1, [*_FEW_PARAMETERS, "train.precision=bf16"]),
-    "fp32, many tokens, expert dropout": (1, [
-        *_FEW_PARAMETERS, "train.precision=fp32", "model.expert_dropout=0.1"]),
-    "bf16, many tokens, recomputed": (1, [
-        *_FEW_PARAMETERS, "train.precision=bf16", "train.activation_checkpointing=true"]),
+    "fp32, many tokens, expert dropout": (1, [*_FEW_PARAMETERS, "train.precision=fp32", "model.expert_dropout=0.1"]),
+    "bf16, many tokens, recomputed": (
+        1,
+        [*_FEW_PARAMETERS, "train.precision=bf16", "train.activation_checkpointing=true"],
+    ),
     "fp32, large vocabulary": (1, ["model.vocab_size=32000", "model.num_hidden_layers=2"]),
-    "bf16, large vocabulary, two micro-batches": (1, [
-        "train.precision=bf16", "model.vocab_size=32000", "model.num_hidden_layers=1", "data.sequence_length=2048",
-        "train.global_batch_size=8",
-    ]),
-    "bf16, mixed weights": (1, [
-        "train.precision=bf16", "model.num_experts_per_tok=1", "model.router={type: lory, segment_length: 64}"]),
+    "bf16, large vocabulary, two micro-batches": (
+        1,
+        [
+            "train.precision=bf16",
+            "model.vocab_size=32000",
+            "model.num_hidden_layers=1",
+            "data.sequence_length=2048",
+            "train.global_batch_size=8",
+        ],
+    ),
+    "bf16, mixed weights": (
+        1,
+        ["train.precision=bf16", "model.num_experts_per_tok=1", "model.router={type: lory, segment_length: 64}"],
+    ),
     "fp32, EP 2, ZeRO-1": (2, ["parallel.expert_parallel_size=2", "train.global_batch_size=8"]),
-    "bf16, EP 2, ZeRO-1": (2, [
-        "train.precision=bf16", "parallel.expert_parallel_size=2", "train.global_batch_size=8"]),
-    "bf16, EP 2, ZeRO-2, recomputed": (2, [
-        "train.precision=bf16", "parallel.expert_parallel_size=2", "parallel.zero_stage=2",
-        "train.global_batch_size=8", "train.activation_checkpointing=true",
-    ]),
-    "fp32, mixed weights, EP 2, ZeRO-1": (2, [
-        "parallel.expert_parallel_size=2", "train.global_batch_size=8", "model.num_experts_per_tok=1",
-        "model.router={type: lory, segment_length: 64}"]),
+    "bf16, EP 2, ZeRO-1": (2, ["train.precision=bf16", "parallel.expert_parallel_size=2", "train.global_batch_size=8"]),
+    "bf16, EP 2, ZeRO-2, recomputed": (
+        2,
+        [
+            "train.precision=bf16",
+            "parallel.expert_parallel_size=2",
+            "parallel.zero_stage=2",
+            "train.global_batch_size=8",
+            "train.activation_checkpointing=true",
+        ],
+    ),
+    "fp32, mixed weights, EP 2, ZeRO-1": (
+        2,
+        [
+            "parallel.expert_parallel_size=2",
+            "train.global_batch_size=8",
+            "model.num_experts_per_tok=1",
+            "model.router={type: lory, segment_length: 64}",
+        ],
+    ),
     "bf16, EP 1, ZeRO-2": (2, ["train.precision=bf16", "parallel.zero_stage=2", "train.global_batch_size=8"]),
-    "bf16, EP 2, ZeRO-3": (2, [
-        "train.precision=bf16", "parallel.expert_parallel_size=2", "parallel.zero_stage=3",
-        "train.global_batch_size=8",
-    ]),
+    "bf16, EP 2, ZeRO-3": (
+        2,
+        [
+            "train.precision=bf16",
+            "parallel.expert_parallel_size=2",
+            "parallel.zero_stage=3",
+            "train.global_batch_size=8",
+        ],
+    ),
 }
 
 
@@ -76,10 +123,10 @@ def configuration(overrides: list[str]):
     from moe_llm.config.load import apply_override, validate
 
     raw = {
-        "run": {"dir": "unused"}, "model": dict(_MODEL),
+        "run": {"dir": "unused"},
+        "model": dict(_MODEL),
         "data": {"sources": [{"type": "python_stdlib"}], "sequence_length": 512},
-        "train": {"max_steps": 10, "micro_batch_size": 4, "global_batch_size": 4, "precision": "fp32",
-                  "device": "cpu"},
+        "train": {"max_steps": 10, "micro_batch_size": 4, "global_batch_size": 4, "precision": "fp32", "device": "cpu"},
     }
     for override in overrides:
         apply_override(raw, override)
@@ -87,7 +134,7 @@ def configuration(overrides: list[str]):
 
 
 def predicted(config, ranks: int) -> int:
-    from moe_llm.analysis.plan_memory import KERNELS, layout_of, step_memory, without_bucket
+    from moe_llm.planner.memory import KERNELS, layout_of, step_memory, without_bucket
 
     layout = layout_of(config, ranks)
     return round(without_bucket(step_memory(config, layout, KERNELS["cpu"]), layout, config).total)
@@ -98,9 +145,9 @@ def measured(config, phases: bool = False) -> "int | dict[str, int]":
     from torch.profiler import ProfilerActivity, profile, record_function
 
     from moe_llm.bench.run import synthetic_loader
-    from moe_llm.parallel.runtime import start
-    from moe_llm.train.loop import model_inputs
-    from moe_llm.train.loss import StepLoss
+    from moe_llm.data.packing import model_inputs
+    from moe_llm.distributed.runtime import start
+    from moe_llm.distributed.step_loss import StepLoss
     from moe_llm.train.run import build_trained
 
     runtime = start(config)
@@ -151,11 +198,20 @@ def measured_on_ranks(name: str) -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(ranks), "ACCELERATE_USE_CPU": "true"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "ACCELERATE_USE_CPU": "true",
+    }
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, "--measure", name], stdout=subprocess.PIPE, text=True,
+            [sys.executable, __file__, "--measure", name],
+            stdout=subprocess.PIPE,
+            text=True,
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(ranks)

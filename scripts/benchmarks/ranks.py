@@ -16,8 +16,17 @@ from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file",
-          str(ROOT / "configs/accelerate/cpu_2.yaml"), "-m", "moe_llm.cli", "bench"]
+LAUNCH = [
+    sys.executable,
+    "-m",
+    "accelerate.commands.accelerate_cli",
+    "launch",
+    "--config_file",
+    str(ROOT / "configs/accelerate/cpu_2.yaml"),
+    "-m",
+    "moe_llm.cli",
+    "bench",
+]
 
 
 def seconds(config: str, overrides: list[str], size: int, steps: int) -> dict:
@@ -26,7 +35,7 @@ def seconds(config: str, overrides: list[str], size: int, steps: int) -> dict:
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
-    return json.loads(done.stdout[done.stdout.index("{\n"):])
+    return json.loads(done.stdout[done.stdout.index("{\n") :])
 
 
 def main() -> None:
@@ -44,8 +53,10 @@ def main() -> None:
             print(f"EP={size}: {found[-1]['seconds'] * 1e3:.0f} ms a step", flush=True)
     medians = {size: statistics.median(report["seconds"] for report in found) for size, found in reports.items()}
     ratio = statistics.median(b["seconds"] / a["seconds"] for a, b in zip(reports[1], reports[2], strict=True))
-    print(f"EP=2 takes {ratio:.2f} times the step of plain data parallelism "
-          f"({medians[2] * 1e3:.0f} against {medians[1] * 1e3:.0f} ms)")
+    print(
+        f"EP=2 takes {ratio:.2f} times the step of plain data parallelism "
+        f"({medians[2] * 1e3:.0f} against {medians[1] * 1e3:.0f} ms)"
+    )
     arguments.out.mkdir(parents=True, exist_ok=True)
     about = {"date": date.today().isoformat(), "command": " ".join(["python", *sys.argv]), "ratio": ratio}
     file = arguments.out / f"ranks-{about['date']}.json"

@@ -63,8 +63,13 @@ def main() -> None:
     print(told)
     args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / f"routing-{date.today().isoformat()}"
-    environment = {"date": date.today().isoformat(), "command": " ".join(["python", *sys.argv]),
-                   "torch": torch.__version__, "python": platform.python_version(), "processor": platform.machine()}
+    environment = {
+        "date": date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": platform.machine(),
+    }
     content = {"environment": environment, "steps": args.steps, "seeds": args.seeds, "rows": rows}
     stem.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     stem.with_suffix(".md").write_text(told + "\n", encoding="utf-8")

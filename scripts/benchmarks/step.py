@@ -111,8 +111,10 @@ def compare(name: str, shape: Shape, dtype: str, arguments) -> dict:
     seconds: dict[str, list[float]] = {n: [] for n in models}
     alone: dict[str, list[float]] = {part: [] for part in products}
     for round_, batch in enumerate(ids):
-        turns = [*((seconds[n], partial(step, models[n], batch, optimizers[n], caching[n])) for n in models),
-                 *((alone[part], run) for part, (_, run) in products.items())]
+        turns = [
+            *((seconds[n], partial(step, models[n], batch, optimizers[n], caching[n])) for n in models),
+            *((alone[part], run) for part, (_, run) in products.items()),
+        ]
         for samples, run in turns if round_ % 2 else reversed(turns):
             elapsed = timed(run, device)
             if round_ >= 2:
@@ -120,19 +122,30 @@ def compare(name: str, shape: Shape, dtype: str, arguments) -> dict:
     flops = sum(part_flops for part_flops, _ in products.values())
     bare = [sum(parts) for parts in zip(*alone.values(), strict=True)]
     result = {
-        "name": name, "dtype": dtype, "shape": asdict(shape), "flops": flops, "busiest_expert": busiest(counts, shape),
-        "bare_products": {"seconds": statistics.median(bare), "flops_per_second": flops / statistics.median(bare),
-                          "parts": {part: statistics.median(samples) for part, samples in alone.items()}},
+        "name": name,
+        "dtype": dtype,
+        "shape": asdict(shape),
+        "flops": flops,
+        "busiest_expert": busiest(counts, shape),
+        "bare_products": {
+            "seconds": statistics.median(bare),
+            "flops_per_second": flops / statistics.median(bare),
+            "parts": {part: statistics.median(samples) for part, samples in alone.items()},
+        },
         "peak_flops_per_second": peak_rate(kind, device, 8192 if device.type == "cuda" else 2048),
-        "failures": failures | refused, "contenders": {},
+        "failures": failures | refused,
+        "contenders": {},
     }
     rivals = [n for n in seconds if n.startswith("transformers:")]
     best = min(rivals, key=lambda n: statistics.median(seconds[n])) if rivals else None
     for n, samples in seconds.items():
         median = statistics.median(samples)
         result["contenders"][n] = {
-            "seconds": median, "quartiles": statistics.quantiles(samples, n=4), "departure": found[n],
-            "flops_per_second": flops / median, "tokens_per_second": shape.tokens / median,
+            "seconds": median,
+            "quartiles": statistics.quantiles(samples, n=4),
+            "departure": found[n],
+            "flops_per_second": flops / median,
+            "tokens_per_second": shape.tokens / median,
             "first_step_seconds": models[n].first_step_seconds,
             "share_of_bare_products": statistics.median(
                 products / own for products, own in zip(bare, samples, strict=True)
@@ -178,8 +191,16 @@ def busiest(counts: list[list[int]], shape: Shape) -> float:
 
 def peak_memory(name: str, shape: Shape, dtype: str, threads: int, optimizer: bool, device: str) -> dict:
     """Bytes that a process of its own took at most for `name`'s steps, beyond what it had before the model."""
-    arguments = json.dumps({"name": name, "shape": asdict(shape), "dtype": dtype, "threads": threads,
-                            "optimizer": optimizer, "device": device})
+    arguments = json.dumps(
+        {
+            "name": name,
+            "shape": asdict(shape),
+            "dtype": dtype,
+            "threads": threads,
+            "optimizer": optimizer,
+            "device": device,
+        }
+    )
     command = [sys.executable, __file__, "--measure-memory", arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -212,8 +233,10 @@ def measure_memory(arguments: str) -> None:
     for ids in steps[:3]:
         step(model, ids, optimizer)
     peak = torch.cuda.max_memory_allocated() if on_cuda else resident("VmHWM")
-    kept = parameters if optimizer is None else parameters + sum(
-        value.nbytes for state in optimizer.state.values() for value in state.values()
+    kept = (
+        parameters
+        if optimizer is None
+        else parameters + sum(value.nbytes for state in optimizer.state.values() for value in state.values())
     )
     tensors = peak if on_cuda else kept + most_allocated(lambda: step(model, steps[3], optimizer))
     print(json.dumps({"peak": peak - before, "parameters": parameters, "tensors": tensors}))
@@ -238,15 +261,18 @@ def memory_suite(arguments, dtype: str) -> list[dict]:
     rows = []
     on_cuda = arguments.device == "cuda"
     ours = [n for n in contender_names(MAIN, device=arguments.device) if n.startswith("ours")]
-    names = [n for n in (*ours, "transformers:grouped_mm", "transformers:eager") if n in arguments.only
-             or not arguments.only]
+    names = [
+        n for n in (*ours, "transformers:grouped_mm", "transformers:eager") if n in arguments.only or not arguments.only
+    ]
     shapes = {n: s for n, s in (CUDA if on_cuda else MEMORY).items() if n in arguments.shapes or not arguments.shapes}
     for name, shape in shapes.items():
         if on_cuda:
             shape = shape_that_fits(shape, 1, DTYPES[dtype], torch.cuda.mem_get_info()[0])
         row = {"name": f"memory {name}", "dtype": dtype, "shape": asdict(shape), "peak_bytes": {}}
-        runs = [{n: peak_memory(n, shape, dtype, arguments.threads, arguments.optimizer, arguments.device)
-                 for n in names} for _ in range(arguments.memory_rounds)]
+        runs = [
+            {n: peak_memory(n, shape, dtype, arguments.threads, arguments.optimizer, arguments.device) for n in names}
+            for _ in range(arguments.memory_rounds)
+        ]
         for n in names:
             row["peak_bytes"][n] = {what: statistics.median(run[n][what] for run in runs) for what in runs[0][n]}
             row["peak_bytes"][n]["peaks"] = [run[n]["peak"] for run in runs]
@@ -263,18 +289,25 @@ def show(result: dict) -> None:
     if "peak_bytes" in result:
         print(f"{result['name']}, {result['dtype']}", flush=True)
         for name, value in result["peak_bytes"].items():
-            print(f"  {name:28} {value['peak'] / 2**20:8.0f} MiB; tensors alone {value['tensors'] / 2**20:.0f}, of "
-                  f"which parameters {value['parameters'] / 2**20:.0f}")
+            print(
+                f"  {name:28} {value['peak'] / 2**20:8.0f} MiB; tensors alone {value['tensors'] / 2**20:.0f}, of "
+                f"which parameters {value['parameters'] / 2**20:.0f}"
+            )
         if "ours_to_best_transformers" in result:
             each = ", ".join(f"{ratio:.3f}" for ratio in result["ours_to_best_transformers_each"])
-            print(f"  ours / transformers' least    {result['ours_to_best_transformers']:.3f} ({each}); tensors alone "
-                  f"{result['ours_to_best_transformers_in_tensors']:.3f}")
+            print(
+                f"  ours / transformers' least    {result['ours_to_best_transformers']:.3f} ({each}); tensors alone "
+                f"{result['ours_to_best_transformers_in_tensors']:.3f}"
+            )
         return
     if "contenders" in result:
         show_contenders(result)
     if "time_per_token_to_first" in result:
-        print(f"  {result['name']}, {result['dtype']}, taking turns with the suite's other shapes: ours takes "
-              f"{result['time_per_token_to_first']:.2f} times the first one's time per token", flush=True)
+        print(
+            f"  {result['name']}, {result['dtype']}, taking turns with the suite's other shapes: ours takes "
+            f"{result['time_per_token_to_first']:.2f} times the first one's time per token",
+            flush=True,
+        )
 
 
 def show_contenders(result: dict) -> None:
@@ -304,11 +337,18 @@ def environment(arguments) -> dict:
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = next((line.split(":")[1].strip() for line in flags.splitlines() if line.startswith("model name")), "")
     return {
-        "date": date.today().isoformat(), "suites": arguments.suites, "command": " ".join(["python", *sys.argv]),
-        "cpu": model or platform.machine(), "device": arguments.device,
+        "date": date.today().isoformat(),
+        "suites": arguments.suites,
+        "command": " ".join(["python", *sys.argv]),
+        "cpu": model or platform.machine(),
+        "device": arguments.device,
         "gpu": torch.cuda.get_device_name() if arguments.device == "cuda" else "",
-        "amx": "amx_bf16" in flags, "threads": arguments.threads, "python": platform.python_version(),
-        "torch": torch.__version__, "transformers": transformers.__version__, "optimizer": arguments.optimizer,
+        "amx": "amx_bf16" in flags,
+        "threads": arguments.threads,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "optimizer": arguments.optimizer,
     }
 
 
@@ -355,8 +395,11 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", nargs="+", default=[], help="contenders, such as ours transformers:grouped_mm")
     parser.add_argument("--compiled", nargs="+", default=[], help="contenders that also run by torch.compile")
-    parser.add_argument("--turns-only", action="store_true", help="of skew, tokens and experts only how our time per "
-                        "token at one shape compares with that at another")
+    parser.add_argument(
+        "--turns-only",
+        action="store_true",
+        help="of skew, tokens and experts only how our time per token at one shape compares with that at another",
+    )
     parser.add_argument("--own-allocators", action="store_true", help="others without our caching allocator on a CPU")
     parser.add_argument("--optimizer", action="store_true", help="with the update, by AdamW")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")

@@ -45,8 +45,13 @@ def train_teachers(arguments) -> tuple[list[Path], list[float]]:
     for number in range(arguments.teachers):
         run_dir = arguments.work / f"teacher-{number}"
         tokenizer = [f"tokenizer.path={paths[0]}"] if paths else []
-        words = [f"run.seed={1000 + number}", f"train.max_steps={arguments.teacher_steps}",
-                 "evaluate.sample_prompt=null", *tokenizer, *arguments.overrides]
+        words = [
+            f"run.seed={1000 + number}",
+            f"train.max_steps={arguments.teacher_steps}",
+            "evaluate.sample_prompt=null",
+            *tokenizer,
+            *arguments.overrides,
+        ]
         losses.append(train(arguments.config, run_dir, *words))
         paths.append((run_dir / "checkpoints/latest").resolve())
         print(f"teacher {number}: validation loss {losses[-1]:.4f}", flush=True)
@@ -61,8 +66,11 @@ def students(arguments, teachers: list[Path]) -> dict[str, dict]:
         "text alone": {},
         "one teacher": {"teachers": every[:1], **how},
         f"ensemble of {len(every)}": {"teachers": every, **how},
-        **({f"ensemble of {len(every)}, 64 successors": {"teachers": every, "cache_top_k": 64, **how}}
-           if arguments.cached else {}),
+        **(
+            {f"ensemble of {len(every)}, 64 successors": {"teachers": every, "cache_top_k": 64, **how}}
+            if arguments.cached
+            else {}
+        ),
     }
 
 
@@ -75,9 +83,14 @@ def train_students(arguments, teachers: list[Path]) -> list[dict]:
         config.write_text(yaml.safe_dump(raw), encoding="utf-8")
         losses = {}
         for seed in arguments.seeds:
-            losses[seed] = train(config, arguments.work / f"student-{number}-{seed}", f"run.seed={seed}",
-                                 f"train.max_steps={arguments.steps}", "evaluate.sample_prompt=null",
-                                 *arguments.overrides)
+            losses[seed] = train(
+                config,
+                arguments.work / f"student-{number}-{seed}",
+                f"run.seed={seed}",
+                f"train.max_steps={arguments.steps}",
+                "evaluate.sample_prompt=null",
+                *arguments.overrides,
+            )
             print(f"{name}, seed {seed}: validation loss {losses[seed]:.4f}", flush=True)
         rows.append({"learns from": name, "losses": losses})
     return rows
@@ -112,13 +125,18 @@ def as_markdown(results: dict) -> str:
     for row in results["students"]:
         losses = list(row["losses"].values())
         deviation = statistics.stdev(losses) if len(losses) > 1 else math.nan
-        told.append(f"| {row['learns from']} | {', '.join(f'{loss:.4f}' for loss in losses)} "
-                    f"| {statistics.mean(losses):.4f} | {deviation:.4f} |")
+        told.append(
+            f"| {row['learns from']} | {', '.join(f'{loss:.4f}' for loss in losses)} "
+            f"| {statistics.mean(losses):.4f} | {deviation:.4f} |"
+        )
     text, ensemble = (results["students"][i]["losses"] for i in (0, 2))
     gains = [text[seed] - ensemble[seed] for seed in text]
-    told += ["", f"Teachers: {', '.join(f'{loss:.4f}' for loss in results['teachers'])}; their mean of probabilities: "
-             f"{results['ensemble']:.4f}. The ensemble's student is below the text's by "
-             f"{statistics.mean(gains):+.4f} nats a token ({', '.join(f'{gain:+.4f}' for gain in gains)} by seed)."]
+    told += [
+        "",
+        f"Teachers: {', '.join(f'{loss:.4f}' for loss in results['teachers'])}; their mean of probabilities: "
+        f"{results['ensemble']:.4f}. The ensemble's student is below the text's by "
+        f"{statistics.mean(gains):+.4f} nats a token ({', '.join(f'{gain:+.4f}' for gain in gains)} by seed).",
+    ]
     return "\n".join(told) + "\n"
 
 
@@ -144,10 +162,15 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     teachers, losses = train_teachers(arguments)
     results = {
-        "environment": {"date": date.today().isoformat(), "command": " ".join(["python", *sys.argv]),
-                        "torch": torch.__version__, "python": platform.python_version(),
-                        "threads": torch.get_num_threads()},
-        "teachers": losses, "students": train_students(arguments, teachers),
+        "environment": {
+            "date": date.today().isoformat(),
+            "command": " ".join(["python", *sys.argv]),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "threads": torch.get_num_threads(),
+        },
+        "teachers": losses,
+        "students": train_students(arguments, teachers),
         "ensemble": ensemble_loss(arguments, teachers),
     }
     table = as_markdown(results)

@@ -12,12 +12,12 @@ from moe_llm.bench.parts import PARTS, events_by_part, marked
 from moe_llm.bench.products import Linear, Scores, flops, measure_products, step_products
 from moe_llm.bench.run import bench, format_report, synthetic_loader
 from moe_llm.config import load_config
+from moe_llm.distributed.runtime import Runtime
 from moe_llm.errors import UserError
 from moe_llm.model.flops import train_flops_per_token
 from moe_llm.model.init import build_model
 from moe_llm.ops import native
 from moe_llm.ops.products import fused_experts_fit
-from moe_llm.parallel.runtime import Runtime
 
 CPU = torch.device("cpu")
 

@@ -23,21 +23,53 @@ def script(monkeypatch):
 
 def test_all_tables_come_out(script, tmp_path, monkeypatch):
     text = runs.write_text(tmp_path / "text.txt")
-    raw = runs.sections(text, tmp_path / "cache", tmp_path / "base", train={"max_steps": 2},
-                        logging={"console": "off"})
+    raw = runs.sections(text, tmp_path / "cache", tmp_path / "base", train={"max_steps": 2}, logging={"console": "off"})
     assert main(["train", str(runs.write_yaml(tmp_path / "base.yaml", raw))]) == 0
     monkeypatch.setattr(script, "PACKAGES", ("pydantic",))
-    monkeypatch.setattr(sys, "argv", [
-        "merging.py", "--base", str(tmp_path / "base/checkpoints/latest"), "--tokens", "256", "--seeds", "0", "1",
-        "--rates", "1e-2", "--batch", "4", "--max-bytes", "60000", "--length", "32", "--blocks", "2",
-        "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--threads", "1",
-    ])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "merging.py",
+            "--base",
+            str(tmp_path / "base/checkpoints/latest"),
+            "--tokens",
+            "256",
+            "--seeds",
+            "0",
+            "1",
+            "--rates",
+            "1e-2",
+            "--batch",
+            "4",
+            "--max-bytes",
+            "60000",
+            "--length",
+            "32",
+            "--blocks",
+            "2",
+            "--work",
+            str(tmp_path / "work"),
+            "--out",
+            str(tmp_path / "out"),
+            "--threads",
+            "1",
+        ],
+    )
     script.main()
     [file] = (tmp_path / "out").glob("*.json")
     results = json.loads(file.read_text())
     soups = {row["what"].partition(":")[0].partition(" of ")[0]: row for row in results["soups"]}
-    assert list(soups) == ["base", "rate 0.01, seed 0", "rate 0.01, seed 1", "best single", "uniform soup",
-                           "greedy soup", "ensemble", "student"]
+    assert list(soups) == [
+        "base",
+        "rate 0.01, seed 0",
+        "rate 0.01, seed 1",
+        "best single",
+        "uniform soup",
+        "greedy soup",
+        "ensemble",
+        "student",
+    ]
     losses = [soups[f"rate 0.01, seed {seed}"]["loss"] for seed in (0, 1)]
     assert losses[0] != losses[1]
     assert soups["best single"]["loss"] in losses

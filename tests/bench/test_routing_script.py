@@ -23,25 +23,36 @@ def routing(monkeypatch):
 def records(val_loss: float) -> list[dict]:
     """Eight, of which the last two are the last quarter; two layers."""
     return [
-        {**({"val_loss": val_loss + 8 - step} if step in (4, 8) else {}),
-         "moe": {"load_cv": [step / 10, 0.0], "dropped_share": [0.5 if step < 7 else 0.25, 0.75],
-                 "experts_per_token": [2.0, 1.0]}}
+        {
+            **({"val_loss": val_loss + 8 - step} if step in (4, 8) else {}),
+            "moe": {
+                "load_cv": [step / 10, 0.0],
+                "dropped_share": [0.5 if step < 7 else 0.25, 0.75],
+                "experts_per_token": [2.0, 1.0],
+            },
+        }
         for step in range(1, 9)
     ]
 
 
 def rows(routing, **losses: tuple[float, ...]) -> dict[str, dict[str, list[float]]]:
     return {
-        name: {column: [run[column] for run in map(routing.measured, map(records, found))]
-               for column in routing.COLUMNS}
+        name: {
+            column: [run[column] for run in map(routing.measured, map(records, found))] for column in routing.COLUMNS
+        }
         for name, found in losses.items()
     }
 
 
 def test_a_run_is_told_by_its_end(routing):
-    assert routing.measured(records(3.0)) == pytest.approx({
-        "validation loss": 3.0, "load variation": (0.7 + 0.8) / 4, "dropped share": 0.5, "experts a token": 1.5,
-    })
+    assert routing.measured(records(3.0)) == pytest.approx(
+        {
+            "validation loss": 3.0,
+            "load variation": (0.7 + 0.8) / 4,
+            "dropped share": 0.5,
+            "experts a token": 1.5,
+        }
+    )
 
 
 def test_the_table_has_means_and_half_ranges_the_best_first(routing):
@@ -69,13 +80,39 @@ def test_runs_and_speeds_come_from_the_command_line(routing, tmp_path, monkeypat
     text = runs.write_text(tmp_path / "text.txt")
     small = runs.sections(text, tmp_path / "cache", tmp_path / "unused", train={"max_steps": 2})
     words = [f"{section}={json.dumps(small[section])}" for section in ("data", "train", "optim")]
-    words += ["model.hidden_size=16", "model.num_attention_heads=2", "model.num_hidden_layers=1",
-              "model.num_key_value_heads=1", "model.vocab_size=300", "checkpoint.every_steps=null",
-              "evaluate.every_steps=null"]
-    monkeypatch.setattr(sys, "argv", [
-        "routing.py", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--seeds", "0", "--steps", "2",
-        "--rounds", "1", "--bench-steps", "1", "--only", "mixtral", "top_p", "--set", *words,
-    ])
+    words += [
+        "model.hidden_size=16",
+        "model.num_attention_heads=2",
+        "model.num_hidden_layers=1",
+        "model.num_key_value_heads=1",
+        "model.vocab_size=300",
+        "checkpoint.every_steps=null",
+        "evaluate.every_steps=null",
+    ]
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "routing.py",
+            "--work",
+            str(tmp_path / "work"),
+            "--out",
+            str(tmp_path / "out"),
+            "--seeds",
+            "0",
+            "--steps",
+            "2",
+            "--rounds",
+            "1",
+            "--bench-steps",
+            "1",
+            "--only",
+            "mixtral",
+            "top_p",
+            "--set",
+            *words,
+        ],
+    )
     routing.main()
     [file] = (tmp_path / "out").glob("*.json")
     found = json.loads(file.read_text())["rows"]

@@ -141,8 +141,19 @@ def test_only_what_is_installed_takes_room_from_the_layers(step, monkeypatch):
 
     here = {"deepspeed", "megablocks"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in here else None)
-    names = ["ours", "ours:triton", "deepspeed", *PACKAGES, "transformers:eager", "transformers:grouped_mm",
-             "transformers:deepgemm", "transformers:sonicmoe"]
+    names = [
+        "ours",
+        "ours:triton",
+        "deepspeed",
+        *PACKAGES,
+        "transformers:eager",
+        "transformers:grouped_mm",
+        "transformers:deepgemm",
+        "transformers:sonicmoe",
+    ]
     assert [n for n in names if not step.installed(n)] == [
-        "scattermoe", "sonicmoe", "transformers:deepgemm", "transformers:sonicmoe"
+        "scattermoe",
+        "sonicmoe",
+        "transformers:deepgemm",
+        "transformers:sonicmoe",
     ]

@@ -109,10 +109,28 @@ def test_a_compiled_contender_is_compared_like_any_other(step, tmp_path, monkeyp
     monkeypatch.setitem(step.SUITES, "main", {"main": tiny(step, layers=1)})
     # without inductor, which takes half a minute
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
-    monkeypatch.setattr(sys, "argv", [
-        "step.py", "--suites", "main", "--dtype", "fp32", "--rounds", "2", "--only", "ours", "transformers:grouped_mm",
-        "--compiled", "transformers:grouped_mm", "--device", "cpu", "--out", str(tmp_path),
-    ])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "step.py",
+            "--suites",
+            "main",
+            "--dtype",
+            "fp32",
+            "--rounds",
+            "2",
+            "--only",
+            "ours",
+            "transformers:grouped_mm",
+            "--compiled",
+            "transformers:grouped_mm",
+            "--device",
+            "cpu",
+            "--out",
+            str(tmp_path),
+        ],
+    )
     step.main()
     [file] = tmp_path.glob("*.json")
     [result] = json.loads(file.read_text())["results"]
@@ -126,10 +144,24 @@ def test_a_compiled_contender_is_compared_like_any_other(step, tmp_path, monkeyp
 
 def test_shapes_take_turns_without_contenders(step, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(step.SUITES, "tokens", {f"{n} tokens": tiny(step, batch=n // 32) for n in (32, 64)})
-    monkeypatch.setattr(sys, "argv", [
-        "step.py", "--suites", "tokens", "--dtype", "fp32", "--rounds", "2", "--turns-only", "--device", "cpu",
-        "--out", str(tmp_path),
-    ])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "step.py",
+            "--suites",
+            "tokens",
+            "--dtype",
+            "fp32",
+            "--rounds",
+            "2",
+            "--turns-only",
+            "--device",
+            "cpu",
+            "--out",
+            str(tmp_path),
+        ],
+    )
     step.main()
     [file] = tmp_path.glob("*.json")
     first, second = json.loads(file.read_text())["results"]
@@ -139,8 +171,11 @@ def test_shapes_take_turns_without_contenders(step, tmp_path, monkeypatch, capsy
 
 
 def test_peak_memory_is_the_median_of_processes_that_take_turns(step, tmp_path, monkeypatch, capsys):
-    peaks = {"ours": iter([700, 900, 800]), "transformers:grouped_mm": iter([1000, 1000, 2000]),
-             "transformers:eager": iter([2000, 1500, 1000])}
+    peaks = {
+        "ours": iter([700, 900, 800]),
+        "transformers:grouped_mm": iter([1000, 1000, 2000]),
+        "transformers:eager": iter([2000, 1500, 1000]),
+    }
     turns = []
 
     def measured(name, *_):
@@ -149,10 +184,23 @@ def test_peak_memory_is_the_median_of_processes_that_take_turns(step, tmp_path, 
 
     monkeypatch.setattr(step, "peak_memory", measured)
     monkeypatch.setattr(step, "MEMORY", {"tiny": step.MAIN, "another": step.QUICKSTART})
-    monkeypatch.setattr(sys, "argv", [
-        "step.py", "--suites", "memory", "--dtype", "fp32", "--shapes", "tiny", "--device", "cpu",
-        "--out", str(tmp_path),
-    ])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "step.py",
+            "--suites",
+            "memory",
+            "--dtype",
+            "fp32",
+            "--shapes",
+            "tiny",
+            "--device",
+            "cpu",
+            "--out",
+            str(tmp_path),
+        ],
+    )
     step.main()
     assert turns == [*peaks] * 3
     out = capsys.readouterr().out

@@ -7,7 +7,7 @@ import torch
 
 from moe_llm.checkpoint import hf
 from moe_llm.config import ModelConfig, load_config
-from moe_llm.parallel.state import EMA, Entry
+from moe_llm.distributed.state import EMA, Entry
 
 KINDS = ("exp_avg", "exp_avg_sq")
 
@@ -29,9 +29,7 @@ def small_config(**changes) -> ModelConfig:
 
 def run_config(tmp_path, *overrides):
     path = tmp_path / "run.yaml"
-    path.write_text(
-        "data: {sources: [{type: python_stdlib}]}\nmodel: {vocab_size: 24}\ntrain: {max_steps: 5}\n"
-    )
+    path.write_text("data: {sources: [{type: python_stdlib}]}\nmodel: {vocab_size: 24}\ntrain: {max_steps: 5}\n")
     return load_config(path, overrides)
 
 
@@ -96,7 +94,12 @@ class FakeState:
     """
 
     def __init__(
-        self, tensors: dict, ep: int = 1, rank: int = 0, ranks: ThreadRanks | None = None, frozen=(),
+        self,
+        tensors: dict,
+        ep: int = 1,
+        rank: int = 0,
+        ranks: ThreadRanks | None = None,
+        frozen=(),
         averaged: int = 7,
     ):
         self.rank, self.ranks = rank, ranks or ThreadRanks(1)

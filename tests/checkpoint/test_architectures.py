@@ -17,10 +17,18 @@ from moe_llm.config.routers import ROUTER_SETTINGS
 from moe_llm.model.init import init_weights
 
 TOKENS = torch.randint(0, 24, (3, 17), generator=torch.Generator().manual_seed(1))
-MODEL = {"dense": {"num_experts_per_tok": 4}, "switch": {"num_experts_per_tok": 1}, "top_p": {"num_experts_per_tok": 4},
-         "lory": {"num_experts_per_tok": 1}}
-NEEDED = {"hierarchical": {"groups": 2}, "soft_moe": {"slots_per_expert": 2, "segment_length": 4},
-          "multi_head": {"heads": 2}, "lory": {"segment_length": 4}}
+MODEL = {
+    "dense": {"num_experts_per_tok": 4},
+    "switch": {"num_experts_per_tok": 1},
+    "top_p": {"num_experts_per_tok": 4},
+    "lory": {"num_experts_per_tok": 1},
+}
+NEEDED = {
+    "hierarchical": {"groups": 2},
+    "soft_moe": {"slots_per_expert": 2, "segment_length": 4},
+    "multi_head": {"heads": 2},
+    "lory": {"segment_length": 4},
+}
 GATED = {"num_shared_experts": 2, "shared_expert_gate": True}
 SHARED = {"num_shared_experts": 2}
 GROUPS = {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5}
@@ -116,8 +124,10 @@ def test_every_router_has_a_case():
 
 
 def test_what_is_said_before_training():
-    notes = {(kind, architecture): export_note(model_of(kind, settings, more).config)
-             for kind, settings, more, architecture in CASES}
+    notes = {
+        (kind, architecture): export_note(model_of(kind, settings, more).config)
+        for kind, settings, more, architecture in CASES
+    }
     assert notes["mixtral", "mixtral"] is None
     assert "Qwen2MoeForCausalLM" in notes["deepseek_moe", "qwen2_moe"]
     assert "trust_remote_code=True" in notes["top_p", "moe_llm"]
@@ -164,8 +174,14 @@ def test_the_code_beside_the_weights_stands_alone_and_generates(tmp_path, kind):
     model_of(kind, {}, SHARED).save_pretrained(tmp_path / "model")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", REMOTE, str(tmp_path / "model")], env=environment, cwd=tmp_path,
-                          capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", REMOTE, str(tmp_path / "model")],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -210,8 +226,14 @@ def test_what_is_routed_in_the_tokens_place_generates_by_default(tmp_path, kind,
     model_of(kind, {}, SHARED).save_pretrained(tmp_path / "model")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", GENERATED, str(tmp_path / "model"), cache], env=environment,
-                          cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", GENERATED, str(tmp_path / "model"), cache],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -228,8 +250,9 @@ def test_segments_begin_with_the_text_whichever_side_the_padding_is_on(tmp_path)
     alone = model(TOKENS[1:2, 6:]).logits
     torch.testing.assert_close(ours[1, 6:], alone[0], rtol=1e-5, atol=1e-5)
     text = theirs.generate(TOKENS[1:2, 6:], max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
-    batch = theirs.generate(TOKENS[:2], attention_mask=mask[:2], max_new_tokens=8, do_sample=False, eos_token_id=None,
-                            pad_token_id=0)
+    batch = theirs.generate(
+        TOKENS[:2], attention_mask=mask[:2], max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     assert torch.equal(batch[1:, 6:], text)
     with pytest.raises(ValueError, match="needs a DynamicCache"):
         theirs.generate(TOKENS, max_new_tokens=2, cache_implementation="static")

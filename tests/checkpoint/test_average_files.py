@@ -21,8 +21,8 @@ from moe_llm.checkpoint import hf, state
 from moe_llm.checkpoint.background import Background
 from moe_llm.checkpoint.manifest import read_manifest, verify
 from moe_llm.checkpoint.state import load_checkpoint, save_checkpoint
+from moe_llm.distributed.state import EMA
 from moe_llm.errors import UserError
-from moe_llm.parallel.state import EMA
 
 KINDS = ("exp_avg", EMA)
 CONFIG = small_config()
@@ -101,9 +101,11 @@ def test_what_is_frozen_is_stored_once(tmp_path, monkeypatch, dtype, links):
     assert any(name.startswith("ema.") for name in beside) == (dtype == "bf16")  # in fp32 the export says it all
     # what has its place in the plan of a save is what is written
     before = state.make_plan(FakeState(random_tensors(CONFIG, kinds=KINDS), frozen=FROZEN), torch.float32, 10**9, True)
-    assert before.average.nbytes == sum(
-        spec.nbytes for spec in before.average.specs if spec.name not in frozen
-    ) < before.model.nbytes
+    assert (
+        before.average.nbytes
+        == sum(spec.nbytes for spec in before.average.specs if spec.name not in frozen)
+        < before.model.nbytes
+    )
 
 
 def test_the_manifest_covers_the_average(tmp_path):

@@ -96,9 +96,7 @@ def test_the_same_bytes_as_a_save_that_is_waited_for(tmp_path, world, ep, dtype,
 def test_what_is_written_is_what_was_there_when_it_was_asked_for(tmp_path, disk):
     tensors, trainer = random_tensors(CONFIG), {"samples": 7, "losses": [1.0, 2.0]}
     state, background = AliasState(tensors), Background(ALONE, unheard)
-    path = save_checkpoint(
-        tmp_path, state, **save_arguments(CONFIG, trainer_state=trainer), background=background
-    )
+    path = save_checkpoint(tmp_path, state, **save_arguments(CONFIG, trainer_state=trainer), background=background)
     assert disk.reached.wait(30)
     for tensor in state.held.values():
         tensor.add_(1.0)

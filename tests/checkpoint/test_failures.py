@@ -34,9 +34,7 @@ def silent(sentence):
 def save_on_ranks(root, world, **changes):
     ranks, tensors = ThreadRanks(world), random_tensors(CONFIG)
     return ranks.run(
-        lambda rank: save_checkpoint(
-            root, FakeState(tensors, world, rank, ranks), **save_arguments(CONFIG, **changes)
-        )
+        lambda rank: save_checkpoint(root, FakeState(tensors, world, rank, ranks), **save_arguments(CONFIG, **changes))
     )
 
 

@@ -105,9 +105,7 @@ def test_config_round_trip(changes):
 
 
 def test_transformers_reads_the_same_architecture_and_writes_it_back(tmp_path):
-    config = small_config(
-        sliding_window=9, rope_theta=5000.0, router_jitter_noise=0.1, router_z_loss_coef=0.5
-    )
+    config = small_config(sliding_window=9, rope_theta=5000.0, router_jitter_noise=0.1, router_z_loss_coef=0.5)
     (tmp_path / "config.json").write_text(json.dumps(exported(config, dtype="bf16", pad_token_id=0)))
     theirs = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(theirs, MixtralConfig)

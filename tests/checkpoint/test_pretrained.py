@@ -102,9 +102,7 @@ def test_a_tied_head_that_is_stored_all_the_same(tmp_path):
         MoEForCausalLM.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "style", ["stacked, mlp", "stacked, block_sparse_moe", "per expert, mlp", "old buffers"]
-)
+@pytest.mark.parametrize("style", ["stacked, mlp", "stacked, block_sparse_moe", "per expert, mlp", "old buffers"])
 def test_styles_of_names_that_are_about(tmp_path, style):
     model = ours(small_config())
     model.save_pretrained(tmp_path)

@@ -212,7 +212,5 @@ print((peak() - before) // 1024)
 
 
 def test_memory_is_bounded_by_a_few_tensors(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", _PEAK, str(tmp_path)], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", _PEAK, str(tmp_path)], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 40, "MiB above the start, for 256 MiB of tensors of 4 MiB"

@@ -25,9 +25,7 @@ from moe_llm.errors import UserError
 def save_on(world, ep, root, tensors, config, **changes):
     ranks = ThreadRanks(world)
     outcomes = ranks.run(
-        lambda rank: save_checkpoint(
-            root, FakeState(tensors, ep, rank, ranks), **save_arguments(config, **changes)
-        )
+        lambda rank: save_checkpoint(root, FakeState(tensors, ep, rank, ranks), **save_arguments(config, **changes))
     )
     assert [error for _, error in outcomes] == [None] * world
     paths = {path for path, _ in outcomes}
@@ -106,8 +104,7 @@ def test_all_ranks_write_at_once(tmp_path):
     path = save_on(2, 2, tmp_path, random_tensors(config), config)
     weight_map = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
     files = {
-        half: {f for n, f in weight_map.items() if any(f"experts.{e}." in n for e in half)}
-        for half in ((0, 1), (2, 3))
+        half: {f for n, f in weight_map.items() if any(f"experts.{e}." in n for e in half)} for half in ((0, 1), (2, 3))
     }
     assert all(files.values())
     assert not files[0, 1] & files[2, 3]
@@ -183,9 +180,7 @@ def test_a_rank_that_forgets_its_experts_is_caught(tmp_path):
     config = small_config()
     tensors = random_tensors(config)
     state = FakeState(tensors)
-    state._entries = [
-        entry for entry in state.entries() if entry.name != "model.layers.1.mlp.experts.down_proj"
-    ]
+    state._entries = [entry for entry in state.entries() if entry.name != "model.layers.1.mlp.experts.down_proj"]
     with pytest.raises(AssertionError, match=r"experts\.0\.w2"):
         save_checkpoint(tmp_path, state, **save_arguments(config))
     assert not list(tmp_path.iterdir())

@@ -136,19 +136,13 @@ EMPTY = {("data", "validation_sources", "0"), ("distill", "teachers", "0")}  # l
 SECTIONS = [(path, model) for path, model in sections() if path not in EMPTY]
 
 
-@pytest.mark.parametrize(
-    ("path", "model"), SECTIONS, ids=lambda v: ".".join(v) if isinstance(v, tuple) else ""
-)
+@pytest.mark.parametrize(("path", "model"), SECTIONS, ids=lambda v: ".".join(v) if isinstance(v, tuple) else "")
 def test_unknown_keys_are_refused_in_every_section(path, model):
     key = ".".join([*path, "zzqx"])
-    assert refusal(f"{key}=1") == (
-        f"unknown configuration key {key}: known here: {', '.join(fields_by_key(model))}"
-    )
+    assert refusal(f"{key}=1") == (f"unknown configuration key {key}: known here: {', '.join(fields_by_key(model))}")
 
 
-@pytest.mark.parametrize(
-    ("path", "model"), SECTIONS, ids=lambda v: ".".join(v) if isinstance(v, tuple) else ""
-)
+@pytest.mark.parametrize(("path", "model"), SECTIONS, ids=lambda v: ".".join(v) if isinstance(v, tuple) else "")
 def test_a_misspelt_key_gets_the_right_one(path, model):
     for name in fields_by_key(model):
         wrong = ".".join([*path, f"{name}q"])
@@ -284,9 +278,7 @@ def test_an_unreadable_file_is_one_sentence(tmp_path):
 
 
 def test_steps_and_accumulation_follow_from_the_sizes():
-    config = load_config(
-        QUICKSTART, ["train.max_steps=null", "train.max_tokens=4097", "train.micro_batch_size=4"]
-    )
+    config = load_config(QUICKSTART, ["train.max_steps=null", "train.max_tokens=4097", "train.micro_batch_size=4"])
     assert (config.tokens_per_step, config.max_steps) == (4096, 2)
     assert [config.accumulation_steps(world) for world in (1, 2, 4)] == [4, 2, 1]
     with pytest.raises(UserError, match=r"global_batch_size=16 .* train.micro_batch_size=4 x 3 ranks = 12"):

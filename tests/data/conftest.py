@@ -81,9 +81,7 @@ def random_blocks():
 
     from moe_llm.data.cache import TokenizedText
 
-    def make(
-        lengths: list[int], sequence_length: int, isolate: bool = True, first_id: int = 10
-    ) -> PackedBlocks:
+    def make(lengths: list[int], sequence_length: int, isolate: bool = True, first_id: int = 10) -> PackedBlocks:
         documents, next_id = [], first_id
         for length in lengths:
             documents.append([1, *range(next_id, next_id + length), 2])

@@ -93,8 +93,10 @@ def test_a_token_on_the_border_is_a_target():
     vocabulary = {"</s>": 0, "a": 1, ":": 2, "b": 3, ":b": 4}
     backend = Tokenizer(models.BPE(vocabulary, merges=[(":", "b")]))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    tokenizer.chat_template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}:{% else %}" \
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}:{% else %}"
         "{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
     assert encode(tokenizer, talk("a", "b")) == ([1, 4, 0], [0, 1, 1])
 
 
@@ -175,15 +177,20 @@ def test_rows_of_every_kind_of_file_are_the_same(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = [{"prompt_id": "1", "prompt": "x", "messages": talk("a", "b", system="s")}, {"prompt_id": "2", "prompt": "x",
-                                                                                      "messages": talk("c", "d")}]
+    rows = [
+        {"prompt_id": "1", "prompt": "x", "messages": talk("a", "b", system="s")},
+        {"prompt_id": "2", "prompt": "x", "messages": talk("c", "d")},
+    ]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "hub").mkdir()
     for path in (tmp_path / "a.jsonl", tmp_path / "hub/train.jsonl"):
         path.write_text(text)
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    for source in ({"type": "files", "path": "a.jsonl"}, {"type": "files", "path": "a.parquet"},
-                   {"type": "hub", "path": "hub"}):
+    for source in (
+        {"type": "files", "path": "a.jsonl"},
+        {"type": "files", "path": "a.parquet"},
+        {"type": "hub", "path": "hub"},
+    ):
         source["path"] = str(tmp_path / source["path"])
         found = list(read_examples(SourceConfig(content="chat", **source), "s"))
         assert [f.messages for f in found] == [row["messages"] for row in rows]

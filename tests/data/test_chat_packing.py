@@ -86,9 +86,18 @@ def test_bins_are_filled_well(lengths, capacity):
 
 
 MODEL = {
-    "vocab_size": 200, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 64,
-    "initializer_range": 0.3, "router_aux_loss_coef": 0.3, "router_z_loss_coef": 0.1,
+    "vocab_size": 200,
+    "hidden_size": 16,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "router_aux_loss_coef": 0.3,
+    "router_z_loss_coef": 0.1,
 }
 
 
@@ -97,9 +106,9 @@ def gradients(batches, **changes) -> tuple[float, dict[str, torch.Tensor]]:
     from types import SimpleNamespace
 
     from moe_llm.config import ModelConfig
+    from moe_llm.data.packing import model_inputs
+    from moe_llm.distributed.step_loss import StepLoss
     from moe_llm.model.init import build_model
-    from moe_llm.train.loop import model_inputs
-    from moe_llm.train.loss import StepLoss
 
     config = ModelConfig(**{**MODEL, **changes})
     model = build_model(config, 3)
@@ -168,8 +177,10 @@ def chat_config(make_config, tokenizer, tmp_path):
         (tmp_path / "chat.jsonl").write_text(lines)
         source = {"type": "files", "path": str(tmp_path / "chat.jsonl"), "content": "chat"}
         return make_config(
-            data.pop("sources", [source]), tokenizer={"path": str(tmp_path / "own")}, model={"vocab_size": None},
-            data={"sequence_length": 64, "validation_fraction": 0.2, **data}
+            data.pop("sources", [source]),
+            tokenizer={"path": str(tmp_path / "own")},
+            model={"vocab_size": None},
+            data={"sequence_length": 64, "validation_fraction": 0.2, **data},
         )
 
     return make
@@ -214,9 +225,7 @@ def test_text_and_chat_mix_by_weight_and_validate_apart(chat_config, tmp_path, m
     held_out.write_text(json.dumps({"prompt": "the 1", "completion": "router sends 1"}) + "\n")
     chat = {"type": "files", "path": str(tmp_path / "chat.jsonl"), "content": "chat"}
     sources = [{**chat, "weight": 3}, {"type": "files", "path": str(tmp_path / "text.txt"), "weight": 1}]
-    data = loaded(
-        chat_config(sources=sources, validation_sources=[{**chat, "path": str(held_out)}]), tmp_path
-    )
+    data = loaded(chat_config(sources=sources, validation_sources=[{**chat, "path": str(held_out)}]), tmp_path)
     source, _ = data.train.locate(0, 400)
     assert (source == 0).mean() == pytest.approx(0.75, abs=0.01)
     assert data.train.rows(0, 16).labels_BS.shape == (16, 64)

@@ -59,9 +59,7 @@ def test_mixture_has_its_proportions_in_any_stretch(weights):
         counts = np.bincount(source[begin : begin + length], minlength=len(weights))
         assert (np.abs(counts - share * length) < 4 + length * 2e-5).all()
     for s in range(len(weights)):
-        assert nth[source == s].tolist() == list(range((source == s).sum())), (
-            "no block of a source is skipped"
-        )
+        assert nth[source == s].tolist() == list(range((source == s).sum())), "no block of a source is skipped"
     assert set(source.tolist()) == set(range(len(weights))), "even the smallest weight counts"
 
 
@@ -81,9 +79,7 @@ def train_blocks(random_blocks, weights=None, seed=0):
 def test_an_epoch_without_weights_is_every_block_once(random_blocks):
     blocks = train_blocks(random_blocks)
     everything = Counter((s, b) for s, source in enumerate(blocks.sources) for b in range(len(source)))
-    first, second = (
-        list(zip(*map(np.ndarray.tolist, blocks.locate(e * len(blocks), len(blocks))))) for e in (0, 1)
-    )
+    first, second = (list(zip(*map(np.ndarray.tolist, blocks.locate(e * len(blocks), len(blocks))))) for e in (0, 1))
     assert Counter(first) == Counter(second) == everything
     assert first != second
     targets = blocks.rows(0, len(blocks)).num_targets
@@ -109,9 +105,7 @@ def test_rows_do_not_depend_on_how_they_are_asked_for(random_blocks, start, coun
 
 
 def test_the_seed_changes_the_order(random_blocks):
-    assert key(train_blocks(random_blocks, seed=0).rows(0, 20)) != key(
-        train_blocks(random_blocks, seed=1).rows(0, 20)
-    )
+    assert key(train_blocks(random_blocks, seed=0).rows(0, 20)) != key(train_blocks(random_blocks, seed=1).rows(0, 20))
 
 
 def steps(blocks, count, **layout):
@@ -217,8 +211,7 @@ def test_ranks_share_validation_evenly(random_blocks, world_size, max_blocks):
     total = sum(map(len, sources))
     assert len(validation) == min(max_blocks or total, total)
     ranks = [
-        validation_batches(validation, micro_batch_size=2, rank=r, world_size=world_size)
-        for r in range(world_size)
+        validation_batches(validation, micro_batch_size=2, rank=r, world_size=world_size) for r in range(world_size)
     ]
     assert len({len(batches) for batches in ranks}) == 1
     assert all(batch.input_ids_BS.shape == (2, 8) for batches in ranks for batch in batches)
@@ -231,14 +224,10 @@ def test_ranks_share_validation_evenly(random_blocks, world_size, max_blocks):
 def test_bits_per_byte(random_blocks):
     source = random_blocks([10, 20], 8)
     validation = ValidationBlocks([source])
-    assert validation.bytes_per_token == pytest.approx(
-        90 / 32
-    )  # 3 bytes a token, and an eos for each document
+    assert validation.bytes_per_token == pytest.approx(90 / 32)  # 3 bytes a token, and an eos for each document
     assert validation.bits_per_byte(float(np.log(2)) * 90 / 32) == pytest.approx(1.0)
     part = ValidationBlocks([source], max_blocks=2)
-    assert part.bytes_per_token == pytest.approx(
-        sum(source.bytes_of(b) for _, b in part.blocks) / part.num_targets
-    )
+    assert part.bytes_per_token == pytest.approx(sum(source.bytes_of(b) for _, b in part.blocks) / part.num_targets)
 
 
 def corpus(tmp_path, make_text, name, count, offset=0):
@@ -292,8 +281,7 @@ def test_a_single_file_is_enough(make_config, tokenizer, make_text, tmp_path):
     config = make_config([source], data={"sources": [source], "validation_fraction": 0.1})
     data = load_data(config, tokenizer)
     train, held = (
-        tokenizer.decode(blocks.sources[0].text.tokens_N[1:-1].tolist())
-        for blocks in (data.train, data.validation)
+        tokenizer.decode(blocks.sources[0].text.tokens_N[1:-1].tolist()) for blocks in (data.train, data.validation)
     )
     assert train + held == (tmp_path / "book.txt").read_text(encoding="utf-8")
     assert 0.05 < len(held) / (len(train) + len(held)) < 0.15

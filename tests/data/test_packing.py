@@ -55,9 +55,7 @@ def test_targets_are_the_next_token_of_the_same_document(random_blocks, lengths,
 @given(LENGTHS, st.integers(2, 24))
 def test_positions_restart_with_each_document(random_blocks, lengths, sequence_length):
     batch = all_rows(random_blocks(lengths, sequence_length))
-    for documents, positions, mask in zip(
-        batch.document_ids_BS, batch.position_ids_BS, batch.attention_mask_BS
-    ):
+    for documents, positions, mask in zip(batch.document_ids_BS, batch.position_ids_BS, batch.attention_mask_BS):
         seen = {}
         for document, position, real in zip(documents.tolist(), positions.tolist(), mask.tolist()):
             assert (document == -1) == (not real)

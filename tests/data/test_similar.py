@@ -17,23 +17,32 @@ from moe_llm.data.similar import similar_order
 from moe_llm.errors import UserError
 
 QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
-SUBJECTS = ["router gate expert token choice", "bread flour oven yeast crust", "violin cello bow string sonata",
-            "glacier moraine ice valley fjord", "ledger audit tax invoice asset"]
+SUBJECTS = [
+    "router gate expert token choice",
+    "bread flour oven yeast crust",
+    "violin cello bow string sonata",
+    "glacier moraine ice valley fjord",
+    "ledger audit tax invoice asset",
+]
 
 
 @pytest.fixture
 def run(tmp_path, make_config):
     """A run on documents of five subjects, in turn."""
     rng = random.Random(0)
-    rows = [{"text": " ".join(rng.choice(SUBJECTS[i % 5].split()) for _ in range(rng.randint(12, 40))) + f" {i}"}
-            for i in range(100)]
+    rows = [
+        {"text": " ".join(rng.choice(SUBJECTS[i % 5].split()) for _ in range(rng.randint(12, 40))) + f" {i}"}
+        for i in range(100)
+    ]
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def make(order: str, seed: int = 0):
         sources = [{"type": "files", "path": str(tmp_path / "corpus.jsonl")}]
-        return make_config(sources, run={"dir": str(tmp_path / "run"), "seed": seed},
-                           data={**make_config(sources).data.model_dump(mode="json"), "order": order,
-                                 "validation_fraction": 0.1})
+        return make_config(
+            sources,
+            run={"dir": str(tmp_path / "run"), "seed": seed},
+            data={**make_config(sources).data.model_dump(mode="json"), "order": order, "validation_fraction": 0.1},
+        )
 
     return make
 

@@ -89,8 +89,7 @@ def test_training_leaves_out_what_validation_sources_hold(tmp_path, make_config)
     (tmp_path / "train.txt").write_text("one\ntwo\nthree\n")
     (tmp_path / "held.txt").write_text("two\nfour\n")
     train, held = (
-        {"type": "files", "path": str(tmp_path / f"{name}.txt"), "document": "line"}
-        for name in ("train", "held")
+        {"type": "files", "path": str(tmp_path / f"{name}.txt"), "document": "line"} for name in ("train", "held")
     )
     config = make_config([train], data={"sources": [train], "validation_sources": [held]})
     ((field, source),) = named_sources(config)

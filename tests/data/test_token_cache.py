@@ -59,9 +59,7 @@ def test_result_does_not_depend_on_workers(source, tokenizer, tmp_path, monkeypa
     for workers in (1, 4):
         root = tmp_path / f"c{workers}"
         cached_tokens(source, FIELD, HoldOut(), tokenizer, cache_dir=str(root), num_workers=workers)
-        contents.append(
-            {p.relative_to(root): p.read_bytes() for p in root.rglob("*.*") if p.suffix != ".lock"}
-        )
+        contents.append({p.relative_to(root): p.read_bytes() for p in root.rglob("*.*") if p.suffix != ".lock"})
     assert contents[0] == contents[1]
     assert len(contents[0]) == 7
 
@@ -107,9 +105,7 @@ def test_no_space_left_is_one_sentence_and_leaves_nothing(source, tokenizer, tmp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(cache_module.SplitWriter, "write", full)
-    with pytest.raises(
-        UserError, match=r"^data\.cache_dir: no space left for .*: free some or choose another"
-    ):
+    with pytest.raises(UserError, match=r"^data\.cache_dir: no space left for .*: free some or choose another"):
         cached_tokens(source, FIELD, HoldOut(), tokenizer, cache_dir=str(tmp_path / "c"))
     assert entries(tmp_path / "c") == []
 

@@ -161,9 +161,7 @@ def test_every_source_is_sampled_when_there_is_too_much_text(make_config, tmp_pa
         {"type": "files", "path": str(tmp_path / f"{name}.txt"), "document": document}
         for name, document in (("a", "file"), ("b", "line"))
     ]
-    config = make_config(
-        listed, model={"vocab_size": 262}, tokenizer={"train_bytes": 2000, "character_coverage": 1.0}
-    )
+    config = make_config(listed, model={"vocab_size": 262}, tokenizer={"train_bytes": 2000, "character_coverage": 1.0})
     vocabulary = build_tokenizer(config, tmp_path / "tokenizer").get_vocab()
     assert {"a", "b"} <= set(vocabulary)
 
@@ -175,9 +173,7 @@ def test_every_source_is_sampled_when_there_is_too_much_text(make_config, tmp_pa
         (257, r"^model\.vocab_size=257 has no room for the characters of the text: use at least \d+, "),
     ],
 )
-def test_vocab_size_that_cannot_be_trained_names_one_that_can(
-    make_config, tmp_path, make_text, vocab_size, pattern
-):
+def test_vocab_size_that_cannot_be_trained_names_one_that_can(make_config, tmp_path, make_text, vocab_size, pattern):
     (tmp_path / "a.txt").write_text("".join(make_text(i) for i in range(30)))
     source = {"type": "files", "path": str(tmp_path / "a.txt")}
     with pytest.raises(UserError, match=pattern) as caught:
@@ -217,9 +213,7 @@ def test_an_existing_directory_is_used_as_it_is(make_config, tokenizer, tmp_path
 
 def test_unusable_tokenizers_are_one_sentence(make_config, tokenizer, tmp_path):
     def attempt(path):
-        build_tokenizer(
-            make_config([{"type": "python_stdlib"}], tokenizer={"path": str(path)}), tmp_path / "out"
-        )
+        build_tokenizer(make_config([{"type": "python_stdlib"}], tokenizer={"path": str(path)}), tmp_path / "out")
 
     with pytest.raises(UserError, match=r"tokenizer\.path=.*missing\.model does not exist"):
         attempt(tmp_path / "missing.model")
@@ -246,8 +240,6 @@ def test_vocab_size_must_fit_the_tokenizer(make_config, tokenizer):
         check_vocab(config(size), tokenizer)
         assert resolve_vocab(config(size), tokenizer).model.vocab_size == size
     for size in (329, 513, 32000):
-        with pytest.raises(
-            UserError, match=rf"model\.vocab_size={size} .* 330 tokens: use 330, or up to 512"
-        ):
+        with pytest.raises(UserError, match=rf"model\.vocab_size={size} .* 330 tokens: use 330, or up to 512"):
             check_vocab(config(size), tokenizer)
     assert resolve_vocab(config(None), tokenizer).model.vocab_size == 330

@@ -25,8 +25,14 @@ def mixtures(lessons) -> list[Path]:
     found = []
     for seed in (1, 2):
         raw = runs.sections(
-            lessons / "text.txt", lessons / "cache", lessons / f"teacher-{seed}", optim={"lr": 0.02},
-            run={"seed": seed}, train={"max_steps": 8}, checkpoint={"every_steps": None}, logging={"console": "off"},
+            lessons / "text.txt",
+            lessons / "cache",
+            lessons / f"teacher-{seed}",
+            optim={"lr": 0.02},
+            run={"seed": seed},
+            train={"max_steps": 8},
+            checkpoint={"every_steps": None},
+            logging={"console": "off"},
         )
         if found:
             raw["tokenizer"] = {"path": str(found[0])}
@@ -42,10 +48,18 @@ def dense(lessons, mixtures) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=runs.MODEL["vocab_size"] + 8, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.3,
-    ))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=runs.MODEL["vocab_size"] + 8,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+            initializer_range=0.3,
+        )
+    )
     return with_tokenizer(model, lessons / "dense", mixtures[0])
 
 
@@ -62,8 +76,11 @@ def student(lessons, tmp_path):
 
     def make(name: str, distill: dict, **changes) -> Path:
         changes = {
-            "train": {"max_steps": STEPS}, "checkpoint": {"every_steps": None}, "logging": {"console": "off"},
-            "optim": {"lr": 3e-3, "schedule": "constant"}, **changes,
+            "train": {"max_steps": STEPS},
+            "checkpoint": {"every_steps": None},
+            "logging": {"console": "off"},
+            "optim": {"lr": 3e-3, "schedule": "constant"},
+            **changes,
         }
         raw = runs.sections(lessons / "text.txt", tmp_path / "cache", tmp_path / name, **changes)
         return runs.write_yaml(tmp_path / f"{name}.yaml", raw | {"distill": distill})

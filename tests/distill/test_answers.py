@@ -73,8 +73,21 @@ def test_texts_are_continued_as_transformers_does(beams, texts, mixtures, tmp_pa
     from moe_llm.data.tokenizer import load_tokenizer
 
     out = tmp_path / "new/answers.jsonl"
-    words = ["teach", str(mixtures[0]), str(texts), "--out", str(out), "--continue", "6", "--max-new-tokens", "5",
-             "--beams", str(beams), "--batch-size", "3"]
+    words = [
+        "teach",
+        str(mixtures[0]),
+        str(texts),
+        "--out",
+        str(out),
+        "--continue",
+        "6",
+        "--max-new-tokens",
+        "5",
+        "--beams",
+        str(beams),
+        "--batch-size",
+        "3",
+    ]
     assert main(words) == 0
     assert "left out" in capsys.readouterr().out
     tokenizer, found = load_tokenizer(mixtures[0]), [row["text"] for row in lines(out)]
@@ -82,8 +95,11 @@ def test_texts_are_continued_as_transformers_does(beams, texts, mixtures, tmp_pa
     expected = []
     for document in documents[:-1]:
         ids = [tokenizer.bos_token_id, *tokenizer(document, add_special_tokens=False)["input_ids"][:6]]
-        expected.append(generated(mixtures[0], ids, max_new_tokens=5, num_beams=beams, do_sample=False,
-                                  early_stopping=beams > 1).rstrip("\ufffd"))
+        expected.append(
+            generated(
+                mixtures[0], ids, max_new_tokens=5, num_beams=beams, do_sample=False, early_stopping=beams > 1
+            ).rstrip("\ufffd")
+        )
     whole = [text for text, document in zip(expected, documents) if not document.startswith(text)]
     assert len(found) >= 5
     assert set(found) <= {*expected}
@@ -102,14 +118,34 @@ def test_answers_of_a_chat_are_learned_from(student, trained, mixtures, tmp_path
     prompts += [{"messages": [{"role": "user", "content": "d"}, {"role": "assistant", "content": "to be replaced"}]}]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     out = tmp_path / "answers.jsonl"
-    assert main(["teach", str(teacher), str(tmp_path / "prompts.jsonl"), "--out", str(out), "--beams", "1",
-                 "--temperature", "2", "--max-new-tokens", "8"]) == 0
+    assert (
+        main(
+            [
+                "teach",
+                str(teacher),
+                str(tmp_path / "prompts.jsonl"),
+                "--out",
+                str(out),
+                "--beams",
+                "1",
+                "--temperature",
+                "2",
+                "--max-new-tokens",
+                "8",
+            ]
+        )
+        == 0
+    )
     found = lines(out)
     assert {frozenset(row) for row in found} == {frozenset({"prompt", "completion"}), frozenset({"messages"})}
     assert len({row["completion"] for row in found if "completion" in row}) > 1
     assert "to be replaced" not in out.read_text()
-    data = {"sources": [{"type": "files", "path": str(out), "content": "chat"}], "validation_fraction": 0.3,
-            "sequence_length": 64, "over_long": "truncate"}
+    data = {
+        "sources": [{"type": "files", "path": str(out), "content": "chat"}],
+        "validation_fraction": 0.3,
+        "sequence_length": 64,
+        "over_long": "truncate",
+    }
     assert trained("run", {}, tokenizer={"path": str(teacher)}, data=data)[-1]["lm_loss"] > 0
 
 
@@ -136,13 +172,16 @@ def test_an_interrupted_answering_goes_on_to_the_same_file(texts, dense, tmp_pat
     assert out.read_bytes() == (tmp_path / "stopped2.jsonl").read_bytes() != (tmp_path / "straight.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize(("words", "sentence"), [
-    (["TEACHER", "PROMPTS"], "has no chat template to answer with"),
-    (["TEACHER", "PROMPTS", "--temperature", "1"], "add --beams 1"),
-    (["missing", "PROMPTS"], "has no config.json"),
-    (["TEACHER", "missing.jsonl"], "missing.jsonl does not exist"),
-    (["TEACHER", "PROMPTS", "--continue", "4", "--max-new-tokens", "100"], "none has an answer"),
-])
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["TEACHER", "PROMPTS"], "has no chat template to answer with"),
+        (["TEACHER", "PROMPTS", "--temperature", "1"], "add --beams 1"),
+        (["missing", "PROMPTS"], "has no config.json"),
+        (["TEACHER", "missing.jsonl"], "missing.jsonl does not exist"),
+        (["TEACHER", "PROMPTS", "--continue", "4", "--max-new-tokens", "100"], "none has an answer"),
+    ],
+)
 def test_what_cannot_be_answered_is_refused(words, sentence, texts, dense, tmp_path, capsys):
     given = [{"TEACHER": str(dense), "PROMPTS": str(texts)}.get(word, word) for word in words]
     assert main(["teach", *given, "--out", str(tmp_path / "out.jsonl")]) == 2
@@ -155,8 +194,9 @@ def test_limit_and_seed_act(texts, dense, tmp_path):
     options = {"max_new_tokens": 4, "beams": 1, "temperature": 2.0, "continued": 4}
     found = []
     for seed in (0, 1):
-        written = module.write_answers(dense, str(texts), tmp_path / f"{seed}.jsonl",
-                                       module.AnswerOptions(limit=2, seed=seed, **options))
+        written = module.write_answers(
+            dense, str(texts), tmp_path / f"{seed}.jsonl", module.AnswerOptions(limit=2, seed=seed, **options)
+        )
         assert written.rows + written.left_out == 2
         found.append((tmp_path / f"{seed}.jsonl").read_bytes())
     assert found[0] != found[1]

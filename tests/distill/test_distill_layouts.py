@@ -10,16 +10,28 @@ from moe_llm.config import load_config
 @pytest.fixture
 def alone(student, mixtures, dense):
     """The configuration, and what one process makes of it: micro-batches of the ranks together."""
-    distill = {"teachers": [{"path": str(mixtures[0])}, {"path": str(dense), "weight": 0.5}], "temperature": 2.0,
-               "alpha": 0.75}
-    path = student("run", distill, optim={"name": "sgd", "lr": 0.3, "schedule": "constant"},
-                   train={"max_steps": 2, "micro_batch_size": 2, "global_batch_size": 8})
+    distill = {
+        "teachers": [{"path": str(mixtures[0])}, {"path": str(dense), "weight": 0.5}],
+        "temperature": 2.0,
+        "alpha": 0.75,
+    }
+    path = student(
+        "run",
+        distill,
+        optim={"name": "sgd", "lr": 0.3, "schedule": "constant"},
+        train={"max_steps": 2, "micro_batch_size": 2, "global_batch_size": 8},
+    )
     return path, learn(load_config(path))
 
 
-@pytest.mark.parametrize(("stage", "words"), [
-    (1, []), (3, ["train.activation_checkpointing=true"]), (2, ["distill.cache_top_k=320"]),
-])
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        (1, []),
+        (3, ["train.activation_checkpointing=true"]),
+        (2, ["distill.cache_top_k=320"]),
+    ],
+)
 def test_two_ranks_equal_one_process(stage, words, two_ranks, alone):
     """With accumulation; the ranks' cache of all tokens is what the teachers say."""
     path, expected = alone

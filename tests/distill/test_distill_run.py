@@ -52,8 +52,14 @@ def test_the_losses_are_those_of_transformers_models(isolated, trained, tmp_path
     distill = of(second, dense, temperature=2.0, alpha=0.25)
     distill["teachers"][0]["weight"], distill["teachers"][1]["weight"] = 1.5, 0.5
     model = {**runs.MODEL, "init_from": str(first), "router_aux_loss_coef": 0.1}
-    record = trained("run", distill, model=model, tokenizer={"path": str(first)},
-                     data={"isolate_documents": isolated}, train={"max_steps": 1})[0]
+    record = trained(
+        "run",
+        distill,
+        model=model,
+        tokenizer={"path": str(first)},
+        data={"isolate_documents": isolated},
+        train={"max_steps": 1},
+    )[0]
     hard, soft = expected_losses(tmp_path / "run.yaml", first, {second: 0.75, dense: 0.25}, 2.0)
     assert record["lm_loss"] == pytest.approx(hard, rel=1e-5)
     assert record["distill_loss"] == pytest.approx(soft, rel=1e-4)
@@ -68,8 +74,8 @@ def test_the_student_comes_nearer_and_is_evaluated_on_the_text_alone(trained, mi
     assert soft[-1] < 0.5 * soft[0]
     from moe_llm.checkpoint.pretrained import MoEForCausalLM
     from moe_llm.data.loader import load_data
+    from moe_llm.data.packing import model_inputs
     from moe_llm.data.tokenizer import load_tokenizer
-    from moe_llm.train.loop import model_inputs
 
     latest = tmp_path / "run/checkpoints/latest"
     data = load_data(load_config(tmp_path / "run.yaml"), load_tokenizer(latest), show_progress=False)
@@ -90,9 +96,16 @@ def test_every_key_acts_and_the_device_does_not(student, mixtures, dense):
         return learn(load_config(config, [*words, "train.max_steps=2"]))["losses"][-1]
 
     plain, none = last(), last("distill={}", f"tokenizer.path={mixtures[0]}")
-    changed = ["distill.divergence=reverse_kl", "distill.divergence=jensen_shannon", "distill.temperature=3",
-               "distill.alpha=0.9", "distill.cache_top_k=5", "distill.teachers.0.weight=4",
-               "distill.teachers.1.dtype=bf16", f"distill.teachers.1.path={dense}"]
+    changed = [
+        "distill.divergence=reverse_kl",
+        "distill.divergence=jensen_shannon",
+        "distill.temperature=3",
+        "distill.alpha=0.9",
+        "distill.cache_top_k=5",
+        "distill.teachers.0.weight=4",
+        "distill.teachers.1.dtype=bf16",
+        f"distill.teachers.1.path={dense}",
+    ]
     seen = {word: last(word) for word in changed} | {"plain": plain}
     assert len({losses["distill"] for losses in seen.values()}) == len(seen)
     # one update by a teacher in bf16 may leave the last digits of the next loss as they were
@@ -122,8 +135,9 @@ def test_a_stopped_run_goes_on_to_the_same_weights(top_k, trained, student, tmp_
 
 def test_a_dense_student_and_recomputation_in_bf16(trained, mixtures):
     dense = {**runs.MODEL, "num_local_experts": 1, "num_experts_per_tok": 1, "router_aux_loss_coef": 0.0}
-    records = trained("run", of(*mixtures), model=dense,
-                      train={"max_steps": 2, "precision": "bf16", "activation_checkpointing": True})
+    records = trained(
+        "run", of(*mixtures), model=dense, train={"max_steps": 2, "precision": "bf16", "activation_checkpointing": True}
+    )
     assert all(math.isfinite(r["distill_loss"]) for r in records)
 
 
@@ -156,24 +170,28 @@ def broken(tmp_path, mixtures, dense) -> dict[str, Path]:
     return found | {"missing": tmp_path / "missing"}
 
 
-@pytest.mark.parametrize(("name", "words", "sentence"), [
-    ("missing", [], "has no config.json"),
-    ("missing", ["distill.cache_top_k=4"], "no cache of what it said"),
-    ("short", [], "reads 8 positions, fewer than data.sequence_length=32"),
-    ("words", [], "has another vocabulary"),
-    ("strange", [], "'vit', for which transformers has no causal language model"),
-    ("partial", [], "lacks model.layers.1.mlp.up_proj.weight"),
-    (None, ["distill.teachers.0.device=cuda:63"], "is not there"),
-    (None, ["distill.teachers.0.device=gpu"], "distill.teachers.0.device=gpu is no device"),
-    (None, ["distill.teachers.0.wieght=2"], "did you mean distill.teachers.0.weight?"),
-    (None, ["distill.teachers.0.weight=0"], "distill.teachers.0.weight=0"),
-    (None, ["distill.alpha=0"], "distill.alpha=0"),
-    (None, ["distill.temperature=0"], "distill.temperature=0"),
-    (None, ["distill.teachers=[]", "distill.alpha=0.9"], "applies to no teacher"),
-    (None, ["model.vocab_size=512"], "has 328 logits, fewer than model.vocab_size=512: set model.vocab_size=328"),
-])
-def test_what_cannot_teach_is_refused_in_a_sentence(name, words, sentence, student, broken, mixtures, dense, tmp_path,
-                                                    capsys):
+@pytest.mark.parametrize(
+    ("name", "words", "sentence"),
+    [
+        ("missing", [], "has no config.json"),
+        ("missing", ["distill.cache_top_k=4"], "no cache of what it said"),
+        ("short", [], "reads 8 positions, fewer than data.sequence_length=32"),
+        ("words", [], "has another vocabulary"),
+        ("strange", [], "'vit', for which transformers has no causal language model"),
+        ("partial", [], "lacks model.layers.1.mlp.up_proj.weight"),
+        (None, ["distill.teachers.0.device=cuda:63"], "is not there"),
+        (None, ["distill.teachers.0.device=gpu"], "distill.teachers.0.device=gpu is no device"),
+        (None, ["distill.teachers.0.wieght=2"], "did you mean distill.teachers.0.weight?"),
+        (None, ["distill.teachers.0.weight=0"], "distill.teachers.0.weight=0"),
+        (None, ["distill.alpha=0"], "distill.alpha=0"),
+        (None, ["distill.temperature=0"], "distill.temperature=0"),
+        (None, ["distill.teachers=[]", "distill.alpha=0.9"], "applies to no teacher"),
+        (None, ["model.vocab_size=512"], "has 328 logits, fewer than model.vocab_size=512: set model.vocab_size=328"),
+    ],
+)
+def test_what_cannot_teach_is_refused_in_a_sentence(
+    name, words, sentence, student, broken, mixtures, dense, tmp_path, capsys
+):
     path = student("run", of(broken.get(name, dense)), tokenizer={"path": str(mixtures[0])})
     capsys.readouterr()
     assert main(["train", str(path), *words]) == 2

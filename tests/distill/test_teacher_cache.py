@@ -17,8 +17,11 @@ from moe_llm.errors import UserError
 def config(student, dense, mixtures, tmp_path):
     """Of a run whose teacher, and all that it leaves, are its own."""
     shutil.copytree(dense, tmp_path / "teacher")
-    path = student("run", {"teachers": [{"path": str(tmp_path / "teacher")}], "temperature": 1.5},
-                   tokenizer={"path": str(mixtures[0])})
+    path = student(
+        "run",
+        {"teachers": [{"path": str(tmp_path / "teacher")}], "temperature": 1.5},
+        tokenizer={"path": str(mixtures[0])},
+    )
     return lambda *words: load_config(path, ["train.max_steps=2", *words])
 
 
@@ -41,8 +44,9 @@ def directories(tmp_path):
 
 
 def test_all_tokens_kept_are_the_teacher_itself(config):
-    live, kept, few = (learn(config(*words)) for words in (
-        [], ["distill.cache_top_k=100000"], ["distill.cache_top_k=3"]))
+    live, kept, few = (
+        learn(config(*words)) for words in ([], ["distill.cache_top_k=100000"], ["distill.cache_top_k=3"])
+    )
     for ours, theirs, less in zip(kept["losses"], live["losses"], few["losses"]):
         assert ours == pytest.approx(theirs, rel=1e-6)
         assert less["distill"] < theirs["distill"]
@@ -53,7 +57,7 @@ def test_a_second_run_needs_no_teacher_and_a_longer_one_what_is_new(config, buil
     first = learn(config(*words, "logging.console=plain"))
     assert built == [8]  # of two steps
     assert len(first["said"]) == 1
-    directory, = directories(tmp_path)
+    (directory,) = directories(tmp_path)
     again = learn(config(*words, "logging.console=plain"))
     assert again["losses"] == first["losses"]
     assert not again["said"]
@@ -74,8 +78,9 @@ def test_a_second_run_needs_no_teacher_and_a_longer_one_what_is_new(config, buil
 def test_what_is_kept_is_of_this_teacher_and_this_temperature(config, tmp_path, dense):
     words = ["distill.cache_top_k=6"]
     first = learn(config(*words))["losses"]
-    for i, changed in enumerate([["distill.temperature=2"], ["distill.cache_top_k=7"],
-                                 ["distill.teachers.0.dtype=bf16"]], start=2):
+    for i, changed in enumerate(
+        [["distill.temperature=2"], ["distill.cache_top_k=7"], ["distill.teachers.0.dtype=bf16"]], start=2
+    ):
         assert learn(config(*words, *changed))["losses"] != first
         assert len(directories(tmp_path)) == i
     # what is of the student alone needs no other
@@ -144,8 +149,9 @@ def test_a_block_beyond_those_foreseen_is_asked_of_the_teacher(config, monkeypat
     words = ["distill.cache_top_k=6"]
     expected = learn(config(*words, "train.max_steps=3"))["losses"]
     fill = teaching.FromDisk.fill
-    monkeypatch.setattr(teaching.FromDisk, "fill", lambda self, blocks, start, samples, say: fill(
-        self, blocks, start, 4, say))
+    monkeypatch.setattr(
+        teaching.FromDisk, "fill", lambda self, blocks, start, samples, say: fill(self, blocks, start, 4, say)
+    )
     words += [f"data.cache_dir={config().data.cache_dir}-other"]
     for ours, theirs in zip(learn(config(*words, "train.max_steps=3"))["losses"], expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
@@ -153,6 +159,7 @@ def test_a_block_beyond_those_foreseen_is_asked_of_the_teacher(config, monkeypat
 
 def test_what_is_kept_sums_to_one_and_ids_fit():
     """The tail has the mass that is left, also where it is far below what subtraction could see."""
+
     class Sure:
         width = 70_000
 

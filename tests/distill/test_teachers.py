@@ -9,8 +9,16 @@ from moe_llm.data.packing import IGNORED, Batch
 from moe_llm.distill.teachers import Ensemble, ForeignTeacher, documents
 from moe_llm.errors import UserError
 
-SIZES = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 32}
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 32,
+}
 
 
 def architectures():
@@ -19,14 +27,28 @@ def architectures():
     return {
         "llama": (t.LlamaForCausalLM, t.LlamaConfig(**SIZES), True),
         "window": (t.MistralForCausalLM, t.MistralConfig(**SIZES, sliding_window=3), True),
-        "learned positions": (t.GPT2LMHeadModel, t.GPT2Config(
-            vocab_size=61, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2), True),
-        "scaled logits": (t.CohereForCausalLM, t.CohereConfig(
-            **{k: v for k, v in SIZES.items() if k != "head_dim"}, logit_scale=0.5, pad_token_id=0, bos_token_id=1,
-            eos_token_id=2), False),
+        "learned positions": (
+            t.GPT2LMHeadModel,
+            t.GPT2Config(vocab_size=61, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2),
+            True,
+        ),
+        "scaled logits": (
+            t.CohereForCausalLM,
+            t.CohereConfig(
+                **{k: v for k, v in SIZES.items() if k != "head_dim"},
+                logit_scale=0.5,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+            ),
+            False,
+        ),
         "capped logits": (t.Gemma2ForCausalLM, t.Gemma2Config(**SIZES, final_logit_softcapping=2.0), False),
-        "state space": (t.MambaForCausalLM, t.MambaConfig(
-            vocab_size=61, hidden_size=16, state_size=4, num_hidden_layers=2), True),
+        "state space": (
+            t.MambaForCausalLM,
+            t.MambaConfig(vocab_size=61, hidden_size=16, state_size=4, num_hidden_layers=2),
+            True,
+        ),
     }
 
 
@@ -57,8 +79,9 @@ def packed(isolated: bool = True) -> Batch:
 
 
 @pytest.mark.parametrize("isolated", [True, False])
-@pytest.mark.parametrize("name", ["llama", "window", "learned positions", "scaled logits", "capped logits",
-                                  "state space"])
+@pytest.mark.parametrize(
+    "name", ["llama", "window", "learned positions", "scaled logits", "capped logits", "state space"]
+)
 def test_a_document_is_read_as_if_it_stood_alone(name, isolated):
     model, chunked = build(name)
     batch, teacher = packed(isolated), ForeignTeacher(model, "teacher")
@@ -78,8 +101,16 @@ def test_a_model_that_looks_ahead_is_refused():
     from transformers import BertConfig, BertLMHeadModel
 
     torch.manual_seed(0)
-    model = BertLMHeadModel(BertConfig(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                                       num_attention_heads=2, initializer_range=0.5)).eval()
+    model = BertLMHeadModel(
+        BertConfig(
+            vocab_size=61,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            initializer_range=0.5,
+        )
+    ).eval()
     with pytest.raises(UserError, match=r"teachers\.3\.path is a model that looks ahead"):
         ForeignTeacher(model, "distill.teachers.3")
 

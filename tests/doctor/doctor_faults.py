@@ -36,7 +36,7 @@ def _left_out(rank, chosen):
 
 def other_experts_decay_too(rank):
     """All rows of a stacked parameter decay, those of the experts too that are not trained."""
-    from moe_llm.parallel import deepspeed
+    from moe_llm.distributed import deepspeed
 
     real = deepspeed.decay_rows
 
@@ -49,7 +49,7 @@ def other_experts_decay_too(rank):
 
 def experts_never_stepped(rank):
     """The optimizer knows the experts, and a step leaves them as they were."""
-    from moe_llm.parallel.engine import DeepSpeedEngine
+    from moe_llm.distributed.engine import DeepSpeedEngine
 
     real = DeepSpeedEngine.step
 
@@ -79,7 +79,7 @@ def expert_gradients_scaled_by_the_ranks(rank):
 
 
 def loss_scaled_twice(rank):
-    from moe_llm.parallel.engine import DeepSpeedEngine
+    from moe_llm.distributed.engine import DeepSpeedEngine
 
     real = DeepSpeedEngine.backward
     return mock.patch.object(DeepSpeedEngine, "backward", lambda self, loss, last: real(self, loss * 2, last=last))
@@ -146,9 +146,7 @@ def ranks_read_the_same_blocks(rank):
     from moe_llm.doctor import observe
 
     real = observe.TrainLoader
-    return mock.patch.object(
-        observe, "TrainLoader", lambda *a, **k: real(*a, **{**k, "rank": 0})
-    )
+    return mock.patch.object(observe, "TrainLoader", lambda *a, **k: real(*a, **{**k, "rank": 0}))
 
 
 def recomputation_with_other_noise(rank):

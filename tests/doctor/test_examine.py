@@ -41,8 +41,9 @@ def test_the_quickstart_passes_and_leaves_nothing_behind(doctor_ranks, tmp_path,
 
 def test_when_told_to_stop_it_leaves_neither_ranks_nor_files(tmp_path):
     command = [sys.executable, "-m", "moe_llm.cli", "doctor", QUICKSTART]
-    process = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(tmp_path)}, cwd=tmp_path,
-                               stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env={**os.environ, "TMPDIR": str(tmp_path)}, cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
     assert "preparing" in process.stderr.readline()
     assert list(tmp_path.glob("moe-llm-doctor-*"))
     process.terminate()
@@ -54,37 +55,59 @@ def test_when_told_to_stop_it_leaves_neither_ranks_nor_files(tmp_path):
 
 VARIANTS = {
     "bf16, ZeRO-3, recomputation, accumulation": [
-        "train.precision=bf16", "parallel.zero_stage=3", "parallel.expert_parallel_size=2", "checkpoint.dtype=bf16",
-        "train.activation_checkpointing=true", "train.global_batch_size=64",
+        "train.precision=bf16",
+        "parallel.zero_stage=3",
+        "parallel.expert_parallel_size=2",
+        "checkpoint.dtype=bf16",
+        "train.activation_checkpointing=true",
+        "train.global_batch_size=64",
     ],
     "sgd, ties, window, packed without isolation": [
-        "optim.name=sgd", "optim.lr=0.1", "model.tie_word_embeddings=true", "model.sliding_window=64",
-        "data.isolate_documents=false", "parallel.zero_stage=2", "parallel.expert_parallel_size=2",
+        "optim.name=sgd",
+        "optim.lr=0.1",
+        "model.tie_word_embeddings=true",
+        "model.sliding_window=64",
+        "data.isolate_documents=false",
+        "parallel.zero_stage=2",
+        "parallel.expert_parallel_size=2",
     ],
     "transformers' balance loss, accumulation, no clipping": [
-        "model.router_aux_loss_scope=transformers", "train.global_batch_size=64", "optim.grad_clip=0",
-        "model.head_dim=48", "parallel.zero_stage=3",
+        "model.router_aux_loss_scope=transformers",
+        "train.global_batch_size=64",
+        "optim.grad_clip=0",
+        "model.head_dim=48",
+        "parallel.zero_stage=3",
     ],
     "capacity, saving in the background": [
-        "model.router.capacity_factor=1.0", "checkpoint.async=true", "parallel.expert_parallel_size=2",
+        "model.router.capacity_factor=1.0",
+        "checkpoint.async=true",
+        "parallel.expert_parallel_size=2",
     ],
     "two experts at random, entropies, warm-up": [
         "model.router={type: gshard, entropy_bonus_coef: 0.01, global_entropy_coef: 0.01, warmup_steps: 9}",
         "parallel.expert_parallel_size=2",
     ],
     "losses and noise of the router's own": [
-        "model.router.type=noisy_top_k", "parallel.expert_parallel_size=2", "parallel.zero_stage=3",
+        "model.router.type=noisy_top_k",
+        "parallel.expert_parallel_size=2",
+        "parallel.zero_stage=3",
     ],
     "low-rank adapters, ZeRO-3": [
         "finetune.lora={rank: 8, alpha: 4, dropout: 0.1, targets: [attention, experts, router]}",
-        "parallel.zero_stage=3", "parallel.expert_parallel_size=2", "optim.lr=0.02",
+        "parallel.zero_stage=3",
+        "parallel.expert_parallel_size=2",
+        "optim.lr=0.02",
     ],
     "experts that choose, perturbed embeddings, routers in turns": [
-        "model.router.type=expert_choice", "train.adversarial={epsilon: 0.05, steps: 2, router_every: 3}",
-        "parallel.expert_parallel_size=2", "parallel.zero_stage=2",
+        "model.router.type=expert_choice",
+        "train.adversarial={epsilon: 0.05, steps: 2, router_every: 3}",
+        "parallel.expert_parallel_size=2",
+        "parallel.zero_stage=2",
     ],
     "capacity passed on, balance by sequence, accumulation": [
-        "model.router.capacity_factor=1.0", "model.router.overflow=next", "model.router_aux_loss_scope=sequence",
+        "model.router.capacity_factor=1.0",
+        "model.router.overflow=next",
+        "model.router_aux_loss_scope=sequence",
         "train.global_batch_size=64",
     ],
 }
@@ -118,7 +141,7 @@ def test_the_exit_code_says_whether_all_is_well(monkeypatch, report, code, json_
     calls = []
     monkeypatch.setattr(examination, "examine", lambda *a, **k: calls.append((a, k)) or report)
     assert cli.main(["doctor", QUICKSTART, "run.seed=7", "--ranks", "4", "--steps", "3", *json_asked]) == code
-    ((config,), options), = calls
+    (((config,), options),) = calls
     assert config == load_config(QUICKSTART, ["run.seed=7"])
     assert (options["ranks"], options["steps"]) == (4, 3)
     assert capsys.readouterr().out
@@ -138,8 +161,13 @@ def test_it_needs_two_ranks_and_two_steps(arguments):
 def test_a_failure_names_where_and_why(capsys):
     print_report(sick())
     out = capsys.readouterr().out
-    for words in ("model.hidden_size 256 -> 64", "note: something to know", "FAIL gradients: b.weight",
-                  "likely: a [bold] guess", "1 of 2 checks fail"):
+    for words in (
+        "model.hidden_size 256 -> 64",
+        "note: something to know",
+        "FAIL gradients: b.weight",
+        "likely: a [bold] guess",
+        "1 of 2 checks fail",
+    ):
         assert words in out
     assert json.loads(json.dumps(as_json(sick()), allow_nan=False))["checks"][2]["difference"] is None
 

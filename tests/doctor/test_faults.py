@@ -17,8 +17,12 @@ PLANTED = [
     (faults.experts_left_out_of_the_optimizer, "run", "experts are not in the optimizer", []),
     (faults.half_of_each_expert_left_out_of_the_optimizer, "run", "not in the optimizer", []),
     (faults.experts_never_stepped, "experts_train", "experts are not in the optimizer", []),
-    (faults.expert_gradients_scaled_by_the_ranks, "gradients",
-     "gradients of the experts are scaled by 2, the number of ranks", []),
+    (
+        faults.expert_gradients_scaled_by_the_ranks,
+        "gradients",
+        "gradients of the experts are scaled by 2, the number of ranks",
+        [],
+    ),
     (faults.loss_scaled_twice, "gradients", "gradients of all parameters are scaled by 2", []),
     (faults.balance_loss_per_rank, "aux_loss", "not summed over the ranks", []),
     (faults.padding_counted, "reference_aux", "padding is counted", []),
@@ -42,8 +46,19 @@ FOLLOWING = {
     "clip_norm_per_rank": {"weights", "val_loss", "lm_loss", "loss"},
     "one_ranks_experts_exported": {"resume_one_state", "resume_one_loss"},
     "stale_data_position": {"resume_one_loss", "resume_ranks_data", "resume_ranks_loss"},
-    "capacity_beyond_a_sequence": {"lm_loss", "aux_loss", "z_loss", "loss", "val_loss", "gradients", "norm", "weights",
-                                   "routing", "resume_one_loss", "resume_ranks_loss"},
+    "capacity_beyond_a_sequence": {
+        "lm_loss",
+        "aux_loss",
+        "z_loss",
+        "loss",
+        "val_loss",
+        "gradients",
+        "norm",
+        "weights",
+        "routing",
+        "resume_one_loss",
+        "resume_ranks_loss",
+    },
     "documents_see_each_other": {"reference_aux", "reference_z", "reference_gradients"},
 }
 
@@ -93,8 +108,7 @@ def test_a_dead_rank_leaves_its_last_words(doctor_ranks):
 
 
 def test_a_fault_in_one_process_is_found_and_leaves_no_rank_at_work(doctor_ranks):
-    report = examine(load_config(QUICKSTART), steps=2, plant=faults.one_process_raises,
-                     processes=doctor_ranks)
+    report = examine(load_config(QUICKSTART), steps=2, plant=faults.one_process_raises, processes=doctor_ranks)
     (failed,) = [finding for finding in report.findings if finding.failed]
     assert (failed.key, failed.where) == ("run", "one process: RuntimeError: no step today")
     assert "in train_loop" in failed.evidence["trace"]

@@ -51,8 +51,10 @@ def test_the_users_own_text_weights_and_held_out_text(tmp_path, corpus):
     other = tmp_path / "held.txt"
     other.write_text("held out words " * 500)
     config, notes = prepare(
-        tmp_path, f"data.sources=[{{type: files, path: {corpus}, document: line, weight: 3}}, "
-        "{type: python_stdlib, weight: 1}]", f"data.validation_sources=[{{type: files, path: {other}}}]",
+        tmp_path,
+        f"data.sources=[{{type: files, path: {corpus}, document: line, weight: 3}}, "
+        "{type: python_stdlib, weight: 1}]",
+        f"data.validation_sources=[{{type: files, path: {other}}}]",
     )
     assert notes == []
     assert "zebra" in text_of(config)
@@ -102,14 +104,18 @@ def test_pieces_have_very_different_lengths_and_nothing_twice(tmp_path):
 def test_chat_stays_chat(tmp_path, template):
     """Also with a template that is longer than the doctor's blocks."""
     rows = tmp_path / "chat.jsonl"
-    rows.write_text("".join(
-        json.dumps({"prompt": f"zebra {i} crosses?", "completion": f"the wide river {i * i}"}) + "\n"
-        for i in range(2000)
-    ))
+    rows.write_text(
+        "".join(
+            json.dumps({"prompt": f"zebra {i} crosses?", "completion": f"the wide river {i * i}"}) + "\n"
+            for i in range(2000)
+        )
+    )
     (tmp_path / "long").write_text("be kind to animals and count them " * 4 + MIXTRAL)
     name = template if template == "auto" else tmp_path / "long"
     config, notes = prepare(
-        tmp_path / "small", f"data.sources=[{{type: files, path: {rows}, content: chat}}]", "data.over_long=drop",
+        tmp_path / "small",
+        f"data.sources=[{{type: files, path: {rows}, content: chat}}]",
+        "data.over_long=drop",
         f"data.chat_template={name}",
     )
     assert ["the chat template alone writes" in note for note in notes] == [True]

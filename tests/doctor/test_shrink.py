@@ -10,8 +10,17 @@ from moe_llm.doctor.shrink import one_process, shrink
 CONFIGS = sorted(path for path in (Path(__file__).parents[2] / "configs").glob("*.yaml"))
 QUICKSTART = next(path for path in CONFIGS if path.stem == "quickstart")
 FEATURES = {
-    "model": ["num_local_experts", "num_experts_per_tok", "router", "router_aux_loss_coef", "router_aux_loss_scope",
-              "router_z_loss_coef", "rope_theta", "rms_norm_eps", "tie_word_embeddings"],
+    "model": [
+        "num_local_experts",
+        "num_experts_per_tok",
+        "router",
+        "router_aux_loss_coef",
+        "router_aux_loss_scope",
+        "router_z_loss_coef",
+        "rope_theta",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+    ],
     "data": ["isolate_documents"],
     "optim": ["name", "lr", "betas", "eps", "weight_decay", "grad_clip", "schedule"],
     "train": ["precision", "activation_checkpointing"],
@@ -58,10 +67,15 @@ def test_a_window_bites_where_the_users_does(window, expected):
     ("heads", "kv", "head_dim", "hidden"), [(8, 2, "null", 256), (32, 1, "null", 256), (6, 3, 32, 100), (2, 2, 6, 30)]
 )
 def test_heads_keep_their_groups_and_width_its_relation_to_them(heads, kv, head_dim, hidden):
-    config = load_config(QUICKSTART, [
-        f"model.num_attention_heads={heads}", f"model.num_key_value_heads={kv}", f"model.head_dim={head_dim}",
-        f"model.hidden_size={hidden}",
-    ])
+    config = load_config(
+        QUICKSTART,
+        [
+            f"model.num_attention_heads={heads}",
+            f"model.num_key_value_heads={kv}",
+            f"model.head_dim={head_dim}",
+            f"model.hidden_size={hidden}",
+        ],
+    )
     model = shrink(config, 2, 4).config.model
     assert model.num_attention_heads // model.kv_heads == heads // kv
     square = config.model.attention_head_dim * heads == hidden
@@ -107,10 +121,14 @@ def test_noise_is_off_between_layouts_and_says_so():
     assert any("router_jitter_noise=0.1 is off" in note for note in made.notes)
 
 
-@pytest.mark.parametrize(("experts", "top_k", "router"), [
-    (8, 2, {"slots_per_expert": 16, "segment_length": 64}), (128, 2, {"slots_per_expert": 2, "segment_length": 128}),
-    (8, 1, {"slots_per_expert": 1, "segment_length": 9}),
-])
+@pytest.mark.parametrize(
+    ("experts", "top_k", "router"),
+    [
+        (8, 2, {"slots_per_expert": 16, "segment_length": 64}),
+        (128, 2, {"slots_per_expert": 2, "segment_length": 128}),
+        (8, 1, {"slots_per_expert": 1, "segment_length": 9}),
+    ],
+)
 def test_slots_are_formed_in_short_blocks_and_of_fewer_experts(experts, top_k, router):
     settings = f"{{type: soft_moe, slots_per_expert: {router['slots_per_expert']}, "
     settings += f"segment_length: {router['segment_length']}}}"
@@ -132,23 +150,33 @@ def test_blocks_have_several_segments():
     made = small(*lory).config
     assert made.model.router.segment_length == made.data.sequence_length // 4
 
-@pytest.mark.parametrize(("router", "experts", "more", "expected"), [
-    ("{type: hierarchical, groups: 12, groups_per_token: 2}", 96, [], 72),
-    ("{type: hierarchical, groups: 12, groups_per_token: 2}", 96, ["parallel.expert_parallel_size=4"], 72),
-    ("{type: bias_balanced, n_group: 5, topk_group: 2}", 160, [], 65),
-    ("{type: bias_balanced, n_group: 5, topk_group: 2}", 160, ["parallel.expert_parallel_size=4"], 80),
-    ("{type: bias_balanced, n_group: 100, topk_group: 2}", 200, [], 200),  # groups of two are the smallest
-    ("{type: deepseek_moe, device_groups: 3, device_balance_coef: 1}", 192, ["parallel.expert_parallel_size=4"], 72),
-    ("{type: dense}", 96, ["model.num_experts_per_tok=96"], 96),
-    ("{type: expert_choice, capacity_factor: 35}", 96, [], 70),
-    ("{type: mixtral}", 96, [], 64),
-])
+
+@pytest.mark.parametrize(
+    ("router", "experts", "more", "expected"),
+    [
+        ("{type: hierarchical, groups: 12, groups_per_token: 2}", 96, [], 72),
+        ("{type: hierarchical, groups: 12, groups_per_token: 2}", 96, ["parallel.expert_parallel_size=4"], 72),
+        ("{type: bias_balanced, n_group: 5, topk_group: 2}", 160, [], 65),
+        ("{type: bias_balanced, n_group: 5, topk_group: 2}", 160, ["parallel.expert_parallel_size=4"], 80),
+        ("{type: bias_balanced, n_group: 100, topk_group: 2}", 200, [], 200),  # groups of two are the smallest
+        (
+            "{type: deepseek_moe, device_groups: 3, device_balance_coef: 1}",
+            192,
+            ["parallel.expert_parallel_size=4"],
+            72,
+        ),
+        ("{type: dense}", 96, ["model.num_experts_per_tok=96"], 96),
+        ("{type: expert_choice, capacity_factor: 35}", 96, [], 70),
+        ("{type: mixtral}", 96, [], 64),
+    ],
+)
 def test_fewer_experts_still_fit_the_router(router, experts, more, expected):
     made = small(f"model.router={router}", f"model.num_local_experts={experts}", *more, ranks=4)
     assert made.config.model.num_local_experts == expected
-    assert made.config.model.router == load_config(
-        QUICKSTART, [f"model.router={router}", f"model.num_local_experts={experts}", *more]
-    ).model.router
+    assert (
+        made.config.model.router
+        == load_config(QUICKSTART, [f"model.router={router}", f"model.num_local_experts={experts}", *more]).model.router
+    )
     assert expected == experts or any(f"is {expected} here" in note for note in made.notes)
 
 

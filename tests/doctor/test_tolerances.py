@@ -14,9 +14,7 @@ def seen(*steps):
 
 
 def allowed(precision):
-    return tolerances(SimpleNamespace(
-        train=SimpleNamespace(precision=precision), optim=SimpleNamespace(name="adamw")
-    ))
+    return tolerances(SimpleNamespace(train=SimpleNamespace(precision=precision), optim=SimpleNamespace(name="adamw")))
 
 
 def test_in_fp32_nothing_is_given_room_for():

@@ -25,9 +25,7 @@ def checkpoint(directory: Path, kind: str = "llama", seed: int = 0, words: list[
 
 def members(*models: str, **columns) -> list[dict]:
     """The `members` of a recipe; each column has a value for each of them."""
-    return [
-        {"model": model, **{key: values[i] for key, values in columns.items()}} for i, model in enumerate(models)
-    ]
+    return [{"model": model, **{key: values[i] for key, values in columns.items()}} for i, model in enumerate(models)]
 
 
 def build(method: str, members: list[dict], **keys) -> Ensemble:

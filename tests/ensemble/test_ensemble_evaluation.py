@@ -13,7 +13,7 @@ from moe_llm.ensemble import scores
 from moe_llm.ensemble.causal_lm import load_causal_lm, sampling
 from moe_llm.ensemble.evaluate import evaluate
 from moe_llm.ensemble.recipe import load_recipe
-from moe_llm.train.evaluate import evaluate_files
+from moe_llm.evaluation.evaluate import evaluate_files
 
 
 def run(*argv: str, capsys) -> str:

@@ -18,7 +18,9 @@ from moe_llm.errors import UserError
 from moe_llm.model.init import init_weights
 
 SETTINGS = {
-    "top_p": (4, {"p": 0.6}), "expert_choice": (2, {}), "lory": (1, {"segment_length": 2}),
+    "top_p": (4, {"p": 0.6}),
+    "expert_choice": (2, {}),
+    "lory": (1, {"segment_length": 2}),
     "soft_moe": (2, {"slots_per_expert": 1, "segment_length": 2}),
 }
 
@@ -31,8 +33,15 @@ def saved(tmp_path, monkeypatch):
     def save(kind: str) -> Path:
         top_k, settings = SETTINGS[kind]
         config = ModelConfig(
-            vocab_size=len(WORDS), hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
-            num_local_experts=4, num_experts_per_tok=top_k, max_position_embeddings=64, initializer_range=0.3,
+            vocab_size=len(WORDS),
+            hidden_size=16,
+            intermediate_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_local_experts=4,
+            num_experts_per_tok=top_k,
+            max_position_embeddings=64,
+            initializer_range=0.3,
             router={"type": kind, **settings},
         )
         model = MoEForCausalLM(config)

@@ -10,7 +10,7 @@ from support.ranks import Ranks, fresh_accelerate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_llm.cli import main
-from moe_llm.train.evaluate import evaluate_files
+from moe_llm.evaluation.evaluate import evaluate_files
 
 CONFIG = str(Path(__file__).parents[2] / "configs/finetune/chat.yaml")
 ANSWERS = {"sky": "blue", "grass": "green", "coal": "black", "snow": "white"}
@@ -37,11 +37,22 @@ def root(tmp_path_factory) -> Path:
 def overrides(root: Path, run: str, *more: str) -> list[str]:
     validation = f"[{{type: files, path: {root}/held.jsonl, content: chat}}]"
     return [
-        f"run.dir={root / run}", f"model={json.dumps({**runs.MODEL, 'hidden_size': 32, 'intermediate_size': 32})}",
-        f"data.sources.0.path={root}/chat.jsonl", "data.sequence_length=64", f"data.cache_dir={root}/cache",
-        f"data.validation_sources={validation}", *OPTIM, "train.max_steps=30", "train.micro_batch_size=4",
-        "train.global_batch_size=4", "train.precision=fp32", "train.device=cpu", "checkpoint.every_steps=15",
-        "evaluate.every_steps=15", "logging.console=plain", *more,
+        f"run.dir={root / run}",
+        f"model={json.dumps({**runs.MODEL, 'hidden_size': 32, 'intermediate_size': 32})}",
+        f"data.sources.0.path={root}/chat.jsonl",
+        "data.sequence_length=64",
+        f"data.cache_dir={root}/cache",
+        f"data.validation_sources={validation}",
+        *OPTIM,
+        "train.max_steps=30",
+        "train.micro_batch_size=4",
+        "train.global_batch_size=4",
+        "train.precision=fp32",
+        "train.device=cpu",
+        "checkpoint.every_steps=15",
+        "evaluate.every_steps=15",
+        "logging.console=plain",
+        *more,
     ]
 
 
@@ -95,8 +106,14 @@ def test_a_resumed_run_goes_on_exactly(root, trained):
 def test_two_ranks_equal_one_and_what_is_left_out_is_told(root, trained):
     ranks = Ranks(2)
     try:
-        arguments = overrides(root, "ranks", "train.micro_batch_size=2", "train.max_steps=4",
-                              "checkpoint.every_steps=4", "parallel.expert_parallel_size=2")
+        arguments = overrides(
+            root,
+            "ranks",
+            "train.micro_batch_size=2",
+            "train.max_steps=4",
+            "checkpoint.every_steps=4",
+            "parallel.expert_parallel_size=2",
+        )
         codes, told = zip(*ranks.run(train_on_rank, arguments))
     finally:
         ranks.close()
@@ -128,8 +145,15 @@ def train_on_rank(arguments: list[str]) -> tuple[int, str]:
 def test_a_broken_row_ends_the_command_with_one_sentence(root, tmp_path, line, sentence, capsys):
     path = tmp_path / "chat.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n' + line + "\n")
-    code = main(["train", CONFIG, *overrides(tmp_path, "run"), f"data.sources.0.path={path}",
-                 f"data.validation_sources=[{{type: files, path: {root}/held.jsonl, content: chat}}]"])
+    code = main(
+        [
+            "train",
+            CONFIG,
+            *overrides(tmp_path, "run"),
+            f"data.sources.0.path={path}",
+            f"data.validation_sources=[{{type: files, path: {root}/held.jsonl, content: chat}}]",
+        ]
+    )
     error = capsys.readouterr().err
     assert code == 2
     assert sentence in error

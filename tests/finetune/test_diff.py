@@ -101,9 +101,16 @@ def test_other_shapes_and_missing_tensors_are_named(model, tmp_path, capsys):
     assert "missing model.norm.weight" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("router", [
-    {"type": "bias_balanced"}, {"type": "expert_choice"}, {"type": "noisy_top_k"}, {"type": "multi_head", "heads": 2},
-], ids=lambda router: router["type"])
+@pytest.mark.parametrize(
+    "router",
+    [
+        {"type": "bias_balanced"},
+        {"type": "expert_choice"},
+        {"type": "noisy_top_k"},
+        {"type": "multi_head", "heads": 2},
+    ],
+    ids=lambda router: router["type"],
+)
 def test_what_routers_have_beside_weights_is_compared_too(tmp_path, router):
     config = ModelConfig(**{**MODEL, "router": router})
     for name, moved in (("base", False), ("tuned", True)):
@@ -111,9 +118,11 @@ def test_what_routers_have_beside_weights_is_compared_too(tmp_path, router):
         init_weights(model, 1)
         with torch.no_grad():
             for _, tensor in [*model.named_buffers(), *model.named_parameters()]:
-                if moved and any(tensor is part for layer in model.model.layers for part in (
-                    *layer.mlp.gate.buffers(), *layer.mlp.gate.parameters()
-                )):
+                if moved and any(
+                    tensor is part
+                    for layer in model.model.layers
+                    for part in (*layer.mlp.gate.buffers(), *layer.mlp.gate.parameters())
+                ):
                     tensor += 1
         model.save_pretrained(tmp_path / name)
     same = {row["part"]: row["same_bytes"] == row["matrices"] for row in diff(tmp_path / "base", tmp_path / "tuned")}

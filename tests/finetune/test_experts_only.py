@@ -27,18 +27,25 @@ def text(tmp_path_factory):
 def base(text, tmp_path_factory):
     """A checkpoint of two steps, in fp32."""
     root = tmp_path_factory.mktemp("base")
-    raw = runs.sections(text, root / "cache", root / "run", train={"max_steps": 2},
-                        logging={"console": "off"})
+    raw = runs.sections(text, root / "cache", root / "run", train={"max_steps": 2}, logging={"console": "off"})
     assert main(["train", str(runs.write_yaml(root / "base.yaml", raw))]) == 0
     return root / "run/checkpoints/latest"
 
 
 def overrides(base, text, tmp_path) -> list[str]:
     return [
-        f"model.init_from={base}", f"data.sources.0.path={text}", "data.sources.0.document=line",
-        f"data.cache_dir={base.parents[2] / 'cache'}", "data.sequence_length=32", "train.max_steps=3",
-        f"run.dir={tmp_path / 'run'}", "evaluate.max_blocks=2", "optim.warmup_steps=0", "checkpoint.every_steps=2",
-        "train.device=cpu", "checkpoint.async=true",
+        f"model.init_from={base}",
+        f"data.sources.0.path={text}",
+        "data.sources.0.document=line",
+        f"data.cache_dir={base.parents[2] / 'cache'}",
+        "data.sequence_length=32",
+        "train.max_steps=3",
+        f"run.dir={tmp_path / 'run'}",
+        "evaluate.max_blocks=2",
+        "optim.warmup_steps=0",
+        "checkpoint.every_steps=2",
+        "train.device=cpu",
+        "checkpoint.async=true",
     ]
 
 
@@ -64,12 +71,15 @@ def test_the_shipped_file_survives_a_dump(base):
     assert (loaded.finetune.train, loaded.model.hidden_size, loaded.tokenizer.path) == ("experts", 16, str(base))
 
 
-@pytest.mark.parametrize(("words", "sentence"), [
-    (["finetune.train=[no.such.*]"], "finetune.train='no.such.*' matches no parameter"),
-    (["finetune.experts=[9]"], "names expert 9"),
-    (["model.init_from=/nowhere"], "model.init_from='/nowhere' has no config.json"),
-    (["model.hidden_size=8"], "model.hidden_size=8 contradicts"),
-])
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["finetune.train=[no.such.*]"], "finetune.train='no.such.*' matches no parameter"),
+        (["finetune.experts=[9]"], "names expert 9"),
+        (["model.init_from=/nowhere"], "model.init_from='/nowhere' has no config.json"),
+        (["model.hidden_size=8"], "model.hidden_size=8 contradicts"),
+    ],
+)
 def test_mistakes_are_told_before_anything_is_written(base, text, tmp_path, capsys, words, sentence):
     assert main(["train", str(SHIPPED), *overrides(base, text, tmp_path), *words]) == 2
     told = capsys.readouterr().err
@@ -84,8 +94,7 @@ def test_each_part_has_its_own_rate(experts):
     optim = {"grad_clip": 0.0, "weight_decay": 0.5, "lr": 0.1, "schedule": "constant"}
     times = {"router": 0.5, "experts": 3.0, "rest": 0.25}
     plain, scaled = (
-        config(4, 1, 1, finetune={"experts": experts}, optim=optim | more)
-        for more in ({}, {"lr_multipliers": times})
+        config(4, 1, 1, finetune={"experts": experts}, optim=optim | more) for more in ({}, {"lr_multipliers": times})
     )
     start = train_steps(plain, 0)["weights"]
     one, other = train_steps(plain, 1)["weights"], train_steps(scaled, 1)["weights"]

@@ -41,9 +41,15 @@ def alone():
 
 def is_trained(choice: str, name: str, expert: int | None) -> bool:
     chosen = CHOICES[choice]
-    of_part = {
-        "all": True, "experts": is_expert(name), "router": ".mlp.gate." in name,
-    }[chosen["train"]] if isinstance(chosen["train"], str) else any(w in name for w in ("q_proj", "k_proj", "lm_head"))
+    of_part = (
+        {
+            "all": True,
+            "experts": is_expert(name),
+            "router": ".mlp.gate." in name,
+        }[chosen["train"]]
+        if isinstance(chosen["train"], str)
+        else any(w in name for w in ("q_proj", "k_proj", "lm_head"))
+    )
     return of_part and (expert is None or expert in chosen.get("experts", range(4)))
 
 
@@ -69,8 +75,15 @@ def test_one_process(choice, alone, start):
 
 
 # the experts alone are looked at in test_origin.py, in every stage
-LAYOUTS = [("router", 1), ("router", 3), ("attention", 2), ("some_experts", 1), ("some_experts", 2),
-           ("some_experts", 3), ("experts_of_one_rank", 2)]
+LAYOUTS = [
+    ("router", 1),
+    ("router", 3),
+    ("attention", 2),
+    ("some_experts", 1),
+    ("some_experts", 2),
+    ("some_experts", 3),
+    ("experts_of_one_rank", 2),
+]
 
 
 @pytest.mark.parametrize(("choice", "stage"), LAYOUTS)
@@ -87,11 +100,17 @@ def test_expert_parallel_ranks_equal_one_process(two_ranks, choice, stage, alone
     assert worst < 1e-4, where
 
 
-@pytest.mark.parametrize(("choice", "before", "after"), [
-    ("experts", (2, 1), (1, 1)), ("some_experts", (1, 1), (2, 1)), ("some_experts", (2, 3), (1, 1)),
-])
+@pytest.mark.parametrize(
+    ("choice", "before", "after"),
+    [
+        ("experts", (2, 1), (1, 1)),
+        ("some_experts", (1, 1), (2, 1)),
+        ("some_experts", (2, 3), (1, 1)),
+    ],
+)
 def test_resumed_at_another_layout_equals_uninterrupted(two_ranks, tmp_path, choice, before, after, start):
     """(ranks, ZeRO stage), with as many expert-parallel ranks: losses and weights, moments, and what is frozen."""
+
     def train(layout: tuple[int, int], **how) -> list[dict]:
         cfg = run(layout[0], choice, ep=layout[0], stage=layout[1])
         return two_ranks.run(_train, cfg, how) if layout[0] > 1 else [_train(cfg, how)]

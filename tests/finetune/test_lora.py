@@ -13,12 +13,12 @@ from moe_llm.checkpoint.hf import is_expert, is_router
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.checkpoint.safetensors_io import TensorFiles
 from moe_llm.config import ModelConfig
+from moe_llm.data.packing import model_inputs
+from moe_llm.distributed import deepspeed
+from moe_llm.distributed.runtime import start
 from moe_llm.errors import UserError
 from moe_llm.model.adapters import factors_of, is_factor
 from moe_llm.model.init import init_weights
-from moe_llm.parallel import deepspeed
-from moe_llm.parallel.runtime import start
-from moe_llm.train.loop import model_inputs
 from moe_llm.train.run import build_trained
 
 ALL = {"rank": 3, "alpha": 5.0, "targets": ["attention", "experts", "router"]}
@@ -35,8 +35,14 @@ def base(tmp_path_factory):
 
 
 def run(base, world: int = 1, ep: int = 1, stage: int = 1, lora: dict = ALL, precision: str = "fp32", **more):
-    train = {"max_steps": 100, "micro_batch_size": 4 // world, "global_batch_size": 8, "precision": precision,
-             "device": "cpu", "activation_checkpointing": stage == 3}
+    train = {
+        "max_steps": 100,
+        "micro_batch_size": 4 // world,
+        "global_batch_size": 8,
+        "precision": precision,
+        "device": "cpu",
+        "activation_checkpointing": stage == 3,
+    }
     sections = {"model": {**MODEL, "init_from": str(base)}, "finetune": {"lora": lora}, "train": train, **more}
     return config(4 // world, 2, world, ep=ep, stage=stage, **{"optimizer": "adamw", **sections})
 
@@ -114,10 +120,15 @@ def test_the_maths_is_pefts_for_the_experts_too(base, trained):
 
     factors = {name: tensor for name, (_, tensor) in trained[0]["weights"].items() if is_factor(name)}
     theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, experts_implementation="eager")
-    inject_adapter_in_model(LoraConfig(
-        r=ALL["rank"], lora_alpha=ALL["alpha"], target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-        target_parameters=["mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-    ), theirs)
+    inject_adapter_in_model(
+        LoraConfig(
+            r=ALL["rank"],
+            lora_alpha=ALL["alpha"],
+            target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+            target_parameters=["mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        ),
+        theirs,
+    )
     for path, module in theirs.named_modules():
         if not hasattr(module, "lora_A") or "default" not in module.lora_A:
             continue
@@ -129,7 +140,8 @@ def test_the_maths_is_pefts_for_the_experts_too(base, trained):
         module.lora_B["default"].weight.copy_(b)
     batch = rows(50, 0, 4)
     ours = trained_model(run(base), trained[0]["saved"])(
-        **model_inputs(batch) | {"return_logits": True, "targets": None}).logits
+        **model_inputs(batch) | {"return_logits": True, "targets": None}
+    ).logits
     found = theirs.eval()(batch.input_ids_BS, attention_mask=batch.attention_mask_BS.long()).logits
     assert (found - ours)[batch.attention_mask_BS].abs().max() < 1e-5
 
@@ -168,8 +180,12 @@ def test_ranks_equal_one_process_and_go_on_elsewhere(two_ranks, base, trained, t
     for rank in found:
         assert rank["losses"] == pytest.approx(first["losses"], rel=1e-5)
         assert rank["norms"] == pytest.approx(first["norms"], rel=1e-4)
-        assert all(torch.equal(t, straight["weights"][n][1][f or 0 : (f or 0) + len(t)] if f is not None else
-                               straight["weights"][n][1]) for n, (f, t) in frozen(rank).items())
+        assert all(
+            torch.equal(
+                t, straight["weights"][n][1][f or 0 : (f or 0) + len(t)] if f is not None else straight["weights"][n][1]
+            )
+            for n, (f, t) in frozen(rank).items()
+        )
     worst, where = difference(found, first, "weights")
     assert worst < 1e-3, where
     alone, merged = stored(first["saved"]), stored(found[0]["saved"])
@@ -218,8 +234,16 @@ def test_a_changed_base_or_a_run_without_adapters_is_found(base, trained, tmp_pa
         train_steps(run(base), 1, source=saved, first=1)
 
 
-@pytest.mark.parametrize("change", [{"alpha": 1.0}, {"dropout": 0.5}, {"rank": 2}, {"targets": ["attention"]},
-                                    {"targets": ["*.0.mlp.experts.down_proj"]}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"alpha": 1.0},
+        {"dropout": 0.5},
+        {"rank": 2},
+        {"targets": ["attention"]},
+        {"targets": ["*.0.mlp.experts.down_proj"]},
+    ],
+)
 def test_every_setting_acts(base, trained, change):
     result = train_steps(run(base, lora=ALL | change), 2)
     factors = {name for name in result["weights"] if is_factor(name)}

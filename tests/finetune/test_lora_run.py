@@ -34,10 +34,22 @@ def base(text, tmp_path_factory):
 
 def command(base, text, tmp_path, *more: str) -> list[str]:
     return [
-        "train", str(SHIPPED), f"model.init_from={base}", f"data.sources.0.path={text}",
-        "data.sources.0.document=line", f"data.cache_dir={base.parents[2] / 'cache'}", "data.sequence_length=32",
-        "train.max_steps=3", f"run.dir={tmp_path / 'run'}", "evaluate.max_blocks=2", "optim.warmup_steps=0",
-        "checkpoint.every_steps=2", "checkpoint.async=true", "train.device=cpu", "finetune.lora.rank=2", *more,
+        "train",
+        str(SHIPPED),
+        f"model.init_from={base}",
+        f"data.sources.0.path={text}",
+        "data.sources.0.document=line",
+        f"data.cache_dir={base.parents[2] / 'cache'}",
+        "data.sequence_length=32",
+        "train.max_steps=3",
+        f"run.dir={tmp_path / 'run'}",
+        "evaluate.max_blocks=2",
+        "optim.warmup_steps=0",
+        "checkpoint.every_steps=2",
+        "checkpoint.async=true",
+        "train.device=cpu",
+        "finetune.lora.rank=2",
+        *more,
     ]
 
 
@@ -58,17 +70,26 @@ def test_adapters_are_trained_from_the_command_line_and_on_resuming(base, text, 
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
-@pytest.mark.parametrize(("words", "sentence"), [
-    (["finetune.lora.rank=0"], "finetune.lora.rank=0"),
-    (["finetune.lora.rank=17"], "finetune.lora.rank=17 is more than the "),
-    (["finetune.lora.targets=[no.such.*]"], "finetune.lora.targets='no.such.*' is no part of the model and matches no"),
-    (["finetune.lora.targets=[lm_head.*]"], "matches lm_head.weight, for which there are no adapters"),
-    (["finetune.lora.targets=[router]", "finetune.router_guard.action=freeze"], "contradicts finetune.lora.targets"),
-    (["finetune.lora.dropout=1"], "finetune.lora.dropout=1"),
-    (["finetune.lora.rank=null"], "applies to nothing without a rank"),
-    (["finetune.train=experts"], "finetune.train=experts names whole tensors to train beside lora.rank=2"),
-    (["finetune.experts=[1]"], "names whole tensors to train beside lora.rank=2"),
-])
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["finetune.lora.rank=0"], "finetune.lora.rank=0"),
+        (["finetune.lora.rank=17"], "finetune.lora.rank=17 is more than the "),
+        (
+            ["finetune.lora.targets=[no.such.*]"],
+            "finetune.lora.targets='no.such.*' is no part of the model and matches no",
+        ),
+        (["finetune.lora.targets=[lm_head.*]"], "matches lm_head.weight, for which there are no adapters"),
+        (
+            ["finetune.lora.targets=[router]", "finetune.router_guard.action=freeze"],
+            "contradicts finetune.lora.targets",
+        ),
+        (["finetune.lora.dropout=1"], "finetune.lora.dropout=1"),
+        (["finetune.lora.rank=null"], "applies to nothing without a rank"),
+        (["finetune.train=experts"], "finetune.train=experts names whole tensors to train beside lora.rank=2"),
+        (["finetune.experts=[1]"], "names whole tensors to train beside lora.rank=2"),
+    ],
+)
 def test_mistakes_are_told_before_anything_is_written(base, text, tmp_path, capsys, words, sentence):
     assert main(command(base, text, tmp_path, *words)) == 2
     told = capsys.readouterr().err
@@ -89,8 +110,11 @@ def test_without_a_base_or_without_peft_it_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"targets=\['attention'\] needs the package peft .*: pip install peft"):
         check_lora(with_base)
-    check_lora(config(1, 1, 1, model={**MODEL, "init_from": "somewhere"},
-                      finetune={"lora": {"rank": 2, "targets": ["experts"]}}))
+    check_lora(
+        config(
+            1, 1, 1, model={**MODEL, "init_from": "somewhere"}, finetune={"lora": {"rank": 2, "targets": ["experts"]}}
+        )
+    )
 
 
 def test_the_sentence_counts_the_factors():

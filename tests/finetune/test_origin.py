@@ -27,8 +27,11 @@ def base(directory, dtype: str = "fp32", shard: str = "5GB"):
 
 
 def stored(directory) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in sorted(directory.glob("model*.safetensors")) for name, tensor in
-            load_file(file).items()}
+    return {
+        name: tensor
+        for file in sorted(directory.glob("model*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +41,13 @@ def bases(tmp_path_factory):
 
 
 def sections(directory, micro: int, precision: str = "fp32", **more) -> dict:
-    train = {"max_steps": 100, "micro_batch_size": micro, "global_batch_size": 8, "precision": precision,
-             "device": "cpu"}
+    train = {
+        "max_steps": 100,
+        "micro_batch_size": micro,
+        "global_batch_size": 8,
+        "precision": precision,
+        "device": "cpu",
+    }
     return {"model": {**MODEL, "init_from": str(directory)}, "finetune": {"train": "experts"}, "train": train, **more}
 
 
@@ -109,8 +117,10 @@ def test_experts_under_expert_parallelism_and_zero(two_ranks, tmp_path, bases):
     directory = bases["fp32"]
     alone = train_steps(config(4, 2, 1, **sections(directory, 4)), 3, save=str(tmp_path / "alone"))
     before, expected = stored(directory), stored(type(tmp_path)(alone["saved"]))
-    sizes = {what: sum(t.nbytes for n, t in before.items() if (EXPERT in n) == (what == "experts"))
-             for what in ("experts", "rest")}
+    sizes = {
+        what: sum(t.nbytes for n, t in before.items() if (EXPERT in n) == (what == "experts"))
+        for what in ("experts", "rest")
+    }
     for stage in (1, 2, 3):
         found = two_ranks.run(_on_ranks, stage, str(directory), str(tmp_path / f"zero{stage}"))
         after = stored(type(tmp_path)(found[0]["saved"]))
@@ -168,8 +178,17 @@ def test_the_shape_and_the_tokenizer_come_from_the_checkpoint(bases):
     assert "init_from" not in written["moe_llm"]
 
 
-@pytest.mark.parametrize(("key", "value"), [("hidden_size", 32), ("num_key_value_heads", 4), ("head_dim", 8),
-                                            ("num_experts_per_tok", 1), ("sliding_window", 4), ("rope_theta", 1e4)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_size", 32),
+        ("num_key_value_heads", 4),
+        ("head_dim", 8),
+        ("num_experts_per_tok", 1),
+        ("sliding_window", 4),
+        ("rope_theta", 1e4),
+    ],
+)
 def test_a_key_that_contradicts_is_refused(bases, key, value):
     with pytest.raises(UserError, match=rf"model\.{key}={value} contradicts model\.init_from='.*'"):
         complete({"model": {"init_from": str(bases["fp32"]), key: value}})
@@ -183,8 +202,13 @@ def _misshapen(tensors: dict) -> None:
     tensors["model.norm.weight"] = torch.ones(7)
 
 
-@pytest.mark.parametrize(("damage", "words"), [(_without, r"missing model\.layers\.1\.\S*experts\.3\.w2\.weight"),
-                                               (_misshapen, r"model\.norm\.weight \[7\] instead of \[24\]")])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_without, r"missing model\.layers\.1\.\S*experts\.3\.w2\.weight"),
+        (_misshapen, r"model\.norm\.weight \[7\] instead of \[24\]"),
+    ],
+)
 def test_tensors_that_do_not_fit_are_named(tmp_path, damage, words):
     directory = base(tmp_path / "bad")
     tensors = load_file(directory / "model.safetensors")
@@ -202,9 +226,15 @@ def test_another_architecture_or_no_checkpoint_is_refused(tmp_path):
         complete({"model": {"init_from": "nowhere"}})
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("router_aux_loss_coef", 0.5), ("router_z_loss_coef", 0.7), ("router_jitter_noise", 0.3), ("expert_dropout", 0.4),
-])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("router_aux_loss_coef", 0.5),
+        ("router_z_loss_coef", 0.7),
+        ("router_jitter_noise", 0.3),
+        ("expert_dropout", 0.4),
+    ],
+)
 def test_losses_and_noise_are_the_runs_own(bases, key, value):
     """Whatever those of the base were; and they act."""
     raw = {"model": {"init_from": str(bases["fp32"]), key: value}}
@@ -225,6 +255,7 @@ def test_losses_and_noise_are_the_runs_own(bases, key, value):
 @pytest.mark.parametrize("finetune", [{"train": "experts"}, {"lora": {"rank": 2, "targets": ["experts"]}}])
 def test_frozen_routers_that_would_never_have_thresholds_are_refused(tmp_path, bases, finetune):
     """They would stay zero, and evaluation would send every token to every expert."""
+
     def run(directory, **changes):
         model = {**MODEL, "init_from": str(directory), "router": {"type": "expert_choice"}}
         return config(4, 2, 1, **{**sections(directory, 4), "model": model, "finetune": {**finetune, **changes}})

@@ -15,8 +15,17 @@ def chosen(**finetune):
     return config(1, 1, 1, finetune=finetune)
 
 
-@pytest.mark.parametrize(("train", "count"), [("all", 21), ("experts", 4), ("router", 2), ("attention", 8),
-                                              (["lm_head.*"], 1), (["*.0.self_attn.?_proj.weight", "*norm*"], 9)])
+@pytest.mark.parametrize(
+    ("train", "count"),
+    [
+        ("all", 21),
+        ("experts", 4),
+        ("router", 2),
+        ("attention", 8),
+        (["lm_head.*"], 1),
+        (["*.0.self_attn.?_proj.weight", "*norm*"], 9),
+    ],
+)
 def test_parts_and_patterns(train, count):
     names = trained_names(chosen(train=train))
     assert len(names) == count
@@ -37,13 +46,16 @@ def test_the_sentence_counts_what_is_trained():
     assert by_part == counts
 
 
-@pytest.mark.parametrize(("finetune", "words"), [
-    ({"train": ["*.mlp.gat.*"]}, r"finetune\.train='\*\.mlp\.gat\.\*' matches no parameter"),
-    ({"train": ["lm_head.*", "nothing"]}, r"finetune\.train='nothing' matches no parameter"),
-    ({"train": "experts", "experts": [1, 4]}, r"finetune\.experts=\[1, 4\] names expert 4, .* from 0 to 3"),
-    ({"train": "all", "experts": [-1]}, r"names expert -1"),
-    ({"train": "router", "experts": [1]}, r"leaves nothing to train of finetune\.train='router'"),
-])
+@pytest.mark.parametrize(
+    ("finetune", "words"),
+    [
+        ({"train": ["*.mlp.gat.*"]}, r"finetune\.train='\*\.mlp\.gat\.\*' matches no parameter"),
+        ({"train": ["lm_head.*", "nothing"]}, r"finetune\.train='nothing' matches no parameter"),
+        ({"train": "experts", "experts": [1, 4]}, r"finetune\.experts=\[1, 4\] names expert 4, .* from 0 to 3"),
+        ({"train": "all", "experts": [-1]}, r"names expert -1"),
+        ({"train": "router", "experts": [1]}, r"leaves nothing to train of finetune\.train='router'"),
+    ],
+)
 def test_what_names_nothing_is_refused(finetune, words):
     with pytest.raises(UserError, match=words):
         trained_names(chosen(**finetune))

@@ -15,8 +15,14 @@ from moe_llm.errors import UserError
 from moe_llm.finetune.upcycle import Recipe, upcycle
 
 SIZES = {
-    "vocab_size": 67, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2,
+    "vocab_size": 67,
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
 }
 IDS = torch.randint(0, 67, (2, 20), generator=torch.Generator().manual_seed(0))
 
@@ -187,8 +193,23 @@ def test_a_failure_while_writing_leaves_nothing(llama, tmp_path, monkeypatch):
 
 def test_the_command_line_takes_every_part_of_the_recipe(llama, tmp_path, capsys):
     out = tmp_path / "out"
-    command = ["upcycle", str(llama), str(out), "--num-local-experts", "2", "--num-experts-per-tok", "1",
-               "--granularity", "3", "--noise", "0.1", "--reinit", "0.5", "--seed", "7"]
+    command = [
+        "upcycle",
+        str(llama),
+        str(out),
+        "--num-local-experts",
+        "2",
+        "--num-experts-per-tok",
+        "1",
+        "--granularity",
+        "3",
+        "--noise",
+        "0.1",
+        "--reinit",
+        "0.5",
+        "--seed",
+        "7",
+    ]
     assert main(command) == 0
     assert f"{out}: 6 experts, 3 a token" in capsys.readouterr().out
     upcycle(llama, tmp_path / "same", Recipe(2, 1, 0.1, 0.5, 3, 7))

@@ -17,18 +17,29 @@ from transformers import (
 from moe_llm.cli import main
 
 
-@pytest.mark.parametrize(("config", "model"), [(MistralConfig, MistralForCausalLM), (LlamaConfig, LlamaForCausalLM)],
-                         ids=["mistral", "llama"])
+@pytest.mark.parametrize(
+    ("config", "model"),
+    [(MistralConfig, MistralForCausalLM), (LlamaConfig, LlamaForCausalLM)],
+    ids=["mistral", "llama"],
+)
 def test_a_dense_model_is_upcycled_trained_and_loaded(config, model, tmp_path):
     raw = runs.sections(runs.write_text(tmp_path / "text.txt"), tmp_path / "cache", tmp_path / "tokenized")
     assert main(["tokenizer", str(runs.write_yaml(tmp_path / "tokenizer.yaml", raw))]) == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenized/tokenizer")
     torch.manual_seed(0)
-    dense = model(config(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    ))
+    dense = model(
+        config(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
     dense.save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
 

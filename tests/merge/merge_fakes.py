@@ -104,7 +104,5 @@ class Words:
         vocabulary = {word: i for i, word in enumerate(self.words)}
         raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
         raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-        )
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
         tokenizer.save_pretrained(directory)

@@ -18,8 +18,7 @@ def family(request, tmp_path_factory):
     models = [base, *(make_model(kind, seed, base, step=1.0) for seed in (1, 2, 3))]
     layouts = ["published", "stacked", "published", "stacked"]
     paths = [
-        save(model, root / f"m{i}", layout, shards=1 + i % 3)
-        for i, (model, layout) in enumerate(zip(models, layouts))
+        save(model, root / f"m{i}", layout, shards=1 + i % 3) for i, (model, layout) in enumerate(zip(models, layouts))
     ]
     return paths, [load(path) for path in paths]
 

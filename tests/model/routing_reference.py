@@ -196,6 +196,7 @@ def lory(x_TD, p, real, top_k, length, **settings):
             here += [x_D] * is_real
     return torch.stack(rows), None
 
+
 def expert_choice(x_TD, p, real, top_k, factor, **settings):
     """Zhou et al. 2022, section 3.2: S = Softmax(X W), and G, I = TopK(S transposed, k = n c / e), n tokens of a
     sequence, c experts of a token on average."""
@@ -245,8 +246,9 @@ def soft_moe(x_BSD, p, real, documents, segment, slots, normalize, expert):
                 for s in own:
                     out[b, s] = logits(x_BSD[b, [s]]).softmax(1)[0] @ y_PD
     zero_D = torch.zeros_like(x_BSD[0, 0])
-    return torch.stack([torch.stack([out.get((b, s), zero_D) for s in range(x_BSD.shape[1])])
-                        for b in range(len(x_BSD))])
+    return torch.stack(
+        [torch.stack([out.get((b, s), zero_D) for s in range(x_BSD.shape[1])]) for b in range(len(x_BSD))]
+    )
 
 
 def multi_head(x_TD, p, real, top_k, heads, share, expert, factor=None):
@@ -259,8 +261,9 @@ def multi_head(x_TD, p, real, top_k, heads, share, expert, factor=None):
     gates = [[(p["weight"] @ part).softmax(0) for part in token] for token in parts]
     chosen = [[best(gate.tolist(), top_k) for gate in token] for token in gates]
     length, experts = len(real[0]), len(p["weight"])
-    proposals = [[choice for token in chosen[b * length : (b + 1) * length] for choice in token]
-                 for b in range(len(real))]
+    proposals = [
+        [choice for token in chosen[b * length : (b + 1) * length] for choice in token] for b in range(len(real))
+    ]
     wide = [[one for one in row for _ in range(heads)] for row in real]
     room = capacity(factor, length * heads, top_k, experts) if factor else math.inf
     granted = seats(proposals, wide, room, experts)
@@ -269,11 +272,19 @@ def multi_head(x_TD, p, real, top_k, heads, share, expert, factor=None):
         row = []
         for h in range(heads):
             total = sum(gates[t][h][e] for e in chosen[t][h]) if share else 1.0
-            row.append(sum(
-                (gates[t][h][e] / total * expert(e, parts[t][h]) for i, e in enumerate(chosen[t][h])
-                 if (t // length, t % length * heads + h, i) in granted), torch.zeros_like(parts[t][h])
-            ))
+            row.append(
+                sum(
+                    (
+                        gates[t][h][e] / total * expert(e, parts[t][h])
+                        for i, e in enumerate(chosen[t][h])
+                        if (t // length, t % length * heads + h, i) in granted
+                    ),
+                    torch.zeros_like(parts[t][h]),
+                )
+            )
         out.append(p["merge_proj.weight"] @ torch.cat(row))
-    counts = [sum(e in chosen[t][h] for t in range(len(x_TD)) if real[t // length][t % length] for h in range(heads))
-              for e in range(experts)]
+    counts = [
+        sum(e in chosen[t][h] for t in range(len(x_TD)) if real[t // length][t % length] for h in range(heads))
+        for e in range(experts)
+    ]
     return torch.stack(out), counts, sum(map(sum, wide)) * top_k - len(granted)

@@ -17,10 +17,19 @@ ROWS, LENGTH = 6, 12
 def model_of(scope: str, **changes) -> MoEDecoder:
     return build_model(
         ModelConfig(
-            vocab_size=50, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
-            num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64, initializer_range=0.4,
-            router_aux_loss_scope=scope, **changes,
-        ), 0,
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            max_position_embeddings=64,
+            initializer_range=0.4,
+            router_aux_loss_scope=scope,
+            **changes,
+        ),
+        0,
     )
 
 

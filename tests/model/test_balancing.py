@@ -7,19 +7,27 @@ from support.ranks import fresh_accelerate
 from support.training import config, rows
 
 from moe_llm.config import ModelConfig
+from moe_llm.data.packing import model_inputs
+from moe_llm.distributed.runtime import start
+from moe_llm.distributed.step_loss import StepLoss
 from moe_llm.model.init import build_model
 from moe_llm.model.moe.layer import MoELayer
 from moe_llm.model.moe.losses import router_loss_values
 from moe_llm.model.moe.routers import end_step, router_losses
 from moe_llm.model.moe.routing import RoutingStatistics
-from moe_llm.parallel.runtime import start
-from moe_llm.train.loop import model_inputs
-from moe_llm.train.loss import StepLoss
 from moe_llm.train.run import build_trained
 
 B, S, D, E, K = 3, 8, 12, 6, 2
-SIZES = {"vocab_size": 40, "hidden_size": D, "intermediate_size": 5, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "num_local_experts": E, "num_experts_per_tok": K, "initializer_range": 0.4}
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": D,
+    "intermediate_size": 5,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_local_experts": E,
+    "num_experts_per_tok": K,
+    "initializer_range": 0.4,
+}
 
 
 def layer_of(**model) -> MoELayer:
@@ -42,8 +50,10 @@ def test_balance_losses_are_deepseekmoes(groups):
     router = {"type": "deepseek_moe", "expert_balance_coef": 0.2, "device_balance_coef": 0.3, "device_groups": groups}
     layer, (x_BSD, real_BS) = layer_of(router=router), inputs()
     s_TE = (x_BSD[real_BS] @ layer.gate.weight.T).softmax(-1)
-    f = [E / (K * len(s_TE)) * sum(1 for row in s_TE.tolist() if i in sorted(range(E), key=lambda j: -row[j])[:K])
-         for i in range(E)]
+    f = [
+        E / (K * len(s_TE)) * sum(1 for row in s_TE.tolist() if i in sorted(range(E), key=lambda j: -row[j])[:K])
+        for i in range(E)
+    ]
     p = [s_TE[:, i].sum() / len(s_TE) for i in range(E)]
     members = [range(d * E // groups, (d + 1) * E // groups) for d in range(groups)]
     expected = [
@@ -85,8 +95,14 @@ def load_variation(rate: float, aux: float = 0.0, kind: str = "bias_balanced", *
     """Of the last steps of a run, the mean over layers; routers begin far from balance."""
     fresh_accelerate()
     router = {"type": kind, **({"update_rate": rate} if kind == "bias_balanced" else {}), **settings}
-    model = {**config(8, 1, 1).model_dump(mode="json")["model"], "router": router, "router_aux_loss_coef": aux,
-             "router_z_loss_coef": 0.0, "num_local_experts": 8, "initializer_range": 0.2}
+    model = {
+        **config(8, 1, 1).model_dump(mode="json")["model"],
+        "router": router,
+        "router_aux_loss_coef": aux,
+        "router_z_loss_coef": 0.0,
+        "num_local_experts": 8,
+        "initializer_range": 0.2,
+    }
     cfg = config(16, 1, 1, optimizer="adamw", model=model)
     runtime = start(cfg)
     engine, _ = build_trained(cfg, runtime, None)
@@ -112,8 +128,10 @@ def test_a_run_without_a_loss_is_balanced_by_the_bias_alone():
 def test_each_balance_loss_lowers_the_variation():
     without = load_variation(0, kind="deepseek_moe", expert_balance_coef=0.0)
     assert load_variation(0, kind="deepseek_moe", expert_balance_coef=0.5) < 0.8 * without
-    assert load_variation(0, kind="deepseek_moe", expert_balance_coef=0.0, device_balance_coef=0.5,
-                          device_groups=4) < 0.9 * without
+    assert (
+        load_variation(0, kind="deepseek_moe", expert_balance_coef=0.0, device_balance_coef=0.5, device_groups=4)
+        < 0.9 * without
+    )
     assert load_variation(0.0, aux=0.0) > load_variation(0.0, aux=0.2)
 
 

@@ -45,8 +45,16 @@ def test_capacity_is_the_even_share_times_the_factor():
 
 def model_of(**router):
     config = ModelConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
-        num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64, initializer_range=0.4, router=router,
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        initializer_range=0.4,
+        router=router,
     )
     return build_model(config, 0)
 

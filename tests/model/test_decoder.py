@@ -4,15 +4,23 @@ import pytest
 import torch
 
 from moe_llm.config import ModelConfig
+from moe_llm.distributed.engine import shard_experts
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.init import build_model
 from moe_llm.model.moe.layer import MoELayer
-from moe_llm.parallel.engine import shard_experts
 
 CONFIG = ModelConfig(
-    vocab_size=97, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64,
-    router_z_loss_coef=0.1, initializer_range=0.2,
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    max_position_embeddings=64,
+    router_z_loss_coef=0.1,
+    initializer_range=0.2,
 )
 
 

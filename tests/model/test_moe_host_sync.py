@@ -38,11 +38,15 @@ def step(device, **changes):
     return run
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"router_aux_loss_scope": "sequence", "router_jitter_noise": 0.1},
-    {"router": {"type": "soft_moe", "slots_per_expert": 2, "segment_length": 4}},
-    {"router": {"type": "multi_head", "heads": 2}},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"router_aux_loss_scope": "sequence", "router_jitter_noise": 0.1},
+        {"router": {"type": "soft_moe", "slots_per_expert": 2, "segment_length": 4}},
+        {"router": {"type": "multi_head", "heads": 2}},
+    ],
+)
 def test_nothing_depends_on_values(monkeypatch, changes):
     """Tensors without values, on which whatever asks for one raises: the operations are those that CUDA gets."""
     monkeypatch.setattr(native, "fits", lambda *_: False)

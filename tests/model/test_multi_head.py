@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from support.training import config, rows
 
 from moe_llm.config import ModelConfig
+from moe_llm.data.packing import model_inputs
+from moe_llm.distributed.step_loss import StepLoss
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.flops import train_flops_per_token
 from moe_llm.model.init import build_model, init_weights
 from moe_llm.model.moe.balance import balance_loss
 from moe_llm.model.moe.layer import MoELayer
 from moe_llm.model.moe.routing import RoutingStatistics
-from moe_llm.train.loop import model_inputs
-from moe_llm.train.loss import StepLoss
 
 B, S, D, E, H, K = 3, 7, 12, 6, 3, 2
 T = B * S
@@ -22,11 +22,21 @@ T = B * S
 
 def config_of(**more) -> ModelConfig:
     settings = {"type": "multi_head", "heads": H, **more.pop("router", {})}
-    return ModelConfig(**{
-        "vocab_size": 40, "hidden_size": D, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_local_experts": E, "num_experts_per_tok": K, "max_position_embeddings": 64, "initializer_range": 0.4,
-        "router": settings, **more,
-    })
+    return ModelConfig(
+        **{
+            "vocab_size": 40,
+            "hidden_size": D,
+            "intermediate_size": 8,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_local_experts": E,
+            "num_experts_per_tok": K,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.4,
+            "router": settings,
+            **more,
+        }
+    )
 
 
 def layer_of(model: ModelConfig) -> MoELayer:
@@ -43,9 +53,15 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
     return x_BSD, real_BS
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"norm_topk_prob": True}, {"capacity_factor": 0.8},
-], ids=lambda settings: next(iter(settings), "plain"))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"norm_topk_prob": True},
+        {"capacity_factor": 0.8},
+    ],
+    ids=lambda settings: next(iter(settings), "plain"),
+)
 def test_outputs_and_gradients_are_those_of_the_papers_equations(settings):
     layer, (x_BSD, real_BS) = layer_of(config_of(router=settings)), inputs()
 
@@ -55,8 +71,14 @@ def test_outputs_and_gradients_are_those_of_the_papers_equations(settings):
 
     assert layer.experts.gate_up_proj.shape == (E, 16, D // H)
     expected_TD, counts, dropped = reference.multi_head(
-        x_BSD.flatten(0, 1), dict(layer.gate.named_parameters()), real_BS.tolist(), K, H,
-        settings.get("norm_topk_prob", False), expert, settings.get("capacity_factor"),
+        x_BSD.flatten(0, 1),
+        dict(layer.gate.named_parameters()),
+        real_BS.tolist(),
+        K,
+        H,
+        settings.get("norm_topk_prob", False),
+        expert,
+        settings.get("capacity_factor"),
     )
     y_BSD, statistics = layer(x_BSD, real_BS)
     real_T, leaves = real_BS.flatten(), {"x": x_BSD, **dict(layer.named_parameters())}
@@ -94,8 +116,12 @@ class Alone:
 @pytest.mark.parametrize("scope", ["global", "sequence"])
 def test_a_step_of_training_sees_the_losses_of_its_batch(scope):
     """Whose tokens are counted beforehand, and whose parts are what is routed."""
-    cfg = config(4, 1, 1, model={"router": {"type": "multi_head", "heads": 3, "entropy_bonus_coef": 0.2},
-                                 "router_aux_loss_scope": scope})
+    cfg = config(
+        4,
+        1,
+        1,
+        model={"router": {"type": "multi_head", "heads": 3, "entropy_bonus_coef": 0.2}, "router_aux_loss_scope": scope},
+    )
     model, batch = build_model(cfg.model, 0), rows(0, 0, 4)
     output = model(**model_inputs(batch))
     losses = StepLoss(cfg.model, Alone(), [batch])(output)

@@ -17,8 +17,12 @@ from moe_llm.finetune.selection import part_of
 from moe_llm.model.init import build_model
 from moe_llm.model.moe.routers import ROUTERS, routers_of
 
-NEEDED = {"hierarchical": {"groups": 2}, "soft_moe": {"slots_per_expert": 2, "segment_length": 4},
-          "multi_head": {"heads": 2}, "lory": {"segment_length": 4}}
+NEEDED = {
+    "hierarchical": {"groups": 2},
+    "soft_moe": {"slots_per_expert": 2, "segment_length": 4},
+    "multi_head": {"heads": 2},
+    "lory": {"segment_length": 4},
+}
 BF16 = {"train": {"precision": "bf16"}, "checkpoint": {"dtype": "bf16"}}
 
 
@@ -92,8 +96,10 @@ def test_buffers_stay_fp32_wherever_the_model_goes():
 @pytest.mark.parametrize("kind", [*ROUTERS, "tilted"])
 def test_names_shapes_and_sizes_are_those_of_the_module(kind):
     model = run_of().model.model_dump(mode="json") | {"num_local_experts": 4}
-    model |= {"num_experts_per_tok": {"switch": 1, "dense": 4, "lory": 1}.get(kind, 2),
-              "router": {"type": kind, **NEEDED.get(kind, {})}}
+    model |= {
+        "num_experts_per_tok": {"switch": 1, "dense": 4, "lory": 1}.get(kind, 2),
+        "router": {"type": kind, **NEEDED.get(kind, {})},
+    }
     cfg = run_of(model=model)
     built = build_model(cfg.model, 0)
     assert {name: tuple(p.shape) for name, p in built.named_parameters()} == parameter_shapes(cfg.model)

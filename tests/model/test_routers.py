@@ -27,10 +27,18 @@ CASES = {
     "gshard": ("gshard", 2, {"capacity_factor": 0.8}, {"draws": "uniform", "factor": 0.8}),
     "gshard, always": ("gshard", 2, {"capacity_factor": 1.0, "second_expert": "always"}, {"factor": 1.0}),
     "switch": ("switch", 1, {"capacity_factor": 1.0}, {"factor": 1.0}),
-    "batch_prioritised": ("batch_prioritised", 2, {"capacity_factor": 0.6}, {"draws": "normal", "factor": 0.6,
-                                                                            "score": "max"}),
-    "batch_prioritised, sum": ("batch_prioritised", 2, {"capacity_factor": 0.5, "score": "sum", "noise": False},
-                               {"factor": 0.5, "score": "sum"}),
+    "batch_prioritised": (
+        "batch_prioritised",
+        2,
+        {"capacity_factor": 0.6},
+        {"draws": "normal", "factor": 0.6, "score": "max"},
+    ),
+    "batch_prioritised, sum": (
+        "batch_prioritised",
+        2,
+        {"capacity_factor": 0.5, "score": "sum", "noise": False},
+        {"factor": 0.5, "score": "sum"},
+    ),
     "top_p": ("top_p", E, {"p": 0.6}, {"threshold": 0.6}),
     "top_p, at most 2": ("top_p", 2, {"p": 0.9}, {"threshold": 0.9}),
     "hierarchical": ("hierarchical", 2, {"groups": 3, "groups_per_token": 2}, {"groups": 3, "groups_per_token": 2}),
@@ -41,9 +49,12 @@ CASES = {
     "expert_choice": ("expert_choice", 2, {}, {"factor": 1.0}),
     "expert_choice, fewer": ("expert_choice", 2, {"capacity_factor": 0.6}, {"factor": 0.6}),
     "bias_balanced": ("bias_balanced", 2, {"routed_scaling_factor": 2.5}, {"scale": 2.5, "share": True}),
-    "bias_balanced, groups": ("bias_balanced", 3, {"n_group": 3, "topk_group": 2, "score": "softmax",
-                                                  "norm_topk_prob": False},
-                              {"scale": 1.0, "share": False, "groups": 3, "groups_per_token": 2, "score": "softmax"}),
+    "bias_balanced, groups": (
+        "bias_balanced",
+        3,
+        {"n_group": 3, "topk_group": 2, "score": "softmax", "norm_topk_prob": False},
+        {"scale": 1.0, "share": False, "groups": 3, "groups_per_token": 2, "score": "softmax"},
+    ),
     # these put something else in the tokens' place: files of their own have their references
     "soft_moe": ("soft_moe", 3, {"slots_per_expert": 2, "segment_length": 4}, None),
     "multi_head": ("multi_head", 2, {"heads": 3}, None),
@@ -69,11 +80,21 @@ OF_TOKENS = [case for case, (*_, told) in CASES.items() if told is not None]
 
 
 def config_of(kind: str, top_k: int, settings: dict, **more) -> ModelConfig:
-    return ModelConfig(**{
-        "vocab_size": 40, "hidden_size": D, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_local_experts": E, "num_experts_per_tok": top_k, "max_position_embeddings": 64, "initializer_range": 0.4,
-        "router": {"type": kind, **settings}, **more,
-    })
+    return ModelConfig(
+        **{
+            "vocab_size": 40,
+            "hidden_size": D,
+            "intermediate_size": 8,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_local_experts": E,
+            "num_experts_per_tok": top_k,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.4,
+            "router": {"type": kind, **settings},
+            **more,
+        }
+    )
 
 
 def layer_of(config: ModelConfig) -> MoELayer:
@@ -227,20 +248,27 @@ def test_importance_and_load_losses_are_the_papers():
     assert [(loss.name, loss.coefficient) for loss in losses] == [("importance_loss", 0.1), ("load_loss", 0.1)]
     for found, value in zip(router_loss_values(losses, statistics), expected, strict=True):
         torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-6)
-        pairs = zip(torch.autograd.grad(found, leaves, retain_graph=True, allow_unused=True),
-                    torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True), strict=True)
+        pairs = zip(
+            torch.autograd.grad(found, leaves, retain_graph=True, allow_unused=True),
+            torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True),
+            strict=True,
+        )
         for ours, theirs in pairs:
             assert (ours is None) == (theirs is None)
             if ours is not None:
                 torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "settings"), [
-    ("entropy_bonus", {"entropy_bonus_coef": 0.3}), ("local_entropy_loss", {"local_entropy_coef": 0.3}),
-    ("global_entropy_loss", {"global_entropy_coef": 0.3}),
-    ("global_entropy_loss", {"global_entropy_coef": 0.3, "global_entropy_threshold": 1.9}),
-    ("global_entropy_loss", {"global_entropy_coef": 0.3, "global_entropy_threshold": 0.1}),
-])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("entropy_bonus", {"entropy_bonus_coef": 0.3}),
+        ("local_entropy_loss", {"local_entropy_coef": 0.3}),
+        ("global_entropy_loss", {"global_entropy_coef": 0.3}),
+        ("global_entropy_loss", {"global_entropy_coef": 0.3, "global_entropy_threshold": 1.9}),
+        ("global_entropy_loss", {"global_entropy_coef": 0.3, "global_entropy_threshold": 0.1}),
+    ],
+)
 def test_entropy_losses_are_those_of_the_distributions(name, settings):
     """LIMoE (Mustafa et al. 2022), section 2.2."""
     config = config_of("mixtral", 2, settings)
@@ -249,7 +277,8 @@ def test_entropy_losses_are_those_of_the_distributions(name, settings):
     mean_entropy, entropy_of_mean = (-(p * p.log()).sum(-1).mean() for p in (p_TE, p_TE.mean(0)))
     threshold = settings.get("global_entropy_threshold")
     expected = {
-        "entropy_bonus": -mean_entropy, "local_entropy_loss": mean_entropy,
+        "entropy_bonus": -mean_entropy,
+        "local_entropy_loss": mean_entropy,
         "global_entropy_loss": -entropy_of_mean if threshold is None else (threshold - entropy_of_mean).clamp(min=0),
     }[name]
     losses = router_losses(config)
@@ -309,10 +338,17 @@ def test_recomputation_routes_as_the_first_pass_did(case):
         torch.testing.assert_close(results[1][1][name], gradient, rtol=1e-5, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize("router", [
-    {"type": "top_p", "p": 0.5}, {"type": "gshard"}, {"warmup_steps": 2}, {"type": "batch_prioritised"},
-    {"type": "expert_choice"},
-], ids=lambda router: router.get("type", "warm-up"))
+@pytest.mark.parametrize(
+    "router",
+    [
+        {"type": "top_p", "p": 0.5},
+        {"type": "gshard"},
+        {"warmup_steps": 2},
+        {"type": "batch_prioritised"},
+        {"type": "expert_choice"},
+    ],
+    ids=lambda router: router.get("type", "warm-up"),
+)
 def test_a_recomputation_that_differs_in_its_numbers_routes_the_same(router, monkeypatch):
     """As it may in the last bits on a GPU; here it is far more, so that no decision would survive by chance."""
     model = MoEDecoder(config_of(router.get("type", "mixtral"), 2, router))

@@ -19,11 +19,21 @@ DOCUMENTS = torch.tensor([[0] * 5 + [1] * 12, [0] * 17, [3] * 3 + [4] * 4 + [5] 
 
 def config_of(normalize: bool = True, **more) -> ModelConfig:
     router = {"type": "soft_moe", "slots_per_expert": SLOTS, "segment_length": L, "normalize": normalize}
-    return ModelConfig(**{
-        "vocab_size": 40, "hidden_size": D, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_local_experts": E, "num_experts_per_tok": E * SLOTS // L, "max_position_embeddings": 64,
-        "initializer_range": 0.4, "router": router, **more,
-    })
+    return ModelConfig(
+        **{
+            "vocab_size": 40,
+            "hidden_size": D,
+            "intermediate_size": 8,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_local_experts": E,
+            "num_experts_per_tok": E * SLOTS // L,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.4,
+            "router": router,
+            **more,
+        }
+    )
 
 
 def layer_of(config: ModelConfig) -> MoELayer:
@@ -56,8 +66,10 @@ def expert_of(layer: MoELayer):
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize(("padded", "documents"), [("no", False), ("right", False), ("left", False), ("right", True),
-                                                     ("holes", False), ("holes", True)])
+@pytest.mark.parametrize(
+    ("padded", "documents"),
+    [("no", False), ("right", False), ("left", False), ("right", True), ("holes", False), ("holes", True)],
+)
 def test_outputs_and_gradients_are_those_of_the_papers_equations(normalize, padded, documents):
     layer, (x_BSD, real_BS) = layer_of(config_of(normalize)), inputs(padded)
     document_BS = DOCUMENTS if documents else None
@@ -76,7 +88,9 @@ def test_outputs_and_gradients_are_those_of_the_papers_equations(normalize, padd
 
     segments = sum(
         (sum(real and owner == document for real, owner in zip(mask, row)) - 1) // L
-        for mask, row in zip(real_BS.tolist(), owners) for document in set(row) if document >= 0
+        for mask, row in zip(real_BS.tolist(), owners)
+        for document in set(row)
+        if document >= 0
     )
     assert statistics.tokens_per_expert_E.tolist() == [SLOTS * segments] * E
     assert statistics.num_tokens == real_BS.sum()

@@ -8,9 +8,18 @@ from moe_llm.config import ModelConfig
 from moe_llm.model.decoder import MoEDecoder
 
 BASE = {
-    "vocab_size": 67, "hidden_size": 48, "intermediate_size": 36, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "num_local_experts": 5, "num_experts_per_tok": 2, "max_position_embeddings": 128,
-    "rope_theta": 10000.0, "router_aux_loss_coef": 0.02, "router_aux_loss_scope": "transformers",
+    "vocab_size": 67,
+    "hidden_size": 48,
+    "intermediate_size": 36,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 128,
+    "rope_theta": 10000.0,
+    "router_aux_loss_coef": 0.02,
+    "router_aux_loss_scope": "transformers",
 }
 SHAPES = {
     "base": {},
@@ -33,14 +42,30 @@ def pair(**changes) -> tuple[MoEDecoder, MixtralForCausalLM]:
     torch.manual_seed(0)
     theirs = MixtralForCausalLM(
         MixtralConfig(
-            **{k: getattr(config, k) for k in (
-                "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "num_local_experts", "num_experts_per_tok", "max_position_embeddings", "tie_word_embeddings",
-                "sliding_window", "rms_norm_eps", "router_aux_loss_coef",
-            )},
-            num_key_value_heads=config.kv_heads, head_dim=config.head_dim, output_router_logits=True,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta}, use_cache=False,
-            attn_implementation="eager", experts_implementation="eager",
+            **{
+                k: getattr(config, k)
+                for k in (
+                    "vocab_size",
+                    "hidden_size",
+                    "intermediate_size",
+                    "num_hidden_layers",
+                    "num_attention_heads",
+                    "num_local_experts",
+                    "num_experts_per_tok",
+                    "max_position_embeddings",
+                    "tie_word_embeddings",
+                    "sliding_window",
+                    "rms_norm_eps",
+                    "router_aux_loss_coef",
+                )
+            },
+            num_key_value_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            output_router_logits=True,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            use_cache=False,
+            attn_implementation="eager",
+            experts_implementation="eager",
         )
     )
     with torch.no_grad():
@@ -91,9 +116,7 @@ def test_aux_loss_per_layer_is_the_mean_of_transformers_own_for_each_layer():
 
     ours, theirs = pair(router_aux_loss_scope="global")
     ids = torch.randint(0, 67, (2, 23))
-    per_layer = [
-        load_balancing_loss_func((logits,), 5, 2) for logits in theirs(ids).router_logits
-    ]
+    per_layer = [load_balancing_loss_func((logits,), 5, 2) for logits in theirs(ids).router_logits]
     torch.testing.assert_close(ours(ids).aux_loss, torch.stack(per_layer).mean(), rtol=1e-6, atol=0)
 
 

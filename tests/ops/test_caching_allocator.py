@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from moe_llm.config import load_config
+from moe_llm.distributed.runtime import start
 from moe_llm.ops import caching_allocator
-from moe_llm.parallel.runtime import start
 
 MIB = 2**18  # fp32 elements
 

@@ -48,8 +48,9 @@ def relative(actual, expected):
 )
 def test_the_chunked_objective_equals_the_plain_one(kind, temperature, alpha, chunk_tokens, dtype, tolerance):
     hidden, weight, labels, log_p = make_inputs(dtype)
-    found = linear_distillation(hidden, weight, labels, whole(log_p, kind, temperature, alpha),
-                                chunk_tokens=chunk_tokens)
+    found = linear_distillation(
+        hidden, weight, labels, whole(log_p, kind, temperature, alpha), chunk_tokens=chunk_tokens
+    )
     expected = reference.linear_distillation(hidden, weight, labels, log_p, kind, temperature, alpha)
     for ours, theirs in zip(found, expected):
         assert ours.dtype == theirs.dtype
@@ -69,7 +70,8 @@ def test_gradients_by_finite_differences_where_a_tail_is_one_outcome(kind, top_k
     hidden, weight, labels, log_p = make_inputs()
     given = named(log_p, top_k, kind, temperature=1.7, alpha=0.75)
     assert torch.autograd.gradcheck(
-        lambda h, w: linear_distillation(h, w, labels, given, chunk_tokens=5).objective, (hidden, weight),
+        lambda h, w: linear_distillation(h, w, labels, given, chunk_tokens=5).objective,
+        (hidden, weight),
         fast_mode=True,
     )
 
@@ -78,13 +80,17 @@ def test_gradients_by_finite_differences_where_a_tail_is_one_outcome(kind, top_k
 def test_the_more_tokens_are_named_the_nearer_the_whole_divergence(kind):
     """Joining outcomes never adds to a divergence, and all tokens named are all there is."""
     hidden, weight, labels, log_p = make_inputs()
-    soft = [linear_distillation(hidden, weight, labels, named(log_p, k, kind)).soft for k in (1, 3, 10, VOCABULARY - 1,
-                                                                                              VOCABULARY)]
+    soft = [
+        linear_distillation(hidden, weight, labels, named(log_p, k, kind)).soft
+        for k in (1, 3, 10, VOCABULARY - 1, VOCABULARY)
+    ]
     assert all(0 < a < b * (1 + 1e-12) for a, b in itertools.pairwise(soft))
     full = linear_distillation(hidden, weight, labels, whole(log_p, kind))
     assert relative(soft[-1], full.soft) < 1e-12
-    grads = [torch.autograd.grad(linear_distillation(hidden, weight, labels, given).objective, (hidden, weight))
-             for given in (named(log_p, VOCABULARY, kind), whole(log_p, kind))]
+    grads = [
+        torch.autograd.grad(linear_distillation(hidden, weight, labels, given).objective, (hidden, weight))
+        for given in (named(log_p, VOCABULARY, kind), whole(log_p, kind))
+    ]
     for ours, theirs in zip(*grads, strict=True):
         assert relative(ours, theirs) < 1e-12
 
@@ -127,6 +133,7 @@ def test_few_logits_are_held_at_once():
         return Outcomes(torch.full((stop - start, 2**18), -math.log(2**18)))
 
     hidden, weight = torch.zeros(50, 1), torch.zeros(2**18, 1)
-    linear_distillation(hidden, weight, torch.zeros(50, dtype=torch.long),
-                        Distillation(outcomes, "forward_kl", 1.0, 0.5))
+    linear_distillation(
+        hidden, weight, torch.zeros(50, dtype=torch.long), Distillation(outcomes, "forward_kl", 1.0, 0.5)
+    )
     assert asked == [16, 16, 16, 2]

@@ -63,12 +63,8 @@ def test_equals_reference(backend, counts, dtype, weighted):
     x, gate_up, down, counts_E, weight = make_inputs(counts, dtype)
     weight = weight if weighted else None
     inputs = (x, gate_up, down, weight)
-    y, grads = gradients(
-        lambda: expert_mlp(x, gate_up, down, counts_E, backend=backend, weight_N=weight), inputs
-    )
-    expected_y, expected_grads = gradients(
-        lambda: reference.expert_mlp(x, gate_up, down, counts_E, weight), inputs
-    )
+    y, grads = gradients(lambda: expert_mlp(x, gate_up, down, counts_E, backend=backend, weight_N=weight), inputs)
+    expected_y, expected_grads = gradients(lambda: reference.expert_mlp(x, gate_up, down, counts_E, weight), inputs)
     assert_close(y, expected_y, dtype)
     for grad, expected in zip(grads, expected_grads, strict=True):
         assert_close(grad, expected, dtype)
@@ -117,9 +113,7 @@ def test_gradients_by_finite_differences(backend):
         for tensor in make_inputs([2, 0, 3], torch.float32, extra_rows=1)
     )
     assert torch.autograd.gradcheck(
-        lambda x, gate_up, down, weight: expert_mlp(
-            x, gate_up, down, counts_E, backend=backend, weight_N=weight
-        ),
+        lambda x, gate_up, down, weight: expert_mlp(x, gate_up, down, counts_E, backend=backend, weight_N=weight),
         (x, gate_up, down, weight),
         fast_mode=True,
     )
@@ -137,9 +131,7 @@ def test_strides_do_not_matter(backend):
     if backend == "grouped":  # torch's kernel needs one unit stride in the weights' matrices
         strided = (strided[0], strided[1], down)
     y, grads = gradients(lambda: expert_mlp(*strided, counts_E, backend=backend), strided)
-    expected_y, expected = gradients(
-        lambda: reference.expert_mlp(x, gate_up, down, counts_E), (x, gate_up, down)
-    )
+    expected_y, expected = gradients(lambda: reference.expert_mlp(x, gate_up, down, counts_E), (x, gate_up, down))
     assert_close(y, expected_y, torch.float32)
     for grad, reference_grad in zip(grads, expected, strict=True):
         assert_close(grad, reference_grad, torch.float32)
@@ -220,9 +212,7 @@ def test_bf16_blocks_that_overlap_many_small_experts(seed):
     counts = torch.randint(0, 5, (12,), generator=generator).tolist()
     x, gate_up, down, counts_E, weight = make_inputs(counts, torch.bfloat16, extra_rows=seed % 3, seed=seed)
     inputs = (x, gate_up, down, weight)
-    y, grads = gradients(
-        lambda: expert_mlp(x, gate_up, down, counts_E, backend="fused", weight_N=weight), inputs
-    )
+    y, grads = gradients(lambda: expert_mlp(x, gate_up, down, counts_E, backend="fused", weight_N=weight), inputs)
     expected_y, expected = gradients(lambda: reference.expert_mlp(x, gate_up, down, counts_E, weight), inputs)
     assert_close(y, expected_y, torch.bfloat16)
     for grad, other in zip(grads, expected, strict=True):
@@ -234,9 +224,7 @@ def test_choice_of_backend():
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         assert choose_backend(cpu, dtype, (4096, 8, 512, 1792)) == "fused"
     x, gate_up, down, counts_E, _ = make_inputs([3, 0, 17, 8], torch.float32)
-    assert torch.equal(
-        expert_mlp(x, gate_up, down, counts_E), expert_mlp(x, gate_up, down, counts_E, backend="fused")
-    )
+    assert torch.equal(expert_mlp(x, gate_up, down, counts_E), expert_mlp(x, gate_up, down, counts_E, backend="fused"))
 
 
 def test_unknown_or_impossible_backend_is_one_sentence():

@@ -84,10 +84,12 @@ def test_dropout_of_the_adapters_input_leaves_the_weights_own_product():
     w1, w2, *factors = weights()
     x, counts = torch.randn(15, D, dtype=torch.float64), torch.tensor([5, 0, 7, 3])
     torch.manual_seed(0)
-    dropped = torch.stack([
-        adapted_expert_mlp(x, w1, w2, counts, adapters("down", factors, dropout=0.5)) for _ in range(400)
-    ])
-    whole, bare = (adapted_expert_mlp(x, w1, w2, counts, adapters("down", chosen)) for chosen in (
-        factors, [torch.zeros_like(factor) for factor in factors]))
+    dropped = torch.stack(
+        [adapted_expert_mlp(x, w1, w2, counts, adapters("down", factors, dropout=0.5)) for _ in range(400)]
+    )
+    whole, bare = (
+        adapted_expert_mlp(x, w1, w2, counts, adapters("down", chosen))
+        for chosen in (factors, [torch.zeros_like(factor) for factor in factors])
+    )
     assert not torch.equal(dropped[0], dropped[1])
     assert (dropped.mean(0) - whole).norm() < 0.15 * (whole - bare).norm()

@@ -35,8 +35,12 @@ def test_whether_the_graph_is_kept(keep):
 
 def experts():
     counts = torch.tensor([3000, 0, 5168, 24])
-    leaves = [seeded(8192, 64), seeded(4, 1024, 64, seed=1, scale=0.2), seeded(4, 64, 512, seed=2, scale=0.2),
-              seeded(8192, seed=3)]
+    leaves = [
+        seeded(8192, 64),
+        seeded(4, 1024, 64, seed=1, scale=0.2),
+        seeded(4, 64, 512, seed=2, scale=0.2),
+        seeded(8192, seed=3),
+    ]
     x, gate_up, down, weight = leaves
     return expert_mlp(x, gate_up, down, counts, backend="fused", weight_N=weight), leaves
 

@@ -55,8 +55,13 @@ def test_bf16_is_fp32_but_for_rounding():
     wide = [leaf.detach().float().requires_grad_() for leaf in rounded]
     outputs = merged_expert_mlp(*rounded), merged_expert_mlp(*wide)
     assert outputs[0].dtype == torch.bfloat16
-    pairs = [outputs, *zip(*(torch.autograd.grad(y.float().square().sum(), leaves)
-                             for y, leaves in zip(outputs, (rounded, wide))), strict=True)]
+    pairs = [
+        outputs,
+        *zip(
+            *(torch.autograd.grad(y.float().square().sum(), leaves) for y, leaves in zip(outputs, (rounded, wide))),
+            strict=True,
+        ),
+    ]
     for ours, theirs in pairs:
         assert (ours.float() - theirs).norm() < 0.02 * theirs.norm()
 

@@ -23,7 +23,6 @@ def relative(actual, expected):
     return ((actual.double() - expected.double()).abs().max() / scale).item()
 
 
-
 def test_the_kernels_are_there():
     """All else here, and most of tests/ops, would pass without them."""
     assert native.fits(torch.zeros(1))
@@ -250,6 +249,7 @@ def test_kernels_of_every_processor_equal_torch(processor, width, dtype):
     torch.testing.assert_close(logits.double(), gradient, rtol=TOLERANCE[dtype], atol=1e-6)
 
     q = [seeded(1, 2, width, 8, dtype=dtype, seed=i) for i in range(3)]
-    assert relative(blocked_attention(*q, None), reference.attention(*q, reference.attention_mask((1, width)))) <= (
-        TOLERANCE[dtype]
+    assert (
+        relative(blocked_attention(*q, None), reference.attention(*q, reference.attention_mask((1, width))))
+        <= (TOLERANCE[dtype])
     )

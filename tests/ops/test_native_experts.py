@@ -198,7 +198,8 @@ def test_what_is_frozen_is_not_computed(one_call, trained):
 def test_operands_that_lie_otherwise(one_call):
     x, gate_up, down, counts, weight, direction = drawn_experts()
     leaves = [
-        x.t().contiguous().t().requires_grad_(), gate_up.mT.contiguous().mT.requires_grad_(),
+        x.t().contiguous().t().requires_grad_(),
+        gate_up.mT.contiguous().mT.requires_grad_(),
         down.mT.contiguous().mT.requires_grad_(),
     ]
     weight = torch.stack((weight, weight), 1)[:, 0].double()

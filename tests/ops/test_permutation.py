@@ -16,9 +16,7 @@ def make_routing(tokens, experts, top_k, seed=0):
     return torch.rand(tokens, experts, generator=generator).topk(top_k).indices
 
 
-@pytest.mark.parametrize(
-    ("tokens", "experts", "top_k"), [(37, 8, 2), (1, 4, 1), (5, 64, 6), (0, 8, 2), (9, 3, 3)]
-)
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(37, 8, 2), (1, 4, 1), (5, 64, 6), (0, 8, 2), (9, 3, 3)])
 def test_sorting_equals_reference(tokens, experts, top_k):
     expert_TK = make_routing(tokens, experts, top_k)
     actual = sort_by_expert(expert_TK, experts)

@@ -167,10 +167,16 @@ def test_two_threads_of_python_at_once(ours):
             assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize(("vendor", "setting", "expected"), [
-    ("AuthenticAMD", None, True), ("GenuineIntel", None, False), ("GenuineIntel", "1", True),
-    ("AuthenticAMD", "0", False), ("", None, False),
-])
+@pytest.mark.parametrize(
+    ("vendor", "setting", "expected"),
+    [
+        ("AuthenticAMD", None, True),
+        ("GenuineIntel", None, False),
+        ("GenuineIntel", "1", True),
+        ("AuthenticAMD", "0", False),
+        ("", None, False),
+    ],
+)
 def test_who_computes(ours, monkeypatch, vendor, setting, expected):
     monkeypatch.setattr(native, "vendor", lambda: vendor)
     monkeypatch.delenv("MOE_LLM_PRODUCTS")
@@ -188,10 +194,17 @@ def test_switched_off_from_outside(variable):
     assert done.stdout.split() == ["False"], done.stderr
 
 
-@pytest.mark.parametrize(("can", "setting", "expected"), [
-    ("avx512_bf16", None, True), ("avx512_bf16 amx_bf16", None, False), ("avx512_bf16 amx_bf16", "1", True),
-    ("avx512_bf16", "0", False), ("avx512f", "1", False), ("", None, False),
-])
+@pytest.mark.parametrize(
+    ("can", "setting", "expected"),
+    [
+        ("avx512_bf16", None, True),
+        ("avx512_bf16 amx_bf16", None, False),
+        ("avx512_bf16 amx_bf16", "1", True),
+        ("avx512_bf16", "0", False),
+        ("avx512f", "1", False),
+        ("", None, False),
+    ],
+)
 def test_who_computes_experts_in_bf16(monkeypatch, can, setting, expected):
     monkeypatch.setattr(native, "_cpuinfo", lambda: ["vendor_id\t: AuthenticAMD", f"flags\t\t: fpu {can}"])
     monkeypatch.delenv("MOE_LLM_PRODUCTS", raising=False)

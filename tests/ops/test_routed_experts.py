@@ -63,9 +63,7 @@ def test_gradients_by_finite_differences():
     leaves, counts_E, token_index_N, slot_TK = make(5, 4, 2, torch.float64)
     leaves = tuple(leaf.detach().double().requires_grad_() for leaf in leaves)
     assert torch.autograd.gradcheck(
-        lambda x, gate_up, down, weight: routed_expert_mlp(
-            x, gate_up, down, counts_E, weight, token_index_N, slot_TK
-        ),
+        lambda x, gate_up, down, weight: routed_expert_mlp(x, gate_up, down, counts_E, weight, token_index_N, slot_TK),
         leaves,
         fast_mode=True,
     )

@@ -23,9 +23,21 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 def test_kernels_equal_their_references(interpreted):
     """In a process of its own: Triton decides at its import whether it interprets."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5",
-         str(Path(__file__).with_name("triton_kernels.py"))],
-        env={**os.environ, "TRITON_INTERPRET": interpreted}, cwd=ROOT, capture_output=True, text=True, check=False,
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--durations=5",
+            str(Path(__file__).with_name("triton_kernels.py")),
+        ],
+        env={**os.environ, "TRITON_INTERPRET": interpreted},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
     passed = re.search(r"(\d+) passed", done.stdout)

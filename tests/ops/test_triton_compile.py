@@ -21,7 +21,10 @@ def test_products_use_tensor_cores_and_no_accumulator_spills(tmp_path, capabilit
     environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
                     "TRITON_CACHE_DIR": str(tmp_path)}  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", "support.compiling", str(capability)], capture_output=True, text=True, env=environment,
+        [sys.executable, "-m", "support.compiling", str(capability)],
+        capture_output=True,
+        text=True,
+        env=environment,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]

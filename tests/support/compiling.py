@@ -130,8 +130,12 @@ def main(capability: int) -> dict[str, dict]:
             warps = 8
         done = compile_for(kernel, capability, types, constants, warps, stages)
         found[name] = {
-            "is_product": is_product, "registers": done.registers, "spilled_bytes": done.spilled_bytes,
-            "shared_bytes": done.shared_bytes, "stages": stages, "stage_bytes": stage_bytes,
+            "is_product": is_product,
+            "registers": done.registers,
+            "spilled_bytes": done.spilled_bytes,
+            "shared_bytes": done.shared_bytes,
+            "stages": stages,
+            "stage_bytes": stage_bytes,
             "instructions": [i for i in ("wgmma.mma_async", "mma.sync") if i in done.ptx],
             "wide_accesses": len(re.findall(r"(?:ld|st)\.global[\w.:]*\.v[48]\.b32|v2\.b64", done.ptx)),
         }

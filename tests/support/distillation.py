@@ -14,11 +14,12 @@ def learn(config) -> dict[str, Any]:
     `support.training.train_steps` gives them; what was said.
     """
     from moe_llm.data.loader import TrainLoader, load_data
+    from moe_llm.data.packing import model_inputs
     from moe_llm.data.tokenizer import load_tokenizer
     from moe_llm.distill.teaching import build_teaching
-    from moe_llm.parallel.runtime import start
-    from moe_llm.train.loop import model_inputs, seed_noise
-    from moe_llm.train.loss import StepLoss
+    from moe_llm.distributed.runtime import start
+    from moe_llm.distributed.step_loss import StepLoss
+    from moe_llm.train.loop import seed_noise
     from moe_llm.train.optim import learning_rate
     from moe_llm.train.run import build_trained
 
@@ -30,10 +31,12 @@ def learn(config) -> dict[str, Any]:
     engine, _ = build_trained(config, runtime, None)
     said: list[str] = []
     G = config.train.global_batch_size
-    teach = build_teaching(config, runtime, data.train, tokenizer, start=0, samples=config.max_steps * G,
-                           say=said.append)
-    loader = TrainLoader(data.train, position=0, global_batch_size=G, prefetch=0,
-                         micro_batch_size=config.train.micro_batch_size, **place)
+    teach = build_teaching(
+        config, runtime, data.train, tokenizer, start=0, samples=config.max_steps * G, say=said.append
+    )
+    loader = TrainLoader(
+        data.train, position=0, global_batch_size=G, prefetch=0, micro_batch_size=config.train.micro_batch_size, **place
+    )
     losses, gradients = [], {}
     for step in range(config.max_steps):
         batches = next(loader)

@@ -14,8 +14,11 @@ from torch.nn.functional import linear, silu
 def install(monkeypatch) -> None:
     """Import them from now on, until the test ends."""
     tree = {
-        "scattermoe": {}, "scattermoe.mlp": {"GLUMLP": GLUMLP},
-        "megablocks": {}, "megablocks.layers": {}, "megablocks.layers.arguments": {"Arguments": Arguments},
+        "scattermoe": {},
+        "scattermoe.mlp": {"GLUMLP": GLUMLP},
+        "megablocks": {},
+        "megablocks.layers": {},
+        "megablocks.layers.arguments": {"Arguments": Arguments},
         "megablocks.layers.dmoe": {"ParallelDroplessMLP": ParallelDroplessMLP},
         "sonicmoe": {"MoE": SonicMoE, "moe_TC_softmax_topk_layer": moe_TC_softmax_topk_layer},
         "sonicmoe.enums": {"ActivationType": ActivationType},
@@ -144,8 +147,19 @@ class SonicMoE(nn.Module):
 
 
 def moe_TC_softmax_topk_layer(
-    x, router_w, w1, b1, w2, b2, K, stream_id, activation_type=ActivationType.SWIGLU, is_inference_mode_enabled=False,
-    is_softmax_over_topk=True, norm_topk_probs=False, concat_layout=False,
+    x,
+    router_w,
+    w1,
+    b1,
+    w2,
+    b2,
+    K,
+    stream_id,
+    activation_type=ActivationType.SWIGLU,
+    is_inference_mode_enabled=False,
+    is_softmax_over_topk=True,
+    norm_topk_probs=False,
+    concat_layout=False,
 ):
     """sonicmoe.moe_TC_softmax_topk_layer of 0.1.2: (2F, D, E) and (D, F, E), with the experts' stride the largest."""
     assert b1 is None

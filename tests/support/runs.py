@@ -18,9 +18,18 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 MODEL = {
-    "vocab_size": 320, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 64,
-    "rope_theta": 10000.0, "router_z_loss_coef": 0.001, "initializer_range": 0.1,
+    "vocab_size": 320,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+    "router_z_loss_coef": 0.001,
+    "initializer_range": 0.1,
 }
 
 
@@ -38,11 +47,15 @@ def sections(text: Path, cache: Path, run_dir: Path, **changes: dict[str, Any]) 
     raw: dict[str, dict[str, Any]] = {
         "run": {"dir": str(run_dir), "seed": 5},
         "model": MODEL,
-        "data": {"sources": [{"type": "files", "path": str(text), "document": "line"}], "sequence_length": 32,
-                 "validation_fraction": 0.1, "cache_dir": str(cache), "num_workers": 1},
+        "data": {
+            "sources": [{"type": "files", "path": str(text), "document": "line"}],
+            "sequence_length": 32,
+            "validation_fraction": 0.1,
+            "cache_dir": str(cache),
+            "num_workers": 1,
+        },
         "optim": {"lr": 3e-3},
-        "train": {"max_steps": 6, "micro_batch_size": 2, "global_batch_size": 4, "precision": "fp32",
-                  "device": "cpu"},
+        "train": {"max_steps": 6, "micro_batch_size": 2, "global_batch_size": 4, "precision": "fp32", "device": "cpu"},
         "checkpoint": {"every_steps": 3},
         "evaluate": {"max_blocks": 4},
         "logging": {"console": "plain"},
@@ -111,7 +124,12 @@ def finish(command: list[str], timeout: float = 120) -> subprocess.CompletedProc
 def started(command: list[str]) -> Iterator[subprocess.Popen]:
     """A process in a session of its own, of which nothing is left when the block ends."""
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT,
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        cwd=ROOT,
         start_new_session=True,
     )
     try:

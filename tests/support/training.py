@@ -6,20 +6,29 @@ import torch
 from support.ranks import fresh_accelerate
 
 from moe_llm.config.load import validate
-from moe_llm.data.packing import Batch
+from moe_llm.data.packing import Batch, model_inputs
+from moe_llm.distributed.runtime import start
+from moe_llm.distributed.step_loss import StepLoss
 from moe_llm.model.moe.routers import begin_step, end_step
-from moe_llm.parallel.runtime import start
 from moe_llm.train.adversarial import build_perturbation
-from moe_llm.train.loop import model_inputs, seed_noise
-from moe_llm.train.loss import StepLoss
+from moe_llm.train.loop import seed_noise
 from moe_llm.train.metrics import expert_gradient_norms
 from moe_llm.train.optim import learning_rate
 from moe_llm.train.run import build_trained
 
 MODEL = {
-    "vocab_size": 61, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 64,
-    "router_aux_loss_coef": 0.05, "router_z_loss_coef": 0.01, "initializer_range": 0.2,
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    "router_aux_loss_coef": 0.05,
+    "router_z_loss_coef": 0.01,
+    "initializer_range": 0.2,
 }
 LENGTH = 12
 
@@ -30,10 +39,20 @@ def config(micro: int, rounds: int, world: int, *, ep: int = 1, stage: int = 1, 
         "run": {"dir": "unused", "seed": 3},
         "model": MODEL,
         "data": {"sources": [{"type": "python_stdlib"}], "sequence_length": LENGTH},
-        "optim": {"name": optimizer, "lr": 0.3 if optimizer == "sgd" else 3e-3, "grad_clip": 0.5,
-                  "schedule": "constant", "eps": 1e-6},
-        "train": {"max_steps": 100, "micro_batch_size": micro, "global_batch_size": micro * rounds * world,
-                  "precision": "fp32", "device": "cpu"},
+        "optim": {
+            "name": optimizer,
+            "lr": 0.3 if optimizer == "sgd" else 3e-3,
+            "grad_clip": 0.5,
+            "schedule": "constant",
+            "eps": 1e-6,
+        },
+        "train": {
+            "max_steps": 100,
+            "micro_batch_size": micro,
+            "global_batch_size": micro * rounds * world,
+            "precision": "fp32",
+            "device": "cpu",
+        },
         "parallel": {"expert_parallel_size": ep, "zero_stage": stage},
     }
     for section, values in more.items():
@@ -52,8 +71,9 @@ def rows(step: int, start_row: int, count: int) -> Batch:
 
 
 def _row(step: int, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    tokens = torch.randint(0, MODEL["vocab_size"], (LENGTH + 1,), generator=torch.Generator().manual_seed(
-        1000 * step + index))
+    tokens = torch.randint(
+        0, MODEL["vocab_size"], (LENGTH + 1,), generator=torch.Generator().manual_seed(1000 * step + index)
+    )
     mask = torch.ones(LENGTH, dtype=torch.bool)
     if index % 3 == 2:
         mask[LENGTH - 1 - (index + step) % 7 :] = False
@@ -79,9 +99,7 @@ def train_steps(cfg, steps: int, *, source: str | None = None, first: int = 0, s
         begin_step(engine.model, step)
         turn = cfg.train.adversarial.turn(step)
         engine.take_turn(turn)
-        batches = [
-            rows(step, (j * runtime.world_size + runtime.rank) * micro, micro) for j in range(rounds)
-        ]
+        batches = [rows(step, (j * runtime.world_size + runtime.rank) * micro, micro) for j in range(rounds)]
         step_loss = StepLoss(cfg.model, runtime, batches)
         shares = torch.zeros(2)
         for j, batch in enumerate(batches):
@@ -106,11 +124,22 @@ def train_steps(cfg, steps: int, *, source: str | None = None, first: int = 0, s
         from moe_llm.config import dump_config
 
         at = first + steps
-        result["saved"] = str(save_checkpoint(
-            save, engine, step=at, trainer_state={"step": at, "samples": at * cfg.train.global_batch_size,
-                                                  "tokens": at * cfg.tokens_per_step},
-            model_config=cfg.model, run_config_text=dump_config(cfg), tokenizer=None, dtype=cfg.checkpoint.dtype,
-        ))
+        result["saved"] = str(
+            save_checkpoint(
+                save,
+                engine,
+                step=at,
+                trainer_state={
+                    "step": at,
+                    "samples": at * cfg.train.global_batch_size,
+                    "tokens": at * cfg.tokens_per_step,
+                },
+                model_config=cfg.model,
+                run_config_text=dump_config(cfg),
+                tokenizer=None,
+                dtype=cfg.checkpoint.dtype,
+            )
+        )
     return result
 
 

@@ -24,9 +24,7 @@ def make_config(corpus, cache, tmp_path):
     """Path of a YAML file whose run goes to tmp_path/run; sections are merged in."""
 
     def make(name: str = "run", **changes) -> Path:
-        return runs.write_yaml(
-            tmp_path / f"{name}.yaml", runs.sections(corpus, cache, tmp_path / name, **changes)
-        )
+        return runs.write_yaml(tmp_path / f"{name}.yaml", runs.sections(corpus, cache, tmp_path / name, **changes))
 
     return make
 

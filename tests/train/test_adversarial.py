@@ -13,14 +13,15 @@ from moe_llm.cli import main
 from moe_llm.config import load_config
 from moe_llm.config.adversarial import AdversarialConfig
 from moe_llm.config.load import validate
+from moe_llm.data.packing import model_inputs
 from moe_llm.errors import UserError
+from moe_llm.evaluation.evaluate import evaluate_files
 from moe_llm.model.init import build_model
 from moe_llm.train.adversarial import check_adversarial, find_perturbation
-from moe_llm.train.evaluate import evaluate_files
-from moe_llm.train.loop import model_inputs
 
 CASES = {
-    "fast, l2": {"epsilon": 0.2}, "fast, linf": {"epsilon": 0.03, "norm": "linf"},
+    "fast, l2": {"epsilon": 0.2},
+    "fast, linf": {"epsilon": 0.03, "norm": "linf"},
     "projected, l2": {"epsilon": 0.2, "steps": 3, "step_size": 0.15},
     "projected, linf": {"epsilon": 0.03, "norm": "linf", "steps": 3},
 }
@@ -112,8 +113,14 @@ def test_looking_for_it_leaves_nothing_behind():
 
 
 def run_of(optimizer: str = "adamw", precision: str = "fp32", finetune: dict | None = None, **adversarial):
-    return config(3, 2, 1, optimizer=optimizer, train={"adversarial": adversarial, "precision": precision},
-                  **({"finetune": finetune} if finetune else {}))
+    return config(
+        3,
+        2,
+        1,
+        optimizer=optimizer,
+        train={"adversarial": adversarial, "precision": precision},
+        **({"finetune": finetune} if finetune else {}),
+    )
 
 
 def test_frozen_parts_are_attacked_and_stay():
@@ -140,8 +147,11 @@ def test_what_is_idle_is_unchanged_to_the_bit(precision, router):
     cfg = validate({**raw, "model": {**raw["model"], "router": {"type": router}}})
     states = [train_steps(cfg, steps) for steps in (1, 2, 3)]
     start = train_steps(cfg, 0)["weights"]
-    for before, after, routers in ((start, states[0], False), (states[0], states[1], True),
-                                   (states[1], states[2], False)):
+    for before, after, routers in (
+        (start, states[0], False),
+        (states[0], states[1], True),
+        (states[1], states[2], False),
+    ):
         weights = before if before is start else before["weights"]
         for name, (_, weight) in after["weights"].items():
             assert torch.equal(weight, weights[name][1]) == (is_router(name) != routers), name
@@ -201,16 +211,18 @@ def test_a_whole_run(train, corpus, capsys):
     newest = runs.records(straight)[-2]["moe"]["expert_grad_norm"]
     assert newest is not None
 
-    seldom = train("seldom", train={**section, "max_steps": 6}, optim={"lr": 3e-3, "schedule": "constant"},
-                   logging={"every_steps": 2})
+    seldom = train(
+        "seldom",
+        train={**section, "max_steps": 6},
+        optim={"lr": 3e-3, "schedule": "constant"},
+        logging={"every_steps": 2},
+    )
     assert [record["step"] for record in runs.records(seldom)] == [2, 3, 4, 6]
     assert runs.records(seldom)[-1]["moe"]["expert_grad_norm"] == newest  # the routers' turns are the recorded ones
 
     resumed = train("resumed", train={**section, "max_steps": 3}, optim={"lr": 3e-3, "schedule": "constant"})
     train("resumed", train={**section, "max_steps": 6}, optim={"lr": 3e-3, "schedule": "constant"})
-    ours, theirs = (
-        MoEForCausalLM.from_pretrained(root / "checkpoints/step-00000006") for root in (resumed, straight)
-    )
+    ours, theirs = (MoEForCausalLM.from_pretrained(root / "checkpoints/step-00000006") for root in (resumed, straight))
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
     assert json.loads((checkpoint / "config.json").read_text())["model_type"] == "mixtral"
 
@@ -222,14 +234,17 @@ def test_a_run_goes_on_as_it_began(train, make_config, capsys):
     assert "train.adversarial" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("overrides", "named"), [
-    (["train.adversarial.norm=linf"], "train.adversarial.norm=linf applies to nothing without epsilon"),
-    (["train.adversarial.steps=2"], "train.adversarial.steps=2 applies to nothing without epsilon"),
-    (["train.adversarial.step_size=0.1"], "train.adversarial.step_size=0.1 applies to nothing without epsilon"),
-    (["train.adversarial={epsilon: 0.1, step_size: 0.3}"], "step_size=0.3 is above the width of the ball"),
-    (["train.adversarial.epsilon=0"], "train.adversarial.epsilon=0"),
-    (["train.adversarial.router_every=1"], "train.adversarial.router_every=1"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["train.adversarial.norm=linf"], "train.adversarial.norm=linf applies to nothing without epsilon"),
+        (["train.adversarial.steps=2"], "train.adversarial.steps=2 applies to nothing without epsilon"),
+        (["train.adversarial.step_size=0.1"], "train.adversarial.step_size=0.1 applies to nothing without epsilon"),
+        (["train.adversarial={epsilon: 0.1, step_size: 0.3}"], "step_size=0.3 is above the width of the ball"),
+        (["train.adversarial.epsilon=0"], "train.adversarial.epsilon=0"),
+        (["train.adversarial.router_every=1"], "train.adversarial.router_every=1"),
+    ],
+)
 def test_settings_that_say_nothing_are_refused(overrides, named):
     with pytest.raises(UserError) as raised:
         load_config(runs.ROOT / "configs/quickstart.yaml", overrides)
@@ -237,21 +252,27 @@ def test_settings_that_say_nothing_are_refused(overrides, named):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(("overrides", "named"), [
-    (["finetune.train=experts"], "this run trains no routers"),
-    (["finetune.train=router"], "this run trains nothing but routers"),
-    (["train.max_steps=1"], "leaves no step of 1 to the routers"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["finetune.train=experts"], "this run trains no routers"),
+        (["finetune.train=router"], "this run trains nothing but routers"),
+        (["train.max_steps=1"], "leaves no step of 1 to the routers"),
+    ],
+)
 def test_turns_that_train_nothing_are_refused(overrides, named):
     cfg = load_config(runs.ROOT / "configs/adversarial.yaml", overrides)
     with pytest.raises(UserError, match=named):
         check_adversarial(cfg)
 
 
-@pytest.mark.parametrize(("command", "named"), [
-    (["plan", "--gpus", "2", "--gpu-memory", "80GB"], "takes passes that plans do not count"),
-    (["bench"], "is not part of the step that is timed"),
-])
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        (["plan", "--gpus", "2", "--gpu-memory", "80GB"], "takes passes that plans do not count"),
+        (["bench"], "is not part of the step that is timed"),
+    ],
+)
 def test_what_does_not_count_it_says_so(command, named, capsys):
     assert main([*command, str(runs.ROOT / "configs/adversarial.yaml")]) == 2
     assert named in capsys.readouterr().err

@@ -43,10 +43,14 @@ IN_THE_FILE = {
     "heads": (["model.num_attention_heads=3"], "model.hidden_size=16 is not divisible by num_attention_heads=3: "),
     "kv heads": (["model.num_attention_heads=4", "model.num_key_value_heads=3"], "model.num_key_value_heads=3 does "),
     "top-k": (["model.num_experts_per_tok=5"], "model.num_experts_per_tok=5 is above num_local_experts=4: use at "),
-    "experts and EP": (["parallel.expert_parallel_size=3"],
-                       "parallel.expert_parallel_size=3 does not divide model.num_local_experts=4: "),
-    "EP above the world": (["parallel.expert_parallel_size=2"],
-                           "parallel.expert_parallel_size=2 does not divide the number of launched ranks, 1: "),
+    "experts and EP": (
+        ["parallel.expert_parallel_size=3"],
+        "parallel.expert_parallel_size=3 does not divide model.num_local_experts=4: ",
+    ),
+    "EP above the world": (
+        ["parallel.expert_parallel_size=2"],
+        "parallel.expert_parallel_size=2 does not divide the number of launched ranks, 1: ",
+    ),
     "micro and global": (["train.global_batch_size=3"], "train.global_batch_size=3 is not a multiple of "),
     "two lengths": (["train.max_tokens=9"], "train.max_steps=6 stands beside train.max_tokens=9: "),
     "missing data": (["data.sources.0.path=none.txt"], "data.sources.0.path=none.txt does not exist: "),
@@ -57,8 +61,10 @@ IN_THE_FILE = {
     "no unit": (["checkpoint.max_shard_size=5"], "checkpoint.max_shard_size=5 is not a size: write it like 5GB"),
     "one beta": (["optim.betas=0.9"], "optim.betas=0.9 is refused: it must be a list, such as [0.9, 0.95]"),
     "no such checkpoint": (["checkpoint.resume=none"], "checkpoint.resume='none' is no checkpoint directory: give "),
-    "no such tokenizer": (["tokenizer.path=./none.model", "model.vocab_size=null"],
-                          "tokenizer.path=./none.model does not exist: "),
+    "no such tokenizer": (
+        ["tokenizer.path=./none.model", "model.vocab_size=null"],
+        "tokenizer.path=./none.model does not exist: ",
+    ),
     "vocabulary too large": (["model.vocab_size=100000"], "model.vocab_size=100000 is more than the text for the "),
 }
 
@@ -78,9 +84,11 @@ def test_a_mistake_in_a_new_run(name, refused, make_config, tmp_path, corpus):
 @pytest.mark.parametrize(
     ("overrides", "start"),
     [
-        (["parallel.expert_parallel_size=2"],
-         "parallel.expert_parallel_size=2 does not divide the number of launched ranks, 3: launch a multiple of it "
-         "(accelerate launch --num_processes), or lower it"),
+        (
+            ["parallel.expert_parallel_size=2"],
+            "parallel.expert_parallel_size=2 does not divide the number of launched ranks, 3: launch a multiple of it "
+            "(accelerate launch --num_processes), or lower it",
+        ),
         ([], "train.global_batch_size=4 is not a multiple of train.micro_batch_size=2 x 3 ranks = 6: change one"),
     ],
 )
@@ -200,7 +208,8 @@ def test_no_room_for_a_checkpoint_is_found_before_training(refused, make_config,
 
 def test_a_disk_that_fills_up_during_the_run_keeps_what_was_saved(make_config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        reporter.MetricsFile, "write",
+        reporter.MetricsFile,
+        "write",
         lambda self, record, write=reporter.MetricsFile.write: write(self, record) if record["step"] < 5 else full(),
     )
 

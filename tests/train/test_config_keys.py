@@ -11,10 +11,14 @@ from support import runs
 from support.training import config, train_steps
 
 from moe_llm.cli import main
-from moe_llm.train.generate import generate
+from moe_llm.inference.generate import generate
 
-SHORT = {"train": {"max_steps": 4, "micro_batch_size": 2, "global_batch_size": 4}, "checkpoint": {"every_steps": None},
-         "optim": {"lr": 3e-3, "schedule": "constant"}, "logging": {"console": "off"}}
+SHORT = {
+    "train": {"max_steps": 4, "micro_batch_size": 2, "global_batch_size": 4},
+    "checkpoint": {"every_steps": None},
+    "optim": {"lr": 3e-3, "schedule": "constant"},
+    "logging": {"console": "off"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +146,12 @@ def test_a_line_every_so_many_steps_holds_means(train_with, plain):
 
 
 def test_records_of_a_resumed_run_are_means_over_the_same_steps(make_config, tmp_path):
-    changes = {**SHORT, "checkpoint": {"every_steps": 2}, "logging": {"every_steps": 3, "console": "off"},
-               "train": {"max_steps": 6, "micro_batch_size": 2, "global_batch_size": 4}}
+    changes = {
+        **SHORT,
+        "checkpoint": {"every_steps": 2},
+        "logging": {"every_steps": 3, "console": "off"},
+        "train": {"max_steps": 6, "micro_batch_size": 2, "global_batch_size": 4},
+    }
     straight, stopped = make_config("straight", **changes), make_config("stopped", **changes)
     assert main(["train", str(straight)]) == 0
     assert main(["train", str(stopped), "train.max_steps=4", "evaluate.max_blocks=1"]) == 0
@@ -215,7 +223,7 @@ def test_the_device_is_a_gpu_where_there_is_one_unless_told_otherwise(device, gp
             asked.append(cpu)
             super().__init__(num_processes=1, device=torch.device("cpu"), process_index=0)
 
-    from moe_llm.parallel.runtime import start
+    from moe_llm.distributed.runtime import start
 
     monkeypatch.setattr("accelerate.Accelerator", Accelerator)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)

@@ -20,9 +20,22 @@ def assert_same(first: dict, second: dict) -> None:
 
 
 def cfg_of(world: int, precision: str, ep: int = 1, stage: int = 1):
-    return config(2, 2, world, ep=ep, stage=stage, optimizer="adamw", model={"router_jitter_noise": 0.1}, train={
-        "max_steps": 100, "micro_batch_size": 2, "global_batch_size": 4 * world, "precision": precision,
-        "device": "cpu"})
+    return config(
+        2,
+        2,
+        world,
+        ep=ep,
+        stage=stage,
+        optimizer="adamw",
+        model={"router_jitter_noise": 0.1},
+        train={
+            "max_steps": 100,
+            "micro_batch_size": 2,
+            "global_batch_size": 4 * world,
+            "precision": precision,
+            "device": "cpu",
+        },
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -30,9 +43,7 @@ def test_one_process_twice(precision):
     assert_same(*twice(cfg_of(1, precision)))
 
 
-@pytest.mark.parametrize(
-    ("ep", "stage", "precision"), [(2, 1, "bf16"), (2, 2, "fp32"), (2, 3, "fp32")]
-)
+@pytest.mark.parametrize(("ep", "stage", "precision"), [(2, 1, "bf16"), (2, 2, "fp32"), (2, 3, "fp32")])
 def test_two_ranks_twice(two_ranks, ep, stage, precision):
     found = two_ranks.run(twice, cfg_of(2, precision, ep, stage))
     for first, second in found:

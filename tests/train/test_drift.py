@@ -33,10 +33,13 @@ def tuned(base, make_config):
         guard = {"action": action, "blocks": 3, **changes.pop("guard", {})}
         finetune = {"router_guard": guard, **changes.pop("finetune", {})}
         given = {
-            "model": {"init_from": str(base), "router_aux_loss_coef": 0.0}, "finetune": finetune,
-            "data": {"isolate_documents": False}, "optim": {"lr": 0.03, "schedule": "constant"},
+            "model": {"init_from": str(base), "router_aux_loss_coef": 0.0},
+            "finetune": finetune,
+            "data": {"isolate_documents": False},
+            "optim": {"lr": 0.03, "schedule": "constant"},
             "train": {"max_steps": STEPS, "micro_batch_size": 2, "global_batch_size": 4, "precision": "fp32"},
-            "evaluate": {"every_steps": 1, "max_blocks": 2}, "checkpoint": {"every_steps": None},
+            "evaluate": {"every_steps": 1, "max_blocks": 2},
+            "checkpoint": {"every_steps": None},
         }
         for section, values in changes.items():
             given[section] = {**given.get(section, {}), **values}
@@ -156,14 +159,21 @@ def test_past_the_threshold_a_run_is_saved_and_stops_and_stays_stopped(tuned, tm
     assert runs.timeless(tmp_path / "stop") == runs.timeless(tmp_path / "free")
 
 
-@pytest.mark.parametrize(("words", "sentence"), [
-    (["model.init_from=null", "model.vocab_size=320", "model.hidden_size=16", "model.num_attention_heads=2"],
-     "has no base"),
-    (["finetune.router_guard.action=stop", "finetune.router_guard.max_kl=1", "evaluate.every_steps=null"],
-     "no evaluations"),
-    (["finetune.router_guard.action=stop"], "max_kl"),
-    (["finetune.router_guard.coefficient=1"], "applies to action regularise"),
-])
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ["model.init_from=null", "model.vocab_size=320", "model.hidden_size=16", "model.num_attention_heads=2"],
+            "has no base",
+        ),
+        (
+            ["finetune.router_guard.action=stop", "finetune.router_guard.max_kl=1", "evaluate.every_steps=null"],
+            "no evaluations",
+        ),
+        (["finetune.router_guard.action=stop"], "max_kl"),
+        (["finetune.router_guard.coefficient=1"], "applies to action regularise"),
+    ],
+)
 def test_a_guard_that_could_do_nothing_is_refused(tuned, tmp_path, capsys, words, sentence):
     assert main(["train", str(tuned()), *words]) == 2
     assert sentence in capsys.readouterr().err
@@ -174,7 +184,7 @@ def guarded(config) -> dict:
     """Train in this rank's process; drifts, and weights as `train_steps` gives them."""
     from moe_llm.data.loader import TrainLoader, load_data
     from moe_llm.data.tokenizer import load_tokenizer
-    from moe_llm.parallel.runtime import start
+    from moe_llm.distributed.runtime import start
     from moe_llm.train.loop import Callbacks, train_loop
     from moe_llm.train.run import _build_guard, build_trained
     from moe_llm.train.signals import StopRequest
@@ -187,14 +197,29 @@ def guarded(config) -> dict:
     run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     guard = _build_guard(config, engine, runtime, data, run_dir, None)
-    loader = TrainLoader(data.train, position=0, global_batch_size=config.train.global_batch_size,
-                         micro_batch_size=config.train.micro_batch_size, **place)
+    loader = TrainLoader(
+        data.train,
+        position=0,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        **place,
+    )
     records: list[dict] = []
-    train_loop(config, engine, runtime, loader, position, StopRequest(), Callbacks(
-        evaluate=guard.measure, record=records.append, save=lambda at: None, add_gradients=guard.add_gradients))
+    train_loop(
+        config,
+        engine,
+        runtime,
+        loader,
+        position,
+        StopRequest(),
+        Callbacks(
+            evaluate=guard.measure, record=records.append, save=lambda at: None, add_gradients=guard.add_gradients
+        ),
+    )
     loader.close()
-    weights = {entry.name: (entry.first_expert, engine.read(entry.name, "weight").clone())
-               for entry in engine.entries()}
+    weights = {
+        entry.name: (entry.first_expert, engine.read(entry.name, "weight").clone()) for entry in engine.entries()
+    }
     drift, norms = ([record[key] for record in records] for key in ("router_drift", "grad_norm"))
     return {"weights": weights, "drift": drift, "norms": norms}
 
@@ -206,8 +231,12 @@ def test_expert_parallel_ranks_equal_one_process(two_ranks, tuned, tmp_path, sta
     optim = {"name": "sgd", "lr": 0.3}
     config = tuned(action="regularise", guard=guard, optim=optim, train={"activation_checkpointing": stage == 3})
     alone = guarded(load_config(config, [], complete))
-    layout = ["train.micro_batch_size=1", "parallel.expert_parallel_size=2", f"parallel.zero_stage={stage}",
-              f"run.dir={tmp_path / 'ranks'}"]
+    layout = [
+        "train.micro_batch_size=1",
+        "parallel.expert_parallel_size=2",
+        f"parallel.zero_stage={stage}",
+        f"run.dir={tmp_path / 'ranks'}",
+    ]
     found = two_ranks.run(guarded, load_config(config, layout, complete))
     for per_rank in found:
         assert per_rank["drift"] == found[0]["drift"]

@@ -17,7 +17,8 @@ from moe_llm.train.stopping import EarlyStopping
 LOSSES = {1: 5.0, 2: 4.0, 3: 3.0, 4: 3.5, 5: 2.95, 6: math.nan, 7: 3.2, 8: 1.0}
 CHANGES = {
     "train": {"max_steps": 8, "early_stopping": {"patience": 3, "min_delta": 0.1}},
-    "evaluate": {"every_steps": 1}, "checkpoint": {"every_steps": None, "keep_last": 1},
+    "evaluate": {"every_steps": 1},
+    "checkpoint": {"every_steps": None, "keep_last": 1},
     "optim": {"lr": 1e-3, "schedule": "constant"},
 }
 
@@ -112,18 +113,24 @@ def test_going_back_to_a_checkpoint_takes_its_memory_along(make_config, tmp_path
 
     real = loop.StepLoss.__call__
     monkeypatch.setattr(loop.StepLoss, "__call__", planted)
-    changes = {**CHANGES, "train": {**CHANGES["train"], "on_nan": "rollback"},
-               "checkpoint": {"every_steps": 4, "keep_last": 1}}
+    changes = {
+        **CHANGES,
+        "train": {**CHANGES["train"], "on_nan": "rollback"},
+        "checkpoint": {"every_steps": 4, "keep_last": 1},
+    }
     assert main(["train", str(make_config(**changes))]) == 0
     # step 5, lost and done again, is waited for once: 4, 5, 6
     assert runs.records(tmp_path / "run")[-1]["step"] == 6
     assert state(tmp_path / "run", 6)["waited"] == 3
 
 
-@pytest.mark.parametrize(("section", "values", "sentence"), [
-    ("evaluate", {"every_steps": None}, "train.early_stopping.patience=3"),
-    ("train", {"early_stopping": {"min_delta": 0.1}}, "applies to nothing without patience"),
-])
+@pytest.mark.parametrize(
+    ("section", "values", "sentence"),
+    [
+        ("evaluate", {"every_steps": None}, "train.early_stopping.patience=3"),
+        ("train", {"early_stopping": {"min_delta": 0.1}}, "applies to nothing without patience"),
+    ],
+)
 def test_what_cannot_work_is_refused(section, values, sentence, tmp_path):
     raw = runs.sections(tmp_path / "text.txt", tmp_path, tmp_path, **CHANGES)
     raw[section] = raw[section] | values

@@ -11,8 +11,8 @@ from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.cli import main
 from moe_llm.config import load_config
 from moe_llm.data.loader import load_data
+from moe_llm.data.packing import model_inputs
 from moe_llm.data.tokenizer import load_tokenizer
-from moe_llm.train.loop import model_inputs
 
 DECAY = 0.8
 EACH = {"every_steps": 1, "ema": {"decay": DECAY, "start_step": 1, "every_steps": 2}}
@@ -82,8 +82,10 @@ def test_a_resumed_run_keeps_the_same_average(make_config, finished_run, tmp_pat
     found, expected = runs.timeless(tmp_path / "stopped"), runs.timeless(tmp_path / "straight")
     assert [r for r in found if r["step"] > 2] != []
     if "finetune" in changes:
-        average, base = (load_file(file) for file in (
-            next(step(tmp_path / "stopped", 6, "ema").glob("model-00001*")), origin / "model.safetensors"))
+        average, base = (
+            load_file(file)
+            for file in (next(step(tmp_path / "stopped", 6, "ema").glob("model-00001*")), origin / "model.safetensors")
+        )
         assert all("experts.1." in name or "lm_head" in name for name in average)
         assert not any(torch.equal(tensor, base[name]) for name, tensor in average.items())
     assert found[2:] == expected[2:]

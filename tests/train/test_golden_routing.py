@@ -13,12 +13,21 @@ from moe_llm.model.moe.routers import ROUTERS
 FILE = Path(__file__).with_name("golden_routing.json")
 SETTINGS = {
     "mixtral": {"capacity_factor": 1.0, "overflow": "next", "warmup_steps": 2, "global_entropy_coef": 0.1},
-    "dense": {}, "noisy_top_k": {}, "gshard": {"entropy_bonus_coef": 0.05}, "switch": {}, "batch_prioritised": {},
-    "top_p": {"p": 0.5}, "hierarchical": {"groups": 2}, "balanced": {},
-    "deepseek_moe": {"device_balance_coef": 0.1, "device_groups": 2}, "bias_balanced": {"update_rate": 0.02},
-    "soft_moe": {"slots_per_expert": 2, "segment_length": 4}, "multi_head": {"heads": 2},
+    "dense": {},
+    "noisy_top_k": {},
+    "gshard": {"entropy_bonus_coef": 0.05},
+    "switch": {},
+    "batch_prioritised": {},
+    "top_p": {"p": 0.5},
+    "hierarchical": {"groups": 2},
+    "balanced": {},
+    "deepseek_moe": {"device_balance_coef": 0.1, "device_groups": 2},
+    "bias_balanced": {"update_rate": 0.02},
+    "soft_moe": {"slots_per_expert": 2, "segment_length": 4},
+    "multi_head": {"heads": 2},
     "lory": {"segment_length": 4},
-    "expert_choice": {}, "mixtral, residual": {"capacity_factor": 0.7, "overflow": "residual"},
+    "expert_choice": {},
+    "mixtral, residual": {"capacity_factor": 0.7, "overflow": "residual"},
 }
 
 

@@ -7,11 +7,11 @@ import torch
 from support.ranks import fresh_accelerate
 from support.training import config, rows
 
+from moe_llm.data.packing import model_inputs
+from moe_llm.distributed.runtime import start
+from moe_llm.distributed.step_loss import StepLoss
 from moe_llm.model.moe.experts import Experts
-from moe_llm.parallel.runtime import start
 from moe_llm.train.health import Health
-from moe_llm.train.loop import model_inputs
-from moe_llm.train.loss import StepLoss
 from moe_llm.train.run import build_trained, restore
 
 LAYOUTS = ["1", "z1", "z2", "z3"]  # one process; two ranks that share the experts, by ZeRO stage
@@ -20,8 +20,9 @@ TRAIN = {"max_steps": 100, "micro_batch_size": 2, "global_batch_size": 8, "devic
 
 def cfg_of(layout: str, precision: str, **more):
     world = 1 if layout == "1" else 2
-    return config(2, 1, world, ep=world, stage=int(layout[-1]), optimizer="adamw",
-                  train={**TRAIN, "precision": precision}, **more)
+    return config(
+        2, 1, world, ep=world, stage=int(layout[-1]), optimizer="adamw", train={**TRAIN, "precision": precision}, **more
+    )
 
 
 def on_ranks(request, layout: str, function, *args) -> list:
@@ -97,8 +98,13 @@ def fault(cfg, kind: str) -> dict:
 @pytest.mark.parametrize(
     ("layout", "precision", "kind"),
     [(layout, precision, "nan") for layout in LAYOUTS for precision in ("fp32", "bf16")]
-    + [("1", "fp32", "loss"), ("z1", "bf16", "loss"), ("z2", "fp32", "loss"), ("z3", "bf16", "loss"),
-       ("z1", "fp32", "inf")],
+    + [
+        ("1", "fp32", "loss"),
+        ("z1", "bf16", "loss"),
+        ("z2", "fp32", "loss"),
+        ("z3", "bf16", "loss"),
+        ("z1", "fp32", "inf"),
+    ],
 )
 def test_a_bad_step_leaves_no_trace_and_is_named_on_all_ranks(request, layout, precision, kind):
     found = on_ranks(request, layout, fault, cfg_of(layout, precision), kind)
@@ -173,8 +179,14 @@ def bad_step(run: Steps):
 
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_patience_ends_after_so_many(policy):
-    cfg = config(2, 1, 1, optimizer="adamw", checkpoint={"every_steps": 5},
-                 train={**TRAIN, "precision": "fp32", "on_nan": policy, "max_bad_steps": 2})
+    cfg = config(
+        2,
+        1,
+        1,
+        optimizer="adamw",
+        checkpoint={"every_steps": 5},
+        train={**TRAIN, "precision": "fp32", "on_nan": policy, "max_bad_steps": 2},
+    )
     run = Steps(cfg)
     assert [run.health.respond(bad_step(run))[0] for _ in range(3)] == [policy, policy, "stop"]
     run.health.saved()
@@ -203,8 +215,14 @@ def gone_back(cfg, root: str) -> list[str]:
     run.backward(0)
     run.engine.step(1e-2)
     path = save_checkpoint(
-        root, run.engine, step=2, trainer_state={"step": 2, "samples": 16, "tokens": 192, "skipped": 1},
-        model_config=cfg.model, run_config_text=dump_config(cfg), tokenizer=None, dtype="fp32",
+        root,
+        run.engine,
+        step=2,
+        trainer_state={"step": 2, "samples": 16, "tokens": 192, "skipped": 1},
+        model_config=cfg.model,
+        run_config_text=dump_config(cfg),
+        tokenizer=None,
+        dtype="fp32",
     )
     saved = run.state()
     norms, states = [], []

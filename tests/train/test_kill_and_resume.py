@@ -11,8 +11,11 @@ from support import runs
 from moe_llm.cli import main
 
 STEPS = 24
-KILLED = {"train": {"max_steps": STEPS, "micro_batch_size": 2, "global_batch_size": 4},
-          "checkpoint": {"every_steps": 3, "keep_last": 2}, "evaluate": {"every_steps": 4, "max_blocks": 2}}
+KILLED = {
+    "train": {"max_steps": STEPS, "micro_batch_size": 2, "global_batch_size": 4},
+    "checkpoint": {"every_steps": 3, "keep_last": 2},
+    "evaluate": {"every_steps": 4, "max_blocks": 2},
+}
 
 
 def kill_between(command, run_dir, first: int, last: int, draw: random.Random, ranks: int = 1) -> None:

@@ -34,8 +34,15 @@ class Shifted:
 
 
 PLAIN = {
-    "vocab_size": TOKENS, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_local_experts": 2, "num_experts_per_tok": 1, "max_position_embeddings": 16, "router_aux_loss_coef": 0.0,
+    "vocab_size": TOKENS,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_local_experts": 2,
+    "num_experts_per_tok": 1,
+    "max_position_embeddings": 16,
+    "router_aux_loss_coef": 0.0,
 }
 
 
@@ -86,8 +93,13 @@ def test_reptile_goes_the_given_share_of_the_way_and_fomaml_the_gradient_after_i
     meta_train(model, tasks, OPTIM, MetaOptions("fomaml", 1, 3, 1, 1e-3), blocks=2)
     there.zero_grad()
     batch = one.rows(6, 2)
-    there(batch.input_ids_BS, attention_mask=batch.attention_mask_BS, targets=batch.labels_BS,
-          position_ids=batch.position_ids_BS, document_ids=batch.document_ids_BS).loss.backward()
+    there(
+        batch.input_ids_BS,
+        attention_mask=batch.attention_mask_BS,
+        targets=batch.labels_BS,
+        position_ids=batch.position_ids_BS,
+        document_ids=batch.document_ids_BS,
+    ).loss.backward()
     for name, parameter in model.named_parameters():  # Adam's first step is the gradient's sign
         gradient = dict(there.named_parameters())[name].grad
         clear = gradient.abs() > 1e-5
@@ -96,8 +108,9 @@ def test_reptile_goes_the_given_share_of_the_way_and_fomaml_the_gradient_after_i
 
 def test_a_loss_that_is_not_finite_ends_it():
     with pytest.raises(TrainingFailure, match=r"data\.sources\.0 is not finite"):
-        meta_train(plain_model(), [Shifted(1)], OptimConfig(name="sgd", lr=1e30, grad_clip=0), MetaOptions(rounds=1),
-                   blocks=2)
+        meta_train(
+            plain_model(), [Shifted(1)], OptimConfig(name="sgd", lr=1e30, grad_clip=0), MetaOptions(rounds=1), blocks=2
+        )
     with pytest.raises(UserError, match="past the adapted weights"):
         MetaOptions("reptile", rate=1.5)
 
@@ -110,8 +123,9 @@ def script():
     return module
 
 
-def test_sources_are_tasks_and_the_checkpoint_is_one_to_start_from(script, corpus, cache, tmp_path, monkeypatch, capsys,
-                                                                   make_config):
+def test_sources_are_tasks_and_the_checkpoint_is_one_to_start_from(
+    script, corpus, cache, tmp_path, monkeypatch, capsys, make_config
+):
     from transformers import AutoModelForCausalLM
 
     other = runs.write_text(tmp_path / "other.txt", lines=60)

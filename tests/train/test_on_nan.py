@@ -34,20 +34,41 @@ def train(corpus, tmp_path, monkeypatch):
 
     def run(*overrides: str, bad: tuple[int, ...] = (), name: str = "run") -> tuple[int, object]:
         path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump({
-            "run": {"dir": str(tmp_path / name)},
-            "model": {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
-                      "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4,
-                      "num_experts_per_tok": 2, "max_position_embeddings": 64},
-            "data": {"sources": [{"type": "files", "path": str(corpus / "*.txt")}], "sequence_length": 32,
-                     "validation_fraction": 0.2, "cache_dir": str(corpus / "cache")},
-            "optim": {"lr": 1e-3, "schedule": "constant"},
-            "train": {"max_steps": STEPS, "micro_batch_size": 2, "global_batch_size": 4, "precision": "fp32",
-                      "device": "cpu"},
-            "checkpoint": {"every_steps": 4},
-            "evaluate": {"max_blocks": 2},
-            "logging": {"console": "plain"},
-        }))
+        path.write_text(
+            yaml.safe_dump(
+                {
+                    "run": {"dir": str(tmp_path / name)},
+                    "model": {
+                        "vocab_size": 300,
+                        "hidden_size": 16,
+                        "intermediate_size": 16,
+                        "num_hidden_layers": 2,
+                        "num_attention_heads": 2,
+                        "num_key_value_heads": 1,
+                        "num_local_experts": 4,
+                        "num_experts_per_tok": 2,
+                        "max_position_embeddings": 64,
+                    },
+                    "data": {
+                        "sources": [{"type": "files", "path": str(corpus / "*.txt")}],
+                        "sequence_length": 32,
+                        "validation_fraction": 0.2,
+                        "cache_dir": str(corpus / "cache"),
+                    },
+                    "optim": {"lr": 1e-3, "schedule": "constant"},
+                    "train": {
+                        "max_steps": STEPS,
+                        "micro_batch_size": 2,
+                        "global_batch_size": 4,
+                        "precision": "fp32",
+                        "device": "cpu",
+                    },
+                    "checkpoint": {"every_steps": 4},
+                    "evaluate": {"max_blocks": 2},
+                    "logging": {"console": "plain"},
+                }
+            )
+        )
         batch_number = iter(range(10**6))
 
         class Spoiled(loop.StepLoss):
@@ -133,8 +154,9 @@ def test_skipped_steps_do_not_count_for_the_optimizer_after_a_resume(train):
 
 
 def test_skipping_before_the_first_update_can_be_saved(train):
-    code, run_dir = train("train.on_nan=skip", "train.max_bad_steps=9", "checkpoint.every_steps=1",
-                          "train.max_steps=2", bad=(0, 1))
+    code, run_dir = train(
+        "train.on_nan=skip", "train.max_bad_steps=9", "checkpoint.every_steps=1", "train.max_steps=2", bad=(0, 1)
+    )
     assert code == 0
     assert trainer_state(run_dir, 2)["skipped"] == 2
 
@@ -183,7 +205,7 @@ def test_rollback_needs_checkpoints(train, capsys):
 
 
 def test_weights_that_an_update_spoiled_are_not_saved(train, monkeypatch, capsys):
-    from moe_llm.parallel.engine import LocalEngine
+    from moe_llm.distributed.engine import LocalEngine
 
     step = LocalEngine.step
 

@@ -15,10 +15,21 @@ from moe_llm.train.plots import plot_run
 
 
 def record(step: int, **more) -> dict:
-    moe = {"tokens_per_expert": [[6, 2], [8, 0]], "load_cv": [0.5, 1.0], "router_entropy": [0.6, 0.1],
-           "dead_experts": [[], [1]]}
-    return {"step": step, "tokens": 8 * step, "loss": 3.0 / step, "lm_loss": 2.5 / step, "tokens_per_second": 1234.5,
-            "moe": moe, **more}
+    moe = {
+        "tokens_per_expert": [[6, 2], [8, 0]],
+        "load_cv": [0.5, 1.0],
+        "router_entropy": [0.6, 0.1],
+        "dead_experts": [[], [1]],
+    }
+    return {
+        "step": step,
+        "tokens": 8 * step,
+        "loss": 3.0 / step,
+        "lm_loss": 2.5 / step,
+        "tokens_per_second": 1234.5,
+        "moe": moe,
+        **more,
+    }
 
 
 @pytest.fixture

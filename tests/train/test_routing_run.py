@@ -6,12 +6,12 @@ import pytest
 import torch
 from support import runs
 
-from moe_llm.analysis.inspect import inspect_checkpoint
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.cli import main
 from moe_llm.errors import UserError
-from moe_llm.train.evaluate import evaluate_files
-from moe_llm.train.generate import generate
+from moe_llm.evaluation.evaluate import evaluate_files
+from moe_llm.inference.generate import generate
+from moe_llm.inspect.inspect import inspect_checkpoint
 
 TOP_P = {"num_experts_per_tok": 4, "router": {"type": "top_p", "p": 0.5, "local_entropy_coef": 0.05}}
 
@@ -29,20 +29,24 @@ def test_a_run_that_transformers_cannot_load(train, corpus, tmp_path, capsys):
     checkpoint = root / "checkpoints/step-00000006"
     assert json.loads((checkpoint / "config.json").read_text())["model_type"] == "moe_llm"
     assert evaluate_files(checkpoint, str(corpus), sequence_length=32)["loss"] == pytest.approx(
-        last["val_loss"], rel=0.05)
+        last["val_loss"], rel=0.05
+    )
 
     greedy = generate(checkpoint, "abc", max_new_tokens=6, temperature=0)
     assert greedy.startswith("abc")
     assert greedy == generate(checkpoint, "abc", max_new_tokens=6, temperature=1.0, top_p=1e-9, seed=3)
     assert generate(checkpoint, "abc", max_new_tokens=20, temperature=2.0, seed=1) != generate(
-        checkpoint, "abc", max_new_tokens=20, temperature=2.0, seed=2)
+        checkpoint, "abc", max_new_tokens=20, temperature=2.0, seed=2
+    )
     with pytest.raises(UserError, match=r"model\.router\.type=top_p"):
         inspect_checkpoint(str(checkpoint), [str(corpus)])
 
 
 def test_what_depends_on_later_tokens_says_so(train, capsys):
-    train(model={**runs.MODEL, "router": {"type": "batch_prioritised"}}, train={"max_steps": 1, "micro_batch_size": 2,
-                                                                               "global_batch_size": 4})
+    train(
+        model={**runs.MODEL, "router": {"type": "batch_prioritised"}},
+        train={"max_steps": 1, "micro_batch_size": 2, "global_batch_size": 4},
+    )
     assert "batch_prioritised is not causal in training" in capsys.readouterr().err
 
 
@@ -65,6 +69,7 @@ def test_mixed_experts_have_no_adapters_and_segments_no_documents(train, make_co
     assert main(["train", str(config)]) == 2
     assert "names experts, and model.router.type=lory mixes their weights" in capsys.readouterr().err
 
+
 def test_a_run_whose_experts_choose(train, corpus, capsys):
     """Its loads are even, its thresholds move, are saved and resumed, and generation says that it goes by them."""
     model = {**runs.MODEL, "router_aux_loss_coef": 0.0, "router": {"type": "expert_choice"}}
@@ -74,8 +79,9 @@ def test_a_run_whose_experts_choose(train, corpus, capsys):
     assert all(cv < 0.1 for record in runs.records(root) for cv in record["moe"]["load_cv"])  # but for padding, 0
     checkpoint = root / "checkpoints/step-00000006"
     assert (biases(checkpoint) > 0).all()
-    longer = train(model=model, evaluate={"max_blocks": 4},
-                   train={"max_steps": 8, "micro_batch_size": 2, "global_batch_size": 4})  # resumes
+    longer = train(
+        model=model, evaluate={"max_blocks": 4}, train={"max_steps": 8, "micro_batch_size": 2, "global_batch_size": 4}
+    )  # resumes
     assert not torch.equal(biases(longer / "checkpoints/step-00000008"), biases(checkpoint))
     capsys.readouterr()
     assert main(["generate", str(checkpoint), "--prompt", "abc", "--max-new-tokens", "3"]) == 0
@@ -84,9 +90,11 @@ def test_a_run_whose_experts_choose(train, corpus, capsys):
 
 def test_a_guard_over_another_router_is_refused(make_config, tmp_path, train, capsys):
     base = train("base", train={"max_steps": 1, "micro_batch_size": 2, "global_batch_size": 4})
-    config = make_config("next", model={"init_from": str(base / "checkpoints/step-00000001"),
-                                        "router": {"type": "balanced"}},
-                         finetune={"router_guard": {"action": "log"}})
+    config = make_config(
+        "next",
+        model={"init_from": str(base / "checkpoints/step-00000001"), "router": {"type": "balanced"}},
+        finetune={"router_guard": {"action": "log"}},
+    )
     assert main(["train", str(config)]) == 2
     assert "model.router.type=balanced does not" in capsys.readouterr().err
 
@@ -98,8 +106,12 @@ def biases(checkpoint) -> torch.Tensor:
 
 def test_a_run_whose_checkpoints_are_another_architectures(train, corpus, capsys):
     """Without a loss for balance: its bias is saved, resumed, and where another run begins."""
-    model = {**runs.MODEL, "num_shared_experts": 2, "router_aux_loss_coef": 0.0,
-             "router": {"type": "bias_balanced", "update_rate": 0.001}}
+    model = {
+        **runs.MODEL,
+        "num_shared_experts": 2,
+        "router_aux_loss_coef": 0.0,
+        "router": {"type": "bias_balanced", "update_rate": 0.001},
+    }
     root = train(model=model)
     assert "Glm4MoeForCausalLM" in capsys.readouterr().err
     checkpoint = root / "checkpoints/step-00000006"
@@ -109,15 +121,20 @@ def test_a_run_whose_checkpoints_are_another_architectures(train, corpus, capsys
     assert 0 < steps_LE.abs().max() <= 6
     last = runs.records(root)[-1]
     assert evaluate_files(checkpoint, str(corpus), sequence_length=32)["loss"] == pytest.approx(
-        last["val_loss"], rel=0.05)
+        last["val_loss"], rel=0.05
+    )
     assert generate(checkpoint, "abc", max_new_tokens=6, temperature=0).startswith("abc")
 
     longer = train(model=model, train={"max_steps": 8, "micro_batch_size": 2, "global_batch_size": 4})  # resumes
     found_LE = biases(longer / "checkpoints/step-00000008")
     assert not torch.equal(found_LE, bias_LE)
     assert (found_LE - bias_LE).abs().max().item() <= 0.002 + 1e-6
-    again = train("next", model={"init_from": str(checkpoint)}, optim={"lr": 1e-9},
-                  train={"max_steps": 1, "micro_batch_size": 2, "global_batch_size": 4})
+    again = train(
+        "next",
+        model={"init_from": str(checkpoint)},
+        optim={"lr": 1e-9},
+        train={"max_steps": 1, "micro_batch_size": 2, "global_batch_size": 4},
+    )
     begun = again / "checkpoints/step-00000001"
     assert MoEForCausalLM.from_pretrained(begun).config.router.update_rate == 0.001
     assert (biases(begun) - bias_LE).abs().max().item() <= 0.001 + 1e-6

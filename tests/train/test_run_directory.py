@@ -33,7 +33,11 @@ def test_every_documented_file_and_no_other(finished_run):
     assert (finished_run / "checkpoints/latest").resolve().name == "step-00000006"
     names = {path.name for path in (finished_run / "checkpoints/latest").iterdir()}
     assert names == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
         "trainer",
     }
 
@@ -123,7 +127,10 @@ def in_transformers(checkpoint):
     environment = {k: v for k, v in runs.environment().items() if k != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", IN_TRANSFORMERS, str(checkpoint), TEXT],
-        capture_output=True, text=True, env=environment, check=True,
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
     )
     return json.loads(done.stdout), done.stderr
 

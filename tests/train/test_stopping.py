@@ -9,8 +9,10 @@ from support import runs
 
 from moe_llm.cli import main
 
-LONG = {"train": {"max_steps": 100_000, "micro_batch_size": 2, "global_batch_size": 4},
-        "checkpoint": {"every_steps": None}}
+LONG = {
+    "train": {"max_steps": 100_000, "micro_batch_size": 2, "global_batch_size": 4},
+    "checkpoint": {"every_steps": None},
+}
 
 
 def ended(process, timeout: float = 90) -> tuple[str, str]:

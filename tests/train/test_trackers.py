@@ -14,9 +14,14 @@ from moe_llm.train.console import BLOCKS, Console, load_map
 from moe_llm.train.reporter import _limit
 from moe_llm.train.trackers import Wandb, distributions, load_image, scalars
 
-MOE = {"tokens_per_expert": [[10, 10, 10, 10], [0, 20, 40, 0]], "load_cv": [0.0, 0.9], "router_entropy": [1.3, 0.5],
-       "dropped_share": [0.0, 0.25], "dead_experts": [[], [0, 3]],
-       "expert_grad_norm": [[1.0, 2.0, None, 3.0], [1.0] * 4]}
+MOE = {
+    "tokens_per_expert": [[10, 10, 10, 10], [0, 20, 40, 0]],
+    "load_cv": [0.0, 0.9],
+    "router_entropy": [1.3, 0.5],
+    "dropped_share": [0.0, 0.25],
+    "dead_experts": [[], [0, 3]],
+    "expert_grad_norm": [[1.0, 2.0, None, 3.0], [1.0] * 4],
+}
 RECORD = {"step": 7, "tokens": 80, "loss": 1.5, "tokens_per_second": 1000.0, "moe": MOE, "alarms": [{"sentence": "x"}]}
 
 
@@ -64,7 +69,8 @@ def test_wandb_gets_pictures_every_so_many_steps(tmp_path, monkeypatch):
     told = []
     fake = SimpleNamespace(
         init=lambda **given: SimpleNamespace(log=lambda values, step: told.append((step, values))),
-        Histogram=lambda values: ("histogram", len(values)), Image=lambda pixels: ("image", pixels.shape),
+        Histogram=lambda values: ("histogram", len(values)),
+        Image=lambda pixels: ("image", pixels.shape),
     )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     tracker = Wandb(config(1, 1, 1, logging={"wandb": "offline", "pictures_every_steps": 5}), tmp_path)
@@ -106,8 +112,10 @@ def test_the_bar_shows_the_share_of_the_limit_and_the_map(monkeypatch):
     assert "layer 1" in shown
 
 
-@pytest.mark.parametrize(("router", "limit"), [({"type": "mixtral"}, 20.0), ({"type": "top_p"}, None),
-                                                ({"type": "mixtral", "capacity_factor": 1.0}, None)])
+@pytest.mark.parametrize(
+    ("router", "limit"),
+    [({"type": "mixtral"}, 20.0), ({"type": "top_p"}, None), ({"type": "mixtral", "capacity_factor": 1.0}, None)],
+)
 def test_there_is_no_limit_where_a_tokens_experts_vary(router, limit):
     facts = {"start": {"peak_flops_per_second": 100.0}, "flops_per_token": 5.0}
     assert _limit(facts, config(1, 1, 1, model={**MODEL, "router": router})) == limit

@@ -76,14 +76,32 @@ def two_ranks(name: str, tmp_path, *launcher: str, **sections):
         (text / f"{i}.txt").write_text("".join(f"def f{i}{j}(x): return x + {j}\n" for j in range(20)))
     raw = {
         "run": {"dir": str(tmp_path / name)},
-        "model": {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-                  "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2,
-                  "max_position_embeddings": 64},
-        "data": {"sources": [{"type": "files", "path": str(text / "*.txt")}], "sequence_length": 32,
-                 "validation_fraction": 0.2, "cache_dir": str(tmp_path / "cache")},
+        "model": {
+            "vocab_size": 300,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "max_position_embeddings": 64,
+        },
+        "data": {
+            "sources": [{"type": "files", "path": str(text / "*.txt")}],
+            "sequence_length": 32,
+            "validation_fraction": 0.2,
+            "cache_dir": str(tmp_path / "cache"),
+        },
         "optim": {"schedule": "constant"},
-        "train": {"max_steps": 100_000, "micro_batch_size": 2, "global_batch_size": 4, "precision": "fp32",
-                  "device": "cpu", **sections.pop("train", {})},
+        "train": {
+            "max_steps": 100_000,
+            "micro_batch_size": 2,
+            "global_batch_size": 4,
+            "precision": "fp32",
+            "device": "cpu",
+            **sections.pop("train", {}),
+        },
         "parallel": {"expert_parallel_size": 2},
         "evaluate": {"max_blocks": 2},
         "logging": {"console": "off"},
@@ -91,8 +109,16 @@ def two_ranks(name: str, tmp_path, *launcher: str, **sections):
     }
     path = tmp_path / f"{name}.yaml"
     path.write_text(yaml.safe_dump(raw))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-               str(ROOT / "configs/accelerate/cpu_2.yaml"), *launcher, str(ROOT / "scripts/train.py"), str(path)]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "configs/accelerate/cpu_2.yaml"),
+        *launcher,
+        str(ROOT / "scripts/train.py"),
+        str(path),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"}
     log = (tmp_path / f"{name}.log").open("w")
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, text=True)
@@ -121,7 +147,11 @@ def exists(process: int) -> bool:
 def ended_and_restarted(tmp_path, number: int) -> str:
     """Signal rank 1 of a run that may be restarted once; the run's output, when it has come to its end."""
     process, run_dir, log = two_ranks(
-        "run", tmp_path, "--max_restarts", "1", checkpoint={"every_steps": 5, "keep_last": 2},
+        "run",
+        tmp_path,
+        "--max_restarts",
+        "1",
+        checkpoint={"every_steps": 5, "keep_last": 2},
         train={"max_steps": 60, "hang_timeout_seconds": 8},
     )
     try:

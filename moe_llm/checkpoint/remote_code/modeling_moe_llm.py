@@ -247,9 +247,7 @@ class MoELLMDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(
-        self, hidden_states: Tensor, position_ids: Tensor, real_BA: Tensor | None = None, **kwargs
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, position_ids: Tensor, real_BA: Tensor | None = None, **kwargs) -> Tensor:
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), position_ids=position_ids, **kwargs)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)

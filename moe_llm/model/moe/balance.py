@@ -12,8 +12,13 @@ from moe_llm.model.moe.routing import RoutingStatistics
 Scope = Literal["global", "sequence", "transformers"]
 
 
-def balance_loss(own: RoutingStatistics, scope: Scope, *, total: RoutingStatistics | None = None,
-                 seen: RoutingStatistics | None = None) -> Tensor:
+def balance_loss(
+    own: RoutingStatistics,
+    scope: Scope,
+    *,
+    total: RoutingStatistics | None = None,
+    seen: RoutingStatistics | None = None,
+) -> Tensor:
     """The load-balance loss (Fedus et al. 2021, equations 4 to 6), or the summand of it that `own` tokens make.
 
     E * sum_e f_e * P_e, with f_e the experts chosen per token (it sums to K) and P_e the mean probability:

@@ -17,7 +17,11 @@ def capacity_of(factor: float, sequence_length: int, top_k: int, num_experts: in
 
 
 def assign(
-    preference_BSR: Tensor, real_BS: Tensor, top_k: int, num_experts: int, capacity: int,
+    preference_BSR: Tensor,
+    real_BS: Tensor,
+    top_k: int,
+    num_experts: int,
+    capacity: int,
     wanted_BSR: Tensor | None = None,
 ) -> Tensor:
     """Which choices are granted, bool (B, S, R); of those in `wanted_BSR`, where it is given.

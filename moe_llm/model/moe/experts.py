@@ -26,8 +26,13 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
 
     def forward(
-        self, x: Tensor, counts_E: Tensor | None = None, routing: Routing | None = None, own: slice | None = None,
-        merging: Merging | None = None, exchange: WeightExchange | None = None,
+        self,
+        x: Tensor,
+        counts_E: Tensor | None = None,
+        routing: Routing | None = None,
+        own: slice | None = None,
+        merging: Merging | None = None,
+        exchange: WeightExchange | None = None,
     ) -> Tensor:
         """Rows sorted by expert in, the same rows out: down(silu(gate(x)) * up(x)), with dropout before `down` while
         training.
@@ -40,8 +45,12 @@ class Experts(nn.Module):
         if merging is not None:
             assert self.low_rank is None, "weights are mixed without adapters: the configuration refuses them"
             y_NLD = merged_expert_mlp(
-                merging.segments.split(x).flatten(0, 1), merging.probability_NE, self.gate_up_proj, self.down_proj,
-                dropout=dropout, exchange=exchange,
+                merging.segments.split(x).flatten(0, 1),
+                merging.probability_NE,
+                self.gate_up_proj,
+                self.down_proj,
+                dropout=dropout,
+                exchange=exchange,
             )
             return merging.segments.join(y_NLD.unflatten(0, merging.segments.real_BGL.shape[:2]))
         if self.low_rank is not None:
@@ -55,7 +64,13 @@ class Experts(nn.Module):
                 gate_up_proj, down_proj = gate_up_proj[own], down_proj[own]
             return expert_mlp(x, gate_up_proj, down_proj, counts_E, dropout=dropout)
         return routed_expert_mlp(
-            x, self.gate_up_proj, self.down_proj, counts_E, routing.weight_N, routing.token_index_N, routing.slot_TK,
+            x,
+            self.gate_up_proj,
+            self.down_proj,
+            counts_E,
+            routing.weight_N,
+            routing.token_index_N,
+            routing.slot_TK,
             dropout,
         )
 
@@ -71,7 +86,8 @@ class Experts(nn.Module):
         scale, dropout = self.low_rank
         gate_up, down = (
             Factors(getattr(self, f"{name}_lora_A")[held], getattr(self, f"{name}_lora_B")[held])
-            if hasattr(self, f"{name}_lora_A") else None
+            if hasattr(self, f"{name}_lora_A")
+            else None
             for name in ("gate_up_proj", "down_proj")
         )
         return ExpertAdapters(gate_up, down, scale, dropout if self.training else 0.0)

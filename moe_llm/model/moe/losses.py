@@ -52,7 +52,10 @@ def cv_squared(x_E: Tensor) -> Tensor:
 
 
 def router_loss_values(
-    losses: Sequence[RouterLoss], own: RoutingStatistics, *, total: RoutingStatistics | None = None,
+    losses: Sequence[RouterLoss],
+    own: RoutingStatistics,
+    *,
+    total: RoutingStatistics | None = None,
     seen: RoutingStatistics | None = None,
 ) -> Tensor:
     """The value of each loss, (losses,), with the gradient through `own` alone.

@@ -112,8 +112,13 @@ class Router(nn.Module):
         """`router_statistics` as the configuration asks for them."""
         settings = self.settings
         return router_statistics(
-            logits_TE, probability_TE, expert_TR, real_BS, per_sequence=self.per_sequence,
-            entropy_gradient=bool(settings.entropy_bonus_coef or settings.local_entropy_coef), **more,
+            logits_TE,
+            probability_TE,
+            expert_TR,
+            real_BS,
+            per_sequence=self.per_sequence,
+            entropy_gradient=bool(settings.entropy_bonus_coef or settings.local_entropy_coef),
+            **more,
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
@@ -140,5 +145,9 @@ def rows_by_token(
     # What is not taken sorts behind the last expert and is cut off there.
     token_index_N, order_N, _, counts = sort_by_expert(expert_TR.masked_fill(~taken_TR, num_experts), num_experts + 1)
     rows = int(taken_TR.sum())
-    return {"token_index_N": token_index_N[:rows], "weight_N": weight_TR.flatten()[order_N[:rows]],
-            "counts_E": counts[:-1], "slot_TK": None}
+    return {
+        "token_index_N": token_index_N[:rows],
+        "weight_N": weight_TR.flatten()[order_N[:rows]],
+        "counts_E": counts[:-1],
+        "slot_TK": None,
+    }

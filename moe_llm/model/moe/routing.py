@@ -107,18 +107,18 @@ def router_statistics(
         counted_TK = weight_T[:, None].expand_as(flat_TK)
         if taken_TK is not None:
             counted_TK = counted_TK * taken_TK
-        count_RE = logits_TE.new_zeros(rows * experts).scatter_add_(
-            0, flat_TK.flatten(), counted_TK.flatten()
-        ).view(rows, experts)
+        count_RE = (
+            logits_TE.new_zeros(rows * experts)
+            .scatter_add_(0, flat_TK.flatten(), counted_TK.flatten())
+            .view(rows, experts)
+        )
         tokens_B = weight_T.view(sequences, length).sum(1)
     sequence_balance = logits_TE.new_zeros(())
     if per_sequence:
         probability_BE = torch.einsum(
             "bs,bse->be", weight_T.view(sequences, length), probability_TE.view(sequences, length, experts)
         )
-        sequence_balance = experts * (
-            (count_RE * probability_BE).sum(-1) / tokens_B.clamp(min=1).square()
-        ).sum()
+        sequence_balance = experts * ((count_RE * probability_BE).sum(-1) / tokens_B.clamp(min=1).square()).sum()
     return RoutingStatistics(
         tokens_per_expert_E=count_RE.sum(0),
         probability_sum_E=weight_T @ probability_TE,

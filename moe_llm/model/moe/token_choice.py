@@ -42,17 +42,19 @@ class TokenChoiceRouter(Router):
         """Which choices a token proposes at all, bool; None: each."""
         return None
 
-    def assign(self, expert_TR: Tensor, value_TR: Tensor, wanted_TR: Tensor | None, real_BS: Tensor,
-               capacity: int) -> Tensor:
+    def assign(
+        self, expert_TR: Tensor, value_TR: Tensor, wanted_TR: Tensor | None, real_BS: Tensor, capacity: int
+    ) -> Tensor:
         """Which choices are granted, bool (T, R): earlier positions come first."""
         shape = (*real_BS.shape, expert_TR.shape[-1])
         wanted_BSR = None if wanted_TR is None else wanted_TR.view(shape)
-        return assign(
-            expert_TR.view(shape), real_BS, self.top_k, self.num_experts, capacity, wanted_BSR
-        ).flatten(0, 1)
+        return assign(expert_TR.view(shape), real_BS, self.top_k, self.num_experts, capacity, wanted_BSR).flatten(0, 1)
 
     def route(
-        self, logits_TE: Tensor, probability_TE: Tensor, real_BS: Tensor,
+        self,
+        logits_TE: Tensor,
+        probability_TE: Tensor,
+        real_BS: Tensor,
         measure: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Routing:
         """The routing that follows from probabilities. `measure`, given experts and weights (T, R), forms the sums that
@@ -67,8 +69,11 @@ class TokenChoiceRouter(Router):
         if factor is not None:
             capacity = capacity_of(factor, real_BS.shape[1], self.top_k, self.num_experts)
             granted_TR = self.assign(expert_TR, value_TR, wanted_TR, real_BS, capacity)
-            asked = real_BS.sum() * self.top_k if wanted_TR is None else (
-                wanted_TR[:, : self.top_k] & real_BS.flatten()[:, None]).sum()
+            asked = (
+                real_BS.sum() * self.top_k
+                if wanted_TR is None
+                else (wanted_TR[:, : self.top_k] & real_BS.flatten()[:, None]).sum()
+            )
             dropped = asked - granted_TR.sum()
         weight_TR = self.weights(value_TR, value_TR * granted_TR if pass_on else value_TR)
         if overflow == "residual":
@@ -79,7 +84,11 @@ class TokenChoiceRouter(Router):
             **rows_by_token(expert_TR, weight_TR, self.num_experts, granted_TR),
             logits_TE=logits_TE,
             statistics=self.statistics(
-                logits_TE, probability_TE, expert_TR[:, : self.top_k], real_BS, dropped=dropped,
+                logits_TE,
+                probability_TE,
+                expert_TR[:, : self.top_k],
+                real_BS,
+                dropped=dropped,
                 taken_TK=None if wanted_TR is None else wanted_TR[:, : self.top_k],
                 own_X=None if measure is None else measure(expert_TR, weight_TR),
             ),

@@ -22,11 +22,17 @@ from torch import Tensor
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = (
-    "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math",
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
     "-fno-strict-aliasing",  # pairs of bf16 are read as cells of 32 bits
     "-ffp-contract=off",  # results equal torch's to the bit where the order of operations is the same
     *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []),  # 0.75 of the time of 256
-    "-fopenmp", "-shared", "-fPIC",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
 )
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # p pointer, q int64, f float, i int; the last int of each is the number of threads and is filled in by `call`

@@ -35,9 +35,7 @@ def swiglu_backward(
     rows, width = out_NF.shape
     grad_weight_N = None if weight_N is None else torch.empty(rows, dtype=torch.float32, device=out_NF.device)
     if rows:
-        _swiglu_backward[rows,](
-            gate_up_NG, grad_NF, weight_N, out_NF, grad_NG, grad_weight_N, width, _columns(width)
-        )
+        _swiglu_backward[rows,](gate_up_NG, grad_NF, weight_N, out_NF, grad_NG, grad_weight_N, width, _columns(width))
     return grad_weight_N
 
 
@@ -47,8 +45,13 @@ def gather_sum(x_RD: Tensor, index_MK: Tensor, weight_MK: Tensor | None) -> Tens
     out_MD, block = x_RD.new_empty(results, width), _columns(width)
     if results:
         _gather_sum[results, triton.cdiv(width, block)](
-            x_RD.contiguous(), index_MK.contiguous(), None if weight_MK is None else weight_MK.contiguous(), out_MD,
-            width, summands, block,
+            x_RD.contiguous(),
+            index_MK.contiguous(),
+            None if weight_MK is None else weight_MK.contiguous(),
+            out_MD,
+            width,
+            summands,
+            block,
         )
     return out_MD
 
@@ -86,8 +89,17 @@ def rotate(x_BHSd: Tensor, cos_B1Sd: Tensor, sin_B1Sd: Tensor, transposed: bool)
     out_BSHd = x_BHSd.new_empty(batch, length, heads, width)
     if out_BSHd.numel():
         _rotate[batch * length,](
-            x_BHSd, cos_B1Sd, sin_B1Sd, out_BSHd, length, heads, width // 2, *x_BHSd.stride()[:3], transposed,
-            triton.next_power_of_2(heads), triton.next_power_of_2(width // 2),
+            x_BHSd,
+            cos_B1Sd,
+            sin_B1Sd,
+            out_BSHd,
+            length,
+            heads,
+            width // 2,
+            *x_BHSd.stride()[:3],
+            transposed,
+            triton.next_power_of_2(heads),
+            triton.next_power_of_2(width // 2),
         )
     return out_BSHd.transpose(1, 2)
 
@@ -171,9 +183,7 @@ def _gather_sum(x_ptr, index_ptr, weight_ptr, out_ptr, width, SUMMANDS: tl.const
 
 
 @triton.jit
-def _norm_forward(
-    x_ptr, delta_ptr, weight_ptr, total_ptr, y_ptr, scale_ptr, width, eps, BLOCK: tl.constexpr
-):
+def _norm_forward(x_ptr, delta_ptr, weight_ptr, total_ptr, y_ptr, scale_ptr, width, eps, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     own = columns < width
@@ -239,9 +249,7 @@ def _rotate(
 
 
 @triton.jit
-def _cross_entropy(
-    logits_ptr, labels_ptr, loss_ptr, vocabulary, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
-):
+def _cross_entropy(logits_ptr, labels_ptr, loss_ptr, vocabulary, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * vocabulary
     kind = logits_ptr.dtype.element_ty

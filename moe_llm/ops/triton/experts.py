@@ -24,8 +24,13 @@ def triton_expert_mlp(
 
 
 def triton_routed_expert_mlp(
-    x_TD: Tensor, gate_up_proj_EGD: Tensor, down_proj_EDF: Tensor, counts_E: Tensor, weight_N: Tensor,
-    token_index_N: Tensor, slot_TK: Tensor,
+    x_TD: Tensor,
+    gate_up_proj_EGD: Tensor,
+    down_proj_EDF: Tensor,
+    counts_E: Tensor,
+    weight_N: Tensor,
+    token_index_N: Tensor,
+    slot_TK: Tensor,
 ) -> Tensor:
     """See `moe_llm.ops.routed_experts.routed_expert_mlp`."""
     return _TritonExperts.apply(x_TD, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N, slot_TK)

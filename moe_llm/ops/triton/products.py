@@ -26,8 +26,18 @@ def gate_up_swiglu(
     gate_up_NG, h_NF = x_TD.new_empty(num_rows, 2 * width), x_TD.new_empty(num_rows, width)
     if num_rows:
         _gate_up_swiglu[_grid(num_rows, experts, width)](
-            x_TD, gate_up_proj_EGD, token_index_N, weight_N, gate_up_NG, h_NF, counts_E, num_rows, experts,
-            COLUMNS=width, DEPTH=hidden, **_common(x_TD, num_rows, experts),
+            x_TD,
+            gate_up_proj_EGD,
+            token_index_N,
+            weight_N,
+            gate_up_NG,
+            h_NF,
+            counts_E,
+            num_rows,
+            experts,
+            COLUMNS=width,
+            DEPTH=hidden,
+            **_common(x_TD, num_rows, experts),
         )
     return gate_up_NG, h_NF
 
@@ -40,8 +50,17 @@ def rows_product(a_NK: Tensor, weight_EOI: Tensor, counts_E: Tensor, transposed:
     out = a_NK.new_empty(len(a_NK), columns)
     if len(a_NK):
         _rows_product[_grid(len(a_NK), experts, columns)](
-            a_NK, weight_EOI, out, counts_E, len(a_NK), experts, weight_EOI.stride(0), *strides,
-            COLUMNS=columns, DEPTH=depth, **_common(a_NK, len(a_NK), experts),
+            a_NK,
+            weight_EOI,
+            out,
+            counts_E,
+            len(a_NK),
+            experts,
+            weight_EOI.stride(0),
+            *strides,
+            COLUMNS=columns,
+            DEPTH=depth,
+            **_common(a_NK, len(a_NK), experts),
         )
     return out
 
@@ -56,8 +75,14 @@ def weight_gradient(grad_NO: Tensor, input_NI: Tensor, counts_E: Tensor) -> Tens
         return tiles, experts
 
     _weight_gradient[grid](
-        grad_NO, input_NI, out_EOI, counts_E, experts,
-        COLUMNS=input_NI.shape[1], DEPTH=grad_NO.shape[1], **_common(grad_NO, num_rows, experts),
+        grad_NO,
+        input_NI,
+        out_EOI,
+        counts_E,
+        experts,
+        COLUMNS=input_NI.shape[1],
+        DEPTH=grad_NO.shape[1],
+        **_common(grad_NO, num_rows, experts),
     )
     return out_EOI
 

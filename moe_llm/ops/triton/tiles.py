@@ -21,9 +21,7 @@ def tile_of(pid, num_m, num_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def rows_of_tile(
-    counts_ptr, tile_m, num_rows, num_experts, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr
-):
+def rows_of_tile(counts_ptr, tile_m, num_rows, num_experts, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
     """(expert, first row, end of the expert's rows) of a tile of rows.
 
     Rows of no expert are tiled behind the last expert's, as expert `num_experts`; for tiles beyond all rows the first

@@ -34,7 +34,9 @@ def tuned(two_products: bool = False):
         for m, n, k, group, warps, stages in blocks
     ]
     return triton.autotune(
-        configs, key=["OCTAVE", "COLUMNS", "DEPTH", "num_experts"], cache_results=True,
+        configs,
+        key=["OCTAVE", "COLUMNS", "DEPTH", "num_experts"],
+        cache_results=True,
         prune_configs_by={"early_config_prune": _fitting(1 + two_products)},
     )
 

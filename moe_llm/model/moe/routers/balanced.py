@@ -25,6 +25,7 @@ class BalancedRouter(Router):
         expert_TK = (place_SK % self.num_experts).repeat(len(real_BS), 1)
         weight_TK = logits_TE.gather(-1, expert_TK).softmax(-1)
         return Routing(
-            **rows_by_token(expert_TK, weight_TK, self.num_experts), logits_TE=logits_TE,
+            **rows_by_token(expert_TK, weight_TK, self.num_experts),
+            logits_TE=logits_TE,
             statistics=self.statistics(logits_TE, probability_TE, expert_TK, real_BS),
         )

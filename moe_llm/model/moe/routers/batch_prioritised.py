@@ -31,8 +31,9 @@ class BatchPrioritisedRouter(TokenChoiceRouter):
     def weights(self, value_TR: Tensor, shared_TR: Tensor) -> Tensor:
         return value_TR
 
-    def assign(self, expert_TR: Tensor, value_TR: Tensor, wanted_TR: Tensor | None, real_BS: Tensor,
-               capacity: int) -> Tensor:
+    def assign(
+        self, expert_TR: Tensor, value_TR: Tensor, wanted_TR: Tensor | None, real_BS: Tensor, capacity: int
+    ) -> Tensor:
         value_TK = value_TR[:, : self.top_k]
         score_T = value_TK[:, 0] if self.settings.score == "max" else value_TK.sum(-1)
         # Of equal scores the earlier token's is first. A text's first token and its repetition right behind it are
@@ -41,7 +42,9 @@ class BatchPrioritisedRouter(TokenChoiceRouter):
         order_BS = steps_BS.sort(dim=-1, descending=True, stable=True).indices
         order_BSR = order_BS[..., None].expand(*order_BS.shape, expert_TR.shape[-1])
         sorted_BSR = expert_TR.view(order_BSR.shape).gather(1, order_BSR)
-        granted_BSR = super().assign(
-            sorted_BSR.flatten(0, 1), value_TR, wanted_TR, real_BS.gather(1, order_BS), capacity
-        ).view(order_BSR.shape)
+        granted_BSR = (
+            super()
+            .assign(sorted_BSR.flatten(0, 1), value_TR, wanted_TR, real_BS.gather(1, order_BS), capacity)
+            .view(order_BSR.shape)
+        )
         return torch.zeros_like(granted_BSR).scatter(1, order_BSR, granted_BSR).flatten(0, 1)

@@ -30,8 +30,9 @@ class DeepSeekMoERouter(TokenChoiceRouter):
     def losses(cls, settings: DeepSeekMoESettings) -> list[RouterLoss]:
         found = [
             RouterLoss("expert_balance_loss", settings.expert_balance_coef, lambda s: _balance(s, None)),
-            RouterLoss("device_balance_loss", settings.device_balance_coef,
-                       lambda s: _balance(s, settings.device_groups)),
+            RouterLoss(
+                "device_balance_loss", settings.device_balance_coef, lambda s: _balance(s, settings.device_groups)
+            ),
         ]
         return [*super().losses(settings), *(loss for loss in found if loss.coefficient)]
 

@@ -18,6 +18,7 @@ class DenseRouter(Router):
         probability_TE = logits_TE.softmax(-1)
         every_TE = torch.arange(self.num_experts, device=logits_TE.device).expand_as(logits_TE)
         return Routing(
-            **rows_by_token(every_TE, probability_TE, self.num_experts), logits_TE=logits_TE,
+            **rows_by_token(every_TE, probability_TE, self.num_experts),
+            logits_TE=logits_TE,
             statistics=self.statistics(logits_TE, probability_TE, every_TE, real_BS),
         )

@@ -40,10 +40,9 @@ class ExpertChoiceRouter(Router):
             taken_TE = score_TE >= self.threshold
         taken_TE = decided(taken_TE)
         return Routing(
-            **rows_by_token(every_TE, probability_TE, self.num_experts, taken_TE), logits_TE=logits_TE,
-            statistics=self.statistics(
-                logits_TE, probability_TE, every_TE, real_BS, taken_TK=taken_TE, own_X=lowest_E
-            ),
+            **rows_by_token(every_TE, probability_TE, self.num_experts, taken_TE),
+            logits_TE=logits_TE,
+            statistics=self.statistics(logits_TE, probability_TE, every_TE, real_BS, taken_TK=taken_TE, own_X=lowest_E),
         )
 
     def _take(self, score_BSE: Tensor, real_BS: Tensor) -> tuple[Tensor, Tensor]:

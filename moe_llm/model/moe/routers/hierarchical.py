@@ -4,7 +4,6 @@ Dimensions: B sequences, S positions, T = B*S tokens, E experts, G groups, M = E
 token, Q experts per chosen group, K = P * Q.
 """
 
-
 from torch import Tensor
 
 from moe_llm.config.routers import HierarchicalSettings
@@ -41,6 +40,7 @@ class HierarchicalRouter(Router):
         inner_T = within_TGM.logsumexp(-1).square().mean(-1)
         z_sum = statistics.z_sum + real_BS.flatten().to(inner_T.dtype) @ inner_T
         return Routing(
-            **rows_by_token(expert_TK, gate_TPQ.flatten(1), self.num_experts), logits_TE=logits_TE,
+            **rows_by_token(expert_TK, gate_TPQ.flatten(1), self.num_experts),
+            logits_TE=logits_TE,
             statistics=statistics._replace(z_sum=z_sum),
         )

@@ -43,6 +43,8 @@ class LoryRouter(Router):
 
         probability_TE = of_tokens(probability_BGE)
         every_TE = torch.arange(self.num_experts, device=x_BSD.device).expand_as(probability_TE)
-        return Merging(segments, probability_BGE.flatten(0, 1), self.statistics(
-            of_tokens(logits_BGE), probability_TE, every_TE, real_BS, taken_TK=probability_TE.detach()
-        ))
+        return Merging(
+            segments,
+            probability_BGE.flatten(0, 1),
+            self.statistics(of_tokens(logits_BGE), probability_TE, every_TE, real_BS, taken_TK=probability_TE.detach()),
+        )

@@ -52,8 +52,10 @@ class SoftMoERouter(Router):
             return gather_places(y_BQD, found.read_BS[..., None]).view(-1, width)
 
         return Routing(
-            **rows_by_token(owner_R1, weight_R1, self.num_experts), logits_TE=logits_TE,
-            statistics=self._statistics(logits_TE, real_BS, found), entered_RW=slot_BGPD.reshape(-1, width),
+            **rows_by_token(owner_R1, weight_R1, self.num_experts),
+            logits_TE=logits_TE,
+            statistics=self._statistics(logits_TE, real_BS, found),
+            entered_RW=slot_BGPD.reshape(-1, width),
             leave=leave,
         )
 

@@ -27,6 +27,7 @@ class TopPRouter(Router):
         taken_TR = decided(before_TR < self.settings.p)
         taken_TR[:, 0] = True
         return Routing(
-            **rows_by_token(expert_TR, value_TR, self.num_experts, taken_TR), logits_TE=logits_TE,
+            **rows_by_token(expert_TR, value_TR, self.num_experts, taken_TR),
+            logits_TE=logits_TE,
             statistics=self.statistics(logits_TE, probability_TE, expert_TR, real_BS, taken_TK=taken_TR),
         )

@@ -1,0 +1,45 @@
+"""The average of the weights that an engine keeps while it trains (`checkpoint.ema`).
+
+It lies with the optimizer's own tensors, one for each fp32 tensor that the optimizer steps on, cut up as they are: so
+each rank averages what it holds and exchanges nothing, and whatever reads or writes them reads and writes it too.
+"""
+
+import torch
+from torch import Tensor
+
+from moe_llm.config.ema import EmaConfig
+from moe_llm.distributed.state import EMA
+
+
+class Averaging:
+    """The part of an engine that keeps the average: see `TrainedState` for `averages` and `averaged`."""
+
+    kinds: tuple[str, ...]
+
+    def _set_up_average(self, ema: EmaConfig) -> None:
+        self.averages, self.averaged, self._ema = ema.decay is not None, 0, ema
+
+    def _stepped(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
+        """The torch optimizer, and the fp32 tensors that it steps on here."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        optimizer, weights = self._stepped()
+        self.averaged += 1
+        share = self._ema.share(self.averaged)
+        for weight in weights:
+            state = optimizer.state[weight]
+            assert all(kind in state for kind in self.kinds), "torch makes its tensors only where there are none"
+            if EMA in state:
+                state[EMA].lerp_(weight, share)
+            else:
+                state[EMA] = weight.detach().clone()
+
+    def make_average(self, updates: int) -> None:
+        optimizer, weights = self._stepped()
+        self.averaged = updates
+        for weight in weights:
+            optimizer.state[weight].pop(EMA, None)
+            if updates:
+                optimizer.state[weight][EMA] = torch.zeros_like(weight, requires_grad=False)

@@ -1,0 +1,291 @@
+"""The one file that knows DeepSpeed's private contract for expert parallelism.
+
+DeepSpeed finds mixture layers by class, expert parameters by tags, and reduces the gradients of the latter over
+the ranks that hold the same experts. We keep our own router, dispatch and experts, and lend DeepSpeed its class:
+`adopt_layers` turns each `MoELayer` of a built model into a subclass of `AutoEPMoELayer` whose `__init__` never runs.
+tests/distributed/test_deepspeed_contract.py says at once when a version of DeepSpeed has moved any of this.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from moe_llm.config import Config
+from moe_llm.distributed.dispatch import AllToAllDispatcher
+from moe_llm.model.decoder import MoEDecoder
+from moe_llm.model.moe.layer import MoELayer
+
+
+def prepare_environment(cpu: bool, world_size: int) -> None:
+    """What DeepSpeed and accelerate read from the environment; before either is imported."""
+    if cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # accelerate never engages DeepSpeed when it is told to use the CPU itself
+        os.environ["ACCELERATE_USE_CPU"] = "false"
+    if world_size == 1:
+        for name, value in {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "0",
+        }.items():
+            os.environ.setdefault(name, value)
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)  # it warns of every optimizer that is not its own
+    # DeepSpeed calls collectives by names that torch is about to change: a line for each of them, every step
+    warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
+
+
+def plugin(config: Config, world_size: int) -> Any:
+    """accelerate's plugin that engages DeepSpeed with our settings."""
+    from accelerate.utils import DeepSpeedPlugin
+
+    return DeepSpeedPlugin(hf_ds_config=engine_config(config, world_size))
+
+
+def engine_config(config: Config, world_size: int) -> dict:
+    """DeepSpeed's configuration, from ours alone: batch sizes, precision and ZeRO stage exist once."""
+    stage = config.parallel.zero_stage
+    zero: dict[str, Any] = {"stage": stage, "contiguous_gradients": True}
+    if stage == 3:
+        # Small tensors (norms, routers) stay whole: gathering them costs more than holding them.
+        zero["stage3_param_persistence_threshold"] = 100_000
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": config.accumulation_steps(world_size),
+        "gradient_clipping": config.optim.grad_clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }
+    if config.train.precision == "bf16":
+        # the check is what leaves out a step in ZeRO-1 and 2: see `discard_step`
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        # Sums of gradients, over micro-batches and over ranks, lose what is small in bf16.
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        settings["communication_data_type"] = "fp32"
+    return settings
+
+
+def adopt_layers(
+    model: MoEDecoder, expert_parallel_size: int, rank: int, zero_stage: int = 1, exchange_chunks: int = 1
+) -> None:
+    """Make DeepSpeed see our mixture layers: its class, its attributes, its tags on expert parameters.
+
+    The process groups are made by the engine, which calls each layer's `set_deepspeed_parallelism`. Where no expert is
+    trained, ZeRO-1 and 2 would insist on experts in the optimizer, so the layers are not of its class; ZeRO-3 does not
+    insist, and has to see them, or it would share out each expert over ranks that hold another one.
+    """
+    from deepspeed.checkpoint import autoep_affine
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+    experts = model.config.num_local_experts
+    group_name = f"ep_size_{expert_parallel_size}"
+    trained = any(p.requires_grad for m in model.modules() if type(m) is MoELayer for p in m.experts.parameters())
+    theirs = (AutoEPMoELayer,) if trained or zero_stage == 3 else ()
+    adopted = type("ExpertParallelMoELayer", (_EngineContract, MoELayer, *theirs), {})
+    for layer in model.modules():
+        if type(layer) is not MoELayer:
+            continue
+        layer.__class__ = adopted
+        layer.num_experts = experts
+        layer.num_local_experts = experts // expert_parallel_size
+        layer.ep_size = expert_parallel_size
+        layer.ep_rank = rank % expert_parallel_size
+        layer.ep_group_name = group_name
+        layer.ep_group = None
+        layer.exchange_chunks = exchange_chunks
+        layer.folding_group_handles = None
+        layer.expert_placement_descriptor = autoep_affine.legacy_uniform_autoep_placement_descriptor(
+            experts, layer.num_local_experts, expert_parallel_size
+        )
+        for parameter in layer.experts.parameters():
+            parameter.allreduce = False
+            parameter.group_name = group_name
+            parameter.ds_zero_placement_family = "autoep_expert"
+            parameter.ds_zero_partition_group_name = group_name
+
+
+class _EngineContract:
+    """The method through which the engine hands a layer its process group."""
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_=False, folding_group_handles=None):
+        from deepspeed.utils import groups
+
+        assert not use_data_before_expert_parallel_, "experts are spread over neighbouring ranks"
+        if self.ep_group_name not in groups._get_expert_parallel_group_dict():
+            groups._create_expert_and_data_parallel(self.ep_size)
+        self.ep_group = groups._get_expert_parallel_group(self.ep_group_name)
+        assert torch.distributed.get_rank(self.ep_group) == self.ep_rank
+        if self.ep_size > 1:
+            self.dispatcher = AllToAllDispatcher(self.ep_group, self.ep_size, self.exchange_chunks)
+
+
+def split_groups(groups: list[dict]) -> list[dict]:
+    """Optimizer parameter groups in which expert parameters stand apart, as the engine demands."""
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    split = split_params_into_different_moe_groups_for_optimizer(groups)
+    return [group for group in split if group["params"]]  # it leaves groups of experts alone without any
+
+
+def read_full(parameter: torch.nn.Parameter, kind: str) -> torch.Tensor:
+    """The whole fp32 weight or optimizer tensor of a parameter that is trained (of this rank's experts). Collective."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if kind == "weight":
+        return safe_get_full_fp32_param(parameter)
+    return safe_get_full_optimizer_state(parameter, kind)
+
+
+def read_frozen(parameter: torch.nn.Parameter, optimizer: Any) -> torch.Tensor:
+    """The whole of a parameter that is not trained, fp32: the optimizer knows nothing of it. Collective."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach().float()
+    group, piece = optimizer._get_param_partition_group(parameter), parameter.ds_tensor.detach()
+    whole = piece.new_empty(piece.numel() * torch.distributed.get_world_size(group))
+    torch.distributed.all_gather_into_tensor(whole, piece.contiguous(), group=group)
+    return whole[: parameter.ds_numel].view(parameter.ds_shape).float()
+
+
+@torch.no_grad()
+def decay_rows(parameter: torch.nn.Parameter, rows: list[int], factor: float, optimizer: Any) -> None:
+    """Multiply some rows (along the first dimension) of a parameter's fp32 weight, as far as this rank holds them."""
+    if hasattr(parameter, "ds_id"):
+        shape, rank = parameter.ds_shape, optimizer._get_param_partition_rank(parameter)
+        begin, held = rank * parameter.ds_tensor.numel(), optimizer._get_fp32_opt_state_partition(parameter, False)[0]
+    elif parameter._hp_mapping is None:  # all of it is on other ranks
+        return
+    else:
+        shape, mapping = parameter.shape, parameter._hp_mapping
+        begin, held = mapping.lp_fragment_address.start, mapping.get_hp_fragment()
+    for _, piece in _pieces(held, begin, shape, rows):
+        piece.mul_(factor)
+
+
+def _pieces(
+    held: torch.Tensor, begin: int, shape: torch.Size, rows: Iterable[int]
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """(row, what a slice holds of it), for rows along the first dimension of a tensor of which `held` is the slice
+    that begins at element `begin`."""
+    size = shape[1:].numel()
+    for row in rows:
+        first, last = max(0, row * size - begin), min(held.numel(), (row + 1) * size - begin)
+        if first < last:
+            yield row, held[first:last]
+
+
+@torch.no_grad()
+def row_gradient_squares(parameter: torch.nn.Parameter, optimizer: Any) -> torch.Tensor:
+    """Squares of the gradient's norm for each row (along the first dimension), of what this rank holds: fp32,
+    between backward and step. Slices of all ranks that share a parameter are all of it, once."""
+    if hasattr(parameter, "ds_id"):
+        shape, rank = parameter.ds_shape, optimizer._get_param_partition_rank(parameter)
+        begin, held = rank * parameter.ds_tensor.numel(), optimizer.get_local_fp32_grad_for_param(parameter)
+    elif parameter._hp_mapping is None:  # all of it is on other ranks
+        return torch.zeros(parameter.shape[0], device=parameter.device)
+    else:
+        shape, address = parameter.shape, parameter._hp_mapping.lp_fragment_address
+        begin = address.start
+        held = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
+        if held.numel() == parameter.numel():  # in bf16 each rank has the whole gradient, and owns a part of it
+            held = held.narrow(0, begin, address.numel)
+    squares = torch.zeros(shape[0], device=held.device)
+    for row, piece in _pieces(held, begin, shape, range(shape[0])):
+        squares[row] = torch.linalg.vector_norm(piece.float()).square()
+    return squares
+
+
+def read_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The whole gradient of a parameter (of this rank's experts), between backward and step. Collective."""
+    from deepspeed.utils import safe_get_full_grad
+
+    return safe_get_full_grad(parameter)
+
+
+def write_full(parameter: torch.nn.Parameter, kind: str, value: torch.Tensor) -> None:
+    """Set the fp32 weight (and the model's own copy of it) or an optimizer tensor from the whole tensor.
+
+    Every rank of the parameter's group passes the same value and keeps its own slice.
+    """
+    key = None if kind == "weight" else kind
+    if hasattr(parameter, "ds_id"):  # ZeRO-3: equal slices, the last one padded
+        optimizer, size = parameter._z3_optimizer, parameter.ds_tensor.numel()
+        rank = optimizer._get_param_partition_rank(parameter)
+        group = optimizer._get_param_partition_group(parameter)
+        padded = torch.nn.functional.pad(
+            value.flatten(), (0, size * torch.distributed.get_world_size(group) - value.numel())
+        )
+        piece = padded[rank * size : (rank + 1) * size]
+        optimizer.set_local_hp_param(piece, parameter, key)  # leaves alone what is not trained
+        if kind == "weight":
+            parameter.ds_tensor.data.copy_(piece)
+    elif parameter.requires_grad:
+        parameter.set_full_hp_param(value, key)
+    if kind == "weight" and parameter.numel() == value.numel():  # not the placeholder of a partitioned one
+        parameter.data.copy_(value.view_as(parameter))
+
+
+def flat_parameters(optimizer: Any) -> list[torch.Tensor]:
+    """The fp32 slices that the torch optimizer behind the engine's optimizer steps on."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3
+        return optimizer.fp32_partitioned_groups_flat
+    if hasattr(optimizer, "fp32_groups_flat_partition"):  # ZeRO-1 in bf16
+        return optimizer.fp32_groups_flat_partition
+    return optimizer.single_partition_of_fp32_groups
+
+
+def flat_parameters_with_groups(optimizer: Any) -> list[tuple[torch.Tensor, dict]]:
+    """The same, each with its parameter group."""
+    flat, groups = flat_parameters(optimizer), optimizer.param_groups
+    if hasattr(optimizer, "sub_group_to_group_id"):  # ZeRO-3
+        return [(piece, groups[optimizer.sub_group_to_group_id[i]]) for i, piece in enumerate(flat)]
+    return list(zip(flat, groups, strict=True))
+
+
+def held_parameters(model: torch.nn.Module) -> list[torch.Tensor]:
+    """The model's own parameters, or this rank's slices of them (ZeRO-3)."""
+    return [getattr(p, "ds_tensor", p).detach() for p in model.parameters()]
+
+
+def held_gradients(optimizer: Any) -> list[torch.Tensor]:
+    """This rank's slices of the reduced and accumulated gradients, between backward and step.
+
+    Slices of all ranks together are every gradient once: replicas share them out.
+    """
+    if hasattr(optimizer, "fp32_groups_gradient_flat_partition"):  # ZeRO-1 in bf16
+        return optimizer.fp32_groups_gradient_flat_partition
+    groups = [group for group in optimizer.averaged_gradients.values() if group is not None]
+    return [gradient for group in groups for gradient in group if gradient is not None and gradient.numel()]
+
+
+@torch.no_grad()
+def discard_step(engine: Any) -> None:
+    """End a step without an update.
+
+    DeepSpeed does that itself, with all its own bookkeeping, when it finds the gradient's norm not finite: so every
+    rank makes it so. (Here, too, the loss alone may be what is not finite.)
+    """
+    optimizer = engine.optimizer
+    # ZeRO-1 in bf16 takes the norm from whole gradients, of which every rank has its own sum
+    gradients = getattr(optimizer, "fp32_groups_gradients_flat", None) or held_gradients(optimizer)
+    for gradient in gradients:
+        gradient.view(-1)[0] = float("nan")
+    engine.step()
+    assert optimizer.overflow, "DeepSpeed has taken a step whose gradients are not finite"
+
+
+def link_optimizer_state(optimizer: Any) -> None:
+    """Let parameters find their slices of the optimizer's tensors (ZeRO-1 and 2).
+
+    DeepSpeed links them once, in the step of the first parameter group, when the other groups have no state yet.
+    """
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()

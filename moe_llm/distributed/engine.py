@@ -1,0 +1,411 @@
+"""What the training loop drives: forward, backward, step; and the state behind it, by name.
+
+`LocalEngine` is one process with a torch optimizer; `DeepSpeedEngine` any number of ranks with expert parallelism
+and ZeRO. Both keep fp32 master weights, clip by the true global norm and implement `TrainedState`.
+"""
+
+from collections.abc import Callable, Container, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moe_llm.config import Config
+from moe_llm.config.adversarial import Turn
+from moe_llm.distributed import deepspeed as contract
+from moe_llm.distributed.averaging import Averaging
+from moe_llm.distributed.runtime import Runtime
+from moe_llm.distributed.state import Adapted, Entry
+from moe_llm.distributed.turns import Turns
+from moe_llm.model.adapters import factors_of, is_factor, own_name
+from moe_llm.model.decoder import MoEDecoder, MoEOutput
+from moe_llm.model.moe.experts import Experts
+
+OptimizerFactory = Callable[[list[dict]], torch.optim.Optimizer]
+
+
+class Engine(Protocol):
+    """kinds, averages, averaged, entries, read, write, make_average, gather: see `TrainedState`."""
+
+    model: MoEDecoder
+
+    def forward(self, **inputs: Any) -> MoEOutput: ...
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate gradients of one micro-batch's share of the step's loss; `last` ends the step's backward."""
+
+    def gradient_square(self) -> Tensor:
+        """This rank's summand of the square of the gradients' global norm (fp32 scalar on its device), between
+        `backward` and `step`. Not finite if any gradient that it holds is not."""
+
+    def take_turn(self, turn: Turn) -> None:
+        """What the coming step trains, before its first backward pass: the gradients of all else are zero, and `step`
+        leaves it and its optimizer tensors as they are."""
+
+    def step(self, lr: float) -> float:
+        """Clip, update, clear; returns the gradients' global norm before clipping. The gradients must be finite."""
+
+    def discard(self) -> None:
+        """Clear the gradients and update nothing, in place of `step`; on every rank."""
+
+    def update_average(self) -> None:
+        """Take the weights as they are into `checkpoint.ema`'s average; after `step`. Exchanges nothing."""
+
+    def weights_finite(self) -> bool:
+        """Whether this rank's part of the weights is."""
+
+    def make_optimizer_state(self, steps: int) -> None:
+        """Give the optimizer, which has none before its first step, the tensors that it has after `steps` steps,
+        all zero: `write` then fills them."""
+
+    def gradient(self, name: str) -> Tensor:
+        """The gradient of a parameter (of this rank's experts), averaged over the ranks; fp32 on the CPU, between
+        `backward` and `step`. Collective."""
+
+    def expert_gradient_squares(self) -> Tensor:
+        """This rank's summand of the square of each expert's gradient norm, (layers, experts), fp32 on its device,
+        between `backward` and `step`; 0 for experts that are not trained. Reads what the rank holds: exchanges
+        nothing."""
+
+
+def shard_experts(model: MoEDecoder, experts: range) -> None:
+    """Keep only these experts of every layer."""
+    for module in model.modules():
+        if isinstance(module, Experts) and len(experts) < module.gate_up_proj.shape[0]:
+            module.keep(experts)
+
+
+def first_experts(model: nn.Module) -> dict[str, int]:
+    """Name of each expert parameter: index of the first expert that it holds."""
+    return {
+        f"{name}.{leaf}": module.first_expert
+        for name, module in model.named_modules()
+        if isinstance(module, Experts)
+        for leaf, _ in module.named_parameters()
+    }
+
+
+class _NamedState(Averaging, Turns):
+    """The parts of `TrainedState` that do not depend on who trains.
+
+    Where only some experts are trained (`finetune.experts`), a stacked parameter is trained whole, since the engine
+    shares it out as one: the other experts' rows get no gradient, so that their moments stay zero and their weights
+    what they are. Weight decay is then applied here, to the trained rows alone: their group has none.
+    """
+
+    def __init__(
+        self,
+        model: MoEDecoder,
+        runtime: Runtime,
+        config: Config,
+        groups: list[dict],
+        kinds: tuple[str, ...],
+        replicas: int,
+        replica: int,
+    ):
+        self.model = model
+        self.kinds = kinds
+        self._set_up_average(config.checkpoint.ema)
+        self.rank, self.world_size = runtime.rank, runtime.world_size
+        self._runtime = runtime
+        self.base_files: dict[str, dict[str, Any]] = {}
+        self._parameters, buffers = (
+            {own_name(name): tensor for name, tensor in named}
+            for named in (model.named_parameters(), model.named_buffers())
+        )
+        self._parameters |= buffers
+        first = first_experts(model)
+        self._entries = [
+            Entry(
+                name=name,
+                shape=tuple(getattr(p, "ds_shape", p.shape)),
+                first_expert=first.get(name),
+                trainable=p.requires_grad,
+                buffer=name in buffers,
+                trained_experts=_trained_experts(config) if name in first and p.requires_grad else None,
+                adapter=is_factor(name),
+                adapted=_adapted(name, self._parameters, config),
+                # Replicas of a parameter take turns as its writer, so that all ranks write at once.
+                writer=(i % replicas == replica) if name in first else (i % self.world_size == self.rank),
+            )
+            for i, (name, p) in enumerate(self._parameters.items())
+        ]
+        self._trained_rows = {}
+        for entry in self._entries:
+            if entry.trained_experts is not None:
+                parameter, rows = self._parameters[entry.name], [entry.trains(e) for e in entry.experts]
+                self._trained_rows[parameter] = [row for row, trained in enumerate(rows) if trained]
+                others = [row for row, trained in enumerate(rows) if not trained]
+                parameter.register_hook(_clear_rows(torch.tensor(others, device=runtime.device)))
+        self._set_up_turns(config.train.adversarial, groups)
+        self._decays = [
+            (p, group["row_weight_decay"], group.get("lr_multiplier", 1.0))
+            for group in groups
+            if "row_weight_decay" in group
+            for p in group["params"]
+        ]
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
+        """Give each group its rate and its turn, and the trained rows of stacked parameters their decay (as AdamW does
+        it)."""
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_multiplier", 1.0)
+        self._mark_idle(optimizer.param_groups)
+        if self._idle(routers=False):
+            return
+        for parameter, decay, multiplier in self._decays:
+            self._decay_rows(parameter, self._trained_rows[parameter], 1 - lr * multiplier * decay)
+
+    def _decay_rows(self, parameter: nn.Parameter, rows: list[int], factor: float) -> None:
+        """Multiply some rows of a parameter's fp32 weight."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def expert_gradient_squares(self) -> Tensor:
+        model = self.model.config
+        squares_LE = torch.zeros(model.num_hidden_layers, model.num_local_experts, device=self._runtime.device)
+        for entry in self._entries:
+            if entry.experts is not None and entry.trainable:
+                layer = int(entry.name.partition("layers.")[2].partition(".")[0])
+                held = slice(entry.experts.start, entry.experts.stop)
+                squares_LE[layer, held] += self._row_squares(self._parameters[entry.name])
+        return squares_LE
+
+    def _row_squares(self, parameter: nn.Parameter) -> Tensor:
+        """The square of the gradient's norm for each row of a stacked parameter, as far as this rank holds it."""
+        raise NotImplementedError
+
+    def entries(self) -> list[Entry]:
+        return self._entries
+
+    def gather(self, value: Any) -> Sequence[Any]:
+        return self._runtime.gather(value)
+
+
+def _adapted(name: str, parameters: Container[str], config: Config) -> Adapted | None:
+    a, b = factors_of(name)
+    return Adapted(a, b, config.finetune.lora.scale) if a in parameters else None
+
+
+def _trained_experts(config: Config) -> tuple[int, ...] | None:
+    chosen = config.finetune.experts
+    return None if chosen is None else tuple(sorted(set(chosen)))
+
+
+def _clear_rows(rows: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda gradient: gradient.index_fill(0, rows, 0.0)
+
+
+def _assert_grouped(model: nn.Module, groups: list[dict]) -> None:
+    """The optimizer is given all that is to be trained: what it does not know would stay as it is, unseen."""
+    given, experts = {id(p) for group in groups for p in group["params"]}, first_experts(model)
+    lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in given]
+    whose = "of the experts" if all(name in experts for name in lost) else "of these parameters"
+    assert not lost, f"{lost[0]} is in no parameter group of the optimizer: {len(lost)} tensors {whose} are left out"
+
+
+class LocalEngine(_NamedState):
+    """One process. In bf16 the optimizer steps on fp32 masters, and gradients are summed in fp32."""
+
+    def __init__(
+        self,
+        model: MoEDecoder,
+        runtime: Runtime,
+        config: Config,
+        groups: list[dict],
+        build_optimizer: OptimizerFactory,
+        kinds: tuple[str, ...],
+    ):
+        super().__init__(model.to(runtime.device), runtime, config, groups, kinds, replicas=1, replica=0)
+        self.clip = config.optim.grad_clip
+        masters = {p: p for p in model.parameters()}
+        if config.train.precision == "bf16":
+            # Masters begin with what bf16 can hold, as DeepSpeed's do: initial weights are the same in every layout.
+            masters = {p: nn.Parameter(p.detach().bfloat16().float()) for p in model.parameters() if p.requires_grad}
+            model.to(torch.bfloat16)
+            for parameter, master in masters.items():
+                parameter.register_post_accumulate_grad_hook(_move_gradient_to(master))
+        self._masters = masters
+        groups = [{**group, "params": [masters[p] for p in group["params"]]} for group in groups]
+        self.optimizer = build_optimizer(groups)
+        self._trained = [p for group in groups for p in group["params"]]
+
+    def forward(self, **inputs: Any) -> MoEOutput:
+        return self.model(**inputs)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()
+
+    def gradient_square(self) -> Tensor:
+        return _norm([p.grad for p in self._trained if p.grad is not None], self._runtime.device).square()
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def weights_finite(self) -> bool:
+        return bool(_norm(list(self._masters.values()), self._runtime.device).isfinite())
+
+    def _stepped(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
+        return self.optimizer, self._trained
+
+    def step(self, lr: float) -> float:
+        norm = torch.nn.utils.clip_grad_norm_(self._trained, self.clip or float("inf"))
+        self._before_step(self.optimizer, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._publish()
+        return norm.item()
+
+    @torch.no_grad()
+    def _decay_rows(self, parameter: nn.Parameter, rows: list[int], factor: float) -> None:
+        for row in rows:
+            self._masters[parameter][row].mul_(factor)
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Copy masters into the model where they are different tensors."""
+        for parameter, master in self._masters.items():
+            if parameter is not master:
+                parameter.copy_(master)
+
+    def _row_squares(self, parameter: nn.Parameter) -> Tensor:
+        return torch.linalg.vector_norm(self._masters[parameter].grad.float(), dim=(1, 2)).square()
+
+    def gradient(self, name: str) -> Tensor:
+        return self._masters[self._parameters[name]].grad.float().cpu()
+
+    def read(self, name: str, kind: str) -> Tensor:
+        parameter = self._parameters[name]
+        master = self._masters.get(parameter, parameter)
+        value = master if kind == "weight" else self.optimizer.state[master][kind]
+        return value.detach().float().cpu()
+
+    @torch.no_grad()
+    def write(self, name: str, kind: str, tensor: Tensor) -> None:
+        parameter = self._parameters[name]
+        master = self._masters.get(parameter, parameter)
+        if kind == "weight":
+            master.copy_(tensor)
+            parameter.copy_(tensor)
+        else:
+            self.optimizer.state[master][kind].copy_(tensor)
+
+    def make_optimizer_state(self, steps: int) -> None:
+        groups = self.optimizer.param_groups
+        self._fill_optimizer_state(self.optimizer, [(p, group) for group in groups for p in group["params"]], steps)
+
+
+@torch.no_grad()
+def _norm(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """Euclidean norm over all of them, fp32; 0 of nothing."""
+    return torch.nn.utils.get_total_norm(tensors).float() if tensors else torch.zeros((), device=device)
+
+
+def _move_gradient_to(master: nn.Parameter) -> Callable[[Tensor], None]:
+    def move(parameter: Tensor) -> None:
+        gradient = parameter.grad.float()
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        parameter.grad = None
+
+    return move
+
+
+class DeepSpeedEngine(_NamedState):
+    """Ranks under DeepSpeed: data parallel everywhere, experts spread over `expert_parallel_size` neighbours."""
+
+    def __init__(
+        self,
+        model: MoEDecoder,
+        runtime: Runtime,
+        config: Config,
+        groups: list[dict],
+        build_optimizer: OptimizerFactory,
+        kinds: tuple[str, ...],
+    ):
+        ep = config.parallel.expert_parallel_size
+        self.accumulation = config.accumulation_steps(runtime.world_size)
+        _assert_grouped(model, groups)
+        given = [{**group, "params": list(group["params"])} for group in groups]  # splitting changes its argument
+        chunks = config.parallel.exchange_chunks
+        if chunks == "auto":
+            chunks = 2 if runtime.device.type == "cuda" else 1
+        contract.adopt_layers(model, ep, runtime.rank, config.parallel.zero_stage, chunks)
+        optimizer = build_optimizer(contract.split_groups(groups))
+        self.engine, _ = runtime.accelerator.prepare(model, optimizer)
+        trained = any(model.get_parameter(name).requires_grad for name in first_experts(model))
+        assert self.engine.has_moe_layers or not trained, "DeepSpeed does not see the mixture layers"
+        super().__init__(
+            model, runtime, config, given, kinds, replicas=runtime.world_size // ep, replica=runtime.rank // ep
+        )
+
+    def forward(self, **inputs: Any) -> MoEOutput:
+        return self.engine(**inputs)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(is_boundary=last)
+        self.engine.backward(loss * self.accumulation)  # DeepSpeed divides by the number of micro-batches
+
+    def gradient_square(self) -> Tensor:
+        return _norm(contract.held_gradients(self.engine.optimizer), self._runtime.device).square()
+
+    def discard(self) -> None:
+        contract.discard_step(self.engine)
+
+    def weights_finite(self) -> bool:
+        weights = [*contract.flat_parameters(self.engine.optimizer), *contract.held_parameters(self.model)]
+        return bool(_norm(weights, self._runtime.device).isfinite())
+
+    def step(self, lr: float) -> float:
+        self._before_step(self.engine.optimizer, lr)
+        self.engine.step()
+        assert not self.engine.optimizer.overflow, "DeepSpeed has left out a step whose gradients are finite"
+        return float(self.engine.get_global_grad_norm())
+
+    def _decay_rows(self, parameter: nn.Parameter, rows: list[int], factor: float) -> None:
+        contract.decay_rows(parameter, rows, factor, self.engine.optimizer)
+
+    def _row_squares(self, parameter: nn.Parameter) -> Tensor:
+        return contract.row_gradient_squares(parameter, self.engine.optimizer)
+
+    def gradient(self, name: str) -> Tensor:
+        return contract.read_gradient(self._parameters[name]).float().cpu()
+
+    def read(self, name: str, kind: str) -> Tensor:
+        parameter = self._parameters[name]
+        if not parameter.requires_grad:
+            assert kind == "weight", f"{name} is not trained and has no {kind}"
+            return contract.read_frozen(parameter, self.engine.optimizer).cpu()
+        contract.link_optimizer_state(self.engine.optimizer)
+        value = contract.read_full(parameter, kind)
+        assert value is not None, f"{name} is in no parameter group of the optimizer"
+        return value.cpu()
+
+    def write(self, name: str, kind: str, tensor: Tensor) -> None:
+        contract.write_full(self._parameters[name], kind, tensor.to(self._runtime.device))
+
+    def _stepped(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
+        optimizer = self.engine.optimizer
+        return optimizer.optimizer, contract.flat_parameters(optimizer)
+
+    def make_optimizer_state(self, steps: int) -> None:
+        optimizer = self.engine.optimizer
+        self._fill_optimizer_state(optimizer.optimizer, contract.flat_parameters_with_groups(optimizer), steps)
+        contract.link_optimizer_state(self.engine.optimizer)
+
+    def make_average(self, updates: int) -> None:
+        super().make_average(updates)
+        contract.link_optimizer_state(self.engine.optimizer)
+
+
+def build_engine(
+    model: MoEDecoder,
+    runtime: Runtime,
+    config: Config,
+    groups: list[dict],
+    build_optimizer: OptimizerFactory,
+    kinds: tuple[str, ...],
+) -> "LocalEngine | DeepSpeedEngine":
+    """The engine for this run; `model` is fp32, on the CPU, and holds this rank's experts only."""
+    model.model.recompute = config.train.activation_checkpointing
+    engine = DeepSpeedEngine if runtime.deepspeed else LocalEngine
+    return engine(model, runtime, config, groups, build_optimizer, kinds)

@@ -1,0 +1,88 @@
+"""One optimizer step's loss, cut into what each rank contributes for each of its micro-batches.
+
+The whole is the cross-entropy averaged over all targets of the step, and the routers' losses over all of its real
+tokens: ranks and micro-batches are cuts that change nothing. With a teacher, its objective takes the cross-entropy's
+place, averaged over the same targets. One exception: the fractions in the global balance loss, and the sums in a
+router's own losses, are those of the micro-batches up to the present one, because the later ones are not known yet (Qiu
+et al. 2025); with one micro-batch a step they are exact. Engines average gradients over the ranks, so each share is
+multiplied by their number.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_llm.config import ModelConfig
+from moe_llm.data.packing import IGNORED, Batch
+from moe_llm.distributed.runtime import Runtime
+from moe_llm.model.decoder import MoEOutput
+from moe_llm.model.moe.balance import balance_loss, z_loss
+from moe_llm.model.moe.losses import router_loss_values
+from moe_llm.model.moe.routers import router_losses
+from moe_llm.model.moe.routing import RoutingStatistics
+
+
+class StepLosses(NamedTuple):
+    """A micro-batch's shares, fp32 scalars, `total` with gradient: summed over ranks and micro-batches and divided by
+    the number of ranks they are the step's losses. own: those of `router_losses`, in their order."""
+
+    total: Tensor
+    lm: Tensor
+    aux: Tensor
+    z: Tensor
+    distill: Tensor  # a teacher's divergence, beside which `lm` is no more than measured; 0 without one
+    own: Tensor
+
+
+class StepLoss:
+    """The shares of one step's micro-batches, which are known beforehand.
+
+    routing: statistics of the micro-batches so far, summed over the ranks, without gradient.
+    """
+
+    def __init__(self, model: ModelConfig, runtime: Runtime, batches: Sequence[Batch]):
+        self.model, self.runtime, self.rounds = model, runtime, len(batches)
+        self.own_losses = router_losses(model)
+        self._own_before: Tensor | None = None
+        self.routing: RoutingStatistics | None = None
+        counts = torch.stack([_counts(batch) for batch in batches]).sum(0)
+        self.targets, tokens, self.sequences = runtime.sum(counts)
+        self.routed = tokens * model.router.parts_per_token
+
+    def __call__(self, output: MoEOutput) -> StepLosses:
+        own, ranks, model = output.routing, self.runtime.world_size, self.model
+        self.routing = sum_over_ranks(own, self.runtime).plus(self.routing)
+        total = self.routing._replace(
+            num_tokens=self.routed.expand_as(own.num_tokens), num_sequences=self.sequences.expand_as(own.num_tokens)
+        )
+        aux = balance_loss(own, model.router_aux_loss_scope, total=total, seen=self.routing)
+        aux = aux / self.rounds if model.router_aux_loss_scope == "transformers" else ranks * aux
+        z = ranks * z_loss(own, total=total)
+        lm = ranks * output.loss_sum / self.targets
+        objective = lm if output.objective_sum is None else ranks * output.objective_sum / self.targets
+        whole = objective + model.router_aux_loss_coef * aux + model.router_z_loss_coef * z
+        distill = torch.zeros_like(z) if output.soft_sum is None else ranks * output.soft_sum / self.targets
+        values = router_loss_values(self.own_losses, own, total=total, seen=self.routing)
+        # Gradients of the parts add up. Values are of all that has been seen: what this micro-batch has added to them.
+        added = values.detach() - (0 if self._own_before is None else self._own_before)
+        self._own_before = values.detach()
+        if self.own_losses:
+            coefficients = values.new_tensor([loss.coefficient for loss in self.own_losses])
+            whole = whole + coefficients @ (ranks * (values - values.detach()) + added)
+        return StepLosses(whole, lm.detach(), aux.detach(), z.detach(), distill.detach(), added)
+
+
+def _counts(batch: Batch) -> Tensor:
+    """Targets, real tokens, and sequences that have one: fp32, exact up to 2^24 a batch."""
+    real_BS = batch.attention_mask_BS
+    return torch.stack([(batch.labels_BS != IGNORED).sum(), real_BS.sum(), real_BS.any(1).sum()]).float()
+
+
+def sum_over_ranks(statistics: RoutingStatistics, runtime: Runtime) -> RoutingStatistics:
+    """The statistics of all ranks, without gradient, in one exchange for all layers."""
+    parts = [part.detach() for part in statistics]
+    flat = runtime.sum(torch.cat([part.flatten() for part in parts]))
+    pieces = flat.split([part.numel() for part in parts])
+    return RoutingStatistics(*(piece.view_as(part) for piece, part in zip(pieces, parts)))

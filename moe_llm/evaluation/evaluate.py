@@ -1,0 +1,79 @@
+"""Loss on held-out text, during training and of a checkpoint."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from moe_llm.checkpoint.folder import check_checkpoint_directory
+from moe_llm.config import Config
+from moe_llm.data.loader import Data, load_evaluation
+from moe_llm.data.packing import model_inputs
+from moe_llm.data.tokenizer import load_tokenizer
+from moe_llm.distributed.engine import Engine
+from moe_llm.distributed.runtime import Runtime
+
+
+@torch.no_grad()
+def validation_loss(
+    config: Config, engine: Engine, runtime: Runtime, data: Data, alive: Callable[[str], None] = lambda phase: None
+) -> dict[str, float]:
+    """Cross-entropy over the held-out blocks (nats a token) and bits per byte; the same on every rank.
+
+    Args:
+        alive: called before each batch.
+    """
+    engine.model.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=runtime.device)
+    batches = data.validation.batches(
+        micro_batch_size=config.train.micro_batch_size, rank=runtime.rank, world_size=runtime.world_size
+    )
+    for i, batch in enumerate(batches):
+        alive(f"validation, batch {i + 1} of {len(batches)}")
+        output = engine.forward(**model_inputs(batch.to(runtime.device)))
+        totals += torch.stack([output.loss_sum.double(), output.num_targets.double()])
+    engine.model.train()
+    loss_sum, targets = runtime.sum(totals).tolist()
+    loss = loss_sum / targets
+    return {"val_loss": loss, "val_bits_per_byte": data.validation.bits_per_byte(loss)}
+
+
+@torch.no_grad()
+def evaluate_files(
+    checkpoint: str | Path,
+    files: str | list[str],
+    *,
+    batch_size: int = 8,
+    sequence_length: int | None = None,
+    max_blocks: int | None = None,
+    chat: bool = False,
+) -> dict[str, float]:
+    """Loss (nats a token), perplexity and bits per byte of a checkpoint on text files.
+
+    Args:
+        chat: the files hold chat, and the loss is that of the assistant's turns.
+
+    Raises:
+        UserError: no checkpoint there, or no text.
+    """
+    from moe_llm.checkpoint.pretrained import MoEForCausalLM
+
+    check_checkpoint_directory(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = MoEForCausalLM.from_pretrained(checkpoint).to(device)
+    length = sequence_length or min(model.config.max_position_embeddings, 4096)
+    text = load_evaluation(files, tokenizer, sequence_length=length, max_blocks=max_blocks, chat=chat)
+    loss_sum, targets = 0.0, 0
+    for batch in text.batches(micro_batch_size=batch_size):
+        output = model(**model_inputs(batch.to(device)))
+        loss_sum += output.loss_sum.item()
+        targets += int(output.num_targets)
+    loss = loss_sum / targets
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": text.bits_per_byte(loss),
+        "tokens": targets,
+    }

@@ -1,0 +1,92 @@
+"""Continue a text. Most checkpoints are transformers' own, so transformers does it."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from moe_llm.checkpoint.architectures import OWN
+from moe_llm.checkpoint.folder import check_checkpoint_directory
+from moe_llm.checkpoint.pretrained import MoEForCausalLM
+from moe_llm.checkpoint.safetensors_io import read_json
+from moe_llm.data.tokenizer import load_tokenizer
+from moe_llm.ensemble.causal_lm import learned_positions, load_causal_lm, read_prompt, sampling
+from moe_llm.errors import UserError
+
+
+def generate(
+    checkpoint: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+    say: Callable[[str], None] | None = None,
+) -> str:
+    """The prompt and its continuation; temperature 0 takes the likeliest token each time.
+
+    Args:
+        say: is given a sentence where generation routes otherwise than training did; None: stderr.
+
+    Raises:
+        UserError: the directory is no checkpoint, or a damaged one, or the prompt is longer than its positions.
+    """
+    check_checkpoint_directory(checkpoint)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = load_tokenizer(checkpoint)
+    inputs = read_prompt(tokenizer, prompt).to(device)
+    if read_json(Path(checkpoint) / "config.json").get("model_type") == OWN.model_type:
+        torch.manual_seed(seed)
+        model = MoEForCausalLM.from_pretrained(checkpoint).to(device)
+        router = model.config.router
+        if not router.causal:
+            (say or _to_stderr)(
+                f"model.router.type={router.type}: in training {router.looks_ahead}, evaluation and generation "
+                f"{router.afterwards}"
+            )
+        ids_BS = _continue(model, inputs["input_ids"], max_new_tokens, temperature, top_p, tokenizer.eos_token_id)
+        return tokenizer.decode(ids_BS[0], skip_special_tokens=True)
+    model = load_causal_lm(checkpoint).to(device)
+    longest, length = learned_positions(model), inputs["input_ids"].shape[1]
+    if longest is not None:
+        if length > longest:
+            raise UserError(
+                f"the prompt has {length} tokens, and {str(checkpoint)!r} only "
+                f"max_position_embeddings={longest} positions: give a shorter prompt"
+            )
+        max_new_tokens = min(max_new_tokens, longest + 1 - length)  # the last token is not read again
+    torch.manual_seed(seed)
+    output = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling(temperature, top_p)
+    )
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def _to_stderr(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
+
+
+@torch.no_grad()
+def _continue(
+    model: MoEForCausalLM,
+    ids_BS: torch.Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    end: int | None,
+) -> torch.Tensor:
+    """The ids and their continuation, each token from the whole text before it, as far as the model is meant for."""
+    for _ in range(max_new_tokens):
+        logits_BV = model(ids_BS[:, -model.config.max_position_embeddings :]).logits[:, -1].float()
+        if temperature == 0:
+            next_B1 = logits_BV.argmax(-1, keepdim=True)
+        else:
+            probability_BV, token_BV = (logits_BV / temperature).softmax(-1).sort(descending=True)
+            kept_BV = probability_BV.cumsum(-1) - probability_BV < top_p  # the likeliest that reach top_p together
+            next_B1 = token_BV.gather(-1, torch.multinomial(probability_BV * kept_BV, 1))
+        ids_BS = torch.cat([ids_BS, next_B1], 1)
+        if next_B1.item() == end:
+            break
+    return ids_BS

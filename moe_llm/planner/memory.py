@@ -1,0 +1,349 @@
+"""What one rank holds at its fullest moment in a training step, by arithmetic alone.
+
+The walk follows the code: which tensors each operation keeps for its backward pass (`model`, `ops`), in which order
+they go, where gradients are kept and copied (`parallel`), and what DeepSpeed 0.19 allocates besides. The same walk
+serves CPUs and GPUs; `Kernels` says which variant of an operation runs there. scripts/benchmarks/plan_memory.py holds
+it against measurement.
+
+Letters in names, as in the tensors' names elsewhere: T tokens of a micro-batch, D hidden, F expert width, E experts,
+K experts per token, H query heads, G key-value heads, d head dimension, V vocabulary, N = T * K routed rows.
+"""
+
+from dataclasses import dataclass, replace
+
+from moe_llm.config import Config
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "all_to_all", "loss", "buffers")
+# DeepSpeed's own defaults, which `parallel.deepspeed.engine_config` leaves as they are (deepspeed/runtime/zero/
+# config.py, version 0.19.8): reduce_bucket_size, sub_group_size and stage3_max_live_parameters, in elements.
+REDUCE_BUCKET, SUB_GROUP, MAX_LIVE = 500_000_000, 1_000_000_000, 1_000_000_000
+_LOGITS_CHUNK = 32 * 2**20  # moe_llm.ops.cross_entropy: logits of one chunk
+_PORTION = 8  # moe_llm.ops.merged_expert_mlp: mixtures that exist at once
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Which variant of an operation a device runs, as far as memory differs.
+
+    fused_experts: experts gather their own rows (`ops.expert_mlp_fused`), so that of the routed rows only the gate and
+    up projections are kept; otherwise the rows themselves are too (`ops.expert_mlp_grouped`).
+    wide_softmax: the loss turns a chunk's logits into fp32 probabilities (without the C++ kernels).
+    attention_mask: packed documents need a mask of S x S for each sequence (GPUs), not runs of positions (CPUs).
+    """
+
+    fused_experts: bool
+    wide_softmax: bool
+    attention_mask: bool
+
+
+KERNELS = {
+    "cpu": Kernels(fused_experts=True, wide_softmax=False, attention_mask=False),
+    "cuda": Kernels(fused_experts=False, wide_softmax=True, attention_mask=True),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is spread: what `plan` varies. ranks: of the whole run."""
+
+    ranks: int
+    expert_parallel: int
+    zero_stage: int
+    micro_batch: int
+    recompute: bool
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.ranks // self.expert_parallel
+
+
+def layout_of(config: Config, ranks: int) -> Layout:
+    """The layout that a configuration itself asks for."""
+    return Layout(
+        ranks,
+        config.parallel.expert_parallel_size,
+        config.parallel.zero_stage,
+        config.train.micro_batch_size,
+        config.train.activation_checkpointing,
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by part at the fullest moment of a step, and when that is."""
+
+    parts: dict[str, float]
+    phase: str
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def held_parameters(config: Config, layout: Layout) -> tuple[int, int]:
+    """(dense, expert) parameters of one rank, before ZeRO."""
+    counts = config.model.parameter_counts()
+    return sum(counts.values()) - counts["experts"], counts["experts"] // layout.expert_parallel
+
+
+def step_memory(config: Config, layout: Layout, kernels: Kernels, imbalance: float = 1.0) -> Memory:
+    """The fullest moment of a rank in a step that is not the first.
+
+    Args:
+        imbalance: rows of the busiest rank (and expert) over its even share.
+    """
+    return _Walk(config, layout, kernels, imbalance).fullest()
+
+
+class _Walk:
+    """Goes through a step, with what is held at each moment as a dictionary of parts."""
+
+    def __init__(self, config: Config, layout: Layout, kernels: Kernels, imbalance: float):
+        self.config, self.model, self.layout, self.kernels = config, config.model, layout, kernels
+        self.imbalance = imbalance
+        self.size = 4 if config.train.precision == "fp32" else 2  # bytes of a weight or activation
+        self.tokens = layout.micro_batch * config.data.sequence_length
+        self.rows = self.tokens * self.model.router.active_experts(self.model)
+        self.elsewhere = layout.expert_parallel > 1
+        # where tokens have different numbers of rows, the fused gather does not take them
+        even = self.model.router.even
+        self.autograd = bool(self.model.expert_dropout)  # then torch's own operations compute the experts
+        self.fused = kernels.fused_experts and not self.elsewhere and even and not self.autograd
+        self.received = self.rows * (imbalance if self.elsewhere else 1)
+        self.local_experts = self.model.num_local_experts // layout.expert_parallel
+        self.engine = layout.ranks > 1 or config.parallel.engine == "deepspeed"
+        self.rounds = max(1, config.train.global_batch_size // (layout.micro_batch * layout.ranks))
+        self.dense, self.expert = held_parameters(config, layout)
+        self.shard = self.dense / layout.ranks + self.expert / layout.replicas
+        self.moments: list[Memory] = []
+
+    # what is held throughout
+
+    def static(self) -> dict[str, float]:
+        size, held, stage = self.size, self.dense + self.expert, self.layout.zero_stage
+        kept = 8 if self.config.optim.name == "adamw" else 0
+        kept += 4 if self.config.checkpoint.ema.decay is not None else 0
+        parts = dict.fromkeys(PARTS, 0.0)
+        if not self.engine:
+            parts["weights"] = size * held
+            parts["optimizer"] = (kept + (4 if size == 2 else 0)) * held
+            parts["gradients"] = 4 * held if self.rounds > 1 else 0
+            return parts
+        parts["weights"] = size * (self.shard if stage == 3 else held)
+        # ZeRO-1 and 2 clone fp32 weights as masters too; ZeRO-3 steps on the shard itself
+        parts["optimizer"] = (kept + (0 if stage == 3 and size == 4 else 4)) * self.shard
+        if stage == 1:
+            # bf16: BF16_Optimizer's fp32 sums, whole; fp32: the parameters' own gradients
+            parts["gradients"] = 4 * held if size == 2 or self.rounds > 1 else 0
+        else:
+            parts["gradients"] = 4 * self.shard
+        if stage == 3:
+            parts["buffers"] += 4 * REDUCE_BUCKET
+            parts["weights"] += size * min(held, max(MAX_LIVE, self.largest_module))
+        elif not (stage == 1 and size == 2):
+            parts["buffers"] += size * REDUCE_BUCKET
+        return parts
+
+    @property
+    def largest_module(self) -> int:
+        return max(self.layer_experts, self.model.vocab_size * self.model.hidden_size)
+
+    @property
+    def layer_experts(self) -> int:
+        return self.local_experts * self.model.expert_parameters
+
+    @property
+    def layer_dense(self) -> float:
+        counts = self.model.parameter_counts()
+        dense = counts["attention"] + counts["router"] + counts.get("shared_experts", 0)
+        return dense / self.model.num_hidden_layers + 2 * self.model.hidden_size
+
+    # what the forward pass keeps
+
+    def layer(self) -> dict[str, float]:
+        """Of one layer, for its backward pass."""
+        m, size, tokens = self.model, self.size, self.tokens
+        hidden = tokens * m.hidden_size * size
+        heads, groups, d = m.num_attention_heads, m.kv_heads, m.attention_head_dim
+        attention = hidden + 2 * tokens * (heads + groups) * d * size + 4 * tokens * heads
+        if self.kernels.attention_mask and self.config.data.isolate_documents:
+            # scaled_dot_product_attention turns a boolean mask into an additive one, in each layer
+            attention += self.layout.micro_batch * self.config.data.sequence_length**2 * size
+        norms = 2 * hidden + 8 * tokens
+        # logits and probabilities of the router; indices and weights of the choices
+        router = tokens * (8 * m.num_local_experts * m.router.parts_per_token + 60 * m.router.active_experts(m))
+        if m.router_jitter_noise:
+            router += 8 * tokens * m.hidden_size  # the noise, and the input times the noise, in fp32
+        experts = hidden + self.received * 2 * m.intermediate_size * size
+        experts += tokens * m.router.entered_per_token(m) * size
+        if m.router.merges:
+            experts = hidden  # the tokens in their segments; all else is computed again
+        elif self.autograd:
+            # silu(gate), the activations after dropout and its mask; unweighted outputs, for the weights' gradient
+            experts += self.received * (m.intermediate_size * (2 * size + 1) + m.expert_hidden_size * size)
+        # of the shared experts gate, its silu, up and their product, as torch's own operations keep them, and outputs
+        experts += tokens * 4 * m.shared_width * size
+        experts += hidden * (m.shared_expert_gate + bool(m.shared_width and m.expert_dropout))
+        exchanged = 0.0
+        if self.elsewhere and not m.router.merges:
+            exchanged = (self.received + self.rows) * m.expert_hidden_size * size  # rows received; rows that came back
+        elif not self.fused and not m.router.merges:
+            experts += self.rows * m.expert_hidden_size * size
+        return {"activations": attention + norms + router + experts, "all_to_all": exchanged}
+
+    def kept_by_layer(self) -> dict[str, float]:
+        """What stays of a layer until the backward pass comes to it."""
+        if not self.layout.recompute:
+            return self.layer()
+        choices = 12 * self.rows  # top-k is kept (`model.recomputation`)
+        return {"activations": 2 * self.tokens * self.model.hidden_size * self.size + choices, "all_to_all": 0.0}
+
+    def shared(self) -> float:
+        """Kept once: token ids, labels, positions, documents and mask, cosines and sines, the last norm."""
+        m, tokens = self.model, self.tokens
+        ids = 8 * 4 * tokens + tokens + (4 * tokens if self.config.data.isolate_documents else 0)
+        if self.kernels.attention_mask and self.config.data.isolate_documents:
+            ids += self.layout.micro_batch * self.config.data.sequence_length**2
+        return ids + 2 * tokens * m.attention_head_dim * self.size + 2 * tokens * m.hidden_size * self.size
+
+    # what operations need while they run
+
+    def experts_forward(self) -> dict[str, float]:
+        m, size = self.model, self.size
+        if m.router.merges:
+            return self.merging(merged=1, activations=2 * self.tokens * m.hidden_size)
+        largest = self.largest_rows * m.intermediate_size if self.fused else self.received * m.intermediate_size
+        rows = self.received * m.expert_hidden_size * size
+        if self.elsewhere:
+            return {"activations": size * largest + rows, "all_to_all": 2 * rows}
+        gathered = self.largest_rows * m.expert_hidden_size if self.fused else 0
+        return {"activations": size * (largest + gathered) + rows, "all_to_all": 0.0}
+
+    def merging(self, merged: int, activations: float) -> dict[str, float]:
+        """Weights of a portion of the mixtures, `merged` times, its rows, and the experts that come from elsewhere."""
+        m, size = self.model, self.size
+        layer, rows = 3 * m.hidden_size * m.intermediate_size, min(_PORTION * m.router.segment_length, self.tokens)
+        activations += merged * (_PORTION * layer + 3 * rows * m.intermediate_size)
+        return {"activations": size * activations, "all_to_all": size * m.num_local_experts * layer * self.elsewhere}
+
+    @property
+    def largest_rows(self) -> float:
+        """Rows of the busiest expert that is here."""
+        return self.rows / self.model.num_local_experts * max(self.imbalance, 1.1)
+
+    def experts_backward(self) -> dict[str, float]:
+        m, size = self.model, self.size
+        if m.router.merges:
+            held = self.merging(merged=2, activations=3 * self.tokens * m.hidden_size)
+            # gradients of all experts, summed in fp32, and what a portion adds to the larger of the two weights
+            whole = m.num_local_experts * m.hidden_size * m.intermediate_size
+            return {**held, "activations": held["activations"] + whole * (3 * 4 + 2 * size)}
+        hidden, rows = self.tokens * m.hidden_size * size, self.received * m.expert_hidden_size * size
+        # gradients on their way: of the residual stream, of the layer's output, of the experts' input
+        flowing = 2 * hidden + rows
+        if self.fused or (self.kernels.fused_experts and self.elsewhere and not self.autograd):
+            busy = self.largest_rows if self.fused else self.received / self.local_experts * 1.1
+            # hidden activations and their gradient have one buffer, the projections' gradients take the place of these
+            work = size * busy * (m.intermediate_size + (2 * m.expert_hidden_size if self.fused else 0))
+        else:
+            work = size * self.received * (4 * m.intermediate_size + m.expert_hidden_size)
+        exchanged = 2 * rows if self.elsewhere else 0.0
+        return {"activations": flowing + work, "all_to_all": exchanged}
+
+    def loss_chunk(self) -> float:
+        """Logits of a chunk, their gradient in place, and what turns the one into the other. A chunk's logits are
+        there until the next one's have been formed."""
+        m = self.model
+        chunk = min(self.tokens, max(1, _LOGITS_CHUNK // m.vocab_size))
+        logits = chunk * m.vocab_size * self.size
+        product = m.vocab_size * m.hidden_size * self.size if self.size == 2 and self.tokens > chunk else 0
+        following = min(chunk, self.tokens - chunk) * m.vocab_size * self.size
+        return logits + max(following, product, 4 * chunk * m.vocab_size if self.kernels.wide_softmax else 0)
+
+    @property
+    def head_gradient(self) -> float:
+        """The head's gradient as the loss accumulates it, from the forward pass on."""
+        chunk = max(1, _LOGITS_CHUNK // self.model.vocab_size)
+        wide = 4 if self.tokens > chunk else self.size
+        return wide * self.model.vocab_size * self.model.hidden_size
+
+    # gradients that the backward pass has left behind
+
+    def left_behind(self, parameters: float) -> float:
+        """Bytes that `parameters` of them take until the optimizer's step, beyond what is held throughout."""
+        if not self.engine:
+            return 0 if self.rounds > 1 else 4 * parameters
+        if self.layout.zero_stage == 1:
+            if self.size == 2:
+                return 2 * parameters  # until the micro-batch's end they are summed into the fp32 ones
+            return 0 if self.rounds > 1 else 4 * parameters
+        return 0  # reduced from the bucket into the shard
+
+    # the walk
+
+    def at(self, phase: str, *held: dict[str, float]) -> None:
+        parts = dict.fromkeys(PARTS, 0.0)
+        for piece in held:
+            for part, size in piece.items():
+                parts[part] += size
+        self.moments.append(Memory(parts, phase))
+
+    def fullest(self) -> Memory:
+        m, size = self.model, self.size
+        static, layer, kept = self.static(), self.layer(), self.kept_by_layer()
+        layers, hidden = m.num_hidden_layers, self.tokens * m.hidden_size * size
+        vocabulary = m.vocab_size * m.hidden_size
+        base = {"activations": self.shared()}
+
+        def times(count: float, parts: dict[str, float]) -> dict[str, float]:
+            return {part: count * value for part, value in parts.items()}
+
+        all_kept = times(layers, kept)
+        self.at("forward, last layer", static, base, times(layers - 1, kept), layer, self.experts_forward())
+        loss = {"loss": 2 * hidden + self.head_gradient}  # the rows that have a target, the gradient of these
+        self.at("loss", static, base, all_kept, loss, {"loss": self.loss_chunk()})
+        # the loss's backward pass scales what its forward pass has made
+        self.at(
+            "loss, backward", static, base, all_kept, loss, {"loss": hidden, "gradients": self.new_gradient(vocabulary)}
+        )
+        head = 0 if m.tie_word_embeddings else vocabulary
+        for index in (layers - 1, 0):
+            done = head + (layers - 1 - index) * (self.layer_experts + self.layer_dense)
+            behind = {"gradients": self.left_behind(done)}
+            before = times(index + (1 if self.layout.recompute else 0), kept)
+            own = {"gradients": self.new_gradient(self.layer_experts)}
+            self.at(f"backward, layer {index}", static, base, before, layer, behind, own, self.experts_backward())
+        whole = self.dense + self.expert
+        self.at(
+            "backward, embeddings",
+            static,
+            {"activations": 2 * hidden},
+            {"gradients": self.left_behind(whole - vocabulary) + self.new_gradient(vocabulary)},
+        )
+        self.at("optimizer", static, {"gradients": self.left_behind(whole)}, self.optimizer_step())
+        return max(self.moments, key=lambda moment: moment.total)
+
+    def new_gradient(self, parameters: float) -> float:
+        """Of an operation's weights, when it has just been computed and, where it is summed in fp32, copied."""
+        size = self.size
+        if self.rounds > 1 or (self.engine and self.layout.zero_stage > 1):
+            return size * parameters
+        return size * parameters + (4 * parameters if size == 2 and not self.engine else 0)
+
+    def optimizer_step(self) -> dict[str, float]:
+        if not self.engine:
+            return {}
+        stage, largest = self.layout.zero_stage, max(self.dense / self.layout.ranks, self.expert / self.layout.replicas)
+        if stage == 1 and self.size == 2:
+            return {"buffers": 4 * min(REDUCE_BUCKET, self.dense)}
+        if stage == 3:
+            return {"buffers": 4 * min(SUB_GROUP, largest)}
+        return {"buffers": 4 * largest}
+
+
+def without_bucket(memory: Memory, layout: Layout, config: Config) -> Memory:
+    """The same without DeepSpeed's reduction bucket, whose size does not depend on the model."""
+    stage, size = layout.zero_stage, 4 if config.train.precision == "fp32" else 2
+    bucket = REDUCE_BUCKET * (4 if stage == 3 else size) if layout.ranks > 1 and (stage > 1 or size == 4) else 0
+    return replace(memory, parts={**memory.parts, "buffers": memory.parts["buffers"] - bucket})

@@ -1,0 +1,222 @@
+"""`moe-llm plan`: which layouts of a run fit the GPUs, and how long the best one takes, before any are rented.
+
+By arithmetic on the configuration alone: no torch, no allocation.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from moe_llm.config import Config
+from moe_llm.errors import UserError
+from moe_llm.planner.hardware import ACCELERATORS, FRAGMENTS, MFU, RESERVED_BYTES, Accelerator
+from moe_llm.planner.memory import KERNELS, Layout, Memory, held_parameters, step_memory
+from moe_llm.planner.time import StepTime, Traffic, accumulation, step_time, traffic
+
+IMBALANCE = 1.5
+_MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+_MOST_GPUS = 4096
+
+
+@dataclass(frozen=True)
+class Request:
+    """What there is. memory: bytes of one GPU. imbalance: margin in memory of the
+    busiest rank over an even share of rows."""
+
+    gpus: int
+    nodes: int
+    memory: float
+    hardware: Accelerator
+    mfu: float = MFU
+    imbalance: float = IMBALANCE
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.gpus // self.nodes
+
+    @property
+    def usable(self) -> float:
+        """Bytes of a GPU that tensors may take."""
+        return max(0.0, self.memory * (1 - FRAGMENTS) - RESERVED_BYTES)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    layout: Layout
+    memory: Memory
+    traffic: Traffic
+    time: StepTime
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """candidates: all sensible layouts, those that fit first, each kind by step time. best: None if none fits, and
+    then `needed` says what would do."""
+
+    config: Config
+    request: Request
+    candidates: list[Candidate]
+    best: Candidate | None
+    needed: list[str]
+
+
+def hardware_named(name: str, **given: float | None) -> Accelerator:
+    """An accelerator by its name, with numbers of the user's in place of the table's where they are not None."""
+    return replace(ACCELERATORS[name], **{key: value for key, value in given.items() if value is not None})
+
+
+def plan(config: Config, request: Request) -> Plan:
+    """Every sensible layout of `config` on what `request` has.
+
+    Raises:
+        UserError: no vocabulary size, GPUs that do not divide over the nodes, or a batch that does not over the GPUs.
+    """
+    _check(config, request)
+    candidates = [_candidate(config, request, layout) for layout in layouts(config, request.gpus)]
+    candidates.sort(key=lambda c: (not c.fits, c.time.total if c.fits else c.memory.total, c.memory.total))
+    best = candidates[0] if candidates[0].fits else None
+    needed = [] if best else _needed(config, request, candidates[0])
+    return Plan(config, request, candidates, best, needed)
+
+
+def _check(config: Config, request: Request) -> None:
+    if config.model.vocab_size is None:
+        raise UserError(
+            "model.vocab_size=null leaves the embeddings' size open: "
+            "add model.vocab_size=N, the number of the tokenizer's entries"
+        )
+    if not config.finetune.whole or config.finetune.router_guard.action == "regularise":
+        raise UserError(
+            f"finetune.train={config.finetune.train} with finetune.lora.rank={config.finetune.lora.rank} and "
+            f"finetune.router_guard.action={config.finetune.router_guard.action} is not what plans are for, which is "
+            "training all of the model on its loss alone: add finetune.train=all finetune.experts=null "
+            "finetune.lora.rank=null finetune.router_guard.action=off"
+        )
+    if config.distill.teachers:
+        raise UserError("distill.teachers take memory and time that plans do not count: add distill={}")
+    if config.train.adversarial.epsilon is not None:
+        raise UserError("train.adversarial.epsilon takes passes that plans do not count: add train.adversarial={}")
+    if request.gpus % request.nodes:
+        raise UserError(
+            f"--gpus {request.gpus} does not divide over --nodes {request.nodes}: give as many GPUs on every node"
+        )
+    batch = config.train.global_batch_size
+    if batch % request.gpus:
+        above = -(-batch // request.gpus) * request.gpus
+        raise UserError(
+            f"train.global_batch_size={batch} does not divide over --gpus {request.gpus}: "
+            f"add train.global_batch_size={above}, or give other GPUs"
+        )
+
+
+def layouts(config: Config, gpus: int) -> Iterator[Layout]:
+    """What can be launched on so many ranks: each expert-parallel size, ZeRO stage (one, where there is nothing to
+    divide), micro-batch that divides the batch, with recomputation and without."""
+    experts, batch = config.model.num_local_experts, config.train.global_batch_size
+    for size in (n for n in range(1, experts + 1) if experts % n == 0 and gpus % n == 0):
+        for stage in (1, 2, 3) if gpus > 1 else (config.parallel.zero_stage,):
+            for micro in (m for m in _MICRO_BATCHES if batch % (m * gpus) == 0):
+                for recompute in (False, True):
+                    yield Layout(gpus, size, stage, micro, recompute)
+
+
+def _candidate(config: Config, request: Request, layout: Layout) -> Candidate:
+    memory = step_memory(config, layout, KERNELS["cuda"], request.imbalance)
+    time = step_time(config, layout, request.hardware, request.ranks_per_node, request.mfu)
+    return Candidate(layout, memory, traffic(config, layout), time, memory.total <= request.usable)
+
+
+def _needed(config: Config, request: Request, least: Candidate) -> list[str]:
+    """What would make it possible: larger GPUs, more of them, or fewer layers."""
+    gib = 2**30
+    memory = (least.memory.total + RESERVED_BYTES) / (1 - FRAGMENTS)
+    found = [f"{request.gpus} GPUs of {memory / gib:.0f} GiB each ({words(least.layout)})"]
+    more = _more_gpus(config, request)
+    if more is not None:
+        found.append(
+            f"{more.layout.ranks} GPUs of {request.memory / gib:.0f} GiB ({words(more.layout)}: "
+            f"{more.memory.total / gib:.1f} GiB)"
+        )
+    layers = _fewer_layers(config, request)
+    if layers:
+        given = config.model.num_hidden_layers
+        found.append(f"model.num_hidden_layers={layers} on the GPUs given, in place of {given}")
+    return found
+
+
+def _least(config: Config, request: Request) -> Candidate | None:
+    found = [_candidate(config, request, layout) for layout in layouts(config, request.gpus)]
+    return min(found, key=lambda c: c.memory.total, default=None)
+
+
+def _more_gpus(config: Config, request: Request) -> Candidate | None:
+    """The least, of whole nodes like those given, on which it fits; the batch grows to divide where it must."""
+    step, gpus = request.ranks_per_node, request.gpus
+    while gpus < _MOST_GPUS:
+        gpus = gpus * 2 if gpus >= 4 * step else gpus + step
+        batch = -(-config.train.global_batch_size // gpus) * gpus
+        grown = config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": batch})})
+        least = _least(grown, replace(request, gpus=gpus, nodes=gpus // step))
+        if least is not None and least.fits:
+            return least
+    return None
+
+
+def _fewer_layers(config: Config, request: Request) -> int:
+    """The most layers that fit; 0 if not even one does."""
+    low, high = 0, config.model.num_hidden_layers
+    while high - low > 1:
+        middle = (low + high) // 2
+        shallow = config.model_copy(update={"model": config.model.model_copy(update={"num_hidden_layers": middle})})
+        least = _least(shallow, request)
+        low, high = (middle, high) if least is not None and least.fits else (low, middle)
+    return low
+
+
+def words(layout: Layout) -> str:
+    again = ", recomputation" if layout.recompute else ""
+    return f"EP {layout.expert_parallel}, ZeRO-{layout.zero_stage}, micro-batch {layout.micro_batch}{again}"
+
+
+def planned_config(config: Config, layout: Layout) -> Config:
+    """The configuration with a layout written into it."""
+    parallel = config.parallel.model_copy(
+        update={"expert_parallel_size": layout.expert_parallel, "zero_stage": layout.zero_stage}
+    )
+    train = config.train.model_copy(
+        update={"micro_batch_size": layout.micro_batch, "activation_checkpointing": layout.recompute}
+    )
+    return config.model_copy(update={"parallel": parallel, "train": train})
+
+
+def days(found: Plan, candidate: Candidate) -> float:
+    """To the end of the run."""
+    return found.config.max_steps * candidate.time.total / 86400
+
+
+def as_json(found: Plan) -> dict[str, Any]:
+    """All of it, sizes in bytes and times in seconds."""
+
+    def row(candidate: Candidate) -> dict[str, Any]:
+        return {
+            **asdict(candidate.layout),
+            "fits": candidate.fits,
+            "accumulation_steps": accumulation(found.config, candidate.layout),
+            "memory": {**candidate.memory.parts, "total": candidate.memory.total, "when": candidate.memory.phase},
+            "traffic": {**asdict(candidate.traffic), "total": candidate.traffic.total},
+            "seconds": {**asdict(candidate.time), "step": candidate.time.total},
+            "days": days(found, candidate),
+        }
+
+    dense, expert = held_parameters(found.config, found.candidates[0].layout)
+    request = asdict(found.request) | {"usable": found.request.usable}
+    return {
+        "request": request,
+        "steps": found.config.max_steps,
+        "tokens_per_step": found.config.tokens_per_step,
+        "best": row(found.best) if found.best else None,
+        "needed": found.needed,
+        "held_before_zero": {"dense": dense, "experts": expert},
+        "candidates": [row(candidate) for candidate in found.candidates],
+    }

@@ -1,0 +1,119 @@
+"""A plan as text, and as a configuration file."""
+
+import os
+from pathlib import Path
+
+from moe_llm.config import dump_config
+from moe_llm.errors import UserError
+from moe_llm.planner.hardware import FRAGMENTS, LINK_EFFICIENCY, RESERVED_BYTES
+from moe_llm.planner.memory import PARTS, held_parameters
+from moe_llm.planner.plan import Candidate, Plan, days, planned_config, words
+from moe_llm.planner.time import accumulation
+
+GIB = 2**30
+_ROWS = 12
+
+
+def format_plan(found: Plan) -> str:
+    """The layouts as a table, and the best one's arithmetic."""
+    request = found.request
+    lines = [
+        f"{request.gpus} GPUs of {request.memory / GIB:.1f} GiB ({request.hardware.name}) on {request.nodes} node(s); "
+        f"{request.usable / GIB:.1f} GiB for tensors, after {RESERVED_BYTES / GIB:.0f} GiB for the runtime and "
+        f"{FRAGMENTS:.0%} for fragments",
+        f"memory for {request.imbalance:g} times an even share of rows; products at {request.mfu:.0%} of the peak "
+        f"and links at {LINK_EFFICIENCY:.0%}; fused attention (assumed)",
+        "",
+        "  EP ZeRO micro recomputed " + " ".join(f"{part:>11}" for part in PARTS) + "    GiB    step s     days",
+    ]
+    shown = _shown(found.candidates)
+    lines += [_row(found, candidate) for candidate in shown]
+    rest = len(found.candidates) - len(shown)
+    fitting = sum(candidate.fits for candidate in found.candidates)
+    lines.append(f"  and {rest} more; {fitting} of {len(found.candidates)} fit (*)")
+    if found.best is None:
+        least = found.candidates[0]
+        lines += [
+            "",
+            f"no layout fits: the least, {words(least.layout)}, holds {least.memory.total / GIB:.1f} GiB; it needs "
+            "one of",
+            *(f"  - {sentence}" for sentence in found.needed),
+        ]
+    else:
+        lines += ["", *_arithmetic(found, found.best)]
+    return "\n".join(lines)
+
+
+def _shown(candidates: list[Candidate]) -> list[Candidate]:
+    """The best of each expert-parallel size and ZeRO stage, in the order given."""
+    kept: dict[tuple[int, int], Candidate] = {}
+    for candidate in candidates:
+        kept.setdefault((candidate.layout.expert_parallel, candidate.layout.zero_stage), candidate)
+    return list(kept.values())[:_ROWS]
+
+
+def _row(found: Plan, candidate: Candidate) -> str:
+    layout, memory = candidate.layout, candidate.memory
+    sizes = " ".join(f"{memory.parts[part] / GIB:>11.1f}" for part in PARTS)
+    return (
+        f"{'*' if candidate.fits else ' '} {layout.expert_parallel:>2} {layout.zero_stage:>4} {layout.micro_batch:>5} "
+        f"{'yes' if layout.recompute else 'no':>10} {sizes} {memory.total / GIB:>6.1f} {candidate.time.total:>9.2f} "
+        f"{days(found, candidate):>8.1f}"
+    )
+
+
+def _arithmetic(found: Plan, best: Candidate) -> list[str]:
+    config, layout, time, sent = found.config, best.layout, best.time, best.traffic
+    dense, expert = held_parameters(config, layout)
+    shard = dense / layout.ranks + expert / layout.replicas
+    size = 4 if config.train.precision == "fp32" else 2
+    rounds = accumulation(config, layout)
+    tokens = config.tokens_per_step
+    return [
+        f"best: {words(layout)}; fullest moment: {best.memory.phase}",
+        f"  a GPU holds {dense:,} dense and {expert:,} expert parameters ({config.model.num_local_experts} experts / "
+        f"EP {layout.expert_parallel}), of {size} bytes: {size * (dense + expert) / GIB:.1f} GiB",
+        f"  its share of the optimizer: dense / {layout.ranks} ranks + experts / {layout.replicas} replicas = "
+        f"{shard:,.0f} parameters",
+        "  memory, GiB: "
+        + ", ".join(f"{part} {best.memory.parts[part] / GIB:.1f}" for part in PARTS)
+        + f"; in all {best.memory.total / GIB:.1f}",
+        f"  a step: {tokens:,} tokens, {rounds} micro-batches of {layout.micro_batch} x "
+        f"{config.data.sequence_length} tokens on each GPU",
+        f"  a GPU sends in a step, GB: all-to-all {sent.all_to_all / 1e9:.1f}, gradients {sent.gradients / 1e9:.1f}, "
+        f"weights {sent.weights / 1e9:.1f}",
+        f"  seconds: products {time.products:.2f} + all-to-all {time.all_to_all:.2f} + gradients "
+        f"{time.gradients:.2f} + weights {time.weights:.2f} = {time.total:.2f}, nothing overlapped",
+        f"  {config.max_steps:,} steps, {config.max_steps * tokens:,} tokens: {days(found, best):.1f} days, "
+        f"{tokens / time.total:,.0f} tokens/s",
+    ]
+
+
+def check_out(path: str) -> None:
+    """Refuse a file that cannot be written, before any work."""
+    file = Path(path)
+    folder = file.absolute().parent
+    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"--out {path!r} cannot be written: name a file in a directory that exists")
+    if file.exists():
+        raise UserError(f"--out {path!r} exists: name another file, or remove it")
+
+
+def write_config(found: Plan, path: str) -> None:
+    """The configuration with the best layout in it, and above it how to launch it."""
+    best, request = found.best, found.request
+    assert best is not None, "there is no layout to write"
+    launcher = "gpu_1" if request.gpus == 1 else "gpu_8" if request.nodes == 1 else "multi_node"
+    machines = (
+        ""
+        if request.nodes == 1
+        else (f"\n#     --num_machines {request.nodes} --machine_rank RANK --main_process_ip FIRST_HOST")
+    )
+    head = (
+        f"# {words(best.layout)}, for {request.gpus} GPUs of {request.memory / GIB:.0f} GiB on {request.nodes} "
+        f"node(s): {best.memory.total / GIB:.1f} GiB of each, {best.time.total:.2f} s a step, by arithmetic\n"
+        f"# (moe-llm plan).\n"
+        f"# accelerate launch --config_file configs/accelerate/{launcher}.yaml --num_processes {request.gpus}"
+        f"{' ' + chr(92) if machines else ''}{machines}{' ' + chr(92)}\n#     scripts/train.py {Path(path).name}\n"
+    )
+    Path(path).write_text(head + dump_config(planned_config(found.config, best.layout)), encoding="utf-8")
