@@ -1,7 +1,7 @@
 """Meta-train an initialisation that adapts fast; each of the configuration's data.sources is a task.
 
     python scripts/meta_train.py CONFIG --out runs/meta/init [--method reptile] [section.key=value ...]
-    moe-llm train configs/finetune/experts_only.yaml model.init_from=runs/meta/init finetune.train=all ...
+    moe-llm train configs/finetune/experts_only.yaml model.init_from=runs/meta/init finetune.trainable=all ...
 
 `optim` of the configuration is the optimizer of the adaptation to a task, at its full rate, and
 `train.global_batch_size` the blocks of one of its steps; of `train`, `device` counts too, and all else does not. The
@@ -40,7 +40,7 @@ def main() -> int:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from moe_llm.finetune.origin import complete
+    from moe_llm.finetune.init_from import complete
     from moe_llm.train.meta import MetaOptions, meta_train_sources
 
     config = load_config(arguments.config, arguments.overrides, complete)

@@ -25,16 +25,18 @@ class Background:
     copy: what the work writes; to be changed only while there is no work.
     """
 
-    def __init__(self, ranks: Ranks, report: Callable[[str], None], alive: Callable[[str], None] = lambda phase: None):
+    def __init__(
+        self, ranks: Ranks, report: Callable[[str], None], heartbeat: Callable[[str], None] = lambda phase: None
+    ):
         """
         Args:
             ranks: for the work's own exchanges; nothing else may use it while work is going on.
             report: takes one sentence; called on rank 0 alone.
-            alive: told, while `wait` waits, whenever more of the copy has been written.
+            heartbeat: told, while `wait` waits, whenever more of the copy has been written.
         """
         self.ranks = ranks
         self.copy = HostCopy()
-        self._report, self._alive = report, alive
+        self._report, self._alive = report, heartbeat
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 

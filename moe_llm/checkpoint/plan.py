@@ -16,7 +16,7 @@ from moe_llm.checkpoint.safetensors_io import (
     shard_name,
     split_shards,
 )
-from moe_llm.distributed.state import EMA, Entry, TrainedState
+from moe_llm.distributed.state import EMA, ParameterShard, TrainedState
 
 MODEL, OPTIMIZER = "model", "trainer/optimizer"  # stems of the files, relative to the checkpoint
 AVERAGE = f"{EMA}/{MODEL}"  # the average of the weights, as a model of its own
@@ -100,26 +100,26 @@ class Plan:
         return sum(files.nbytes for files in self.sets.values())
 
 
-def kinds_of(entry: Entry, kinds: Sequence[str], dtype: torch.dtype, average: bool) -> list[str]:
+def kinds_of(entry: ParameterShard, kinds: Sequence[str], dtype: torch.dtype, average: bool) -> list[str]:
     """What of an entry goes into the optimizer's files: of what is never changed, nothing; what is exported in fp32 is
     not here too."""
     exported = [] if dtype == torch.float32 and not entry.adapter else [MASTER, *([EMA] if average else [])]
     return [*exported, *kinds] if entry.trainable else []
 
 
-def pieces_of(entry: Entry) -> list[hf.Piece]:
+def pieces_of(entry: ParameterShard) -> list[hf.Piece]:
     """The published pieces of an entry as this rank holds it."""
     return hf.pieces(entry.name, entry.shape, entry.first_expert)
 
 
-def is_trained(entry: Entry, piece: hf.Piece) -> bool:
+def is_trained(entry: ParameterShard, piece: hf.Piece) -> bool:
     """Whether a piece of an entry is changed by training."""
     if entry.experts is None or piece.index is ...:
         return entry.trainable
     return entry.trains(entry.experts[piece.index[0]])
 
 
-def exported_dtype(entry: Entry, piece: hf.Piece, dtype: torch.dtype) -> torch.dtype:
+def exported_dtype(entry: ParameterShard, piece: hf.Piece, dtype: torch.dtype) -> torch.dtype:
     """That of the export, but for what is never changed, which stays to the last byte, and buffers, which are fp32."""
     if entry.buffer:
         return torch.float32
@@ -202,7 +202,7 @@ def stream(
         del weight, change, tensors
 
 
-def _low_rank(entry: Entry, state: TrainedState) -> torch.Tensor | None:
+def _low_rank(entry: ParameterShard, state: TrainedState) -> torch.Tensor | None:
     """What adapters add to a weight, of its shape, fp32; None without any. Collective."""
     if entry.adapted is None:
         return None

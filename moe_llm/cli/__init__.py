@@ -384,7 +384,7 @@ def _config_show(args) -> None:
 
 def _load(args):
     from moe_llm.config import load_config
-    from moe_llm.finetune.origin import complete
+    from moe_llm.finetune.init_from import complete
 
     return load_config(args.config, args.overrides, complete)
 

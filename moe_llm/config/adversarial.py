@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from moe_llm.config.base import Section, invalid
 
-Turn = Literal["all", "routers", "rest"]
+UpdatePhase = Literal["all", "routers", "rest"]
 
 
 class AdversarialConfig(Section):
@@ -57,7 +57,7 @@ class AdversarialConfig(Section):
         assert self.epsilon is not None
         return self.step_size or min(self.epsilon, 2.5 * self.epsilon / self.steps)
 
-    def turn(self, updates: int) -> Turn:
+    def turn(self, updates: int) -> UpdatePhase:
         """What the next update changes, after so many: a step that is left out gives its turn to the next."""
         if self.router_every is None:
             return "all"

@@ -71,7 +71,7 @@ class LoraConfig(Section):
 class FinetuneConfig(Section):
     """Which tensors are trained; all others stay as they are, to the last byte of the checkpoint."""
 
-    train: Part | list[str] = Field(
+    trainable: Part | list[str] = Field(
         "all",
         description="`all`, `experts`, `router`, `attention`, or a list of patterns (`*` and `?`) over the names of "
         'transformers\' parameters, as in ["*.self_attn.q_proj.*", "lm_head.*"]',
@@ -111,5 +111,5 @@ class FinetuneConfig(Section):
     @property
     def whole(self) -> bool:
         """Whether everything is trained."""
-        tensors = self.train == "all" and self.experts is None and self.router_guard.action != "freeze"
+        tensors = self.trainable == "all" and self.experts is None and self.router_guard.action != "freeze"
         return tensors and self.lora.rank is None

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,6 +14,8 @@ from pydantic import BaseModel, ValidationError
 from moe_llm.config.base import fields_by_key
 from moe_llm.config.schema import Config
 from moe_llm.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _YAML_1_2 = {
     "tag:yaml.org,2002:bool": (r"^(true|True|TRUE|false|False|FALSE)$", "tTfF"),
@@ -148,8 +151,39 @@ def _index(items: list, name: str, where: str) -> int:
     return int(name)
 
 
+# Keys that had another name in earlier versions: (section, old key) to the new key.
+RENAMED_KEYS = {
+    ("data", "over_long"): "overlong",
+    ("finetune", "train"): "trainable",
+    ("logging", "pictures_every_steps"): "image_every_steps",
+    ("parallel", "exchange_chunks"): "all_to_all_chunks",
+}
+
+
+def with_current_names(raw: dict) -> dict:
+    """The same sections with renamed keys under their present names; each is reported once, as a warning.
+
+    Raises:
+        UserError: a key is given under both names.
+    """
+    renamed = dict(raw)
+    for (section, old), new in RENAMED_KEYS.items():
+        values = renamed.get(section)
+        if not isinstance(values, dict) or old not in values:
+            continue
+        if new in values:
+            raise UserError(
+                f"{section}.{old} is the former name of {section}.{new}, and both are given: remove the former"
+            )
+        renamed[section] = {new if key == old else key: value for key, value in values.items()}
+        logger.warning("%s.%s has been renamed: write %s.%s", section, old, section, new)
+    return renamed
+
+
 def validate(raw: dict) -> Config:
     """Check a nested dictionary; the first error becomes one sentence."""
+    if isinstance(raw, dict):
+        raw = with_current_names(raw)
     try:
         return Config.model_validate(raw)
     except ValidationError as error:

@@ -103,7 +103,7 @@ class DataConfig(Section):
         description="for content chat: tokenizer: its own; mixtral: Mixtral-Instruct's; auto: its own where it has "
         "one, else Mixtral's; or a jinja file",
     )
-    over_long: Literal["drop", "truncate"] = Field(
+    overlong: Literal["drop", "truncate"] = Field(
         "drop", description="chat examples longer than a block: left out, or their end is; counted at the start"
     )
     cache_dir: str = Field("~/.cache/moe_llm", description="tokenised data, keyed by its inputs; safe to delete")
@@ -136,7 +136,7 @@ class DataConfig(Section):
                 "is for documents that follow each other, and chat examples are packed by themselves",
                 "leave it at source",
             )
-        for name in ("chat_template", "over_long"):
+        for name in ("chat_template", "overlong"):
             if not self.has_chat and getattr(self, name) != type(self).model_fields[name].default:
                 invalid(name, getattr(self, name), "applies to no source", "set content: chat on one, or remove it")
         return self
@@ -238,7 +238,7 @@ class ParallelConfig(Section):
     """How ranks share the work."""
 
     expert_parallel_size: int = Field(1, ge=1, description="ranks that share one set of experts")
-    exchange_chunks: Literal["auto"] | PositiveInt = Field(
+    all_to_all_chunks: Literal["auto"] | PositiveInt = Field(
         "auto",
         description="parts in which rows travel to their experts and back, so that the next part travels while "
         "one is computed; auto: 2 on CUDA, 1 on a CPU",
@@ -310,7 +310,7 @@ class LoggingConfig(Section):
     tensorboard: bool = Field(
         False, description="TensorBoard files in the run directory; needs `pip install tensorboard`"
     )
-    pictures_every_steps: int = Field(
+    image_every_steps: int = Field(
         50, ge=1, description="wandb and tensorboard get histograms and the load as an image at most so often"
     )
     alarms: AlarmsConfig = Field(AlarmsConfig(), description="when to say that experts are in trouble")

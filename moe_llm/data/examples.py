@@ -20,17 +20,17 @@ class PackedExamples(PackedBlocks):
     truncated: examples of which the end is left out. kept: examples that are there.
 
     Args:
-        over_long: `drop` or `truncate`.
+        overlong: `drop` or `truncate`.
         pad: token id that fills the blocks; never attended to and never a target.
     """
 
-    def __init__(self, text: TokenizedText, sequence_length: int, over_long: str, pad: int):
+    def __init__(self, text: TokenizedText, sequence_length: int, overlong: str, pad: int):
         assert text.targets_N is not None, "chat is tokenised with its targets"
         super().__init__(text, sequence_length, isolate_documents=True, pad=pad)
         places = np.diff(text.starts) - 1
         keep, over = np.ones(len(places), bool), np.flatnonzero(places > sequence_length)
         for d in over:
-            keep[d] = over_long == "truncate" and text.targets_N[self._of(d, sequence_length)].any()
+            keep[d] = overlong == "truncate" and text.targets_N[self._of(d, sequence_length)].any()
         self.dropped, self.truncated = int((~keep).sum()), int(keep[over].sum())
         self.kept = len(places) - self.dropped
         self._places = np.minimum(places, sequence_length)

@@ -271,7 +271,7 @@ def load_data(
 
     def packed(text: TokenizedText) -> PackedBlocks:
         if text.targets_N is not None:
-            return PackedExamples(text, data.sequence_length, data.over_long, tokenizer.eos_token_id)
+            return PackedExamples(text, data.sequence_length, data.overlong, tokenizer.eos_token_id)
         return PackedBlocks(text, data.sequence_length, data.isolate_documents, tokenizer.eos_token_id)
 
     texts = [(field, tokens(field, source, holdout)) for field, source in named_sources(config)]
@@ -311,7 +311,7 @@ def _statistics(field: str, split: str, part: PackedBlocks) -> SourceStatistics:
 def _check_not_all_dropped(part: PackedBlocks, field: str, config: Config) -> None:
     if isinstance(part, PackedExamples) and part.dropped and not part.kept:
         data = config.data
-        remedy = "" if data.over_long == "truncate" else " or set data.over_long=truncate"
+        remedy = "" if data.overlong == "truncate" else " or set data.overlong=truncate"
         raise UserError(
             f"data.sequence_length={data.sequence_length}: of {field} all {part.dropped} examples that are "
             f"{'learned from' if field.startswith('data.sources') else 'held out'} are longer, so none is left: "

@@ -29,7 +29,7 @@ class Teaching(Protocol):
         """What the model's forward pass takes beside a training batch."""
 
 
-class Beside:
+class OnlineTeachers:
     """Teachers that read each batch before the student does."""
 
     def __init__(self, config: Config, runtime: Runtime):
@@ -45,7 +45,7 @@ class Beside:
         return {"teacher": _distillation(self._distill, outcomes)}
 
 
-class FromDisk:
+class CachedTeachers:
     """What the teachers have said of the run's blocks. They are loaded where some of it is missing: by `fill`, or for a
     block that a run comes to which has gone on behind a bad batch."""
 
@@ -128,8 +128,8 @@ def build_teaching(
     if not config.distill.teachers or samples <= 0:
         return lambda batch: {}
     if config.distill.cache_top_k is None:
-        return Beside(config, runtime)
-    teaching = FromDisk(config, runtime, tokenizer)
+        return OnlineTeachers(config, runtime)
+    teaching = CachedTeachers(config, runtime, tokenizer)
     silent = not runtime.is_main or config.logging.console == "off"
     teaching.fill(blocks, start, samples, (lambda sentence: None) if silent else say)
     return teaching

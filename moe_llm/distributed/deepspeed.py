@@ -74,7 +74,7 @@ def engine_config(config: Config, world_size: int) -> dict:
 
 
 def adopt_layers(
-    model: MoEDecoder, expert_parallel_size: int, rank: int, zero_stage: int = 1, exchange_chunks: int = 1
+    model: MoEDecoder, expert_parallel_size: int, rank: int, zero_stage: int = 1, all_to_all_chunks: int = 1
 ) -> None:
     """Make DeepSpeed see our mixture layers: its class, its attributes, its tags on expert parameters.
 
@@ -100,7 +100,7 @@ def adopt_layers(
         layer.ep_rank = rank % expert_parallel_size
         layer.ep_group_name = group_name
         layer.ep_group = None
-        layer.exchange_chunks = exchange_chunks
+        layer.all_to_all_chunks = all_to_all_chunks
         layer.folding_group_handles = None
         layer.expert_placement_descriptor = autoep_affine.legacy_uniform_autoep_placement_descriptor(
             experts, layer.num_local_experts, expert_parallel_size
@@ -124,7 +124,7 @@ class _EngineContract:
         self.ep_group = groups._get_expert_parallel_group(self.ep_group_name)
         assert torch.distributed.get_rank(self.ep_group) == self.ep_rank
         if self.ep_size > 1:
-            self.dispatcher = AllToAllDispatcher(self.ep_group, self.ep_size, self.exchange_chunks)
+            self.dispatcher = AllToAllDispatcher(self.ep_group, self.ep_size, self.all_to_all_chunks)
 
 
 def split_groups(groups: list[dict]) -> list[dict]:

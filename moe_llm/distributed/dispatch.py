@@ -13,7 +13,7 @@ from moe_llm.distributed.traffic import Traffic
 from moe_llm.distributed.weights import GroupWeights
 from moe_llm.model.moe.experts import Experts
 from moe_llm.model.moe.layer import MoELayer
-from moe_llm.model.moe.routing import Merging, Routing
+from moe_llm.model.moe.routing import Routing, WeightMixture
 from moe_llm.ops.permutation import combine, permute
 
 
@@ -59,7 +59,7 @@ class AllToAllDispatcher:
         y_ND = torch.cat(arrived) if self.chunks > 1 else arrived[0]
         return combine(y_ND, routing.weight_N, routing.token_index_N, len(x_TD), routing.slot_TK)
 
-    def merge(self, x_TD: Tensor, merging: Merging, experts: Experts) -> Tensor:
+    def merge(self, x_TD: Tensor, merging: WeightMixture, experts: Experts) -> Tensor:
         return experts(x_TD, merging=merging, exchange=GroupWeights(self.group, self.size, self.traffic))
 
     def _depart(self, x_ND: Tensor, sent_RP: Tensor, received_RP: Tensor) -> tuple[Tensor, "_Flight"]:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from moe_llm.config import Config
-from moe_llm.config.adversarial import Turn
+from moe_llm.config.adversarial import UpdatePhase
 from moe_llm.distributed import deepspeed as contract
 from moe_llm.distributed.averaging import Averaging
 from moe_llm.distributed.runtime import Runtime
-from moe_llm.distributed.state import Adapted, Entry
-from moe_llm.distributed.turns import Turns
+from moe_llm.distributed.state import Adapted, ParameterShard
+from moe_llm.distributed.update_phase import Turns
 from moe_llm.model.adapters import factors_of, is_factor, own_name
 from moe_llm.model.decoder import MoEDecoder, MoEOutput
 from moe_llm.model.moe.experts import Experts
@@ -38,7 +38,7 @@ class Engine(Protocol):
         """This rank's summand of the square of the gradients' global norm (fp32 scalar on its device), between
         `backward` and `step`. Not finite if any gradient that it holds is not."""
 
-    def take_turn(self, turn: Turn) -> None:
+    def set_phase(self, turn: UpdatePhase) -> None:
         """What the coming step trains, before its first backward pass: the gradients of all else are zero, and `step`
         leaves it and its optimizer tensors as they are."""
 
@@ -116,7 +116,7 @@ class _NamedState(Averaging, Turns):
         self._parameters |= buffers
         first = first_experts(model)
         self._entries = [
-            Entry(
+            ParameterShard(
                 name=name,
                 shape=tuple(getattr(p, "ds_shape", p.shape)),
                 first_expert=first.get(name),
@@ -175,7 +175,7 @@ class _NamedState(Averaging, Turns):
         """The square of the gradient's norm for each row of a stacked parameter, as far as this rank holds it."""
         raise NotImplementedError
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[ParameterShard]:
         return self._entries
 
     def gather(self, value: Any) -> Sequence[Any]:
@@ -326,7 +326,7 @@ class DeepSpeedEngine(_NamedState):
         self.accumulation = config.accumulation_steps(runtime.world_size)
         _assert_grouped(model, groups)
         given = [{**group, "params": list(group["params"])} for group in groups]  # splitting changes its argument
-        chunks = config.parallel.exchange_chunks
+        chunks = config.parallel.all_to_all_chunks
         if chunks == "auto":
             chunks = 2 if runtime.device.type == "cuda" else 1
         contract.adopt_layers(model, ep, runtime.rank, config.parallel.zero_stage, chunks)

@@ -33,7 +33,7 @@ class Adapted(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Entry:
+class ParameterShard:
     """One parameter as this rank holds it.
 
     shape: of the whole dense tensor; of this rank's experts, if it is an expert parameter.
@@ -90,11 +90,11 @@ class TrainedState(Protocol):
     world_size: int
     base_files: dict[str, dict[str, Any]]
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[ParameterShard]:
         """Every parameter, in the same order on every rank."""
 
     def read(self, name: str, kind: str) -> torch.Tensor:
-        """kind "weight" (the fp32 master), `EMA` or one of `kinds`: fp32 on the CPU, of `Entry.shape`.
+        """kind "weight" (the fp32 master), `EMA` or one of `kinds`: fp32 on the CPU, of `ParameterShard.shape`.
 
         Collective: every rank calls it for the same names and kinds in the same order.
         """

@@ -76,8 +76,8 @@ class StepLoss:
 
 def _counts(batch: Batch) -> Tensor:
     """Targets, real tokens, and sequences that have one: fp32, exact up to 2^24 a batch."""
-    real_BS = batch.attention_mask_BS
-    return torch.stack([(batch.labels_BS != IGNORED).sum(), real_BS.sum(), real_BS.any(1).sum()]).float()
+    mask_BS = batch.attention_mask_BS
+    return torch.stack([(batch.labels_BS != IGNORED).sum(), mask_BS.sum(), mask_BS.any(1).sum()]).float()
 
 
 def sum_over_ranks(statistics: RoutingStatistics, runtime: Runtime) -> RoutingStatistics:

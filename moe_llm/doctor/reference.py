@@ -82,14 +82,14 @@ class Reference:
 
     def _forward(self, batch: Batch) -> tuple[torch.Tensor, "_Routed"]:
         """Cross-entropy summed over the targets of one round, and what the routers made of its real tokens."""
-        ids_BS, labels_BS, real_BS, row_B = documents_of(batch)
-        output = self.model(ids_BS, attention_mask=real_BS.long(), output_router_logits=True, use_cache=False)
+        ids_BS, labels_BS, mask_BS, row_B = documents_of(batch)
+        output = self.model(ids_BS, attention_mask=mask_BS.long(), output_router_logits=True, use_cache=False)
         loss_sum = F.cross_entropy(output.logits.flatten(0, 1), labels_BS.flatten(), ignore_index=-100, reduction="sum")
-        logits_LTE = torch.stack([layer[real_BS.flatten()] for layer in output.router_logits]).float()
+        logits_LTE = torch.stack([layer[mask_BS.flatten()] for layer in output.router_logits]).float()
         probability_LTE = logits_LTE.softmax(-1)
         chosen = probability_LTE.topk(self.config.num_experts_per_tok, dim=-1).indices
         chosen_LTE = F.one_hot(chosen, logits_LTE.shape[-1]).sum(2).float()
-        row_T = row_B[:, None].expand_as(real_BS)[real_BS]
+        row_T = row_B[:, None].expand_as(mask_BS)[mask_BS]
         return loss_sum, _Routed(logits_LTE, probability_LTE, chosen_LTE, row_T)
 
     def _balance(self, routed: "_Routed", seen_LTE: torch.Tensor, tokens: int, rows: int, rounds: int) -> torch.Tensor:
@@ -140,5 +140,5 @@ def documents_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     pad = torch.nn.utils.rnn.pad_sequence
     ids_BS = pad([ids for ids, _ in pieces], batch_first=True)
     labels_BS = pad([labels for _, labels in pieces], batch_first=True, padding_value=-100)
-    real_BS = pad([torch.ones_like(ids, dtype=torch.bool) for ids, _ in pieces], batch_first=True)
-    return ids_BS, labels_BS, real_BS, torch.tensor(rows)
+    mask_BS = pad([torch.ones_like(ids, dtype=torch.bool) for ids, _ in pieces], batch_first=True)
+    return ids_BS, labels_BS, mask_BS, torch.tensor(rows)

@@ -75,7 +75,7 @@ def _with_chat(user: Config, config: Config, notes: list[str]) -> Config:
         config,
         data={
             "chat_template": template,
-            "over_long": "truncate",
+            "overlong": "truncate",
             **{key: asked[key] for key in ("sources", "validation_sources")},
         },
     )
@@ -192,7 +192,7 @@ def _with_tokenizer(user: Config, config: Config, texts: list[list[str]], direct
         tokenizer={"path": None, "train_bytes": READ},
         data={
             "chat_template": "auto",
-            "over_long": "drop",
+            "overlong": "drop",
             "sources": [_source(directory / f"text_{i}.jsonl", part, None) for i, part in enumerate(texts)],
             "validation_sources": [],
         },

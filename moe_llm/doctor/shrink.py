@@ -188,14 +188,14 @@ def _experts(config: Config, ranks: int) -> int:
 
 def _finetune(config: Config, experts: int, notes: list[str]) -> dict[str, Any]:
     """The same parts are trained, in every layer that is left: patterns that name one stand for all."""
-    train, some = config.finetune.train, config.finetune.experts
+    train, some = config.finetune.trainable, config.finetune.experts
     if not isinstance(train, str):
         train = list(dict.fromkeys(re.sub(r"\blayers\.[^.]+", "layers.*", pattern) for pattern in train))
     if some is not None and max(some) >= experts:
         some = sorted({expert % experts for expert in some})
-    if (train, some) != (config.finetune.train, config.finetune.experts):
+    if (train, some) != (config.finetune.trainable, config.finetune.experts):
         notes.append(
-            f"finetune.train={config.finetune.train} with experts={config.finetune.experts} is {train} with "
+            f"finetune.trainable={config.finetune.trainable} with experts={config.finetune.experts} is {train} with "
             f"experts={some} here, where there are fewer layers or experts"
         )
     # what is frozen stays frozen; the rest of the guard needs a base

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from moe_llm.ensemble.ensemble import Ensemble
-from moe_llm.ensemble.following import Follower
+from moe_llm.ensemble.kv_cache import CachedMember
 
 
 class EnsembleLogitsProcessor(LogitsProcessor):
@@ -39,7 +39,7 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         self.ensemble, self.rule = ensemble, ensemble.rule
         self.rows = self.asked = 0
         self._followers = {
-            u: Follower(ensemble.models[u], ensemble.translators[u], attention_mask, use_cache)
+            u: CachedMember(ensemble.models[u], ensemble.translators[u], attention_mask, use_cache)
             for u in self.rule.needed
         }
 

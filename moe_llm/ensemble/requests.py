@@ -17,7 +17,7 @@ from moe_llm.data.chat_template import own_template
 from moe_llm.data.sources import read_documents
 from moe_llm.ensemble.causal_lm import read_prompt
 from moe_llm.ensemble.fit import Fitted, fit_threshold
-from moe_llm.ensemble.following import room
+from moe_llm.ensemble.kv_cache import room
 from moe_llm.ensemble.models import Model
 from moe_llm.ensemble.recipe import CascadeRecipe, SelfRefineRecipe, StackingRecipe, by_role
 from moe_llm.errors import UserError

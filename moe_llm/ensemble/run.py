@@ -15,7 +15,7 @@ from moe_llm.ensemble.causal_lm import read_prompt, sampling
 from moe_llm.ensemble.ensemble import Ensemble, describe
 from moe_llm.ensemble.evaluate import evaluate
 from moe_llm.ensemble.fit import Fitted, check_fittable, fit
-from moe_llm.ensemble.following import room
+from moe_llm.ensemble.kv_cache import room
 from moe_llm.ensemble.models import Model, load_models
 from moe_llm.ensemble.recipe import (
     AnyRecipe,

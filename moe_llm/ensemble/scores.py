@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_llm.data.loader import ValidationBlocks, load_evaluation
 from moe_llm.data.packing import IGNORED, Batch
 from moe_llm.ensemble.ensemble import Ensemble
-from moe_llm.ensemble.following import check_length, translate
+from moe_llm.ensemble.kv_cache import check_length, translate
 
 LOGIT_BYTES = 256 << 20  # of one model's fp32 logits, for as many rows as are worked on at once
 _LONGEST = 4096  # tokens of a block

@@ -17,12 +17,12 @@ from moe_llm.distributed.runtime import Runtime
 
 @torch.no_grad()
 def validation_loss(
-    config: Config, engine: Engine, runtime: Runtime, data: Data, alive: Callable[[str], None] = lambda phase: None
+    config: Config, engine: Engine, runtime: Runtime, data: Data, heartbeat: Callable[[str], None] = lambda phase: None
 ) -> dict[str, float]:
     """Cross-entropy over the held-out blocks (nats a token) and bits per byte; the same on every rank.
 
     Args:
-        alive: called before each batch.
+        heartbeat: called before each batch.
     """
     engine.model.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=runtime.device)
@@ -30,7 +30,7 @@ def validation_loss(
         micro_batch_size=config.train.micro_batch_size, rank=runtime.rank, world_size=runtime.world_size
     )
     for i, batch in enumerate(batches):
-        alive(f"validation, batch {i + 1} of {len(batches)}")
+        heartbeat(f"validation, batch {i + 1} of {len(batches)}")
         output = engine.forward(**model_inputs(batch.to(runtime.device)))
         totals += torch.stack([output.loss_sum.double(), output.num_targets.double()])
     engine.model.train()

@@ -8,7 +8,7 @@ from moe_llm.model.adapters import own_name
 
 
 def freeze(model: nn.Module, config: Config) -> None:
-    """Mark what `finetune.train` leaves out; which of the experts are trained is the engine's to know.
+    """Mark what `finetune.trainable` leaves out; which of the experts are trained is the engine's to know.
 
     Args:
         model: with all experts or some; before the optimizer and the engine are built.

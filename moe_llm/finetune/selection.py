@@ -1,4 +1,4 @@
-"""What of a model is trained, by the names of its parameters alone: `finetune.train` and `finetune.experts`.
+"""What of a model is trained, by the names of its parameters alone: `finetune.trainable` and `finetune.experts`.
 
 This file needs no torch.
 """
@@ -29,14 +29,14 @@ def trained_names(config: Config) -> list[str]:
     """
     if config.finetune.lora.rank is not None:
         return list(adapter_shapes(config))
-    names, chosen = list(whole_shapes(config)), config.finetune.train
+    names, chosen = list(whole_shapes(config)), config.finetune.trainable
     if isinstance(chosen, str):
         trained = [name for name in names if _PARTS[chosen](name)]
     else:
         for pattern in chosen:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise UserError(
-                    f"finetune.train={pattern!r} matches no parameter: patterns are over whole names such as "
+                    f"finetune.trainable={pattern!r} matches no parameter: patterns are over whole names such as "
                     f"{', '.join(dict.fromkeys(names[len(names) // 2 - 1 :][:3]))}"
                 )
         trained = [name for name in names if any(fnmatchcase(name, pattern) for pattern in chosen)]
@@ -44,7 +44,7 @@ def trained_names(config: Config) -> list[str]:
         trained = [name for name in trained if not is_router(name)]
         if not trained:
             raise UserError(
-                f"finetune.router_guard.action=freeze leaves nothing to train of finetune.train={chosen!r}: "
+                f"finetune.router_guard.action=freeze leaves nothing to train of finetune.trainable={chosen!r}: "
                 "train other parts, or use another action"
             )
     _check_experts(config, trained)
@@ -63,7 +63,7 @@ def _check_experts(config: Config, trained: list[str]) -> None:
             )
     if not any(map(is_expert, trained)):
         raise UserError(
-            f"finetune.experts={chosen} leaves nothing to train of finetune.train={config.finetune.train!r}, which "
+            f"finetune.experts={chosen} leaves nothing to train of finetune.trainable={config.finetune.trainable!r}, which "
             "trains no experts: remove it, or train experts"
         )
 

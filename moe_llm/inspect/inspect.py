@@ -163,24 +163,24 @@ class _Inspection:
         width = max(len(row.ids) for row in rows)
         device = self.model.lm_head.weight.device
         ids_BS = torch.zeros(len(rows), width, dtype=torch.int64)
-        real_BS = torch.zeros(len(rows), width, dtype=torch.bool)
+        mask_BS = torch.zeros(len(rows), width, dtype=torch.bool)
         for b, row in enumerate(rows):
             ids_BS[b, : len(row.ids)] = torch.from_numpy(row.ids)
-            real_BS[b, : len(row.ids)] = True
-        labels_BS = F.pad(ids_BS[:, 1:], (0, 1)).masked_fill(~F.pad(real_BS[:, 1:], (0, 1)), IGNORED).to(device)
-        x_BSD = self.hidden_states(ids_BS.to(device), real_BS.to(device))
+            mask_BS[b, : len(row.ids)] = True
+        labels_BS = F.pad(ids_BS[:, 1:], (0, 1)).masked_fill(~F.pad(mask_BS[:, 1:], (0, 1)), IGNORED).to(device)
+        x_BSD = self.hidden_states(ids_BS.to(device), mask_BS.to(device))
         found = [self.model.lm_head(x_SD[None], label_S[None]) for x_SD, label_S in zip(x_BSD, labels_BS)]
         return np.array([[loss.item(), int(targets)] for loss, targets in found])
 
-    def hidden_states(self, ids_BS: Tensor, real_BS: Tensor) -> Tensor:
+    def hidden_states(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
         """Of the last layer, (B, S, D): the head is applied row by row, so that each row has a loss of its own."""
         from moe_llm.ops.attention import AttentionPattern
 
         position_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device).expand_as(ids_BS)
         pattern = AttentionPattern.build(
-            ids_BS, attention_mask=real_BS, sliding_window=self.model.config.sliding_window
+            ids_BS, attention_mask=mask_BS, sliding_window=self.model.config.sliding_window
         )
-        return self.model.model(ids_BS, position_BS, pattern, real_BS)[0]
+        return self.model.model(ids_BS, position_BS, pattern, mask_BS)[0]
 
     def check(self, data: list[str]) -> None:
         for path, tokens in zip(data, self.counts.tokens_S):

@@ -66,13 +66,13 @@ class DecoderLayer(nn.Module):
         cos_BSd: Tensor,
         sin_BSd: Tensor,
         pattern: AttentionPattern,
-        real_BS: Tensor,
+        mask_BS: Tensor,
         document_BS: Tensor | None,
     ) -> tuple[Tensor, Tensor, RoutingStatistics]:
         x_BSD, normed_BSD = self.input_layernorm.after_adding(x_BSD, delta_BSD)
         attended_BSD = self.self_attn(normed_BSD, cos_BSd, sin_BSd, pattern)
         x_BSD, normed_BSD = self.post_attention_layernorm.after_adding(x_BSD, attended_BSD)
-        y_BSD, statistics = self.mlp(normed_BSD, real_BS, document_BS)
+        y_BSD, statistics = self.mlp(normed_BSD, mask_BS, document_BS)
         return x_BSD, y_BSD, statistics
 
 
@@ -92,7 +92,7 @@ class Decoder(nn.Module):
         input_ids_BS: Tensor,
         position_ids_BS: Tensor,
         pattern: AttentionPattern,
-        real_BS: Tensor,
+        mask_BS: Tensor,
         document_BS: Tensor | None = None,
         perturbation_BSD: Tensor | None = None,
     ) -> tuple[Tensor, RoutingStatistics]:
@@ -104,7 +104,7 @@ class Decoder(nn.Module):
         )
         statistics, delta_BSD = [], None
         for layer in self.layers:
-            arguments = (x_BSD, delta_BSD, cos_BSd, sin_BSd, pattern, real_BS, document_BS)
+            arguments = (x_BSD, delta_BSD, cos_BSd, sin_BSd, pattern, mask_BS, document_BS)
             if self.recompute and torch.is_grad_enabled():
                 x_BSD, delta_BSD, layer_statistics = checkpoint(
                     layer, *arguments, use_reentrant=False, context_fn=keep_routing
@@ -184,14 +184,14 @@ class MoEDecoder(nn.Module):
             targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        real_BS = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+        mask_BS = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
         pattern = AttentionPattern.build(
             input_ids,
             attention_mask=attention_mask,
             document_ids=document_ids,
             sliding_window=self.config.sliding_window,
         )
-        x_BSD, routing = self.model(input_ids, position_ids, pattern, real_BS, document_ids, perturbation)
+        x_BSD, routing = self.model(input_ids, position_ids, pattern, mask_BS, document_ids, perturbation)
 
         logits = self.lm_head(x_BSD) if return_logits else None
         aux = balance_loss(routing, self.config.router_aux_loss_scope)

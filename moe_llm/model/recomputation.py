@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import moe_llm.ops.decided  # noqa: F401 (defines the operation)
+import moe_llm.ops.routing_decision  # noqa: F401 (defines the operation)
 
 # The outputs of these decide who goes where. They are kept (a few integers a token), all else is computed again:
 # a recomputation that differs in the last bit can then not send a token elsewhere, which under expert

@@ -51,18 +51,18 @@ class AttentionPattern:
         length = like_BS.shape[1]
         if sliding_window is not None and sliding_window >= length:
             sliding_window = None
-        real_BS = None if attention_mask is None else attention_mask != 0
-        if real_BS is not None and bool(real_BS.all()):
-            real_BS = None
+        mask_BS = None if attention_mask is None else attention_mask != 0
+        if mask_BS is not None and bool(mask_BS.all()):
+            mask_BS = None
         if document_ids is not None and bool((document_ids == document_ids[:, :1]).all()):
             document_ids = None
-        if real_BS is None and document_ids is None and sliding_window is None:
+        if mask_BS is None and document_ids is None and sliding_window is None:
             return AttentionPattern()
         if like_BS.device.type == "cpu":
-            segments = _segments(like_BS, real_BS, document_ids)
+            segments = _segments(like_BS, mask_BS, document_ids)
             if segments is not None and (sliding_window is None or max(segments) <= sliding_window):
                 return AttentionPattern(segments=segments, starts_BS=_starts(segments, like_BS.shape))
-        return AttentionPattern(_mask(like_BS, real_BS, document_ids, sliding_window))
+        return AttentionPattern(_mask(like_BS, mask_BS, document_ids, sliding_window))
 
 
 def attention(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, *, pattern: AttentionPattern) -> Tensor:
@@ -95,7 +95,7 @@ def _segment_attention(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, segments:
     return torch.cat(outputs).unflatten(0, (batch, length)).transpose(1, 2)
 
 
-def _segments(like_BS: Tensor, real_BS: Tensor | None, document_ids: Tensor | None) -> tuple[int, ...] | None:
+def _segments(like_BS: Tensor, mask_BS: Tensor | None, document_ids: Tensor | None) -> tuple[int, ...] | None:
     """Lengths of the runs of equal document and padding, row after row.
 
     None where runs do not describe the pattern: a document that comes back after another or after padding.
@@ -103,8 +103,8 @@ def _segments(like_BS: Tensor, real_BS: Tensor | None, document_ids: Tensor | No
     batch, length = like_BS.shape
     row_BS = torch.arange(batch)[:, None].expand(batch, length)
     document_BS = torch.zeros_like(row_BS) if document_ids is None else document_ids
-    real_BS = torch.ones_like(row_BS, dtype=torch.bool) if real_BS is None else real_BS
-    key_P3 = torch.stack((row_BS, document_BS.to(row_BS.dtype), real_BS.to(row_BS.dtype)), -1).flatten(0, 1)
+    mask_BS = torch.ones_like(row_BS, dtype=torch.bool) if mask_BS is None else mask_BS
+    key_P3 = torch.stack((row_BS, document_BS.to(row_BS.dtype), mask_BS.to(row_BS.dtype)), -1).flatten(0, 1)
     run_R3, run_length_R = key_P3.unique_consecutive(dim=0, return_counts=True)
     real_run_R3 = run_R3[run_R3[:, 2] == 1]
     if len(real_run_R3.unique(dim=0)) != len(real_run_R3):
@@ -119,7 +119,7 @@ def _starts(segments: tuple[int, ...], shape_BS: torch.Size) -> Tensor:
     return (first_R % shape_BS[1]).repeat_interleave(length_R).view(shape_BS).to(torch.int32)
 
 
-def _mask(like_BS: Tensor, real_BS: Tensor | None, document_ids: Tensor | None, sliding_window: int | None) -> Tensor:
+def _mask(like_BS: Tensor, mask_BS: Tensor | None, document_ids: Tensor | None, sliding_window: int | None) -> Tensor:
     batch, length = like_BS.shape
     position_S = torch.arange(length, device=like_BS.device)
     distance_SS = position_S[:, None] - position_S
@@ -128,6 +128,6 @@ def _mask(like_BS: Tensor, real_BS: Tensor | None, document_ids: Tensor | None, 
         sees_BSS = sees_BSS & (distance_SS < sliding_window)
     if document_ids is not None:
         sees_BSS = sees_BSS & (document_ids[:, :, None] == document_ids[:, None, :])
-    if real_BS is not None:
-        sees_BSS = (sees_BSS & real_BS[:, None, :]) | (distance_SS == 0)
+    if mask_BS is not None:
+        sees_BSS = (sees_BSS & mask_BS[:, None, :]) | (distance_SS == 0)
     return sees_BSS[:, None]

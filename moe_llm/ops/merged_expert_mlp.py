@@ -46,7 +46,7 @@ def merged_expert_mlp(
     exchange: WeightExchange | None = None,
 ) -> Tensor:
     """down_n(silu(gate_n(x)) * up_n(x)) with the weights of run n sum_e probability_ne * expert_e (Muqeeth, Liu and
-    Raffel 2023, "Soft Merging of Experts with Adaptive Routing"), (N, L, D) in x's dtype.
+    Raffel 2023, "Soft WeightMixture of Experts with Adaptive Routing"), (N, L, D) in x's dtype.
 
     Args:
         probability_NE: over all experts, fp32.

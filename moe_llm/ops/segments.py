@@ -22,27 +22,27 @@ class Segments(NamedTuple):
     read_BS: Tensor
 
 
-def segments(real_BS: Tensor, document_BS: Tensor | None, length: int) -> Segments:
+def segments(mask_BS: Tensor, document_BS: Tensor | None, length: int) -> Segments:
     """The segments of `length` tokens of each document, counted from its first token; padding is in none.
 
     document_BS: a number for each position; a document is a run of one number. None: a sequence is one document. No
     host sync.
     """
-    sequences, positions = real_BS.shape
-    groups, device = (positions - 1) // length, real_BS.device
-    rank_BS = real_BS.cumsum(1) - 1  # among the real tokens of the sequence
+    sequences, positions = mask_BS.shape
+    groups, device = (positions - 1) // length, mask_BS.device
+    rank_BS = mask_BS.cumsum(1) - 1  # among the real tokens of the sequence
     nth_BS = rank_BS
     if document_BS is not None:  # from each document's first token on
         begins_BS = F.pad(document_BS[:, 1:] != document_BS[:, :-1], (1, 0), value=True)
-        before_BS = rank_BS - real_BS.long() + 1  # real tokens to the left
+        before_BS = rank_BS - mask_BS.long() + 1  # real tokens to the left
         nth_BS = rank_BS - (before_BS * begins_BS).cummax(1).values
-    reads_BS = real_BS & (nth_BS >= length)
+    reads_BS = mask_BS & (nth_BS >= length)
     opens_BS = reads_BS & (nth_BS % length == 0)
     group_BS = opens_BS.cumsum(1) - 1
     place_S = torch.arange(positions, device=device).expand_as(rank_BS)
     # columns of their own take what is not asked for
     place_by_rank_BS = place_S.new_zeros(sequences, positions + 1).scatter_(
-        1, rank_BS.masked_fill(~real_BS, positions), place_S
+        1, rank_BS.masked_fill(~mask_BS, positions), place_S
     )
     first_BG = rank_BS.new_zeros(sequences, groups + 1).scatter_(1, group_BS.masked_fill(~opens_BS, groups), rank_BS)[
         :, :groups, None

@@ -88,9 +88,9 @@ def _check(config: Config, request: Request) -> None:
         )
     if not config.finetune.whole or config.finetune.router_guard.action == "regularise":
         raise UserError(
-            f"finetune.train={config.finetune.train} with finetune.lora.rank={config.finetune.lora.rank} and "
+            f"finetune.trainable={config.finetune.trainable} with finetune.lora.rank={config.finetune.lora.rank} and "
             f"finetune.router_guard.action={config.finetune.router_guard.action} is not what plans are for, which is "
-            "training all of the model on its loss alone: add finetune.train=all finetune.experts=null "
+            "training all of the model on its loss alone: add finetune.trainable=all finetune.experts=null "
             "finetune.lora.rank=null finetune.router_guard.action=off"
         )
     if config.distill.teachers:

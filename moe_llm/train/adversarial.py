@@ -33,7 +33,7 @@ def check_adversarial(config: Config) -> None:
         kind = "nothing but" if all(routers) else "no"
         raise UserError(
             f"train.adversarial.router_every={every} takes turns between routers and the rest, and this run trains "
-            f"{kind} routers (finetune.train={config.finetune.train!r}): train both, or remove it"
+            f"{kind} routers (finetune.trainable={config.finetune.trainable!r}): train both, or remove it"
         )
     if every > config.max_steps:
         raise UserError(

@@ -39,24 +39,24 @@ def say_of_average(config: Config, engine: Engine, position: Position, say: Call
 
 
 @contextmanager
-def averaged_weights(engine: Engine, alive: Callable[[str], None] = lambda phase: None) -> Iterator[None]:
+def averaged_weights(engine: Engine, heartbeat: Callable[[str], None] = lambda phase: None) -> Iterator[None]:
     """The model computes with the average inside, and with its weights again afterwards, bit for bit. Collective.
 
     The two change places, a parameter at a time, through host memory. Not so after a failure: what is collective
     would hang where it is not everyone's, and nobody goes on with the weights of a run that has failed.
 
     Args:
-        alive: called before each parameter.
+        heartbeat: called before each parameter.
     """
-    _exchange(engine, alive)
+    _exchange(engine, heartbeat)
     yield
-    _exchange(engine, alive)
+    _exchange(engine, heartbeat)
 
 
-def _exchange(engine: Engine, alive: Callable[[str], None]) -> None:
+def _exchange(engine: Engine, heartbeat: Callable[[str], None]) -> None:
     for entry in engine.entries():
         if entry.trainable:
-            alive(f"exchanging {entry.name} with its average")
+            heartbeat(f"exchanging {entry.name} with its average")
             weight, average = engine.read(entry.name, "weight").clone(), engine.read(entry.name, EMA)
             engine.write(entry.name, "weight", average)
             engine.write(entry.name, EMA, weight)

@@ -19,10 +19,10 @@ from moe_llm.distributed.step_loss import StepLoss, StepLosses
 from moe_llm.errors import TrainingFailure
 from moe_llm.model.moe.routers import begin_step, end_step, router_losses
 from moe_llm.model.moe.routing import RoutingStatistics
-from moe_llm.train.health import Health, Trouble
 from moe_llm.train.metrics import expert_gradient_norms, routing_metrics
 from moe_llm.train.optim import learning_rate
 from moe_llm.train.signals import StopRequest
+from moe_llm.train.step_guard import NonFiniteStep, StepGuard
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Callbacks:
     """What the loop calls: `evaluate` gives validation metrics, `judge` says what they mean, `record` takes a finished
     record, `save` writes a checkpoint, `rollback` restores the newest one (None if there is none),
     `add_gradients` goes before a step's micro-batches, `teach` gives what a micro-batch's forward pass takes beside it,
-    `perturb` what it takes beside all that, `say` tells the user a sentence, and `alive` is told what comes next, again
+    `perturb` what it takes beside all that, `say` tells the user a sentence, and `heartbeat` is told what comes next, again
     and again."""
 
     evaluate: Callable[[], dict[str, Any]]
@@ -75,7 +75,7 @@ class Callbacks:
     perturb: Callable[[dict[str, Any]], dict[str, Any]] = lambda inputs: {}
     judge: Callable[[dict[str, Any], Position], Verdict] = lambda measured, position: Verdict()
     say: Callable[[str], None] = lambda sentence: None
-    alive: Callable[[str], None] = lambda phase: None
+    heartbeat: Callable[[str], None] = lambda phase: None
 
 
 def train_loop(
@@ -92,25 +92,25 @@ def train_loop(
     A step whose loss or gradient is not finite is not taken: see `train.on_nan`.
     Resuming is exact because all else is a function of (seed, step): data order, learning rate, router noise.
     """
-    window, health = _Window(runtime), Health(config, engine, runtime)
+    window, health = _Window(runtime), StepGuard(config, engine, runtime)
     saved_step = position.step
     while position.step < config.max_steps:
         name = f"step {position.step + 1}"
-        callbacks.alive(f"{name}, data")
+        callbacks.heartbeat(f"{name}, data")
         batches = [batch.to(runtime.device) for batch in next(loader)]
         seed_noise(config.run.seed, position.step, runtime.rank)
         begin_step(engine.model, position.step)
         turn = config.train.adversarial.turn(position.updates)
-        engine.take_turn(turn)
+        engine.set_phase(turn)
         callbacks.add_gradients()
         step_loss = StepLoss(config.model, runtime, batches)
         for i, batch in enumerate(batches):
-            callbacks.alive(f"{name}, micro-batch {i + 1} of {len(batches)}")
+            callbacks.heartbeat(f"{name}, micro-batch {i + 1} of {len(batches)}")
             inputs = model_inputs(batch) | callbacks.teach(batch)
             losses = step_loss(engine.forward(**inputs, **callbacks.perturb(inputs)))
             engine.backward(losses.total, last=i == len(batches) - 1)
             window.add(losses)
-        callbacks.alive(f"{name}, optimizer")
+        callbacks.heartbeat(f"{name}, optimizer")
         rate = learning_rate(config, position.step)
         trouble = health.inspect(position.step + 1, position.samples, window.step_losses)
         if trouble is None:
@@ -180,7 +180,7 @@ def seed_noise(seed: int, step: int, rank: int) -> None:
 
 
 def _rolled_back(
-    trouble: Trouble, health: Health, engine: Engine, position: Position, saved_step: int, callbacks: Callbacks
+    trouble: NonFiniteStep, health: StepGuard, engine: Engine, position: Position, saved_step: int, callbacks: Callbacks
 ) -> bool:
     """Answer to a step that must not be taken: true after going back to a checkpoint, false to leave its batch out.
 
@@ -207,7 +207,7 @@ def _rolled_back(
     return True
 
 
-def _last_words(trouble: Trouble, position: Position, saved_step: int, callbacks: Callbacks) -> str:
+def _last_words(trouble: NonFiniteStep, position: Position, saved_step: int, callbacks: Callbacks) -> str:
     """Save what was before the bad step, if it is sound and new, and say how to go on."""
     if not trouble.weights_finite:
         return "go on from an older checkpoint (checkpoint.resume=PATH) with a lower optim.lr"
@@ -221,7 +221,7 @@ def _last_words(trouble: Trouble, position: Position, saved_step: int, callbacks
     )
 
 
-def _remarks(trouble: Trouble | None, spike: str | None, step: int, say: Callable[[str], None]) -> dict[str, Any]:
+def _remarks(trouble: NonFiniteStep | None, spike: str | None, step: int, say: Callable[[str], None]) -> dict[str, Any]:
     """What a record says of a step beside its numbers."""
     if trouble is not None:
         return {"skipped": True, "trouble": trouble.record()}
@@ -231,14 +231,14 @@ def _remarks(trouble: Trouble | None, spike: str | None, step: int, say: Callabl
     return {}
 
 
-def _save(health: Health, position: Position, callbacks: Callbacks) -> None:
+def _save(health: StepGuard, position: Position, callbacks: Callbacks) -> None:
     """Save, unless the checkpoint would be one that no run can go on from."""
     if not health.weights_finite():
         raise TrainingFailure(
             f"the weights of step {position.step} are not finite and are not saved, though its gradient was: "
             "go on from the newest checkpoint with a lower optim.lr or a larger optim.eps"
         )
-    callbacks.alive("saving")
+    callbacks.heartbeat("saving")
     callbacks.save(position)
     health.saved()
 

@@ -27,25 +27,25 @@ from moe_llm.distributed.side_group import SideGroup
 from moe_llm.errors import TrainingFailure, UserError
 from moe_llm.evaluation.evaluate import validation_loss
 from moe_llm.finetune.freeze import freeze
+from moe_llm.finetune.init_from import check_origin, load_origin
 from moe_llm.finetune.lora import add_adapters
-from moe_llm.finetune.origin import check_origin, load_origin
 from moe_llm.finetune.selection import trained_names
 from moe_llm.finetune.targets import check_lora
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.init import build_blank, build_model
 from moe_llm.ops import caching_allocator
 from moe_llm.train.adversarial import build_perturbation, check_adversarial
-from moe_llm.train.drift import RouterGuard, check_guard
 from moe_llm.train.ema import averaged_weights, check_ema, say_of_average
 from moe_llm.train.facts import gather_facts
 from moe_llm.train.loop import Callbacks, Position, Verdict, train_loop
 from moe_llm.train.metrics import read_metrics
 from moe_llm.train.optim import build_optimizer, groups_by_part, optimizer_kinds, parameter_groups
 from moe_llm.train.reporter import Reporter, announce, farewell
+from moe_llm.train.router_guard import RouterGuard, check_guard
 from moe_llm.train.signals import StoppedEarly, StopRequest
 from moe_llm.train.stopping import EarlyStopping, forget_lost_best
 from moe_llm.train.trackers import check_trackers
-from moe_llm.train.watchdog import Telling, Watchdog
+from moe_llm.train.watchdog import HeartbeatEngine, Watchdog
 
 T = TypeVar("T")
 # what may be in a run directory before its config.yaml is: of a run that was ended early, and of `moe-llm tokenizer`
@@ -146,13 +146,13 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
     )
     watchdog = Watchdog(runtime, config.train.hang_timeout_seconds)
     saved: list[Path] = []
-    background = Background(SideGroup(runtime), _complain, watchdog.alive) if config.checkpoint.async_ else None
+    background = Background(SideGroup(runtime), _complain, watchdog.heartbeat) if config.checkpoint.async_ else None
 
     def save(at: Position) -> None:
         saved.append(
             save_checkpoint(
                 run_dir / "checkpoints",
-                Telling(engine, watchdog.alive),
+                HeartbeatEngine(engine, watchdog.heartbeat),
                 step=at.step,
                 trainer_state=at.state(),
                 model_config=config.model,
@@ -167,7 +167,7 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
         caching_allocator.empty_cache()
 
     def rollback() -> Position | None:
-        watchdog.alive("going back to a checkpoint")
+        watchdog.heartbeat("going back to a checkpoint")
         if background is not None:
             together(background.ranks, background.wait)  # the newest one may still be on its way to the disk
         newest = find_resumable(run_dir / "checkpoints", report=reporter.say, ranks=runtime)
@@ -181,10 +181,10 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
     early_stopping = EarlyStopping(config)
 
     def evaluate() -> dict[str, Any]:
-        loss = validation_loss(config, engine, runtime, data, watchdog.alive)
+        loss = validation_loss(config, engine, runtime, data, watchdog.heartbeat)
         if config.evaluate.ema and engine.averaged:
-            with averaged_weights(engine, watchdog.alive):
-                averaged = validation_loss(config, engine, runtime, data, watchdog.alive)
+            with averaged_weights(engine, watchdog.heartbeat):
+                averaged = validation_loss(config, engine, runtime, data, watchdog.heartbeat)
             loss |= {f"ema_{name}": value for name, value in averaged.items()}
         measured = loss if guard is None else loss | guard.measure()
         caching_allocator.empty_cache()
@@ -203,7 +203,7 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
         add_gradients=(lambda: None) if guard is None else guard.add_gradients,
         teach=teach,
         say=reporter.say,
-        alive=watchdog.alive,
+        heartbeat=watchdog.heartbeat,
         perturb=build_perturbation(config, engine.model),
     )
     stop.defer()

@@ -78,7 +78,7 @@ class Wandb(_Tracker):
     def __init__(self, config: Config, run_dir: Path):
         import wandb
 
-        super().__init__(config.logging.pictures_every_steps)
+        super().__init__(config.logging.image_every_steps)
         identity = run_dir / "wandb_id"
         if not identity.exists():
             identity.write_text(secrets.token_hex(4), encoding="utf-8")
@@ -111,7 +111,7 @@ class TensorBoard(_Tracker):
     """Event files in tensorboard/ of the run directory; a run that goes on hides what was written after its step."""
 
     def __init__(self, config: Config, run_dir: Path, step: int):
-        super().__init__(config.logging.pictures_every_steps)
+        super().__init__(config.logging.image_every_steps)
         self._directory = run_dir / "tensorboard"
         self._open(step)
 

@@ -35,7 +35,7 @@ class _Peer:
 
 
 class Watchdog:
-    """Use as a context manager around the training loop, on all ranks; `alive` is progress.
+    """Use as a context manager around the training loop, on all ranks; `heartbeat` is progress.
 
     The process ends with a message on stderr, its stack and exit code 1 when
     - there was no progress for `timeout` seconds, or
@@ -54,13 +54,13 @@ class Watchdog:
         self._threads: list[threading.Thread] = []
         self._stores = _connect(runtime) if timeout is not None and self._ranks > 1 else None
 
-    def alive(self, phase: str) -> None:
+    def heartbeat(self, phase: str) -> None:
         """Progress was made, and `phase` comes next."""
         self._phase, self._progress = phase, time.monotonic()
 
     def __enter__(self) -> "Watchdog":
         if self._timeout is not None:
-            self.alive("start")
+            self.heartbeat("start")
             for peer in self._peers.values():
                 peer.heard = time.monotonic()
             self._start(self._watch)
@@ -150,11 +150,11 @@ def _connect(runtime: Runtime) -> tuple:
     return write, read, held
 
 
-class Telling:
+class HeartbeatEngine:
     """An engine of which every tensor read, as a save does, is a sign of life."""
 
-    def __init__(self, engine: Engine, alive: Callable[[str], None]):
-        self._engine, self._alive = engine, alive
+    def __init__(self, engine: Engine, heartbeat: Callable[[str], None]):
+        self._engine, self._alive = engine, heartbeat
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)

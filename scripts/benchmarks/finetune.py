@@ -35,7 +35,7 @@ import torch
 
 from moe_llm.cli import main as moe_llm
 from moe_llm.config import Config, load_config
-from moe_llm.finetune.origin import complete
+from moe_llm.finetune.init_from import complete
 from moe_llm.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +90,7 @@ def run_config(arguments, text: Path, run_dir: Path, train: str, blocks: int, ra
             "validation_fraction": 0.05,
             "cache_dir": str(arguments.work.resolve() / "cache"),
         },
-        "finetune": {"train": train, "router_guard": {"action": "log"}},
+        "finetune": {"trainable": train, "router_guard": {"action": "log"}},
         "optim": {"lr": rate, "schedule": "cosine", "warmup_steps": max(1, steps // 20), "weight_decay": 0.1},
         "train": {
             "max_steps": steps,

@@ -7,7 +7,7 @@ import torch
 
 from moe_llm.checkpoint import hf
 from moe_llm.config import ModelConfig, load_config
-from moe_llm.distributed.state import EMA, Entry
+from moe_llm.distributed.state import EMA, ParameterShard
 
 KINDS = ("exp_avg", "exp_avg_sq")
 
@@ -118,7 +118,7 @@ class FakeState:
                 self.held[name, kind] = tensors[name, kind][rows].clone()
             writer = i % replicas == rank // ep if expert else i % self.world_size == rank
             self._entries.append(
-                Entry(name, tuple(whole[rows].shape), first if expert else None, name not in frozen, writer)
+                ParameterShard(name, tuple(whole[rows].shape), first if expert else None, name not in frozen, writer)
             )
 
     def entries(self):

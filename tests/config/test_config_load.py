@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from moe_llm.config import Config, dump_config, load_config
 from moe_llm.config.base import fields_by_key
-from moe_llm.config.load import parse_yaml, validate
+from moe_llm.config.load import RENAMED_KEYS, parse_yaml, validate
 from moe_llm.config.routers import MixtralSettings, RouterSettings
 from moe_llm.errors import UserError
 
@@ -315,3 +315,20 @@ def test_the_schema_accepts_what_is_accepted(path):
     assert list(validator.iter_errors(raw)) == []
     raw["model"]["hiden_size"] = 1
     assert [error.validator for error in validator.iter_errors(raw)] == ["additionalProperties"]
+
+
+@pytest.mark.parametrize(("section", "old"), RENAMED_KEYS)
+def test_a_renamed_key_works_under_its_former_name_and_warns(section, old, caplog):
+    new = RENAMED_KEYS[section, old]
+    value = {"overlong": "truncate", "trainable": "experts", "image_every_steps": 7, "all_to_all_chunks": 3}[new]
+    raw = {
+        "model": {"vocab_size": 64},
+        "data": {"sources": [{"type": "files", "path": "x.jsonl", "content": "chat"}]},
+        "train": {"max_steps": 1},
+    }
+    raw[section] = {**raw.get(section, {}), old: value}
+    assert getattr(getattr(validate(raw), section), new) == value
+    assert f"{section}.{old} has been renamed: write {section}.{new}" in caplog.text
+    raw[section][new] = value
+    with pytest.raises(UserError, match="both are given"):
+        validate(raw)

@@ -41,9 +41,9 @@ def batch_of(blocks: PackedExamples):
 
 @settings(max_examples=150, deadline=None)
 @given(EXAMPLES, st.integers(2, 24), st.sampled_from(["drop", "truncate"]))
-def test_each_example_is_whole_once_or_counted(masks, length, over_long):
+def test_each_example_is_whole_once_or_counted(masks, length, overlong):
     text = tokenised(masks)
-    blocks = PackedExamples(text, length, over_long, pad=2)
+    blocks = PackedExamples(text, length, overlong, pad=2)
     batch = batch_of(blocks)
     found, dropped, truncated = {}, 0, 0
     for ids, labels, documents, positions, real in zip(
@@ -60,7 +60,7 @@ def test_each_example_is_whole_once_or_counted(masks, length, over_long):
         tokens, targets = text.tokens_N[begin:end].tolist(), text.targets_N[begin:end].tolist()
         over = len(tokens) - 1 > length
         tokens, targets = tokens[: length + 1], targets[: length + 1]
-        if over and (over_long == "drop" or not any(targets)):
+        if over and (overlong == "drop" or not any(targets)):
             dropped += 1
             assert tokens[0] not in found
             continue
@@ -204,7 +204,7 @@ def test_rows_are_learned_or_held_out_and_the_order_is_a_function_of_the_positio
     learned, held = spoken(data.train.sources), spoken(data.validation.sources)
     assert not learned & held
     assert len(learned | held) == 39
-    cut = loaded(chat_config(over_long="truncate"), tmp_path)
+    cut = loaded(chat_config(overlong="truncate"), tmp_path)
     assert sum(part.dropped + part.truncated for part in cut.statistics) == 1
     shorter = loaded(chat_config(sequence_length=30), tmp_path)
     assert shorter.train.sources[0].sequence_length == 30
@@ -260,7 +260,7 @@ def test_a_source_with_nothing_left_is_refused(chat_config, tmp_path):
     with pytest.raises(UserError, match=r"sequence_length=64: of data\.sources\.0 all \d+ examples that are learned"):
         loaded(chat_config(rows), tmp_path)
     with pytest.raises(UserError, match=r"are longer, so none is left: raise it$"):
-        loaded(chat_config(rows, over_long="truncate"), tmp_path)
+        loaded(chat_config(rows, overlong="truncate"), tmp_path)
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text(json.dumps({"prompt": "the " * 90, "completion": "a"}) + "\n")
     validation = [{"type": "files", "path": str(held_out), "content": "chat"}]
@@ -274,7 +274,7 @@ def test_a_source_with_nothing_left_is_refused(chat_config, tmp_path):
         ({"isolate_documents": False}, "would let chat examples attend to each other"),
         ({"sources": [{"type": "python_stdlib", "content": "chat"}]}, "does not apply to python_stdlib"),
         ({"sources": [{"type": "files", "path": "x", "content": "chat", "format": "text"}]}, "has no rows"),
-        ({"sources": [{"type": "files", "path": "x"}], "over_long": "truncate"}, "applies to no source"),
+        ({"sources": [{"type": "files", "path": "x"}], "overlong": "truncate"}, "applies to no source"),
         ({"sources": [{"type": "files", "path": "x"}], "chat_template": "mixtral"}, "applies to no source"),
     ],
 )  # fmt: skip

@@ -144,7 +144,7 @@ def test_answers_of_a_chat_are_learned_from(student, trained, mixtures, tmp_path
         "sources": [{"type": "files", "path": str(out), "content": "chat"}],
         "validation_fraction": 0.3,
         "sequence_length": 64,
-        "over_long": "truncate",
+        "overlong": "truncate",
     }
     assert trained("run", {}, tokenizer={"path": str(teacher)}, data=data)[-1]["lm_loss"] > 0
 

@@ -148,9 +148,9 @@ def test_a_block_beyond_those_foreseen_is_asked_of_the_teacher(config, monkeypat
     """As after `train.on_nan=rollback`, where the data goes on behind what was lost."""
     words = ["distill.cache_top_k=6"]
     expected = learn(config(*words, "train.max_steps=3"))["losses"]
-    fill = teaching.FromDisk.fill
+    fill = teaching.CachedTeachers.fill
     monkeypatch.setattr(
-        teaching.FromDisk, "fill", lambda self, blocks, start, samples, say: fill(self, blocks, start, 4, say)
+        teaching.CachedTeachers, "fill", lambda self, blocks, start, samples, say: fill(self, blocks, start, 4, say)
     )
     words += [f"data.cache_dir={config().data.cache_dir}-other"]
     for ours, theirs in zip(learn(config(*words, "train.max_steps=3"))["losses"], expected, strict=True):

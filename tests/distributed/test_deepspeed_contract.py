@@ -60,7 +60,7 @@ def _adopted(cfg) -> dict:
 
 @pytest.mark.parametrize(("ep", "stage", "chunks"), [(2, 1, "auto"), (4, 2, 3), (1, 2, "auto"), (2, 3, "auto")])
 def test_engine_gets_our_settings_and_neighbours_share_the_experts(four_ranks, ep, stage, chunks):
-    cfg = config(3, 2, 4, ep=ep, stage=stage, parallel={"exchange_chunks": chunks})
+    cfg = config(3, 2, 4, ep=ep, stage=stage, parallel={"all_to_all_chunks": chunks})
     for rank, found in enumerate(four_ranks.run(_adopted, cfg)):
         first = rank // ep * ep
         assert found["moe"]

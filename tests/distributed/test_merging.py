@@ -28,13 +28,13 @@ def layer_of(dtype: torch.dtype) -> MoELayer:
 def inputs(rank: int, sequences: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(10 + rank)
     x_BSD = torch.randn(sequences, LENGTH, MODEL["hidden_size"], generator=generator).to(dtype).requires_grad_()
-    real_BS = torch.arange(LENGTH) < torch.tensor([LENGTH, 7, 3])[:sequences, None]
-    return x_BSD, real_BS
+    mask_BS = torch.arange(LENGTH) < torch.tensor([LENGTH, 7, 3])[:sequences, None]
+    return x_BSD, mask_BS
 
 
-def outcome(layer: MoELayer, x_BSD: torch.Tensor, real_BS: torch.Tensor) -> tuple:
-    y_BSD, statistics = layer(x_BSD, real_BS)
-    (y_BSD * y_BSD * real_BS[..., None]).sum().backward()
+def outcome(layer: MoELayer, x_BSD: torch.Tensor, mask_BS: torch.Tensor) -> tuple:
+    y_BSD, statistics = layer(x_BSD, mask_BS)
+    (y_BSD * y_BSD * mask_BS[..., None]).sum().backward()
     return y_BSD.detach(), x_BSD.grad, statistics.probability_sum_E.detach()
 
 

@@ -89,7 +89,7 @@ def test_features_do_not_depend_on_the_layout(two_ranks, feature, stage):
 def test_recomputation_and_exchange_in_parts_under_expert_parallelism(two_ranks, stage, chunks):
     train = {"activation_checkpointing": True}
     expected = train_steps(config(MICRO * 2, 1, 1), 5)
-    cfg = config(MICRO, 1, 2, ep=2, stage=stage, train=train, parallel={"exchange_chunks": chunks})
+    cfg = config(MICRO, 1, 2, ep=2, stage=stage, train=train, parallel={"all_to_all_chunks": chunks})
     found = two_ranks.run(train_steps, cfg, 5)
     worst, where = difference(found, expected, "gradients")
     assert worst < 1e-5, where

@@ -99,8 +99,8 @@ def padding_counted(rank):
 
     real = router.router_statistics
 
-    def everything(logits_TE, probability_TE, expert_TK, real_BS, **options):
-        return real(logits_TE, probability_TE, expert_TK, torch.ones_like(real_BS), **options)
+    def everything(logits_TE, probability_TE, expert_TK, mask_BS, **options):
+        return real(logits_TE, probability_TE, expert_TK, torch.ones_like(mask_BS), **options)
 
     return mock.patch.object(router, "router_statistics", everything)
 
@@ -180,9 +180,9 @@ def noise_without_effect(rank):
 
     real = mixtral.MixtralRouter.forward
 
-    def forward(self, x_BSD, real_BS):
+    def forward(self, x_BSD, mask_BS):
         self.jitter = 0.0
-        return real(self, x_BSD, real_BS)
+        return real(self, x_BSD, mask_BS)
 
     return mock.patch.object(mixtral.MixtralRouter, "forward", forward)
 
@@ -193,8 +193,8 @@ def capacity_beyond_a_sequence(rank):
 
     real = token_choice.assign
 
-    def assign(preference_BSR, real_BS, top_k, num_experts, capacity, wanted_BSR=None):
-        together, all_real = preference_BSR.flatten(0, 1)[None], real_BS.flatten()[None]
+    def assign(preference_BSR, mask_BS, top_k, num_experts, capacity, wanted_BSR=None):
+        together, all_real = preference_BSR.flatten(0, 1)[None], mask_BS.flatten()[None]
         return real(together, all_real, top_k, num_experts, capacity).view_as(preference_BSR)
 
     return mock.patch.object(token_choice, "assign", assign)

@@ -86,7 +86,7 @@ def test_without_a_fault_all_checks_pass(doctor_ranks):
 
 def test_the_experts_alone_are_examined_as_they_are_trained(doctor_ranks):
     """Some of them even; and what keeps them from being trained, or changes the rest, is found."""
-    chosen = ["parallel.expert_parallel_size=2", "finetune.train=experts", "finetune.experts=[1,6]"]
+    chosen = ["parallel.expert_parallel_size=2", "finetune.trainable=experts", "finetune.experts=[1,6]"]
     report = examine(load_config(QUICKSTART, chosen), steps=2, processes=doctor_ranks)
     assert [finding for finding in report.findings if finding.failed] == []
     assert "frozen" in {finding.key for finding in report.findings}

@@ -115,7 +115,7 @@ def test_chat_stays_chat(tmp_path, template):
     config, notes = prepare(
         tmp_path / "small",
         f"data.sources=[{{type: files, path: {rows}, content: chat}}]",
-        "data.over_long=drop",
+        "data.overlong=drop",
         f"data.chat_template={name}",
     )
     assert ["the chat template alone writes" in note for note in notes] == [True]

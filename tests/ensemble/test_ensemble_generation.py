@@ -7,7 +7,7 @@ from merge.merge_fakes import WORDS
 from transformers import AutoModelForCausalLM, TextIteratorStreamer
 from transformers.cache_utils import DynamicCache
 
-from moe_llm.ensemble.following import Follower
+from moe_llm.ensemble.kv_cache import CachedMember
 from moe_llm.ensemble.models import active_parameters, load_models
 from moe_llm.ensemble.processor import EnsembleLogitsProcessor, generate
 from moe_llm.ensemble.recipe import parse_recipe
@@ -94,7 +94,7 @@ def test_cached_is_uncached(models, way, mixed, monkeypatch):
 
 def test_a_follower_reads_each_token_once_and_follows_its_rows(models):
     [model] = load_models(parse_recipe({"method": "linear", "members": members(models["b"])}).members)
-    follower = Follower(model)
+    follower = CachedMember(model)
     ids = torch.randint(3, 11, (4, 6), generator=torch.Generator().manual_seed(0))
 
     def check(rows: torch.Tensor, read: int) -> None:
@@ -118,7 +118,7 @@ def test_prompts_that_differ_in_padding_alone_are_kept_apart(models):
     [model] = load_models(parse_recipe({"method": "linear", "members": members(models["a"])}).members)
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     ids = torch.tensor([[2, 2, 3, 4, word] for word in (5, 6, 5, 6)])
-    follower = Follower(model, None, mask)
+    follower = CachedMember(model, None, mask)
     follower.next_logits(ids)
     ids = torch.cat([ids[[1, 0, 3, 2]], torch.tensor([[7], [8], [7], [8]])], 1)
     found = follower.next_logits(ids).log_softmax(-1)

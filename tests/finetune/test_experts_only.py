@@ -13,7 +13,7 @@ from moe_llm.cli import main
 from moe_llm.config import load_config
 from moe_llm.config.load import validate
 from moe_llm.finetune.diff import diff
-from moe_llm.finetune.origin import complete
+from moe_llm.finetune.init_from import complete
 
 SHIPPED = Path(__file__).parents[2] / "configs/finetune/experts_only.yaml"
 
@@ -68,13 +68,13 @@ def test_experts_alone_are_trained_from_the_command_line_and_on_resuming(base, t
 def test_the_shipped_file_survives_a_dump(base):
     loaded = load_config(SHIPPED, [f"model.init_from={base}", "data.sequence_length=64"], complete)
     assert validate(loaded.model_dump(mode="json")) == loaded
-    assert (loaded.finetune.train, loaded.model.hidden_size, loaded.tokenizer.path) == ("experts", 16, str(base))
+    assert (loaded.finetune.trainable, loaded.model.hidden_size, loaded.tokenizer.path) == ("experts", 16, str(base))
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["finetune.train=[no.such.*]"], "finetune.train='no.such.*' matches no parameter"),
+        (["finetune.trainable=[no.such.*]"], "finetune.trainable='no.such.*' matches no parameter"),
         (["finetune.experts=[9]"], "names expert 9"),
         (["model.init_from=/nowhere"], "model.init_from='/nowhere' has no config.json"),
         (["model.hidden_size=8"], "model.hidden_size=8 contradicts"),

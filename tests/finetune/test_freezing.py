@@ -8,11 +8,11 @@ from support.training import config, difference, train_steps
 from moe_llm.checkpoint.hf import is_expert
 
 CHOICES = {
-    "experts": {"train": "experts"},
-    "router": {"train": "router"},
-    "attention": {"train": ["*.self_attn.[qk]_proj.*", "lm_head.*"]},
-    "some_experts": {"train": "all", "experts": [1, 2]},
-    "experts_of_one_rank": {"train": "experts", "experts": [3]},
+    "experts": {"trainable": "experts"},
+    "router": {"trainable": "router"},
+    "attention": {"trainable": ["*.self_attn.[qk]_proj.*", "lm_head.*"]},
+    "some_experts": {"trainable": "all", "experts": [1, 2]},
+    "experts_of_one_rank": {"trainable": "experts", "experts": [3]},
 }
 STEPS = 3
 

@@ -175,7 +175,9 @@ def _ranks_gathering_all(cfg, how: dict) -> dict:
 def test_ranks_equal_one_process_and_go_on_elsewhere(two_ranks, base, trained, tmp_path, stage, ep, chunks):
     """ZeRO-3 with recomputation; rows exchanged in parts by expert and by share; both ways between layouts."""
     first, straight = trained
-    cfg = run(base, 2, ep, stage, parallel={"exchange_chunks": chunks, "expert_parallel_size": ep, "zero_stage": stage})
+    cfg = run(
+        base, 2, ep, stage, parallel={"all_to_all_chunks": chunks, "expert_parallel_size": ep, "zero_stage": stage}
+    )
     found = two_ranks.run(_ranks_gathering_all, cfg, {"save": str(tmp_path)})
     for rank in found:
         assert rank["losses"] == pytest.approx(first["losses"], rel=1e-5)

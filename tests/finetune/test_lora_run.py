@@ -86,7 +86,7 @@ def test_adapters_are_trained_from_the_command_line_and_on_resuming(base, text, 
         ),
         (["finetune.lora.dropout=1"], "finetune.lora.dropout=1"),
         (["finetune.lora.rank=null"], "applies to nothing without a rank"),
-        (["finetune.train=experts"], "finetune.train=experts names whole tensors to train beside lora.rank=2"),
+        (["finetune.trainable=experts"], "finetune.trainable=experts names whole tensors to train beside lora.rank=2"),
         (["finetune.experts=[1]"], "names whole tensors to train beside lora.rank=2"),
     ],
 )

@@ -49,11 +49,11 @@ def test_the_sentence_counts_what_is_trained():
 @pytest.mark.parametrize(
     ("finetune", "words"),
     [
-        ({"train": ["*.mlp.gat.*"]}, r"finetune\.train='\*\.mlp\.gat\.\*' matches no parameter"),
-        ({"train": ["lm_head.*", "nothing"]}, r"finetune\.train='nothing' matches no parameter"),
-        ({"train": "experts", "experts": [1, 4]}, r"finetune\.experts=\[1, 4\] names expert 4, .* from 0 to 3"),
-        ({"train": "all", "experts": [-1]}, r"names expert -1"),
-        ({"train": "router", "experts": [1]}, r"leaves nothing to train of finetune\.train='router'"),
+        ({"trainable": ["*.mlp.gat.*"]}, r"finetune\.trainable='\*\.mlp\.gat\.\*' matches no parameter"),
+        ({"trainable": ["lm_head.*", "nothing"]}, r"finetune\.trainable='nothing' matches no parameter"),
+        ({"trainable": "experts", "experts": [1, 4]}, r"finetune\.experts=\[1, 4\] names expert 4, .* from 0 to 3"),
+        ({"trainable": "all", "experts": [-1]}, r"names expert -1"),
+        ({"trainable": "router", "experts": [1]}, r"leaves nothing to train of finetune\.trainable='router'"),
     ],
 )
 def test_what_names_nothing_is_refused(finetune, words):
@@ -63,5 +63,5 @@ def test_what_names_nothing_is_refused(finetune, words):
 
 @pytest.mark.parametrize("train", ["expert", [], [""], 3, None])
 def test_what_is_no_part_is_refused(train):
-    with pytest.raises(UserError, match=r"^finetune\.train=.* names no part of the model: use all, experts"):
+    with pytest.raises(UserError, match=r"^finetune\.trainable=.* names no part of the model: use all, experts"):
         chosen(train=train)

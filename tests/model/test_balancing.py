@@ -39,17 +39,17 @@ def layer_of(**model) -> MoELayer:
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor]:
-    real_BS = torch.ones(B, S, dtype=torch.bool)
-    real_BS[2, 5:] = False
-    return torch.randn(B, S, D, generator=torch.Generator().manual_seed(2)), real_BS
+    mask_BS = torch.ones(B, S, dtype=torch.bool)
+    mask_BS[2, 5:] = False
+    return torch.randn(B, S, D, generator=torch.Generator().manual_seed(2)), mask_BS
 
 
 @pytest.mark.parametrize("groups", [2, 3])
 def test_balance_losses_are_deepseekmoes(groups):
     """Dai et al. 2024, equations 12 to 16, token by token."""
     router = {"type": "deepseek_moe", "expert_balance_coef": 0.2, "device_balance_coef": 0.3, "device_groups": groups}
-    layer, (x_BSD, real_BS) = layer_of(router=router), inputs()
-    s_TE = (x_BSD[real_BS] @ layer.gate.weight.T).softmax(-1)
+    layer, (x_BSD, mask_BS) = layer_of(router=router), inputs()
+    s_TE = (x_BSD[mask_BS] @ layer.gate.weight.T).softmax(-1)
     f = [
         E / (K * len(s_TE)) * sum(1 for row in s_TE.tolist() if i in sorted(range(E), key=lambda j: -row[j])[:K])
         for i in range(E)
@@ -63,7 +63,7 @@ def test_balance_losses_are_deepseekmoes(groups):
     losses = router_losses(ModelConfig(**SIZES, router=router))
     named = {"expert_balance_loss": 0.2, "device_balance_loss": 0.3}
     assert {loss.name: loss.coefficient for loss in losses} == named
-    found = router_loss_values(losses, RoutingStatistics.stack([layer(x_BSD, real_BS)[1]]))
+    found = router_loss_values(losses, RoutingStatistics.stack([layer(x_BSD, mask_BS)[1]]))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
         slopes = (torch.autograd.grad(v, layer.gate.weight, retain_graph=True)[0] for v in (ours, theirs))
@@ -71,20 +71,20 @@ def test_balance_losses_are_deepseekmoes(groups):
 
 
 def test_the_bias_moves_against_the_load_of_real_tokens():
-    layer, (x_BSD, real_BS) = layer_of(router={"type": "bias_balanced", "update_rate": 0.25}), inputs()
-    counts_E = layer(x_BSD, real_BS)[1].tokens_per_expert_E
-    assert counts_E.sum() == K * real_BS.sum()
-    mean = K * int(real_BS.sum()) / E
-    layer.gate.after_step(layer(x_BSD, real_BS)[1])
+    layer, (x_BSD, mask_BS) = layer_of(router={"type": "bias_balanced", "update_rate": 0.25}), inputs()
+    counts_E = layer(x_BSD, mask_BS)[1].tokens_per_expert_E
+    assert counts_E.sum() == K * mask_BS.sum()
+    mean = K * int(mask_BS.sum()) / E
+    layer.gate.after_step(layer(x_BSD, mask_BS)[1])
     expected = [0.25 * ((mean > count) - (mean < count)) for count in counts_E.tolist()]
     assert layer.gate.e_score_correction_bias.tolist() == expected
     assert {-0.25, 0.25} <= set(expected)
 
 
 def test_the_bias_changes_who_is_chosen_and_no_weight():
-    layer, (x_BSD, real_BS) = layer_of(router={"type": "bias_balanced", "norm_topk_prob": False}), inputs()
+    layer, (x_BSD, mask_BS) = layer_of(router={"type": "bias_balanced", "norm_topk_prob": False}), inputs()
     layer.gate.e_score_correction_bias[1] = 100.0
-    routing = layer.gate(x_BSD, real_BS)
+    routing = layer.gate(x_BSD, mask_BS)
     assert routing.counts_E[1] == B * S
     first = int(routing.counts_E[0])
     score_T = torch.sigmoid(x_BSD.flatten(0, 1) @ layer.gate.weight[1])
@@ -137,7 +137,7 @@ def test_each_balance_loss_lowers_the_variation():
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_shared_experts_are_added_to_the_routed_sum(gated):
-    layer, (x_BSD, real_BS) = layer_of(num_shared_experts=2, shared_expert_gate=gated), inputs()
+    layer, (x_BSD, mask_BS) = layer_of(num_shared_experts=2, shared_expert_gate=gated), inputs()
     x_TD, shared = x_BSD.flatten(0, 1), layer.shared_experts
     assert shared.gate_proj.weight.shape == (10, D)
     expected_TD = torch.zeros_like(x_TD)
@@ -146,8 +146,8 @@ def test_shared_experts_are_added_to_the_routed_sum(gated):
         expected_TD += hidden_TF @ shared.down_proj.weight[:, half].T
     if gated:
         expected_TD *= torch.sigmoid(x_TD @ layer.shared_expert_gate.weight.T)
-    routed_TD = layer.dispatcher(x_TD, layer.gate(x_BSD, real_BS), layer.experts)
-    torch.testing.assert_close(layer(x_BSD, real_BS)[0].flatten(0, 1), routed_TD + expected_TD)
+    routed_TD = layer.dispatcher(x_TD, layer.gate(x_BSD, mask_BS), layer.experts)
+    torch.testing.assert_close(layer(x_BSD, mask_BS)[0].flatten(0, 1), routed_TD + expected_TD)
 
 
 def test_shared_experts_have_the_experts_dropout_and_smaller_residual_weights():

@@ -25,51 +25,51 @@ def test_every_expert_takes_the_same_number_of_each_sequence():
 
 
 def test_padding_is_taken_by_none_and_changes_nothing():
-    layer, (x_BSD, real_BS) = blank(), inputs()
-    other_BSD = torch.where(real_BS[..., None], x_BSD, 5 * torch.randn_like(x_BSD))
-    (y_BSD, found), (again_BSD, other) = layer(x_BSD, real_BS), layer(other_BSD, real_BS)
-    assert torch.equal(y_BSD[real_BS], again_BSD[real_BS])
-    assert not y_BSD[~real_BS].any()
+    layer, (x_BSD, mask_BS) = blank(), inputs()
+    other_BSD = torch.where(mask_BS[..., None], x_BSD, 5 * torch.randn_like(x_BSD))
+    (y_BSD, found), (again_BSD, other) = layer(x_BSD, mask_BS), layer(other_BSD, mask_BS)
+    assert torch.equal(y_BSD[mask_BS], again_BSD[mask_BS])
+    assert not y_BSD[~mask_BS].any()
     assert torch.equal(found.own_X, other.own_X)
 
 
 def test_before_the_first_step_every_token_has_every_expert():
-    layer, (x_BSD, real_BS) = blank().eval(), inputs()
+    layer, (x_BSD, mask_BS) = blank().eval(), inputs()
     x_TD = x_BSD.flatten(0, 1)
     expected_TD = by_definition(x_TD, layer, (x_TD @ layer.gate.weight.T).softmax(-1))
-    torch.testing.assert_close(layer(x_BSD, real_BS)[0].flatten(0, 1), expected_TD, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(x_BSD, mask_BS)[0].flatten(0, 1), expected_TD, rtol=1e-5, atol=1e-5)
 
 
 def test_the_threshold_is_a_running_mean_of_the_lowest_score_taken():
-    layer, (x_BSD, real_BS) = blank(threshold_rate=0.25), inputs()
-    real_BS[2] = False  # a sequence of nothing says nothing
+    layer, (x_BSD, mask_BS) = blank(threshold_rate=0.25), inputs()
+    mask_BS[2] = False  # a sequence of nothing says nothing
     score_BSE = (x_BSD @ layer.gate.weight.T).softmax(-1)
     room, lowest = -(-10 * K // E), []
     for b, length in ((0, 10), (1, 7)):
         lowest.append(score_BSE[b, :length].topk(room, dim=0).values[-1])
     mean_E = torch.stack(lowest).mean(0)
-    layer.gate.after_step(layer(x_BSD, real_BS)[1])
+    layer.gate.after_step(layer(x_BSD, mask_BS)[1])
     torch.testing.assert_close(layer.gate.threshold, mean_E)
     layer.gate.threshold.fill_(0.6)
-    layer.gate.after_step(layer(x_BSD, real_BS)[1])
+    layer.gate.after_step(layer(x_BSD, mask_BS)[1])
     torch.testing.assert_close(layer.gate.threshold, 0.75 * 0.6 + 0.25 * mean_E)
 
 
 def test_a_sequence_shorter_than_the_room_gives_all_its_tokens():
-    layer, (x_BSD, real_BS) = blank(), inputs()
-    real_BS[:, 2:] = False
-    assert layer(x_BSD, real_BS)[1].tokens_per_expert_E.tolist() == [6.0] * E
+    layer, (x_BSD, mask_BS) = blank(), inputs()
+    mask_BS[:, 2:] = False
+    assert layer(x_BSD, mask_BS)[1].tokens_per_expert_E.tolist() == [6.0] * E
 
 
 def test_thresholds_give_about_as_many_experts_as_the_choice_did():
     layer = blank()
     generator = torch.Generator().manual_seed(1)
-    real_BS = torch.ones(16, 60, dtype=torch.bool)
+    mask_BS = torch.ones(16, 60, dtype=torch.bool)
     for _ in range(30):
-        layer.gate.after_step(layer(torch.randn(16, 60, 12, generator=generator), real_BS)[1])
-    statistics = layer.eval()(torch.randn(16, 60, 12, generator=generator), real_BS)[1]
-    assert statistics.tokens_per_expert_E.sum().item() / real_BS.sum() == pytest.approx(K, rel=0.05)
-    assert (statistics.tokens_per_expert_E / real_BS.sum() * E / K - 1).abs().max() < 0.15
+        layer.gate.after_step(layer(torch.randn(16, 60, 12, generator=generator), mask_BS)[1])
+    statistics = layer.eval()(torch.randn(16, 60, 12, generator=generator), mask_BS)[1]
+    assert statistics.tokens_per_expert_E.sum().item() / mask_BS.sum() == pytest.approx(K, rel=0.05)
+    assert (statistics.tokens_per_expert_E / mask_BS.sum() * E / K - 1).abs().max() < 0.15
 
 
 def test_active_experts_are_the_average():

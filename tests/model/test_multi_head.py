@@ -48,9 +48,9 @@ def layer_of(model: ModelConfig) -> MoELayer:
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor]:
     x_BSD = torch.randn(B, S, D, generator=torch.Generator().manual_seed(2)).requires_grad_()
-    real_BS = torch.ones(B, S, dtype=torch.bool)
-    real_BS[1, 5:] = False
-    return x_BSD, real_BS
+    mask_BS = torch.ones(B, S, dtype=torch.bool)
+    mask_BS[1, 5:] = False
+    return x_BSD, mask_BS
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
     ids=lambda settings: next(iter(settings), "plain"),
 )
 def test_outputs_and_gradients_are_those_of_the_papers_equations(settings):
-    layer, (x_BSD, real_BS) = layer_of(config_of(router=settings)), inputs()
+    layer, (x_BSD, mask_BS) = layer_of(config_of(router=settings)), inputs()
 
     def expert(e, x_W):
         gate_FW, up_FW = layer.experts.gate_up_proj[e].chunk(2)
@@ -73,15 +73,15 @@ def test_outputs_and_gradients_are_those_of_the_papers_equations(settings):
     expected_TD, counts, dropped = reference.multi_head(
         x_BSD.flatten(0, 1),
         dict(layer.gate.named_parameters()),
-        real_BS.tolist(),
+        mask_BS.tolist(),
         K,
         H,
         settings.get("norm_topk_prob", False),
         expert,
         settings.get("capacity_factor"),
     )
-    y_BSD, statistics = layer(x_BSD, real_BS)
-    real_T, leaves = real_BS.flatten(), {"x": x_BSD, **dict(layer.named_parameters())}
+    y_BSD, statistics = layer(x_BSD, mask_BS)
+    real_T, leaves = mask_BS.flatten(), {"x": x_BSD, **dict(layer.named_parameters())}
     found_TD = y_BSD.flatten(0, 1)[real_T]
     torch.testing.assert_close(found_TD, expected_TD[real_T], rtol=1e-5, atol=1e-5)
     direction_TD = torch.randn(len(found_TD), D, generator=torch.Generator().manual_seed(3))
@@ -92,7 +92,7 @@ def test_outputs_and_gradients_are_those_of_the_papers_equations(settings):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, at=name: f"{at}: {m}")
 
     assert statistics.tokens_per_expert_E.tolist() == counts
-    assert statistics.num_tokens == H * real_BS.sum()
+    assert statistics.num_tokens == H * mask_BS.sum()
     assert statistics.dropped == dropped
     assert (dropped > 0) == ("capacity_factor" in settings)
     assert statistics.probability_sum_E.sum().item() == pytest.approx(statistics.num_tokens.item(), rel=1e-5)
@@ -100,9 +100,9 @@ def test_outputs_and_gradients_are_those_of_the_papers_equations(settings):
 
 @pytest.mark.parametrize("scope", ["global", "sequence"])
 def test_the_balance_loss_of_undecided_routers_is_k_as_ever(scope):
-    layer, (x_BSD, real_BS) = layer_of(config_of(router_aux_loss_scope=scope)), inputs()
+    layer, (x_BSD, mask_BS) = layer_of(config_of(router_aux_loss_scope=scope)), inputs()
     layer.gate.weight.data.zero_()
-    stacked = RoutingStatistics.stack([layer(x_BSD, real_BS)[1]])
+    stacked = RoutingStatistics.stack([layer(x_BSD, mask_BS)[1]])
     assert balance_loss(stacked, scope).item() == pytest.approx(K, rel=1e-5)
 
 

@@ -19,18 +19,18 @@ CASES = {
 FACTOR = 0.7
 
 
-def expected(layer, kind: str, x_BSD: torch.Tensor, real_BS: torch.Tensor) -> tuple[torch.Tensor, int]:
+def expected(layer, kind: str, x_BSD: torch.Tensor, mask_BS: torch.Tensor) -> tuple[torch.Tensor, int]:
     """y = sum of granted w_e E_e(x) + (sum of denied w_e) x, and how many are denied; without padding's rows."""
     top_k, _, told = CASES[kind]
     if kind == "multi_head":  # whose parts of tokens are what tokens are elsewhere
         parts_BPW = (x_BSD @ layer.gate.head_proj.weight.T).unflatten(-1, (2, -1)).flatten(1, 2)
-        y_RW, denied = _expected(layer, "switch", top_k, {"factor": 100.0}, parts_BPW, real_BS.repeat_interleave(2, 1))
+        y_RW, denied = _expected(layer, "switch", top_k, {"factor": 100.0}, parts_BPW, mask_BS.repeat_interleave(2, 1))
         return y_RW.unflatten(0, (-1, 2)).flatten(1) @ layer.gate.merge_proj.weight.T, denied
-    return _expected(layer, kind, top_k, told, x_BSD, real_BS)
+    return _expected(layer, kind, top_k, told, x_BSD, mask_BS)
 
 
-def _expected(layer, kind, top_k, told, x_BSD, real_BS) -> tuple[torch.Tensor, int]:
-    (batch, length), x_TD, real = real_BS.shape, x_BSD.flatten(0, 1), real_BS.tolist()
+def _expected(layer, kind, top_k, told, x_BSD, mask_BS) -> tuple[torch.Tensor, int]:
+    (batch, length), x_TD, real = mask_BS.shape, x_BSD.flatten(0, 1), mask_BS.tolist()
     parameters = dict(layer.gate.named_parameters())
     if kind == "switch":  # there for one expert a token alone
         gates_TE, _ = reference.by_probability(x_TD @ parameters["weight"].T, real, top_k, 100.0, None)
@@ -57,10 +57,10 @@ def _expected(layer, kind, top_k, told, x_BSD, real_BS) -> tuple[torch.Tensor, i
 def test_outputs_and_gradients_are_those_of_the_definition(kind):
     top_k, settings, _ = CASES[kind]
     settings = {**settings, "capacity_factor": FACTOR, "overflow": "residual"}
-    layer, (x_BSD, real_BS) = layer_of(config_of(kind, top_k, settings)), inputs()
-    wanted_TD, denied = expected(layer, kind, x_BSD, real_BS)
-    y_BSD, statistics = layer(x_BSD, real_BS)
-    found_TD, real_T = y_BSD.flatten(0, 1), real_BS.flatten()
+    layer, (x_BSD, mask_BS) = layer_of(config_of(kind, top_k, settings)), inputs()
+    wanted_TD, denied = expected(layer, kind, x_BSD, mask_BS)
+    y_BSD, statistics = layer(x_BSD, mask_BS)
+    found_TD, real_T = y_BSD.flatten(0, 1), mask_BS.flatten()
     assert statistics.dropped == denied > 0
     torch.testing.assert_close(found_TD[real_T], wanted_TD[real_T], rtol=1e-5, atol=1e-5)
     assert not found_TD[~real_T].any()
@@ -81,17 +81,17 @@ def test_evaluation_has_no_limit_and_keeps_nothing(kind):
     top_k, settings, _ = CASES[kind]
     held = layer_of(config_of(kind, top_k, {**settings, "capacity_factor": FACTOR, "overflow": "residual"})).eval()
     free = layer_of(config_of(kind, top_k, {**settings, "capacity_factor": None})).eval()
-    x_BSD, real_BS = inputs()
-    assert torch.equal(held(x_BSD, real_BS)[0], free(x_BSD, real_BS)[0])
-    assert held.gate(x_BSD, real_BS).kept_R is None
+    x_BSD, mask_BS = inputs()
+    assert torch.equal(held(x_BSD, mask_BS)[0], free(x_BSD, mask_BS)[0])
+    assert held.gate(x_BSD, mask_BS).kept_R is None
 
 
 def test_weights_still_sum_to_one():
     layer = layer_of(config_of("mixtral", 2, {"capacity_factor": FACTOR, "overflow": "residual"}))
-    x_BSD, real_BS = inputs()
-    routing = layer.gate(x_BSD, real_BS)
+    x_BSD, mask_BS = inputs()
+    routing = layer.gate(x_BSD, mask_BS)
     total_T = routing.kept_R.clone().index_add_(0, routing.token_index_N, routing.weight_N)
-    torch.testing.assert_close(total_T, real_BS.flatten().float())
+    torch.testing.assert_close(total_T, mask_BS.flatten().float())
 
 
 def test_every_router_that_may_pass_on_has_a_case():

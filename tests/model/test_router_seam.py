@@ -60,7 +60,7 @@ def test_training_moves_the_buffer_and_feels_the_loss():
 
 
 def test_a_frozen_router_keeps_its_buffer():
-    found = train_steps(run_of(finetune={"train": "experts"}), 3)
+    found = train_steps(run_of(finetune={"trainable": "experts"}), 3)
     assert not found["weights"]["model.layers.0.mlp.gate.bias"][1].any()
 
 

@@ -109,9 +109,9 @@ def layer_of(config: ModelConfig) -> MoELayer:
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor]:
     x_BSD = torch.randn(B, S, D, generator=torch.Generator().manual_seed(2))
-    real_BS = torch.ones(B, S, dtype=torch.bool)
-    real_BS[1, 7:] = False
-    return x_BSD.requires_grad_(), real_BS
+    mask_BS = torch.ones(B, S, dtype=torch.bool)
+    mask_BS[1, 7:] = False
+    return x_BSD.requires_grad_(), mask_BS
 
 
 @pytest.mark.parametrize("case", [*CASES, *SINGLE])
@@ -119,12 +119,12 @@ def test_what_the_language_model_loss_cannot_move_is_told(case):
     """Router parameters without a gradient are those of `unweighed`: all others have one."""
     kind, top_k, settings, *_ = (CASES | SINGLE)[case]
     config = config_of(kind, top_k, settings)
-    layer, (x_BSD, real_BS) = layer_of(config), inputs()
+    layer, (x_BSD, mask_BS) = layer_of(config), inputs()
     torch.manual_seed(9)
-    y_BSD, _ = layer(x_BSD, real_BS)
+    y_BSD, _ = layer(x_BSD, mask_BS)
     direction_BSD = torch.randn(y_BSD.shape, generator=torch.Generator().manual_seed(3))
     names, parameters = zip(*layer.gate.named_parameters(), strict=True)
-    slopes = torch.autograd.grad((y_BSD * direction_BSD)[real_BS].sum(), parameters, allow_unused=True)
+    slopes = torch.autograd.grad((y_BSD * direction_BSD)[mask_BS].sum(), parameters, allow_unused=True)
     still = [name for name, slope in zip(names, slopes, strict=True) if slope is None or slope.abs().max() < 1e-5]
     if settings.get("noise") is False and "noise_weight" in still:
         still.remove("noise_weight")  # of which nothing is drawn
@@ -156,20 +156,20 @@ def merged_by_definition(x_TD: torch.Tensor, layer: MoELayer, gates_TE: torch.Te
 @pytest.mark.parametrize("case", OF_TOKENS)
 def test_outputs_and_gradients_are_those_of_the_papers_equations(case):
     kind, top_k, settings, told = CASES[case]
-    layer, (x_BSD, real_BS) = layer_of(config_of(kind, top_k, settings)), inputs()
+    layer, (x_BSD, mask_BS) = layer_of(config_of(kind, top_k, settings)), inputs()
     parameters = dict(layer.gate.named_parameters()) | dict(layer.gate.named_buffers())
     gates_TE, dropped = getattr(reference, kind)(
-        x_BSD.flatten(0, 1), parameters, real_BS.tolist(), top_k=top_k, **{**draws(told.get("draws")), **told}
+        x_BSD.flatten(0, 1), parameters, mask_BS.tolist(), top_k=top_k, **{**draws(told.get("draws")), **told}
     )
     merged = told.get("merged", False)
     expected_TD = (merged_by_definition if merged else by_definition)(x_BSD.flatten(0, 1), layer, gates_TE)
     direction_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(3))
     leaves = [x_BSD, *layer.parameters()]
-    slopes = torch.autograd.grad((expected_TD * direction_TD)[real_BS.flatten()].sum(), leaves, allow_unused=True)
+    slopes = torch.autograd.grad((expected_TD * direction_TD)[mask_BS.flatten()].sum(), leaves, allow_unused=True)
 
     torch.manual_seed(9)
-    y_BSD, statistics = layer(x_BSD, real_BS)
-    real_T = real_BS.flatten()
+    y_BSD, statistics = layer(x_BSD, mask_BS)
+    real_T = mask_BS.flatten()
     torch.testing.assert_close(y_BSD.flatten(0, 1)[real_T], expected_TD[real_T], rtol=1e-5, atol=1e-5)
     found = torch.autograd.grad((y_BSD.flatten(0, 1) * direction_TD)[real_T].sum(), leaves, allow_unused=True)
     for leaf, ours, theirs in zip(["x", *dict(layer.named_parameters())], found, slopes, strict=True):
@@ -201,13 +201,13 @@ def test_every_router_has_a_case_and_a_file_that_cites_it():
 @pytest.mark.parametrize("case", CASES)
 def test_evaluation_draws_nothing_and_drops_nothing(case):
     kind, top_k, settings, _ = CASES[case]
-    layer, (x_BSD, real_BS) = layer_of(config_of(kind, top_k, settings, router_jitter_noise=0.5)).eval(), inputs()
+    layer, (x_BSD, mask_BS) = layer_of(config_of(kind, top_k, settings, router_jitter_noise=0.5)).eval(), inputs()
     state = torch.get_rng_state()
-    y_BSD, statistics = layer(x_BSD, real_BS)
+    y_BSD, statistics = layer(x_BSD, mask_BS)
     assert torch.equal(torch.get_rng_state(), state)
     assert statistics.dropped == 0
     for b in range(B):  # and a sequence is treated the same in any batch, and whatever comes later in it
-        alone = layer(x_BSD[b : b + 1, :6], real_BS[b : b + 1, :6])[0]
+        alone = layer(x_BSD[b : b + 1, :6], mask_BS[b : b + 1, :6])[0]
         torch.testing.assert_close(alone[0], y_BSD[b, :6], rtol=1e-5, atol=1e-5)
 
 
@@ -238,12 +238,12 @@ def test_the_work_of_mixing_weights_is_counted():
 
 def test_importance_and_load_losses_are_the_papers():
     config = config_of("noisy_top_k", 2, {})
-    layer, (x_BSD, real_BS) = layer_of(config), inputs()
+    layer, (x_BSD, mask_BS) = layer_of(config), inputs()
     parameters, leaves = dict(layer.gate.named_parameters()), [x_BSD, *layer.gate.parameters()]
     noise_TE = draws("normal")["noise_TE"]
-    expected = reference.noisy_losses(x_BSD.flatten(0, 1), parameters, real_BS.flatten(), 2, noise_TE)
+    expected = reference.noisy_losses(x_BSD.flatten(0, 1), parameters, mask_BS.flatten(), 2, noise_TE)
     torch.manual_seed(9)
-    statistics = RoutingStatistics.stack([layer(x_BSD, real_BS)[1]])
+    statistics = RoutingStatistics.stack([layer(x_BSD, mask_BS)[1]])
     losses = router_losses(config)
     assert [(loss.name, loss.coefficient) for loss in losses] == [("importance_loss", 0.1), ("load_loss", 0.1)]
     for found, value in zip(router_loss_values(losses, statistics), expected, strict=True):
@@ -272,8 +272,8 @@ def test_importance_and_load_losses_are_the_papers():
 def test_entropy_losses_are_those_of_the_distributions(name, settings):
     """LIMoE (Mustafa et al. 2022), section 2.2."""
     config = config_of("mixtral", 2, settings)
-    layer, (x_BSD, real_BS) = layer_of(config), inputs()
-    p_TE = (x_BSD.flatten(0, 1) @ layer.gate.weight.T).softmax(-1)[real_BS.flatten()]
+    layer, (x_BSD, mask_BS) = layer_of(config), inputs()
+    p_TE = (x_BSD.flatten(0, 1) @ layer.gate.weight.T).softmax(-1)[mask_BS.flatten()]
     mean_entropy, entropy_of_mean = (-(p * p.log()).sum(-1).mean() for p in (p_TE, p_TE.mean(0)))
     threshold = settings.get("global_entropy_threshold")
     expected = {
@@ -283,7 +283,7 @@ def test_entropy_losses_are_those_of_the_distributions(name, settings):
     }[name]
     losses = router_losses(config)
     assert [loss.name for loss in losses] == [name]
-    found = router_loss_values(losses, RoutingStatistics.stack([layer(x_BSD, real_BS)[1]]))[0]
+    found = router_loss_values(losses, RoutingStatistics.stack([layer(x_BSD, mask_BS)[1]]))[0]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     ours, theirs = (torch.autograd.grad(value, layer.gate.weight)[0] for value in (found, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
@@ -292,32 +292,32 @@ def test_entropy_losses_are_those_of_the_distributions(name, settings):
 
 def test_the_capacity_follows_its_schedule():
     settings = {"capacity_factor": 0.5, "initial_capacity_factor": 2.5, "capacity_decay_steps": 4}
-    layer, (x_BSD, real_BS) = layer_of(config_of("switch", 1, settings)), inputs()
+    layer, (x_BSD, mask_BS) = layer_of(config_of("switch", 1, settings)), inputs()
     dropped = []
     for step in range(6):
         layer.gate.step = step
-        dropped.append(layer(x_BSD, real_BS)[1].dropped.item())
+        dropped.append(layer(x_BSD, mask_BS)[1].dropped.item())
     assert [layer.gate.settings.capacity_at(step) for step in (0, 1, 2, 4, 9)] == [2.5, 2.0, 1.5, 0.5, 0.5]
     assert dropped == sorted(dropped)
     assert dropped[0] < dropped[4] == dropped[5]
 
 
 def test_warm_up_spreads_tokens_and_ends():
-    plain, (x_BSD, real_BS) = layer_of(config_of("mixtral", 1, {})), inputs()
+    plain, (x_BSD, mask_BS) = layer_of(config_of("mixtral", 1, {})), inputs()
     warm = layer_of(config_of("mixtral", 1, {"warmup_steps": 10}))
     x_BSD = x_BSD.detach().repeat(40, 1, 1) * 0.1 + 1.0  # nearly all tokens are alike
-    real_BS = real_BS.repeat(40, 1)
-    wanted = plain(x_BSD, real_BS)[1].tokens_per_expert_E
+    mask_BS = mask_BS.repeat(40, 1)
+    wanted = plain(x_BSD, mask_BS)[1].tokens_per_expert_E
     moved = []
     for step in (0, 5, 10):
         warm.gate.step = step
         torch.manual_seed(step)
-        counts_E = warm(x_BSD, real_BS)[1].tokens_per_expert_E
+        counts_E = warm(x_BSD, mask_BS)[1].tokens_per_expert_E
         moved.append((counts_E - wanted).abs().sum().item() / 2 / wanted.sum().item())
         if step == 0:
             assert counts_E.std() / counts_E.mean() < 0.15
     assert moved[0] > 1.5 * moved[1] > 0 == moved[2]
-    assert torch.equal(warm.eval()(x_BSD, real_BS)[0], plain.eval()(x_BSD, real_BS)[0])
+    assert torch.equal(warm.eval()(x_BSD, mask_BS)[0], plain.eval()(x_BSD, mask_BS)[0])
 
 
 @pytest.mark.parametrize("case", [*CASES, "warm-up"])
@@ -376,8 +376,8 @@ def test_what_differs_by_rounding_alone_is_served_in_order_and_no_more_than_that
     gate = layer_of(config_of("batch_prioritised", 1, {"capacity_factor": 1.0, "noise": False})).gate
 
     def granted(*scores):
-        score_TR, real_BS = torch.tensor(scores)[:, None], torch.ones(1, len(scores), dtype=torch.bool)
-        return gate.assign(torch.zeros_like(score_TR, dtype=torch.int64), score_TR, None, real_BS, 2).flatten().tolist()
+        score_TR, mask_BS = torch.tensor(scores)[:, None], torch.ones(1, len(scores), dtype=torch.bool)
+        return gate.assign(torch.zeros_like(score_TR, dtype=torch.int64), score_TR, None, mask_BS, 2).flatten().tolist()
 
     for first, second in ((1 - 2**-24, 1.0), (1.0, 1 - 2**-24), (1.0, 1.0)):
         assert granted(0.3, first, second, second) == [False, True, True, False]

@@ -47,14 +47,14 @@ def layer_of(config: ModelConfig) -> MoELayer:
 
 def inputs(padded: str) -> tuple[torch.Tensor, torch.Tensor]:
     x_BSD = torch.randn(B, S, D, generator=torch.Generator().manual_seed(2)).requires_grad_()
-    real_BS = torch.ones(B, S, dtype=torch.bool)
+    mask_BS = torch.ones(B, S, dtype=torch.bool)
     if padded == "right":
-        real_BS[0, 13:], real_BS[2, 16] = False, False
+        mask_BS[0, 13:], mask_BS[2, 16] = False, False
     elif padded == "holes":
-        real_BS[:, 2], real_BS[0, 9:12], real_BS[2, 15:] = False, False, False
+        mask_BS[:, 2], mask_BS[0, 9:12], mask_BS[2, 15:] = False, False, False
     elif padded == "left":
-        real_BS[0, :3], real_BS[1, :13] = False, False
-    return x_BSD, real_BS
+        mask_BS[0, :3], mask_BS[1, :13] = False, False
+    return x_BSD, mask_BS
 
 
 def expert_of(layer: MoELayer):
@@ -71,13 +71,13 @@ def expert_of(layer: MoELayer):
     [("no", False), ("right", False), ("left", False), ("right", True), ("holes", False), ("holes", True)],
 )
 def test_outputs_and_gradients_are_those_of_the_papers_equations(normalize, padded, documents):
-    layer, (x_BSD, real_BS) = layer_of(config_of(normalize)), inputs(padded)
+    layer, (x_BSD, mask_BS) = layer_of(config_of(normalize)), inputs(padded)
     document_BS = DOCUMENTS if documents else None
     owners = (DOCUMENTS if documents else torch.zeros_like(DOCUMENTS)).tolist()
     expected_BSD = reference.soft_moe(
-        x_BSD, dict(layer.gate.named_parameters()), real_BS.tolist(), owners, L, SLOTS, normalize, expert_of(layer)
+        x_BSD, dict(layer.gate.named_parameters()), mask_BS.tolist(), owners, L, SLOTS, normalize, expert_of(layer)
     )
-    y_BSD, statistics = layer(x_BSD, real_BS, document_BS)
+    y_BSD, statistics = layer(x_BSD, mask_BS, document_BS)
     torch.testing.assert_close(y_BSD, expected_BSD, rtol=1e-5, atol=1e-5)
     assert expected_BSD.any(-1).sum() >= 12
     direction_BSD = torch.randn(B, S, D, generator=torch.Generator().manual_seed(3))
@@ -88,31 +88,31 @@ def test_outputs_and_gradients_are_those_of_the_papers_equations(normalize, padd
 
     segments = sum(
         (sum(real and owner == document for real, owner in zip(mask, row)) - 1) // L
-        for mask, row in zip(real_BS.tolist(), owners)
+        for mask, row in zip(mask_BS.tolist(), owners)
         for document in set(row)
         if document >= 0
     )
     assert statistics.tokens_per_expert_E.tolist() == [SLOTS * segments] * E
-    assert statistics.num_tokens == real_BS.sum()
+    assert statistics.num_tokens == mask_BS.sum()
     assert statistics.dropped == 0
-    assert statistics.probability_sum_E.sum().item() == pytest.approx(real_BS.sum().item(), rel=1e-5)
+    assert statistics.probability_sum_E.sum().item() == pytest.approx(mask_BS.sum().item(), rel=1e-5)
 
 
 def test_statistics_are_those_of_what_tokens_take_of_each_expert():
     """Balanced by construction: the loss for balance is the rows that a token costs, and has no gradient."""
-    layer, (x_BSD, real_BS) = layer_of(config_of(False)), inputs("right")
-    logits_TP = x_BSD.flatten(0, 1)[real_BS.flatten()] @ layer.gate.weight.T
+    layer, (x_BSD, mask_BS) = layer_of(config_of(False)), inputs("right")
+    logits_TP = x_BSD.flatten(0, 1)[mask_BS.flatten()] @ layer.gate.weight.T
     takes_TE = logits_TP.softmax(-1).unflatten(-1, (E, SLOTS)).sum(-1)
-    stacked = RoutingStatistics.stack([layer(x_BSD, real_BS)[1]])
+    stacked = RoutingStatistics.stack([layer(x_BSD, mask_BS)[1]])
     torch.testing.assert_close(stacked.probability_sum_E[0], takes_TE.sum(0))
     torch.testing.assert_close(stacked.entropy_sum[0], torch.special.entr(takes_TE).sum())
     torch.testing.assert_close(z_loss(stacked), logits_TP.logsumexp(-1).square().mean())
     aux = balance_loss(stacked, "global")
-    assert aux.item() == pytest.approx(stacked.tokens_per_expert_E.sum().item() / real_BS.sum().item(), rel=1e-5)
+    assert aux.item() == pytest.approx(stacked.tokens_per_expert_E.sum().item() / mask_BS.sum().item(), rel=1e-5)
     assert torch.autograd.grad(aux, layer.gate.weight, retain_graph=True)[0].abs().max() < 1e-6
     per_sequence = layer_of(config_of(False, router_aux_loss_scope="sequence"))
-    stacked = RoutingStatistics.stack([per_sequence(x_BSD, real_BS)[1]])
-    rows = [((n - 1) // L * SLOTS * E) / n for n in real_BS.sum(1).tolist()]
+    stacked = RoutingStatistics.stack([per_sequence(x_BSD, mask_BS)[1]])
+    rows = [((n - 1) // L * SLOTS * E) / n for n in mask_BS.sum(1).tolist()]
     assert balance_loss(stacked, "sequence").item() == pytest.approx(sum(rows) / B, rel=1e-5)
 
 
@@ -127,8 +127,8 @@ def test_the_work_of_mixing_is_counted():
 
 
 def test_a_sequence_shorter_than_a_segment_has_no_output_of_experts():
-    layer, (x_BSD, real_BS) = layer_of(config_of()), inputs("no")
-    y_BSD, statistics = layer(x_BSD[:, :L], real_BS[:, :L])
+    layer, (x_BSD, mask_BS) = layer_of(config_of()), inputs("no")
+    y_BSD, statistics = layer(x_BSD[:, :L], mask_BS[:, :L])
     assert not y_BSD.any()
     assert not statistics.tokens_per_expert_E.any()
     y_BSD.sum().backward()
@@ -163,10 +163,10 @@ def test_a_document_says_the_same_alone_and_among_others():
         for document in DOCUMENTS[b].unique():
             mine_S = DOCUMENTS[b] == document
             position_BS[b, mine_S] = torch.arange(mine_S.sum())
-    real_BS = DOCUMENTS >= 0
-    packed = model(ids_BS, real_BS, document_ids=DOCUMENTS, position_ids=position_BS).logits
+    mask_BS = DOCUMENTS >= 0
+    packed = model(ids_BS, mask_BS, document_ids=DOCUMENTS, position_ids=position_BS).logits
     for b in range(B):
-        for document in DOCUMENTS[b][real_BS[b]].unique():
+        for document in DOCUMENTS[b][mask_BS[b]].unique():
             mine_S = DOCUMENTS[b] == document
             alone = model(ids_BS[b, mine_S][None]).logits[0]
             torch.testing.assert_close(packed[b, mine_S], alone, rtol=1e-5, atol=1e-5)

@@ -144,7 +144,7 @@ def test_the_written_configuration_is_the_best_layout(tmp_path, capsys):
         (["--gpus", "12", "--gpu-memory", "80GiB", "--nodes", "1"], "train.global_batch_size=1032"),
         (["--gpus", "8", "--gpu-memory", "80GiB", "--nodes", "3"], "--nodes 3"),
         (["--gpus", "8", "--gpu-memory", "80GiB", "model.vocab_size=null", "tokenizer.path=x"], "model.vocab_size"),
-        (["--gpus", "8", "--gpu-memory", "80GiB", "finetune.train=router"], "finetune.train=router"),
+        (["--gpus", "8", "--gpu-memory", "80GiB", "finetune.trainable=router"], "finetune.trainable=router"),
         (["--gpus", "8", "--gpu-memory", "80GiB", "--imbalance", "0.5"], "--imbalance 0.5"),
         (["--gpus", "8", "--gpu-memory", "80GiB", "--out", "/nowhere/x.yaml"], "--out"),
     ],

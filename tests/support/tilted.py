@@ -26,14 +26,14 @@ class TiltedRouter(Router):
         def buffer_shapes(self, model):
             return {"bias": (model.num_local_experts,)}
 
-    def forward(self, x_BSD, real_BS):
+    def forward(self, x_BSD, mask_BS):
         logits_TE = self.logits(x_BSD)
         score_TE = logits_TE.sigmoid()
         expert_TK = (score_TE + self.bias).topk(self.top_k, dim=-1).indices
         share_TE = score_TE / score_TE.sum(-1, keepdim=True)
-        squares = (score_TE.square().sum(-1) * real_BS.flatten()).sum()
+        squares = (score_TE.square().sum(-1) * mask_BS.flatten()).sum()
         statistics = self.statistics(
-            logits_TE, share_TE, expert_TK, real_BS, own_X=squares[None], entropy_T=torch.special.entr(share_TE).sum(-1)
+            logits_TE, share_TE, expert_TK, mask_BS, own_X=squares[None], entropy_T=torch.special.entr(share_TE).sum(-1)
         )
         rows = rows_by_token(expert_TK, score_TE.gather(-1, expert_TK), self.num_experts)
         return Routing(**rows, logits_TE=logits_TE, statistics=statistics)

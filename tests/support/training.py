@@ -98,7 +98,7 @@ def train_steps(cfg, steps: int, *, source: str | None = None, first: int = 0, s
         seed_noise(cfg.run.seed, step, runtime.rank)
         begin_step(engine.model, step)
         turn = cfg.train.adversarial.turn(step)
-        engine.take_turn(turn)
+        engine.set_phase(turn)
         batches = [rows(step, (j * runtime.world_size + runtime.rank) * micro, micro) for j in range(rounds)]
         step_loss = StepLoss(cfg.model, runtime, batches)
         shares = torch.zeros(2)

@@ -67,8 +67,8 @@ def test_the_perturbation_is_the_papers_within_its_ball_and_raises_the_loss(case
     torch.testing.assert_close(delta_BSD, by_definition(model, inputs, **CASES[case]), rtol=1e-4, atol=1e-6)
     length_BS = torch.linalg.vector_norm(delta_BSD, float("inf") if settings.norm == "linf" else 2, dim=-1)
     assert length_BS.max() <= settings.epsilon * (1 + 1e-6)
-    real_BS = inputs["attention_mask"] != 0
-    assert not delta_BSD[~real_BS].any()
+    mask_BS = inputs["attention_mask"] != 0
+    assert not delta_BSD[~mask_BS].any()
     clean = model(**inputs).loss_sum
     perturbed = model(**inputs, perturbation=delta_BSD).loss_sum
     torch.testing.assert_close(perturbed, loss_of(model, inputs, delta_BSD), rtol=1e-6, atol=0)
@@ -124,10 +124,10 @@ def run_of(optimizer: str = "adamw", precision: str = "fp32", finetune: dict | N
 
 
 def test_frozen_parts_are_attacked_and_stay():
-    found = train_steps(run_of(epsilon=0.2, finetune={"train": "experts"}), 2)
-    plain = train_steps(run_of(finetune={"train": "experts"}), 2)
+    found = train_steps(run_of(epsilon=0.2, finetune={"trainable": "experts"}), 2)
+    plain = train_steps(run_of(finetune={"trainable": "experts"}), 2)
     assert found["losses"][0] > plain["losses"][0]
-    start = train_steps(run_of(finetune={"train": "experts"}), 0)["weights"]
+    start = train_steps(run_of(finetune={"trainable": "experts"}), 0)["weights"]
     for name, (_, weight) in found["weights"].items():
         assert torch.equal(weight, start[name][1]) == ("experts" not in name), name
 
@@ -164,7 +164,7 @@ def test_an_active_step_is_that_of_a_run_that_trains_this_part_alone():
     """With its own norm and bound: what is idle has no share in them."""
     turns = train_steps(run_of(router_every=2), 1)
     rest = [name for name in turns["weights"] if not is_router(name)]
-    alone = train_steps(run_of(finetune={"train": rest}), 1)
+    alone = train_steps(run_of(finetune={"trainable": rest}), 1)
     assert turns["norms"] == pytest.approx(alone["norms"], rel=1e-6)
     for name in rest:
         torch.testing.assert_close(turns["weights"][name][1], alone["weights"][name][1], rtol=1e-5, atol=1e-6, msg=name)
@@ -255,8 +255,8 @@ def test_settings_that_say_nothing_are_refused(overrides, named):
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        (["finetune.train=experts"], "this run trains no routers"),
-        (["finetune.train=router"], "this run trains nothing but routers"),
+        (["finetune.trainable=experts"], "this run trains no routers"),
+        (["finetune.trainable=router"], "this run trains nothing but routers"),
         (["train.max_steps=1"], "leaves no step of 1 to the routers"),
     ],
 )

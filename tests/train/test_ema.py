@@ -67,7 +67,7 @@ def test_its_loss_is_that_of_the_directory_that_is_saved(averaged_run):
 
 @pytest.mark.parametrize("changes", [
     {"train": {"precision": "bf16"}, "checkpoint": {"dtype": "bf16", "async": True}},
-    {"finetune": {"train": ["*.experts.*", "lm_head.*"], "experts": [1]}},
+    {"finetune": {"trainable": ["*.experts.*", "lm_head.*"], "experts": [1]}},
 ], ids=["bf16", "some experts"])  # fmt: skip
 def test_a_resumed_run_keeps_the_same_average(make_config, finished_run, tmp_path, changes):
     ema = {"every_steps": 2, "ema": {"decay": DECAY}, **changes.get("checkpoint", {})}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from moe_llm.checkpoint import manifest
 from moe_llm.cli import main
 from moe_llm.train import loop
-from moe_llm.train.health import SpikeDetector
+from moe_llm.train.step_guard import SpikeDetector
 
 STEPS, BAD = 8, 6
 

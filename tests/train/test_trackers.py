@@ -46,7 +46,7 @@ def test_tensorboard_files_hold_the_run_and_survive_resuming(make_config, tmp_pa
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    path = make_config(logging={"console": "off", "tensorboard": True, "pictures_every_steps": 4})
+    path = make_config(logging={"console": "off", "tensorboard": True, "image_every_steps": 4})
     assert main(["train", str(path), "train.max_steps=3"]) == 0
     assert main(["train", str(path)]) == 0
     records = runs.records(tmp_path / "run")
@@ -73,7 +73,7 @@ def test_wandb_gets_pictures_every_so_many_steps(tmp_path, monkeypatch):
         Image=lambda pixels: ("image", pixels.shape),
     )
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    tracker = Wandb(config(1, 1, 1, logging={"wandb": "offline", "pictures_every_steps": 5}), tmp_path)
+    tracker = Wandb(config(1, 1, 1, logging={"wandb": "offline", "image_every_steps": 5}), tmp_path)
     for step in range(1, 12):
         tracker.write(RECORD | {"step": step})
     assert [step for step, values in told if "moe/load" in values] == [1, 5, 10]

@@ -36,7 +36,7 @@ def wait_until(condition, seconds: float = 10) -> bool:
 
 def test_no_progress_ends_the_process_and_names_the_phase(ended, capfd):
     with Watchdog(ALONE, 0.4) as guard:
-        guard.alive("step 7, optimizer")
+        guard.heartbeat("step 7, optimizer")
         assert wait_until(lambda: ended)
     err = capfd.readouterr().err
     assert set(ended) == {watchdog.EXIT_HUNG} != {0}
@@ -48,7 +48,7 @@ def test_no_progress_ends_the_process_and_names_the_phase(ended, capfd):
 def test_progress_and_the_end_of_training_keep_it_quiet(ended):
     with Watchdog(ALONE, 0.6) as guard:
         for i in range(12):
-            guard.alive(f"step {i}")
+            guard.heartbeat(f"step {i}")
             time.sleep(0.1)
     time.sleep(1)
     with Watchdog(ALONE, None):
@@ -61,7 +61,7 @@ def test_time_in_which_the_process_itself_was_stopped_does_not_count(ended, monk
     shift = [0.0]
     monkeypatch.setattr(watchdog, "time", clock)
     with Watchdog(ALONE, 5.0) as guard:
-        guard.alive("step 1")
+        guard.heartbeat("step 1")
         time.sleep(0.3)
         shift[0] = 1000.0  # as after Ctrl-Z and fg
         time.sleep(2.5)

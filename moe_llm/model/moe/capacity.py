@@ -18,7 +18,7 @@ def capacity_of(factor: float, sequence_length: int, top_k: int, num_experts: in
 
 def assign(
     preference_BSR: Tensor,
-    real_BS: Tensor,
+    mask_BS: Tensor,
     top_k: int,
     num_experts: int,
     capacity: int,
@@ -35,7 +35,7 @@ def assign(
     held_BS = torch.zeros_like(preference_BSR[..., 0])
     for choice in range(preference_BSR.shape[-1]):
         expert_BS = preference_BSR[..., choice]
-        asks_BS = real_BS & (held_BS < top_k)
+        asks_BS = mask_BS & (held_BS < top_k)
         if wanted_BSR is not None:
             asks_BS = asks_BS & wanted_BSR[..., choice]
         asked_BSE = F.one_hot(expert_BS, num_experts) * asks_BS[..., None]

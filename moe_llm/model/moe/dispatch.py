@@ -5,14 +5,14 @@ from typing import Protocol
 from torch import Tensor
 
 from moe_llm.model.moe.experts import Experts
-from moe_llm.model.moe.routing import Merging, Routing
+from moe_llm.model.moe.routing import Routing, WeightMixture
 
 
 class Dispatcher(Protocol):
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
         """The weighted sum of each token's experts, (T, D) in and out."""
 
-    def merge(self, x_TD: Tensor, merging: Merging, experts: Experts) -> Tensor:
+    def merge(self, x_TD: Tensor, merging: WeightMixture, experts: Experts) -> Tensor:
         """Each token through its segment's mixture of all experts' weights, (T, D) in and out."""
 
 
@@ -22,5 +22,5 @@ class LocalDispatcher:
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
         return experts(x_TD, routing.counts_E, routing)
 
-    def merge(self, x_TD: Tensor, merging: Merging, experts: Experts) -> Tensor:
+    def merge(self, x_TD: Tensor, merging: WeightMixture, experts: Experts) -> Tensor:
         return experts(x_TD, merging=merging)

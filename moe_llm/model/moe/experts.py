@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_llm.config import ModelConfig
-from moe_llm.model.moe.routing import Merging, Routing
+from moe_llm.model.moe.routing import Routing, WeightMixture
 from moe_llm.ops.expert_mlp import expert_mlp
 from moe_llm.ops.expert_mlp_adapted import ExpertAdapters, Factors, adapted_expert_mlp
 from moe_llm.ops.merged_expert_mlp import WeightExchange, merged_expert_mlp
@@ -31,7 +31,7 @@ class Experts(nn.Module):
         counts_E: Tensor | None = None,
         routing: Routing | None = None,
         own: slice | None = None,
-        merging: Merging | None = None,
+        merging: WeightMixture | None = None,
         exchange: WeightExchange | None = None,
     ) -> Tensor:
         """Rows sorted by expert in, the same rows out: down(silu(gate(x)) * up(x)), with dropout before `down` while

@@ -7,7 +7,7 @@ from moe_llm.config import ModelConfig
 from moe_llm.model.moe.dispatch import Dispatcher, LocalDispatcher
 from moe_llm.model.moe.experts import Experts
 from moe_llm.model.moe.routers import build_router
-from moe_llm.model.moe.routing import Merging, Routing, RoutingStatistics
+from moe_llm.model.moe.routing import Routing, RoutingStatistics, WeightMixture
 from moe_llm.model.moe.shared import SharedExperts
 
 
@@ -28,11 +28,11 @@ class MoELayer(nn.Module):
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
 
     def forward(
-        self, x_BSD: Tensor, real_BS: Tensor, document_BS: Tensor | None = None
+        self, x_BSD: Tensor, mask_BS: Tensor, document_BS: Tensor | None = None
     ) -> tuple[Tensor, RoutingStatistics]:
-        routing = self.gate(x_BSD, real_BS, *([document_BS] if self.gate.by_document else []))
+        routing = self.gate(x_BSD, mask_BS, *([document_BS] if self.gate.by_document else []))
         x_TD = x_BSD.flatten(0, 1)
-        if isinstance(routing, Merging):
+        if isinstance(routing, WeightMixture):
             y_TD = self.dispatcher.merge(x_TD, routing, self.experts)
         else:
             y_TD = self._routed(x_TD, routing)
@@ -45,7 +45,7 @@ class MoELayer(nn.Module):
         y_TD = self.dispatcher(entered_RW, routing, self.experts)
         if routing.kept_R is not None:
             y_TD = (y_TD + routing.kept_R[:, None] * entered_RW).to(x_TD.dtype)
-        return y_TD if routing.leave is None else routing.leave(y_TD)
+        return y_TD if routing.combine_fn is None else routing.combine_fn(y_TD)
 
     def _shared(self, x_TD: Tensor) -> Tensor:
         y_TD = self.shared_experts(x_TD)

@@ -1,6 +1,6 @@
 """What every router is built on. One file each in `routers/`.
 
-A router maps hidden states to a `Routing`, or to a `Merging` where experts' weights are mixed; that is all that
+A router maps hidden states to a `Routing`, or to a `WeightMixture` where experts' weights are mixed; that is all that
 dispatch, experts, combine and statistics know of it.
 Dimensions: B sequences, S positions, T = B*S tokens, D hidden, E experts, R choices of a token, N routed rows.
 """
@@ -15,7 +15,7 @@ from moe_llm.config import ModelConfig
 from moe_llm.config.routers import RouterSettings
 from moe_llm.model.linear import Linear
 from moe_llm.model.moe.losses import RouterLoss, entropy_losses
-from moe_llm.model.moe.routing import Merging, Routing, RoutingStatistics, router_statistics
+from moe_llm.model.moe.routing import Routing, RoutingStatistics, WeightMixture, router_statistics
 from moe_llm.ops.permutation import sort_by_expert
 from moe_llm.ops.wide_linear import wide_linear
 
@@ -58,8 +58,8 @@ class Router(nn.Module):
         for name, shape in self.settings.buffer_shapes(config).items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float32))
 
-    def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Routing | Merging:
-        """The routing of hidden states (B, S, D), of which those where `real_BS` (bool) holds are no padding."""
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor) -> Routing | WeightMixture:
+        """The routing of hidden states (B, S, D), of which those where `mask_BS` (bool) holds are no padding."""
         raise NotImplementedError
 
     @classmethod
@@ -107,7 +107,7 @@ class Router(nn.Module):
         self.low_rank = scale, dropout
 
     def statistics(
-        self, logits_TE: Tensor, probability_TE: Tensor, expert_TR: Tensor, real_BS: Tensor, **more: Any
+        self, logits_TE: Tensor, probability_TE: Tensor, expert_TR: Tensor, mask_BS: Tensor, **more: Any
     ) -> RoutingStatistics:
         """`router_statistics` as the configuration asks for them."""
         settings = self.settings
@@ -115,7 +115,7 @@ class Router(nn.Module):
             logits_TE,
             probability_TE,
             expert_TR,
-            real_BS,
+            mask_BS,
             per_sequence=self.per_sequence,
             entropy_gradient=bool(settings.entropy_bonus_coef or settings.local_entropy_coef),
             **more,

@@ -1,5 +1,5 @@
 """The record that a router returns and dispatch, experts and combine understand: `Routing` of those that send tokens to
-experts, `Merging` of those that mix the experts' weights instead.
+experts, `WeightMixture` of those that mix the experts' weights instead.
 
 Dimensions: B sequences, T tokens, D hidden, E experts, K experts per token, N routed rows (T*K for token choice),
 L layers, R what is routed in the tokens' place, W its width.
@@ -51,7 +51,7 @@ class Routing(NamedTuple):
     multiplied by and added to their outputs; None: no token is.
 
     A router may put something else in the tokens' place, such as slots or parts of tokens: the experts then work on
-    `entered_RW`, to which the rows refer, and `leave` makes the tokens' outputs of theirs. What `leave` needs of the
+    `entered_RW`, to which the rows refer, and `combine_fn` makes the tokens' outputs of theirs. What `combine_fn` needs of the
     router's parameters it reaches through a module, whose call gathers them where they are spread over ranks.
     """
 
@@ -62,11 +62,11 @@ class Routing(NamedTuple):
     logits_TE: Tensor  # fp32
     statistics: RoutingStatistics
     entered_RW: Tensor | None = None
-    leave: Callable[[Tensor], Tensor] | None = None  # (R, W) to (T, D)
+    combine_fn: Callable[[Tensor], Tensor] | None = None  # (R, W) to (T, D)
     kept_R: Tensor | None = None  # fp32, with gradient
 
 
-class Merging(NamedTuple):
+class WeightMixture(NamedTuple):
     """Which mixture of the experts' weights the tokens of each segment pass through."""
 
     segments: Segments
@@ -78,7 +78,7 @@ def router_statistics(
     logits_TE: Tensor,
     probability_TE: Tensor,
     expert_TK: Tensor,
-    real_BS: Tensor,
+    mask_BS: Tensor,
     *,
     per_sequence: bool,
     dropped: Tensor | None = None,
@@ -87,22 +87,22 @@ def router_statistics(
     entropy_gradient: bool = False,
     own_X: Tensor | None = None,
 ) -> RoutingStatistics:
-    """Sums over the tokens for which `real_BS` (bool) holds.
+    """Sums over the tokens for which `mask_BS` (bool) holds.
 
     per_sequence: also form the balance loss of each sequence by itself (DeepSeek-AI 2024, equations 17 to 20, in the
     normalisation of `balance.balance_loss`).
     entropy_T: of the distributions, nats, where these are not the softmax of the logits.
     taken_TK: which of the choices count, or how much of each; all, where it is None.
     """
-    (sequences, length), experts = real_BS.shape, logits_TE.shape[-1]
-    weight_T = real_BS.flatten().to(logits_TE.dtype)
+    (sequences, length), experts = mask_BS.shape, logits_TE.shape[-1]
+    weight_T = mask_BS.flatten().to(logits_TE.dtype)
     log_z_T = logits_TE.logsumexp(-1)
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         if entropy_T is None:
             entropy_T = log_z_T - (probability_TE * logits_TE).sum(-1)
     with torch.no_grad():
         rows = sequences if per_sequence else 1
-        row_T = torch.arange(sequences, device=real_BS.device).repeat_interleave(length) if per_sequence else 0
+        row_T = torch.arange(sequences, device=mask_BS.device).repeat_interleave(length) if per_sequence else 0
         flat_TK = expert_TK + (row_T * experts)[:, None] if per_sequence else expert_TK
         counted_TK = weight_T[:, None].expand_as(flat_TK)
         if taken_TK is not None:

@@ -26,17 +26,17 @@ class Segments(NamedTuple):
     positions: int
 
     @staticmethod
-    def cut(real_BS: Tensor, length: int) -> "Segments":
-        """Segments of `length` tokens, or one of S where that is less; `real_BS` (bool) says what is no padding."""
-        sequences, positions = real_BS.shape
+    def cut(mask_BS: Tensor, length: int) -> "Segments":
+        """Segments of `length` tokens, or one of S where that is less; `mask_BS` (bool) says what is no padding."""
+        sequences, positions = mask_BS.shape
         length = max(1, min(length, positions))
-        order_BS = (~real_BS).to(torch.uint8).argsort(dim=-1, stable=True)
-        first_B1 = torch.arange(sequences, device=real_BS.device)[:, None] * positions
+        order_BS = (~mask_BS).to(torch.uint8).argsort(dim=-1, stable=True)
+        first_B1 = torch.arange(sequences, device=mask_BS.device)[:, None] * positions
         token_index_T = (order_BS + first_B1).flatten()
         place_T1 = torch.empty_like(token_index_T)
-        place_T1[token_index_T] = torch.arange(len(token_index_T), device=real_BS.device)
+        place_T1[token_index_T] = torch.arange(len(token_index_T), device=mask_BS.device)
         fill = -positions % length
-        real_BGL = F.pad(real_BS.gather(1, order_BS), (0, fill)).view(sequences, (positions + fill) // length, length)
+        real_BGL = F.pad(mask_BS.gather(1, order_BS), (0, fill)).view(sequences, (positions + fill) // length, length)
         return Segments(token_index_T, place_T1[:, None], real_BGL, positions)
 
     def split(self, x_TD: Tensor) -> Tensor:

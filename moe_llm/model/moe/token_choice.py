@@ -13,7 +13,7 @@ from moe_llm.config.routers import LimitedSettings
 from moe_llm.model.moe.capacity import assign, capacity_of
 from moe_llm.model.moe.router import Router, rows_by_token
 from moe_llm.model.moe.routing import Routing
-from moe_llm.ops.decided import decided
+from moe_llm.ops.routing_decision import decided
 
 
 class TokenChoiceRouter(Router):
@@ -29,9 +29,9 @@ class TokenChoiceRouter(Router):
 
     settings: LimitedSettings
 
-    def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Routing:
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor) -> Routing:
         logits_TE = self.logits(x_BSD)
-        return self.route(logits_TE, logits_TE.softmax(-1), real_BS)
+        return self.route(logits_TE, logits_TE.softmax(-1), mask_BS)
 
     def weights(self, value_TR: Tensor, shared_TR: Tensor) -> Tensor:
         """What outputs are multiplied by. value_TR: probabilities of the choices; shared_TR: the same, zero for choices
@@ -43,18 +43,18 @@ class TokenChoiceRouter(Router):
         return None
 
     def assign(
-        self, expert_TR: Tensor, value_TR: Tensor, wanted_TR: Tensor | None, real_BS: Tensor, capacity: int
+        self, expert_TR: Tensor, value_TR: Tensor, wanted_TR: Tensor | None, mask_BS: Tensor, capacity: int
     ) -> Tensor:
         """Which choices are granted, bool (T, R): earlier positions come first."""
-        shape = (*real_BS.shape, expert_TR.shape[-1])
+        shape = (*mask_BS.shape, expert_TR.shape[-1])
         wanted_BSR = None if wanted_TR is None else wanted_TR.view(shape)
-        return assign(expert_TR.view(shape), real_BS, self.top_k, self.num_experts, capacity, wanted_BSR).flatten(0, 1)
+        return assign(expert_TR.view(shape), mask_BS, self.top_k, self.num_experts, capacity, wanted_BSR).flatten(0, 1)
 
     def route(
         self,
         logits_TE: Tensor,
         probability_TE: Tensor,
-        real_BS: Tensor,
+        mask_BS: Tensor,
         measure: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Routing:
         """The routing that follows from probabilities. `measure`, given experts and weights (T, R), forms the sums that
@@ -67,17 +67,17 @@ class TokenChoiceRouter(Router):
         wanted_TR = self.wanted(value_TR)
         granted_TR, dropped, kept_R = wanted_TR, None, None
         if factor is not None:
-            capacity = capacity_of(factor, real_BS.shape[1], self.top_k, self.num_experts)
-            granted_TR = self.assign(expert_TR, value_TR, wanted_TR, real_BS, capacity)
+            capacity = capacity_of(factor, mask_BS.shape[1], self.top_k, self.num_experts)
+            granted_TR = self.assign(expert_TR, value_TR, wanted_TR, mask_BS, capacity)
             asked = (
-                real_BS.sum() * self.top_k
+                mask_BS.sum() * self.top_k
                 if wanted_TR is None
-                else (wanted_TR[:, : self.top_k] & real_BS.flatten()[:, None]).sum()
+                else (wanted_TR[:, : self.top_k] & mask_BS.flatten()[:, None]).sum()
             )
             dropped = asked - granted_TR.sum()
         weight_TR = self.weights(value_TR, value_TR * granted_TR if pass_on else value_TR)
         if overflow == "residual":
-            denied_TR = real_BS.flatten()[:, None] & ~granted_TR
+            denied_TR = mask_BS.flatten()[:, None] & ~granted_TR
             denied_TR = denied_TR if wanted_TR is None else denied_TR & wanted_TR
             kept_R = (weight_TR * denied_TR).sum(-1)
         return Routing(
@@ -87,7 +87,7 @@ class TokenChoiceRouter(Router):
                 logits_TE,
                 probability_TE,
                 expert_TR[:, : self.top_k],
-                real_BS,
+                mask_BS,
                 dropped=dropped,
                 taken_TK=None if wanted_TR is None else wanted_TR[:, : self.top_k],
                 own_X=None if measure is None else measure(expert_TR, weight_TR),

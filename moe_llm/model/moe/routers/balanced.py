@@ -18,14 +18,14 @@ class BalancedRouter(Router):
 
     Settings = BalancedSettings
 
-    def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Routing:
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor) -> Routing:
         logits_TE = self.logits(x_BSD)
         probability_TE = logits_TE.softmax(-1)
-        place_SK = torch.arange(real_BS.shape[1] * self.top_k, device=real_BS.device).view(-1, self.top_k)
-        expert_TK = (place_SK % self.num_experts).repeat(len(real_BS), 1)
+        place_SK = torch.arange(mask_BS.shape[1] * self.top_k, device=mask_BS.device).view(-1, self.top_k)
+        expert_TK = (place_SK % self.num_experts).repeat(len(mask_BS), 1)
         weight_TK = logits_TE.gather(-1, expert_TK).softmax(-1)
         return Routing(
             **rows_by_token(expert_TK, weight_TK, self.num_experts),
             logits_TE=logits_TE,
-            statistics=self.statistics(logits_TE, probability_TE, expert_TK, real_BS),
+            statistics=self.statistics(logits_TE, probability_TE, expert_TK, mask_BS),
         )

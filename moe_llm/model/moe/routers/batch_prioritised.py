@@ -22,29 +22,29 @@ class BatchPrioritisedRouter(TokenChoiceRouter):
     Settings = BatchPrioritisedSettings
     settings: BatchPrioritisedSettings
 
-    def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Routing:
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor) -> Routing:
         logits_TE = self.logits(x_BSD)
         if self.training and self.settings.noise:
             logits_TE = logits_TE + torch.randn_like(logits_TE) / self.num_experts
-        return self.route(logits_TE, logits_TE.softmax(-1), real_BS)
+        return self.route(logits_TE, logits_TE.softmax(-1), mask_BS)
 
     def weights(self, value_TR: Tensor, shared_TR: Tensor) -> Tensor:
         return value_TR
 
     def assign(
-        self, expert_TR: Tensor, value_TR: Tensor, wanted_TR: Tensor | None, real_BS: Tensor, capacity: int
+        self, expert_TR: Tensor, value_TR: Tensor, wanted_TR: Tensor | None, mask_BS: Tensor, capacity: int
     ) -> Tensor:
         value_TK = value_TR[:, : self.top_k]
         score_T = value_TK[:, 0] if self.settings.score == "max" else value_TK.sum(-1)
         # Of equal scores the earlier token's is first. A text's first token and its repetition right behind it are
         # equal but for rounding, which is another one in another layout of ranks: the last digits do not count
-        steps_BS = (score_T.float() * 2**16).round().view_as(real_BS)
+        steps_BS = (score_T.float() * 2**16).round().view_as(mask_BS)
         order_BS = steps_BS.sort(dim=-1, descending=True, stable=True).indices
         order_BSR = order_BS[..., None].expand(*order_BS.shape, expert_TR.shape[-1])
         sorted_BSR = expert_TR.view(order_BSR.shape).gather(1, order_BSR)
         granted_BSR = (
             super()
-            .assign(sorted_BSR.flatten(0, 1), value_TR, wanted_TR, real_BS.gather(1, order_BS), capacity)
+            .assign(sorted_BSR.flatten(0, 1), value_TR, wanted_TR, mask_BS.gather(1, order_BS), capacity)
             .view(order_BSR.shape)
         )
         return torch.zeros_like(granted_BSR).scatter(1, order_BSR, granted_BSR).flatten(0, 1)

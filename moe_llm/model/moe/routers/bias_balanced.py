@@ -22,7 +22,7 @@ class BiasBalancedRouter(Router):
     Settings = BiasBalancedSettings
     settings: BiasBalancedSettings
 
-    def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Routing:
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor) -> Routing:
         logits_TE = self.logits(x_BSD)
         score_TE = logits_TE.sigmoid() if self.settings.score == "sigmoid" else logits_TE.softmax(-1)
         share_TE = score_TE / score_TE.sum(-1, keepdim=True)
@@ -34,7 +34,7 @@ class BiasBalancedRouter(Router):
             **rows_by_token(expert_TK, weight_TK * self.settings.routed_scaling_factor, self.num_experts),
             logits_TE=logits_TE,
             statistics=self.statistics(
-                logits_TE, share_TE, expert_TK, real_BS, entropy_T=torch.special.entr(share_TE).sum(-1)
+                logits_TE, share_TE, expert_TK, mask_BS, entropy_T=torch.special.entr(share_TE).sum(-1)
             ),
         )
 

@@ -13,12 +13,12 @@ class DenseRouter(Router):
 
     Settings = DenseSettings
 
-    def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Routing:
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor) -> Routing:
         logits_TE = self.logits(x_BSD)
         probability_TE = logits_TE.softmax(-1)
         every_TE = torch.arange(self.num_experts, device=logits_TE.device).expand_as(logits_TE)
         return Routing(
             **rows_by_token(every_TE, probability_TE, self.num_experts),
             logits_TE=logits_TE,
-            statistics=self.statistics(logits_TE, probability_TE, every_TE, real_BS),
+            statistics=self.statistics(logits_TE, probability_TE, every_TE, mask_BS),
         )

@@ -10,7 +10,7 @@ from moe_llm.config.routers import ExpertChoiceSettings
 from moe_llm.model.moe.capacity import capacity_of
 from moe_llm.model.moe.router import Router, rows_by_token
 from moe_llm.model.moe.routing import Routing, RoutingStatistics
-from moe_llm.ops.decided import decided
+from moe_llm.ops.routing_decision import decided
 
 # Tokens that repeat at the start of a text have equal hidden states but for rounding, which differs between layouts: of
 # scores that are equal when rounded to multiples of this, the earlier token's comes first.
@@ -29,32 +29,32 @@ class ExpertChoiceRouter(Router):
     Settings = ExpertChoiceSettings
     settings: ExpertChoiceSettings
 
-    def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Routing:
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor) -> Routing:
         logits_TE = self.logits(x_BSD)
         probability_TE = logits_TE.softmax(-1)
         every_TE = torch.arange(self.num_experts, device=logits_TE.device).expand_as(logits_TE)
         score_TE, lowest_E = probability_TE.detach(), None
         if self.training:
-            taken_TE, lowest_E = self._take(score_TE.view(*real_BS.shape, -1), real_BS)
+            taken_TE, lowest_E = self._take(score_TE.view(*mask_BS.shape, -1), mask_BS)
         else:
             taken_TE = score_TE >= self.threshold
         taken_TE = decided(taken_TE)
         return Routing(
             **rows_by_token(every_TE, probability_TE, self.num_experts, taken_TE),
             logits_TE=logits_TE,
-            statistics=self.statistics(logits_TE, probability_TE, every_TE, real_BS, taken_TK=taken_TE, own_X=lowest_E),
+            statistics=self.statistics(logits_TE, probability_TE, every_TE, mask_BS, taken_TK=taken_TE, own_X=lowest_E),
         )
 
-    def _take(self, score_BSE: Tensor, real_BS: Tensor) -> tuple[Tensor, Tensor]:
+    def _take(self, score_BSE: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
         """What experts take, bool (T, E), and the sum over sequences of the lowest scores among that, (E,)."""
-        length = real_BS.shape[1]
+        length = mask_BS.shape[1]
         room = capacity_of(self.settings.capacity_factor, length, self.top_k, self.num_experts)
-        offered_BSE = (score_BSE / _EQUAL).round().masked_fill(~real_BS[..., None], -1.0)
+        offered_BSE = (score_BSE / _EQUAL).round().masked_fill(~mask_BS[..., None], -1.0)
         best_BCE = offered_BSE.sort(dim=1, descending=True, stable=True).indices[:, :room]
         taken_BSE = torch.zeros_like(score_BSE, dtype=torch.bool).scatter(1, best_BCE, True)
-        taken_BSE &= real_BS[..., None]
+        taken_BSE &= mask_BS[..., None]
         lowest_BE = score_BSE.masked_fill(~taken_BSE, float("inf")).amin(1)
-        lowest_BE = lowest_BE.masked_fill(~real_BS.any(1)[:, None], 0.0)
+        lowest_BE = lowest_BE.masked_fill(~mask_BS.any(1)[:, None], 0.0)
         return taken_BSE.flatten(0, 1), lowest_BE.sum(0)
 
     def after_step(self, total: RoutingStatistics) -> None:

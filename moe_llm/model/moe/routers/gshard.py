@@ -5,7 +5,7 @@ from torch import Tensor
 
 from moe_llm.config.routers import GShardSettings
 from moe_llm.model.moe.token_choice import TokenChoiceRouter
-from moe_llm.ops.decided import decided
+from moe_llm.ops.routing_decision import decided
 
 
 class GShardRouter(TokenChoiceRouter):

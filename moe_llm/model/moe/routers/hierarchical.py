@@ -22,7 +22,7 @@ class HierarchicalRouter(Router):
     Settings = HierarchicalSettings
     settings: HierarchicalSettings
 
-    def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Routing:
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor) -> Routing:
         x_TD, groups, chosen = self.input(x_BSD), self.settings.groups, self.settings.groups_per_token
         group_TG = self.linear(x_TD, "group_weight")
         within_TGM = self.linear(x_TD, "weight").unflatten(-1, (groups, -1))
@@ -36,9 +36,9 @@ class HierarchicalRouter(Router):
         expert_TK = (group_TP[..., None] * size + expert_TPQ).flatten(1)
 
         logits_TE = (group_TG[..., None] + within_TGM.log_softmax(-1)).flatten(1)
-        statistics = self.statistics(logits_TE, logits_TE.softmax(-1), expert_TK, real_BS)
+        statistics = self.statistics(logits_TE, logits_TE.softmax(-1), expert_TK, mask_BS)
         inner_T = within_TGM.logsumexp(-1).square().mean(-1)
-        z_sum = statistics.z_sum + real_BS.flatten().to(inner_T.dtype) @ inner_T
+        z_sum = statistics.z_sum + mask_BS.flatten().to(inner_T.dtype) @ inner_T
         return Routing(
             **rows_by_token(expert_TK, gate_TPQ.flatten(1), self.num_experts),
             logits_TE=logits_TE,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_llm.config.routers import LorySettings
 from moe_llm.model.moe.router import Router
-from moe_llm.model.moe.routing import Merging
+from moe_llm.model.moe.routing import WeightMixture
 from moe_llm.model.moe.segments import Segments
 
 
@@ -27,8 +27,8 @@ class LoryRouter(Router):
     settings: LorySettings
     zero_parameters = ("start",)
 
-    def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Merging:
-        segments = Segments.cut(real_BS, self.settings.segment_length)
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor) -> WeightMixture:
+        segments = Segments.cut(mask_BS, self.settings.segment_length)
         real_BGL1 = segments.real_BGL[..., None]
         x_BGLD = segments.split(x_BSD.flatten(0, 1)) * real_BGL1
         mean_BGD = x_BGLD.sum(2, dtype=torch.float32) / real_BGL1.sum(2).clamp(min=1)
@@ -43,8 +43,8 @@ class LoryRouter(Router):
 
         probability_TE = of_tokens(probability_BGE)
         every_TE = torch.arange(self.num_experts, device=x_BSD.device).expand_as(probability_TE)
-        return Merging(
+        return WeightMixture(
             segments,
             probability_BGE.flatten(0, 1),
-            self.statistics(of_tokens(logits_BGE), probability_TE, every_TE, real_BS, taken_TK=probability_TE.detach()),
+            self.statistics(of_tokens(logits_BGE), probability_TE, every_TE, mask_BS, taken_TK=probability_TE.detach()),
         )

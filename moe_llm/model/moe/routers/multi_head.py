@@ -25,15 +25,15 @@ class MultiHeadRouter(TokenChoiceRouter):
     gains: ClassVar[dict[str, float]] = {"head_proj.weight": 0.5**0.5, "merge_proj.weight": 1.0}
     settings: MultiHeadSettings
 
-    def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Routing:
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor) -> Routing:
         heads = self.settings.heads
         part_BPW = self.head_proj(x_BSD).unflatten(-1, (heads, -1)).flatten(1, 2)
-        routing = super().forward(part_BPW, real_BS.repeat_interleave(heads, 1))
+        routing = super().forward(part_BPW, mask_BS.repeat_interleave(heads, 1))
 
-        def leave(y_RW: Tensor) -> Tensor:
+        def combine_fn(y_RW: Tensor) -> Tensor:
             return self.merge_proj(y_RW.unflatten(0, (-1, heads)).flatten(1))
 
-        return routing._replace(entered_RW=part_BPW.flatten(0, 1), leave=leave)
+        return routing._replace(entered_RW=part_BPW.flatten(0, 1), combine_fn=combine_fn)
 
     def weights(self, value_TR: Tensor, shared_TR: Tensor) -> Tensor:
         return super().weights(value_TR, shared_TR) if self.settings.norm_topk_prob else value_TR

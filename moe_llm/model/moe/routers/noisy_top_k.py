@@ -21,21 +21,21 @@ class NoisyTopKRouter(TokenChoiceRouter):
     settings: NoisyTopKSettings
     zero_parameters = ("weight", "noise_weight")
 
-    def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Routing:
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor) -> Routing:
         x_TD = self.input(x_BSD)
         clean_TE = noisy_TE = self.linear(x_TD, "weight")
         deviation_TE = F.softplus(self.linear(x_TD, "noise_weight"))
         if self.training:
             noise_TE = torch.randn_like(clean_TE) if self.settings.noise else torch.zeros_like(clean_TE)
             noisy_TE = clean_TE + noise_TE * deviation_TE  # with zeros too every parameter has a gradient, as it must
-        weight_T1 = real_BS.flatten().to(clean_TE.dtype)[:, None]
+        weight_T1 = mask_BS.flatten().to(clean_TE.dtype)[:, None]
 
         def measure(expert_TR: Tensor, weight_TR: Tensor) -> Tensor:
             gates_TE = torch.zeros_like(clean_TE).scatter(-1, expert_TR, weight_TR)
             load_TE = self._expected_load(clean_TE, noisy_TE, deviation_TE)
             return torch.cat([(gates_TE * weight_T1).sum(0), (load_TE * weight_T1).sum(0)])
 
-        return self.route(noisy_TE, noisy_TE.softmax(-1), real_BS, measure)
+        return self.route(noisy_TE, noisy_TE.softmax(-1), mask_BS, measure)
 
     def _expected_load(self, clean_TE: Tensor, noisy_TE: Tensor, deviation_TE: Tensor) -> Tensor:
         """The probability that an expert would be chosen if its own noise alone were drawn again (equations 8, 9)."""

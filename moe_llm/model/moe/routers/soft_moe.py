@@ -30,10 +30,10 @@ class SoftMoERouter(Router):
     settings: SoftMoESettings
     by_document = True
 
-    def forward(self, x_BSD: Tensor, real_BS: Tensor, document_BS: Tensor | None = None) -> Routing:
-        found = segments(real_BS, document_BS, self.settings.segment_length)
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor, document_BS: Tensor | None = None) -> Routing:
+        found = segments(mask_BS, document_BS, self.settings.segment_length)
         logits_TP = self._slot_logits(x_BSD)
-        logits_BSP = logits_TP.view(*real_BS.shape, -1)
+        logits_BSP = logits_TP.view(*mask_BS.shape, -1)
         dispatch_BGLP = gather_places(logits_BSP, found.source_BGL).softmax(2) * found.formed_BG[..., None, None]
         combine_BGLP = gather_places(logits_BSP, found.reader_BGL).softmax(3)
         source_BGLD = gather_places(x_BSD, found.source_BGL)
@@ -45,18 +45,18 @@ class SoftMoERouter(Router):
         weight_R1 = torch.ones_like(owner_R1, dtype=logits_TP.dtype)
         logits_TE = logits_TP.unflatten(-1, (self.num_experts, -1)).logsumexp(-1)
 
-        def leave(y_RD: Tensor) -> Tensor:
+        def combine_fn(y_RD: Tensor) -> Tensor:
             y_BGLD = combine_BGLP.to(y_RD.dtype) @ y_RD.view_as(slot_BGPD)
-            none_B1D = y_RD.new_zeros(len(real_BS), 1, width)
+            none_B1D = y_RD.new_zeros(len(mask_BS), 1, width)
             y_BQD = torch.cat([y_BGLD.flatten(1, 2), none_B1D], 1)
             return gather_places(y_BQD, found.read_BS[..., None]).view(-1, width)
 
         return Routing(
             **rows_by_token(owner_R1, weight_R1, self.num_experts),
             logits_TE=logits_TE,
-            statistics=self._statistics(logits_TE, real_BS, found),
+            statistics=self._statistics(logits_TE, mask_BS, found),
             entered_RW=slot_BGPD.reshape(-1, width),
-            leave=leave,
+            combine_fn=combine_fn,
         )
 
     def _slot_logits(self, x_BSD: Tensor) -> Tensor:
@@ -66,12 +66,12 @@ class SoftMoERouter(Router):
         x_TD, phi_PD = (F.normalize(part.to(wide), dim=-1) for part in (self.input(x_BSD), self.weight))
         return F.linear(x_TD, self.scale.to(wide) * phi_PD)
 
-    def _statistics(self, logits_TE: Tensor, real_BS: Tensor, found: Segments) -> RoutingStatistics:
+    def _statistics(self, logits_TE: Tensor, mask_BS: Tensor, found: Segments) -> RoutingStatistics:
         """`router_statistics`, with the slots in place of choices."""
         every_TE = torch.arange(self.num_experts, device=logits_TE.device).expand_as(logits_TE)
-        statistics = self.statistics(logits_TE, logits_TE.softmax(-1), every_TE, real_BS)
+        statistics = self.statistics(logits_TE, logits_TE.softmax(-1), every_TE, mask_BS)
         rows_B = self.settings.slots_per_expert * found.formed_BG.sum(1).to(logits_TE.dtype)  # of each expert
-        balance = self.num_experts * (rows_B / real_BS.sum(1).clamp(min=1)).sum()
+        balance = self.num_experts * (rows_B / mask_BS.sum(1).clamp(min=1)).sum()
         return statistics._replace(
             tokens_per_expert_E=rows_B.sum().expand(self.num_experts),
             sequence_balance=balance if self.per_sequence else statistics.sequence_balance,

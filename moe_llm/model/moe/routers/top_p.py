@@ -8,7 +8,7 @@ from torch import Tensor
 from moe_llm.config.routers import TopPSettings
 from moe_llm.model.moe.router import Router, rows_by_token
 from moe_llm.model.moe.routing import Routing
-from moe_llm.ops.decided import decided
+from moe_llm.ops.routing_decision import decided
 
 
 class TopPRouter(Router):
@@ -18,7 +18,7 @@ class TopPRouter(Router):
     Settings = TopPSettings
     settings: TopPSettings
 
-    def forward(self, x_BSD: Tensor, real_BS: Tensor) -> Routing:
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor) -> Routing:
         logits_TE = self.logits(x_BSD)
         probability_TE = logits_TE.softmax(-1)
         expert_TR = probability_TE.topk(self.top_k, dim=-1).indices
@@ -29,5 +29,5 @@ class TopPRouter(Router):
         return Routing(
             **rows_by_token(expert_TR, value_TR, self.num_experts, taken_TR),
             logits_TE=logits_TE,
-            statistics=self.statistics(logits_TE, probability_TE, expert_TR, real_BS, taken_TK=taken_TR),
+            statistics=self.statistics(logits_TE, probability_TE, expert_TR, mask_BS, taken_TK=taken_TR),
         )

@@ -99,7 +99,7 @@ def load_origin(state: "TrainedState", model: ModelConfig) -> None:
     """
     import torch
 
-    from moe_llm.checkpoint.kept import write_weight
+    from moe_llm.checkpoint.frozen import write_weight
     from moe_llm.checkpoint.manifest import fingerprints
     from moe_llm.checkpoint.ranks import together
 

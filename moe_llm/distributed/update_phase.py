@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moe_llm.config.adversarial import AdversarialConfig, Turn
+from moe_llm.config.adversarial import AdversarialConfig, UpdatePhase
 
 
 class Turns:
@@ -17,7 +17,7 @@ class Turns:
     optimizer leaves out those that are `idle`."""
 
     kinds: tuple[str, ...]
-    _turn: Turn = "all"
+    _turn: UpdatePhase = "all"
 
     def _set_up_turns(self, settings: AdversarialConfig, groups: list[dict]) -> None:
         self._turns = settings
@@ -26,7 +26,7 @@ class Turns:
                 for parameter in group["params"]:
                     parameter.register_hook(self._clear_if_idle(group["routers"]))
 
-    def take_turn(self, turn: Turn) -> None:
+    def set_phase(self, turn: UpdatePhase) -> None:
         self._turn = turn
 
     def _idle(self, routers: bool) -> bool:

@@ -12,7 +12,7 @@ from support.training import difference
 from moe_llm.cli import main
 from moe_llm.config import load_config
 from moe_llm.finetune.diff import diff
-from moe_llm.finetune.origin import complete
+from moe_llm.finetune.init_from import complete
 
 STEPS = 3
 
@@ -139,7 +139,7 @@ def test_frozen_routers_stay(tuned, base, tmp_path, capsys):
     assert rows["router"]["same_bytes"] == rows["router"]["matrices"]
     assert rows["experts"]["same_bytes"] == rows["attention"]["same_bytes"] == 0
     assert max(drifts(tmp_path / "run")[-1]["kl"]) > 0  # what they are given has moved
-    assert main(["train", str(tuned("none", "freeze", finetune={"train": "router"}))]) == 2
+    assert main(["train", str(tuned("none", "freeze", finetune={"trainable": "router"}))]) == 2
     assert "leaves nothing to train" in capsys.readouterr().err
 
 

@@ -20,7 +20,7 @@ Response = Literal["stop", "skip", "rollback"]
 
 
 @dataclass(frozen=True)
-class Trouble:
+class NonFiniteStep:
     """A step that must not be taken.
 
     step: counted from 1, as in the records. samples: [first, last] of each micro-batch whose loss is not finite.
@@ -69,7 +69,7 @@ class Trouble:
         }
 
 
-class Health:
+class StepGuard:
     """Looks at each step after its backward pass, before any weight changes."""
 
     def __init__(self, config: Config, engine: Engine, runtime: Runtime):
@@ -77,7 +77,7 @@ class Health:
         self._spikes = SpikeDetector(config.train.spike_threshold)
         self._bad_in_a_row = 0
 
-    def inspect(self, step: int, first_sample: int, losses: list[Tensor]) -> Trouble | None:
+    def inspect(self, step: int, first_sample: int, losses: list[Tensor]) -> NonFiniteStep | None:
         """What forbids the step, if anything. Collective.
 
         Args:
@@ -96,7 +96,7 @@ class Health:
         self._bad_in_a_row += 1
         return self._trouble(step, first_sample, losses)
 
-    def respond(self, trouble: Trouble) -> tuple[Response, str]:
+    def respond(self, trouble: NonFiniteStep) -> tuple[Response, str]:
         """What to do about it, and why if that is not simply `train.on_nan`."""
         train = self._config.train
         if train.on_nan == "stop":
@@ -115,7 +115,7 @@ class Health:
         """On all ranks. Collective."""
         return not self._runtime.any(not self._engine.weights_finite())
 
-    def _trouble(self, step: int, first_sample: int, losses: list[Tensor]) -> Trouble:
+    def _trouble(self, step: int, first_sample: int, losses: list[Tensor]) -> NonFiniteStep:
         train, rank, ranks = self._config.train, self._runtime.rank, self._runtime.world_size
         names = [entry.name for entry in self._engine.entries() if entry.trainable]
         width = train.micro_batch_size
@@ -128,7 +128,7 @@ class Health:
         last = max((names.index(name) for name, _ in bad), default=None)
         parameter = None if last is None else names[last]
         experts = [expert for name, expert in bad if name == parameter and expert is not None]
-        return Trouble(
+        return NonFiniteStep(
             step=step,
             samples=bad_samples,
             step_samples=(first_sample, first_sample + train.global_batch_size - 1),

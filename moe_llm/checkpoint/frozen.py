@@ -8,10 +8,10 @@ import torch
 
 from moe_llm.checkpoint.plan import is_trained, pieces_of
 from moe_llm.checkpoint.weights import Weights
-from moe_llm.distributed.state import Entry, Kept, TrainedState
+from moe_llm.distributed.state import Kept, ParameterShard, TrainedState
 
 
-def read_trained(entry: Entry, source: Weights) -> torch.Tensor:
+def read_trained(entry: ParameterShard, source: Weights) -> torch.Tensor:
     """A tensor of the optimizer as this rank holds it, fp32; of experts that are not trained nothing is stored, and
     theirs is zero."""
     if entry.trained_experts is None:
@@ -23,7 +23,7 @@ def read_trained(entry: Entry, source: Weights) -> torch.Tensor:
     return whole
 
 
-def read_average(state: TrainedState, entry: Entry, source: Weights) -> torch.Tensor:
+def read_average(state: TrainedState, entry: ParameterShard, source: Weights) -> torch.Tensor:
     """The average of a parameter as this rank holds it, fp32, once the weights are there: of experts that are not
     trained it is the weights. Collective."""
     average = read_trained(entry, source)
@@ -35,7 +35,7 @@ def read_average(state: TrainedState, entry: Entry, source: Weights) -> torch.Te
     return average
 
 
-def write_weight(state: TrainedState, entry: Entry, model: Weights, masters: Weights) -> None:
+def write_weight(state: TrainedState, entry: ParameterShard, model: Weights, masters: Weights) -> None:
     """Give a model in training one parameter, and remember of what is frozen in it how it is stored. Collective.
 
     Args:
@@ -55,7 +55,7 @@ def write_weight(state: TrainedState, entry: Entry, model: Weights, masters: Wei
     _remember(entry, model, state.read(entry.name, "weight"))
 
 
-def _remember(entry: Entry, model: Weights, held: torch.Tensor) -> None:
+def _remember(entry: ParameterShard, model: Weights, held: torch.Tensor) -> None:
     """Fill `entry.kept`; held: the weight as the model in training gives it back."""
     entry.kept.clear()
     for piece in pieces_of(entry):

@@ -108,12 +108,12 @@ class RouterGuard:
         """
         sums_2L = torch.zeros(2, self._shape[1], dtype=torch.float64, device=self._runtime.device)
         for batch, rows in zip(self._batches, self._rows):
-            now_LBSE, real_BS, _ = self._log_probabilities(batch)
+            now_LBSE, mask_BS, _ = self._log_probabilities(batch)
             base_LBSE = self._base(rows, now_LBSE)
             chosen_LBSE = _chosen(base_LBSE, self._top_k) & _chosen(now_LBSE, self._top_k)
             agreement_LBS = chosen_LBSE.sum(-1) / self._top_k
             sums_2L += torch.stack(
-                [(value_LBS * real_BS).double().sum((1, 2)) for value_LBS in (_kl(base_LBSE, now_LBSE), agreement_LBS)]
+                [(value_LBS * mask_BS).double().sum((1, 2)) for value_LBS in (_kl(base_LBSE, now_LBSE), agreement_LBS)]
             )
         kl_L, agreement_L = (self._runtime.sum(sums_2L) / self._tokens).tolist()
         return {"router_drift": {"kl": kl_L, "agreement": agreement_L}}
@@ -125,8 +125,8 @@ class RouterGuard:
             return
         for batch, rows in zip(self._batches, self._rows):
             with _evaluating(self._engine.model):
-                now_LBSE, real_BS, loss_sum = self._log_probabilities(batch)
-                kl = (_kl(self._base(rows, now_LBSE), now_LBSE) * real_BS).sum() / self._shape[1] / self._tokens
+                now_LBSE, mask_BS, loss_sum = self._log_probabilities(batch)
+                kl = (_kl(self._base(rows, now_LBSE), now_LBSE) * mask_BS).sum() / self._shape[1] / self._tokens
                 # Engines average over the ranks, and DeepSpeed wants a gradient, if zero, of every parameter.
                 share = self._runtime.world_size * self._guard.coefficient * kl + 0.0 * loss_sum
                 self._engine.backward(share, last=False)

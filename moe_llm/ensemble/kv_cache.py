@@ -19,7 +19,7 @@ from moe_llm.ensemble.vocabulary import Translated, Translator
 from moe_llm.errors import UserError
 
 
-class Follower:
+class CachedMember:
     """Next-token logits of a member for whatever rows it is shown.
 
     Args:

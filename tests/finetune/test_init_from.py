@@ -12,7 +12,7 @@ from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.checkpoint.safetensors_io import TensorFiles
 from moe_llm.config import ModelConfig
 from moe_llm.errors import UserError
-from moe_llm.finetune.origin import check_origin, complete
+from moe_llm.finetune.init_from import check_origin, complete
 from moe_llm.model.init import init_weights
 
 EXPERT = ".experts."
@@ -48,7 +48,12 @@ def sections(directory, micro: int, precision: str = "fp32", **more) -> dict:
         "precision": precision,
         "device": "cpu",
     }
-    return {"model": {**MODEL, "init_from": str(directory)}, "finetune": {"train": "experts"}, "train": train, **more}
+    return {
+        "model": {**MODEL, "init_from": str(directory)},
+        "finetune": {"trainable": "experts"},
+        "train": train,
+        **more,
+    }
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -71,7 +76,7 @@ def test_frozen_bytes_survive_training_export_and_resuming(tmp_path, bases, prec
 
 
 def test_some_experts_in_another_dtype_than_the_others_load_in_transformers(tmp_path, bases):
-    changes = {"finetune": {"train": "experts", "experts": [2]}}
+    changes = {"finetune": {"trainable": "experts", "experts": [2]}}
     cfg = config(4, 2, 1, optimizer="adamw", **(sections(bases["bf16"], 4) | changes))
     first = train_steps(cfg, 1, save=str(tmp_path / "a"))
     saved = train_steps(cfg, 1, source=first["saved"], first=1, save=str(tmp_path / "b"))["saved"]
@@ -252,7 +257,7 @@ def test_losses_and_noise_are_the_runs_own(bases, key, value):
     assert all(EXPERT in name for name in changed)
 
 
-@pytest.mark.parametrize("finetune", [{"train": "experts"}, {"lora": {"rank": 2, "targets": ["experts"]}}])
+@pytest.mark.parametrize("finetune", [{"trainable": "experts"}, {"lora": {"rank": 2, "targets": ["experts"]}}])
 def test_frozen_routers_that_would_never_have_thresholds_are_refused(tmp_path, bases, finetune):
     """They would stay zero, and evaluation would send every token to every expert."""
 
