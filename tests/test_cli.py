@@ -191,11 +191,11 @@ class Recorder:
 
 @pytest.mark.parametrize(
     ("command", "module", "function"),
-    [("train", "run", "train"), ("tokenizer", "commands", "build_tokenizer_command")],
+    [("train", "train.run", "train"), ("tokenizer", "cli.tokenizer", "build_tokenizer_command")],
 )
 def test_one_call_with_the_configuration(command, module, function, monkeypatch):
     recorder = Recorder()
-    monkeypatch.setitem(sys.modules, f"moe_llm.train.{module}", recorder)
+    monkeypatch.setitem(sys.modules, f"moe_llm.{module}", recorder)
     assert cli.main([command, QUICKSTART, "run.seed=7"]) == 0
     assert recorder.calls == [(function, (load_config(QUICKSTART, ["run.seed=7"]),), {})]
 

@@ -229,7 +229,7 @@ def test_the_readme_shows_every_part_of_the_package():
 def test_files_stay_short_enough_to_read():
     files = [path for folder in ("moe_llm", "scripts", "tests") for path in (ROOT / folder).rglob("*.py")]
     counts = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
-    assert {name: count for name, count in counts.items() if count > 400} == {}
+    assert {name: count for name, count in counts.items() if count > 600} == {}
 
 
 def test_test_files_have_names_of_their_own():

@@ -88,15 +88,15 @@ class FinetuneConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _known_part(cls, given: Any) -> Any:
-        value, parts = given.get("train", "all") if isinstance(given, dict) else "all", get_args(Part)
+        value, parts = given.get("trainable", "all") if isinstance(given, dict) else "all", get_args(Part)
         listed = isinstance(value, list) and value and all(isinstance(item, str) and item for item in value)
         if not listed and value not in parts:
-            invalid("train", value, "names no part of the model", f"use {', '.join(parts)} or a list of patterns")
+            invalid("trainable", value, "names no part of the model", f"use {', '.join(parts)} or a list of patterns")
         return given
 
     @model_validator(mode="after")
     def _adapters_stand_alone(self):
-        for name in ("train", "experts") if self.lora.rank is not None else ():
+        for name in ("trainable", "experts") if self.lora.rank is not None else ():
             value = getattr(self, name)
             if value != type(self).model_fields[name].default:
                 invalid(

@@ -200,7 +200,7 @@ def _finetune(config: Config, experts: int, notes: list[str]) -> dict[str, Any]:
         )
     # what is frozen stays frozen; the rest of the guard needs a base
     guard = {"action": "freeze"} if config.finetune.router_guard.action == "freeze" else {}
-    return {"train": train, "experts": some, "router_guard": guard, "lora": _lora(config, experts, notes)}
+    return {"trainable": train, "experts": some, "router_guard": guard, "lora": _lora(config, experts, notes)}
 
 
 def _lora(config: Config, experts: int, notes: list[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from moe_llm.report.runs import Run
 
 def page(runs: list[Run], charts: list[dict[str, Any]], loads: list[dict[str, Any]]) -> str:
     """The whole file."""
-    assets = files("moe_llm.analysis")
+    assets = files("moe_llm.report")
     title = " and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} runs"
     data = json.dumps({"runs": [run.name for run in runs], "charts": charts, "loads": loads}, allow_nan=False)
     body = "\n".join(

@@ -46,8 +46,8 @@ def is_trained(choice: str, name: str, expert: int | None) -> bool:
             "all": True,
             "experts": is_expert(name),
             "router": ".mlp.gate." in name,
-        }[chosen["train"]]
-        if isinstance(chosen["train"], str)
+        }[chosen["trainable"]]
+        if isinstance(chosen["trainable"], str)
         else any(w in name for w in ("q_proj", "k_proj", "lm_head"))
     )
     return of_part and (expert is None or expert in chosen.get("experts", range(4)))
