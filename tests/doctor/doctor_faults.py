@@ -86,12 +86,12 @@ def loss_scaled_twice(rank):
 
 
 def balance_loss_per_rank(rank):
-    from moe_llm.train import loss
+    from moe_llm.distributed import step_loss
 
     def own(statistics, runtime):
         return type(statistics)(*(part.detach() * runtime.world_size for part in statistics))
 
-    return mock.patch.object(loss, "sum_over_ranks", own)
+    return mock.patch.object(step_loss, "sum_over_ranks", own)
 
 
 def padding_counted(rank):
