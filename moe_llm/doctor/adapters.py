@@ -9,7 +9,7 @@ import torch
 from moe_llm.checkpoint.plan import low_rank_sum
 from moe_llm.config import Config
 from moe_llm.doctor.compare import Whole
-from moe_llm.doctor.reference import Expected
+from moe_llm.doctor.oracle.transformer import Expected
 from moe_llm.model.adapters import factors_of, is_factor
 
 

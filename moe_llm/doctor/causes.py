@@ -123,8 +123,27 @@ def _weights(finding: Finding, failed: Failed, ranks: int) -> str:
     return "gradients and norm are right, so the optimizer's step is not: its groups, rate, decay or bound of the norm"
 
 
+def _optimizer(finding: Finding, failed: Failed, ranks: int) -> str:
+    """What a replay with other rules has shown."""
+    if finding.evidence.get("why"):
+        return finding.evidence["why"]
+    return (
+        "the optimizer's step is not what its settings say: look at its groups, rate, decay, betas, eps or bound of "
+        "the norm"
+    )
+
+
+def _as_found(finding: Finding, failed: Failed, ranks: int) -> str:
+    """What the oracle has to say needs no guess."""
+    return finding.where.partition(": ")[2] or finding.where
+
+
 _FOLLOWS_SAMPLES = _says("follows from the data: the blocks are not those that were due", if_failed="samples")
 _RULES: list[tuple[set[str], Callable[[Finding, Failed, int], str]]] = [
+    ({"oracle_updates", "oracle_moments"}, _optimizer),
+    ({"oracle_schedule"}, _says("the learning rate is not its formula's: look at warm-up, schedule and step count")),
+    ({"oracle_norm"}, _says("the norm that is recorded, and clipped by, is not that of all gradients")),
+    ({"oracle_text", "oracle_order", "oracle_held_out"}, _as_found),
     ({"samples"}, _says("ranks share out the blocks wrongly: look at the loader's rank, world size and position")),
     ({"run"}, _run),
     (
@@ -181,6 +200,8 @@ _RULES: list[tuple[set[str], Callable[[Finding, Failed, int], str]]] = [
     ({"val_loss"}, _says("held-out blocks are shared out wrongly among the ranks")),
     ({"bf16"}, _says("bf16 loses more than rounding: look at what is kept in fp32 (router, norms, sums, masters)")),
     ({"reference_aux"}, _reference_aux),
+    ({"reference_norm"}, _says("follows from the gradients", if_failed="reference_gradients")),
+    ({"reference_norm"}, _says("gradients are right, so their norm is not taken over all parameters")),
     ({"reference_z"}, lambda finding, failed, ranks: _padding(finding)),
     ({"reference_lm"}, _says("documents see each other, targets are shifted wrongly or padding is counted")),
     (

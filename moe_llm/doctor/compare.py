@@ -11,7 +11,7 @@ from moe_llm.checkpoint.hf import buffer_shapes, is_expert
 from moe_llm.config import Config
 from moe_llm.doctor.findings import Finding, exact, within
 from moe_llm.doctor.observe import Observation, Tensors
-from moe_llm.doctor.reference import Expected
+from moe_llm.doctor.oracle.transformer import Expected
 from moe_llm.finetune.selection import trained_names
 
 Whole = dict[str, np.ndarray]
@@ -188,13 +188,13 @@ def weights(ranks: Sequence[Observation], one: Observation, allowed: Tolerances)
         found, expected = whole([rank.weights[step] for rank in ranks]), whole([one.weights[step]])
         for name, value in expected.items():
             change = value - start[name]
-            compared.append((_apart(found[name], value, change), allowed.weights, f"{name} after step {step + 1}"))
+            compared.append((apart(found[name], value, change), allowed.weights, f"{name} after step {step + 1}"))
     return within("weights", "weights after each step, against their change", compared)
 
 
-def _apart(found: np.ndarray, expected: np.ndarray, change: np.ndarray) -> float:
-    """Root mean square of the difference over that of the change, rounding of the weights set aside."""
-    rounding = 2 * _FP32_EPS * _rms(expected)
+def apart(found: np.ndarray, expected: np.ndarray, change: np.ndarray, steps: int = 2) -> float:
+    """Root mean square of the difference over that of the change, rounding of the weights in so many steps set aside."""
+    rounding = steps * _FP32_EPS * _rms(expected)
     difference = max(0.0, _rms(found - expected) - rounding)
     return 0.0 if difference == 0 else difference / max(_rms(change), rounding)
 
@@ -297,8 +297,8 @@ def against_fp32(one: Observation, precise: Observation) -> Finding:
 def against_transformers(
     one: Observation, expected: list[Expected], allowed: Tolerances, experts: Sequence[int] | None = None
 ) -> list[Finding]:
-    """One process in fp32 against transformers: each step's losses, and the first step's gradients: of these experts
-    alone, where only they are trained."""
+    """One process in fp32 against transformers: each step's losses and gradients: of these experts alone, where only
+    they are trained."""
     findings = []
     for name, title in (("lm", "language-model loss"), ("aux", "balance loss"), ("z", "z-loss")):
         compared = [
@@ -306,21 +306,29 @@ def against_transformers(
             for step, (record, theirs) in enumerate(zip(one.records, expected, strict=True))
         ]
         findings.append(within(f"reference_{name}", f"{title}, as transformers computes it", compared, **_padding(one)))
-    slopes = {name: expected[0].gradients[name] for name in one.gradients[0]}
-    if experts is not None:
-        for name in filter(is_expert, slopes):
-            is_trained = np.isin(np.arange(len(slopes[name])), experts)
-            slopes[name] = np.where(is_trained[:, None, None], slopes[name], 0)
-    findings.append(
-        gradients(
-            whole([one.gradients[0]]),
+    compared_norms = []
+    for step, theirs in enumerate(expected):
+        slopes = {name: theirs.gradients[name] for name in one.gradients[step]}
+        if experts is not None:
+            for name in filter(is_expert, slopes):
+                is_trained = np.isin(np.arange(len(slopes[name])), experts)
+                slopes[name] = np.where(is_trained[:, None, None], slopes[name], 0)
+        norm = math.sqrt(sum(float((value.astype(np.float64) ** 2).sum()) for value in slopes.values()))
+        compared_norms.append((relative(one.records[step]["grad_norm"], norm), allowed.norm[0], f"step {step + 1}"))
+        seen = gradients(
+            whole([one.gradients[step]]),
             slopes,
             allowed,
             "reference_gradients",
-            "gradients of step 1, as transformers computes them",
+            f"gradients of step {step + 1}, as transformers computes them",
         )
-    )
-    return findings
+        if step == 0 or seen.failed:
+            found = seen
+        if seen.failed:
+            break
+    found.check = found.check if found.failed else "gradients of each step, as transformers computes them"
+    norm_found = within("reference_norm", "norm of the gradients, as transformers computes them", compared_norms)
+    return [*findings, found, norm_found]
 
 
 def resumed(

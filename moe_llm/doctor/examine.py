@@ -11,20 +11,22 @@ from typing import Any
 
 import torch
 
-from moe_llm.config import Config
+from moe_llm.checkpoint.architectures import MIXTRAL, architecture_of
+from moe_llm.config import Config, ModelConfig
 from moe_llm.config.adversarial import AdversarialConfig
 from moe_llm.config.routers import ENTROPY_COEFFICIENTS
 from moe_llm.distributed.runtime import world_size_from_environment
-from moe_llm.doctor import adapters, compare
+from moe_llm.doctor import adapters, compare, judge
 from moe_llm.doctor.causes import diagnose
 from moe_llm.doctor.exported import check_export
 from moe_llm.doctor.findings import FAIL, Finding, exact, note
 from moe_llm.doctor.observe import Observation, expected_samples, made_ready, observe
+from moe_llm.doctor.oracle.transformer import Reference
 from moe_llm.doctor.ranks import LocalRanks, Plant, RankError, no_plant
-from moe_llm.doctor.reference import Reference, comparable
 from moe_llm.doctor.sample import small_data
 from moe_llm.doctor.shrink import one_process, replace, shrink
 from moe_llm.errors import UserError
+from moe_llm.model.moe.losses import entropy_losses
 from moe_llm.model.moe.routers import router_losses
 
 STEPS = 4
@@ -135,6 +137,7 @@ class _Case:
             precise = self._alone(self._in_fp32(), "one_in_fp32", keep_batches=True)
             self.findings.append(compare.against_fp32(one, precise))
         self._compare_with_transformers(precise)
+        self._judge(one)
         ranks = self.pool.receive()
         self._compare(ranks, one)
         self.say("exporting, and resuming at other layouts")
@@ -236,6 +239,13 @@ class _Case:
             one, expected, compare.tolerances(self._in_fp32()), self.config.finetune.experts
         )
 
+    def _judge(self, one: Observation) -> None:
+        """One process beside the oracle: data, schedule and optimizer."""
+        with self.plant(None):
+            self.findings += judge.judge_text(self.config)
+            self.findings += judge.judge_schedule(self.user, self.config, one)
+        self.findings += judge.judge_optimizer(one_process(self.config, self.ranks), one)
+
     def _compare(self, ranks: Sequence[Observation], one: Observation) -> None:
         allowed = compare.widened(self.allowed, ranks, one)
         self.findings += [
@@ -283,6 +293,13 @@ class _Case:
         )
         idle = [] if any((plain[name] != silent[name]).any() for name in plain) else ["no gradient depends on it"]
         self.findings += [seen, exact("noise_acts", "router noise: acts on the gradients", idle)]
+
+
+def comparable(config: ModelConfig) -> bool:
+    """Whether transformers trains such a model, capacity and entropies set aside: routers that choose as Mixtral's does
+    while nothing is random, and have no parameters or losses of their own."""
+    own = {loss.name for loss in router_losses(config)} - {loss.name for loss in entropy_losses(config.router)}
+    return architecture_of(config) == MIXTRAL and not own
 
 
 def _observe_from(config: Config, source: str) -> Observation:

@@ -120,13 +120,14 @@ def observe(config: Config, *, source: str | None = None, keep_batches: bool = F
 
 def expected_samples(config: Config) -> tuple[list[list[str]], int]:
     """The samples of each step straight from the data's order, without a loader, and the blocks of an epoch."""
-    data = _data(config)
+    data = read_data(config)
     G = config.train.global_batch_size
-    steps = [_digests(data.train.rows(step * G, G)) for step in range(config.max_steps)]
+    steps = [digests(data.train.rows(step * G, G)) for step in range(config.max_steps)]
     return steps, len(data.train)
 
 
-def _data(config: Config) -> Data:
+def read_data(config: Config) -> Data:
+    """All that a small run reads, without a loader."""
     return load_data(config, build_tokenizer(config, Path(config.run.dir) / "tokenizer"), show_progress=False)
 
 
@@ -157,7 +158,7 @@ class Watched:
         self._seen.gradients.append(_read(self._engine, self._engine.gradient, trainable=True))
         norm = self._engine.step(lr)
         self._seen.weights.append(_read(self._engine, lambda name: self._engine.read(name, "weight")))
-        self._seen.samples.append([_digests(batch) for batch in self._micro])
+        self._seen.samples.append([digests(batch) for batch in self._micro])
         self._seen.tokens.append(sum(batch.num_tokens for batch in self._micro))
         if self._keep:
             self._seen.batches.append(self._micro)
@@ -178,7 +179,7 @@ def _state(engine: Engine, *, with_optimizer: bool) -> dict[str, Tensors]:
     }
 
 
-def _digests(batch: Batch) -> list[str]:
+def digests(batch: Batch) -> list[str]:
     """A name for each row: what is read, what is predicted, and where."""
     parts = (batch.input_ids_BS, batch.labels_BS, batch.position_ids_BS, batch.attention_mask_BS)
     return [

@@ -207,3 +207,218 @@ def one_process_raises(rank):
         raise RuntimeError("no step today")
 
     return mock.patch.object(loop, "learning_rate", no_step) if rank is None else contextlib.nullcontext()
+
+
+# Faults of the package itself: every process has them, so that layouts agree with each other, and only a second opinion
+# finds them.
+
+
+def no_weight_decay(rank):
+    from moe_llm.train import run
+
+    real = run.parameter_groups
+    return mock.patch.object(run, "parameter_groups", lambda model, decay: real(model, 0.0))
+
+
+def norms_decay_and_matrices_do_not(rank):
+    return _decays_else(lambda group, decay: 0.0 if group["weight_decay"] else decay)
+
+
+def norms_decay_too(rank):
+    return _decays_else(lambda group, decay: decay)
+
+
+def _decays_else(chosen):
+    from moe_llm.train import run
+
+    real = run.parameter_groups
+
+    def groups(model, decay):
+        return [{**group, "weight_decay": chosen(group, decay)} for group in real(model, decay)]
+
+    return mock.patch.object(run, "parameter_groups", groups)
+
+
+def rate_rises_threefold(rank):
+    from moe_llm.train import loop
+
+    real = loop.learning_rate
+    return mock.patch.object(loop, "learning_rate", lambda config, step: 3 * real(config, step))
+
+
+def rate_is_multiplied_on_its_way_to_the_optimizer(rank):
+    from moe_llm.distributed.engine import _NamedState
+
+    real = _NamedState._before_step
+    return mock.patch.object(_NamedState, "_before_step", lambda self, optimizer, lr: real(self, optimizer, 3 * lr))
+
+
+def warm_up_is_a_step_late(rank):
+    from moe_llm.train import loop
+
+    real = loop.learning_rate
+    return mock.patch.object(loop, "learning_rate", lambda config, step: real(config, max(0, step - 1)))
+
+
+def betas_swapped(rank):
+    return _optimizer_with(lambda optim: {"betas": optim.betas[::-1]})
+
+
+def eps_is_large(rank):
+    return _optimizer_with(lambda optim: {"eps": 1e-2})
+
+
+def _optimizer_with(changes):
+    from moe_llm.train import run
+
+    real = run.build_optimizer
+    return mock.patch.object(
+        run, "build_optimizer", lambda groups, optim: real(groups, optim.model_copy(update=changes(optim)))
+    )
+
+
+def decay_is_added_to_the_gradient(rank):
+    from moe_llm.train import run
+
+    def build(groups, config):
+        return torch.optim.Adam(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+    return mock.patch.object(run, "build_optimizer", build)
+
+
+@contextlib.contextmanager
+def clipping_ignored(rank):
+    from moe_llm.distributed import deepspeed, engine
+
+    real = deepspeed.engine_config
+    with (
+        mock.patch.object(torch.nn.utils, "clip_grad_norm_", lambda parameters, bound: _norm_of(parameters)),
+        mock.patch.object(deepspeed, "engine_config", lambda *a: real(*a) | {"gradient_clipping": 0.0}),
+    ):
+        assert engine.torch is torch
+        yield
+
+
+def _norm_of(parameters):
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def labels_are_the_inputs(rank):
+    return _written(lambda out, row: out["labels_BS"].__setitem__(row, out["input_ids_BS"][row]))
+
+
+def borders_of_documents_are_a_token_late(rank):
+    def shift(out, row):
+        for name in ("document_ids_BS", "position_ids_BS"):
+            out[name][row, 1:] = out[name][row, :-1].copy()
+
+    return _written(shift)
+
+
+def positions_go_on_over_documents(rank):
+    def count(out, row):
+        out["position_ids_BS"][row] = range(out["position_ids_BS"].shape[1])
+
+    return _written(count)
+
+
+def first_tokens_are_targets(rank):
+    def fill(out, row):
+        ids, labels = out["input_ids_BS"][row], out["labels_BS"][row]
+        lost = (labels[:-1] == -100) & out["attention_mask_BS"][row, 1:]
+        labels[:-1][lost] = ids[1:][lost]
+
+    return _written(fill)
+
+
+def padding_has_targets(rank):
+    def fill(out, row):
+        out["labels_BS"][row][~out["attention_mask_BS"][row]] = 0
+
+    return _written(fill)
+
+
+def every_other_target_is_lost(rank):
+    def drop(out, row):
+        out["labels_BS"][row, ::2] = -100
+
+    return _written(drop)
+
+
+def _written(change):
+    from moe_llm.data.packing import PackedBlocks
+
+    real = PackedBlocks.write
+
+    def write(self, block, row, out):
+        real(self, block, row, out)
+        change(out, row)
+
+    return mock.patch.object(PackedBlocks, "write", write)
+
+
+def every_sample_is_the_same_block(rank):
+    from moe_llm.data.loader import TrainBlocks
+
+    def locate(self, start, count):
+        return (torch.zeros(count, dtype=torch.int64).numpy(),) * 2
+
+    return mock.patch.object(TrainBlocks, "locate", locate)
+
+
+def epochs_have_one_order(rank):
+    from moe_llm.data import loader
+
+    real = loader.shuffled
+    return mock.patch.object(loader, "shuffled", lambda at, length, *a: real(at % length, length, *a))
+
+
+def the_seed_is_ignored(rank):
+    from moe_llm.data import loader
+
+    real = loader.shuffled
+    return mock.patch.object(loader, "shuffled", lambda at, length, seed, stream: real(at, length, 0, stream))
+
+
+def samples_are_drawn_with_replacement(rank):
+    from moe_llm.data import loader
+
+    real = loader.shuffled
+    return mock.patch.object(loader, "shuffled", lambda at, length, *a: real(at * at, length, *a))
+
+
+def weights_of_sources_are_ignored(rank):
+    from moe_llm.data import loader
+
+    real = loader.Mixture
+    return mock.patch.object(loader, "Mixture", lambda weights, seed: real([1.0] * len(weights), seed))
+
+
+def held_out_text_is_trained_on(rank):
+    from moe_llm.data import loader
+
+    real = loader.load_data
+
+    def load(*arguments, **named):
+        data = real(*arguments, **named)
+        leaking = loader.ValidationBlocks(data.train.sources, 8)
+        return dataclasses.replace(data, validation=leaking)
+
+    from moe_llm.doctor import observe
+
+    return mock.patch.object(observe, "load_data", load)
+
+
+def documents_begin_without_bos(rank):
+    return _encoded(lambda ids: ids[1:])
+
+
+def documents_end_without_eos(rank):
+    return _encoded(lambda ids: ids[:-1])
+
+
+def _encoded(change):
+    from moe_llm.data.cache import DocumentEncoder
+
+    real = DocumentEncoder.encode
+    return mock.patch.object(DocumentEncoder, "encode", lambda self, texts: [change(ids) for ids in real(self, texts)])

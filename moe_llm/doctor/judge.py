@@ -1,0 +1,222 @@
+"""The package's data, schedule and optimizer beside the oracle's: findings."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from moe_llm.config import Config
+from moe_llm.data.loader import Data
+from moe_llm.doctor.compare import Whole, apart, relative, whole
+from moe_llm.doctor.findings import Finding, exact, note, within
+from moe_llm.doctor.observe import Observation, digests, read_data
+from moe_llm.doctor.oracle import optimizer, order, schedule
+from moe_llm.doctor.oracle.text import Judged, Text, documents
+from moe_llm.doctor.shrink import replace
+from moe_llm.train import loop
+
+_UPDATES = 2e-4  # of what training has changed so far: rounding of torch's fused and plain optimizers
+_MOMENTS = 1e-4
+_MAX_SAMPLES = 4096
+
+
+def judge_text(config: Config) -> list[Finding]:
+    """Blocks of the small run's text, and their order. Chat is judged by `judge_chat`."""
+    if config.data.has_chat:
+        return []
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(Path(config.run.dir) / "tokenizer")
+    data = read_data(config)
+    texts = [Text(documents([Path(source.path)], tokenizer)) for source in config.data.sources]
+    held_out = [Text(documents([Path(source.path)], tokenizer)) for source in config.data.validation_sources]
+    samples, epoch, wrong, judged = _read_epochs(config, data, texts)
+    wrong_held_out, twice = _judge_held_out(config, data, held_out or texts, None if held_out else judged)
+    for number, (text, found) in enumerate(zip(texts, judged)):
+        wrong += [f"source {number}: {reason}" for reason in text.once(found)]
+    weights = [source.weight for source in config.data.sources]
+    seeded = replace(config, run={"seed": config.run.seed + 1})
+    others = [(0, row) for row in digests(read_data(seeded).train.rows(0, min(epoch, 64)))]
+    disorder = order.judge_seeds([(0, digest) for _, digest in samples[: len(others)]], others)
+    if None in weights or len(weights) == 1:
+        disorder += order.judge_repeats(samples, epoch) + order.judge_epochs(samples, epoch)
+    else:
+        disorder += order.judge_weights(samples, [weight or 0.0 for weight in weights])
+        for number in range(len(texts)):
+            own = [sample for sample in samples if sample[0] == number]
+            disorder += [
+                f"source {number}: {reason}" for reason in order.judge_repeats(own, len(data.train.sources[number]))
+            ]
+    return [
+        exact(
+            "oracle_text",
+            "blocks are the raw text: targets, borders, padding, every token once",
+            wrong + wrong_held_out,
+        ),
+        exact("oracle_order", "each block once an epoch, shuffled by seed and epoch, sources by weight", disorder),
+        exact("oracle_held_out", "no document is both trained on and held out", twice),
+    ]
+
+
+def _read_epochs(
+    config: Config, data: Data, texts: Sequence[Text]
+) -> tuple[list[order.Sample], int, list[str], list[Judged]]:
+    """(samples of two epochs, or with weights of one of the source that takes longest; samples of an epoch; what is
+    wrong with blocks; what each source's text made of its first epoch)."""
+    weighted = len(texts) > 1 and all(source.weight is not None for source in config.data.sources)
+    sizes = [len(source) for source in data.train.sources]
+    epoch = sum(sizes)
+    count = 2 * epoch
+    if weighted:
+        weights = [source.weight or 0.0 for source in config.data.sources]
+        count = math.ceil(max(size * sum(weights) / weight for size, weight in zip(sizes, weights))) + 4 * len(sizes)
+    batch = data.train.rows(0, min(count, _MAX_SAMPLES))
+    rows, samples, wrong = digests(batch), [], []
+    judged = [Judged(times=np.zeros(len(text.tokens), np.int64)) for text in texts]
+    left = list(sizes)
+    for number, digest in enumerate(rows):
+        here = [text.judge(batch.rows(number, number + 1), config.data.isolate_documents) for text in texts]
+        source = next((i for i, found in enumerate(here) if not found.wrong), None)
+        if source is None:
+            wrong.append(f"sample {number}: {here[0].wrong[0].partition(': ')[2]}")
+            samples.append((-1, digest))
+            continue
+        samples.append((source, digest))
+        if left[source] > 0:
+            left[source] -= 1
+            judged[source].times += here[source].times
+            judged[source].unsure += here[source].unsure
+    if wrong:  # what is not there cannot be missed: the blocks themselves are the finding
+        judged = [Judged(times=np.zeros(len(text.tokens), np.int64)) for text in texts]
+    return samples, epoch, wrong, judged
+
+
+def _judge_held_out(
+    config: Config, data: Data, texts: Sequence[Text], trained: Sequence[Judged] | None
+) -> tuple[list[str], list[str]]:
+    """What is wrong with held-out blocks; and documents of `texts` that are trained on too."""
+    wrong, twice = [], []
+    for number, batch in enumerate(data.validation.batches(micro_batch_size=1)):
+        here = [text.judge(batch, config.data.isolate_documents) for text in texts]
+        source = next((i for i, found in enumerate(here) if not found.wrong), None)
+        if source is None:
+            wrong.append(f"held-out block {number}: {here[0].wrong[0].partition(': ')[2]}")
+        elif trained is not None:
+            both = (trained[source].times > 0) & (here[source].times > 0)
+            if both.any():
+                twice.append(f"source {source}: {int(both.sum())} tokens of held-out block {number}")
+    return wrong, twice
+
+
+def judge_schedule(user: Config, config: Config, one: Observation) -> list[Finding]:
+    """The rates that the small run recorded, and those of the user's own length of training."""
+    if user.optim.schedule not in schedule.FORMULAS:
+        return [note(f"there is no second formula of optim.schedule={user.optim.schedule} to compare rates with")]
+    compared = [
+        (relative_rate(record["lr"], schedule.rate(config.optim, step, config.max_steps)), 1e-6, f"step {step + 1}")
+        for step, record in enumerate(one.records)
+    ]
+    steps = user.max_steps
+    warmup = min(user.optim.warmup_steps, steps - 1)
+    for step in sorted({0, warmup // 2, max(warmup - 1, 0), warmup, *(steps * i // 16 for i in range(16)), steps - 1}):
+        expected = schedule.rate(user.optim, step, steps)
+        found = loop.learning_rate(user, step)
+        compared.append((relative_rate(found, expected), 1e-6, f"step {step + 1} of {steps} as configured"))
+    return [within("oracle_schedule", "learning rate of each step, from its formula", compared)]
+
+
+def relative_rate(found: float, expected: float) -> float:
+    return abs(found - expected) / expected if expected else abs(found)
+
+
+def judge_optimizer(config: Config, one: Observation) -> list[Finding]:
+    """What one process made of its own gradients, beside what torch's optimizer makes of them."""
+    if config.optim.schedule not in schedule.FORMULAS:
+        return []
+    start = whole([one.start["weight"]])
+    gradients = [whole([slopes]) for slopes in one.gradients]
+    rates = [schedule.rate(config.optim, step, config.max_steps) for step in range(len(gradients))]
+    rules = rules_of(config)
+    due = optimizer.replay(start, gradients, rates, rules)
+    norms = [
+        (relative(record["grad_norm"], norm), 1e-5, f"step {step + 1}")
+        for step, (record, norm) in enumerate(zip(one.records, due.norms, strict=True))
+    ]
+    compared = _weights_apart(one, start, due)
+    findings = [
+        within("oracle_norm", "norm of the gradients, summed up by name", norms),
+        within("oracle_updates", "updates, as torch's optimizer makes them of the gradients", compared),
+    ]
+    if config.optim.name == "adamw" and one.at_save:
+        last = config.checkpoint.every_steps - 1
+        findings.append(_moments(one, due.moments[last]))
+    if any(finding.failed for finding in findings[1:]):
+        why = _explain(config, one, start, gradients, rates, rules)
+        for finding in findings[1:]:
+            finding.evidence["why"] = why
+    return findings
+
+
+def rules_of(config: Config) -> optimizer.Rules:
+    optim, rates = config.optim, config.optim.lr_multipliers
+    some = config.finetune.experts
+    return optimizer.Rules(
+        kind=optim.name,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        clip=optim.grad_clip,
+        multipliers=(rates.experts, rates.router, rates.rest),
+        experts=None if some is None else tuple(sorted(set(some))),
+        router_every=config.train.adversarial.router_every,
+    )
+
+
+def _weights_apart(one: Observation, start: Whole, due: optimizer.Updated) -> list[tuple[float, float, str]]:
+    compared = []
+    for step, expected in enumerate(due.weights):
+        found = whole([one.weights[step]])
+        for name, value in expected.items():
+            departs = apart(found[name], value, value - start[name], steps=step + 1)
+            compared.append((departs, _UPDATES, f"{name} after step {step + 1}"))
+    return compared
+
+
+def _moments(one: Observation, due: dict[str, Whole]) -> Finding:
+    compared = []
+    for kind, values in due.items():
+        found = whole([one.at_save[kind]])
+        for name, value in values.items():
+            size = float(np.sqrt((value.astype(np.float64) ** 2).mean()))
+            difference = float(np.sqrt(((found[name].astype(np.float64) - value) ** 2).mean()))
+            compared.append((difference / size if size else difference, _MOMENTS, f"{kind} of {name}"))
+    return within("oracle_moments", "AdamW's moments in the checkpoint, from the clipped gradients", compared)
+
+
+def _explain(
+    config: Config,
+    one: Observation,
+    start: Whole,
+    gradients: list[Whole],
+    rates: list[float],
+    rules: optimizer.Rules,
+) -> str:
+    """Which wrong rules give the updates that were seen; nothing where none does."""
+    recorded = [record["lr"] for record in one.records]
+    worst = 0.0
+    best = ""
+    tries = {sentence: (other, rates) for sentence, other in optimizer.other_rules(rules).items()}
+    tries["the rate is another than the formula's, as it is recorded"] = (rules, recorded)
+    for factor in (3.0, 2.0, 10.0, 0.5, 0.1):
+        tries[f"the learning rate is multiplied by {factor:g}"] = (rules, [rate * factor for rate in rates])
+    for sentence, (other, at) in tries.items():
+        due = optimizer.replay(start, gradients, at, other)
+        departs = [difference / tolerance for difference, tolerance, _ in _weights_apart(one, start, due)]
+        if config.optim.name == other.kind == "adamw" and one.at_save:
+            departs.append(_moments(one, due.moments[config.checkpoint.every_steps - 1]).difference / _MOMENTS)
+        worst = max(departs)
+        if worst <= 1:
+            best = sentence
+            break
+    return best

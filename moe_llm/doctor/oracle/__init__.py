@@ -1,0 +1,12 @@
+"""A second opinion that shares no code with what it judges: what a run should have done, from the literature.
+
+Each file is one subject and short enough to be checked by reading. They may import torch, transformers and numpy, and
+read the values of a configuration; of the package's own code they may use nothing else (a test of the imports says so).
+
+transformer     transformers' own model: losses and gradients of a step
+router_losses   balance and z-loss from the papers' formulas
+optimizer       torch's AdamW or SGD with parameters grouped by their names, and the clipping of gradients
+schedule        the learning rate of each step
+text            blocks of text: targets, document borders, padding, from the raw text and the tokenizer alone
+order           the order of the blocks, judged by its properties
+"""
