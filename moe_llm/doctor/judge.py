@@ -1,5 +1,6 @@
 """The package's data, schedule and optimizer beside the oracle's: findings."""
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,9 +37,7 @@ def judge_text(config: Config) -> list[Finding]:
     for number, (text, found) in enumerate(zip(texts, judged)):
         wrong += [f"source {number}: {reason}" for reason in text.once(found)]
     weights = [source.weight for source in config.data.sources]
-    seeded = replace(config, run={"seed": config.run.seed + 1})
-    others = [(0, row) for row in digests(read_data(seeded).train.rows(0, min(epoch, 64)))]
-    disorder = order.judge_seeds([(0, digest) for _, digest in samples[: len(others)]], others)
+    disorder = order.judge_seeds(_orders_of_seeds(config, min(epoch, 64)))
     if None in weights or len(weights) == 1:
         disorder += order.judge_repeats(samples, epoch) + order.judge_epochs(samples, epoch)
     else:
@@ -59,15 +58,27 @@ def judge_text(config: Config) -> list[Finding]:
     ]
 
 
+def _orders_of_seeds(config: Config, count: int) -> list[list[str]]:
+    """The first samples of a few seeds, over the same text: which part of it is held out would depend on the seed too,
+    so another text is."""
+    other = Path(config.run.dir) / "held_out.jsonl"
+    other.write_text(json.dumps({"text": "a text of its own"}) + "\n", encoding="utf-8")
+    seeds = range(config.run.seed, config.run.seed + 4)
+    whole_text = {"validation_sources": [{"type": "files", "path": str(other), "format": "jsonl"}]}
+    return [
+        digests(read_data(replace(config, run={"seed": seed}, data=whole_text)).train.rows(0, count)) for seed in seeds
+    ]
+
+
 def _read_epochs(
     config: Config, data: Data, texts: Sequence[Text]
 ) -> tuple[list[order.Sample], int, list[str], list[Judged]]:
-    """(samples of two epochs, or with weights of one of the source that takes longest; samples of an epoch; what is
+    """(samples of four epochs, or with weights of one of the source that takes longest; samples of an epoch; what is
     wrong with blocks; what each source's text made of its first epoch)."""
     weighted = len(texts) > 1 and all(source.weight is not None for source in config.data.sources)
     sizes = [len(source) for source in data.train.sources]
     epoch = sum(sizes)
-    count = 2 * epoch
+    count = 4 * epoch
     if weighted:
         weights = [source.weight or 0.0 for source in config.data.sources]
         count = math.ceil(max(size * sum(weights) / weight for size, weight in zip(sizes, weights))) + 4 * len(sizes)

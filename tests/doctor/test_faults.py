@@ -42,7 +42,7 @@ FOLLOWING = {
     "expert_gradients_scaled_by_the_ranks": {"norm", "weights"},
     "loss_scaled_twice": {"norm", "weights"},
     "balance_loss_per_rank": {"z_loss", "loss", "routing", "gradients", "norm", "weights", "lm_loss", "val_loss"},
-    "padding_counted": {"reference_z", "reference_gradients"},
+    "padding_counted": {"reference_z", "reference_gradients", "reference_norm"},
     "clip_norm_per_rank": {"weights", "val_loss", "lm_loss", "loss"},
     "one_ranks_experts_exported": {"resume_one_state", "resume_one_loss"},
     "stale_data_position": {"resume_one_loss", "resume_ranks_data", "resume_ranks_loss"},
@@ -59,7 +59,7 @@ FOLLOWING = {
         "resume_one_loss",
         "resume_ranks_loss",
     },
-    "documents_see_each_other": {"reference_aux", "reference_z", "reference_gradients"},
+    "documents_see_each_other": {"reference_aux", "reference_z", "reference_gradients", "reference_norm"},
 }
 
 

@@ -37,12 +37,12 @@ OTHERS = [
     (faults.first_tokens_are_targets, "oracle_text", "the last target of a document's piece", []),
     (faults.padding_has_targets, "oracle_text", "padding has targets", []),
     (faults.every_other_target_is_lost, "oracle_text", "targets are not the next tokens", []),
-    (faults.epochs_have_one_order, "oracle_order", "the order of the first", []),
+    (faults.epochs_have_one_order, "oracle_order", "all epochs have the order", []),
     (faults.the_seed_is_ignored, "oracle_order", "another run.seed gives the same order", []),
     (faults.samples_are_drawn_with_replacement, "oracle_order", "blocks are read again", []),
     (faults.weights_of_sources_are_ignored, "oracle_order", "its weight asks for", [WEIGHTED]),
-    (faults.documents_begin_without_bos, "oracle_text", "are never targets", []),
-    (faults.documents_end_without_eos, "oracle_text", "in no document", []),
+    (faults.documents_begin_without_bos, "oracle_text", "does not begin with", []),
+    (faults.documents_end_without_eos, "oracle_text", "border", []),
 ]
 
 

@@ -10,18 +10,17 @@ Sample = tuple[int, str]  # source, digest
 
 
 def judge_epochs(samples: Sequence[Sample], blocks: int) -> list[str]:
-    """Samples without weights of sources: each epoch of `blocks` has the same blocks, and another order.
+    """Samples without weights of sources: each epoch of `blocks` has the same blocks, and not all have one order.
 
     Args:
-        samples: of two epochs at least.
+        samples: of several epochs, so that chance does not make all of them alike.
     """
-    first, second = list(samples[:blocks]), list(samples[blocks : 2 * blocks])
-    wrong = []
-    if Counter(first) != Counter(second):
-        wrong.append("the second epoch does not read what the first one reads")
-    elif blocks > 8 and first == second:
-        wrong.append("the second epoch has the order of the first")
-    return wrong
+    epochs = [list(samples[at : at + blocks]) for at in range(0, len(samples) - blocks + 1, blocks)]
+    if any(Counter(epoch) != Counter(epochs[0]) for epoch in epochs):
+        return ["a later epoch does not read what the first one reads"]
+    if len(set(epochs[0])) > 2 and all(epoch == epochs[0] for epoch in epochs[1:]):
+        return ["all epochs have the order of the first"]
+    return []
 
 
 def judge_repeats(samples: Sequence[Sample], blocks: int) -> list[str]:
@@ -44,8 +43,8 @@ def judge_weights(samples: Sequence[Sample], weights: Sequence[float]) -> list[s
     ]
 
 
-def judge_seeds(samples: Sequence[Sample], others: Sequence[Sample]) -> list[str]:
-    """Samples of another seed come in another order."""
-    if len(samples) > 8 and list(samples) == list(others):
+def judge_seeds(orders: Sequence[Sequence[str]]) -> list[str]:
+    """Samples of several seeds, over the same text, come in several orders."""
+    if len(set(orders[0])) > 2 and all(list(other) == list(orders[0]) for other in orders[1:]):
         return ["another run.seed gives the same order"]
     return []

@@ -90,6 +90,8 @@ class Text:
                 return "a document's border is not where its text ends"
             if len({int(block["document_ids"][start]) for start, _ in pieces}) != len(pieces):
                 return "two documents are marked as one"
+        if any(block["input_ids"][start] != self.begin for start, _ in pieces[1:]):
+            return "a document does not begin with the token that documents begin with"
         for start, stop in pieces:
             if isolated and (block["position_ids"][start:stop] != np.arange(stop - start)).any():
                 return f"positions do not count from 0 in the document at position {start}"
