@@ -70,7 +70,7 @@ class Text:
                 judged.wrong.append(f"block {row}: {reason}")
         return judged
 
-    def _judge_block(self, block: dict[str, np.ndarray], isolated: bool, judged: Judged) -> str:
+    def _judge_block(self, block: dict[str, Any], isolated: bool, judged: Judged) -> str:
         real, labels = block["attention_mask"], block["labels"]
         count = int(real.sum())
         if not real[:count].all():

@@ -70,7 +70,8 @@ class Reference:
             total.backward()
             sums += parts.detach()
         gradients = {name: p.grad.numpy().copy() for name, p in self.model.named_parameters()}
-        return Expected(*sums.tolist(), gradients)
+        lm, aux, z = sums.tolist()
+        return Expected(lm, aux, z, gradients)
 
     @torch.no_grad()
     def _load(self, weights: Mapping[str, np.ndarray]) -> None:
@@ -107,6 +108,7 @@ def mixtral_config(model: ModelConfig) -> Any:
     """transformers' configuration of the same model, by the names that it gives to things itself."""
     from transformers import MixtralConfig
 
+    assert model.vocab_size is not None, "vocab_size is resolved from the tokenizer first"
     return MixtralConfig(
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,
