@@ -23,6 +23,8 @@ class Batch:
     position_ids_BS: int64, from 0 in every document of a block, or, not isolated, 0 to S-1.
     document_ids_BS: int64 index of the document within its block, -1 on padding; None if not isolated.
     attention_mask_BS: bool, False on padding.
+    runs_B: of each block the lengths of its documents, and of its padding, in order, known on the host so that attention
+        need not ask the device for them; None where they are not known.
     """
 
     input_ids_BS: torch.Tensor
@@ -30,6 +32,7 @@ class Batch:
     position_ids_BS: torch.Tensor
     document_ids_BS: torch.Tensor | None
     attention_mask_BS: torch.Tensor
+    runs_B: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def num_targets(self) -> int:
@@ -47,11 +50,12 @@ class Batch:
         return self._map(torch.Tensor.pin_memory)
 
     def rows(self, start: int, stop: int) -> "Batch":
-        return self._map(lambda tensor: tensor[start:stop])
+        runs_B = None if self.runs_B is None else self.runs_B[start:stop]
+        return replace(self._map(lambda tensor: tensor[start:stop]), runs_B=runs_B)
 
     def _map(self, function) -> "Batch":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{k: None if v is None else function(v) for k, v in values.items()})
+        return replace(self, **{k: function(v) for k, v in values.items() if isinstance(v, torch.Tensor)})
 
 
 class PackedBlocks:
@@ -132,7 +136,17 @@ class PackedBlocks:
 
 def as_batch(arrays: dict[str, np.ndarray]) -> Batch:
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return Batch(**({"document_ids_BS": None} | tensors))
+    return Batch(**({"document_ids_BS": None} | tensors), runs_B=runs(arrays))
+
+
+def runs(arrays: dict[str, np.ndarray]) -> tuple[tuple[int, ...], ...]:
+    """`Batch.runs_B` of packed blocks, in which each document stands in one piece and padding comes last."""
+    mask_BS = arrays["attention_mask_BS"]
+    document_BS = np.where(mask_BS, arrays.get("document_ids_BS", 0), -1)
+    begins_BS = np.ones_like(mask_BS)
+    begins_BS[:, 1:] = document_BS[:, 1:] != document_BS[:, :-1]
+    length = mask_BS.shape[1]
+    return tuple(tuple(np.diff(np.flatnonzero(row), append=length).tolist()) for row in begins_BS)
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:
@@ -143,5 +157,6 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
         "targets": batch.labels_BS,
         "position_ids": batch.position_ids_BS,
         "document_ids": batch.document_ids_BS,
+        "runs": batch.runs_B,
         "return_logits": False,
     }

@@ -58,6 +58,7 @@ class OwnTeacher:
             attention_mask=batch.attention_mask_BS,
             document_ids=batch.document_ids_BS,
             sliding_window=model.config.sliding_window,
+            runs=batch.runs_B,
         )
         x_BSD, _ = model.model(
             batch.input_ids_BS, batch.position_ids_BS, pattern, batch.attention_mask_BS, batch.document_ids_BS

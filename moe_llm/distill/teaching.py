@@ -4,6 +4,7 @@ Dimensions: N labelled positions of a batch, K named tokens.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -142,4 +143,6 @@ def _distillation(distill: Any, outcomes: Callable[[int, int], Outcomes]) -> Dis
 def _joined(rows: list[Batch]) -> Batch:
     names = ("input_ids_BS", "labels_BS", "position_ids_BS", "document_ids_BS", "attention_mask_BS")
     values = {name: [getattr(row, name) for row in rows] for name in names}
-    return Batch(**{name: None if parts[0] is None else torch.cat(parts) for name, parts in values.items()})
+    joined = Batch(**{name: None if parts[0] is None else torch.cat(parts) for name, parts in values.items()})
+    known = [row.runs_B for row in rows if row.runs_B is not None]
+    return replace(joined, runs_B=sum(known, ())) if len(known) == len(rows) else joined

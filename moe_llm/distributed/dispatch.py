@@ -4,6 +4,9 @@ Dimensions: T tokens, D hidden, N rows of this rank's tokens, M rows that this r
 R ranks of the expert-parallel group, E experts, P = E / R experts a rank.
 """
 
+from typing import TypeVar
+
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -14,6 +17,7 @@ from moe_llm.distributed.weights import GroupWeights
 from moe_llm.model.moe.experts import Experts
 from moe_llm.model.moe.layer import MoELayer
 from moe_llm.model.moe.routing import Routing, WeightMixture
+from moe_llm.ops import host
 from moe_llm.ops.permutation import combine, permute
 
 
@@ -42,10 +46,12 @@ class AllToAllDispatcher:
         with self.traffic.timed(x_TD.device):
             sizes.wait()
         # Sizes of messages have to be known on the host: the one synchronisation per layer that cannot be avoided.
-        counts_RP = torch.stack([routing.counts_E, received_E]).cpu().view(2, self.size, -1)
-        parts = [_part(counts_RP, c, self.chunks, by_expert) for c in range(self.chunks)]
+        # The experts' kernels want their counts on the device, where they are already.
+        counts_2RP = torch.stack([routing.counts_E, received_E]).view(2, self.size, -1)
+        host_2RP = host.read(counts_2RP, "rows that each rank sends and receives", total=len(x_ND))
+        parts = [_part(host_2RP, c, self.chunks, by_expert) for c in range(self.chunks)]
 
-        rows = x_ND.split([sent_RP.sum().item() for sent_RP, _ in parts])
+        rows = x_ND.split([int(sent_RP.sum()) for sent_RP, _ in parts])
         arriving = [self._depart(rows[0], *parts[0])]
         leaving = []
         for c, (sent_RP, received_RP) in enumerate(parts):
@@ -53,7 +59,12 @@ class AllToAllDispatcher:
                 arriving.append(self._depart(rows[c + 1], *parts[c + 1]))
             x_MD = _Arrive.apply(*arriving[c])
             own = slice(c * sent_RP.shape[1], (c + 1) * sent_RP.shape[1]) if by_expert else None
-            y_MD = experts(_regroup(x_MD, received_RP), received_RP.sum(0), own=own)
+            y_MD = experts(
+                _regroup(x_MD, received_RP),
+                _part(counts_2RP[1], c, self.chunks, by_expert).sum(0),
+                own=own,
+                host_counts_E=received_RP.sum(0),
+            )
             leaving.append(self._depart(_regroup(y_MD, received_RP.T), received_RP, sent_RP))
         arrived = [_Arrive.apply(*flight) for flight in leaving]
         y_ND = torch.cat(arrived) if self.chunks > 1 else arrived[0]
@@ -62,7 +73,7 @@ class AllToAllDispatcher:
     def merge(self, x_TD: Tensor, merging: WeightMixture, experts: Experts) -> Tensor:
         return experts(x_TD, merging=merging, exchange=GroupWeights(self.group, self.size, self.traffic))
 
-    def _depart(self, x_ND: Tensor, sent_RP: Tensor, received_RP: Tensor) -> tuple[Tensor, "_Flight"]:
+    def _depart(self, x_ND: Tensor, sent_RP: np.ndarray, received_RP: np.ndarray) -> tuple[Tensor, "_Flight"]:
         flight = _Flight(self, sent_RP.sum(1).tolist(), received_RP.sum(1).tolist())
         return _Depart.apply(x_ND, flight), flight
 
@@ -79,7 +90,7 @@ def traffic(model: nn.Module) -> dict[str, list]:
     return {"all_to_all_mb": [sent / 1e6 for sent, _ in taken], "all_to_all_seconds": [s for _, s in taken]}
 
 
-def _regroup(x_MD: Tensor, counts_AB: Tensor) -> Tensor:
+def _regroup(x_MD: Tensor, counts_AB: np.ndarray) -> Tensor:
     """Rows in blocks ordered (a, b) become rows in blocks ordered (b, a); counts_AB are their sizes."""
     if min(counts_AB.shape) == 1:
         return x_MD
@@ -166,8 +177,12 @@ def _in_chunks(routing: Routing, ranks: int, chunks: int, by_expert: bool) -> Ro
     )
 
 
-def _part(counts_RP: Tensor, chunk: int, chunks: int, by_expert: bool) -> Tensor:
-    """The rows of one part among counts (last dimension: the experts of a rank)."""
+Counts = TypeVar("Counts", Tensor, np.ndarray)
+
+
+def _part(counts_RP: Counts, chunk: int, chunks: int, by_expert: bool) -> Counts:
+    """The rows of one part among counts (last dimension: the experts of a rank), on the host or on the device."""
     if by_expert:
-        return counts_RP.chunk(chunks, -1)[chunk]
+        held = counts_RP.shape[-1] // chunks
+        return counts_RP[..., chunk * held : (chunk + 1) * held]
     return counts_RP * (chunk + 1) // chunks - counts_RP * chunk // chunks

@@ -4,6 +4,7 @@ Parameters bear the names of transformers' MixtralForCausalLM.
 Dimensions: B batch, S sequence, T = B*S tokens, D hidden, V vocabulary, L layers, E experts.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -161,6 +162,7 @@ class MoEDecoder(nn.Module):
         targets: Tensor | None = None,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
+        runs: Sequence[Sequence[int]] | None = None,
         return_logits: bool = True,
         teacher: Distillation | None = None,
         perturbation: Tensor | None = None,
@@ -175,6 +177,8 @@ class MoEDecoder(nn.Module):
             targets: (B, S) int64, already shifted: what position t is to predict; instead of `labels`.
             position_ids: (B, S) int64; by default 0 to S-1.
             document_ids: (B, S) int64; tokens attend, and are mixed, within their own document only.
+            runs: of each sequence the lengths of its documents and paddings, in order, where the caller knows them: on a
+                GPU attention then need not wait for them. They say what attention_mask and document_ids say.
             return_logits: without them only the loss is computed, in less memory.
             teacher: what the targets' distributions are drawn to, beside the targets themselves.
             perturbation: (B, S, D), added to the embeddings of the input.
@@ -190,6 +194,7 @@ class MoEDecoder(nn.Module):
             attention_mask=attention_mask,
             document_ids=document_ids,
             sliding_window=self.config.sliding_window,
+            runs=runs,
         )
         x_BSD, routing = self.model(input_ids, position_ids, pattern, mask_BS, document_ids, perturbation)
 

@@ -3,13 +3,21 @@
 Dimensions: B batch, S sequence, H query heads, G key-value heads (H is a multiple), d head dimension.
 """
 
+import functools
+import importlib.util
+import inspect
+import itertools
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_llm.ops import native
+from moe_llm.ops import host, native
 from moe_llm.ops.attention_blocked import blocked_attention
 
 
@@ -20,15 +28,18 @@ class AttentionPattern:
     At most one of the first two is set, and neither for plain causal attention:
     mask_B1SS: bool, true where the query (row) sees the key (column).
     segments: lengths that cut the B * S positions into runs, each causal within itself and blind to all else.
-        The cost is that of the documents instead of the whole square. Built on the CPU, where reading the
-        lengths is free; with documents of 128 to 400 tokens in 512 to 2048, forward and backward take 0.2 to
-        0.7 of the masked time (scripts/benchmarks/ops.py). Variable-length kernels want the same numbers.
-    starts_BS: int32, with segments: the first key that each query sees.
+        The cost is that of the documents instead of the whole square. With documents of 128 to 400 tokens in 512 to
+        2048, forward and backward take 0.2 to 0.7 of the masked time on a CPU (scripts/benchmarks/ops.py).
+    starts_BS: int32, with segments on a CPU: the first key that each query sees.
+    ends_R: int32, with segments on a GPU: 0 and the end of each run, for kernels of variable length.
+    window: with ends_R, how many keys a query sees at most, itself among them; None: all of its run's.
     """
 
     mask_B1SS: Tensor | None = None
     segments: tuple[int, ...] | None = None
     starts_BS: Tensor | None = None
+    ends_R: Tensor | None = None
+    window: int | None = None
 
     @staticmethod
     def build(
@@ -37,6 +48,7 @@ class AttentionPattern:
         attention_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
         sliding_window: int | None = None,
+        runs: Sequence[Sequence[int]] | None = None,
     ) -> "AttentionPattern":
         """The pattern of a batch.
 
@@ -45,23 +57,34 @@ class AttentionPattern:
             attention_mask: (B, S), zero for padding, which no real token sees.
             document_ids: (B, S) integers; queries see keys with the same number only.
             sliding_window: a query sees itself and the sliding_window - 1 keys before it.
+            runs: what attention_mask and document_ids say, as the lengths of each row's runs, known on the host. On a
+                GPU nothing then waits for the device; without them the device is asked once.
 
         Queries that would see nothing (padding) see themselves, so that their softmax is finite.
         """
-        length = like_BS.shape[1]
+        batch, length = like_BS.shape
         if sliding_window is not None and sliding_window >= length:
             sliding_window = None
-        mask_BS = None if attention_mask is None else attention_mask != 0
-        if mask_BS is not None and bool(mask_BS.all()):
-            mask_BS = None
-        if document_ids is not None and bool((document_ids == document_ids[:, :1]).all()):
-            document_ids = None
-        if mask_BS is None and document_ids is None and sliding_window is None:
+        if attention_mask is None and document_ids is None:
+            segments: tuple[int, ...] | None = (length,) * batch
+        elif runs is not None:
+            segments = tuple(run for row in runs for run in row)
+            assert sum(segments) == like_BS.numel(), f"the runs hold {sum(segments)} of {like_BS.numel()} positions"
+        else:
+            segments = _segments(like_BS, attention_mask, document_ids)
+        if segments is not None and sliding_window is not None and max(segments) <= sliding_window:
+            sliding_window = None
+        if segments == (length,) * batch and sliding_window is None:
             return AttentionPattern()
-        if like_BS.device.type == "cpu":
-            segments = _segments(like_BS, mask_BS, document_ids)
-            if segments is not None and (sliding_window is None or max(segments) <= sliding_window):
+        if segments is not None and sliding_window is None:
+            if like_BS.device.type == "cpu":
                 return AttentionPattern(segments=segments, starts_BS=_starts(segments, like_BS.shape))
+            return AttentionPattern(segments=segments, ends_R=_ends(segments, like_BS.device))
+        if segments is not None and like_BS.device.type != "cpu" and variable_length_kernel() is not None:
+            return AttentionPattern(segments=segments, ends_R=_ends(segments, like_BS.device), window=sliding_window)
+        if like_BS.device.type != "cpu":
+            warn_of_dense_mask(batch, length, segments is None)
+        mask_BS = None if attention_mask is None else attention_mask != 0
         return AttentionPattern(_mask(like_BS, mask_BS, document_ids, sliding_window))
 
 
@@ -70,7 +93,9 @@ def attention(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, *, pattern: Attent
     if pattern.mask_B1SS is None and native.fits(q_BHSd, k_BGSd, v_BGSd):
         return blocked_attention(q_BHSd, k_BGSd, v_BGSd, pattern.starts_BS)
     if pattern.segments is not None:
-        return _segment_attention(q_BHSd, k_BGSd, v_BGSd, pattern.segments)
+        if pattern.ends_R is not None and variable_length_fits(q_BHSd):
+            return _variable_length_attention(q_BHSd, k_BGSd, v_BGSd, pattern)
+        return _segment_attention(q_BHSd, k_BGSd, v_BGSd, pattern.segments, pattern.window)
     return F.scaled_dot_product_attention(
         q_BHSd,
         k_BGSd,
@@ -81,35 +106,105 @@ def attention(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, *, pattern: Attent
     )
 
 
-def _segment_attention(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, segments: tuple[int, ...]) -> Tensor:
+@functools.cache
+def variable_length_kernel() -> str | None:
+    """What computes attention of runs in one call on a GPU: torch's `varlen_attn`, else the package flash-attn."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
+        return "torch"
+    return "flash_attn" if importlib.util.find_spec("flash_attn") is not None else None
+
+
+def variable_length_fits(q_BHSd: Tensor) -> bool:
+    """Whether these queries can go to that kernel: on a GPU of compute capability 8.0 or later, bf16 or fp16, heads of
+    at most 256 in steps of 8."""
+    if q_BHSd.device.type != "cuda" or variable_length_kernel() is None:
+        return False
+    head = q_BHSd.shape[-1]
+    half = q_BHSd.dtype in (torch.bfloat16, torch.float16)
+    return half and head <= 256 and head % 8 == 0 and torch.cuda.get_device_capability(q_BHSd.device) >= (8, 0)
+
+
+def warn_of_dense_mask(batch: int, length: int, scattered: bool) -> None:
+    """Say that a mask of B x S x S is built on a GPU, and why."""
+    why = (
+        "documents that are not in one piece"
+        if scattered
+        else "a sliding window, without torch's varlen_attn (torch 2.10) or the package flash-attn"
+    )
+    warnings.warn(
+        f"attention builds a dense mask of {batch} x {length} x {length} ({batch * length**2 / 2**30:.2f} GiB) for {why}: "
+        "memory grows with the square of the length, and flash attention is ruled out",
+        stacklevel=3,
+    )
+
+
+def _variable_length_attention(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, pattern: AttentionPattern) -> Tensor:
+    assert pattern.segments is not None
+    q_THd, k_TGd, v_TGd = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHSd, k_BGSd, v_BGSd))
+    longest, window = max(pattern.segments), (-1 if pattern.window is None else pattern.window - 1, 0)
+    ends = (pattern.ends_R, pattern.ends_R, longest, longest)
+    if variable_length_kernel() == "torch":
+        from torch.nn.attention import varlen
+
+        accepted = inspect.signature(varlen.varlen_attn).parameters
+        options: dict[str, Any] = {"window_size": window} if "window_size" in accepted else {"is_causal": True}
+        assert "window_size" in accepted or pattern.window is None, "this torch's varlen_attn has no window"
+        if "enable_gqa" in accepted:
+            options["enable_gqa"] = q_THd.shape[1] != k_TGd.shape[1]
+        else:
+            shared = q_THd.shape[1] // k_TGd.shape[1]
+            k_TGd, v_TGd = k_TGd.repeat_interleave(shared, 1), v_TGd.repeat_interleave(shared, 1)
+        y_THd = varlen.varlen_attn(q_THd, k_TGd, v_TGd, *ends, **options)
+    else:
+        from flash_attn import flash_attn_varlen_func
+
+        y_THd = flash_attn_varlen_func(q_THd, k_TGd, v_TGd, *ends, causal=True, window_size=window)
+    return y_THd.unflatten(0, (q_BHSd.shape[0], q_BHSd.shape[2])).transpose(1, 2)
+
+
+def _segment_attention(
+    q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, segments: tuple[int, ...], window: int | None = None
+) -> Tensor:
     # one sequence of B * S positions; split and cat, unlike slices, have gradients that write each row once
     parts = [
         x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None].split(segments, dim=2) for x in (q_BHSd, k_BGSd, v_BGSd)
     ]
     gqa = q_BHSd.shape[1] != k_BGSd.shape[1]
-    outputs = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)[0].transpose(0, 1)
-        for q, k, v in zip(*parts, strict=True)
-    ]
+    outputs = []
+    for q, k, v in zip(*parts, strict=True):
+        near_SS = None if window is None or q.shape[2] <= window else _mask(q[:, 0, :, 0], None, None, window)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=near_SS, is_causal=near_SS is None, enable_gqa=gqa)
+        outputs.append(y[0].transpose(0, 1))
     batch, _, length, _ = q_BHSd.shape
     return torch.cat(outputs).unflatten(0, (batch, length)).transpose(1, 2)
 
 
-def _segments(like_BS: Tensor, mask_BS: Tensor | None, document_ids: Tensor | None) -> tuple[int, ...] | None:
+def _segments(like_BS: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None) -> tuple[int, ...] | None:
     """Lengths of the runs of equal document and padding, row after row.
 
     None where runs do not describe the pattern: a document that comes back after another or after padding.
     """
-    batch, length = like_BS.shape
-    row_BS = torch.arange(batch)[:, None].expand(batch, length)
-    document_BS = torch.zeros_like(row_BS) if document_ids is None else document_ids
-    mask_BS = torch.ones_like(row_BS, dtype=torch.bool) if mask_BS is None else mask_BS
-    key_P3 = torch.stack((row_BS, document_BS.to(row_BS.dtype), mask_BS.to(row_BS.dtype)), -1).flatten(0, 1)
-    run_R3, run_length_R = key_P3.unique_consecutive(dim=0, return_counts=True)
-    real_run_R3 = run_R3[run_R3[:, 2] == 1]
-    if len(real_run_R3.unique(dim=0)) != len(real_run_R3):
-        return None
-    return tuple(run_length_R.tolist())
+    given = [t for t in (attention_mask, document_ids) if t is not None]
+    values_XBS = host.read(torch.stack([t.long() for t in given]), "documents and padding of a batch without runs")
+    document_BS = values_XBS[-1] if document_ids is not None else np.zeros(like_BS.shape, np.int64)
+    real_BS = values_XBS[0] != 0 if attention_mask is not None else np.ones(like_BS.shape, bool)
+    runs: list[int] = []
+    for document_S, real_S in zip(document_BS, real_BS, strict=True):
+        begins_S = np.ones(len(document_S), bool)
+        begins_S[1:] = (document_S[1:] != document_S[:-1]) | (real_S[1:] != real_S[:-1])
+        first_R = np.flatnonzero(begins_S)
+        owner_R = document_S[first_R][real_S[first_R]]
+        if len(np.unique(owner_R)) != len(owner_R):
+            return None
+        runs += np.diff(first_R, append=len(document_S)).tolist()
+    return tuple(runs)
+
+
+def _ends(segments: tuple[int, ...], device: torch.device) -> Tensor:
+    """0 and the last position of each run, int32, on the device, without waiting for it."""
+    ends_R = torch.tensor(list(itertools.accumulate(segments, initial=0)), dtype=torch.int32)
+    pinned = device.type == "cuda" and torch.cuda.is_available()
+    return (ends_R.pin_memory() if pinned else ends_R).to(device, non_blocking=True)
 
 
 def _starts(segments: tuple[int, ...], shape_BS: torch.Size) -> Tensor:

@@ -46,7 +46,8 @@ def linear_cross_entropy(
     hidden_TD = hidden_TD if torch.is_grad_enabled() else hidden_TD.detach()
     targets = labels_T != ignore_index
     num_targets = targets.sum()
-    kept = _kept_rows(targets, int(num_targets), hidden_TD)
+    # On a GPU nothing waits for their number: rows without a target go through the head, and count for nothing.
+    kept = _kept_rows(targets, int(num_targets), hidden_TD) if hidden_TD.device.type == "cpu" else None
     if kept is not None:
         hidden_TD, labels_T = hidden_TD[kept], labels_T[kept]
     labels_T = labels_T.masked_fill(labels_T == ignore_index, _NO_LABEL)

@@ -4,12 +4,13 @@ Dimensions: N routed rows, D hidden, F expert width, E experts,
 G = 2F (gate rows, then up rows, as in transformers).
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moe_llm.errors import UserError
-from moe_llm.ops import triton
+from moe_llm.ops import host, triton
 from moe_llm.ops.expert_mlp_fused import fused_expert_mlp
 from moe_llm.ops.expert_mlp_grouped import grouped_expert_mlp, grouped_mm_fits
 
@@ -25,6 +26,7 @@ def expert_mlp(
     backend: str = "auto",
     weight_N: Tensor | None = None,
     dropout: float = 0.0,
+    host_counts_E: np.ndarray | None = None,
 ) -> Tensor:
     """down(silu(gate(x)) * up(x)) of each row by its expert, times weight_N where given (Shazeer 2020).
 
@@ -51,6 +53,8 @@ def expert_mlp(
         raise UserError(f"expert backend {backend!r} has no dropout={dropout:g}; use 'auto' or 'loop'.")
     if backend == "auto":
         backend = choose_backend(x_ND.device, x_ND.dtype, (len(x_ND), *down_proj_EDF.shape))
+    if backend in ("loop", "fused") and host_counts_E is not None:
+        counts_E = torch.from_numpy(host_counts_E)
     if backend == "loop":
         return _loop_expert_mlp(x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, dropout)
     if backend == "fused":
@@ -107,7 +111,7 @@ def _loop_expert_mlp(
     weight_N: Tensor | None,
     dropout: float,
 ) -> Tensor:
-    counts = counts_E.tolist()
+    counts = host.read(counts_E, "rows of each expert", len(x_ND)).tolist()
     rows = x_ND.split([*counts, len(x_ND) - sum(counts)])
     outputs = []
     for x_nD, gate_up_GD, down_DF in zip(rows, gate_up_proj_EGD.unbind(), down_proj_EDF.unbind()):

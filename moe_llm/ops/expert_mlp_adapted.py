@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_llm.ops.expert_mlp_fused import _Blocks, weighted_swiglu, weighted_swiglu_backward
+from moe_llm.ops import host
+from moe_llm.ops.expert_mlp_fused import _Blocks, counts_on_host, weighted_swiglu, weighted_swiglu_backward
 from moe_llm.ops.permutation import combine, gather_sum, permute
 from moe_llm.ops.products import mm
 
@@ -93,7 +94,7 @@ def _loop(
         low_nr = F.linear(F.dropout(x_nI, adapters.dropout), factors.a_ErI[expert])
         return y_nO + F.linear(low_nr, factors.b_EOr[expert]) * adapters.scale
 
-    counts = counts_E.tolist()
+    counts = host.read(counts_E, "rows of each expert", len(x_ND)).tolist()
     rows, outputs = x_ND.split([*counts, len(x_ND) - sum(counts)]), []
     for expert, (gate_up_GD, down_DF) in enumerate(zip(gate_up_proj_EGD.unbind(), down_proj_EDF.unbind())):
         gate_nF, up_nF = apply(rows[expert], gate_up_GD, adapters.gate_up, expert).chunk(2, dim=-1)
@@ -110,6 +111,7 @@ class _FusedAdapted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_ND, gate_up_EGD, down_EDF, counts_E, weight_N, token_index_N, slot_TK, scale, a1, b1, a2, b2):
+        counts_E = counts_on_host(counts_E, len(x_ND) if token_index_N is None else len(token_index_N))
         blocks = _Blocks.of(counts_E, x_ND, token_index_N)
         gate_up_NG = x_ND.new_empty(blocks.stop, gate_up_EGD.shape[1])
         hidden_nF = x_ND.new_empty(blocks.largest, down_EDF.shape[2])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_llm.ops import native, triton
+from moe_llm.ops import host, native, triton
 from moe_llm.ops.graph import graph_is_kept
 from moe_llm.ops.permutation import gather_sum, row_dot
 from moe_llm.ops.products import compiled_by_shape, fused_experts_fit, mm
@@ -54,6 +54,7 @@ def fused_routed_expert_mlp(
 class _FusedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N, slot_TK):
+        counts_E = counts_on_host(counts_E, len(x_ND) if token_index_N is None else len(token_index_N))
         inputs = _Inputs(x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N)
         blocks = _Blocks.of(counts_E, x_ND, token_index_N, rounded=not inputs.go_in_one_call)
         gate_up_NG = x_ND.new_empty(blocks.stop, gate_up_proj_EGD.shape[1])
@@ -86,6 +87,13 @@ class _FusedExperts(torch.autograd.Function):
             grad_x = blocks.only_used_(grad_x)
             grad_x = grad_x if slot_TK is None else gather_sum(grad_x, slot_TK, None)
         return grad_x, grads.gate_up_proj_EGD, grads.down_proj_EDF, None, grads.weight_N, None, None
+
+
+def counts_on_host(counts_E: Tensor, num_rows: int) -> Tensor:
+    """The same counts where both passes can read them without waiting for the device: it is waited for here, once."""
+    if counts_E.device.type == "cpu":
+        return counts_E
+    return torch.from_numpy(host.read(counts_E, "rows of each expert", num_rows))
 
 
 class _Inputs(NamedTuple):
@@ -227,7 +235,7 @@ class _Blocks(NamedTuple):
 
     @staticmethod
     def of(counts_E: Tensor, x_ND: Tensor, token_index_N: Tensor | None, rounded: bool = True) -> "_Blocks":
-        """rounded: whether products that are compiled for their shape get blocks of a round number of rows."""
+        """counts_E: on the host. rounded: whether products that are compiled for their shape get blocks of a round number of rows."""
         busy, end, rounded = [], 0, rounded and compiled_by_shape(x_ND)
         for expert, count in enumerate(counts_E.tolist()):
             if count:

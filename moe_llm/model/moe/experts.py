@@ -1,5 +1,6 @@
 """The experts of one layer, stacked."""
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +34,7 @@ class Experts(nn.Module):
         own: slice | None = None,
         merging: WeightMixture | None = None,
         exchange: WeightExchange | None = None,
+        host_counts_E: np.ndarray | None = None,
     ) -> Tensor:
         """Rows sorted by expert in, the same rows out: down(silu(gate(x)) * up(x)), with dropout before `down` while
         training.
@@ -40,6 +42,7 @@ class Experts(nn.Module):
         With a routing, tokens in and tokens out, (T, D): each one's weighted sum over its experts. With `own`, the
         counts and the rows are those of some of the experts that are held. With a merging, tokens in and tokens out
         and no counts: one expert of mixed weights for each segment; `exchange` reaches experts that are elsewhere.
+        `host_counts_E`: the counts once more, where the host knows them, for kernels that need them there.
         """
         dropout = self.dropout if self.training else 0.0
         if merging is not None:
@@ -57,12 +60,14 @@ class Experts(nn.Module):
             rows = () if routing is None else (routing.weight_N, routing.token_index_N, routing.slot_TK)
             held = slice(None) if own is None else own
             weights = self.gate_up_proj[held], self.down_proj[held]
+            if host_counts_E is not None:
+                counts_E = torch.from_numpy(host_counts_E)
             return adapted_expert_mlp(x, *weights, counts_E, self._adapters(held), *rows, dropout=dropout)
         if routing is None:
             gate_up_proj, down_proj = self.gate_up_proj, self.down_proj
             if own is not None:
                 gate_up_proj, down_proj = gate_up_proj[own], down_proj[own]
-            return expert_mlp(x, gate_up_proj, down_proj, counts_E, dropout=dropout)
+            return expert_mlp(x, gate_up_proj, down_proj, counts_E, dropout=dropout, host_counts_E=host_counts_E)
         return routed_expert_mlp(
             x,
             self.gate_up_proj,

@@ -16,6 +16,7 @@ from moe_llm.config.routers import RouterSettings
 from moe_llm.model.linear import Linear
 from moe_llm.model.moe.losses import RouterLoss, entropy_losses
 from moe_llm.model.moe.routing import Routing, RoutingStatistics, WeightMixture, router_statistics
+from moe_llm.ops import host
 from moe_llm.ops.permutation import sort_by_expert
 from moe_llm.ops.wide_linear import wide_linear
 
@@ -144,7 +145,7 @@ def rows_by_token(
         return {"token_index_N": token_index_N, "weight_N": weight_N, "counts_E": counts_E, "slot_TK": slot_TK}
     # What is not taken sorts behind the last expert and is cut off there.
     token_index_N, order_N, _, counts = sort_by_expert(expert_TR.masked_fill(~taken_TR, num_experts), num_experts + 1)
-    rows = int(taken_TR.sum())
+    rows = int(host.read(taken_TR.sum(), "rows of all tokens", taken_TR.numel()))
     return {
         "token_index_N": token_index_N[:rows],
         "weight_N": weight_TR.flatten()[order_N[:rows]],
