@@ -4,6 +4,7 @@ import re
 from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from moe_llm.config.adversarial import AdversarialConfig
 from moe_llm.config.alarms import AlarmsConfig
@@ -249,6 +250,38 @@ class ParallelConfig(Section):
     engine: Literal["auto", "deepspeed"] = Field(
         "auto", description="auto: DeepSpeed with more than one rank; deepspeed: with one rank too"
     )
+    offload_optimizer: Literal["none", "cpu"] = Field(
+        "none",
+        description="cpu: the optimizer's fp32 masters and moments stay in host memory and are updated there "
+        "(ZeRO-Offload, Ren et al. 2021); engages DeepSpeed with one rank too",
+    )
+    overlap_comm: Literal["auto"] | bool = Field(
+        "auto", description="reduce gradients while the backward pass goes on; auto: on CUDA with ZeRO-2 and 3"
+    )
+    reduce_bucket_size: Literal["auto"] | PositiveInt = Field(
+        "auto",
+        description="gradients that are reduced together, elements; auto: 1/16 of the parameters that a rank holds, "
+        "from 5 to 500 million",
+    )
+    communication_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of gradients while they are reduced over ranks; bf16 halves the traffic and rounds the sums"
+    )
+
+    @field_validator("offload_optimizer", mode="before")
+    @classmethod
+    def _nvme_has_no_experts(cls, value: object) -> object:
+        if value == "nvme":
+            raise PydanticCustomError(
+                "no_nvme",
+                "DeepSpeed swaps optimizer tensors to NVMe under ZeRO-3 only, and checkpoints no experts there: use cpu",
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _overlap_applies(self):
+        if self.overlap_comm is True and self.zero_stage == 1:
+            invalid("overlap_comm", True, "does not act in ZeRO-1, which reduces once a step", "use zero_stage 2 or 3")
+        return self
 
 
 class CheckpointConfig(Section):
@@ -397,6 +430,19 @@ class Config(Section):
         if self.train.max_steps is not None:
             return self.train.max_steps
         return -(-self.train.max_tokens // self.tokens_per_step)
+
+    @property
+    def reduce_bucket_size(self) -> int:
+        """Elements that DeepSpeed reduces or gathers at once.
+
+        A bucket is a buffer of that size on every rank (two with overlap), so it follows the size of what a rank
+        holds: DeepSpeed's fixed 500 million are 2 GB in fp32 however small the model is.
+        """
+        if self.parallel.reduce_bucket_size != "auto":
+            return self.parallel.reduce_bucket_size
+        counts = self.model.parameter_counts()
+        held = sum(counts.values()) - counts["experts"] + counts["experts"] // self.parallel.expert_parallel_size
+        return min(500_000_000, max(5_000_000, held // 16))
 
     def expert_range(self, rank: int) -> range:
         """The experts of each layer that a rank holds: `expert_parallel_size` neighbours share one set."""

@@ -52,7 +52,16 @@ def plugin(config: Config, world_size: int) -> Any:
 def engine_config(config: Config, world_size: int) -> dict:
     """DeepSpeed's configuration, from ours alone: batch sizes, precision and ZeRO stage exist once."""
     stage = config.parallel.zero_stage
-    zero: dict[str, Any] = {"stage": stage, "contiguous_gradients": True}
+    bucket = config.reduce_bucket_size
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "contiguous_gradients": True,
+        "overlap_comm": overlaps_communication(config),
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    if config.parallel.offload_optimizer == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": config.train.device != "cpu" and torch.cuda.is_available()}
     if stage == 3:
         # Small tensors (norms, routers) stay whole: gathering them costs more than holding them.
         zero["stage3_param_persistence_threshold"] = 100_000
@@ -62,6 +71,8 @@ def engine_config(config: Config, world_size: int) -> dict:
         "gradient_clipping": config.optim.grad_clip,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        # torch's own fused AdamW updates host tensors as DeepSpeed's CPU Adam does, and is not compiled at the start
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
     if config.train.precision == "bf16":
@@ -69,8 +80,15 @@ def engine_config(config: Config, world_size: int) -> dict:
         settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
         # Sums of gradients, over micro-batches and over ranks, lose what is small in bf16.
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
-        settings["communication_data_type"] = "fp32"
+        settings["communication_data_type"] = config.parallel.communication_dtype
     return settings
+
+
+def overlaps_communication(config: Config) -> bool:
+    """Whether gradients are reduced on a stream of their own while the backward pass goes on."""
+    if config.parallel.overlap_comm != "auto":
+        return config.parallel.overlap_comm
+    return config.parallel.zero_stage > 1 and config.train.device != "cpu" and torch.cuda.is_available()
 
 
 def adopt_layers(
@@ -261,8 +279,15 @@ def held_gradients(optimizer: Any) -> list[torch.Tensor]:
     """
     if hasattr(optimizer, "fp32_groups_gradient_flat_partition"):  # ZeRO-1 in bf16
         return optimizer.fp32_groups_gradient_flat_partition
+    if offloads(optimizer):  # the gradients lie with the masters in host memory
+        return [piece.grad for piece in flat_parameters(optimizer) if piece.grad is not None]
     groups = [group for group in optimizer.averaged_gradients.values() if group is not None]
     return [gradient for group in groups for gradient in group if gradient is not None and gradient.numel()]
+
+
+def offloads(optimizer: Any) -> bool:
+    """Whether the optimizer's tensors, and this rank's slices of the gradients, are in host memory."""
+    return bool(getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False))
 
 
 @torch.no_grad()
@@ -277,6 +302,9 @@ def discard_step(engine: Any) -> None:
     gradients = getattr(optimizer, "fp32_groups_gradients_flat", None) or held_gradients(optimizer)
     for gradient in gradients:
         gradient.view(-1)[0] = float("nan")
+    if offloads(optimizer):  # then it takes the norm from what it has noted of each gradient on the way to the host
+        for norm in optimizer.norm_for_param_grads.values():
+            norm.fill_(float("nan"))
     engine.step()
     assert optimizer.overflow, "DeepSpeed has taken a step whose gradients are not finite"
 

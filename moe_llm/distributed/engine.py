@@ -168,7 +168,7 @@ class _NamedState(Averaging, Turns):
             if entry.experts is not None and entry.trainable:
                 layer = int(entry.name.partition("layers.")[2].partition(".")[0])
                 held = slice(entry.experts.start, entry.experts.stop)
-                squares_LE[layer, held] += self._row_squares(self._parameters[entry.name])
+                squares_LE[layer, held] += self._row_squares(self._parameters[entry.name]).to(squares_LE.device)
         return squares_LE
 
     def _row_squares(self, parameter: nn.Parameter) -> Tensor:
@@ -298,7 +298,9 @@ class LocalEngine(_NamedState):
 @torch.no_grad()
 def _norm(tensors: list[Tensor], device: torch.device) -> Tensor:
     """Euclidean norm over all of them, fp32; 0 of nothing."""
-    return torch.nn.utils.get_total_norm(tensors).float() if tensors else torch.zeros((), device=device)
+    if not tensors:
+        return torch.zeros((), device=device)
+    return torch.nn.utils.get_total_norm(tensors).float().to(device)  # offloaded tensors are on the host
 
 
 def _move_gradient_to(master: nn.Parameter) -> Callable[[Tensor], None]:

@@ -96,6 +96,11 @@ def _meet_again(backend: str, config: Config) -> None:
     )
 
 
+def uses_deepspeed(config: Config, world_size: int) -> bool:
+    """Whether DeepSpeed drives the step, rather than a plain torch optimizer."""
+    return world_size > 1 or config.parallel.engine == "deepspeed" or config.parallel.offload_optimizer != "none"
+
+
 def start(config: Config) -> Runtime:
     """Join the process group that the launcher describes, or stay alone.
 
@@ -109,7 +114,7 @@ def start(config: Config) -> Runtime:
     config.check_layout(world_size)
     asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
     cpu = config.train.device == "cpu" or asked_for_cpu or not torch.cuda.is_available()
-    use_deepspeed = world_size > 1 or config.parallel.engine == "deepspeed"
+    use_deepspeed = uses_deepspeed(config, world_size)
 
     from accelerate import Accelerator
 

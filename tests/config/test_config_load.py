@@ -332,3 +332,14 @@ def test_a_renamed_key_works_under_its_former_name_and_warns(section, old, caplo
     raw[section][new] = value
     with pytest.raises(UserError, match="both are given"):
         validate(raw)
+
+
+def test_nvme_offload_is_refused_with_its_reason():
+    raw = {
+        "model": {"vocab_size": 64},
+        "data": {"sources": [{"type": "python_stdlib"}]},
+        "train": {"max_steps": 1},
+        "parallel": {"offload_optimizer": "nvme"},
+    }
+    with pytest.raises(UserError, match=r"^parallel\.offload_optimizer=nvme .*under ZeRO-3 only.*: use cpu$"):
+        validate(raw)

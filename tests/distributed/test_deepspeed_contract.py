@@ -110,3 +110,20 @@ def test_optimizer_steps_on_what_the_engine_holds():
     model = build_model(cfg.model, 0)
     optimizer = build_optimizer(parameter_groups(model, 0.1), cfg.optim)
     assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in model.parameters()}
+
+
+def test_bucket_sizes_overlap_and_communication_dtype_reach_the_engine():
+    from moe_llm.distributed.deepspeed import engine_config
+
+    def found(**parallel):
+        return engine_config(config(2, 1, 2, train={"precision": "bf16"}, parallel={"zero_stage": 2, **parallel}), 2)
+
+    zero = found()["zero_optimization"]
+    assert (zero["reduce_bucket_size"], zero["allgather_bucket_size"]) == (5_000_000, 5_000_000), "follows the model"
+    assert zero["overlap_comm"] is torch.cuda.is_available()
+    assert found()["communication_data_type"] == "fp32"
+    zero = found(reduce_bucket_size=123, overlap_comm=True)["zero_optimization"]
+    assert (zero["reduce_bucket_size"], zero["overlap_comm"]) == (123, True)
+    assert found(communication_dtype="bf16")["communication_data_type"] == "bf16"
+    assert "offload_optimizer" not in zero
+    assert found(offload_optimizer="cpu")["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
