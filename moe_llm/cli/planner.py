@@ -5,12 +5,15 @@ import json
 import re
 import sys
 
-_SIZES = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_SIZES = {"B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def add_plan_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--gpus", type=_positive(int), required=True, metavar="N", help="GPUs in all")
     command.add_argument("--gpu-memory", type=_bytes, required=True, metavar="SIZE", help="of one GPU, such as 80GiB")
+    command.add_argument(
+        "--host-memory", type=_bytes, metavar="SIZE", help="of one machine, which offloaded optimizer tensors may take"
+    )
     command.add_argument("--nodes", type=_positive(int), metavar="N", help="machines (default: 8 GPUs on each)")
     command.add_argument(
         "--gpu", choices=("a100", "h100", "h200", "b200", "mi300x"), default="h100", help="its speeds (default h100)"
@@ -54,6 +57,7 @@ def run_plan(args: argparse.Namespace, config) -> int:
             hardware=hardware,
             mfu=args.mfu or MFU,
             imbalance=args.imbalance or IMBALANCE,
+            host_memory=args.host_memory,
         ),
     )
     print(json.dumps(as_json(found), indent=2) if args.json else format_plan(found))
@@ -86,7 +90,7 @@ def _positive(number: type, most: float = float("inf")):
 def _bytes(text: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
     if found is None or found[2].upper() not in _SIZES or float(found[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write it like 80GiB or 80GB")
+        raise argparse.ArgumentTypeError(f"{text!r} is no size with a unit: write it like 80GiB or 80GB")
     return float(found[1]) * _SIZES[found[2].upper()]
 
 

@@ -14,6 +14,11 @@ MFU, LINK_EFFICIENCY = 0.40, 0.70
 # Assumed, not measured.
 RESERVED_BYTES, FRAGMENTS = 2 * 2**30, 0.05
 
+# Bytes per second of a machine's memory that its ranks share while they update offloaded optimizer tensors (two sockets
+# of eight channels of DDR5-4800 are 614e9 by the makers' figures; a third of it is assumed), and of one GPU's PCIe 5.0
+# x16 link (64e9 by the standard). Assumed, not measured.
+HOST_BANDWIDTH, PCIE_BANDWIDTH = 200e9, 64e9
+
 
 @dataclass(frozen=True)
 class Accelerator:

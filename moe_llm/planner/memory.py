@@ -9,14 +9,18 @@ Letters in names, as in the tensors' names elsewhere: T tokens of a micro-batch,
 K experts per token, H query heads, G key-value heads, d head dimension, V vocabulary, N = T * K routed rows.
 """
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field, replace
 
+from moe_llm.checkpoint.hf import is_expert
 from moe_llm.config import Config
+from moe_llm.finetune.selection import trained_names
+from moe_llm.finetune.targets import adapter_shapes, part_of, whole_shapes
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "all_to_all", "loss", "buffers")
-# DeepSpeed's own defaults, which `parallel.deepspeed.engine_config` leaves as they are (deepspeed/runtime/zero/
-# config.py, version 0.19.8): reduce_bucket_size, sub_group_size and stage3_max_live_parameters, in elements.
-REDUCE_BUCKET, SUB_GROUP, MAX_LIVE = 500_000_000, 1_000_000_000, 1_000_000_000
+# DeepSpeed's own defaults, which `distributed.deepspeed.engine_config` leaves as they are (deepspeed/runtime/zero/
+# config.py, version 0.19.8): sub_group_size and stage3_max_live_parameters, in elements.
+SUB_GROUP, MAX_LIVE = 1_000_000_000, 1_000_000_000
 _LOGITS_CHUNK = 32 * 2**20  # moe_llm.ops.cross_entropy: logits of one chunk
 _PORTION = 8  # moe_llm.ops.merged_expert_mlp: mixtures that exist at once
 
@@ -51,6 +55,7 @@ class Layout:
     zero_stage: int
     micro_batch: int
     recompute: bool
+    offload: bool = False  # the optimizer's tensors in host memory
 
     @property
     def replicas(self) -> int:
@@ -66,6 +71,7 @@ def layout_of(config: Config, ranks: int) -> Layout:
         config.parallel.zero_stage,
         config.train.micro_batch_size,
         config.train.activation_checkpointing,
+        config.parallel.offload_optimizer == "cpu",
     )
 
 
@@ -75,6 +81,7 @@ class Memory:
 
     parts: dict[str, float]
     phase: str
+    host: float = 0.0  # bytes of host memory that the rank's optimizer takes, with offload
 
     @property
     def total(self) -> float:
@@ -85,6 +92,52 @@ def held_parameters(config: Config, layout: Layout) -> tuple[int, int]:
     """(dense, expert) parameters of one rank, before ZeRO."""
     counts = config.model.parameter_counts()
     return sum(counts.values()) - counts["experts"], counts["experts"] // layout.expert_parallel
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Parameters of one rank that have gradients and optimizer tensors, before ZeRO: dense and expert ones; of one
+    layer's experts and of one layer's dense part; of the head and of the embeddings. adapters: those among them that
+    are held besides the model's own parameters (dense, expert)."""
+
+    dense: float
+    expert: float
+    layer_dense: float
+    layer_experts: float
+    head: float
+    embeddings: float
+    adapters: tuple[float, float] = field(default=(0.0, 0.0))
+
+    @property
+    def total(self) -> float:
+        return self.dense + self.expert
+
+
+def trained_parameters(config: Config, layout: Layout) -> Trained:
+    """What `finetune` leaves to train. Where only some experts are (`finetune.experts`), stacked tensors are trained
+    whole, as the engine does it."""
+    adapters = config.finetune.lora.rank is not None
+    shapes = adapter_shapes(config) if adapters else whole_shapes(config)
+    counts = dict.fromkeys(("dense", "expert", "head", "embeddings"), 0.0)
+    for name in trained_names(config):
+        count = math.prod(shapes[name])
+        if is_expert(name):
+            counts["expert"] += count / layout.expert_parallel
+            continue
+        counts["dense"] += count
+        part = part_of(name)
+        if part in ("lm_head", "embed_tokens"):
+            counts["head" if part == "lm_head" else "embeddings"] += count
+    layers, of_layers = config.model.num_hidden_layers, counts["dense"] - counts["head"] - counts["embeddings"]
+    return Trained(
+        counts["dense"],
+        counts["expert"],
+        of_layers / layers,
+        counts["expert"] / layers,
+        counts["head"],
+        counts["embeddings"],
+        (counts["dense"], counts["expert"]) if adapters else (0.0, 0.0),
+    )
 
 
 def step_memory(config: Config, layout: Layout, kernels: Kernels, imbalance: float = 1.0) -> Memory:
@@ -114,35 +167,46 @@ class _Walk:
         self.local_experts = self.model.num_local_experts // layout.expert_parallel
         self.engine = layout.ranks > 1 or config.parallel.engine == "deepspeed"
         self.rounds = max(1, config.train.global_batch_size // (layout.micro_batch * layout.ranks))
-        self.dense, self.expert = held_parameters(config, layout)
+        self.trained = trained_parameters(config, layout)
+        dense, expert = held_parameters(config, layout)
+        self.dense, self.expert = dense + self.trained.adapters[0], expert + self.trained.adapters[1]
         self.shard = self.dense / layout.ranks + self.expert / layout.replicas
+        self.trained_shard = self.trained.dense / layout.ranks + self.trained.expert / layout.replicas
+        self.bucket = planned_bucket(config, layout)
         self.moments: list[Memory] = []
+        self.host = 0.0
 
     # what is held throughout
 
     def static(self) -> dict[str, float]:
         size, held, stage = self.size, self.dense + self.expert, self.layout.zero_stage
+        trained = self.trained.total
         kept = 8 if self.config.optim.name == "adamw" else 0
         kept += 4 if self.config.checkpoint.ema.decay is not None else 0
         parts = dict.fromkeys(PARTS, 0.0)
         if not self.engine:
             parts["weights"] = size * held
-            parts["optimizer"] = (kept + (4 if size == 2 else 0)) * held
-            parts["gradients"] = 4 * held if self.rounds > 1 else 0
+            parts["optimizer"] = (kept + (4 if size == 2 else 0)) * trained
+            parts["gradients"] = 4 * trained if self.rounds > 1 else 0
             return parts
         parts["weights"] = size * (self.shard if stage == 3 else held)
         # ZeRO-1 and 2 clone fp32 weights as masters too; ZeRO-3 steps on the shard itself
-        parts["optimizer"] = (kept + (0 if stage == 3 and size == 4 else 4)) * self.shard
-        if stage == 1:
+        optimizer = (kept + (0 if stage == 3 and size == 4 else 4)) * self.trained_shard
+        offload = self.layout.offload
+        parts["optimizer"] = 0.0 if offload else optimizer
+        self.host = optimizer + 4 * self.trained_shard if offload else 0.0
+        if offload:  # accumulated in host memory; ZeRO-1 holds the micro-batches' sum until it is reduced
+            parts["gradients"] = size * trained if stage == 1 else 0.0
+        elif stage == 1:
             # bf16: BF16_Optimizer's fp32 sums, whole; fp32: the parameters' own gradients
-            parts["gradients"] = 4 * held if size == 2 or self.rounds > 1 else 0
+            parts["gradients"] = 4 * trained if size == 2 or self.rounds > 1 else 0
         else:
-            parts["gradients"] = 4 * self.shard
+            parts["gradients"] = 4 * self.trained_shard
         if stage == 3:
-            parts["buffers"] += 4 * REDUCE_BUCKET
+            parts["buffers"] += 4 * self.bucket
             parts["weights"] += size * min(held, max(MAX_LIVE, self.largest_module))
         elif not (stage == 1 and size == 2):
-            parts["buffers"] += size * REDUCE_BUCKET
+            parts["buffers"] += size * self.bucket
         return parts
 
     @property
@@ -263,7 +327,9 @@ class _Walk:
 
     @property
     def head_gradient(self) -> float:
-        """The head's gradient as the loss accumulates it, from the forward pass on."""
+        """The head's gradient as the loss accumulates it, from the forward pass on; none where the head is frozen."""
+        if not (self.trained.head or (self.model.tie_word_embeddings and self.trained.embeddings)):
+            return 0.0
         chunk = max(1, _LOGITS_CHUNK // self.model.vocab_size)
         wide = 4 if self.tokens > chunk else self.size
         return wide * self.model.vocab_size * self.model.hidden_size
@@ -299,30 +365,38 @@ class _Walk:
         def times(count: float, parts: dict[str, float]) -> dict[str, float]:
             return {part: count * value for part, value in parts.items()}
 
+        if self.engine and self.layout.zero_stage == 3:
+            # each rank is given whole weights before DeepSpeed shares them out
+            self.at("start, before ZeRO-3 shares the weights out", {"weights": size * (self.dense + self.expert)})
         all_kept = times(layers, kept)
         self.at("forward, last layer", static, base, times(layers - 1, kept), layer, self.experts_forward())
         loss = {"loss": 2 * hidden + self.head_gradient}  # the rows that have a target, the gradient of these
         self.at("loss", static, base, all_kept, loss, {"loss": self.loss_chunk()})
         # the loss's backward pass scales what its forward pass has made
         self.at(
-            "loss, backward", static, base, all_kept, loss, {"loss": hidden, "gradients": self.new_gradient(vocabulary)}
+            "loss, backward",
+            static,
+            base,
+            all_kept,
+            loss,
+            {"loss": hidden, "gradients": self.new_gradient(self.trained.head)},
         )
-        head = 0 if m.tie_word_embeddings else vocabulary
+        trained = self.trained
         for index in (layers - 1, 0):
-            done = head + (layers - 1 - index) * (self.layer_experts + self.layer_dense)
+            done = trained.head + (layers - 1 - index) * (trained.layer_experts + trained.layer_dense)
             behind = {"gradients": self.left_behind(done)}
             before = times(index + (1 if self.layout.recompute else 0), kept)
-            own = {"gradients": self.new_gradient(self.layer_experts)}
+            own = {"gradients": self.new_gradient(trained.layer_experts)}
             self.at(f"backward, layer {index}", static, base, before, layer, behind, own, self.experts_backward())
-        whole = self.dense + self.expert
+        whole = trained.total
         self.at(
             "backward, embeddings",
             static,
             {"activations": 2 * hidden},
-            {"gradients": self.left_behind(whole - vocabulary) + self.new_gradient(vocabulary)},
+            {"gradients": self.left_behind(whole - trained.embeddings) + self.new_gradient(trained.embeddings)},
         )
         self.at("optimizer", static, {"gradients": self.left_behind(whole)}, self.optimizer_step())
-        return max(self.moments, key=lambda moment: moment.total)
+        return replace(max(self.moments, key=lambda moment: moment.total), host=self.host)
 
     def new_gradient(self, parameters: float) -> float:
         """Of an operation's weights, when it has just been computed and, where it is summed in fp32, copied."""
@@ -334,16 +408,26 @@ class _Walk:
     def optimizer_step(self) -> dict[str, float]:
         if not self.engine:
             return {}
-        stage, largest = self.layout.zero_stage, max(self.dense / self.layout.ranks, self.expert / self.layout.replicas)
+        stage = self.layout.zero_stage
+        largest = max(self.trained.dense / self.layout.ranks, self.trained.expert / self.layout.replicas)
+        if self.layout.offload:
+            return {"buffers": self.size * largest}  # updated weights on their way from the host
         if stage == 1 and self.size == 2:
-            return {"buffers": 4 * min(REDUCE_BUCKET, self.dense)}
+            return {"buffers": 4 * min(self.bucket, self.trained.dense)}
         if stage == 3:
             return {"buffers": 4 * min(SUB_GROUP, largest)}
         return {"buffers": 4 * largest}
 
 
+def planned_bucket(config: Config, layout: Layout) -> int:
+    """Elements of DeepSpeed's reduction bucket in a layout, which may not be the configuration's own."""
+    parallel = config.parallel.model_copy(update={"expert_parallel_size": layout.expert_parallel})
+    return config.model_copy(update={"parallel": parallel}).reduce_bucket_size
+
+
 def without_bucket(memory: Memory, layout: Layout, config: Config) -> Memory:
-    """The same without DeepSpeed's reduction bucket, whose size does not depend on the model."""
+    """The same without DeepSpeed's reduction bucket."""
     stage, size = layout.zero_stage, 4 if config.train.precision == "fp32" else 2
-    bucket = REDUCE_BUCKET * (4 if stage == 3 else size) if layout.ranks > 1 and (stage > 1 or size == 4) else 0
+    bucket = planned_bucket(config, layout) * (4 if stage == 3 else size)
+    bucket *= layout.ranks > 1 and (stage > 1 or size == 4)
     return replace(memory, parts={**memory.parts, "buffers": memory.parts["buffers"] - bucket})

@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_llm.config import Config
 from moe_llm.errors import UserError
+from moe_llm.finetune.selection import trained_names
 from moe_llm.planner.hardware import ACCELERATORS, FRAGMENTS, MFU, RESERVED_BYTES, Accelerator
 from moe_llm.planner.memory import KERNELS, Layout, Memory, held_parameters, step_memory
 from moe_llm.planner.time import StepTime, Traffic, accumulation, step_time, traffic
@@ -20,8 +21,8 @@ _MOST_GPUS = 4096
 
 @dataclass(frozen=True)
 class Request:
-    """What there is. memory: bytes of one GPU. imbalance: margin in memory of the
-    busiest rank over an even share of rows."""
+    """What there is. memory: bytes of one GPU. host_memory: of one machine, None where it is not known. imbalance: rows
+    of the busiest rank over an even share, in memory and, since the others wait for it, in time."""
 
     gpus: int
     nodes: int
@@ -29,6 +30,7 @@ class Request:
     hardware: Accelerator
     mfu: float = MFU
     imbalance: float = IMBALANCE
+    host_memory: float | None = None
 
     @property
     def ranks_per_node(self) -> int:
@@ -76,7 +78,7 @@ def plan(config: Config, request: Request) -> Plan:
     candidates = [_candidate(config, request, layout) for layout in layouts(config, request.gpus)]
     candidates.sort(key=lambda c: (not c.fits, c.time.total if c.fits else c.memory.total, c.memory.total))
     best = candidates[0] if candidates[0].fits else None
-    needed = [] if best else _needed(config, request, candidates[0])
+    needed = [] if best else _needed(config, request, candidates)
     return Plan(config, request, candidates, best, needed)
 
 
@@ -86,12 +88,11 @@ def _check(config: Config, request: Request) -> None:
             "model.vocab_size=null leaves the embeddings' size open: "
             "add model.vocab_size=N, the number of the tokenizer's entries"
         )
-    if not config.finetune.whole or config.finetune.router_guard.action == "regularise":
+    trained_names(config)  # refuses what names nothing
+    if config.finetune.router_guard.action == "regularise":
         raise UserError(
-            f"finetune.trainable={config.finetune.trainable} with finetune.lora.rank={config.finetune.lora.rank} and "
-            f"finetune.router_guard.action={config.finetune.router_guard.action} is not what plans are for, which is "
-            "training all of the model on its loss alone: add finetune.trainable=all finetune.experts=null "
-            "finetune.lora.rank=null finetune.router_guard.action=off"
+            "finetune.router_guard.action=regularise takes passes that plans do not count: add "
+            "finetune.router_guard={}"
         )
     if config.distill.teachers:
         raise UserError("distill.teachers take memory and time that plans do not count: add distill={}")
@@ -112,24 +113,33 @@ def _check(config: Config, request: Request) -> None:
 
 def layouts(config: Config, gpus: int) -> Iterator[Layout]:
     """What can be launched on so many ranks: each expert-parallel size, ZeRO stage (one, where there is nothing to
-    divide), micro-batch that divides the batch, with recomputation and without."""
+    divide), micro-batch that divides the batch, with recomputation and without, the optimizer's tensors on the GPU or in
+    host memory."""
     experts, batch = config.model.num_local_experts, config.train.global_batch_size
     for size in (n for n in range(1, experts + 1) if experts % n == 0 and gpus % n == 0):
         for stage in (1, 2, 3) if gpus > 1 else (config.parallel.zero_stage,):
             for micro in (m for m in _MICRO_BATCHES if batch % (m * gpus) == 0):
                 for recompute in (False, True):
-                    yield Layout(gpus, size, stage, micro, recompute)
+                    # ZeRO-1 would hold whole gradients beside what is offloaded
+                    for offload in (False, True) if stage > 1 or gpus == 1 else (False,):
+                        yield Layout(gpus, size, stage, micro, recompute, offload)
 
 
 def _candidate(config: Config, request: Request, layout: Layout) -> Candidate:
     memory = step_memory(config, layout, KERNELS["cuda"], request.imbalance)
-    time = step_time(config, layout, request.hardware, request.ranks_per_node, request.mfu)
-    return Candidate(layout, memory, traffic(config, layout), time, memory.total <= request.usable)
+    time = step_time(config, layout, request.hardware, request.ranks_per_node, request.mfu, request.imbalance)
+    fits = memory.total <= request.usable and _host_fits(memory, request)
+    return Candidate(layout, memory, traffic(config, layout), time, fits)
 
 
-def _needed(config: Config, request: Request, least: Candidate) -> list[str]:
-    """What would make it possible: larger GPUs, more of them, or fewer layers."""
+def _host_fits(memory: Memory, request: Request) -> bool:
+    return request.host_memory is None or memory.host * request.ranks_per_node <= request.host_memory
+
+
+def _needed(config: Config, request: Request, candidates: list[Candidate]) -> list[str]:
+    """What would make it possible: larger GPUs, more of them, more host memory, or fewer layers."""
     gib = 2**30
+    least = min((c for c in candidates if _host_fits(c.memory, request)), key=lambda c: c.memory.total)
     memory = (least.memory.total + RESERVED_BYTES) / (1 - FRAGMENTS)
     found = [f"{request.gpus} GPUs of {memory / gib:.0f} GiB each ({words(least.layout)})"]
     more = _more_gpus(config, request)
@@ -137,6 +147,13 @@ def _needed(config: Config, request: Request, least: Candidate) -> list[str]:
         found.append(
             f"{more.layout.ranks} GPUs of {request.memory / gib:.0f} GiB ({words(more.layout)}: "
             f"{more.memory.total / gib:.1f} GiB)"
+        )
+    offloaded = [c for c in candidates if c.layout.offload and c.memory.total <= request.usable]
+    if offloaded:
+        host = min(offloaded, key=lambda c: c.memory.host)
+        found.append(
+            f"{host.memory.host * request.ranks_per_node / gib:.0f} GiB of host memory in each machine "
+            f"({words(host.layout)}: {host.memory.total / gib:.1f} GiB of each GPU)"
         )
     layers = _fewer_layers(config, request)
     if layers:
@@ -147,7 +164,8 @@ def _needed(config: Config, request: Request, least: Candidate) -> list[str]:
 
 def _least(config: Config, request: Request) -> Candidate | None:
     found = [_candidate(config, request, layout) for layout in layouts(config, request.gpus)]
-    return min(found, key=lambda c: c.memory.total, default=None)
+    held = [candidate for candidate in found if _host_fits(candidate.memory, request)]
+    return min(held, key=lambda c: c.memory.total, default=None)
 
 
 def _more_gpus(config: Config, request: Request) -> Candidate | None:
@@ -176,13 +194,18 @@ def _fewer_layers(config: Config, request: Request) -> int:
 
 def words(layout: Layout) -> str:
     again = ", recomputation" if layout.recompute else ""
+    again += ", optimizer on the host" if layout.offload else ""
     return f"EP {layout.expert_parallel}, ZeRO-{layout.zero_stage}, micro-batch {layout.micro_batch}{again}"
 
 
 def planned_config(config: Config, layout: Layout) -> Config:
     """The configuration with a layout written into it."""
     parallel = config.parallel.model_copy(
-        update={"expert_parallel_size": layout.expert_parallel, "zero_stage": layout.zero_stage}
+        update={
+            "expert_parallel_size": layout.expert_parallel,
+            "zero_stage": layout.zero_stage,
+            "offload_optimizer": "cpu" if layout.offload else "none",
+        }
     )
     train = config.train.model_copy(
         update={"micro_batch_size": layout.micro_batch, "activation_checkpointing": layout.recompute}
@@ -204,6 +227,7 @@ def as_json(found: Plan) -> dict[str, Any]:
             "fits": candidate.fits,
             "accumulation_steps": accumulation(found.config, candidate.layout),
             "memory": {**candidate.memory.parts, "total": candidate.memory.total, "when": candidate.memory.phase},
+            "host_memory": candidate.memory.host,
             "traffic": {**asdict(candidate.traffic), "total": candidate.traffic.total},
             "seconds": {**asdict(candidate.time), "step": candidate.time.total},
             "days": days(found, candidate),

@@ -6,7 +6,7 @@ from pathlib import Path
 from moe_llm.config import dump_config
 from moe_llm.errors import UserError
 from moe_llm.planner.hardware import FRAGMENTS, LINK_EFFICIENCY, RESERVED_BYTES
-from moe_llm.planner.memory import PARTS, held_parameters
+from moe_llm.planner.memory import PARTS, held_parameters, trained_parameters
 from moe_llm.planner.plan import Candidate, Plan, days, planned_config, words
 from moe_llm.planner.time import accumulation
 
@@ -21,10 +21,10 @@ def format_plan(found: Plan) -> str:
         f"{request.gpus} GPUs of {request.memory / GIB:.1f} GiB ({request.hardware.name}) on {request.nodes} node(s); "
         f"{request.usable / GIB:.1f} GiB for tensors, after {RESERVED_BYTES / GIB:.0f} GiB for the runtime and "
         f"{FRAGMENTS:.0%} for fragments",
-        f"memory for {request.imbalance:g} times an even share of rows; products at {request.mfu:.0%} of the peak "
+        f"memory and time for {request.imbalance:g} times an even share of rows on the busiest rank; products at {request.mfu:.0%} of the peak "
         f"and links at {LINK_EFFICIENCY:.0%}; fused attention (assumed)",
         "",
-        "  EP ZeRO micro recomputed " + " ".join(f"{part:>11}" for part in PARTS) + "    GiB    step s     days",
+        "  EP ZeRO micro recomputed host " + " ".join(f"{part:>11}" for part in PARTS) + "    GiB    step s     days",
     ]
     shown = _shown(found.candidates)
     lines += [_row(found, candidate) for candidate in shown]
@@ -45,10 +45,11 @@ def format_plan(found: Plan) -> str:
 
 
 def _shown(candidates: list[Candidate]) -> list[Candidate]:
-    """The best of each expert-parallel size and ZeRO stage, in the order given."""
-    kept: dict[tuple[int, int], Candidate] = {}
+    """The best of each expert-parallel size and ZeRO stage, offloaded and not, in the order given."""
+    kept: dict[tuple[int, int, bool], Candidate] = {}
     for candidate in candidates:
-        kept.setdefault((candidate.layout.expert_parallel, candidate.layout.zero_stage), candidate)
+        layout = candidate.layout
+        kept.setdefault((layout.expert_parallel, layout.zero_stage, layout.offload), candidate)
     return list(kept.values())[:_ROWS]
 
 
@@ -57,7 +58,7 @@ def _row(found: Plan, candidate: Candidate) -> str:
     sizes = " ".join(f"{memory.parts[part] / GIB:>11.1f}" for part in PARTS)
     return (
         f"{'*' if candidate.fits else ' '} {layout.expert_parallel:>2} {layout.zero_stage:>4} {layout.micro_batch:>5} "
-        f"{'yes' if layout.recompute else 'no':>10} {sizes} {memory.total / GIB:>6.1f} {candidate.time.total:>9.2f} "
+        f"{'yes' if layout.recompute else 'no':>10} {'yes' if layout.offload else 'no':>4} {sizes} {memory.total / GIB:>6.1f} {candidate.time.total:>9.2f} "
         f"{days(found, candidate):>8.1f}"
     )
 
@@ -65,7 +66,8 @@ def _row(found: Plan, candidate: Candidate) -> str:
 def _arithmetic(found: Plan, best: Candidate) -> list[str]:
     config, layout, time, sent = found.config, best.layout, best.time, best.traffic
     dense, expert = held_parameters(config, layout)
-    shard = dense / layout.ranks + expert / layout.replicas
+    trained = trained_parameters(config, layout)
+    shard = trained.dense / layout.ranks + trained.expert / layout.replicas
     size = 4 if config.train.precision == "fp32" else 2
     rounds = accumulation(config, layout)
     tokens = config.tokens_per_step
@@ -73,8 +75,19 @@ def _arithmetic(found: Plan, best: Candidate) -> list[str]:
         f"best: {words(layout)}; fullest moment: {best.memory.phase}",
         f"  a GPU holds {dense:,} dense and {expert:,} expert parameters ({config.model.num_local_experts} experts / "
         f"EP {layout.expert_parallel}), of {size} bytes: {size * (dense + expert) / GIB:.1f} GiB",
+        f"  trained of them: {trained.dense:,.0f} dense and {trained.expert:,.0f} expert parameters"
+        + (" (adapters, held besides)" if any(trained.adapters) else ""),
         f"  its share of the optimizer: dense / {layout.ranks} ranks + experts / {layout.replicas} replicas = "
         f"{shard:,.0f} parameters",
+        *(
+            [
+                f"  host memory of each machine: {best.memory.host * min(found.request.ranks_per_node, layout.ranks) / GIB:.0f} "
+                "GiB for masters, moments and gradients"
+                + ("" if found.request.host_memory else "; name what there is with --host-memory")
+            ]
+            if layout.offload
+            else []
+        ),
         "  memory, GiB: "
         + ", ".join(f"{part} {best.memory.parts[part] / GIB:.1f}" for part in PARTS)
         + f"; in all {best.memory.total / GIB:.1f}",
@@ -83,7 +96,7 @@ def _arithmetic(found: Plan, best: Candidate) -> list[str]:
         f"  a GPU sends in a step, GB: all-to-all {sent.all_to_all / 1e9:.1f}, gradients {sent.gradients / 1e9:.1f}, "
         f"weights {sent.weights / 1e9:.1f}",
         f"  seconds: products {time.products:.2f} + all-to-all {time.all_to_all:.2f} + gradients "
-        f"{time.gradients:.2f} + weights {time.weights:.2f} = {time.total:.2f}, nothing overlapped",
+        f"{time.gradients:.2f} + weights {time.weights:.2f} + host {time.host:.2f} = {time.total:.2f}, nothing overlapped",
         f"  {config.max_steps:,} steps, {config.max_steps * tokens:,} tokens: {days(found, best):.1f} days, "
         f"{tokens / time.total:,.0f} tokens/s",
     ]

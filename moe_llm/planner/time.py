@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from moe_llm.config import Config
 from moe_llm.model.flops import train_flops_per_token
-from moe_llm.planner.hardware import LINK_EFFICIENCY, Accelerator
-from moe_llm.planner.memory import Layout, held_parameters
+from moe_llm.planner.hardware import HOST_BANDWIDTH, LINK_EFFICIENCY, PCIE_BANDWIDTH, Accelerator
+from moe_llm.planner.memory import Layout, held_parameters, trained_parameters
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,11 @@ class StepTime:
     all_to_all: float
     gradients: float
     weights: float
+    host: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.products + self.all_to_all + self.gradients + self.weights
+        return self.products + self.all_to_all + self.gradients + self.weights + self.host
 
 
 def accumulation(config: Config, layout: Layout) -> int:
@@ -45,14 +46,18 @@ def accumulation(config: Config, layout: Layout) -> int:
 
 def traffic(config: Config, layout: Layout) -> Traffic:
     """What a rank sends, all-to-all (of evenly spread tokens), gradients and weights."""
-    dense, expert = (_reduced(config, layout, share) for share in _groups(config, layout))
+    dense, expert = (_reduced(config, layout, group) for group in _groups(config, layout))
     return Traffic(_exchanged(config, layout), dense[0] + expert[0], dense[1] + expert[1])
 
 
-def _groups(config: Config, layout: Layout) -> list[tuple[float, int]]:
-    """(parameters, ranks that hold them) of the dense part and of the experts."""
+def _groups(config: Config, layout: Layout) -> list[tuple[float, float, int]]:
+    """(parameters, those that are trained, ranks that hold them) of the dense part and of the experts."""
     dense, expert = held_parameters(config, layout)
-    return [(dense, layout.ranks), (expert, layout.replicas)]
+    trained = trained_parameters(config, layout)
+    return [
+        (dense + trained.adapters[0], trained.dense, layout.ranks),
+        (expert + trained.adapters[1], trained.expert, layout.replicas),
+    ]
 
 
 def _exchanged(config: Config, layout: Layout) -> float:
@@ -72,47 +77,94 @@ def _exchanged(config: Config, layout: Layout) -> float:
     return times * m.num_hidden_layers * tokens * m.num_experts_per_tok * row * elsewhere
 
 
-def _reduced(config: Config, layout: Layout, group: tuple[float, int]) -> tuple[float, float]:
+def _reduced(config: Config, layout: Layout, group: tuple[float, float, int]) -> tuple[float, float]:
     """(gradients, weights) sent for parameters that `ranks` hold together.
 
-    Gradients travel in fp32 (`communication_data_type`), by a ring (Patarasuk and Yuan 2009): (r-1)/r of them to
+    Gradients travel as `parallel.communication_dtype` says, by a ring (Patarasuk and Yuan 2009): (r-1)/r of them to
     reduce, as much again where every rank gets the sum. ZeRO-1 does both once a step; ZeRO-2 reduces to the owner,
     and ZeRO-3, with contiguous gradients, to all, in every micro-batch. Weights are gathered once a step, or in
     ZeRO-3 for each forward and backward pass.
     """
-    parameters, ranks = group
+    parameters, trained, ranks = group
     share, rounds = (ranks - 1) / ranks, accumulation(config, layout)
     size = 4 if config.train.precision == "fp32" else 2
     passes = {1: 2, 2: rounds, 3: 2 * rounds}[layout.zero_stage]
-    gathers = 2 * rounds if layout.zero_stage == 3 else 1
-    return 4 * parameters * share * passes, size * parameters * share * gathers
+    # ZeRO-3 gathers frozen weights too; ZeRO-1 and 2 those that the step has changed
+    gathered = 2 * rounds * parameters if layout.zero_stage == 3 else trained
+    width = 2 if config.parallel.communication_dtype == "bf16" and size == 2 else 4
+    return width * trained * share * passes, size * share * gathered
 
 
-def step_time(config: Config, layout: Layout, hardware: Accelerator, ranks_per_node: int, mfu: float) -> StepTime:
-    """Seconds of a step in which tokens spread evenly over the experts.
+def step_time(
+    config: Config, layout: Layout, hardware: Accelerator, ranks_per_node: int, mfu: float, imbalance: float = 1.0
+) -> StepTime:
+    """Seconds of an optimizer step.
 
     Args:
         mfu: share of the peak that the products reach, exchanges not counted.
+        imbalance: rows of the busiest rank over an even share. The other ranks wait for it in every layer, so it
+            multiplies the experts' products and the exchange of rows, where experts are spread over ranks.
     """
     tokens = config.tokens_per_step / layout.ranks
-    flops = train_flops_per_token(config.model, config.data.sequence_length) * tokens
-    again = 4 / 3 if layout.recompute else 1.0  # the forward pass is a third of the step
+    dense, experts = _operations(config, layout)
+    busiest = imbalance if layout.expert_parallel > 1 and not config.model.router.merges else 1.0
     peak = hardware.flops / (1 if config.train.precision == "bf16" else 2)  # TF32 products run at half the rate
     seconds = {"gradients": 0.0, "weights": 0.0}
     for index, group in enumerate(_groups(config, layout)):
         # replicas of an expert are `expert_parallel` ranks apart, all ranks hold the dense part
-        spread = layout.ranks if group[1] > 1 else layout.expert_parallel if index else 1
+        spread = layout.ranks if group[2] > 1 else layout.expert_parallel if index else 1
         rate = _rate(hardware, spread > ranks_per_node)
         gradients, weights = _reduced(config, layout, group)
         seconds["gradients"] += gradients / rate
         seconds["weights"] += weights / rate
     outside = max(0.0, 1 - ranks_per_node / layout.expert_parallel)
-    exchanged = _exchanged(config, layout)
+    exchanged = _exchanged(config, layout) * busiest
     return StepTime(
-        products=flops * again / (peak * mfu),
+        products=(dense + experts * busiest) * tokens / (peak * mfu),
         all_to_all=exchanged * outside / _rate(hardware, True) + exchanged * (1 - outside) / _rate(hardware, False),
+        host=_host_seconds(config, layout, ranks_per_node),
         **seconds,
     )
+
+
+def _operations(config: Config, layout: Layout) -> tuple[float, float]:
+    """Floating-point operations a token, of all but the experts and of the experts.
+
+    Of the six per parameter two are the weight's gradient, which frozen weights have not; recomputation repeats the
+    two of the forward pass.
+    """
+    m = config.model
+    whole = train_flops_per_token(m, config.data.sequence_length)
+    experts = 6.0 * m.num_hidden_layers * m.router.active_experts(m) * m.expert_parameters
+    held = held_parameters(config, layout)
+    trained = trained_parameters(config, layout)
+    again = 2 if layout.recompute else 0
+    parts = []
+    for operations, share in (
+        (whole - experts, _share(trained.dense - trained.adapters[0], held[0])),
+        (experts, _share(trained.expert - trained.adapters[1], held[1])),
+    ):
+        parts.append(operations * (4 + 2 * share + again) / 6)
+    return parts[0], parts[1]
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _host_seconds(config: Config, layout: Layout, ranks_per_node: int) -> float:
+    """The optimizer's update in host memory, with gradients on their way there in every micro-batch and weights back.
+
+    AdamW reads 16 bytes a parameter and writes 12, and the processors' memory is the bound (Ren et al. 2021,
+    ZeRO-Offload, section 5).
+    """
+    if not layout.offload:
+        return 0.0
+    trained = trained_parameters(config, layout)
+    shard = trained.dense / layout.ranks + trained.expert / layout.replicas
+    size = 4 if config.train.precision == "fp32" else 2
+    moved = size * shard * (accumulation(config, layout) + 1) / (PCIE_BANDWIDTH * LINK_EFFICIENCY)
+    return moved + 28 * shard / (HOST_BANDWIDTH / min(ranks_per_node, layout.ranks))
 
 
 def _rate(hardware: Accelerator, network: bool) -> float:
