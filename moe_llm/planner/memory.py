@@ -359,7 +359,6 @@ class _Walk:
         m, size = self.model, self.size
         static, layer, kept = self.static(), self.layer(), self.kept_by_layer()
         layers, hidden = m.num_hidden_layers, self.tokens * m.hidden_size * size
-        vocabulary = m.vocab_size * m.hidden_size
         base = {"activations": self.shared()}
 
         def times(count: float, parts: dict[str, float]) -> dict[str, float]:
