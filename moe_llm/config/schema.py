@@ -264,7 +264,8 @@ class ParallelConfig(Section):
         "from 5 to 500 million",
     )
     communication_dtype: Literal["fp32", "bf16"] = Field(
-        "fp32", description="of gradients while they are reduced over ranks; bf16 halves the traffic and rounds the sums"
+        "fp32",
+        description="of gradients while they are reduced over ranks; bf16 halves the traffic and rounds the sums",
     )
 
     @field_validator("offload_optimizer", mode="before")

@@ -61,7 +61,10 @@ def engine_config(config: Config, world_size: int) -> dict:
         "allgather_bucket_size": bucket,
     }
     if config.parallel.offload_optimizer == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": config.train.device != "cpu" and torch.cuda.is_available()}
+        zero["offload_optimizer"] = {
+            "device": "cpu",
+            "pin_memory": config.train.device != "cpu" and torch.cuda.is_available(),
+        }
     if stage == 3:
         # Small tensors (norms, routers) stay whole: gathering them costs more than holding them.
         zero["stage3_param_persistence_threshold"] = 100_000

@@ -91,8 +91,7 @@ def _check(config: Config, request: Request) -> None:
     trained_names(config)  # refuses what names nothing
     if config.finetune.router_guard.action == "regularise":
         raise UserError(
-            "finetune.router_guard.action=regularise takes passes that plans do not count: add "
-            "finetune.router_guard={}"
+            "finetune.router_guard.action=regularise takes passes that plans do not count: add finetune.router_guard={}"
         )
     if config.distill.teachers:
         raise UserError("distill.teachers take memory and time that plans do not count: add distill={}")

@@ -78,7 +78,9 @@ def step_discarded_between_two(cfg) -> tuple[float, list[float], list[float]]:
             engine.backward(step_loss(engine.forward(**model_inputs(batch))).total, last=j == 1)
 
     def sums() -> list[float]:
-        return [engine.read(e.name, k).double().sum().item() for e in engine.entries() for k in ("weight", *engine.kinds)]
+        return [
+            engine.read(e.name, k).double().sum().item() for e in engine.entries() for k in ("weight", *engine.kinds)
+        ]
 
     backward(0)
     norms = [engine.step(0.01)]
