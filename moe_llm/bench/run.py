@@ -23,6 +23,7 @@ from moe_llm.data.cache import TokenizedText
 from moe_llm.data.loader import TrainBlocks, TrainLoader
 from moe_llm.data.packing import Batch, PackedBlocks, model_inputs
 from moe_llm.distributed.engine import Engine
+from moe_llm.distributed.forward_passes import forward_passes
 from moe_llm.distributed.runtime import Runtime, start
 from moe_llm.distributed.step_loss import StepLoss
 from moe_llm.errors import UserError
@@ -103,8 +104,7 @@ def _stepper(config: Config, engine: Engine, runtime: Runtime, loader: TrainLoad
             batches = [batch.to(runtime.device) for batch in next(loader)]
         seed_noise(config.run.seed, done, runtime.rank)
         step_loss = StepLoss(config.model, runtime, batches)
-        for i, batch in enumerate(batches):
-            output = engine.forward(**model_inputs(batch))
+        for i, output in enumerate(forward_passes(engine, step_loss, batches)):
             with span("loss"):
                 losses = step_loss(output)
             engine.backward(losses.total, last=i == len(batches) - 1)

@@ -1,7 +1,7 @@
 """The model's section of a run: field names are those of transformers' MixtralConfig where it has them."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -45,6 +45,13 @@ class ModelConfig(Section):
         description="global: per layer, over the tokens of all ranks, averaged over layers; sequence: per layer and "
         "sequence, averaged; transformers: all layers pooled, each rank alone, as transformers computes it",
     )
+    balance_over: Literal["micro_batches", "step", "sequence"] = Field(
+        "micro_batches",
+        description="which tokens' choices the global balance loss and a router's own losses go by. micro_batches: those "
+        "of the step's micro-batches so far, so that they depend on train.micro_batch_size; step: those of the whole "
+        "step, exactly, for which all micro-batches but one pass through the model once more without gradient; "
+        "sequence: each sequence's own, the same as router_aux_loss_scope: sequence",
+    )
     router_z_loss_coef: float = Field(
         0.0, ge=0, description="weight of the router z-loss, ST-MoE (Zoph et al. 2022), equation 5; 0: off"
     )
@@ -74,6 +81,41 @@ class ModelConfig(Section):
     @property
     def attention_head_dim(self) -> int:
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_of_two_keys_is_enough(cls, values: Any) -> Any:
+        """`router_aux_loss_scope: sequence` and `balance_over: sequence` each say the other."""
+        if isinstance(values, dict):
+            scope, over = values.get("router_aux_loss_scope"), values.get("balance_over")
+            if over is None and scope == "sequence":
+                return {**values, "balance_over": "sequence"}
+            if scope is None and over == "sequence":
+                return {**values, "router_aux_loss_scope": "sequence"}
+        return values
+
+    @model_validator(mode="after")
+    def _balance_fits_scope(self):
+        scope, over = self.router_aux_loss_scope, self.balance_over
+        if over == "sequence" and scope != "sequence":
+            invalid(
+                "balance_over", over, f"contradicts model.router_aux_loss_scope={scope}", "remove one of the two keys"
+            )
+        if over == "micro_batches" and scope == "sequence":
+            invalid(
+                "balance_over",
+                over,
+                "contradicts model.router_aux_loss_scope=sequence",
+                "use sequence, or step to count a router's own losses over the whole step",
+            )
+        if over == "step" and scope == "transformers":
+            invalid(
+                "balance_over",
+                over,
+                "is not what model.router_aux_loss_scope=transformers means: each micro-batch by itself",
+                "use router_aux_loss_scope: global, or remove balance_over",
+            )
+        return self
 
     @model_validator(mode="after")
     def _shapes_fit(self):

@@ -2,10 +2,11 @@
 
 The whole is the cross-entropy averaged over all targets of the step, and the routers' losses over all of its real
 tokens: ranks and micro-batches are cuts that change nothing. With a teacher, its objective takes the cross-entropy's
-place, averaged over the same targets. One exception: the fractions in the global balance loss, and the sums in a
-router's own losses, are those of the micro-batches up to the present one, because the later ones are not known yet (Qiu
-et al. 2025); with one micro-batch a step they are exact. Engines average gradients over the ranks, so each share is
-multiplied by their number.
+place, averaged over the same targets. One exception: with `model.balance_over: micro_batches`, the fractions in the
+global balance loss, and the sums in a router's own losses, are those of the micro-batches up to the present one, because
+the later ones are not known yet (Qiu et al. 2025). With one micro-batch a step they are exact; with `balance_over: step`
+they are counted first (`forward_passes`). Engines average gradients over the ranks, so each share is multiplied by their
+number.
 """
 
 from collections.abc import Sequence
@@ -39,7 +40,8 @@ class StepLosses(NamedTuple):
 class StepLoss:
     """The shares of one step's micro-batches, which are known beforehand.
 
-    routing: statistics of the micro-batches so far, summed over the ranks, without gradient.
+    routing: statistics of the micro-batches so far, or of the whole step where they are counted first; summed over the
+    ranks, without gradient. counts_first: whether `count` has to be given all micro-batches' before the first share.
     """
 
     def __init__(self, model: ModelConfig, runtime: Runtime, batches: Sequence[Batch]):
@@ -47,13 +49,27 @@ class StepLoss:
         self.own_losses = router_losses(model)
         self._own_before: Tensor | None = None
         self.routing: RoutingStatistics | None = None
+        self.counts_first = model.balance_over == "step" and self.rounds > 1
+        self._counted: list[RoutingStatistics] = []
         counts = torch.stack([_counts(batch) for batch in batches]).sum(0)
         self.targets, tokens, self.sequences = runtime.sum(counts)
         self.routed = tokens * model.router.parts_per_token
 
+    def count(self, statistics: RoutingStatistics) -> None:
+        """Take in a micro-batch's statistics; with those of the last one the ranks add up the step's. Collective."""
+        self._counted.append(RoutingStatistics(*(part.detach() for part in statistics)))
+        if len(self._counted) == self.rounds:
+            own = self._counted[0]
+            for other in self._counted[1:]:
+                own = own.plus(other)
+            self.routing = sum_over_ranks(own, self.runtime)
+
     def __call__(self, output: MoEOutput) -> StepLosses:
         own, ranks, model = output.routing, self.runtime.world_size, self.model
-        self.routing = sum_over_ranks(own, self.runtime).plus(self.routing)
+        if self.counts_first:
+            assert self.routing is not None, "model.balance_over: step needs the whole step's counts: `forward_passes`"
+        else:
+            self.routing = sum_over_ranks(own, self.runtime).plus(self.routing)
         total = self.routing._replace(
             num_tokens=self.routed.expand_as(own.num_tokens), num_sequences=self.sequences.expand_as(own.num_tokens)
         )

@@ -144,6 +144,13 @@ _RULES: list[tuple[set[str], Callable[[Finding, Failed, int], str]]] = [
     ({"oracle_schedule"}, _says("the learning rate is not its formula's: look at warm-up, schedule and step count")),
     ({"oracle_norm"}, _says("the norm that is recorded, and clipped by, is not that of all gradients")),
     ({"oracle_text", "oracle_order", "oracle_held_out"}, _as_found),
+    (
+        {"cut", "cut_gradients"},
+        _says(
+            "a loss is averaged over micro-batches in place of tokens, or a router looks beyond a sequence: the cut of "
+            "the batch changes what is trained"
+        ),
+    ),
     ({"samples"}, _says("ranks share out the blocks wrongly: look at the loader's rank, world size and position")),
     ({"run"}, _run),
     (

@@ -242,6 +242,36 @@ def dropped(ranks: Sequence[Observation], one: Observation, allowed: Tolerances)
     return within("dropped", f"share dropped for capacity (up to {largest:.0%} of a layer)", compared)
 
 
+def cuts(cut: Observation, one: Observation, allowed: Tolerances, over: str) -> list[Finding]:
+    """Micro-batches of one row beside larger ones, in fp32: by how much the balance loss departs where it goes by a
+    prefix, and that nothing else does."""
+    steps = range(len(cut.records) if over != "micro_batches" else 1)
+    names = LOSSES if over != "micro_batches" else {"lm_loss": "", "z_loss": ""}
+    compared = [
+        (relative(cut.records[step][name], one.records[step][name]), allowed.loss[step > 0], f"{name}, step {step + 1}")
+        for step in steps
+        for name in names
+    ]
+    found = [within("cut", "losses, however the batch is cut into micro-batches", compared)]
+    if over == "micro_batches":
+        here, there = one.records[0]["aux_loss"], cut.records[0]["aux_loss"]
+        found.append(
+            note(
+                f"model.balance_over=micro_batches: at step 1 the balance loss is {here:.5f} as configured and "
+                f"{there:.5f} in micro-batches of one; the gradients that follow differ too, and step makes both exact"
+            )
+        )
+        return found
+    slopes = gradients(
+        whole([cut.gradients[0]]),
+        whole([one.gradients[0]]),
+        allowed,
+        "cut_gradients",
+        "gradients of step 1, however the batch is cut",
+    )
+    return [*found, slopes]
+
+
 def trained(ranks: Sequence[Observation], config: Config) -> list[Finding]:
     """Each expert that got tokens, and each other tensor that got a gradient, has been changed by training."""
     start = whole([rank.start["weight"] for rank in ranks])

@@ -138,6 +138,7 @@ class _Case:
             self.findings.append(compare.against_fp32(one, precise))
         self._compare_with_transformers(precise)
         self._judge(one)
+        self._compare_cuts(precise)
         ranks = self.pool.receive()
         self._compare(ranks, one)
         self.say("exporting, and resuming at other layouts")
@@ -169,9 +170,11 @@ class _Case:
         norm = probe.records[0]["grad_norm"]
         return replace(config, optim={"grad_clip": min(config.optim.grad_clip, norm / 2)})
 
-    def _alone(self, config: Config, name: str, **how: Any) -> Observation:
-        """One process, in a run directory of its own; where it raises, that is found as a rank's error is."""
-        config = replace(one_process(config, self.ranks), run={"dir": str(self.directory / name)})
+    def _alone(self, config: Config, name: str, as_it_is: bool = False, **how: Any) -> Observation:
+        """One process that takes the ranks' micro-batches together, unless the configuration is to be taken as it is;
+        in a run directory of its own. Where it raises, that is found as a rank's error is."""
+        alone = config if as_it_is else one_process(config, self.ranks)
+        config = replace(alone, run={"dir": str(self.directory / name)})
         try:
             with self.plant(None):
                 return observe(config, **how)
@@ -245,6 +248,23 @@ class _Case:
             self.findings += judge.judge_text(self.config)
             self.findings += judge.judge_schedule(self.user, self.config, one)
         self.findings += judge.judge_optimizer(one_process(self.config, self.ranks), one)
+
+    def _compare_cuts(self, whole: Observation) -> None:
+        """One process in fp32 whose micro-batches are single rows beside one that takes more at once."""
+        model = self.config.model
+        if model.router_aux_loss_scope == "transformers":
+            self.findings.append(
+                note("model.router_aux_loss_scope=transformers balances each micro-batch by itself: the cut matters")
+            )
+            return
+        steps = 2
+        fine = replace(
+            self._in_fp32(),
+            train={"micro_batch_size": 1, "precision": "fp32", "max_steps": steps},
+            parallel={"expert_parallel_size": 1, "zero_stage": 1, "engine": "auto"},
+        )
+        cut = self._alone(fine, "cut", as_it_is=True)
+        self.findings += compare.cuts(cut, whole, compare.tolerances(self._in_fp32()), model.balance_over)
 
     def _compare(self, ranks: Sequence[Observation], one: Observation) -> None:
         allowed = compare.widened(self.allowed, ranks, one)

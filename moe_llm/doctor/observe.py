@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from moe_llm.checkpoint.background import Background
 from moe_llm.checkpoint.manifest import verify
@@ -142,7 +143,7 @@ class Watched:
         return getattr(self._engine, name)
 
     def forward(self, **inputs: Any) -> Any:
-        if self._engine.model.training:
+        if self._engine.model.training and torch.is_grad_enabled():  # not what is only counted
             self._micro.append(
                 Batch(
                     input_ids_BS=inputs["input_ids"],

@@ -11,9 +11,10 @@ import torch
 
 from moe_llm.config import Config
 from moe_llm.data.loader import TrainLoader
-from moe_llm.data.packing import Batch, model_inputs
+from moe_llm.data.packing import Batch
 from moe_llm.distributed.dispatch import traffic
 from moe_llm.distributed.engine import Engine
+from moe_llm.distributed.forward_passes import forward_passes
 from moe_llm.distributed.runtime import Runtime
 from moe_llm.distributed.step_loss import StepLoss, StepLosses
 from moe_llm.errors import TrainingFailure
@@ -104,10 +105,16 @@ def train_loop(
         engine.set_phase(turn)
         callbacks.add_gradients()
         step_loss = StepLoss(config.model, runtime, batches)
-        for i, batch in enumerate(batches):
-            callbacks.heartbeat(f"{name}, micro-batch {i + 1} of {len(batches)}")
-            inputs = model_inputs(batch) | callbacks.teach(batch)
-            losses = step_loss(engine.forward(**inputs, **callbacks.perturb(inputs)))
+        passes = forward_passes(
+            engine,
+            step_loss,
+            batches,
+            teach=callbacks.teach,
+            perturb=None if config.train.adversarial.epsilon is None else callbacks.perturb,
+            heartbeat=lambda phase, name=name: callbacks.heartbeat(f"{name}, {phase}"),
+        )
+        for i, output in enumerate(passes):
+            losses = step_loss(output)
             engine.backward(losses.total, last=i == len(batches) - 1)
             window.add(losses)
         callbacks.heartbeat(f"{name}, optimizer")

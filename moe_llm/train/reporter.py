@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from moe_llm.checkpoint.architectures import export_note
-from moe_llm.config import Config
+from moe_llm.config import Config, ModelConfig
 from moe_llm.data.loader import Data
 from moe_llm.distributed.engine import Engine
 from moe_llm.distributed.runtime import Runtime
 from moe_llm.finetune.selection import describe
+from moe_llm.model.moe.routers import router_losses
 from moe_llm.train.alarms import Alarms
 from moe_llm.train.console import Console
 from moe_llm.train.facts import write_facts
@@ -76,6 +77,11 @@ def _limit(facts: dict[str, Any], config: Config) -> float | None:
     return None if peak is None or not config.model.router.even else peak / facts["flops_per_token"]
 
 
+def _balances(model: ModelConfig) -> bool:
+    """Whether anything is trained that goes by the choices of many tokens at once."""
+    return bool(model.router_aux_loss_coef or router_losses(model))
+
+
 def announce(
     reporter: Reporter, config: Config, engine: Engine, data: Data, source: Path | None, position: Position
 ) -> None:
@@ -101,7 +107,12 @@ def announce(
     noted = export_note(config.model)
     if noted is not None:
         reporter.say(noted)
-    router = config.model.router
+    router, rounds = config.model.router, config.accumulation_steps(world)
+    if config.model.balance_over == "micro_batches" and rounds > 1 and _balances(config.model):
+        reporter.say(
+            f"model.balance_over=micro_batches: the routers' losses of a micro-batch go by the choices of the step's "
+            f"{rounds} micro-batches so far, so they depend on train.micro_batch_size; step makes them exact"
+        )
     if not router.causal:
         reporter.say(
             f"model.router.type={router.type} is not causal in training: {router.looks_ahead}; evaluation and "

@@ -6,7 +6,8 @@ import torch
 from support.ranks import fresh_accelerate
 
 from moe_llm.config.load import validate
-from moe_llm.data.packing import Batch, model_inputs
+from moe_llm.data.packing import Batch
+from moe_llm.distributed.forward_passes import forward_passes
 from moe_llm.distributed.runtime import start
 from moe_llm.distributed.step_loss import StepLoss
 from moe_llm.model.moe.routers import begin_step, end_step
@@ -102,9 +103,8 @@ def train_steps(cfg, steps: int, *, source: str | None = None, first: int = 0, s
         batches = [rows(step, (j * runtime.world_size + runtime.rank) * micro, micro) for j in range(rounds)]
         step_loss = StepLoss(cfg.model, runtime, batches)
         shares = torch.zeros(2)
-        for j, batch in enumerate(batches):
-            inputs = model_inputs(batch)
-            losses = step_loss(engine.forward(**inputs, **perturb(inputs)))
+        for j, output in enumerate(forward_passes(engine, step_loss, batches, perturb=perturb)):
+            losses = step_loss(output)
             engine.backward(losses.total, last=j == rounds - 1)
             shares += torch.stack([losses.total.detach(), losses.aux])
         if step == first:

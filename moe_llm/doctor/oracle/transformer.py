@@ -60,9 +60,13 @@ class Reference:
         tokens = sum(int(batch.attention_mask_BS.sum()) for batch in rounds)
         rows = sum(int(batch.attention_mask_BS.any(1).sum()) for batch in rounds)
         sums, seen = torch.zeros(3), []
+        whole_step = self.config.balance_over == "step"
+        if whole_step:
+            with torch.no_grad():
+                seen = [self._forward(batch)[1].chosen_LTE for batch in rounds]
         for batch in rounds:
             loss_sum, part = self._forward(batch)
-            seen.append(part.chosen_LTE)
+            seen += [] if whole_step else [part.chosen_LTE]
             z = z_loss_part(part, tokens)
             aux = self._balance(part, torch.cat(seen, 1), tokens, rows, len(rounds))
             parts = torch.stack([loss_sum / targets, aux, z])
@@ -93,7 +97,7 @@ class Reference:
         """A round's summand of the step's balance loss.
 
         Args:
-            seen_LTE: the choices of the step's rounds up to this one (Qiu et al. 2025).
+            seen_LTE: the choices of the step's rounds up to this one (Qiu et al. 2025), or of all of them.
             tokens, rows, rounds: of the whole step.
         """
         scope = self.config.router_aux_loss_scope
