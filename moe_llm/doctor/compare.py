@@ -9,7 +9,7 @@ import numpy as np
 
 from moe_llm.checkpoint.hf import buffer_shapes, is_expert
 from moe_llm.config import Config
-from moe_llm.doctor.findings import Finding, exact, within
+from moe_llm.doctor.findings import Finding, exact, note, within
 from moe_llm.doctor.observe import Observation, Tensors
 from moe_llm.doctor.oracle.transformer import Expected
 from moe_llm.finetune.selection import trained_names
@@ -255,12 +255,13 @@ def cuts(cut: Observation, one: Observation, allowed: Tolerances, over: str) -> 
     found = [within("cut", "losses, however the batch is cut into micro-batches", compared)]
     if over == "micro_batches":
         here, there = one.records[0]["aux_loss"], cut.records[0]["aux_loss"]
-        found.append(
-            note(
-                f"model.balance_over=micro_batches: at step 1 the balance loss is {here:.5f} as configured and "
-                f"{there:.5f} in micro-batches of one; the gradients that follow differ too, and step makes both exact"
+        if any(len(micro) > 1 for micro in one.samples):
+            found.append(
+                note(
+                    f"model.balance_over=micro_batches: at step 1 the balance loss is {here:.5f} as configured and "
+                    f"{there:.5f} in micro-batches of one row, and gradients differ accordingly; step makes them exact"
+                )
             )
-        )
         return found
     slopes = gradients(
         whole([cut.gradients[0]]),

@@ -1,0 +1,60 @@
+"""The price of `model.balance_over: step`: CPU seconds of a step beside `micro_batches`, alternating in one process.
+
+python scripts/benchmarks/balance_over.py configs/quickstart.yaml train.micro_batch_size=4
+"""
+
+import sys
+import time
+
+import numpy as np
+import torch
+
+from moe_llm.config import load_config
+from moe_llm.config.load import validate
+from moe_llm.data.cache import TokenizedText
+from moe_llm.data.loader import TrainBlocks, TrainLoader
+from moe_llm.data.packing import PackedBlocks
+from moe_llm.distributed.forward_passes import forward_passes
+from moe_llm.distributed.runtime import start
+from moe_llm.distributed.step_loss import StepLoss
+from moe_llm.train.run import build_trained
+
+REPEATS = 7
+
+
+def main() -> None:
+    torch.set_num_threads(1)  # CPU seconds of one thread do not depend on what else the machine does
+    config = load_config(sys.argv[1], sys.argv[2:])
+    runtime = start(config)
+    engine, _ = build_trained(config, runtime, None)
+    length = (config.data.sequence_length + 1) * 4 * config.train.global_batch_size
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, length).astype(np.uint16)
+    text = TokenizedText(tokens, np.array([0, length]), np.array([length]), length)
+    blocks = PackedBlocks(text, config.data.sequence_length, config.data.isolate_documents, pad=0)
+    sizes = {
+        "global_batch_size": config.train.global_batch_size,
+        "micro_batch_size": config.train.micro_batch_size,
+    }
+    raw = config.model_dump(mode="json")
+    seconds: dict[str, list[float]] = {}
+    with TrainLoader(TrainBlocks([blocks], None, 0), position=0, prefetch=0, **sizes) as loader:
+        for _ in range(1 + REPEATS):
+            batches = next(loader)
+            for over in ("micro_batches", "step"):
+                model = validate({**raw, "model": {**raw["model"], "balance_over": over}}).model
+                begin = time.process_time()
+                step_loss = StepLoss(model, runtime, batches)
+                for i, output in enumerate(forward_passes(engine, step_loss, batches)):
+                    engine.backward(step_loss(output).total, last=i == len(batches) - 1)
+                engine.step(1e-4)
+                seconds.setdefault(over, []).append(time.process_time() - begin)
+    least = {over: min(times[1:]) for over, times in seconds.items()}
+    rounds = config.accumulation_steps(1)
+    print(
+        f"{rounds} micro-batches a step: {least['micro_batches']:.3f} s, with balance_over=step {least['step']:.3f} s: "
+        f"{least['step'] / least['micro_batches'] - 1:+.0%}"
+    )
+
+
+if __name__ == "__main__":
+    main()
