@@ -34,6 +34,9 @@ class _GroupedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N):
         x_ND = x_ND.contiguous()
+        if not len(x_ND):  # a rank to which no one sends: kernels need not know what to do with nothing
+            ctx.save_for_backward(x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, None)
+            return torch.empty_like(x_ND)
         ends_E, unused_N1 = _bounds(counts_E, len(x_ND))
         gate_up_NG = F.grouped_mm(x_ND, gate_up_proj_EGD.transpose(1, 2), offs=ends_E)
         h_NF = x_ND.new_empty(len(x_ND), down_proj_EDF.shape[2])
@@ -49,6 +52,12 @@ class _GroupedExperts(torch.autograd.Function):
     def backward(ctx, grad_ND):
         x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, gate_up_NG = ctx.saved_tensors
         needs_x, needs_gate_up, needs_down, _, needs_weight = ctx.needs_input_grad
+        if gate_up_NG is None:
+            tensors = x_ND, gate_up_proj_EGD, down_proj_EDF, None, weight_N
+            return tuple(
+                torch.zeros_like(t) if needed and t is not None else None
+                for t, needed in zip(tensors, ctx.needs_input_grad, strict=True)
+            )
         ends_E, unused_N1 = _bounds(counts_E, len(x_ND))
         grad_ND = grad_ND.contiguous()
         grad_x = grad_gate_up = grad_down = None

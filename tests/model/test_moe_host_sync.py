@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from support.rehearsed import cluster_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_llm.config import ModelConfig
+from moe_llm.distributed.rehearsal import rehearse
 from moe_llm.model.moe.layer import MoELayer
 from moe_llm.ops import native, triton
 
@@ -60,6 +62,14 @@ def test_what_waits_is_noticed(monkeypatch):
     monkeypatch.setattr("moe_llm.ops.routed_experts.choose_backend", lambda *_: "fused")  # which reads the counts
     with FakeTensorMode(), pytest.raises(Exception, match="_local_scalar_dense"):
         step("cpu")()
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+def test_the_dispatcher_waits_for_sizes_alone(capability):
+    """Of 2 layers, whose experts are spread over 8 ranks: once a layer, whatever the kernels need to know of the counts."""
+    rehearsed = rehearse(cluster_config(ep=8), 8, capability=capability)
+    assert not rehearsed.faults
+    assert rehearsed.waits_named() == {"rows that each rank sends and receives": 2}
 
 
 @pytest.mark.gpu

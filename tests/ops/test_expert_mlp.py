@@ -236,3 +236,15 @@ def test_unknown_or_impossible_backend_is_one_sentence():
     odd = x[:, :21], gate_up[..., :21], down[:, :21]
     with pytest.raises(UserError, match=r"'grouped'.*hidden_size=21"):
         expert_mlp(*odd, counts_E, backend="grouped")
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_grouped_experts_take_no_rows_at_all(weighted):
+    """As a rank does to which no token goes: its output is empty, and its gradients are zero."""
+    x, gate_up, down, counts, weight = make_inputs([0, 0, 0, 0], torch.bfloat16)
+    leaves = [x, gate_up, down, *([weight] if weighted else [])]
+    y = expert_mlp(x, gate_up, down, counts, backend="grouped", weight_N=weight if weighted else None)
+    assert y.shape == x.shape
+    for leaf, gradient in zip(leaves, torch.autograd.grad(y.sum(), leaves)):
+        assert gradient.shape == leaf.shape
+        assert not gradient.any()
