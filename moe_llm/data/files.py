@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moe_llm.errors import UserError
+from moe_llm.locks import Waiting, process_with_lock
 
 
 @contextlib.contextmanager
@@ -17,12 +18,17 @@ def building(cache: Path, key: str) -> Iterator[None]:
 
     The lock goes with the process, so one that was killed does not block the next.
     """
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     with user_error_on_disk("data.cache_dir", cache):
         cache.mkdir(parents=True, exist_ok=True)
         lock = FileLock(cache / f"{key}.lock")
-        lock.acquire()
+        waiting = Waiting(f"{lock.lock_file} while it prepares text or tokenizer")
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=1)
+            except Timeout:
+                waiting.beat(process_with_lock(Path(lock.lock_file)))
     try:
         yield
     finally:

@@ -37,6 +37,9 @@ def prepare_environment(cpu: bool, world_size: int) -> None:
             os.environ.setdefault(name, value)
     from deepspeed.utils import logger
 
+    from moe_llm.distributed import extension_locks
+
+    extension_locks.install()
     logger.setLevel(logging.ERROR)  # it warns of every optimizer that is not its own
     # DeepSpeed calls collectives by names that torch is about to change: a line for each of them, every step
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
