@@ -1,34 +1,24 @@
 """Locks that other processes hold: whose they are, and a sentence for those who wait.
 
-A wait that lasts is reported on stderr, and to whoever `listen`s, as a watchdog does: a wait for a living process is no
-hang. This file needs neither torch nor transformers.
+A wait that lasts is reported on stderr, and to `listeners`, as a watchdog is: a wait for a living process is no hang. This file needs neither torch nor transformers.
 """
 
 import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 SAY_AFTER_SECONDS = 5.0
-_listeners: list[Callable[[str], None]] = []
+# each is told of what is being done or waited for, and whether that is quick by nature
+listeners: list[Callable[[str, bool], None]] = []
 
 
-@contextlib.contextmanager
-def listen(heartbeat: Callable[[str], None]) -> Iterator[None]:
-    """Meanwhile `heartbeat` is told of each wait for a living process, about once a second."""
-    _listeners.append(heartbeat)
-    try:
-        yield
-    finally:
-        _listeners.remove(heartbeat)
-
-
-def tell(phase: str) -> None:
-    """What is being done or waited for, to those who listen."""
-    for heartbeat in _listeners:
-        heartbeat(phase)
+def tell(phase: str, quick: bool = False) -> None:
+    """What is being done or waited for, to those who listen. quick: it takes seconds, unless something is wrong."""
+    for heartbeat in listeners:
+        heartbeat(phase, quick)
 
 
 class Waiting:

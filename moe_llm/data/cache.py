@@ -29,6 +29,7 @@ from moe_llm.data.files import building, publish
 from moe_llm.data.sources import fingerprint, read_documents, source_bytes
 from moe_llm.data.split import HoldOut
 from moe_llm.data.tokenizer import content_hash
+from moe_llm.locks import tell
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -201,6 +202,7 @@ def _build(
     with contextlib.ExitStack() as stack:
         writers = {split: SplitWriter(directory, split, chat, stack) for split in SPLITS}
         for batch, encoded in _encode_in_threads(_batches(pieces), encode, num_workers or os.cpu_count() or 1):
+            tell(f"tokenising into {directory}")
             for piece, tokens in zip(batch, encoded):
                 writers[piece.split].write(tokens, piece.size)
                 advance(piece.read)

@@ -17,6 +17,7 @@ from moe_llm.distributed.averaging import Averaging
 from moe_llm.distributed.runtime import Runtime
 from moe_llm.distributed.state import Adapted, ParameterShard
 from moe_llm.distributed.update_phase import Turns
+from moe_llm.locks import tell
 from moe_llm.model.adapters import factors_of, is_factor, own_name
 from moe_llm.model.decoder import MoEDecoder, MoEOutput
 from moe_llm.model.moe.experts import Experts
@@ -408,6 +409,7 @@ def build_engine(
     kinds: tuple[str, ...],
 ) -> "LocalEngine | DeepSpeedEngine":
     """The engine for this run; `model` is fp32, on the CPU, and holds this rank's experts only."""
+    tell("building the engine and its optimizer, which may compile an extension")
     model.model.recompute = config.train.activation_checkpointing
     engine = DeepSpeedEngine if runtime.deepspeed else LocalEngine
     return engine(model, runtime, config, groups, build_optimizer, kinds)

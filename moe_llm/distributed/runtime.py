@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from moe_llm.config import Config
+from moe_llm.locks import tell
 from moe_llm.ops import caching_allocator
 
 
@@ -29,6 +30,7 @@ class Runtime:
 
     def barrier(self) -> None:
         if self.world_size > 1:
+            tell("waiting for the other ranks")
             dist.barrier()
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -41,6 +43,7 @@ class Runtime:
         """The Python objects of all ranks, on every rank."""
         if self.world_size == 1:
             return [value]
+        tell("waiting for the other ranks")
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
@@ -71,10 +74,14 @@ def rank_from_environment() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _longest_wait(config: Config) -> timedelta:
+def longest_wait_seconds(hang_timeout: float | None) -> float:
     """How long one exchange may take. Ranks that wait for the main one's tokenisation wait in one, and a hang in
     training is for the watchdog to end, which knows more: so this is the longer time."""
-    return max(timedelta(hours=2), timedelta(seconds=2 * (config.train.hang_timeout_seconds or 0)))
+    return max(2 * 3600.0, 2 * (hang_timeout or 0.0))
+
+
+def _longest_wait(config: Config) -> timedelta:
+    return timedelta(seconds=longest_wait_seconds(config.train.hang_timeout_seconds))
 
 
 def _meet_again(backend: str, config: Config) -> None:
@@ -118,6 +125,9 @@ def start(config: Config) -> Runtime:
 
     from accelerate import Accelerator
 
+    if world_size > 1:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        tell(f"joining the process group of {world_size} ranks at {place}", quick=True)
     if use_deepspeed:
         from moe_llm.distributed.deepspeed import plugin, prepare_environment
 
@@ -136,6 +146,7 @@ def start(config: Config) -> Runtime:
         )
     else:
         accelerator = Accelerator(cpu=cpu)
+    tell("reading data and tokenizer")
     if accelerator.device.type == "cpu":
         caching_allocator.start()
     assert accelerator.num_processes == world_size, (

@@ -43,6 +43,7 @@ from moe_llm.train.optim import build_optimizer, groups_by_part, optimizer_kinds
 from moe_llm.train.reporter import Reporter, announce, farewell
 from moe_llm.train.router_guard import RouterGuard, check_guard
 from moe_llm.train.signals import StoppedEarly, StopRequest
+from moe_llm.train.start_watch import StartWatch
 from moe_llm.train.stopping import EarlyStopping, forget_lost_best
 from moe_llm.train.trackers import check_trackers
 from moe_llm.train.watchdog import HeartbeatEngine, Watchdog
@@ -73,7 +74,7 @@ def train(config: Config) -> None:
     if config.checkpoint.resume in ("auto", "never") and not any((run_dir / "checkpoints").glob("step-*")):
         check_origin(config)
     try:
-        with StopRequest() as stop:
+        with StartWatch(config.train.hang_timeout_seconds), StopRequest() as stop:
             runtime = start(config)
             try:
                 checkpoint, finished = _train(config, run_dir, runtime, stop)

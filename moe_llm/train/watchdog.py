@@ -19,8 +19,8 @@ from torch import Tensor
 
 from moe_llm.distributed.engine import Engine
 from moe_llm.distributed.runtime import Runtime
+from moe_llm.train.start_watch import EXIT_HUNG, watchdog_takes_over
 
-EXIT_HUNG = 1
 # A live process answers within seconds, whatever its training does
 SILENCE_SECONDS = 25.0
 _BEAT_SECONDS = 2.0
@@ -59,6 +59,7 @@ class Watchdog:
         self._phase, self._progress = phase, time.monotonic()
 
     def __enter__(self) -> "Watchdog":
+        watchdog_takes_over()
         if self._timeout is not None:
             self.heartbeat("start")
             for peer in self._peers.values():
