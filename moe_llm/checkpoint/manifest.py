@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from moe_llm.checkpoint.safetensors_io import FileRecord, read_json
 from moe_llm.errors import UserError
 
 MANIFEST = "trainer/manifest.json"
+HASHED_BYTES = 1 << 30  # of a checkpoint's files, compared with their hashes wherever one is read: about a second
 _CHUNK = 1 << 22
 
 
@@ -56,11 +58,14 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
             "of a run's checkpoints"
         )
     try:
-        return {name: FileRecord(int(r["size"]), str(r["sha256"])) for name, r in read_json(path)["files"].items()}
+        records = {name: FileRecord(int(r["size"]), str(r["sha256"])) for name, r in read_json(path)["files"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"file {path} is damaged: it is no list of files: use another checkpoint") from error
+    if "config.json" not in records or any(Path(name).is_absolute() or ".." in Path(name).parts for name in records):
+        raise UserError(f"file {path} is damaged: it is not the list of a checkpoint's files: use another checkpoint")
+    return records
 
 
 def verify(directory: Path, ranks: Ranks = ALONE, *, hashes: bool = True) -> None:
@@ -89,6 +94,41 @@ def fingerprints(directory: Path, names: Iterable[str], ranks: Ranks = ALONE) ->
     return {name: record for part in ranks.gather(share) for name, record in sorted(part.items())}
 
 
+def sound(directory: Path, name: str, record: FileRecord) -> bool:
+    """Whether a file is what was written, by its size and hash."""
+    path = directory / name
+    return path.is_file() and path.stat().st_size == record.size and _hash(path) == record.sha256
+
+
+# What a model, its tokenizer and a resumed run are read from; people may edit the other files of a checkpoint.
+_LOADED = re.compile(r"(.*/)?([^/]*\.safetensors(\.index\.json)?|tokenizer\.(json|model)|state\.json)")
+
+
+def verify_loadable(directory: Path) -> None:
+    """Compare the files that loading reads with the manifest: all sizes, and the hashes of those that are quickly read.
+
+    Reading everything again would cost as much as loading, so files above `HASHED_BYTES` in all are compared by size
+    alone; `verify` compares every hash.
+
+    Raises:
+        UserError: a missing, truncated or altered file.
+    """
+    records = {name: record for name, record in read_manifest(directory).items() if _LOADED.fullmatch(name)}
+    room = HASHED_BYTES
+    for name, record in sorted(records.items(), key=lambda item: (item[1].size, item[0])):
+        _check_size(directory / name, record)
+        room -= record.size
+        if room >= 0:
+            _check_hash(directory / name, record)
+
+
+def _check_hash(path: Path, record: FileRecord) -> None:
+    if _hash(path) != record.sha256:
+        raise UserError(
+            f"file {path} is damaged: its content is not what was written (SHA-256): use another checkpoint"
+        )
+
+
 def _verify_share(directory: Path, rank: int, world_size: int, hashes: bool) -> None:
     records = read_manifest(directory)
     for name, record in sorted(records.items()):
@@ -96,11 +136,7 @@ def _verify_share(directory: Path, rank: int, world_size: int, hashes: bool) -> 
     # the largest first, so that the shares are about equal
     by_size = sorted(records, key=lambda name: (-records[name].size, name))
     for name in by_size[rank::world_size] if hashes else ():
-        if _hash(directory / name) != records[name].sha256:
-            raise UserError(
-                f"file {directory / name} is damaged: its content is not what was written (SHA-256): "
-                "use another checkpoint"
-            )
+        _check_hash(directory / name, records[name])
 
 
 def _check_size(path: Path, record: FileRecord) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from moe_llm.checkpoint.export import DTYPES
+from moe_llm.checkpoint.folder import probe
 from moe_llm.checkpoint.plan import Plan, make_plan
 from moe_llm.checkpoint.ranks import describe, is_disk_full, together
 from moe_llm.checkpoint.safetensors_io import parse_size
@@ -17,7 +18,8 @@ _SMALL_FILES = 1 << 24  # bytes allowed for headers, indices and tokenizer when 
 
 
 def check_space(root: str | Path, state: TrainedState, *, dtype: str = "fp32", max_shard_size: str = "5GB") -> None:
-    """Refuse a disk that has no room for the first checkpoint, before a run spends hours on it. Collective.
+    """Refuse a disk that has no room for the first checkpoint, or a file system on which it cannot be written, before
+    a run spends hours on it; what it cannot do and a run can do without is reported. Collective.
 
     Args: as of `save_checkpoint`; `root` need not exist.
 
@@ -26,7 +28,12 @@ def check_space(root: str | Path, state: TrainedState, *, dtype: str = "fp32", m
     """
     root = Path(root)
     plan = make_plan(state, DTYPES[dtype], parse_size(max_shard_size), state.averages)
-    together(state, lambda: check_room(root, "step-*", plan), only=0)
+
+    def check() -> None:
+        check_room(root, "step-*", plan)
+        probe(root)
+
+    together(state, naming_failure(root, root / "step-*", plan, check), only=0)
 
 
 def check_room(root: Path, name: str, plan: Plan) -> None:

@@ -20,7 +20,6 @@ background keeps a copy in host memory of what its rank writes (`plan.HostCopy`)
 """
 
 import json
-import os
 import platform
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -118,16 +117,15 @@ def save_checkpoint(
             model = write_model_files(directory, model_config, token_ids(tokenizer), dtype, tokenizer)
             small |= {str((directory / name).relative_to(tmp)): record for name, record in model.items()}
         for link, file in plan.average.linked.items() if average else ():
-            _link(tmp / file, tmp / link)
+            folder.link_or_copy(tmp / file, tmp / link)
             small[link] = records[file]
         write_manifest(tmp, records | small)
         for directory in (*(path for path in tmp.iterdir() if path.is_dir()), tmp):
             folder.sync_directory(directory)
         folder.publish(tmp, final)
-        if best_step is not None:
-            folder.point(root, folder.BEST, folder.step_name(best_step))
+        folder.record(root, final, best_step)
         if keep_last is not None:
-            folder.prune(root, keep_last, best_step)
+            folder.prune(root, keep_last, final, best_step)
 
     def write(ranks: Ranks, tensors: Iterable[Named]) -> None:
         with _removed_on_failure(tmp, ranks):
@@ -162,17 +160,10 @@ def _removed_on_failure(tmp: Path, ranks: Ranks) -> Iterator[None]:
 def _prepare(root: Path, tmp: Path, plan: Plan) -> None:
     root.mkdir(parents=True, exist_ok=True)
     folder.remove_leftovers(root)
+    folder.free_name(tmp)
     check_room(root, tmp.name.removeprefix(".tmp-"), plan)
     for stem in plan.sets:
         (tmp / stem).parent.mkdir(parents=True, exist_ok=True)
-
-
-def _link(file: Path, link: Path) -> None:
-    """The same bytes under a second name; where the file system knows but one name a file, by pointing there."""
-    try:
-        os.link(file, link)
-    except OSError:
-        link.symlink_to(os.path.relpath(file, link.parent))
 
 
 def _write_tensors(tmp: Path, plan: Plan, tensors: Iterable[Named]) -> dict[str, FileRecord]:

@@ -90,7 +90,7 @@ def test_the_same_bytes_as_a_save_that_is_waited_for(tmp_path, world, ep, dtype,
     assert len(files) > 10
     assert contents(tmp_path / "async") == files
     assert (tmp_path / "async/latest").resolve().name == "step-00000003"
-    assert sorted(p.name for p in (tmp_path / "async").iterdir()) == ["latest", "step-00000002", "step-00000003"]
+    assert sorted(p.name for p in (tmp_path / "async").iterdir()) == ["checkpoints.json", "latest", "step-00000002", "step-00000003"]
 
 
 def test_what_is_written_is_what_was_there_when_it_was_asked_for(tmp_path, disk):
@@ -166,7 +166,7 @@ def test_a_full_disk_of_one_rank_is_told_to_all(tmp_path, monkeypatch, when):
     assert len({str(error) for _, error in outcomes}) == 1
     assert "no space left" in str(outcomes[0][1])
     assert "step-00000002" in str(outcomes[0][1])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints.json", "latest", "step-00000001"]
 
 
 def test_a_bug_in_the_thread_of_one_rank_reaches_all(tmp_path, monkeypatch):

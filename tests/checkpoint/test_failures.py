@@ -64,7 +64,7 @@ def test_a_full_disk_is_told_to_all_ranks_and_harms_nothing(tmp_path, monkeypatc
     assert "no space left" in sentence
     assert "step-00000002" in sentence
     assert "GB are free" in sentence
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints.json", "latest", "step-00000001"]
     assert find_resumable(tmp_path, report=silent) == before
 
 
@@ -226,5 +226,5 @@ def test_dying_at_any_moment_of_a_save_loses_nothing_that_was_complete(tmp_path,
     assert seeds == sorted(seeds)
     assert {2, 3} == set(seeds)
     # the last child lived: what the dead ones left is gone, and it kept one
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", f"step-{again:08d}"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints.json", "latest", f"step-{again:08d}"]
     assert find_resumable(tmp_path, report=silent) == (tmp_path / "latest").resolve()

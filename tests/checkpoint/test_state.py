@@ -191,7 +191,7 @@ def test_a_resumed_step_replaces_the_earlier_one(tmp_path):
     old, new = random_tensors(config, 0), random_tensors(config, 1)
     save_checkpoint(tmp_path, FakeState(old), **save_arguments(config))
     path = save_checkpoint(tmp_path, FakeState(new), **save_arguments(config))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000100"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints.json", "latest", "step-00000100"]
     state = FakeState(zeros_like(new))
     load_checkpoint(path, state)
     assert torch.equal(state.held["lm_head.weight", "weight"], new["lm_head.weight", "weight"])
@@ -205,7 +205,7 @@ def test_latest_and_pruning_go_by_the_order_of_saving(tmp_path):
             tmp_path, FakeState(random_tensors(config)), **save_arguments(config, step=step, keep_last=2)
         )
         assert os.readlink(tmp_path / "latest") == path.name
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000015", "step-00000018"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints.json", "latest", "step-00000015", "step-00000018"]
 
 
 class CountingState(FakeState):

@@ -83,7 +83,7 @@ def test_steps_do_not_wait_for_the_disk(make_run, monkeypatch):
     command, run_dir = make_run("background", every_steps=4, **{"async": True})
     assert main(command) == 0
     found = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
-    assert found == ["latest", "step-00000004", "step-00000008"]
+    assert found == ["checkpoints.json", "latest", "step-00000004", "step-00000008"]
     assert (run_dir / "checkpoints/latest").resolve().name == "step-00000008"
 
 
@@ -98,7 +98,7 @@ def test_only_the_moment_of_writing_differs(make_run):
     assert losses(runs[True]) == losses(runs[False])
     assert len(losses(runs[True])) == STEPS
     names = sorted(path.name for path in (runs[True] / "checkpoints").iterdir())
-    assert names == ["latest", "step-00000006", "step-00000008"]
+    assert names == ["checkpoints.json", "latest", "step-00000006", "step-00000008"]
     for path in (runs[False] / "checkpoints").rglob("*.safetensors"):
         same = runs[True] / path.relative_to(runs[False])
         assert same.read_bytes() == path.read_bytes(), path.name
@@ -119,7 +119,7 @@ def test_a_disk_that_fails_in_the_background_ends_the_run_with_one_sentence(make
     assert len([line for line in error if line.startswith("moe-llm: error: no space left for checkpoint")]) == 1
     assert "step-00000004" in error[-1]
     assert len(losses(run_dir)) == 6  # found out at the next save
-    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["latest", "step-00000002"]
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["checkpoints.json", "latest", "step-00000002"]
     monkeypatch.undo()
     assert main(command) == 0
     assert len(losses(run_dir)) == STEPS

@@ -98,7 +98,7 @@ def test_checkpoints_are_made_kept_and_written_as_asked(train_with, plain):
         "checkpoint.every_steps=1", "checkpoint.keep_last=2", "checkpoint.dtype=bf16", "checkpoint.max_shard_size=10KB"
     )
     names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
-    assert names == ["latest", "step-00000003", "step-00000004"]
+    assert names == ["checkpoints.json", "latest", "step-00000003", "step-00000004"]
     latest = run_dir / "checkpoints/latest"
     files = sorted(latest.glob("model-*.safetensors"))
     assert len(files) > 1

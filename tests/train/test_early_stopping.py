@@ -52,7 +52,7 @@ def test_a_run_ends_when_the_loss_no_longer_falls_and_keeps_the_best(make_config
     assert main(["train", str(config)]) == 0
     out, err = capsys.readouterr()
     assert [r["step"] for r in runs.records(run_dir)] == [1, 2, 3, 4, 5, 6]
-    assert checkpoints(run_dir) == ["best", "latest", "step-00000003", "step-00000006"]
+    assert checkpoints(run_dir) == ["best", "checkpoints.json", "latest", "step-00000003", "step-00000006"]
     assert (run_dir / "checkpoints/best").resolve().name == "step-00000003"
     assert "stopping early at step 6: in 3 evaluations the validation loss has not fallen by more than 0.1" in err
     assert f"best checkpoint: {run_dir}/checkpoints/step-00000003 (validation loss 3.0000)\n" in out
@@ -66,7 +66,7 @@ def test_a_run_ends_when_the_loss_no_longer_falls_and_keeps_the_best(make_config
     assert main(["train", str(config), "train.early_stopping.patience=5"]) == 0
     assert "stopping early" not in capsys.readouterr().err
     assert [r["step"] for r in runs.records(run_dir)] == list(range(1, 9))
-    assert checkpoints(run_dir) == ["best", "latest", "step-00000008"]
+    assert checkpoints(run_dir) == ["best", "checkpoints.json", "latest", "step-00000008"]
     assert (run_dir / "checkpoints/best").resolve().name == "step-00000008"
 
 
@@ -96,7 +96,7 @@ def test_without_its_best_checkpoint_a_run_begins_to_look_anew(make_config, tmp_
 def test_off_leaves_no_trace(make_config, tmp_path):
     changes = {**CHANGES, "train": {"max_steps": 5}}
     assert main(["train", str(make_config(**changes))]) == 0
-    assert checkpoints(tmp_path / "run") == ["latest", "step-00000005"]
+    assert checkpoints(tmp_path / "run") == ["checkpoints.json", "latest", "step-00000005"]
     assert not state(tmp_path / "run", 5).keys() & {"best_loss", "best_step", "waited"}
 
 
