@@ -1,4 +1,4 @@
-"""The errors that are told in one sentence, without a trace."""
+"""The errors that are reported in one sentence, without a trace."""
 
 
 class UserError(ValueError):
@@ -14,3 +14,14 @@ class TrainingFailure(RuntimeError):
 
     Raised on every rank alike. The command line prints it as one line and exits with code 1.
     """
+
+
+class Stopped(Exception):
+    """A signal has ended a run early; whatever there was to save is saved, and what to do next has been printed.
+
+    exit_code: 128 plus the signal's number, by the shells' convention, so that no one takes the run for a finished one.
+    """
+
+    def __init__(self, signal_number: int):
+        super().__init__(f"stopped by signal {signal_number}")
+        self.exit_code = 128 + signal_number

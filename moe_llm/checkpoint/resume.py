@@ -1,6 +1,7 @@
 """Which checkpoint a run goes on from, and whether it is the same run at all."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from moe_llm.checkpoint import folder
 from moe_llm.checkpoint.manifest import verify
 from moe_llm.checkpoint.ranks import ALONE, Ranks
 from moe_llm.config import Config
-from moe_llm.config.load import parse_yaml, validate
+from moe_llm.config.load import parse_yaml, read_yaml, validate
 from moe_llm.errors import UserError
 
 # What a run may change when it goes on: a section, or one key. All else decides what is learned from what.
@@ -33,7 +34,13 @@ FREE = (
     "finetune.router_guard.max_kl",
     "data.num_workers",
     "data.cache_dir",
+    "data.allow_changed",
 )
+# What a checkpoint may be resumed with in another run's directory, reported and recorded: how it is trained from here on.
+REPORTED = ("optim", "train", "finetune", "distill")
+# What the hash of the tokenizer and the fingerprint of the data compare better than the settings that led to them.
+BY_CONTENT = ("tokenizer", "model.vocab_size", "model.init_from")
+_DATA_PATH = re.compile(r"data\.(validation_)?sources\.\d+\.path(\.\d+)?")
 
 
 def find_resumable(
@@ -79,16 +86,53 @@ def check_same_run(old_config_text: str, new: Config) -> None:
     if new.model.vocab_size is None:  # to be taken from the tokenizer, which is compared itself
         before.pop("model.vocab_size", None)
         now.pop("model.vocab_size")
-    for key in [*now, *(key for key in before if key not in now)]:
-        if not _is_free(key) and before.get(key) != now.get(key):
-            raise UserError(
-                f"{key}={_show(now, key)} differs from {_show(before, key)}, with which the run in "
-                f"{new.run.dir} was started: set it back, or set another run.dir"
-            )
+    for key in _differing(before, now):
+        if new.data.allow_changed and _within(key, ("data",)):
+            continue
+        raise UserError(
+            f"{key}={_show(now, key)} differs from {_show(before, key)}, with which the run in "
+            f"{new.run.dir} was started: set it back, or set another run.dir"
+            + (", or allow it with data.allow_changed=true" if _within(key, ("data",)) else "")
+        )
 
 
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+def compare_with_checkpoint(path: Path, new: Config) -> list[str]:
+    """What differs between the configuration of a checkpoint that is named by its path and that of the run that resumes
+    from it, one clause for each setting that may.
+
+    Raises:
+        UserError: a setting differs that decides what the model is or what it reads.
+    """
+    file = path / "trainer/config.yaml"
+    raw = read_yaml(file, "a checkpoint's configuration")
+    old = validate(raw if isinstance(raw, dict) else {})
+    before, now = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    changed = []
+    for key in _differing(before, now):
+        clause = f"{key}={_show(now, key)} in place of {_show(before, key)}"
+        if _within(key, BY_CONTENT) or _DATA_PATH.fullmatch(key):
+            continue
+        if _within(key, REPORTED) or (new.data.allow_changed and _within(key, ("data",))):
+            changed.append(clause)
+            continue
+        remedy = (
+            "or allow it with data.allow_changed=true"
+            if _within(key, ("data",))
+            else f"or begin another run from its weights with model.init_from={path}"
+        )
+        raise UserError(
+            f"checkpoint.resume={str(path)!r} is of a run with another setting: {clause}: set it back, {remedy}"
+        )
+    return changed
+
+
+def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    keys = [*now, *(key for key in before if key not in now)]
+    return [key for key in keys if not _within(key, FREE) and before.get(key) != now.get(key)]
+
+
+def _within(key: str, sections: tuple[str, ...]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
 def _show(flat: dict[str, Any], key: str) -> str:

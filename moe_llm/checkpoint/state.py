@@ -53,6 +53,7 @@ __all__ = [
     "check_space",
     "find_resumable",
     "load_checkpoint",
+    "read_provenance",
     "read_trainer_state",
     "save_checkpoint",
 ]
@@ -74,6 +75,7 @@ def save_checkpoint(
     keep_last: int | None = None,
     best_step: int | None = None,
     background: Background | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint of step `step` and return its directory. Collective.
 
@@ -92,6 +94,7 @@ def save_checkpoint(
         max_shard_size: of the weights' and the optimizer's files, e.g. "5GB".
         keep_last: delete all but so many, once this one is complete; None: delete nothing.
         best_step: of the run so far, this one or an earlier one: it is not deleted, and `best` points to it.
+        provenance: JSON-able: what the run is made from, for `read_provenance`.
         background: waits for the save before; with a group of ranks other than that of `state`.
 
     Raises:
@@ -107,7 +110,7 @@ def save_checkpoint(
     _assert_whole(plan, model_config)
 
     def prepare() -> dict[str, Any]:
-        head = _trainer_head(root, state, step, dtype, trainer_state)
+        head = _trainer_head(root, state, step, dtype, trainer_state, provenance or {})
         _prepare(root, tmp, plan)
         return head
 
@@ -195,13 +198,21 @@ def _write_small_files(tmp: Path, plan: Plan, head: dict[str, Any], run_config_t
     return records
 
 
-def _trainer_head(root: Path, state: TrainedState, step: int, dtype: str, trainer: Mapping[str, Any]) -> dict:
+def _trainer_head(
+    root: Path,
+    state: TrainedState,
+    step: int,
+    dtype: str,
+    trainer: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+) -> dict:
     """The content of trainer/state.json; refuses what JSON cannot hold before anything is written."""
     head = {
         "format": FORMAT,
         "serial": folder.next_serial(root),
         "step": step,
         "trainer": dict(trainer),
+        "provenance": dict(provenance),
         "optimizer_tensors": list(state.kinds),
         "masters": DTYPES[dtype] != torch.float32,
         **({"base": state.base_files} if has_adapters(state) else {}),
@@ -274,6 +285,18 @@ def read_trainer_state(path: str | Path) -> dict[str, Any]:
         UserError: no checkpoint of this format there, or a damaged one.
     """
     return _read_head(Path(path))["trainer"]
+
+
+def read_provenance(path: str | Path) -> dict[str, Any]:
+    """What `save_checkpoint` was given as provenance; empty for a checkpoint of a version that had none.
+
+    Raises:
+        UserError: as `read_trainer_state`.
+    """
+    provenance = _read_head(Path(path)).get("provenance", {})
+    if not isinstance(provenance, dict):
+        raise UserError(f"file {Path(path) / folder.STATE} is damaged: provenance is no object: use another checkpoint")
+    return provenance
 
 
 def _read_head(path: Path) -> dict[str, Any]:

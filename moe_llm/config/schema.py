@@ -109,6 +109,11 @@ class DataConfig(Section):
     )
     cache_dir: str = Field("~/.cache/moe_llm", description="tokenised data, keyed by its inputs; safe to delete")
     num_workers: int | None = Field(None, ge=1, description="tokenisation threads; null: all cores")
+    allow_changed: bool = Field(
+        False,
+        description="a run may resume on other text or another mixture than it was started with; reported, and recorded "
+        "in facts.json and the checkpoints",
+    )
 
     @model_validator(mode="after")
     def _weights_all_or_none(self):

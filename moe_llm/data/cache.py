@@ -5,6 +5,8 @@
 `tokens` is the concatenation of the documents, each bos + ids + eos (uint16 where ids fit, else uint32);
 `starts` (documents + 1, int64) is where each begins; `bytes` (documents, int64) is the UTF-8 length of each, of chat
 examples that of the assistant's turns; `targets` (uint8 for each token) is 1 where the assistant speaks.
+meta.json holds the size and SHA-256 of every file; an entry that is not what was written is named and made again. Large
+entries are compared once for each state of their files (verified.json), small ones each time.
 KEY is a hash of all that determines the content. `similar-KEY` holds documents of such an entry in another order
 (`moe_llm.data.similar`). A directory that has its name is complete.
 """
@@ -12,20 +14,22 @@ KEY is a hash of all that determines the content. `similar-KEY` holds documents 
 import contextlib
 import hashlib
 import json
+import logging
 import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from moe_llm.config import SourceConfig
 from moe_llm.data.chat import Example, read_examples
 from moe_llm.data.chat_template import ChatEncoder
-from moe_llm.data.files import building, publish
+from moe_llm.data.files import building, publish, replace_file, user_error_on_disk
 from moe_llm.data.sources import fingerprint, read_documents, source_bytes
 from moe_llm.data.split import HoldOut
 from moe_llm.data.tokenizer import content_hash
@@ -34,7 +38,11 @@ from moe_llm.locks import tell
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_VERSION, _CHAT_VERSION = 1, 1
+logger = logging.getLogger(__name__)
+
+VERIFIED = "verified.json"
+COMPARED_BYTES = 1 << 30  # of an entry whose hashes are compared each time: about a second
+_VERSION, _CHAT_VERSION = 2, 1
 _BATCH_BYTES = 256 * 1024
 SPLITS = ("train", "validation")
 
@@ -45,7 +53,8 @@ class TokenizedText:
 
     tokens_N: all of them in order; starts (documents + 1,): where each begins; sizes (documents,): UTF-8
     length of each; bytes: of all together. targets_N: of chat, uint8, 1 for the tokens that are learned. key: its name
-    in the cache, which says all that determines it; None for text that is not from there.
+    in the cache, which says all that determines it; None for text that is not from there. digest: SHA-256 of
+    `tokens_N` and `starts` as they are stored there.
     """
 
     tokens_N: np.ndarray
@@ -54,6 +63,7 @@ class TokenizedText:
     bytes: int
     targets_N: np.ndarray | None = None
     key: str | None = None
+    digest: str | None = None
 
     @property
     def documents(self) -> int:
@@ -133,9 +143,10 @@ def cached_tokens(
         inputs += ["chat", _CHAT_VERSION, encoder.template, tokenizer.special_tokens_map]
     name = f"tokens-{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]}"
     directory = cache / name
-    if not directory.exists():
+    if not is_whole(directory):
         with building(cache, name):
-            if not directory.exists():
+            if not is_whole(directory):
+                remove_damaged(directory)
                 pieces = _examples(source, field, holdout) if chat else _texts(source, field, holdout)
                 encode = _example_encoding(encoder) if chat else _text_encoding(DocumentEncoder(tokenizer))
                 with (
@@ -147,10 +158,72 @@ def cached_tokens(
     return {split: open_split(directory, split) for split in SPLITS}
 
 
+def is_whole(directory: Path) -> bool:
+    """Whether an entry of the cache is there and is what was written; what is wrong with it is reported."""
+    if not directory.is_dir():
+        return False
+    wrong = _what_is_wrong(directory)
+    if wrong is not None:
+        logger.warning("tokenised data %s is damaged: %s; it is made again from its source", directory, wrong)
+    return wrong is None
+
+
+def remove_damaged(directory: Path) -> None:
+    """Make way for an entry to be built; under `building`."""
+    if directory.exists():
+        with user_error_on_disk("data.cache_dir", directory):
+            shutil.rmtree(directory)
+
+
+def _what_is_wrong(directory: Path) -> str | None:
+    """One clause about the first file that is not what was written; None where all are."""
+    try:
+        files = {str(n): (int(r["size"]), str(r["sha256"])) for n, r in _read_meta(directory)["files"].items()}
+        states = {name: _state_of(directory / name) for name in files}
+    except OSError as error:
+        return f"{Path(error.filename or '').name} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "meta.json is no list of its files"
+    for name, (size, _) in files.items():
+        if states[name][0] != size:
+            return f"{name} has {states[name][0]} bytes in place of {size}"
+    verified = directory / VERIFIED
+    large = sum(size for size, _ in files.values()) > COMPARED_BYTES
+    if large and verified.is_file() and verified.read_text(encoding="utf-8") == json.dumps(states):
+        return None
+    for name, (_, digest) in files.items():
+        with (directory / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                return f"the content of {name} is not what was written (SHA-256)"
+    if large:
+        replace_file(verified, json.dumps(states).encode())
+    return None
+
+
+def _state_of(file: Path) -> list[int]:
+    """Size, time of modification and inode of a file."""
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
+def _read_meta(directory: Path) -> dict[str, Any]:
+    """meta.json, whose own last member is the SHA-256 of the others."""
+    meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+    digest = meta.pop("sha256")
+    if digest != _meta_digest(meta):
+        raise ValueError("meta.json is not what was written")
+    return meta
+
+
+def _meta_digest(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
 def open_split(directory: Path, split: str) -> TokenizedText:
     """One split of a complete entry of the cache."""
-    meta = json.loads((directory / "meta.json").read_text())
+    meta = _read_meta(directory)
     part = meta[split]
+    digests = [meta["files"][f"{split}.{name}.bin"]["sha256"] for name in ("tokens", "starts")]
 
     def array(name: str, dtype: str, length: int) -> np.ndarray:
         if not length:
@@ -164,6 +237,7 @@ def open_split(directory: Path, split: str) -> TokenizedText:
         bytes=part["bytes"],
         targets_N=array("targets", "uint8", part["tokens"]) if meta.get("chat") else None,
         key=f"{directory.name}/{split}",
+        digest=hashlib.sha256("".join(digests).encode()).hexdigest(),
     )
 
 
@@ -176,18 +250,31 @@ class SplitWriter:
             for name in ("tokens", "starts", "bytes", *(["targets"] if chat else []))
         }
         self.totals = {"documents": 0, "tokens": 0, "bytes": 0}
-        self._files["starts"].write(np.int64(0).tobytes())
+        self._split = split
+        self._hashes = {name: hashlib.sha256() for name in self._files}
+        self._put("starts", np.int64(0).tobytes())
+
+    def _put(self, name: str, data: bytes) -> None:
+        self._files[name].write(data)
+        self._hashes[name].update(data)
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """Size and SHA-256 of each file, from what has been written."""
+        return {
+            f"{self._split}.{name}.bin": {"size": file.tell(), "sha256": self._hashes[name].hexdigest()}
+            for name, file in self._files.items()
+        }
 
     def write(self, tokens: Tokens, size: int) -> None:
         ids, targets = tokens
         self.totals["documents"] += 1
         self.totals["tokens"] += len(ids)
         self.totals["bytes"] += size
-        self._files["tokens"].write(ids.tobytes())
-        self._files["starts"].write(np.int64(self.totals["tokens"]).tobytes())
-        self._files["bytes"].write(np.int64(size).tobytes())
+        self._put("tokens", ids.tobytes())
+        self._put("starts", np.int64(self.totals["tokens"]).tobytes())
+        self._put("bytes", np.int64(size).tobytes())
         if targets is not None:
-            self._files["targets"].write(targets.tobytes())
+            self._put("targets", targets.tobytes())
 
 
 def _build(
@@ -206,13 +293,15 @@ def _build(
             for piece, tokens in zip(batch, encoded):
                 writers[piece.split].write(tokens, piece.size)
                 advance(piece.read)
-    write_meta(directory, dtype, chat, writers)
+        write_meta(directory, dtype, chat, writers)
 
 
 def write_meta(directory: Path, dtype: np.dtype, chat: bool, writers: dict[str, SplitWriter]) -> None:
-    """What `open_split` reads."""
+    """What `open_split` reads; before the writers' files are closed."""
     meta = {"dtype": dtype.name, "chat": chat} | {split: writer.totals for split, writer in writers.items()}
-    (directory / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    meta["files"] = {name: record for writer in writers.values() for name, record in writer.records().items()}
+    meta["sha256"] = _meta_digest(meta)
+    (directory / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 
 
 def _texts(source: SourceConfig, field: str, holdout: HoldOut) -> Iterator[_Piece]:

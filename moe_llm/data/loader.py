@@ -5,7 +5,7 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -230,6 +230,29 @@ class SourceStatistics:
     truncated: int = 0
 
 
+class SourceFingerprint(NamedTuple):
+    """What a run read of a source's split: equal for equal tokens in equal order, wherever their files lie."""
+
+    source: str
+    split: str
+    documents: int
+    tokens: int
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"{self.documents} documents, {self.tokens} tokens, {self.sha256[:12]}"
+
+
+def changed_sources(before: Sequence[Sequence], now: Sequence[Sequence]) -> list[str]:
+    """One clause for each source and split that differs between two fingerprints."""
+    old, new = ({(f[0], f[1]): SourceFingerprint(*f) for f in prints} for prints in (before, now))
+    return [
+        f"{source} ({split}) was {old.get((source, split), 'nothing')} and is {new.get((source, split), 'nothing')}"
+        for source, split in [*new, *(key for key in old if key not in new)]
+        if old.get((source, split)) != new.get((source, split))
+    ]
+
+
 @dataclass(frozen=True)
 class Data:
     """A run's data."""
@@ -237,6 +260,7 @@ class Data:
     train: TrainBlocks
     validation: ValidationBlocks
     statistics: list[SourceStatistics]
+    fingerprint: Sequence[SourceFingerprint] = ()
 
 
 def load_data(
@@ -275,6 +299,7 @@ def load_data(
         return PackedBlocks(text, data.sequence_length, data.isolate_documents, tokenizer.eos_token_id)
 
     texts = [(field, tokens(field, source, holdout)) for field, source in named_sources(config)]
+    prints = [_fingerprint(field, split, text[split]) for field, text in texts for split in SPLITS]
     if data.order == "similar":
         for _, text in texts:
             text["train"] = in_similar_order(text["train"], config.run.seed, data.cache_dir)
@@ -285,6 +310,7 @@ def load_data(
             (field, "validation", tokens(field, source, HoldOut())["train"])
             for field, source in named_validation_sources(config)
         ]
+        prints += [_fingerprint(*part) for part in parts if part[0].startswith("data.validation_sources")]
     blocks = [(field, split, packed(text)) for field, split, text in parts]
     train = [part for _, split, part in blocks if split == "train"]
     for (field, source), part in zip(named_sources(config), train):
@@ -299,7 +325,12 @@ def load_data(
     validation = ValidationBlocks(held_out, config.evaluate.max_blocks)
     weights = [source.weight for source in data.sources]
     order = TrainBlocks(train, None if None in weights else weights, config.run.seed)
-    return Data(order, validation, [_statistics(*named) for named in blocks])
+    return Data(order, validation, [_statistics(*named) for named in blocks], prints)
+
+
+def _fingerprint(name: str, split: str, text: TokenizedText) -> SourceFingerprint:
+    assert text.digest is not None, "text from the cache has a digest"
+    return SourceFingerprint(name, split, text.documents, len(text.tokens_N), text.digest)
 
 
 def _statistics(field: str, split: str, part: PackedBlocks) -> SourceStatistics:

@@ -17,7 +17,15 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import csr_array
 
-from moe_llm.data.cache import SplitWriter, TokenizedText, Tokens, open_split, write_meta
+from moe_llm.data.cache import (
+    SplitWriter,
+    TokenizedText,
+    Tokens,
+    is_whole,
+    open_split,
+    remove_damaged,
+    write_meta,
+)
 from moe_llm.data.files import building, publish
 from moe_llm.data.order import mix
 
@@ -42,9 +50,10 @@ def in_similar_order(text: TokenizedText, seed: int, cache_dir: str) -> Tokenize
     inputs = [_VERSION, text.key, seed]
     cache = Path(cache_dir).expanduser()
     directory = cache / f"similar-{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]}"
-    if not directory.exists():
+    if not is_whole(directory):
         with building(cache, directory.name):
-            if not directory.exists():
+            if not is_whole(directory):
+                remove_damaged(directory)
                 with publish(directory, field="data.cache_dir") as temporary:
                     _write(text, seed, temporary)
     return open_split(directory, "train")
@@ -57,7 +66,7 @@ def _write(text: TokenizedText, seed: int, directory: Path) -> None:
             for document in order_P:
                 ids = text.tokens_N[text.starts[document] : text.starts[document + 1]]
                 writer.write(Tokens(ids, None), int(text.sizes[document]))
-    write_meta(directory, text.tokens_N.dtype, False, {"train": writer})
+        write_meta(directory, text.tokens_N.dtype, False, {"train": writer})
 
 
 def similar_order(text: TokenizedText, seed: int, portion: int = PORTION) -> Iterator[np.ndarray]:

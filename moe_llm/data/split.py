@@ -7,6 +7,7 @@ where every document is too large for that (one book, say), the end of the large
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from moe_llm.data.chat import read_examples, read_texts
 from moe_llm.data.files import replace_file
 from moe_llm.data.sources import fingerprint, named_sources, named_validation_sources, read_documents
 from moe_llm.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _SMALL_CORPUS = 32  # a corpus that expects fewer held-out documents than this is split by the list
 _MOST_LISTED = 100_000
@@ -79,9 +82,9 @@ def find_holdout(config: Config) -> HoldOut:
     fraction = None if data.validation_sources else data.validation_fraction
     digest = hashlib.sha256(json.dumps([_VERSION, inputs, fraction]).encode()).hexdigest()[:24]
     file = Path(data.cache_dir).expanduser() / f"split-{digest}.json"
-    if file.exists():
-        _, below, listed, tail = json.loads(file.read_text())
-        return HoldOut(below, frozenset(listed), tuple(tail) if tail else None)
+    remembered = _remembered(file)
+    if remembered is not None:
+        return remembered
     if data.validation_sources:
         texts = (t for f, s in named_validation_sources(config) for t in read_texts(s, f))
         holdout = HoldOut(listed=frozenset(map(text_hash, texts)))
@@ -90,6 +93,18 @@ def find_holdout(config: Config) -> HoldOut:
         holdout = _choose(texts, data.validation_fraction)
     replace_file(file, json.dumps(holdout.key()).encode())
     return holdout
+
+
+def _remembered(file: Path) -> HoldOut | None:
+    """The answer in a file of the cache; None where there is none, or a damaged one, which is found anew."""
+    try:
+        _, below, listed, tail = json.loads(file.read_text(encoding="utf-8"))
+        return HoldOut(int(below), frozenset(map(int, listed)), (int(tail[0]), int(tail[1])) if tail else None)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, IndexError) as error:
+        logger.warning("the split of the data in %s is damaged (%s); it is made again from the sources", file, error)
+        return None
 
 
 def choose_holdout(texts: Iterable[str], fraction: float) -> HoldOut:

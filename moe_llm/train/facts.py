@@ -47,6 +47,7 @@ def gather_facts(config: Config, runtime: Runtime, data: Data, step: int) -> dic
         "start": {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "step": step,
+            "data": [part._asdict() for part in data.fingerprint],
             "ranks": runtime.world_size,
             "device": name,
             "threads": torch.get_num_threads(),

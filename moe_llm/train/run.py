@@ -1,9 +1,10 @@
 """A run from configuration to finished checkpoint: what `moe-llm train` and `accelerate launch` call."""
 
 import os
+import signal
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ from moe_llm.distill.teaching import build_teaching
 from moe_llm.distributed.engine import Engine, build_engine, shard_experts
 from moe_llm.distributed.runtime import Runtime, rank_from_environment, start, world_size_from_environment
 from moe_llm.distributed.side_group import SideGroup
-from moe_llm.errors import TrainingFailure, UserError
+from moe_llm.errors import Stopped, TrainingFailure, UserError
 from moe_llm.evaluation.evaluate import validation_loss
 from moe_llm.finetune.freeze import freeze
 from moe_llm.finetune.init_from import check_origin, load_origin
@@ -40,8 +41,10 @@ from moe_llm.train.facts import gather_facts
 from moe_llm.train.loop import Callbacks, Position, Verdict, train_loop
 from moe_llm.train.metrics import read_metrics
 from moe_llm.train.optim import build_optimizer, groups_by_part, optimizer_kinds, parameter_groups
+from moe_llm.train.provenance import provenance_of
 from moe_llm.train.reporter import Reporter, announce, farewell
 from moe_llm.train.router_guard import RouterGuard, check_guard
+from moe_llm.train.run_lock import LOCK_FILES, RunLock
 from moe_llm.train.signals import StoppedEarly, StopRequest
 from moe_llm.train.start_watch import StartWatch
 from moe_llm.train.stopping import EarlyStopping, forget_lost_best
@@ -50,7 +53,7 @@ from moe_llm.train.watchdog import HeartbeatEngine, Watchdog
 
 T = TypeVar("T")
 # what may be in a run directory before its config.yaml is: of a run that was ended early, and of `moe-llm tokenizer`
-_OF_A_RUN = {"tokenizer", "config.yaml.tmp", "checkpoints", "metrics.jsonl", "facts.json", "wandb"}
+_OF_A_RUN = {"tokenizer", "config.yaml.tmp", "checkpoints", "metrics.jsonl", "facts.json", "wandb", *LOCK_FILES}
 
 
 def train(config: Config) -> None:
@@ -58,6 +61,7 @@ def train(config: Config) -> None:
 
     Raises:
         UserError: bad input, found before any training and before anything is overwritten.
+        Stopped: a signal has ended the run early; it is saved.
     """
     run_dir = Path(config.run.dir)
     config.check_layout(world_size_from_environment())
@@ -77,14 +81,19 @@ def train(config: Config) -> None:
         with StartWatch(config.train.hang_timeout_seconds), StopRequest() as stop:
             runtime = start(config)
             try:
-                checkpoint, finished = _train(config, run_dir, runtime, stop)
+                with on_main_locked(runtime, run_dir):
+                    checkpoint, finished = _train(config, run_dir, runtime, stop)
+                stopped_by = max(number or 0 for number in runtime.gather(stop.number))
             finally:
                 runtime.close()
             if runtime.is_main:  # the other ranks may leave: nothing from here on is computed together
                 farewell(config, run_dir, checkpoint, finished)
+            if not finished:
+                raise Stopped(stopped_by)
     except StoppedEarly:
         if rank_from_environment() == 0:
             print("stopped before training, so nothing was saved: run the same command again to start")
+        raise Stopped(stop.number or signal.SIGINT) from None
     except OSError as error:
         if not run_dir.is_dir():
             raise UserError(f"run.dir={str(run_dir)!r} cannot be made ({error.strerror}): name another") from error
@@ -102,13 +111,18 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
     config = resolve_vocab(config, tokenizer)
     check_vocab(config, tokenizer)
     check_vocabularies(config, tokenizer)
-    data = load_data(
-        config,
-        tokenizer,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        show_progress=runtime.is_main and config.logging.console != "off",
+    data = together(
+        runtime,
+        lambda: load_data(
+            config,
+            tokenizer,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            show_progress=runtime.is_main and config.logging.console != "off",
+        ),
     )
+    step = 0 if source is None else read_trainer_state(source).get("step", 0)
+    provenance = provenance_of(config, runtime, data, tokenizer, source, step)
     engine, position = build_trained(config, runtime, source)
     caching_allocator.empty_cache()  # of what steps will not need: ranks that load in turns would each keep the most
     teach = build_teaching(
@@ -162,6 +176,7 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
                 keep_last=config.checkpoint.keep_last,
                 best_step=at.best_step,
                 background=background,
+                provenance=provenance.state(),
                 **storage,
             )
         )
@@ -293,6 +308,17 @@ def on_main(runtime: Runtime, do: Callable[[], T]) -> T:
     if error is not None:
         raise UserError(error)
     return result
+
+
+@contextmanager
+def on_main_locked(runtime: Runtime, run_dir: Path) -> Iterator[None]:
+    """Hold the run directory's lock, on the main rank, while the body runs; all ranks are refused where it is taken."""
+    lock = RunLock(run_dir)
+    on_main(runtime, lock.acquire)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _check_run_dir(run_dir: Path, config: Config) -> None:

@@ -17,6 +17,7 @@ class StopRequest:
 
     def __init__(self):
         self.requested = False
+        self.number: int | None = None  # of the first signal
         self._deferred = False
         self._previous: dict[int, object] = {}
 
@@ -37,6 +38,7 @@ class StopRequest:
         if self.requested and number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt
+        self.number = self.number or number
         if not self._deferred:
             raise StoppedEarly
         self.requested = True

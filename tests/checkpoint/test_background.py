@@ -90,7 +90,12 @@ def test_the_same_bytes_as_a_save_that_is_waited_for(tmp_path, world, ep, dtype,
     assert len(files) > 10
     assert contents(tmp_path / "async") == files
     assert (tmp_path / "async/latest").resolve().name == "step-00000003"
-    assert sorted(p.name for p in (tmp_path / "async").iterdir()) == ["checkpoints.json", "latest", "step-00000002", "step-00000003"]
+    assert sorted(p.name for p in (tmp_path / "async").iterdir()) == [
+        "checkpoints.json",
+        "latest",
+        "step-00000002",
+        "step-00000003",
+    ]
 
 
 def test_what_is_written_is_what_was_there_when_it_was_asked_for(tmp_path, disk):

@@ -26,7 +26,9 @@ def nothing_reported_yet(monkeypatch):
 
 
 def save(root, step: int, **changes):
-    return save_checkpoint(root, FakeState(random_tensors(CONFIG, step)), **save_arguments(CONFIG, step=step, **changes))
+    return save_checkpoint(
+        root, FakeState(random_tensors(CONFIG, step)), **save_arguments(CONFIG, step=step, **changes)
+    )
 
 
 def names(root) -> list[str]:
@@ -37,7 +39,13 @@ def zero(path) -> None:
     path.write_bytes(b"\0" * path.stat().st_size)
 
 
-SMALL = ["trainer/state.json", "trainer/manifest.json", "config.json", "model.safetensors", "trainer/optimizer.safetensors"]
+SMALL = [
+    "trainer/state.json",
+    "trainer/manifest.json",
+    "config.json",
+    "model.safetensors",
+    "trainer/optimizer.safetensors",
+]
 
 
 @pytest.mark.parametrize("without_list", [False, True])
@@ -111,9 +119,7 @@ def test_what_a_file_system_refuses_is_reported_once_and_ends_nothing(tmp_path, 
     real = getattr(owner, name)
     if name == "fsync":
         refused = refuse(code)
-        monkeypatch.setattr(
-            owner, name, lambda fd: refused() if os.path.isdir(f"/proc/self/fd/{fd}") else real(fd)
-        )
+        monkeypatch.setattr(owner, name, lambda fd: refused() if os.path.isdir(f"/proc/self/fd/{fd}") else real(fd))
     else:
         monkeypatch.setattr(owner, name, refuse(code))
     caplog.set_level(logging.WARNING)
@@ -132,7 +138,7 @@ def test_what_a_file_system_refuses_is_reported_once_and_ends_nothing(tmp_path, 
 
 def test_what_a_save_cannot_do_without_is_refused_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(folder.os, "rename", refuse(errno.EPERM))
-    with pytest.raises(UserError, match="cannot be written.*Operation not permitted"):
+    with pytest.raises(UserError, match=r"cannot be written.*Operation not permitted"):
         check_space(tmp_path, FakeState(random_tensors(CONFIG)))
 
 

@@ -205,7 +205,12 @@ def test_latest_and_pruning_go_by_the_order_of_saving(tmp_path):
             tmp_path, FakeState(random_tensors(config)), **save_arguments(config, step=step, keep_last=2)
         )
         assert os.readlink(tmp_path / "latest") == path.name
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints.json", "latest", "step-00000015", "step-00000018"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoints.json",
+        "latest",
+        "step-00000015",
+        "step-00000018",
+    ]
 
 
 class CountingState(FakeState):

@@ -119,7 +119,11 @@ def test_a_disk_that_fails_in_the_background_ends_the_run_with_one_sentence(make
     assert len([line for line in error if line.startswith("moe-llm: error: no space left for checkpoint")]) == 1
     assert "step-00000004" in error[-1]
     assert len(losses(run_dir)) == 6  # found out at the next save
-    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["checkpoints.json", "latest", "step-00000002"]
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
+        "checkpoints.json",
+        "latest",
+        "step-00000002",
+    ]
     monkeypatch.undo()
     assert main(command) == 0
     assert len(losses(run_dir)) == STEPS

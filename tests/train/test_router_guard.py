@@ -154,7 +154,11 @@ def test_past_the_threshold_a_run_is_saved_and_stops_and_stays_stopped(tuned, tm
         err = capsys.readouterr().err
         assert "finetune.router_guard.max_kl" in err
         assert err.endswith(end)
-        assert sorted(p.name for p in (tmp_path / "stop/checkpoints").iterdir()) == ["checkpoints.json", "latest", "step-00000002"]
+        assert sorted(p.name for p in (tmp_path / "stop/checkpoints").iterdir()) == [
+            "checkpoints.json",
+            "latest",
+            "step-00000002",
+        ]
     assert main(["train", str(config), "finetune.router_guard.max_kl=100"]) == 0
     assert runs.timeless(tmp_path / "stop") == runs.timeless(tmp_path / "free")
 

@@ -1,0 +1,62 @@
+"""One process group at a time trains in a run directory."""
+
+import json
+import logging
+import os
+import socket
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from moe_llm.errors import UserError
+
+logger = logging.getLogger(__name__)
+LOCK_FILES = (".lock", ".lock-owner.json")
+
+
+class RunLock:
+    """The lock of a run directory, which the operating system releases when its owner dies, however that happens.
+
+    .lock is locked (flock); .lock-owner.json says by whom, for the sentence that refuses the next one.
+    """
+
+    def __init__(self, run_dir: Path):
+        self._directory = run_dir
+        self._owner_file = run_dir / LOCK_FILES[1]
+        self._lock: FileLock | None = None
+
+    def acquire(self) -> None:
+        """Take the lock, on the main rank of a run.
+
+        Raises:
+            UserError: another process holds it; the sentence names its host and process id.
+        """
+        self._directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self._directory / LOCK_FILES[0])
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"run.dir={str(self._directory)!r} is in use by {self._owner()}: wait for it, stop it, or name another "
+                "run.dir"
+            ) from None
+        except (NotImplementedError, OSError) as error:
+            logger.warning("run.dir=%s cannot be locked (%s): start no second run in it", self._directory, error)
+            return
+        self._lock = lock
+        owner = {"host": socket.gethostname(), "pid": os.getpid()}
+        self._owner_file.write_text(json.dumps(owner) + "\n", encoding="utf-8")
+
+    def release(self) -> None:
+        """Let the next run have it; nothing where it is not held."""
+        if self._lock is not None:
+            self._owner_file.unlink(missing_ok=True)
+            self._lock.release()
+            self._lock = None
+
+    def _owner(self) -> str:
+        try:
+            owner = json.loads(self._owner_file.read_text(encoding="utf-8"))
+            return f"process {owner['pid']} on {owner['host']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "another process"

@@ -1,0 +1,104 @@
+"""A damaged entry of the token cache is named and made again, never trained on."""
+
+import hashlib
+import random
+import shutil
+
+import numpy as np
+import pytest
+
+from moe_llm.config import SourceConfig
+from moe_llm.data import cache as cache_module
+from moe_llm.data.cache import cached_tokens
+from moe_llm.data.split import HoldOut
+
+FIELD = "data.sources.0"
+
+
+@pytest.fixture
+def source(tmp_path, make_text):
+    (tmp_path / "text.txt").write_text(make_text(3, 400), encoding="utf-8")
+    return SourceConfig(type="files", path=str(tmp_path / "text.txt"), document="line")
+
+
+def damage(directory, seed: int) -> str:
+    """One fault by a seeded choice; the file that has it."""
+    rng = random.Random(seed)
+    file = rng.choice(
+        sorted(path for path in directory.iterdir() if path.stat().st_size and path.name != "verified.json")
+    )
+    content = bytearray(file.read_bytes())
+    kind = rng.choice(["truncate", "zero", "flip", "remove", "grow", "swap", "largest ids"])
+    if kind == "truncate":
+        file.write_bytes(content[: rng.randrange(len(content))])
+    elif kind == "zero":
+        file.write_bytes(b"\0" * len(content))
+    elif kind == "flip":
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        file.write_bytes(content)
+    elif kind == "remove":
+        file.unlink()
+    elif kind == "grow":
+        file.write_bytes(content + b"\xff\xff")
+    elif kind == "swap":
+        other = rng.choice(sorted(path for path in directory.iterdir() if path != file))
+        first, second = file.read_bytes(), other.read_bytes()
+        file.write_bytes(second)
+        other.write_bytes(first)
+    else:
+        file.write_bytes(b"\xff" * len(content))
+    return file.name
+
+
+@pytest.mark.parametrize("compared", [1 << 30, 0])
+def test_a_hundred_damaged_caches_are_named_and_made_again(source, tokenizer, tmp_path, caplog, monkeypatch, compared):
+    monkeypatch.setattr(cache_module, "COMPARED_BYTES", compared)
+
+    def load():
+        return cached_tokens(source, FIELD, HoldOut(below=2**62), tokenizer, cache_dir=str(tmp_path / "c"))
+
+    def content(texts) -> list[str]:
+        return [
+            hashlib.sha256(np.asarray(part).tobytes()).hexdigest()
+            for t in texts.values()
+            for part in (t.tokens_N, t.starts)
+        ]
+
+    expected = content(load())
+    [directory] = (tmp_path / "c").glob("tokens-????????????????????????")
+    shutil.copytree(directory, tmp_path / "whole")
+    for seed in range(100):
+        damage(directory, seed)
+        differs = any(
+            not (directory / path.name).exists() or (directory / path.name).read_bytes() != path.read_bytes()
+            for path in (tmp_path / "whole").iterdir()
+        )
+        caplog.clear()
+        assert content(load()) == expected, seed
+        named = [record.getMessage() for record in caplog.records if "is damaged: " in record.getMessage()]
+        assert bool(named) == differs, seed
+        assert not differs or str(directory) in named[0]
+
+
+def test_a_large_entry_is_compared_once_for_each_state_of_its_files(source, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "COMPARED_BYTES", 0)
+    compared = []
+    real = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: compared.append(file.name) or real(file, kind))
+    for _ in range(3):
+        cached_tokens(source, FIELD, HoldOut(), tokenizer, cache_dir=str(tmp_path / "c"))
+    assert len(compared) == len(set(compared)) > 0
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"[1, 2, 3]", b"\0\0\0", b'[1, "x", [], null]'])
+def test_a_damaged_split_is_found_anew(tmp_path, source, content):
+    from moe_llm.config.load import validate
+    from moe_llm.data.split import find_holdout
+
+    raw = {"data": {"sources": [source.model_dump()], "cache_dir": str(tmp_path / "c")}, "train": {"max_steps": 1}}
+    config = validate(raw | {"model": {"vocab_size": 64}})
+    expected = find_holdout(config)
+    [file] = (tmp_path / "c").glob("split-*.json")
+    file.write_bytes(content)
+    assert find_holdout(config) == expected
+    assert find_holdout(config) == expected

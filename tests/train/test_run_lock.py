@@ -1,0 +1,58 @@
+"""Two starts of one run never train in its directory together."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from support import runs
+
+from moe_llm.cli import main
+from moe_llm.errors import UserError
+from moe_llm.train.run_lock import RunLock
+
+
+def test_a_second_start_is_refused_by_the_first_ones_host_and_process(make_config, tmp_path, capsys):
+    config, run_dir = make_config("run", train={"max_steps": 100_000}), tmp_path / "run"
+    with runs.started(runs.single(config)) as process:
+        runs.wait_for(lambda: runs.steps_written(run_dir) >= 1, process)
+        before = sorted(path.name for path in run_dir.iterdir())
+        assert main(["train", str(config)]) == 2
+        assert f"in use by process {process.pid} on {socket.gethostname()}" in capsys.readouterr().err
+        assert sorted(path.name for path in run_dir.iterdir()) == before
+        process.kill()
+        process.wait()
+    lock = RunLock(run_dir)
+    lock.acquire()  # a dead owner's lock is taken over
+    lock.release()
+
+
+def test_the_lock_is_free_again_after_a_run(train):
+    run_dir = train("run", train={"max_steps": 1})
+    assert not (run_dir / ".lock-owner.json").exists()
+    lock = RunLock(run_dir)
+    lock.acquire()
+    lock.release()
+
+
+def test_a_lock_whose_owner_file_is_unreadable_still_refuses(tmp_path):
+    code = f"""
+import sys
+from pathlib import Path
+from moe_llm.train.run_lock import RunLock
+lock = RunLock(Path({str(tmp_path)!r}))
+lock.acquire()
+print("held", flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ
+    ) as owner:
+        assert owner.stdout.readline() == "held\n"
+        assert json.loads((tmp_path / ".lock-owner.json").read_text())["pid"] == owner.pid
+        (tmp_path / ".lock-owner.json").write_text("{")
+        with pytest.raises(UserError, match="in use by another process"):
+            RunLock(tmp_path).acquire()
+        owner.stdin.close()
