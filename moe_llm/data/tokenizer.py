@@ -133,7 +133,9 @@ def _check_built_from(directory: Path, key: dict) -> None:
         raise UserError(
             f"{directory} exists and holds no tokenizer of a run: choose another run.dir or remove it"
         ) from error
-    ignored = ["sources"] if any((directory.parent / "checkpoints").glob("step-*")) else []  # these are compared by content
+    ignored = (
+        ["sources"] if any((directory.parent / "checkpoints").glob("step-*")) else []
+    )  # these are compared by content
     differing = [name for name in {**key, **found} if key.get(name) != found.get(name) and name not in ignored]
     if not differing:
         return

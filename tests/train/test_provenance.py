@@ -83,9 +83,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_what_differs(tmp_path, text, 
     assert "run.seed=12 in place of" in refused(config_for(tmp_path, text, "new", run={"seed": 12}), same_tokenizer)
     other = config_for(tmp_path, text, "new", model={**runs.MODEL, "router_aux_loss_coef": 0.5})
     assert "model.router_aux_loss_coef=0.5 in place of" in refused(other, same_tokenizer)
-    assert "another tokenizer" in refused(
-        config_for(tmp_path, text, "fresh", tokenizer={"train_bytes": 2000})
-    )
+    assert "another tokenizer" in refused(config_for(tmp_path, text, "fresh", tokenizer={"train_bytes": 2000}))
     half = tmp_path / "half.txt"
     half.write_text(text.read_text()[: 2 * len(text.read_text()) // 3])
     assert "other data: data.sources.0" in refused(config_for(tmp_path, half, "new"), same_tokenizer)
