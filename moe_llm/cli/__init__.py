@@ -14,6 +14,7 @@ from moe_llm.cli.distill import add_teach_arguments, run_teach
 from moe_llm.cli.ensemble import add_ensemble, add_model_arguments, check_one_model, run_evaluate
 from moe_llm.cli.planner import add_inspect_arguments, add_plan_arguments, run_inspect, run_plan
 from moe_llm.errors import Stopped, TrainingFailure, UserError
+from moe_llm.threads import wait_briefly
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
@@ -23,6 +24,7 @@ EXIT_INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the result is the exit code: 0, 1 where doctor finds a fault or training cannot go on, 2 for a
     user's mistake, 130 for Ctrl-C and 143 for SIGTERM, once a run is saved."""
+    wait_briefly()  # before any command loads torch
     args = _parse(sys.argv[1:] if argv is None else argv)
     return run_command(lambda: args.handler(args))
 

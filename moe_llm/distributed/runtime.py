@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from moe_llm.config import Config
 from moe_llm.locks import tell
-from moe_llm.ops import caching_allocator
+from moe_llm.ops import host_memory
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Runtime:
     def close(self) -> None:
         """Leave the group, and return what memory was kept for the next step; this process can then load models on
         its own."""
-        caching_allocator.stop()
+        host_memory.trim()
         if self.deepspeed:
             from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -148,7 +148,7 @@ def start(config: Config) -> Runtime:
         accelerator = Accelerator(cpu=cpu)
     tell("reading data and tokenizer")
     if accelerator.device.type == "cpu":
-        caching_allocator.start()
+        host_memory.keep_freed()
     assert accelerator.num_processes == world_size, (
         f"the launcher started {world_size} ranks, accelerate sees {accelerator.num_processes}"
     )

@@ -34,7 +34,7 @@ from moe_llm.finetune.selection import trained_names
 from moe_llm.finetune.targets import check_lora
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.init import build_blank, build_model
-from moe_llm.ops import caching_allocator
+from moe_llm.ops import host_memory
 from moe_llm.train.adversarial import build_perturbation, check_adversarial
 from moe_llm.train.ema import averaged_weights, check_ema, say_of_average
 from moe_llm.train.facts import gather_facts
@@ -124,7 +124,7 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
     step = 0 if source is None else read_trainer_state(source).get("step", 0)
     provenance = provenance_of(config, runtime, data, tokenizer, source, step)
     engine, position = build_trained(config, runtime, source)
-    caching_allocator.empty_cache()  # of what steps will not need: ranks that load in turns would each keep the most
+    host_memory.trim()  # of what steps will not need: ranks that load in turns would each keep the most
     teach = build_teaching(
         config,
         runtime,
@@ -180,7 +180,7 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
                 **storage,
             )
         )
-        caching_allocator.empty_cache()
+        host_memory.trim()
 
     def rollback() -> Position | None:
         watchdog.heartbeat("going back to a checkpoint")
@@ -203,7 +203,7 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
                 averaged = validation_loss(config, engine, runtime, data, watchdog.heartbeat)
             loss |= {f"ema_{name}": value for name, value in averaged.items()}
         measured = loss if guard is None else loss | guard.measure()
-        caching_allocator.empty_cache()
+        host_memory.trim()
         return measured
 
     def judge(measured: dict[str, Any], at: Position) -> Verdict:

@@ -12,8 +12,7 @@ times. Every batch is new, and routes differently: kernels that are compiled for
 The step's bare matrix products, at their own shapes, take turns with them, and a plain product of 2048 x 2048 (8192
 on CUDA) is timed at the end. A contender whose loss or gradients differ from those of transformers' plain loop in fp32
 by more than transformers' own rounding explains is reported and not timed. Peak memory is that of a process of its own,
-the median of several. On a CPU ours takes memory from the caching allocator, as in training; when times are taken the
-others do too, though by themselves they would not, unless --own-allocators is given.
+the median of several. On a CPU malloc keeps what is freed, for all contenders, as in training.
 
 On CUDA, `cuda` is Mixtral 8x7B's true shape at 4096 tokens, with as many layers as leave room for all contenders at
 once, and a fine-grained shape; `ours:triton` and `ours:elementwise` are ours with our own kernels on (see
@@ -21,7 +20,6 @@ moe_llm/ops/triton). Each contender's first steps, which compile and tune kernel
 """
 
 import argparse
-import contextlib
 import json
 import statistics
 import subprocess
@@ -49,7 +47,7 @@ from contenders import (
 )
 
 from moe_llm.bench.products import peak_rate, prepare_products, step_products, synchronize
-from moe_llm.ops import caching_allocator
+from moe_llm.ops import host_memory
 
 MAIN = Shape(batch=4, length=512)
 QUICKSTART = Shape(8, 256, hidden=192, width=256, heads=6, vocabulary=4096)
@@ -70,12 +68,11 @@ MEMORY = {f"4 x {length}": replace(MAIN, length=length) for length in (512, 4096
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def step(model, ids, optimizer, caching: bool = False) -> None:
-    with caching_allocator.running() if caching else contextlib.nullcontext():
-        model(ids).backward()
-        if optimizer is not None:
-            optimizer.step()
-        model.zero_grad(set_to_none=True)
+def step(model, ids, optimizer) -> None:
+    model(ids).backward()
+    if optimizer is not None:
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
 
 
 def timed(run: Callable[[], None], device: torch.device) -> float:
@@ -104,15 +101,15 @@ def compare(name: str, shape: Shape, dtype: str, arguments) -> dict:
         n: torch.optim.AdamW(m.parameters(), lr=1e-5, fused=True) if arguments.optimizer else None
         for n, m in models.items()
     }
-    others = device.type == "cpu" and not arguments.own_allocators
-    caching = {n: others or (device.type == "cpu" and n.startswith("ours")) for n in models}
+    if device.type == "cpu":
+        host_memory.keep_freed()
     counts = models["ours"].counts(ids[0]) if "ours" in models else even_counts(shape)
     products = prepare_products(step_products(shape.config, shape.batch, shape.length, counts), kind, device)
     seconds: dict[str, list[float]] = {n: [] for n in models}
     alone: dict[str, list[float]] = {part: [] for part in products}
     for round_, batch in enumerate(ids):
         turns = [
-            *((seconds[n], partial(step, models[n], batch, optimizers[n], caching[n])) for n in models),
+            *((seconds[n], partial(step, models[n], batch, optimizers[n])) for n in models),
             *((alone[part], run) for part, (_, run) in products.items()),
         ]
         for samples, run in turns if round_ % 2 else reversed(turns):
@@ -221,8 +218,8 @@ def measure_memory(arguments: str) -> None:
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     on_cuda = given["device"] == "cuda"
     before = 0 if on_cuda else resident() - parameters
-    if given["name"].startswith("ours") and not on_cuda:
-        caching_allocator.start()
+    if not on_cuda:
+        host_memory.keep_freed()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True) if given["optimizer"] else None
     steps = [ids.to(given["device"]) for ids in batches(shape, 4)]
     if on_cuda:
@@ -400,7 +397,6 @@ def main() -> None:
         action="store_true",
         help="of skew, tokens and experts only how our time per token at one shape compares with that at another",
     )
-    parser.add_argument("--own-allocators", action="store_true", help="others without our caching allocator on a CPU")
     parser.add_argument("--optimizer", action="store_true", help="with the update, by AdamW")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--shapes", nargs="+", default=[], choices=[*MEMORY, *CUDA], help="of memory only these")

@@ -1,5 +1,6 @@
 """Each kernel equals torch, in odd sizes and at the ends of the range; and what happens without a compiler."""
 
+import ctypes
 import math
 
 import pytest
@@ -151,13 +152,85 @@ def test_long_sequences_take_few_at_a_time(monkeypatch):
     torch.testing.assert_close(blocked_attention(*x, None), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A source that compiles at once, and a cache of its own."""
+    source = tmp_path / "source" / "tiny.cpp"
+    source.parent.mkdir()
+    source.write_text('extern "C" int answer() { return 42; }')
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path))
+    return lambda: native.build(source, ("-shared", "-fPIC"))
+
+
+def answer(library) -> int:
+    return ctypes.CDLL(str(library)).answer()
+
+
+def test_a_library_that_is_cut_short_is_built_again(tiny):
+    """Loading it would end the process with SIGBUS."""
+    library = tiny()
+    whole = library.read_bytes()
+    library.write_bytes(whole[: len(whole) // 2])
+    assert tiny() == library
+    assert library.read_bytes() == whole
+    assert answer(library) == 42
+
+
+def test_a_user_without_a_home_has_a_cache(tiny, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(native.Path, "home", no_home)
+    assert answer(tiny()) == 42
+
+
+def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_one(tiny, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no directory")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert answer(tiny()) == 42
+
+
+def test_a_temporary_cache_of_another_user_is_not_trusted(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "source" / "tiny.cpp"))
+    (tmp_path / f"moe_llm-{native.os.getuid() + 1}").mkdir()
+    monkeypatch.setattr(native.os, "getuid", lambda: native.os.stat(tmp_path).st_uid + 1)
+    with pytest.raises(OSError, match=r"Not a directory|another user"):
+        tiny()
+
+
+def test_a_compiler_may_be_a_command_with_arguments(tiny, monkeypatch):
+    monkeypatch.setenv("CXX", "env g++")
+    assert answer(tiny()) == 42
+
+
+@pytest.mark.parametrize(
+    ("compiler", "said"),
+    [
+        ("no-such-compiler -x", "there is no compiler 'no-such-compiler': install g++"),
+        ("false", "false could not compile"),
+    ],
+)
+def test_the_slow_path_says_its_true_reason(tmp_path, monkeypatch, compiler, said):
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("MOE_LLM_NATIVE", raising=False)
+    native._library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=said):
+            assert native._library() is None
+    finally:
+        native._library.cache_clear()
+
+
 def test_the_library_is_built_once_and_found_again(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = native.build()
     assert first.is_relative_to(tmp_path)
     monkeypatch.setattr(native.subprocess, "run", None)  # no second compilation
     assert native.build() == first
-    assert list(first.parent.iterdir()) == [first]
+    assert {path.suffix for path in first.parent.iterdir()} == {".so", ".sha256"}
 
 
 def test_without_a_compiler_it_says_so_and_goes_on(tmp_path, monkeypatch):

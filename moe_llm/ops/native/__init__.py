@@ -7,10 +7,12 @@ is found every operation falls back to torch's, and the first says so once; with
 
 import contextlib
 import ctypes
+import errno
 import functools
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
 import tempfile
 import warnings
@@ -135,32 +137,91 @@ def _library() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(build()))
     except (OSError, subprocess.CalledProcessError) as error:
-        detail = getattr(error, "stderr", None) or error
-        warnings.warn(
-            f"the CPU kernels could not be compiled, and training is slower for it: install g++, or name a compiler "
-            f"in CXX ({str(detail).strip().splitlines()[-1]})",
-            stacklevel=2,
-        )
+        warnings.warn(f"the CPU kernels are not used, and training is slower for it: {_reason(error)}", stacklevel=2)
         return None
 
 
+def _reason(error: OSError | subprocess.CalledProcessError) -> str:
+    """Why there is no library, and what to do."""
+    if isinstance(error, subprocess.CalledProcessError):
+        said = (error.stderr or "").strip().splitlines()
+        first = next((line for line in said if "error" in line), said[-1] if said else f"exit code {error.returncode}")
+        return f"{' '.join(_compiler())} could not compile them ({first}): name another compiler in CXX"
+    if isinstance(error, FileNotFoundError) and error.filename == _compiler()[0]:
+        return f"there is no compiler {error.filename!r}: install g++, or name a compiler in CXX"
+    return f"{error}: set XDG_CACHE_HOME to a directory that can be written"
+
+
+def _compiler() -> list[str]:
+    """CXX may be a command with arguments, such as `ccache g++`."""
+    return shlex.split(os.environ.get("CXX", "")) or ["g++"]
+
+
+def _cache_root() -> Path:
+    """Where compiled libraries are kept: the user's cache directory, or, for a user without a home or with one that cannot
+    be written, a directory of that user's own among the temporary ones."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        candidates = [Path(given) if given else Path.home() / ".cache"]
+    except RuntimeError:  # no HOME, and a uid that no one knows
+        candidates = []
+    user = os.getuid() if hasattr(os, "getuid") else None
+    temporary = Path(tempfile.gettempdir()) / f"moe_llm-{'cache' if user is None else user}"
+    failure: OSError | None = None
+    for candidate in [*candidates, temporary]:
+        root = candidate / "moe_llm" / "native"
+        try:
+            if candidate == temporary:
+                temporary.mkdir(mode=0o700, exist_ok=True)
+                if user is not None and temporary.stat().st_uid != user:  # what is loaded from there would be theirs
+                    raise PermissionError(errno.EACCES, "belongs to another user", str(temporary))
+            root.mkdir(parents=True, exist_ok=True)
+            if not os.access(root, os.W_OK) and not any(root.glob("*.so")):
+                raise PermissionError(errno.EACCES, "cannot be written", str(root))
+        except OSError as error:
+            failure = failure or error
+        else:
+            return root
+    assert failure is not None
+    raise failure
+
+
 def build(source: Path = _SOURCE, flags: tuple[str, ...] = _FLAGS) -> Path:
-    """The compiled library, from the cache where it is there: named by source, headers, flags, compiler, processor."""
-    compiler = os.environ.get("CXX", "g++")
+    """The compiled library, from the cache where it is there and whole: named by source, headers, flags, compiler,
+    processor.
+
+    A file that is cut short would end the process when it is loaded (SIGBUS): its size and hash stand beside it, and one
+    that differs is compiled again.
+    """
+    compiler = _compiler()
     texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
-    key = "\n".join([*texts, *flags, compiler, _processor()])
-    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "moe_llm" / "native"
+    key = "\n".join([*texts, *flags, *compiler, _processor()])
+    root = _cache_root()
     library = root / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if not library.exists():
-        root.mkdir(parents=True, exist_ok=True)
+    if not _is_whole(library):
         # under a name of its own first: ranks may build at the same time, and each then puts the same file there
         with tempfile.TemporaryDirectory(dir=root) as folder:
             built = Path(folder) / library.name
             subprocess.run(
-                [compiler, str(source), *flags, "-o", str(built)], check=True, capture_output=True, text=True
+                [*compiler, str(source), *flags, "-o", str(built)], check=True, capture_output=True, text=True
             )
+            checksum = built.with_suffix(".sha256")
+            checksum.write_text(_checksum(built), encoding="ascii")
             os.replace(built, library)
+            os.replace(checksum, library.with_suffix(".sha256"))
     return library
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a cached library is what the compiler wrote."""
+    try:
+        return library.with_suffix(".sha256").read_text(encoding="ascii") == _checksum(library)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _checksum(library: Path) -> str:
+    return f"{library.stat().st_size} {hashlib.sha256(library.read_bytes()).hexdigest()}"
 
 
 def instructions() -> set[str]:
