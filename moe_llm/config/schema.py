@@ -208,8 +208,15 @@ class TrainConfig(Section):
     micro_batch_size: int = Field(1, ge=1, description="blocks a rank takes through the model at once")
     global_batch_size: int = Field(1, ge=1, description="blocks an optimizer step, over all ranks")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16 keeps fp32 master weights")
-    activation_checkpointing: bool = Field(
-        False, description="recompute each layer in the backward pass, with the same routing"
+    activation_checkpointing: Literal["off", "full", "selective"] = Field(
+        "off",
+        description="recompute each layer in the backward pass, with the same routing: full: all of it; selective: all but "
+        "attention and what the experts' exchanges brought, which are kept; true and false are full and off",
+    )
+    deterministic: bool = Field(
+        False,
+        description="on a GPU, bit-reproducible sums in place of faster ones (torch.use_deterministic_algorithms); see "
+        "docs/guides/gpu.md for the routers that need it",
     )
     device: Literal["auto", "cpu"] = Field("auto", description="auto: a GPU where there is one")
     on_nan: Literal["stop", "skip", "rollback"] = Field(
@@ -229,6 +236,16 @@ class TrainConfig(Section):
 
     early_stopping: EarlyStoppingConfig = Field(EarlyStoppingConfig(), description="an end before the last step")
     adversarial: AdversarialConfig = Field(AdversarialConfig(), description="perturbed embeddings; routers in turns")
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _switch_is_a_choice(cls, value: object) -> object:
+        return {True: "full", False: "off"}[value] if isinstance(value, bool) else value
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether layers are computed again in the backward pass, in full or in part."""
+        return self.activation_checkpointing != "off"
 
     @model_validator(mode="after")
     def _one_length(self):

@@ -17,6 +17,7 @@ from moe_llm.distributed.weights import GroupWeights
 from moe_llm.model.moe.experts import Experts
 from moe_llm.model.moe.layer import MoELayer
 from moe_llm.model.moe.routing import Routing, WeightMixture
+from moe_llm.model.recomputation import exchanged, is_second_pass
 from moe_llm.ops import host
 from moe_llm.ops.permutation import combine, permute
 
@@ -38,17 +39,25 @@ class AllToAllDispatcher:
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
         # The rows are sorted while the sizes travel.
-        received_E = torch.empty_like(routing.counts_E)
-        sizes = dist.all_to_all_single(received_E, routing.counts_E.contiguous(), group=self.group, async_op=True)
+        received_E, sizes = torch.empty_like(routing.counts_E), None
+        if not is_second_pass():
+            counts_E = routing.counts_E.contiguous()
+            sizes = dist.all_to_all_single(received_E, counts_E, group=self.group, async_op=True)
         by_expert = len(received_E) // self.size % self.chunks == 0
         routing = _in_chunks(routing, self.size, self.chunks, by_expert)
         x_ND = permute(x_TD, routing.token_index_N, routing.slot_TK)
-        with self.traffic.timed(x_TD.device):
-            sizes.wait()
+        if sizes is not None:
+            with self.traffic.timed(x_TD.device):
+                sizes.wait()
         # Sizes of messages have to be known on the host: the one synchronisation per layer that cannot be avoided.
         # The experts' kernels want their counts on the device, where they are already.
-        counts_2RP = torch.stack([routing.counts_E, received_E]).view(2, self.size, -1)
-        host_2RP = host.read(counts_2RP, "rows that each rank sends and receives", total=len(x_ND))
+        what, rows_sent = "rows that each rank sends and receives", len(x_ND)
+
+        def counted() -> tuple[Tensor, np.ndarray]:
+            counts_2RP = torch.stack([routing.counts_E, received_E]).view(2, self.size, -1)
+            return counts_2RP, host.read(counts_2RP, what, total=rows_sent)
+
+        counts_2RP, host_2RP = exchanged(counted)
         parts = [_part(host_2RP, c, self.chunks, by_expert) for c in range(self.chunks)]
 
         rows = x_ND.split([int(sent_RP.sum()) for sent_RP, _ in parts])
@@ -129,7 +138,8 @@ class _Depart(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND: Tensor, flight: _Flight) -> Tensor:
         ctx.flight = flight
-        flight.depart(x_ND, back=False)
+        if not is_second_pass():
+            flight.depart(x_ND, back=False)
         return x_ND.new_empty(0)
 
     @staticmethod
@@ -144,7 +154,7 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(ctx, ticket: Tensor, flight: _Flight) -> Tensor:
         ctx.flight = flight
-        return flight.arrive()
+        return exchanged(flight.arrive)
 
     @staticmethod
     @once_differentiable

@@ -410,6 +410,6 @@ def build_engine(
 ) -> "LocalEngine | DeepSpeedEngine":
     """The engine for this run; `model` is fp32, on the CPU, and holds this rank's experts only."""
     tell("building the engine and its optimizer, which may compile an extension")
-    model.model.recompute = config.train.activation_checkpointing
+    model.model.recompute = config.train.activation_checkpointing if config.train.recomputes else False
     engine = DeepSpeedEngine if runtime.deepspeed else LocalEngine
     return engine(model, runtime, config, groups, build_optimizer, kinds)

@@ -108,6 +108,13 @@ def uses_deepspeed(config: Config, world_size: int) -> bool:
     return world_size > 1 or config.parallel.engine == "deepspeed" or config.parallel.offload_optimizer != "none"
 
 
+def make_deterministic() -> None:
+    """Have torch take operations whose results are the same to the bit each time, and refuse those that have no such
+    form. cuBLAS needs a workspace of fixed size for that, which it reads from the environment at its first product."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
 def start(config: Config) -> Runtime:
     """Join the process group that the launcher describes, or stay alone.
 
@@ -121,6 +128,8 @@ def start(config: Config) -> Runtime:
     config.check_layout(world_size)
     asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
     cpu = config.train.device == "cpu" or asked_for_cpu or not torch.cuda.is_available()
+    if config.train.deterministic:
+        make_deterministic()
     use_deepspeed = uses_deepspeed(config, world_size)
 
     from accelerate import Accelerator

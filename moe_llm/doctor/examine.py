@@ -101,7 +101,7 @@ def _layout(config: Config, ranks: int) -> str:
             f"ZeRO-{config.parallel.zero_stage}",
             f"{rounds} micro-batch{'es' if rounds > 1 else ''} a step",
             config.train.precision,
-            *(["recomputation"] if config.train.activation_checkpointing else []),
+            *(["recomputation"] if config.train.recomputes else []),
         ]
     )
 

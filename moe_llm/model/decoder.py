@@ -20,7 +20,7 @@ from moe_llm.model.moe.losses import router_loss_values
 from moe_llm.model.moe.routers import router_losses
 from moe_llm.model.moe.routing import RoutingStatistics
 from moe_llm.model.norm import RMSNorm
-from moe_llm.model.recomputation import keep_routing
+from moe_llm.model.recomputation import keep_exchanges, keep_routing
 from moe_llm.ops.attention import AttentionPattern
 from moe_llm.ops.cross_entropy import linear_cross_entropy
 from moe_llm.ops.distillation import Distillation, DistillationSums, linear_distillation
@@ -83,7 +83,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.recompute = False
+        self.recompute: bool | str = False  # True or "full": each layer; "selective": see `model.recomputation`
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -108,7 +108,10 @@ class Decoder(nn.Module):
             arguments = (x_BSD, delta_BSD, cos_BSd, sin_BSd, pattern, mask_BS, document_BS)
             if self.recompute and torch.is_grad_enabled():
                 x_BSD, delta_BSD, layer_statistics = checkpoint(
-                    layer, *arguments, use_reentrant=False, context_fn=keep_routing
+                    layer,
+                    *arguments,
+                    use_reentrant=False,
+                    context_fn=keep_exchanges if self.recompute == "selective" else keep_routing,
                 )
             else:
                 x_BSD, delta_BSD, layer_statistics = layer(*arguments)

@@ -1,6 +1,7 @@
-"""Activation checkpointing under which the second pass routes as the first one did."""
+"""Activation checkpointing under which the second pass routes as the first one did, and exchanges nothing if asked to."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,49 +13,107 @@ import moe_llm.ops.routing_decision  # noqa: F401 (defines the operation)
 # a recomputation that differs in the last bit can then not send a token elsewhere, which under expert
 # parallelism would also make the ranks disagree about the sizes they exchange.
 _ROUTING_OPS = frozenset({torch.ops.aten.topk.default, torch.ops.moe_llm.decided.default})
+# Attention is dear to compute again, and its output small.
+_ATTENTION_NAMES = (
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "torch_attn::_varlen_attn",
+)
 
 
 def keep_routing() -> tuple["_Keep", "_Reuse"]:
-    """`context_fn` of torch.utils.checkpoint.checkpoint.
+    """`context_fn` of torch.utils.checkpoint.checkpoint: all but the routing is computed again.
 
     Not torch's selective checkpointing: that demands of every operation, kept or not, as many calls in the second pass
     as in the first, and ZeRO-3's hooks make as many as they find parameters to release.
     """
-    kept: list[_Outputs] = []
+    kept = _Kept(selective=False)
     return _Keep(kept), _Reuse(kept)
 
 
-_Outputs = Tensor | tuple[Tensor, ...]
+def keep_exchanges() -> tuple["_Keep", "_Reuse"]:
+    """The same, but what attention gave and what exchanges between ranks brought is kept too: the second pass then neither
+    exchanges rows nor waits for their sizes. Kept are, a layer, two exchanges' rows and one attention's output."""
+    kept = _Kept(selective=True)
+    return _Keep(kept), _Reuse(kept)
 
 
-def _detached(out: _Outputs) -> _Outputs:
-    return out.detach() if isinstance(out, Tensor) else tuple(part.detach() for part in out)
+T = TypeVar("T")
 
 
-class _Keep(TorchDispatchMode):
-    def __init__(self, kept: list[_Outputs]):
+def exchanged(exchange: Callable[[], T]) -> T:
+    """What `exchange()` brings from other ranks; in a second pass that keeps it, what it brought in the first one."""
+    passing = _passing[-1] if _passing else None
+    if passing is None or not passing.kept.selective:
+        return exchange()
+    if isinstance(passing, _Reuse):
+        return next(passing.left_exchanges)
+    brought = exchange()
+    passing.kept.exchanges.append(_detached(brought))
+    return brought
+
+
+def is_second_pass() -> bool:
+    """Whether this is a recomputation to which nothing is sent: what `exchanged` would start is left out."""
+    return bool(_passing) and isinstance(_passing[-1], _Reuse) and _passing[-1].kept.selective
+
+
+class _Kept:
+    def __init__(self, selective: bool):
+        self.selective = selective
+        self.outputs: list[Any] = []
+        self.exchanges: list[Any] = []
+
+    def keeps(self, operation: Any) -> bool:
+        if operation in _ROUTING_OPS:
+            return True
+        return self.selective and operation._schema.name in _ATTENTION_NAMES
+
+
+def _detached(out: Any) -> Any:
+    if isinstance(out, tuple):
+        return tuple(_detached(part) for part in out)
+    return out.detach() if isinstance(out, Tensor) else out
+
+
+class _Pass(TorchDispatchMode):
+    """One of the two passes through a layer."""
+
+    def __init__(self, kept: _Kept):
         super().__init__()
-        self._kept = kept
+        self.kept = kept
 
+    def __enter__(self) -> "_Pass":
+        _passing.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _passing.pop()
+        super().__exit__(*error)
+
+
+_passing: list[_Pass] = []
+
+
+class _Keep(_Pass):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func in _ROUTING_OPS:
-            self._kept.append(_detached(out))
+        if self.kept.keeps(func):
+            self.kept.outputs.append(_detached(out))
         return out
 
 
-class _Reuse(TorchDispatchMode):
+class _Reuse(_Pass):
     """Gives what `_Keep` has kept, in the same order, each time it is entered."""
 
-    def __init__(self, kept: list[_Outputs]):
-        super().__init__()
-        self._kept = kept
-
-    def __enter__(self) -> "_Reuse":
-        self._left = iter(self._kept)
+    def __enter__(self) -> "_Pass":
+        self._left = iter(self.kept.outputs)
+        self.left_exchanges = iter(self.kept.exchanges)
         return super().__enter__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func in _ROUTING_OPS:
+        if self.kept.keeps(func):
             return _detached(next(self._left))
         return func(*args, **(kwargs or {}))

@@ -70,7 +70,7 @@ def layout_of(config: Config, ranks: int) -> Layout:
         config.parallel.expert_parallel_size,
         config.parallel.zero_stage,
         config.train.micro_batch_size,
-        config.train.activation_checkpointing,
+        config.train.recomputes,
         config.parallel.offload_optimizer == "cpu",
     )
 

@@ -207,7 +207,10 @@ def planned_config(config: Config, layout: Layout) -> Config:
         }
     )
     train = config.train.model_copy(
-        update={"micro_batch_size": layout.micro_batch, "activation_checkpointing": layout.recompute}
+        update={
+            "micro_batch_size": layout.micro_batch,
+            "activation_checkpointing": "full" if layout.recompute else "off",
+        }
     )
     return config.model_copy(update={"parallel": parallel, "train": train})
 

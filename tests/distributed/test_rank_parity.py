@@ -85,9 +85,10 @@ def test_features_do_not_depend_on_the_layout(two_ranks, feature, stage):
         assert largest(per_rank["aux"], expected["aux"]) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["full", "selective"])
 @pytest.mark.parametrize(("stage", "chunks"), [(1, 1), (2, 2), (3, 1), (3, 3)])
-def test_recomputation_and_exchange_in_parts_under_expert_parallelism(two_ranks, stage, chunks):
-    train = {"activation_checkpointing": True}
+def test_recomputation_and_exchange_in_parts_under_expert_parallelism(two_ranks, stage, chunks, kind):
+    train = {"activation_checkpointing": kind}
     expected = train_steps(config(MICRO * 2, 1, 1), 5)
     cfg = config(MICRO, 1, 2, ep=2, stage=stage, train=train, parallel={"all_to_all_chunks": chunks})
     found = two_ranks.run(train_steps, cfg, 5)

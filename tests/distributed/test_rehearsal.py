@@ -72,6 +72,17 @@ def test_a_stage_runs_with_recomputation(stage):
     check(rehearsed, "mixtral", 8, passes=2)
 
 
+def test_selective_recomputation_exchanges_and_waits_once():
+    """And its second pass has fewer operations; what it keeps instead is the rows of two exchanges and attention's."""
+    plain, full, selective = (
+        rehearse(cluster_config(activation_checkpointing=kind), 8) for kind in ("off", "full", "selective")
+    )
+    check(selective, "mixtral", 8)
+    exchanged = [sum(e.name == "all_to_all_single" for e in one.exchanges) for one in (plain, full, selective)]
+    assert exchanged[0] == exchanged[2] < exchanged[1]
+    assert plain.operations["backward"] < selective.operations["backward"] < full.operations["backward"]
+
+
 @pytest.mark.grid
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
 @pytest.mark.parametrize("stage", [1, 2, 3])

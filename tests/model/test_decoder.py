@@ -124,19 +124,21 @@ def test_recomputation_gives_the_same_loss_and_gradients_with_noise():
     config = CONFIG.model_copy(update={"router_jitter_noise": 0.3})
     batch = ids(2, 16)
     results = []
-    for recompute in (False, True):
+    for recompute in (False, True, "selective"):
         model = build_model(config, 0)
         model.model.recompute = recompute
         torch.manual_seed(5)
         output = model(batch, labels=batch)
         output.loss.backward()
         results.append((output.loss, gradients(model)))
-    assert torch.equal(results[0][0], results[1][0])
-    for name, gradient in results[0][1].items():
-        torch.testing.assert_close(results[1][1][name], gradient, rtol=1e-6, atol=1e-7, msg=name)
+    for loss, found in results[1:]:
+        assert torch.equal(results[0][0], loss)
+        for name, gradient in results[0][1].items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-7, msg=name)
 
 
-def test_recomputation_routes_as_the_first_pass_did_even_if_its_arithmetic_differs(monkeypatch):
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_recomputation_routes_as_the_first_pass_did_even_if_its_arithmetic_differs(monkeypatch, recompute):
     """torchtitan #3336: a second pass that routes differently computes the gradient of another function."""
     from moe_llm.model.moe.routers.mixtral import MixtralRouter
 
@@ -152,7 +154,7 @@ def test_recomputation_routes_as_the_first_pass_did_even_if_its_arithmetic_diffe
 
     monkeypatch.setattr(MixtralRouter, "forward", perturbed)
     model = build_model(CONFIG, 0)
-    model.model.recompute = True
+    model.model.recompute = recompute
     batch = ids(2, 16)
     model(batch, labels=batch).loss.backward()
     first, second = chosen[: CONFIG.num_hidden_layers], chosen[CONFIG.num_hidden_layers :]

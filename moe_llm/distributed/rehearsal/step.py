@@ -162,7 +162,7 @@ def _build(config: Config, world_size: int, rank: int, recorder: Recorder) -> tu
     for layer in model.modules():
         if isinstance(layer, MoELayer) and ep > 1:
             layer.dispatcher = AllToAllDispatcher(neighbours, ep, 2 if chunks == "auto" else chunks)
-    model.model.recompute = config.train.activation_checkpointing
+    model.model.recompute = config.train.activation_checkpointing if config.train.recomputes else False
     everyone = dist.group.WORLD
     assert everyone is not None
     experts = set(first_experts(model))
