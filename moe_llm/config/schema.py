@@ -237,7 +237,9 @@ class TrainConfig(Section):
     early_stopping: EarlyStoppingConfig = Field(EarlyStoppingConfig(), description="an end before the last step")
     adversarial: AdversarialConfig = Field(AdversarialConfig(), description="perturbed embeddings; routers in turns")
 
-    @field_validator("activation_checkpointing", mode="before")
+    @field_validator(
+        "activation_checkpointing", mode="before", json_schema_input_type=bool | Literal["off", "full", "selective"]
+    )
     @classmethod
     def _switch_is_a_choice(cls, value: object) -> object:
         return {True: "full", False: "off"}[value] if isinstance(value, bool) else value
