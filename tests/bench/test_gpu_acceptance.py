@@ -1,0 +1,72 @@
+"""The acceptance run comes to its end anywhere at toy sizes, whatever fails on the way, and without optional packages."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts/benchmarks/gpu_acceptance.py"
+# what a bare machine lacks
+WITHOUT = """
+import sys
+for name in ("deepspeed", "datasets", "wandb"):
+    sys.modules[name] = None
+"""
+
+
+def run(tmp_path: Path, before: str = "") -> tuple[int, dict, str]:
+    code = (
+        f"{WITHOUT}\nimport runpy\nsys.argv = ['gpu_acceptance.py', '--toy', '--device', 'cpu', '--out', {str(tmp_path)!r}]\n"
+        f"sys.path.insert(0, {str(SCRIPT.parent)!r})\n{before}\nimport gpu_acceptance\nsys.exit(gpu_acceptance.main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert "Traceback" not in done.stderr, done.stderr
+    (record,) = tmp_path.glob("*.json")
+    return done.returncode, json.loads(record.read_text()), next(tmp_path.glob("*.md")).read_text()
+
+
+def test_every_part_runs_without_optional_packages(tmp_path):
+    code, result, page = run(tmp_path)
+    outcomes = {name: part["outcome"] for name, part in result["parts"].items()}
+    assert set(outcomes.values()) == {"ok"}, {n: p.get("error") for n, p in result["parts"].items()}
+    assert code == 0
+    assert {"environment", "parity", "products", "waits", "tests", "step: toy", "documents: 256"} <= outcomes.keys()
+    step = result["parts"]["step: toy"]["result"]
+    assert step["times_transformers_best"] > 0
+    assert step["contenders"]["ours"]["share_of_product_rate"] > 0
+    assert "nothing about speed" in page
+
+
+def test_a_part_that_fails_does_not_stop_the_others(tmp_path):
+    broken = "import moe_llm.bench.products as p\ndef fail(*_): raise OSError('no product today')\np.peak_rate = fail"
+    code, result, page = run(tmp_path, broken)
+    assert code == 1
+    assert result["parts"]["products"]["outcome"] == "FAILED"
+    assert "no product today" in page
+    assert result["parts"]["step: toy"]["outcome"] == result["parts"]["documents: 128"]["outcome"] == "ok"
+
+
+def test_without_a_device_it_asks_for_toy_sizes():
+    done = subprocess.run([sys.executable, str(SCRIPT), "--device", "cpu"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "give --toy" in done.stderr
+
+
+@pytest.mark.parametrize("length", [96])
+def test_its_comparison_of_documents_can_fail(monkeypatch, length):
+    import torch
+
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import gpu_acceptance
+
+    from moe_llm.ops import attention
+
+    monkeypatch.setattr(
+        attention, "_segment_attention", lambda q, k, v, *_: torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True
+        )
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="documents differ"):
+        gpu_acceptance.documents(length, torch.device("cpu"), torch.bfloat16, toy=True)
