@@ -13,6 +13,7 @@ KEY is a hash of all that determines the content. `similar-KEY` holds documents 
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -29,7 +30,8 @@ import numpy as np
 from moe_llm.config import SourceConfig
 from moe_llm.data.chat import Example, read_examples
 from moe_llm.data.chat_template import ChatEncoder
-from moe_llm.data.files import building, publish, replace_file, user_error_on_disk
+from moe_llm.data.files import building, publish_resumable, replace_file, user_error_on_disk
+from moe_llm.data.portions import JOURNAL, Kept, Portion, append_portion, recover
 from moe_llm.data.sources import fingerprint, read_documents, source_bytes
 from moe_llm.data.split import HoldOut
 from moe_llm.data.tokenizer import content_hash
@@ -44,6 +46,7 @@ VERIFIED = "verified.json"
 COMPARED_BYTES = 1 << 30  # of an entry whose hashes are compared each time: about a second
 _VERSION, _CHAT_VERSION = 2, 1
 _BATCH_BYTES = 256 * 1024
+_PORTION_BYTES = 64 * 2**20  # of text: the most that a kill can cost
 SPLITS = ("train", "validation")
 
 
@@ -126,7 +129,8 @@ def cached_tokens(
 ) -> dict[str, TokenizedText]:
     """Training and validation tokens of a source, from the cache, where they are put first if need be.
 
-    One process builds while others that ask for the same wait. Memory stays bounded by a few batches.
+    One process builds while others that ask for the same wait. Memory stays bounded by a few batches. A build that was
+    killed resumes behind its last whole portion, and what it then writes does not depend on that.
 
     Args:
         field: name of the source in the configuration.
@@ -150,7 +154,7 @@ def cached_tokens(
                 pieces = _examples(source, field, holdout) if chat else _texts(source, field, holdout)
                 encode = _example_encoding(encoder) if chat else _text_encoding(DocumentEncoder(tokenizer))
                 with (
-                    publish(directory, field="data.cache_dir") as temporary,
+                    publish_resumable(directory, "data.cache_dir", JOURNAL) as temporary,
                     _progress(field, source_bytes(source, field), show_progress) as advance,
                 ):
                     dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
@@ -242,21 +246,43 @@ def open_split(directory: Path, split: str) -> TokenizedText:
 
 
 class SplitWriter:
-    """Appends documents of one split to its files."""
+    """Appends documents of one split to its files.
 
-    def __init__(self, directory: Path, split: str, chat: bool, stack: contextlib.ExitStack):
-        self._files = {
-            name: stack.enter_context((directory / f"{split}.{name}.bin").open("wb"))
-            for name in ("tokens", "starts", "bytes", *(["targets"] if chat else []))
-        }
+    Args:
+        kept: what these files hold already; None: they are new.
+    """
+
+    def __init__(self, directory: Path, split: str, chat: bool, stack: contextlib.ExitStack, kept: Kept | None = None):
         self.totals = {"documents": 0, "tokens": 0, "bytes": 0}
         self._split = split
-        self._hashes = {name: hashlib.sha256() for name in self._files}
-        self._put("starts", np.int64(0).tobytes())
+        resumed = kept is not None and kept.last is not None
+        names = split_arrays(chat)
+        self._files = {
+            name: stack.enter_context((directory / f"{split}.{name}.bin").open("ab" if resumed else "wb"))
+            for name in names
+        }
+        self._parts = {name: hashlib.sha256() for name in names}
+        if kept is not None and kept.last is not None:
+            self.totals = dict(kept.last.totals[split])
+            self._hashes = {name: kept.hashes[f"{split}.{name}.bin"] for name in names}
+        else:
+            self._hashes = {name: hashlib.sha256() for name in names}
+            self._put("starts", np.int64(0).tobytes())
 
     def _put(self, name: str, data: bytes) -> None:
         self._files[name].write(data)
         self._hashes[name].update(data)
+        self._parts[name].update(data)
+
+    def end_portion(self) -> dict[str, tuple[int, str]]:
+        """Put on the disk what has been written; of each file its size and the SHA-256 of the portion's part."""
+        ended = {}
+        for name, file in self._files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            ended[f"{self._split}.{name}.bin"] = file.tell(), self._parts[name].hexdigest()
+            self._parts[name] = hashlib.sha256()
+        return ended
 
     def records(self) -> dict[str, dict[str, Any]]:
         """Size and SHA-256 of each file, from what has been written."""
@@ -286,14 +312,33 @@ def _build(
     num_workers: int | None,
     advance: Callable[[int], None],
 ) -> None:
+    kept = recover(directory, [f"{split}.{name}.bin" for split in SPLITS for name in split_arrays(chat)])
+    done, read = (kept.last.pieces, kept.last.read) if kept.last is not None else (0, 0)
+    recorded = read
+    if done:
+        logger.info("tokenising resumes behind %d documents that an earlier attempt has finished", done)
+        advance(read)
     with contextlib.ExitStack() as stack:
-        writers = {split: SplitWriter(directory, split, chat, stack) for split in SPLITS}
-        for batch, encoded in _encode_in_threads(_batches(pieces), encode, num_workers or os.cpu_count() or 1):
+        writers = {split: SplitWriter(directory, split, chat, stack, kept) for split in SPLITS}
+        left = itertools.islice(pieces, done, None)
+        for batch, encoded in _encode_in_threads(_batches(left), encode, num_workers or os.cpu_count() or 1):
             tell(f"tokenising into {directory}")
             for piece, tokens in zip(batch, encoded):
                 writers[piece.split].write(tokens, piece.size)
                 advance(piece.read)
+                read += piece.read
+            done += len(batch)
+            if read - recorded >= _PORTION_BYTES:
+                totals = {split: writer.totals for split, writer in writers.items()}
+                files = {name: end for writer in writers.values() for name, end in writer.end_portion().items()}
+                append_portion(directory, Portion(done, read, totals, files))
+                recorded = read
         write_meta(directory, dtype, chat, writers)
+
+
+def split_arrays(chat: bool) -> list[str]:
+    """Names of the arrays that a split is stored as."""
+    return ["tokens", "starts", "bytes", *(["targets"] if chat else [])]
 
 
 def write_meta(directory: Path, dtype: np.dtype, chat: bool, writers: dict[str, SplitWriter]) -> None:

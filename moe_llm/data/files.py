@@ -57,6 +57,29 @@ def publish(directory: Path, field: str) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def publish_resumable(directory: Path, field: str, journal: str) -> Iterator[Path]:
+    """As `publish`, but what a kill, a signal or Ctrl-C leaves unfinished is handed to the next call.
+
+    An error removes it: the input has to change before another attempt, and with it the name of the directory.
+
+    Args:
+        journal: name of a file that describes the unfinished state; it is removed at the end.
+    """
+    temporary = directory.with_name(f".{directory.name}.unfinished")
+    with user_error_on_disk(field, directory):
+        try:
+            temporary.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            (temporary / journal).unlink(missing_ok=True)
+            for file in temporary.iterdir():
+                _flush(file)
+            temporary.rename(directory)
+        except Exception:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
 def replace_file(file: Path, content: bytes) -> None:
     """Write a small file of the cache in one step."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
