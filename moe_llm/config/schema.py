@@ -207,7 +207,9 @@ class TrainConfig(Section):
     max_tokens: int | None = Field(None, ge=1, description="training tokens, rounded up to whole steps")
     micro_batch_size: int = Field(1, ge=1, description="blocks a rank takes through the model at once")
     global_batch_size: int = Field(1, ge=1, description="blocks an optimizer step, over all ranks")
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16 keeps fp32 master weights")
+    precision: Literal["fp32", "bf16"] = Field(
+        "bf16", description="bf16 keeps fp32 master weights; unset: bf16, or fp32 on a CPU that emulates bf16"
+    )
     activation_checkpointing: Literal["off", "full", "selective"] = Field(
         "off",
         description="recompute each layer in the backward pass, with the same routing: full: all of it; selective: all but "

@@ -41,6 +41,7 @@ from moe_llm.train.facts import gather_facts
 from moe_llm.train.loop import Callbacks, Position, Verdict, train_loop
 from moe_llm.train.metrics import read_metrics
 from moe_llm.train.optim import build_optimizer, groups_by_part, optimizer_kinds, parameter_groups
+from moe_llm.train.precision import settle_precision
 from moe_llm.train.provenance import provenance_of
 from moe_llm.train.reporter import Reporter, announce, farewell
 from moe_llm.train.router_guard import RouterGuard, check_guard
@@ -63,6 +64,7 @@ def train(config: Config) -> None:
         UserError: bad input, found before any training and before anything is overwritten.
         Stopped: a signal has ended the run early; it is saved.
     """
+    config = settle_precision(config, _complain if rank_from_environment() == 0 else lambda sentence: None)
     run_dir = Path(config.run.dir)
     config.check_layout(world_size_from_environment())
     check_sources(config)
