@@ -11,6 +11,7 @@ from moe_llm.checkpoint.architectures import architecture_of
 from moe_llm.checkpoint.manifest import adopt_file, write_file, write_json
 from moe_llm.checkpoint.safetensors_io import FileRecord
 from moe_llm.config import ModelConfig
+from moe_llm.data.tokenizer import GENERATION_FILE, base_generation, end_token_ids, save_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -44,11 +45,24 @@ def write_model_files(
     """
     before = set(directory.rglob("*"))
     if tokenizer is not None:
-        tokenizer.save_pretrained(str(directory))
+        save_tokenizer(tokenizer, directory)
     written = sorted(path for path in set(directory.rglob("*")) - before if path.is_file())
     return {
         **{str(path.relative_to(directory)): adopt_file(path) for path in written},
         **(_write_code(directory) if architecture_of(model).code else {}),
         "config.json": write_json(directory / "config.json", hf.to_transformers_config(model, dtype=dtype, **ids)),
-        "generation_config.json": write_json(directory / "generation_config.json", hf.generation_config(model, **ids)),
+        GENERATION_FILE: write_json(directory / GENERATION_FILE, _generation(model, ids, tokenizer)),
     }
+
+
+def _generation(model: ModelConfig, ids: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """generation_config.json: that of the model which the tokenizer came with, where there is one, so that a tuned model
+    stops where its base did; else one with every token that ends a text or a turn."""
+    content = hf.generation_config(model, **dict(ids))
+    if tokenizer is None:
+        return content
+    given = base_generation(tokenizer)
+    if given:
+        return content | {key: value for key, value in given.items() if key != "transformers_version"}
+    ends = end_token_ids(tokenizer)
+    return content | ({"eos_token_id": ends} if len(ends) > 1 else {})

@@ -46,8 +46,9 @@ class SourceConfig(Section):
     path: str | list[str] | None = Field(
         None, description="files: path, glob or list of them; hub: dataset name or local dataset directory"
     )
-    format: Literal["auto", "text", "jsonl", "parquet"] = Field(
-        "auto", description="files: auto goes by the file name's ending"
+    format: Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet"] = Field(
+        "auto",
+        description="files: auto goes by ending and content; json is an array of rows; gz, bz2, xz and zst are unpacked",
     )
     content: Literal["text", "chat"] = Field(
         "text",
@@ -107,6 +108,9 @@ class DataConfig(Section):
     overlong: Literal["drop", "truncate"] = Field(
         "drop", description="chat examples longer than a block: left out, or their end is; counted at the start"
     )
+    train_on: Literal["all", "last"] = Field(
+        "all", description="chat: the assistant's turns that are learned: all, or the last of each example"
+    )
     cache_dir: str = Field("~/.cache/moe_llm", description="tokenised data, keyed by its inputs; safe to delete")
     num_workers: int | None = Field(None, ge=1, description="tokenisation threads; null: all cores")
     allow_changed: bool = Field(
@@ -142,7 +146,7 @@ class DataConfig(Section):
                 "is for documents that follow each other, and chat examples are packed by themselves",
                 "leave it at source",
             )
-        for name in ("chat_template", "overlong"):
+        for name in ("chat_template", "overlong", "train_on"):
             if not self.has_chat and getattr(self, name) != type(self).model_fields[name].default:
                 invalid(name, getattr(self, name), "applies to no source", "set content: chat on one, or remove it")
         return self

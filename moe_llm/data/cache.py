@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 VERIFIED = "verified.json"
 COMPARED_BYTES = 1 << 30  # of an entry whose hashes are compared each time: about a second
-_VERSION, _CHAT_VERSION = 2, 1
+_VERSION, _CHAT_VERSION = 2, 2
 _BATCH_BYTES = 256 * 1024
 _PORTION_BYTES = 64 * 2**20  # of text: the most that a kill can cost
 SPLITS = ("train", "validation")
@@ -126,6 +126,7 @@ def cached_tokens(
     cache_dir: str,
     num_workers: int | None = None,
     show_progress: bool = False,
+    train_on: str = "all",
 ) -> dict[str, TokenizedText]:
     """Training and validation tokens of a source, from the cache, where they are put first if need be.
 
@@ -134,6 +135,7 @@ def cached_tokens(
 
     Args:
         field: name of the source in the configuration.
+        train_on: of chat, as `data.train_on`.
         num_workers: threads that encode; None for all cores. The result does not depend on it.
 
     Raises:
@@ -143,8 +145,8 @@ def cached_tokens(
     inputs = [_VERSION, fingerprint(source, field), holdout.key(), content_hash(tokenizer), len(tokenizer)]
     chat = source.content == "chat"
     if chat:
-        encoder = ChatEncoder(tokenizer, field)
-        inputs += ["chat", _CHAT_VERSION, encoder.template, tokenizer.special_tokens_map]
+        encoder = ChatEncoder(tokenizer, field, train_on)
+        inputs += ["chat", _CHAT_VERSION, train_on, encoder.template, tokenizer.special_tokens_map]
     name = f"tokens-{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]}"
     directory = cache / name
     if not is_whole(directory):

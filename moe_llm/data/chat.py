@@ -1,7 +1,13 @@
-"""Rows of chat: `messages` with roles, or `prompt` and `completion`, checked and told by file and line.
+"""Rows of chat in the shapes that people have, checked and reported by file and line.
 
 {"messages": [{"role": "system", "content": "..."}, {"role": "user", ...}, {"role": "assistant", ...}]}
-{"prompt": "...", "completion": "..."}        the same as a user's turn and the assistant's
+{"prompt": "...", "completion": "..."}        the same as a user's turn and the assistant's; or lists of turns (TRL)
+{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", ...}]}          ShareGPT
+{"instruction": "...", "input": "...", "output": "..."}                               Alpaca
+{"prompt": ..., "chosen": ..., "rejected": ...}         preferences, of which the chosen answer is learned
+
+A turn may have `tool_calls`, `reasoning_content`, `name` and `tool_call_id`, a row `tools`: chat templates get them as they
+are. `weight: 0` or `train: false`, of a turn or of a row, keeps it from being learned.
 """
 
 import json
@@ -13,36 +19,56 @@ from moe_llm.config import SourceConfig
 from moe_llm.data.sources import read_documents, read_records
 from moe_llm.errors import UserError
 
-ROLES = ("system", "user", "assistant")
-_COLUMNS = ("messages", "prompt", "completion")
-Message = dict[str, str]
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_COLUMNS = (
+    "messages", "conversations", "prompt", "completion", "chosen", "instruction", "input", "output", "tools", "weight",
+)  # fmt: skip
+# Fields of a turn that templates may write, besides role and content.
+_PASSED = ("tool_calls", "reasoning_content", "reasoning", "thinking", "name", "tool_call_id")
+_SHAREGPT_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
+    "bot": "assistant", "system": "system", "tool": "tool", "observation": "tool", "developer": "developer",
+}  # fmt: skip
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Example:
     """A conversation.
 
-    messages: role and content of each turn. where: file and line, for errors. text: the turns as JSON, always the
-    same for the same turns; examples are told apart by it.
+    messages: role and content of each turn, and what templates may write besides (`tool_calls`, `reasoning_content`,
+    `name`). where: file and line, for errors. text: the turns as JSON, always the same for the same turns; examples are
+    told apart by it. tools: those that the assistant may call. masked: turns of the assistant that are not learned.
     """
 
     messages: list[Message]
     where: str
     text: str
+    tools: list[Any] | None = None
+    masked: frozenset[int] = frozenset()
 
     @property
     def plain(self) -> str:
         """What is said, without roles."""
-        return "\n".join(message["content"] for message in self.messages)
+        return "\n".join(message["content"] or "" for message in self.messages)
+
+    def learned(self, last_only: bool = False) -> list[int]:
+        """The turns of the assistant that are learned, or the last of them."""
+        turns = [i for i, m in enumerate(self.messages) if m["role"] == "assistant" and i not in self.masked]
+        return turns[-1:] if last_only else turns
 
     @property
     def answer_bytes(self) -> int:
-        """UTF-8 length of the assistant's turns."""
-        return sum(len(m["content"].encode("utf-8")) for m in self.messages if m["role"] == "assistant")
+        """UTF-8 length of the assistant's turns that are learned."""
+        return sum(len((self.messages[turn]["content"] or "").encode("utf-8")) for turn in self.learned())
 
 
-def example(messages: list[Message], where: str) -> Example:
-    return Example(messages, where, json.dumps(messages, ensure_ascii=False, sort_keys=True))
+def example(
+    messages: list[Message], where: str, tools: list[Any] | None = None, masked: frozenset[int] = frozenset()
+) -> Example:
+    content: Any = messages if tools is None else [messages, tools]
+    text = json.dumps(content, ensure_ascii=False, sort_keys=True, default=str)
+    return Example(messages, where, text, tools, masked)
 
 
 def read_examples(source: SourceConfig, field: str) -> Iterator[Example]:
@@ -57,7 +83,9 @@ def read_examples(source: SourceConfig, field: str) -> Iterator[Example]:
     count = 0
     for where, record in read_records(source, field, _COLUMNS):
         count += 1
-        yield example(_messages(record, where, field), where)
+        found = _example(record, where, field)
+        if found is not None:
+            yield found
     if not count:
         raise UserError(f"{field}: {source.path} holds no rows: name files that hold some")
 
@@ -69,34 +97,110 @@ def read_texts(source: SourceConfig, field: str) -> Iterator[str]:
     return (found.text for found in read_examples(source, field))
 
 
-def _messages(record: dict[str, Any], where: str, field: str) -> list[Message]:
-    origin = f"{field}: {where}"
-    turns = record.get("messages")
-    if turns is None:
-        if not {"prompt", "completion"} <= record.keys():
-            raise UserError(
-                f"{origin} has neither messages nor prompt and completion, but {', '.join(record) or 'nothing'}: "
-                f"rename its columns, or set {field}.content=text"
-            )
-        pair = (("user", record["prompt"]), ("assistant", record["completion"]))
-        turns = [{"role": role, "content": content} for role, content in pair]
+def shape_of(record: dict[str, Any]) -> str | None:
+    """What kind of row it is, by its columns: messages, conversations (ShareGPT), instruction and output (Alpaca), prompt
+    and completion, or chosen (preference rows, of which the chosen answer is learned); None for others."""
+    given = {name for name, value in record.items() if value is not None}
+    for shape, needed in (
+        ("messages", {"messages"}),
+        ("conversations", {"conversations"}),
+        ("prompt and completion", {"prompt", "completion"}),
+        ("chosen", {"chosen"}),
+        ("instruction and output", {"instruction", "output"}),
+    ):
+        if needed <= given:
+            return shape
+    return None
+
+
+def _turns(record: dict[str, Any], shape: str) -> Any:
+    """The turns of a row, not yet checked."""
+
+    def said(value: Any, role: str) -> list[Any]:
+        return value if isinstance(value, list) else [{"role": role, "content": value}]
+
+    if shape == "messages":
+        return record["messages"]
+    if shape == "conversations":
+        return [_from_sharegpt(turn) for turn in record["conversations"]]
+    if shape == "prompt and completion":
+        return [*said(record["prompt"], "user"), *said(record["completion"], "assistant")]
+    if shape == "chosen":
+        prompt = record.get("prompt")
+        chosen = said(record["chosen"], "assistant")
+        begun = isinstance(record["chosen"], list) and any(turn.get("role") == "user" for turn in chosen)
+        return chosen if prompt is None or begun else [*said(prompt, "user"), *chosen]
+    more = record.get("input")
+    question = record["instruction"] if not more else f"{record['instruction']}\n\n{more}"
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
+
+
+def _from_sharegpt(turn: Any) -> Any:
+    if not isinstance(turn, dict) or "from" not in turn:
+        return turn
+    rest = {name: value for name, value in turn.items() if name not in ("from", "value")}
+    return {"role": _SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn.get("value"), **rest}
+
+
+def _example(record: dict[str, Any], where: str, field: str) -> Example | None:
+    """A row as an example; None where its weight is 0."""
+    origin, shape = f"{field}: {where}", shape_of(record)
+    if shape is None:
+        raise UserError(
+            f"{origin} has neither messages nor prompt and completion, but "
+            f"{', '.join(name for name, value in record.items() if value is not None) or 'nothing'}: "
+            f"rename its columns, or set {field}.content=text"
+        )
+    turns = _turns(record, shape)
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{origin}: messages is {_short(turns)}: give it a list of turns, each with role and content")
     messages = [_message(turn, number, origin) for number, turn in enumerate(turns, start=1)]
-    if not any(message["role"] == "assistant" for message in messages):
+    masked = frozenset(i for i, turn in enumerate(turns) if not _is_learned(turn, f"{origin}: turn {i + 1}"))
+    assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not assistants:
         raise UserError(f"{origin} has no turn of the assistant, so there is nothing to learn: remove that row")
-    return messages
+    if not _is_learned(record, origin) or masked.issuperset(assistants):
+        return None
+    tools = record.get("tools")
+    if isinstance(tools, str):
+        tools = _parsed_tools(tools, origin)
+    if tools is not None and not isinstance(tools, list):
+        raise UserError(f"{origin}: tools is {_short(tools)}: give it a list of tools")
+    return example(messages, where, tools or None, masked & frozenset(assistants))
+
+
+def _parsed_tools(text: str, origin: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{origin}: tools is {_short(text)}, which is no JSON: give it a list of tools") from error
+
+
+def _is_learned(given: dict[str, Any], where: str) -> bool:
+    """By `weight` (0 or 1) and `train`, of a row or of a turn."""
+    weight, train = given.get("weight"), given.get("train", given.get("training"))
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise UserError(f"{where} has the weight {_short(weight)}: use 1 to learn it and 0 not to, or remove it")
+    if train is not None and not isinstance(train, bool):
+        raise UserError(f"{where} has train={_short(train)}: use true to learn it and false not to, or remove it")
+    return weight != 0 and train is not False
 
 
 def _message(turn: Any, number: int, origin: str) -> Message:
-    if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+    passed = {name: turn[name] for name in _PASSED if turn.get(name) is not None} if isinstance(turn, dict) else {}
+    calls = passed.get("tool_calls") or None
+    if not isinstance(turn, dict) or "role" not in turn or ("content" not in turn and calls is None):
         raise UserError(f"{origin}: turn {number} is {_short(turn)}: give it role and content")
-    role, content = turn["role"], turn["content"]
+    role, content = turn["role"], turn.get("content")
     if role not in ROLES:
         raise UserError(f"{origin}: turn {number} has the role {_short(role)}: use one of {', '.join(ROLES)}")
+    if isinstance(content, list):
+        content = _joined(content, number, origin)
+    if content is None and calls is not None:
+        content = ""
     if not isinstance(content, str):
         raise UserError(f"{origin}: turn {number} has the content {_short(content)}: give it text, or remove that row")
-    if role == "assistant" and not content.strip():
+    if role == "assistant" and not content.strip() and calls is None:
         raise UserError(f"{origin}: turn {number}, the assistant's, is empty: give it text, or remove that row")
     try:
         content.encode("utf-8")
@@ -105,7 +209,25 @@ def _message(turn: Any, number: int, origin: str) -> Message:
             f"{origin}: turn {number} holds half of a surrogate pair at character {error.start}, which is no Unicode "
             "text: repair or remove that row"
         ) from error
-    return {"role": role, "content": content}
+    return {"role": role, "content": content, **_without_nulls(passed)}
+
+
+def _joined(parts: list[Any], number: int, origin: str) -> str:
+    """Content in parts, all of them text, as one text."""
+    texts = [part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None for part in parts]
+    other = [part for part in parts if isinstance(part, dict) and part.get("type", "text") != "text"]
+    if other or not all(isinstance(text, str) for text in texts):
+        raise UserError(
+            f"{origin}: turn {number} has the content {_short(parts)}, of which not all is text: remove that row"
+        )
+    return "".join(str(text) for text in texts)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Columnar files give every row every field of a structure; those that a row lacks are null."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _short(value: Any) -> str:

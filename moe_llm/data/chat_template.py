@@ -5,15 +5,16 @@ give other tokens. What the assistant says is known in characters, and a token i
 is: from the template's own {% generation %} marks, or else from how the text grows when a turn is added.
 """
 
+import logging
 import re
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moe_llm.config import Config
-from moe_llm.data.chat import Example, Message
+from moe_llm.data.chat import Example, Message, example
 from moe_llm.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ MIXTRAL = """\
     {%- endif %}
 {%- endfor %}
 """
+logger = logging.getLogger(__name__)
+
 _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _rendering = threading.Lock()  # transformers' tracker of {% generation %} serves one conversation at a time
 Spans = list[tuple[int, int]]
@@ -88,13 +91,17 @@ class ChatEncoder:
 
     Args:
         field: name of the source in the configuration, for errors.
+        train_on: all: every turn of the assistant's; last: the last one of each example.
 
     Raises:
         UserError: the tokenizer has no chat template, or one that is no template.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast", field: str):
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", field: str, train_on: str = "all"):
         from tokenizers import Tokenizer
+
+        self._last_only = train_on == "last"
+        self._looked_at: set[str] = set()  # fields of which it is known whether the template writes them
 
         template = own_template(tokenizer)
         if template is None:
@@ -135,26 +142,73 @@ class ChatEncoder:
         return np.array(encoding.ids, self.dtype), targets
 
     def render(self, found: Example) -> tuple[str, Spans]:
-        """The text of a conversation, and where the assistant speaks in it, in characters."""
+        """The text of a conversation, and where the assistant speaks in it, in characters, as far as it is learned."""
+        self._report_what_is_ignored(found)
+        learned = found.learned(self._last_only)
+        assistants = [turn for turn, m in enumerate(found.messages) if m["role"] == "assistant"]
         if self._marked:
-            return self._call(found, found.messages, marks=True)
+            text, marked = self._call(found, found.messages, marks=True)
+            if learned == assistants:
+                return text, marked
+            if len(marked) != len(assistants):
+                raise self._refusal(
+                    found,
+                    f"marks {len(marked)} spans for {len(assistants)} turns of the assistant, not all of which are learned",
+                    "use a template with one {% generation %} for each",
+                )
+            return text, [span for span, turn in zip(marked, assistants) if turn in learned]
         text, _ = self._call(found, found.messages)
-        spans = [self._span(found, text, turn) for turn, m in enumerate(found.messages) if m["role"] == "assistant"]
-        return text, spans
+        return text, [self._span(found, text, turn) for turn in learned]
+
+    def _report_what_is_ignored(self, found: Example) -> None:
+        """Warn once of each field that rows have and the template does not write."""
+        fields = {name for message in found.messages for name in message} - {"role", "content"}
+        fields |= {"tools"} if found.tools else set()
+        for name in sorted(fields - self._looked_at):
+            self._looked_at.add(name)
+            messages = [{key: value for key, value in m.items() if key != name} for m in found.messages]
+            without = Example(messages, found.where, found.text, None if name == "tools" else found.tools, found.masked)
+            try:
+                ignored = self._call(found, found.messages) == self._call(without, messages)
+            except (
+                UserError
+            ):  # without the field, the conversation is one that the template refuses: it reads the field
+                ignored = False
+            if ignored:
+                logger.warning(
+                    "%s: rows have %s, which the chat template does not write, so that it is not learned: use a template "
+                    "that does (data.chat_template), or remove it", self._field, name,
+                )  # fmt: skip
 
     def _span(self, found: Example, text: str, turn: int) -> tuple[int, int]:
         """What the text has from one turn of the assistant, by rendering the conversation up to it and with it."""
         before, _ = self._call(found, found.messages[:turn], prompt=True) if turn else ("", [])
         after, _ = self._call(found, found.messages[: turn + 1])
         if not (text.startswith(after) and after.startswith(before)):
+            return self._span_of_content(found, text, turn)
+        # Nothing is generated behind the token that ends a turn, such as ChatML's line break behind <|im_end|>.
+        ended = after.rstrip()
+        return len(before), len(ended if ended.endswith(self._special) else after)
+
+    def _span_of_content(self, found: Example, text: str, turn: int) -> tuple[int, int]:
+        """The same for templates that write a turn in another way when others follow it, as DeepSeek-R1's drops the
+        reasoning: what is around the turn is found by another content in its place."""
+        mark = "qXzq7Jvw"
+        turns = [dict(message) for message in found.messages]
+        turns[turn]["content"] = mark
+        other, _ = self._call(found, turns)
+        before, found_mark, behind = other.partition(mark)
+        if not found_mark or mark in behind or not (text.startswith(before) and text.endswith(behind)):
             raise self._refusal(
                 found,
                 f"writes turn {turn + 1} otherwise when other turns follow it",
                 "mark what the assistant says with {% generation %} in a template of your own",
             )
-        # Nothing is generated behind the token that ends a turn, such as ChatML's line break behind <|im_end|>.
-        ended = after.rstrip()
-        return len(before), len(ended if ended.endswith(self._special) else after)
+        end = len(text) - len(behind)
+        for token in self._special:
+            if text.startswith(token, end):
+                return len(before), end + len(token)
+        return len(before), end
 
     def _call(
         self, found: Example, messages: list[Message], *, prompt: bool = False, marks: bool = False
@@ -165,6 +219,7 @@ class ChatEncoder:
         try:
             texts, spans = render_jinja_template(
                 conversations=[messages],
+                tools=found.tools,
                 chat_template=self.template,
                 add_generation_prompt=prompt,
                 return_assistant_tokens_mask=marks,
@@ -182,3 +237,18 @@ class ChatEncoder:
 
     def _refusal(self, found: Example, what: str, remedy: str) -> UserError:
         return UserError(f"{self._field}: {found.where}: the chat template {what}: {remedy}")
+
+
+def turn_end_id(tokenizer: Any) -> int | None:
+    """The special token that ends the assistant's turn by the tokenizer's chat template, as it is learned; None where no
+    special token does, or there is no template that renders a question and its answer."""
+    if getattr(tokenizer, "chat_template", None) is None or getattr(tokenizer, "backend_tokenizer", None) is None:
+        return None
+    turns: list[Message] = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    try:
+        [(ids, targets)] = ChatEncoder(tokenizer, "the tokenizer").encode([example(turns, "a greeting")])
+    except UserError:  # a template for other conversations: the run's own data will tell
+        return None
+    last = int(ids[np.flatnonzero(targets)[-1]])
+    added = tokenizer.added_tokens_decoder.get(last)
+    return last if last in tokenizer.all_special_ids or (added is not None and added.special) else None

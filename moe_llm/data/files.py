@@ -50,8 +50,9 @@ def publish(directory: Path, field: str) -> Iterator[Path]:
         try:
             temporary.mkdir()
             yield temporary
-            for file in temporary.iterdir():
-                _flush(file)
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _flush(file)
             temporary.rename(directory)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -1,5 +1,6 @@
 """From a configuration to batches: what is trained on, in which order, and what is held out."""
 
+import logging
 import math
 import queue
 import threading
@@ -20,10 +21,13 @@ from moe_llm.data.packing import Batch, PackedBlocks, as_batch
 from moe_llm.data.similar import in_similar_order
 from moe_llm.data.sources import check_sources, named_sources, named_validation_sources, read_documents
 from moe_llm.data.split import HoldOut, find_holdout
+from moe_llm.data.tokenizer import end_token_ids
 from moe_llm.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
 
 
 class TrainBlocks:
@@ -291,6 +295,7 @@ def load_data(
             cache_dir=data.cache_dir,
             num_workers=data.num_workers,
             show_progress=show_progress and rank == 0,
+            train_on=data.train_on,
         )
 
     def packed(text: TokenizedText) -> PackedBlocks:
@@ -312,6 +317,9 @@ def load_data(
         ]
         prints += [_fingerprint(*part) for part in parts if part[0].startswith("data.validation_sources")]
     blocks = [(field, split, packed(text)) for field, split, text in parts]
+    if rank == 0:
+        for name, split, text in parts:
+            _report_turns_without_end(name, split, text, tokenizer)
     train = [part for _, split, part in blocks if split == "train"]
     for (field, source), part in zip(named_sources(config), train):
         _check_not_all_dropped(part, field, config)
@@ -326,6 +334,25 @@ def load_data(
     weights = [source.weight for source in data.sources]
     order = TrainBlocks(train, None if None in weights else weights, config.run.seed)
     return Data(order, validation, [_statistics(*named) for named in blocks], prints)
+
+
+def _report_turns_without_end(
+    name: str, split: str, text: TokenizedText, tokenizer: "PreTrainedTokenizerFast", looked_at: int = 100
+) -> None:
+    """Warn where no learned turn of the first examples has a token at which the model stops: it would never learn to."""
+    if text.targets_N is None or split != "train" or not text.documents:
+        return
+    end = int(text.starts[min(looked_at, text.documents)])
+    learned = np.asarray(text.tokens_N[:end])[np.asarray(text.targets_N[:end], bool)]
+    ends = end_token_ids(tokenizer)
+    if not np.isin(learned, ends).any():
+        logger.warning(
+            "%s: no learned turn holds an end token of the model (eos_token_id=%s), so that it will not learn to stop: "
+            "use a chat template that ends the assistant's turn with one of them, or add the token that ends it to "
+            "eos_token_id in the generation_config.json of model.init_from",
+            name,
+            ends,
+        )
 
 
 def _fingerprint(name: str, split: str, text: TokenizedText) -> SourceFingerprint:

@@ -5,18 +5,25 @@ is taken in segments, so files may be larger than memory. jsonl and parquet are 
 is named by file and line); `datasets` is loaded for hub sources alone, because importing it takes seconds.
 """
 
+import bz2
+import csv
 import glob
 import gzip
 import hashlib
+import io
 import json
+import logging
+import lzma
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from moe_llm.config import Config, SourceConfig
 from moe_llm.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -189,25 +196,68 @@ def _from_files(source: SourceConfig, field: str, read: Callable[[Path], Iterato
             raise UserError(
                 f"{field}: {path} is not UTF-8 at {error.reason}: convert it, e.g. with iconv, or remove it"
             ) from error
-        except (OSError, EOFError, zlib.error) as error:
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{field}: {path} cannot be read ({reason}): replace or remove it") from error
 
 
+_PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
+_BY_SUFFIX = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
+_PEEKED = 1 << 16  # bytes by which a file's content is recognised
+
+
 def _kind(path: Path, source: SourceConfig) -> str:
+    """text, jsonl, json (an array of rows), csv, tsv or parquet: as configured, or by ending (in any case) and content."""
     if source.format != "auto":
         return source.format
-    suffix = (path.with_suffix("") if path.suffix == ".gz" else path).suffix
-    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(suffix, "text")
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _PACKED:
+        suffixes.pop()
+    kind = _BY_SUFFIX.get(suffixes[-1] if suffixes else "", "text")
+    return _json_kind(path) if kind in ("json", "jsonl") else kind
+
+
+def _json_kind(path: Path) -> str:
+    """A `.json` file is an array of rows or lines of them, whatever its name says."""
+    return "json" if _peek(path).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[") else "jsonl"
+
+
+def _peek(path: Path) -> bytes:
+    with _open(path) as file:
+        return file.read(_PEEKED)
+
+
+def looks_like_rows(path: Path) -> str | None:
+    """Whether the first lines of a file that is taken for text are JSON objects or an array of them; else None."""
+    begin = _peek(path).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if begin.startswith(b"[") and begin[1:].lstrip().startswith(b"{"):
+        return "a JSON array of rows"
+    lines = begin.splitlines()[:3]
+    try:
+        objects = [
+            json.loads(line) for line in (lines if len(begin) < _PEEKED else lines[:-1] or lines) if line.strip()
+        ]
+    except (ValueError, RecursionError):
+        return None
+    return "JSON lines" if objects and all(isinstance(item, dict) for item in objects) else None
 
 
 def _records_of_file(
     path: Path, source: SourceConfig, field: str, columns: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     kind = _kind(path, source)
+    if kind == "text" and source.format == "auto" and (rows := looks_like_rows(path)):
+        kind = "json" if rows.startswith("a JSON array") else "jsonl"
     if kind == "text":
-        raise UserError(f"{field}: {path} holds no rows by its name: set {field}.format to jsonl or parquet")
-    return _jsonl(path, field) if kind == "jsonl" else _parquet(path, columns, field)
+        raise UserError(f"{field}: {path} holds no rows: set {field}.format to jsonl, json, csv or parquet")
+    return _rows(path, kind, columns, field)
 
 
 def _documents_of_file(path: Path, source: SourceConfig, field: str) -> Iterator[str]:
@@ -215,13 +265,57 @@ def _documents_of_file(path: Path, source: SourceConfig, field: str) -> Iterator
     if source.type == "python_stdlib":
         return _segments(path)
     if kind == "text":
+        rows = looks_like_rows(path) if source.format == "auto" else None
+        if rows is not None and "text_field" in source.model_fields_set:
+            raise UserError(
+                f"{field}.text_field={column} applies to no text, and {path} is one by its name, though it looks like "
+                f"{rows}: set {field}.format to jsonl or json, or remove text_field"
+            )
+        if rows is not None:
+            logger.warning(
+                "%s: %s is trained on as text and looks like %s: set %s.format to jsonl or json to read its %s column",
+                field, path, rows, field, column,
+            )  # fmt: skip
         return _lines(path) if source.document == "line" else _segments(path)
-    rows = _jsonl(path, field) if kind == "jsonl" else _parquet(path, [column], field)
+    rows = _rows(path, kind, [column], field)
     return (_text_of(record, column, where, field) for where, record in rows)
 
 
-def _open(path: Path):
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+def _rows(path: Path, kind: str, columns: Sequence[str], field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    if kind == "parquet":
+        return _parquet(path, columns, field)
+    return {"jsonl": _jsonl, "json": _json_array, "csv": _csv, "tsv": _csv}[kind](path, field)
+
+
+def _open(path: Path) -> IO[bytes]:
+    packed = _PACKED.get(path.suffix.lower())
+    if packed is None:
+        return path.open("rb")
+    if packed == "zstd":
+        import pyarrow  # which brings a decompressor along; the standard library has none before Python 3.14
+
+        return io.BufferedReader(_Raw(pyarrow.input_stream(str(path), compression="zstd")))
+    opener = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}[packed]
+    return opener(path, "rb")  # type: ignore[return-value]
+
+
+class _Raw(io.RawIOBase):
+    """A stream of pyarrow's as one of Python's, for lines."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
 
 def _decode(data: bytes, offset: int, where: str = "") -> str:
@@ -274,15 +368,52 @@ def _jsonl(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in _numbered_lines(path):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{field}: {path}, line {number} is not valid JSON ({error.msg}): repair that line"
-            ) from error
+        record = _parsed(line, f"{field}: {path}, line {number}", "repair that line")
         if not isinstance(record, dict):
             raise UserError(f"{field}: {path}, line {number} is no JSON object: give it named columns")
         yield f"{path}, line {number}", record
+
+
+def _parsed(text: str, where: str, remedy: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not valid JSON ({error.msg}): {remedy}") from error
+    except RecursionError:
+        raise UserError(f"{where} is nested too deeply: {remedy}") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise UserError(f"{where} holds a number that cannot be read ({error}): {remedy}") from error
+
+
+def _json_array(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a file that is one JSON array of objects, which is read whole."""
+    with _open(path) as file:
+        text = _decode(file.read(), 0).removeprefix("\ufeff")
+    rows = _parsed(text, f"{field}: {path}", "repair it, or give one object a line as .jsonl")
+    if not isinstance(rows, list):
+        raise UserError(f"{field}: {path} is no JSON array: give a list of objects, or one object a line as .jsonl")
+    for number, record in enumerate(rows, start=1):
+        if not isinstance(record, dict):
+            raise UserError(f"{field}: {path}, row {number} is no JSON object: give it named columns")
+        yield f"{path}, row {number}", record
+
+
+def _csv(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a table whose first line names the columns; separated by commas or, by its content, tabs or semicolons."""
+    with _open(path) as file:
+        first = file.readline().decode("utf-8", errors="replace")
+    separator = max(",\t;", key=first.count)
+    csv.field_size_limit(2**31 - 1)
+    with _open(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        reader = csv.DictReader(text, delimiter=separator)
+        try:
+            for record in reader:
+                where = f"{path}, line {reader.line_num}"
+                if None in record or None in record.values():
+                    raise UserError(f"{field}: {where} has not as many values as there are columns: repair that line")
+                yield where, record
+        except csv.Error as error:
+            raise UserError(f"{field}: {path}, line {reader.line_num} is no CSV ({error}): repair that line") from error
 
 
 def _text_of(record: dict, text_field: str, where: str, field: str) -> str:

@@ -7,11 +7,11 @@ import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe_llm.config import Config
 from moe_llm.data import spm
-from moe_llm.data.chat_template import template_setting, write_template
+from moe_llm.data.chat_template import template_setting, turn_end_id, write_template
 from moe_llm.data.files import building, publish, replace_file
 from moe_llm.data.sources import (
     fingerprint,
@@ -24,6 +24,7 @@ from moe_llm.data.split import find_holdout, training_texts
 from moe_llm.errors import UserError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
@@ -77,26 +78,174 @@ def load_tokenizer(directory: Path | str) -> "PreTrainedTokenizerFast":
     Raises:
         UserError: it cannot be read, or it has no `tokenizers` backend or end-of-text token.
     """
-    from transformers import AutoTokenizer, PreTrainedConfig
+    from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
+    local = Path(directory).expanduser()
+    if (local / "tokenizer.model").is_file() and not (local / "tokenizer.json").is_file():
+        tokenizer = _from_sentencepiece(local)
+        _check_usable(tokenizer, directory)
+        return tokenizer
     # No code beside the files is run, nor is it asked whether it may be. What has our own model's code beside it has a
     # plain tokenizer, for which a configuration of no model's is enough.
     options: dict = {"trust_remote_code": False}
     if _model_type(Path(directory) / "config.json") == "moe_llm":
         options["config"] = PreTrainedConfig()
+    # beside tekken.json, transformers takes mistral-common's tokenizer, which has no tokenizer.json's rules
+    both = (local / "tekken.json").is_file() and (local / "tokenizer.json").is_file()
+    loader = PreTrainedTokenizerFast if both else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), **options)
+        tokenizer = loader.from_pretrained(str(local if local.is_dir() else directory), **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"tokenizer {str(directory)!r} cannot be loaded ({reason}): "
             "give a tokenizer directory, a sentencepiece .model file or a reachable hub name"
         ) from error
+    _check_usable(tokenizer, directory)
+    return tokenizer
+
+
+def _check_usable(tokenizer: "PreTrainedTokenizerFast", directory: Path | str) -> None:
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise UserError(f"tokenizer {str(directory)!r} has no tokenizer.json: convert it or use another one")
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {str(directory)!r} has no eos_token: set one in its tokenizer_config.json")
+
+
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+def _from_sentencepiece(directory: Path) -> "PreTrainedTokenizerFast":
+    """A directory whose only vocabulary is tokenizer.model: sentencepiece's own ids, and whatever the files beside it say
+    of added tokens, special tokens and chat templates.
+
+    transformers' own conversion gives other ids for some models ("hello world" has other tokens than sentencepiece's).
+
+    Raises:
+        UserError: a model or a file that cannot be used, or added tokens with a gap before them.
+    """
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
+
+    model = (directory / "tokenizer.model").read_bytes()
+    backend = _converted(model, str(directory), exact=False)
+    settings, special = _json_of(directory / "tokenizer_config.json"), _json_of(directory / "special_tokens_map.json")
+    names = dict(spm.special_tokens(model))
+    for key in _SPECIAL_TOKENS:
+        for values in (special, settings):
+            if values.get(key) is not None:
+                names[key] = _content(values[key])
+    listed: dict[int, AddedToken] = {}
+    for token, number in _json_of(directory / "added_tokens.json").items():
+        listed[int(number)] = AddedToken(token, normalized=False, special=token in names.values())
+    for number, spec in settings.get("added_tokens_decoder", {}).items():
+        flags = {
+            flag: bool(spec.get(flag, False)) for flag in ("single_word", "lstrip", "rstrip", "normalized", "special")
+        }
+        listed[int(number)] = AddedToken(spec["content"], **flags)
+    for number, token in sorted(listed.items()):
+        known, size = backend.token_to_id(token.content), backend.get_vocab_size()
+        if (known is None and number != size) or (known is not None and known != number):
+            raise UserError(
+                f"tokenizer {str(directory)!r}: the added token {token.content!r} has the id {number}, and the next free "
+                f"one is {size if known is None else known}: correct its added_tokens"
+            )
+        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+    more = {
+        key: settings[key]
+        for key in ("model_max_length", "padding_side", "truncation_side")
+        if settings.get(key) is not None
+    }
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, name_or_path=str(directory), **names, **more
+    )
+    templates = _chat_templates(directory, settings)
+    if templates is not None:
+        tokenizer.chat_template = templates
     return tokenizer
+
+
+def _chat_templates(directory: Path, settings: dict) -> str | dict[str, str] | None:
+    """The chat template, or the named ones, as transformers stores them: in files, or in tokenizer_config.json."""
+    found: dict[str, str] = {}
+    inside = settings.get("chat_template")
+    if isinstance(inside, str):
+        found["default"] = inside
+    elif isinstance(inside, list):
+        found |= {str(item["name"]): str(item["template"]) for item in inside}
+    in_json = _json_of(directory / "chat_template.json").get("chat_template")
+    if isinstance(in_json, str):
+        found["default"] = in_json
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        found["default"] = file.read_text(encoding="utf-8")
+    for file in sorted((directory / "additional_chat_templates").glob("*.jinja")):
+        found[file.stem] = file.read_text(encoding="utf-8")
+    if set(found) == {"default"}:
+        return found["default"]
+    return found or None
+
+
+def _content(value: object) -> str:
+    return str(value["content"]) if isinstance(value, dict) else str(value)
+
+
+def _json_of(file: Path) -> dict:
+    """The object in a JSON file; empty where there is none."""
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"file {file} is damaged ({error}): replace it") from error
+    if not isinstance(found, dict):
+        raise UserError(f"file {file} is damaged: it holds no JSON object: replace it")
+    return found
+
+
+GENERATION_FILE = "generation_config.json"
+
+
+def save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """Write a tokenizer's files so that its neighbours read them too.
+
+    With it goes the sentencepiece model that it was made from, where there is one: llama.cpp's converter takes the
+    pieces' scores from there. A class that transformers 4 does not know gets the name of the one that it does, which
+    reads the same ids from the same tokenizer.json.
+    """
+    tokenizer.save_pretrained(str(directory))
+    file = directory / "tokenizer_config.json"
+    if file.is_file():
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if settings.get("tokenizer_class") == "TokenizersBackend":
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+            file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    origin = tokenizer_directory(tokenizer)
+    if origin is not None and (origin / "tokenizer.model").is_file() and not (directory / "tokenizer.model").exists():
+        shutil.copyfile(origin / "tokenizer.model", directory / "tokenizer.model")
+
+
+def tokenizer_directory(tokenizer: Any) -> Path | None:
+    """The local directory that a tokenizer was loaded from, if it was."""
+    name = getattr(tokenizer, "name_or_path", None)
+    return Path(name) if isinstance(name, str) and name and Path(name).is_dir() else None
+
+
+def base_generation(tokenizer: Any) -> dict:
+    """The generation_config.json beside a tokenizer: that of the model that it came with, whose end tokens and sampling
+    defaults a model trained from it keeps. Empty where there is none."""
+    origin = tokenizer_directory(tokenizer)
+    return {} if origin is None else _json_of(origin / GENERATION_FILE)
+
+
+def end_token_ids(tokenizer: Any) -> list[int]:
+    """The tokens at which a model with this tokenizer stops: those of the generation_config.json that it came with, or
+    else its end of text and, where its chat template ends the assistant's turn in a special token, that one."""
+    given = base_generation(tokenizer).get("eos_token_id")
+    if given is not None:
+        return list(given) if isinstance(given, list) else [given]
+    ends = [tokenizer.eos_token_id, turn_end_id(tokenizer)]
+    return [end for end in dict.fromkeys(ends) if end is not None]
 
 
 def _model_type(file: Path) -> str | None:
@@ -149,11 +298,15 @@ def _check_built_from(directory: Path, key: dict) -> None:
 def _build(config: Config, cache: Path, target: Path) -> None:
     path = config.tokenizer.path
     if path is None:
-        _save_model(_trained_model(config, cache), target, "data.sources", exact=True)
+        _save_model(
+            _trained_model(config, cache),
+            target,
+            "data.sources",
+            exact=True,
+            length=config.model.max_position_embeddings,
+        )
         return
     local = Path(path).expanduser()
-    if local.is_dir() and (local / "tokenizer.model").exists() and not (local / "tokenizer.json").exists():
-        local = local / "tokenizer.model"
     if local.is_file():
         _save_model(local.read_bytes(), target, path, exact=False)
         return
@@ -163,14 +316,30 @@ def _build(config: Config, cache: Path, target: Path) -> None:
             "or a hub name"
         )
     tokenizer = load_tokenizer(local if local.is_dir() else path)
-    tokenizer.save_pretrained(target)
-    if (local / "tokenizer.model").is_file():
-        shutil.copyfile(local / "tokenizer.model", target / "tokenizer.model")
+    save_tokenizer(tokenizer, target)
+    if (local / GENERATION_FILE).is_file():
+        shutil.copyfile(local / GENERATION_FILE, target / GENERATION_FILE)
 
 
-def _save_model(model: bytes, target: Path, origin: str, exact: bool) -> None:
+def _save_model(model: bytes, target: Path, origin: str, exact: bool, length: int | None = None) -> None:
     from transformers import PreTrainedTokenizerFast
 
+    backend = _converted(model, origin, exact)
+    more = {} if length is None else {"model_max_length": length}
+    names = spm.special_tokens(model)
+    if exact and "pad_token" not in names:
+        names["pad_token"] = names["unk_token"]  # which no text has, since bytes stand for what has no token
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names, **more)
+    save_tokenizer(tokenizer, target)
+    (target / "tokenizer.model").write_bytes(model)
+
+
+def _converted(model: bytes, origin: str, exact: bool) -> "Tokenizer":
+    """A sentencepiece model as a backend of `tokenizers` with the same ids.
+
+    Raises:
+        UserError: it cannot be one.
+    """
     try:
         backend = spm.convert(model, exact)
     except ValueError as error:
@@ -183,11 +352,7 @@ def _save_model(model: bytes, target: Path, origin: str, exact: bool) -> None:
             f"tokenizer.path={origin} has rules that tokenizer.json cannot express: "
             "give a directory with tokenizer.json"
         )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, clean_up_tokenization_spaces=False, **spm.special_tokens(model)
-    )
-    tokenizer.save_pretrained(target)
-    (target / "tokenizer.model").write_bytes(model)
+    return backend
 
 
 def _trained_model(config: Config, cache: Path) -> bytes:

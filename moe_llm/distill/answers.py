@@ -21,7 +21,7 @@ from moe_llm.config import SourceConfig
 from moe_llm.data.chat_template import own_template
 from moe_llm.data.files import user_error_on_disk
 from moe_llm.data.sources import list_files, read_documents, read_records
-from moe_llm.data.tokenizer import load_tokenizer
+from moe_llm.data.tokenizer import end_token_ids, load_tokenizer
 from moe_llm.ensemble.causal_lm import load_causal_lm
 from moe_llm.errors import UserError
 
@@ -71,7 +71,7 @@ class _Prompt:
 
 @dataclass(frozen=True)
 class Written:
-    """rows: answered prompts; left_out: prompts that are too short or too long, or whose answer is empty."""
+    """rows: answered prompts; left_out: prompts that are too short or too long, or whose answer is empty or cut."""
 
     rows: int
     left_out: int
@@ -196,13 +196,17 @@ def _finish(partial: Path, out: Path) -> Written:
 def _generate(
     model: Any, tokenizer: "PreTrainedTokenizerFast", prompts: Sequence[list[int]], start: int, options: AnswerOptions
 ) -> list[str]:
-    """The answer to each prompt; a prompt that leaves no room for one gives an empty one."""
+    """The answer to each prompt; a prompt that leaves no room for one gives an empty one.
+
+    So does an answer that has not ended within `options.max_new_tokens`: a student would learn to end in its middle. Text
+    that is continued has no end to come to.
+    """
     longest = getattr(model.config, "max_position_embeddings", None)
     fits = [longest is None or len(ids) + options.max_new_tokens <= longest for ids in prompts]
     read = [ids for ids, fit in zip(prompts, fits) if fit]
     if not read:
         return [""] * len(prompts)
-    width, pad = max(map(len, read)), tokenizer.eos_token_id
+    width, pad, ends = max(map(len, read)), tokenizer.eos_token_id, end_token_ids(tokenizer)
     ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in read], device=model.device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in read], device=model.device)
     digest = hashlib.sha256(f"{options.seed}/{start}".encode()).digest()
@@ -215,10 +219,13 @@ def _generate(
         attention_mask=mask,
         max_new_tokens=options.max_new_tokens,
         pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends,
         **how,
     )
-    answers = iter(_said(tokenizer, ids, new) for ids, new in zip(read, output[:, width:].tolist()))
+    answers = iter(
+        _said(tokenizer, ids, new) if options.continued or not set(ends).isdisjoint(new) else ""
+        for ids, new in zip(read, output[:, width:].tolist())
+    )
     return [next(answers) if fit else "" for fit in fits]
 
 

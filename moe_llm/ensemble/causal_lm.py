@@ -7,6 +7,7 @@ import torch
 
 from moe_llm.checkpoint.architectures import OWN
 from moe_llm.checkpoint.safetensors_io import read_json
+from moe_llm.data.tokenizer import end_token_ids
 from moe_llm.errors import UserError
 
 
@@ -76,6 +77,15 @@ def sampling(temperature: float, top_p: float) -> dict[str, Any]:
     return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
 
 
+def plain_generation(tokenizer: Any) -> Any:
+    """A generation_config of nothing but the tokens at which the model stops: penalties and other defaults of its folder
+    act only where they are asked for, so that temperature 0 is the likeliest token."""
+    from transformers import GenerationConfig
+
+    ends = end_token_ids(tokenizer)
+    return GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=ends[0])
+
+
 def learned_positions(model: Any) -> int | None:
     """How many positions the model has an embedding for; None where positions are not learned, and none is the last."""
     tokens = model.get_input_embeddings()
@@ -84,12 +94,26 @@ def learned_positions(model: Any) -> int | None:
 
 
 def read_prompt(tokenizer: Any, prompt: str, **options: Any) -> Any:
-    """A prompt's tokens, one row, as the tokenizer gives them.
+    """A prompt's tokens, one row, by the rule of documents in training: it begins with the start of text, once, where the
+    tokenizer has one, whatever `add_bos_token` says. It does not end with the end of text, since it is to be continued.
 
     Raises:
         UserError: there are none, and so nothing to continue.
     """
     inputs = tokenizer(prompt, return_tensors="pt", **options)
+    ids_BS = inputs["input_ids"]
+    length, bos = ids_BS.shape[1], tokenizer.bos_token_id
+    if bos is not None and bos not in ids_BS[0, :2].tolist() and options.get("add_special_tokens", True) and length:
+        inputs["input_ids"] = ids_BS = torch.cat([torch.tensor([[bos]]), ids_BS], 1)
+        if "attention_mask" in inputs:
+            inputs["attention_mask"] = torch.ones_like(ids_BS)
+        length += 1
+    first = int(length > 1 and bos is not None and ids_BS[0, :2].tolist() == [bos, bos])
+    ended = length > first and int(ids_BS[0, -1]) == tokenizer.eos_token_id != bos
+    ended = ended and not prompt.endswith(tokenizer.eos_token)
+    for name in ("input_ids", "attention_mask"):
+        if name in inputs:
+            inputs[name] = inputs[name][:, first : length - ended]
     if not inputs["input_ids"].shape[1]:
         raise UserError(f"the prompt {prompt!r} has no tokens: give a text to continue")
     return inputs

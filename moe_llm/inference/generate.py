@@ -10,8 +10,14 @@ from moe_llm.checkpoint.architectures import OWN
 from moe_llm.checkpoint.folder import check_checkpoint_directory
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.checkpoint.safetensors_io import read_json
-from moe_llm.data.tokenizer import load_tokenizer
-from moe_llm.ensemble.causal_lm import learned_positions, load_causal_lm, read_prompt, sampling
+from moe_llm.data.tokenizer import end_token_ids, load_tokenizer
+from moe_llm.ensemble.causal_lm import (
+    learned_positions,
+    load_causal_lm,
+    plain_generation,
+    read_prompt,
+    sampling,
+)
 from moe_llm.errors import UserError
 
 
@@ -46,7 +52,7 @@ def generate(
                 f"model.router.type={router.type}: in training {router.looks_ahead}, evaluation and generation "
                 f"{router.afterwards}"
             )
-        ids_BS = _continue(model, inputs["input_ids"], max_new_tokens, temperature, top_p, tokenizer.eos_token_id)
+        ids_BS = _continue(model, inputs["input_ids"], max_new_tokens, temperature, top_p, end_token_ids(tokenizer))
         return tokenizer.decode(ids_BS[0], skip_special_tokens=True)
     model = load_causal_lm(checkpoint).to(device)
     longest, length = learned_positions(model), inputs["input_ids"].shape[1]
@@ -58,9 +64,8 @@ def generate(
             )
         max_new_tokens = min(max_new_tokens, longest + 1 - length)  # the last token is not read again
     torch.manual_seed(seed)
-    output = model.generate(
-        **inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling(temperature, top_p)
-    )
+    model.generation_config = plain_generation(tokenizer)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling(temperature, top_p))
     return tokenizer.decode(output[0], skip_special_tokens=True)
 
 
@@ -75,7 +80,7 @@ def _continue(
     max_new_tokens: int,
     temperature: float,
     top_p: float,
-    end: int | None,
+    ends: list[int],
 ) -> torch.Tensor:
     """The ids and their continuation, each token from the whole text before it, as far as the model is meant for."""
     for _ in range(max_new_tokens):
@@ -87,6 +92,6 @@ def _continue(
             kept_BV = probability_BV.cumsum(-1) - probability_BV < top_p  # the likeliest that reach top_p together
             next_B1 = token_BV.gather(-1, torch.multinomial(probability_BV * kept_BV, 1))
         ids_BS = torch.cat([ids_BS, next_B1], 1)
-        if next_B1.item() == end:
+        if next_B1.item() in ends:
             break
     return ids_BS

@@ -18,6 +18,7 @@ from moe_llm.checkpoint.manifest import write_file, write_json
 from moe_llm.checkpoint.plan import MODEL, FileSet, ShardSet, file_set
 from moe_llm.checkpoint.safetensors_io import Spec, parse_size
 from moe_llm.data.files import publish
+from moe_llm.data.tokenizer import save_tokenizer
 from moe_llm.errors import UserError
 from moe_llm.merge.job import Copy, Job
 from moe_llm.merge.models import pieces
@@ -125,10 +126,17 @@ def _write_beside(plan: Plan, directory: Path) -> None:
     if tokenizer is not None:
         if plan.chat_template is not None:
             tokenizer.chat_template = plan.chat_template
-        tokenizer.save_pretrained(directory)
+        save_tokenizer(tokenizer, directory)
     if plan.vocabulary is not None and (directory / "generation_config.json").is_file():
         generation = json.loads((directory / "generation_config.json").read_text(encoding="utf-8"))
-        write_json(directory / "generation_config.json", generation | _token_ids(generation, tokenizer))
+        ids = _token_ids(generation, tokenizer)
+        if isinstance(generation.get("eos_token_id"), list):  # its other ends, where the new vocabulary has them
+            old = load_tokenizer(plan.donor.directory)
+            tokens = old.convert_ids_to_tokens(generation["eos_token_id"])
+            vocabulary = tokenizer.get_vocab()
+            ends = [vocabulary[token] for token in tokens if token in vocabulary]
+            ids["eos_token_id"] = ends or ids.get("eos_token_id")
+        write_json(directory / "generation_config.json", generation | ids)
     write_json(directory / "config.json", content)
 
 

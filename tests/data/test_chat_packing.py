@@ -1,6 +1,7 @@
 """Packed examples give what each gives alone: loss, gradient, and every one of them exactly once."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -123,8 +124,6 @@ def gradients(batches, **changes) -> tuple[float, dict[str, torch.Tensor]]:
 
 def alone(text: TokenizedText) -> list:
     """Each example without padding in a batch of its own, without masks that say where it ends."""
-    from dataclasses import replace
-
     batches = []
     for begin, end in pairwise(text.starts):
         targets = text.targets_N[begin:end]
@@ -155,7 +154,8 @@ def test_loss_and_gradient_are_those_of_single_examples():
     assert len(singles.input_ids_BS) == 12
     same(gradients([packed]), gradients([singles]))
     order = torch.randperm(len(packed.input_ids_BS), generator=torch.Generator().manual_seed(1))
-    shuffled = packed._map(lambda tensor: tensor[order])
+    runs_B = None if packed.runs_B is None else tuple(packed.runs_B[i] for i in order.tolist())
+    shuffled = replace(packed._map(lambda tensor: tensor[order]), runs_B=runs_B)
     parts = [shuffled.rows(i, i + 1) for i in range(len(order))]
     same(gradients(parts, router_aux_loss_coef=0), gradients([packed], router_aux_loss_coef=0))
 

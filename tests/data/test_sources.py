@@ -119,7 +119,7 @@ BAD = {
     "undecodable": ("a.txt", b"abc\xe9", {}, r"a\.txt is not UTF-8 at byte 3: "),
     "undecodable line": ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', {}, r"is not UTF-8 at line 2: "),
     "not json": ("a.jsonl", b'{"text": "a"}\n{"text": \n', {}, r"a\.jsonl, line 2 is not valid JSON"),
-    "not an object": ("a.jsonl", b"[1]\n", {}, r"line 1 is no JSON object"),
+    "not an object": ("a.jsonl", b"[1]\n", {}, r"is no JSON object"),
     "no column": ("a.jsonl", b'{"id": 1, "body": "a"}\n', {}, r"text_field=text .*line 1: it has id, body"),
     "not text": ("a.jsonl", b'{"text": null}\n', {}, r"line 1: 'text' holds null where text is expected"),
     "half a surrogate": ("a.jsonl", b'{"text": "a\\ud800"}\n', {}, r"half of a surrogate .* character 1"),

@@ -1,0 +1,243 @@
+"""Rows and files as people have them: recognised by shape and content, honoured or refused, never misread in silence."""
+
+import bz2
+import gzip
+import json
+import logging
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from moe_llm.config import SourceConfig
+from moe_llm.data.chat import read_examples
+from moe_llm.data.chat_template import ChatEncoder, turn_end_id
+from moe_llm.data.sources import read_documents
+from moe_llm.errors import UserError
+
+FIELD = "data.sources.0"
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WITH_TOOLS = (
+    "{% if tools %}[TOOLS]{{ tools | tojson }}[/TOOLS]{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>"
+    "{% endif %}{{ m.content }}{% if m.tool_calls %}[CALL]{{ m.tool_calls | tojson }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# as DeepSeek-R1's: the reasoning of all but the last turn is dropped
+DROPS_REASONING = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}"
+    "{% else %}{% set c = m.content %}{% if not loop.last and '</think>' in c %}{% set c = c.split('</think>')[-1] %}"
+    "{% endif %}[A]{{ c }}<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}[A]{% endif %}"
+)
+
+
+def chat(tmp_path, rows, name: str = "rows.jsonl") -> SourceConfig:
+    (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return SourceConfig(type="files", path=str(tmp_path / name), content="chat")
+
+
+def with_template(tokenizer, template: str):
+    from copy import deepcopy
+
+    tokenizer = deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def learned_texts(tokenizer, source: SourceConfig, **options) -> list[str]:
+    """What is learned of each example, a text for each span."""
+    encoder = ChatEncoder(tokenizer, FIELD, **options)
+    found = []
+    for ids, targets in encoder.encode(list(read_examples(source, FIELD))):
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], targets, [0]]))).reshape(-1, 2)
+        found.append("|".join(tokenizer.decode(ids[a:b].tolist()).strip() for a, b in edges))
+    return found
+
+
+def turns(*contents, **last):
+    made = [{"role": "user" if i % 2 == 0 else "assistant", "content": c} for i, c in enumerate(contents)]
+    made[-1] |= last
+    return made
+
+
+SHAPES = {
+    "messages": {"messages": turns("hi", "yes")},
+    "ShareGPT": {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]},
+    "Alpaca": {"instruction": "hi", "input": "", "output": "yes"},
+    "prompt and completion": {"prompt": "hi", "completion": "yes"},
+    "TRL's lists": {"prompt": turns("hi"), "completion": [{"role": "assistant", "content": "yes"}]},
+    "preferences": {"prompt": "hi", "chosen": "yes", "rejected": "no"},
+    "preferences as messages": {"chosen": turns("hi", "yes"), "rejected": turns("hi", "no")},
+    "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, *turns("hi", "yes")[1:]]},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_row_of_every_shape_is_the_same_conversation(tmp_path, shape):
+    [found] = read_examples(chat(tmp_path, [SHAPES[shape]]), FIELD)
+    assert found.messages == turns("hi", "yes")
+
+
+def test_an_instruction_with_input_holds_both(tmp_path):
+    [found] = read_examples(chat(tmp_path, [{"instruction": "Add", "input": "1 2", "output": "3"}]), FIELD)
+    assert found.messages[0]["content"] == "Add\n\n1 2"
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])
+def test_what_is_not_to_be_learned_is_masked(tokenizer, tmp_path, mark):
+    tokenizer = with_template(tokenizer, CHATML)
+    messages = turns("a", "one", "b", "two", "c", "three")
+    messages[3] |= mark
+    source = chat(tmp_path, [{"messages": messages}, {"messages": turns("a", "gone"), **mark}])
+    assert learned_texts(tokenizer, source) == ["one<|im_end|>|three<|im_end|>"]
+    marked = CHATML.replace("{{ m.content }}<|im_end|>", "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+                            "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}")  # fmt: skip
+    assert learned_texts(with_template(tokenizer, marked), source) == ["one<|im_end|>|three<|im_end|>"]
+
+
+def test_only_the_last_turn_is_learned_where_asked_for(tokenizer, tmp_path):
+    source = chat(tmp_path, [{"messages": turns("a", "one", "b", "two")}])
+    assert learned_texts(with_template(tokenizer, CHATML), source, train_on="last") == ["two<|im_end|>"]
+
+
+@pytest.mark.parametrize("weight", [0.5, -1, "0", True])
+def test_other_weights_are_refused(tmp_path, weight):
+    with pytest.raises(UserError, match=r"has the weight .*: use 1 to learn it and 0 not to"):
+        list(read_examples(chat(tmp_path, [{"messages": turns("a", "b", weight=weight)}]), FIELD))
+
+
+CALL = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+
+
+def test_tools_calls_and_reasoning_reach_the_template_and_are_learned(tokenizer, tmp_path, caplog):
+    messages = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": None, "tool_calls": CALL, "reasoning_content": "hm"},
+        {"role": "tool", "content": "2", "tool_call_id": "x", "name": "add"},
+        {"role": "assistant", "content": "two"},
+    ]
+    source = chat(tmp_path, [{"messages": messages, "tools": TOOLS}])
+    tokenizer = with_template(tokenizer, WITH_TOOLS)
+    [learned] = learned_texts(tokenizer, source)
+    assert "<think>hm</think>" in learned
+    assert '[CALL][{"type": "function"' in learned
+    assert learned.endswith("two<|im_end|>")
+    [found] = read_examples(source, FIELD)
+    encoder = ChatEncoder(tokenizer, FIELD)
+    expected = tokenizer.apply_chat_template(found.messages, tools=TOOLS, tokenize=True, return_dict=False)
+    assert encoder.encode([found])[0][0].tolist() == expected
+    ignored = {record.getMessage().split("rows have ")[1].split(",")[0] for record in caplog.records}
+    assert ignored == {"name", "tool_call_id"}
+
+
+def test_a_template_that_ignores_tools_is_told_of(tokenizer, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    row = {"messages": turns("a", "b", tool_calls=CALL, reasoning_content="r"), "tools": TOOLS}
+    learned_texts(with_template(tokenizer, CHATML), chat(tmp_path, [row, row]))
+    assert sorted(m.getMessage().split("rows have ")[1].split(",")[0] for m in caplog.records) == [
+        "reasoning_content", "tool_calls", "tools",
+    ]  # fmt: skip
+
+
+def test_a_template_that_rewrites_earlier_turns_is_taken(tokenizer, tmp_path):
+    source = chat(tmp_path, [{"messages": turns("a", "<think>x</think>one", "b", "<think>y</think>two")}])
+    [learned] = learned_texts(with_template(tokenizer, DROPS_REASONING), source)
+    assert learned == "one<|im_end|>|<think>y</think>two<|im_end|>"
+
+
+def test_the_end_of_a_turn_is_found(tokenizer):
+    made = with_template(tokenizer, CHATML)
+    assert made.convert_ids_to_tokens(turn_end_id(made)) == "<|im_end|>"
+    assert turn_end_id(with_template(tokenizer, CHATML.replace("<|im_end|>", "[end]"))) is None
+
+
+ROWS = [{"text": "one\ntwo"}, {"text": 'say "hi", you'}]
+
+
+def write(path, kind: str) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    table = b'text,other\n"one\ntwo",1\n"say ""hi"", you",2\n'
+    content = {
+        "jsonl": lines, "array": json.dumps(ROWS).encode(), "indented": json.dumps(ROWS, indent=1).encode(),
+        "csv": table, "tsv": table.replace(b",1", b"\t1").replace(b",2", b"\t2").replace(b"text,", b"text\t"),
+    }[kind]  # fmt: skip
+    name = path.name.lower()
+    if name.endswith(".gz"):
+        content = gzip.compress(content)
+    elif name.endswith(".bz2"):
+        content = bz2.compress(content)
+    elif name.endswith(".zst"):
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+            stream.write(content)
+        content = sink.getvalue().to_pybytes()
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("x.jsonl", "jsonl"), ("x.JSONL", "jsonl"), ("x.ndjson", "jsonl"), ("lines.json", "jsonl"), ("x.json", "array"),
+        ("x.json", "indented"), ("x.JSON.gz", "array"), ("lines.json.gz", "jsonl"), ("x.jsonl.zst", "jsonl"),
+        ("x.jsonl.bz2", "jsonl"), ("x.csv", "csv"), ("x.CSV", "csv"), ("x.csv.gz", "csv"), ("x.tsv", "tsv"),
+    ],
+)  # fmt: skip
+def test_a_file_is_what_its_content_is(tmp_path, name, kind):
+    write(tmp_path / name, kind)
+    source = SourceConfig(type="files", path=str(tmp_path / name), text_field="text")
+    assert list(read_documents(source, FIELD)) == [row["text"] for row in ROWS]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "array"])
+def test_rows_under_a_name_of_text_are_told_of_or_refused(tmp_path, caplog, kind):
+    write(tmp_path / "x.txt", kind)
+    with pytest.raises(UserError, match=r"text_field=text applies to no text.*looks like"):
+        list(read_documents(SourceConfig(type="files", path=str(tmp_path / "x.txt"), text_field="text"), FIELD))
+    caplog.set_level(logging.WARNING)
+    assert len(list(read_documents(SourceConfig(type="files", path=str(tmp_path / "x.txt")), FIELD))) == 1
+    assert "looks like" in caplog.text
+
+
+BAD = {
+    "digits": ('{"text": "a", "n": ' + "9" * 5000 + "}", "holds a number that cannot be read"),
+    "nesting": ('{"text": "a", "n": ' + "[" * 200_000 + "]" * 200_000 + "}", "is nested too deeply"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_json_that_python_cannot_read_is_named_by_file_and_line(tmp_path, kind):
+    line, words = BAD[kind]
+    (tmp_path / "x.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(UserError, match=rf"x\.jsonl, line 2 {words}"):
+        list(read_documents(SourceConfig(type="files", path=str(tmp_path / "x.jsonl")), FIELD))
+
+
+def test_a_column_of_nulls_is_named(tmp_path):
+    table = pyarrow.table({"messages": pyarrow.array([None, None], pyarrow.list_(pyarrow.string())), "other": [1, 2]})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    source = SourceConfig(type="files", path=str(tmp_path / "x.parquet"), content="chat")
+    with pytest.raises(UserError, match=r"has neither messages nor prompt and completion, but (other|nothing)"):
+        list(read_examples(source, FIELD))
+
+
+@pytest.mark.parametrize(("template", "stops"), [(CHATML, True), (CHATML.replace("<|im_end|>", "[end]"), False)])
+def test_a_run_says_at_its_start_that_no_learned_turn_ends(tokenizer, tmp_path, caplog, template, stops):
+    from moe_llm.config.load import validate
+    from moe_llm.data.loader import load_data
+
+    source = chat(tmp_path, [{"messages": turns(f"a {i}", f"one {i}")} for i in range(20)])
+    raw = {
+        "data": {"sources": [source.model_dump()], "cache_dir": str(tmp_path / "c"), "validation_fraction": 0.2},
+        "train": {"max_steps": 1},
+        "model": {"vocab_size": None},
+        "tokenizer": {"path": "given"},
+    }
+    load_data(validate(raw), with_template(tokenizer, template), show_progress=False)
+    assert ("will not learn to stop" in caplog.text) != stops
