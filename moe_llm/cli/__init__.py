@@ -71,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
 
     train = _add(commands, "train", _train, "train, or go on with what the run directory holds")
     tokenizer = _add(commands, "tokenizer", _tokenizer, "train or fetch the tokenizer only")
+    prepare = _add(commands, "prepare", _prepare, "tokenise and check all of a run's text before it is trained on")
+    prepare.add_argument("--json", action="store_true", help="print the manifest")
     _add_generate(commands)
     _add_evaluate(commands)
     _add_upcycle(commands)
@@ -98,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     config_commands = config.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add(config_commands, "schema", _config_schema, "print the JSON schema, for editors")
     show = _add(config_commands, "show", _config_show, "print the configuration with defaults and overrides")
-    for command in (train, tokenizer, params, doctor, bench, plan, show):
+    for command in (train, tokenizer, prepare, params, doctor, bench, plan, show):
         command.add_argument("config", metavar="CONFIG", help="a YAML file")
         command.add_argument("overrides", metavar="section.key=value", nargs="*", default=[], help="override a value")
     return parser
@@ -245,6 +247,14 @@ def _tokenizer(args) -> None:
     from moe_llm.cli.tokenizer import build_tokenizer_command
 
     print(build_tokenizer_command(config))
+
+
+def _prepare(args) -> None:
+    config = _load(args)
+    from moe_llm.data.prepare import format_manifest, prepare
+
+    found = prepare(config)
+    _print_json(found) if args.json else print(format_manifest(found))
 
 
 def _generate(args) -> None:

@@ -1,9 +1,10 @@
 """What a run is: one pydantic model per section of the YAML file."""
 
+import math
 import re
 from typing import Any, Literal
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, PrivateAttr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from moe_llm.config.adversarial import AdversarialConfig
@@ -208,7 +209,7 @@ class TrainConfig(Section):
     """How long and in what portions to train."""
 
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; or give max_tokens")
-    max_tokens: int | None = Field(None, ge=1, description="training tokens, rounded up to whole steps")
+    max_tokens: int | None = Field(None, ge=1, description="training tokens without padding, rounded up to whole steps")
     micro_batch_size: int = Field(1, ge=1, description="blocks a rank takes through the model at once")
     global_batch_size: int = Field(1, ge=1, description="blocks an optimizer step, over all ranks")
     precision: Literal["fp32", "bf16"] = Field(
@@ -383,6 +384,8 @@ class LoggingConfig(Section):
 class Config(Section):
     """A run. Read it with `load_config`; `moe-llm config schema` prints its JSON schema."""
 
+    _fill: float = PrivateAttr(1.0)
+
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -453,6 +456,7 @@ class Config(Section):
 
     @property
     def tokens_per_step(self) -> int:
+        """Places for tokens, padding among them."""
         return self.train.global_batch_size * self.data.sequence_length
 
     @property
@@ -460,7 +464,15 @@ class Config(Section):
         """Optimizer steps of the whole run."""
         if self.train.max_steps is not None:
             return self.train.max_steps
-        return -(-self.train.max_tokens // self.tokens_per_step)
+        assert self.train.max_tokens is not None, "one of the two is given"
+        return math.ceil(round(self.train.max_tokens / (self.tokens_per_step * self._fill), 6))
+
+    def with_fill(self, fill: float) -> "Config":
+        """The same for data whose blocks are filled with tokens, not padding, to this share: `train.max_tokens` counts
+        tokens, so that a run on half empty blocks has twice the steps."""
+        copy = self.model_copy()
+        copy._fill = fill
+        return copy
 
     @property
     def reduce_bucket_size(self) -> int:

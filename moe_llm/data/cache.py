@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,6 +47,7 @@ VERIFIED = "verified.json"
 COMPARED_BYTES = 1 << 30  # of an entry whose hashes are compared each time: about a second
 _VERSION, _CHAT_VERSION = 2, 2
 _BATCH_BYTES = 256 * 1024
+_LOG_SECONDS = 30.0
 _PORTION_BYTES = 64 * 2**20  # of text: the most that a kill can cost
 SPLITS = ("train", "validation")
 
@@ -430,7 +432,7 @@ def _progress(field: str, total: int | None, show: bool):
 
     console = Console(stderr=True)
     if not (show and console.is_terminal):
-        yield lambda size: None
+        yield _log_progress(field, total) if show else lambda size: None
         return
     columns = (
         bars.TextColumn("tokenising {task.description}"),
@@ -442,3 +444,24 @@ def _progress(field: str, total: int | None, show: bool):
     with bars.Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(field, total=total)
         yield lambda size: progress.advance(task, size)
+
+
+def _log_progress(field: str, total: int | None) -> Callable[[int], None]:
+    """For a log: a line every `_LOG_SECONDS` with the share that is done, the rate and the time left."""
+    begin = told = time.monotonic()
+    done = 0
+
+    def advance(size: int) -> None:
+        nonlocal done, told
+        done += size
+        now = time.monotonic()
+        if now - told < _LOG_SECONDS:
+            return
+        told = now
+        rate = done / (now - begin)
+        of, left = ("", "")
+        if total:
+            of, left = f" of {total / 1e6:,.0f}", f", {max(total - done, 0) / rate / 60:.0f} min left"
+        logger.warning("tokenising %s: %s%s MB, %.1f MB/s%s", field, f"{done / 1e6:,.0f}", of, rate / 1e6, left)
+
+    return advance

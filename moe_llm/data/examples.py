@@ -43,6 +43,10 @@ class PackedExamples(PackedBlocks):
         return len(self._ends)
 
     @property
+    def places(self) -> int:
+        return int(self._places[self._documents].sum())
+
+    @property
     def targets(self) -> int:
         return sum(self._targets_of(d) for d in self._documents)
 

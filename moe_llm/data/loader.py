@@ -46,6 +46,14 @@ class TrainBlocks:
         """Blocks of all sources; without weights, the samples of an epoch."""
         return int(self._ends[-1])
 
+    @property
+    def fill(self) -> float:
+        """Share of the samples' places that hold a token and no padding, over an epoch or by the weights."""
+        length = self.sources[0].sequence_length
+        shares = [len(source) for source in self.sources] if self._mixture is None else self._mixture.quota.tolist()
+        filled = sum(share * s.places / max(len(s) * length, 1) for share, s in zip(shares, self.sources))
+        return filled / sum(shares)
+
     def locate(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(source, block of that source) of samples start .. start + count, (count,) int64 both."""
         position = np.arange(start, start + count, dtype=np.int64)

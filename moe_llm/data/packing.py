@@ -78,6 +78,11 @@ class PackedBlocks:
         return -(-max(len(self.text.tokens_N) - 1, 0) // self.sequence_length)
 
     @property
+    def places(self) -> int:
+        """Tokens that are read in all blocks; the others are padding."""
+        return max(len(self.text.tokens_N) - 1, 0)
+
+    @property
     def targets(self) -> int:
         return self.text.targets
 

@@ -40,7 +40,7 @@ class StepLosses(NamedTuple):
 class StepLoss:
     """The shares of one step's micro-batches, which are known beforehand.
 
-    routing: statistics of the micro-batches so far, or of the whole step where they are counted first; summed over the
+    tokens: of the whole step that are no padding, a scalar. routing: statistics of the micro-batches so far, or of the whole step where they are counted first; summed over the
     ranks, without gradient. counts_first: whether `count` has to be given all micro-batches' before the first share.
     """
 
@@ -52,8 +52,8 @@ class StepLoss:
         self.counts_first = model.balance_over == "step" and self.rounds > 1
         self._counted: list[RoutingStatistics] = []
         counts = torch.stack([_counts(batch) for batch in batches]).sum(0)
-        self.targets, tokens, self.sequences = runtime.sum(counts)
-        self.routed = tokens * model.router.parts_per_token
+        self.targets, self.tokens, self.sequences = runtime.sum(counts)
+        self.routed = self.tokens * model.router.parts_per_token
 
     def count(self, statistics: RoutingStatistics) -> None:
         """Take in a micro-batch's statistics; with those of the last one the ranks add up the step's. Collective."""

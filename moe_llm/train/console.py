@@ -28,6 +28,8 @@ def summary(record: dict[str, Any], limit: float | None = None) -> str:
     dead = sum(len(layer) for layer in moe["dead_experts"])
     parts.append(f"load cv {balance:.2f}" + (f", {dead} dead" if dead else ""))
     speed = f"{record['tokens_per_second']:,.0f} tokens/s"
+    if record.get("fill", 1.0) < 0.995:
+        speed += f" in blocks {record['fill']:.0%} full"
     parts.append(speed if limit is None else f"{speed} ({record['tokens_per_second'] / limit:.0%} of the limit)")
     return " · ".join(parts)
 

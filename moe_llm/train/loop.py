@@ -139,8 +139,7 @@ def train_loop(
             position.skipped += 1
         position.step += 1
         position.samples += config.train.global_batch_size
-        position.tokens += config.tokens_per_step
-        window.end_step(step_loss.routing)
+        window.end_step(step_loss.routing, step_loss.tokens)
 
         last = position.step == config.max_steps
         stopping = runtime.any(stop.requested)
@@ -151,6 +150,7 @@ def train_loop(
         remarks = window.remarks | _remarks(trouble, health.spike, position.step, callbacks.say)
         # Also at each save, so that a resumed run's records are means over the same steps as an uninterrupted one's.
         if evaluating or saving or remarks or _due(config.logging.every_steps, position.step):
+            position.tokens += window.read_tokens()
             record = {
                 "step": position.step,
                 "tokens": position.tokens,
@@ -275,6 +275,7 @@ class _Window:
         self.routing: RoutingStatistics | None = None
         self.expert_norms: list[list[float | None]] | None = None  # of the newest step that has them
         self.step_losses: list[torch.Tensor] = []
+        self.tokens: torch.Tensor | None = None  # that are no padding, of all ranks, on the device
         self.seconds = 0.0
         self.restart_clock()
 
@@ -286,7 +287,8 @@ class _Window:
         values = torch.cat([torch.stack([losses.lm, losses.aux, losses.z, losses.distill]), losses.own])
         self.losses = values if self.losses is None else self.losses + values
 
-    def end_step(self, routing: RoutingStatistics) -> None:
+    def end_step(self, routing: RoutingStatistics, tokens: torch.Tensor) -> None:
+        self.tokens = tokens.double() if self.tokens is None else self.tokens + tokens
         self.routing = routing.plus(self.routing)
         now = time.perf_counter()
         self.seconds += now - self.clock
@@ -294,12 +296,17 @@ class _Window:
         self.steps += 1
         self.step_losses = []
 
+    def read_tokens(self) -> int:
+        """Tokens of the window's steps without padding; waits for the device."""
+        return 0 if self.tokens is None else round(self.tokens.item())
+
     def read(self, config: Config) -> dict[str, float]:
         """Means over the steps of the window, the same on every rank."""
         assert self.losses is not None
         summed = self.runtime.sum(self.losses.clone()) / self.runtime.world_size / self.steps
         lm, aux, z, distill, *values = summed.tolist()
         own = dict(zip(router_losses(config.model), values, strict=True))
+        tokens = self.read_tokens()
         share = config.distill.alpha if config.distill.teachers else 0.0
         learned = (1 - share) * lm + share * distill if share else lm
         total = learned + config.model.router_aux_loss_coef * aux + config.model.router_z_loss_coef * z
@@ -311,5 +318,6 @@ class _Window:
             "z_loss": z,
             **{loss.name: value for loss, value in own.items()},
             **({"distill_loss": distill} if share else {}),
-            "tokens_per_second": config.tokens_per_step * self.steps / self.seconds,
+            "tokens_per_second": tokens / self.seconds,
+            "fill": tokens / (config.tokens_per_step * self.steps),
         }

@@ -48,7 +48,7 @@ class Reporter:
             record = record | {"alarms": [alarm.record() for alarm in alarms]}
         for sink in self._sinks:
             sink.write(record)
-        tokens_left = (self._config.max_steps - record["step"]) * self._config.tokens_per_step
+        tokens_left = (self._config.max_steps - record["step"]) * self._config.tokens_per_step * record["fill"]
         self._console.update(record, tokens_left / record["tokens_per_second"])
         for alarm in alarms:
             self._console.say(f"alarm at step {record['step']}: {alarm.sentence}")

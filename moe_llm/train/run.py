@@ -123,6 +123,7 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
             show_progress=runtime.is_main and config.logging.console != "off",
         ),
     )
+    config = config.with_fill(data.train.fill)
     step = 0 if source is None else read_trainer_state(source).get("step", 0)
     provenance = provenance_of(config, runtime, data, tokenizer, source, step)
     engine, position = build_trained(config, runtime, source)

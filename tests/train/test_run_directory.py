@@ -16,7 +16,19 @@ from moe_llm.data.sources import named_sources, read_documents
 from moe_llm.data.split import find_holdout, training_texts
 from moe_llm.data.tokenizer import load_tokenizer
 
-KEYS = {"step", "tokens", "loss", "lm_loss", "aux_loss", "z_loss", "grad_norm", "lr", "tokens_per_second", "moe"}
+KEYS = {
+    "step",
+    "tokens",
+    "loss",
+    "lm_loss",
+    "aux_loss",
+    "z_loss",
+    "grad_norm",
+    "lr",
+    "tokens_per_second",
+    "fill",
+    "moe",
+}
 MEASURED = {"val_loss", "val_bits_per_byte"}
 
 

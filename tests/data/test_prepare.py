@@ -1,0 +1,106 @@
+"""`moe-llm prepare` leaves everything that a run reads in the cache, checked, and says what it is."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moe_llm.cli import main
+from moe_llm.data import cache as cache_module
+
+
+@pytest.fixture
+def config_file(tmp_path, make_text, tokenizer):
+    (tmp_path / "a.txt").write_text("".join(make_text(seed) for seed in range(60)), encoding="utf-8")
+    (tmp_path / "b.txt").write_text("".join(make_text(seed) for seed in range(100, 130)), encoding="utf-8")
+    raw = {
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {"vocab_size": len(tokenizer)},
+        "tokenizer": {"path": tokenizer.name_or_path},
+        "data": {
+            "sources": [
+                {"type": "files", "path": str(tmp_path / name), "document": "line"} for name in ("a.txt", "b.txt")
+            ],
+            "cache_dir": str(tmp_path / "cache"),
+            "sequence_length": 16,
+            "validation_fraction": 0.1,
+        },
+        "train": {"max_steps": 1},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(raw), encoding="utf-8")
+    return path
+
+
+def prepare(config_file: Path, capsys, *overrides: str) -> dict:
+    assert main(["prepare", str(config_file), "--json", *overrides]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_second_call_finds_everything_and_encodes_nothing(config_file, capsys, monkeypatch):
+    first = prepare(config_file, capsys)
+    monkeypatch.setattr(cache_module, "_build", lambda *args: pytest.fail("encoded again"))
+    assert prepare(config_file, capsys) == first
+    assert json.loads(Path(first.pop("path")).read_text(encoding="utf-8")) == first
+
+
+def test_the_manifest_is_of_the_content_wherever_it_lies(config_file, capsys, tmp_path):
+    first = prepare(config_file, capsys)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("a.txt", "b.txt"):
+        shutil.copy(tmp_path / name, elsewhere / name)
+    moved = prepare(
+        config_file,
+        capsys,
+        f"data.sources.0.path={elsewhere / 'a.txt'}",
+        f"data.sources.1.path={elsewhere / 'b.txt'}",
+        f"data.cache_dir={tmp_path / 'other'}",
+    )
+    assert {**moved, "path": None} == {**first, "path": None}
+    assert first["files"]["data.sources.0"] == [
+        {
+            "name": "a.txt",
+            "size": (tmp_path / "a.txt").stat().st_size,
+            "sha256": hashlib.sha256((tmp_path / "a.txt").read_bytes()).hexdigest(),
+        }
+    ]
+
+
+def test_one_changed_character_changes_the_hash_and_that_source_alone(config_file, capsys, tmp_path):
+    first = prepare(config_file, capsys)
+    text = tmp_path / "b.txt"
+    text.write_text(text.read_text(encoding="utf-8").replace("router", "routes", 1), encoding="utf-8")
+    second = prepare(config_file, capsys)
+    assert second["hash"] != first["hash"]
+    changed = {new["source"] for old, new in zip(first["sources"], second["sources"]) if old != new}
+    assert changed == {"data.sources.1"}
+
+
+def test_damage_is_named_and_repaired_from_its_source_alone(config_file, capsys, tmp_path, monkeypatch, caplog):
+    first = prepare(config_file, capsys)
+    victim = max((tmp_path / "cache").glob("tokens-*/train.tokens.bin"), key=lambda path: path.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-2])
+    builds = []
+    original = cache_module._build
+    monkeypatch.setattr(cache_module, "_build", lambda *args: (builds.append(1), original(*args)))
+    assert prepare(config_file, capsys) == first
+    assert len(builds) == 1
+    assert "train.tokens.bin" in caplog.text
+
+
+def test_missing_text_is_one_sentence_before_any_work(config_file, capsys, tmp_path):
+    (tmp_path / "b.txt").unlink()
+    assert main(["prepare", str(config_file)]) == 2
+    assert "data.sources.1.path" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_is_prepared_is_told_by_source(config_file, capsys):
+    assert main(["prepare", str(config_file)]) == 0
+    out = capsys.readouterr().out
+    assert "data.sources.0 (train): " in out
+    assert "data.sources.1 (validation): " in out
+    assert "manifest " in out
