@@ -95,6 +95,11 @@ class DataConfig(Section):
     isolate_documents: bool = Field(
         True, description="tokens attend within their own document only; false: across a whole block"
     )
+    packing: Literal["concat", "best_fit"] = Field(
+        "concat",
+        description="text into blocks: concat: one document behind the other, cut where a block ends; best_fit: whole "
+        "documents where the least room remains, longer ones in pieces (Ding et al. 2024)",
+    )
     order: Literal["source", "similar"] = Field(
         "source",
         description="in which training documents follow each other in blocks: as in their source, or each by "
@@ -119,6 +124,14 @@ class DataConfig(Section):
         description="a run may resume on other text or another mixture than it was started with; reported, and recorded "
         "in facts.json and the checkpoints",
     )
+
+    @model_validator(mode="after")
+    def _packing_fits(self):
+        if self.packing == "best_fit" and not self.isolate_documents:
+            invalid("packing", self.packing, "packs by length, and isolate_documents is false", "set it to true")
+        if self.packing == "best_fit" and self.order == "similar":
+            invalid("packing", self.packing, "packs by length, and order is similar", "use packing: concat")
+        return self
 
     @model_validator(mode="after")
     def _weights_all_or_none(self):

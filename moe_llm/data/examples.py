@@ -32,6 +32,7 @@ class PackedExamples(PackedBlocks):
         for d in over:
             keep[d] = overlong == "truncate" and text.targets_N[self._of(d, sequence_length)].any()
         self.dropped, self.truncated = int((~keep).sum()), int(keep[over].sum())
+        self.cut = self.truncated
         self.kept = len(places) - self.dropped
         self._places = np.minimum(places, sequence_length)
         documents = np.flatnonzero(keep)

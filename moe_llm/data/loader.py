@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from moe_llm.config import Config, SourceConfig
+from moe_llm.data.best_fit import PackedDocuments
 from moe_llm.data.cache import SPLITS, DocumentEncoder, TokenizedText, cached_tokens
 from moe_llm.data.chat import read_examples
 from moe_llm.data.chat_template import ChatEncoder
@@ -230,7 +231,8 @@ def validation_batches(
 @dataclass(frozen=True)
 class SourceStatistics:
     """One source's share of a split. tokens: with bos and eos; blocks: of the sequence length; dropped, truncated:
-    chat examples longer than a block that are left out, or whose end is."""
+    chat examples longer than a block that are left out, or whose end is; cut: documents that are in several blocks;
+    padding: share of the blocks' places without a token."""
 
     name: str
     split: str
@@ -240,6 +242,8 @@ class SourceStatistics:
     blocks: int
     dropped: int = 0
     truncated: int = 0
+    cut: int = 0
+    padding: float = 0.0
 
 
 class SourceFingerprint(NamedTuple):
@@ -309,6 +313,8 @@ def load_data(
     def packed(text: TokenizedText) -> PackedBlocks:
         if text.targets_N is not None:
             return PackedExamples(text, data.sequence_length, data.overlong, tokenizer.eos_token_id)
+        if data.packing == "best_fit":
+            return PackedDocuments(text, data.sequence_length, tokenizer.eos_token_id)
         return PackedBlocks(text, data.sequence_length, data.isolate_documents, tokenizer.eos_token_id)
 
     texts = [(field, tokens(field, source, holdout)) for field, source in named_sources(config)]
@@ -371,7 +377,17 @@ def _fingerprint(name: str, split: str, text: TokenizedText) -> SourceFingerprin
 def _statistics(field: str, split: str, part: PackedBlocks) -> SourceStatistics:
     text = part.text
     left_out = {"dropped": part.dropped, "truncated": part.truncated} if isinstance(part, PackedExamples) else {}
-    return SourceStatistics(field, split, text.documents, len(text.tokens_N), text.bytes, len(part), **left_out)
+    return SourceStatistics(
+        field,
+        split,
+        text.documents,
+        len(text.tokens_N),
+        text.bytes,
+        len(part),
+        cut=part.cut_documents,
+        padding=part.padding,
+        **left_out,
+    )
 
 
 def _check_not_all_dropped(part: PackedBlocks, field: str, config: Config) -> None:

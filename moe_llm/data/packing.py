@@ -77,6 +77,21 @@ class PackedBlocks:
         """Number of blocks: the last token of the source is predicted but not read."""
         return -(-max(len(self.text.tokens_N) - 1, 0) // self.sequence_length)
 
+    cut: int | None = None  # documents that are in more than one block, once it is known
+
+    @property
+    def cut_documents(self) -> int:
+        """Documents that more than one block has a part of."""
+        if self.cut is None:
+            first, last = np.asarray(self.text.starts[:-1]), np.asarray(self.text.starts[1:]) - 2
+            self.cut = int((first // self.sequence_length != last // self.sequence_length).sum())
+        return self.cut
+
+    @property
+    def padding(self) -> float:
+        """Share of the blocks' places that hold no token."""
+        return 1 - self.places / max(len(self) * self.sequence_length, 1)
+
     @property
     def places(self) -> int:
         """Tokens that are read in all blocks; the others are padding."""

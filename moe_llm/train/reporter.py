@@ -97,6 +97,11 @@ def announce(
         f"{training:,} training tokens"
     )
     for part in data.statistics:
+        if config.data.packing == "best_fit" and part.split == "train":
+            reporter.say(
+                f"{part.name}: best_fit cuts {part.cut / max(part.documents, 1):.1%} of the documents and leaves "
+                f"{part.padding:.1%} of the blocks to padding"
+            )
         if part.dropped or part.truncated:
             reporter.say(
                 f"{part.name} ({part.split}): of {part.documents} examples {part.dropped} are left out and "
