@@ -6,6 +6,8 @@ from torch.autograd.function import once_differentiable
 
 from moe_llm.ops import native, triton
 
+_FUSED = "_fused_rms_norm_backward"
+
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension, times weight_D.
@@ -62,6 +64,12 @@ class _AddRMSNorm(torch.autograd.Function):
         return grad_x, grad_x, grad_weight, None
 
 
+def fused_on_cuda(x: Tensor, *others: Tensor) -> bool:
+    """Whether torch's fused kernel takes these: on CUDA, all of one dtype, from torch 2.9 on. It rounds once, after the
+    weight."""
+    return x.device.type == "cuda" and all(t.dtype == x.dtype for t in others) and hasattr(torch.ops.aten, _FUSED)
+
+
 def _forward(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if native.fits(x, weight_D):
         x = x.contiguous()
@@ -75,6 +83,8 @@ def _forward(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         y, scale = torch.empty_like(x), _scale_like(x)
         elementwise.norm_forward(x, None, weight_D.contiguous(), None, y, scale, eps)
         return y, scale
+    if fused_on_cuda(x, weight_D):
+        return torch.ops.aten._fused_rms_norm(x, weight_D.shape, weight_D, eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * scale).to(x.dtype) * weight_D, scale
@@ -99,6 +109,11 @@ def _backward(
         grad_x = torch.empty_like(x)
         grad_weight = elementwise.norm_backward(grad, x, weight_D.contiguous(), scale, grad_sum, grad_x)
         return grad_x if needs_x else None, grad_weight.to(weight_D.dtype) if needs_weight else None
+    if fused_on_cuda(x, grad, weight_D):
+        grad_x, grad_weight = torch.ops.aten._fused_rms_norm_backward(
+            grad.contiguous(), x, weight_D.shape, scale, weight_D, [needs_x, needs_weight]
+        )
+        return grad_x if grad_sum is None or not needs_x else grad_x + grad_sum, grad_weight
     grad_x = grad_weight = None
     normed = x * scale  # in the wide dtype, since scale is
     if needs_weight:

@@ -131,3 +131,13 @@ def test_scores_depend_on_distance_alone():
 
     torch.testing.assert_close(score(7, 3), score(107, 103), rtol=1e-4, atol=1e-5)
     assert (score(7, 3) - score(7, 4)).abs() > 1e-3
+
+
+def test_torchs_fused_norm_rounds_as_ours_within_the_dtype():
+    """It takes CUDA tensors here; its forward pass runs on a CPU too, and gives the same up to one rounding."""
+    x, weight = torch.randn(6, 64), torch.rand(64)
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        y, scale = torch.ops.aten._fused_rms_norm(x.to(dtype), [64], weight.to(dtype), 1e-5)
+        torch.testing.assert_close(y, rms_norm(x.to(dtype), weight.to(dtype), 1e-5), rtol=tolerance, atol=tolerance)
+        assert scale.shape == (6, 1)
+        assert scale.dtype == torch.float32

@@ -128,5 +128,7 @@ def test_facts_of_each_start_are_kept(train):
     assert [start["step"] for start in facts["starts"]] == [0, 3]
     assert facts["starts"][0]["peak_flops_per_second"] > 0
     assert facts["starts"][0]["versions"]["torch"]
+    assert facts["starts"][0]["kernels"]["experts"] == "fused"
+    assert facts["starts"][0]["kernels"].keys() == {"experts", "norm", "documents"}
     assert facts["parameters"] == sum(facts["parts"].values())
     assert facts["data"][0]["tokens"] > 1000
