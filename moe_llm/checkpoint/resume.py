@@ -91,8 +91,9 @@ def check_same_run(old_config_text: str, new: Config) -> None:
             continue
         raise UserError(
             f"{key}={_show(now, key)} differs from {_show(before, key)}, with which the run in "
-            f"{new.run.dir} was started: set it back, or set another run.dir"
-            + (", or allow it with data.allow_changed=true" if _within(key, ("data",)) else "")
+            f"{new.run.dir} was started: set it back"
+            + (", allow it with data.allow_changed=true" if _within(key, ("data",)) else "")
+            + ", or set another run.dir"
         )
 
 

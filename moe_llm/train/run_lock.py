@@ -24,6 +24,7 @@ class RunLock:
         self._directory = run_dir
         self._owner_file = run_dir / LOCK_FILES[1]
         self._lock: FileLock | None = None
+        self._made: list[Path] = []
 
     def acquire(self) -> None:
         """Take the lock, on the main rank of a run.
@@ -31,6 +32,7 @@ class RunLock:
         Raises:
             UserError: another process holds it; the sentence names its host and process id.
         """
+        self._made = [path for path in (self._directory, *self._directory.absolute().parents) if not path.exists()]
         self._directory.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self._directory / LOCK_FILES[0])
         try:
@@ -48,11 +50,17 @@ class RunLock:
         self._owner_file.write_text(json.dumps(owner) + "\n", encoding="utf-8")
 
     def release(self) -> None:
-        """Let the next run have it; nothing where it is not held."""
-        if self._lock is not None:
-            self._owner_file.unlink(missing_ok=True)
-            self._lock.release()
-            self._lock = None
+        """Let the next run have it, and leave nothing of the lock behind; nothing where it is not held."""
+        if self._lock is None:
+            return
+        self._owner_file.unlink(missing_ok=True)
+        # while it is held: who has opened it meanwhile finds that the file has no name any more, and opens the next one
+        (self._directory / LOCK_FILES[0]).unlink(missing_ok=True)
+        self._lock.release()
+        self._lock = None
+        for path in self._made:  # a run that was refused leaves no directory behind
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
 
     def _owner(self) -> str:
         try:

@@ -39,7 +39,7 @@ def checkpoint(finished_run):
 
 def test_every_documented_file_and_no_other(finished_run):
     top = {path.name for path in finished_run.iterdir()}
-    assert top == {"config.yaml", "metrics.jsonl", "facts.json", "plots", "tokenizer", "checkpoints", ".lock"}
+    assert top == {"config.yaml", "metrics.jsonl", "facts.json", "plots", "tokenizer", "checkpoints"}
     steps = {path.name for path in (finished_run / "checkpoints").iterdir()}
     assert steps == {"step-00000003", "step-00000006", "latest", "checkpoints.json"}
     assert (finished_run / "checkpoints/latest").resolve().name == "step-00000006"
@@ -49,6 +49,7 @@ def test_every_documented_file_and_no_other(finished_run):
         "generation_config.json",
         "model.safetensors",
         "tokenizer.json",
+        "tokenizer.model",
         "tokenizer_config.json",
         "trainer",
     }
