@@ -397,10 +397,9 @@ def _config_show(args) -> None:
 
 
 def _load(args):
-    from moe_llm.config import load_config
-    from moe_llm.finetune.init_from import complete
+    from moe_llm.api import load_config
 
-    return load_config(args.config, args.overrides, complete)
+    return load_config(args.config, args.overrides)
 
 
 def _print_json(value) -> None:

@@ -1,17 +1,31 @@
 """Settings that routers have in common: what the classes in `moe_llm.config.routers` are built on."""
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import Field, model_validator
 
 from moe_llm.config.base import Section, invalid
 
-if TYPE_CHECKING:
-    from moe_llm.config.model import ModelConfig
-
 DEFAULT_TYPE = "mixtral"
 Shapes = dict[str, tuple[int, ...]]
 ENTROPY_COEFFICIENTS = ("entropy_bonus_coef", "local_entropy_coef", "global_entropy_coef")
+
+
+class ModelSizes(Protocol):
+    """The sizes of a model that router settings read: `ModelConfig` has them, which itself is made of such settings."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_local_experts(self) -> int: ...
+    @property
+    def num_experts_per_tok(self) -> int: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+    @property
+    def expert_hidden_size(self) -> int: ...
+    @property
+    def expert_parameters(self) -> int: ...
 
 
 class RouterSettings(Section):
@@ -69,14 +83,14 @@ class RouterSettings(Section):
             )
         return self
 
-    def check(self, model: "ModelConfig") -> None:
+    def check(self, model: ModelSizes) -> None:
         """Refuse, with `invalid`, a model that this router does not fit; fields are relative to `model`."""
 
-    def parameter_shapes(self, model: "ModelConfig") -> Shapes:
+    def parameter_shapes(self, model: ModelSizes) -> Shapes:
         """The parameters of one layer's router, by name."""
         return {"weight": (model.num_local_experts, model.hidden_size)}
 
-    def buffer_shapes(self, model: "ModelConfig") -> Shapes:
+    def buffer_shapes(self, model: ModelSizes) -> Shapes:
         """What of one layer's router is no parameter but belongs to the model: fp32, begins at zero, is changed by
         the router's `after_step` alone, and is in every checkpoint."""
         return {}
@@ -84,12 +98,12 @@ class RouterSettings(Section):
     def check_length(self, length: int) -> None:
         """Refuse, with `invalid`, blocks of so many tokens; fields are relative to the whole configuration."""
 
-    def shrunk(self, model: "ModelConfig", experts: int, length: int) -> dict[str, Any]:
+    def shrunk(self, model: ModelSizes, experts: int, length: int) -> dict[str, Any]:
         """Changes of the model's section, `router` among them, for a copy with so many experts and blocks of so many
         tokens."""
         return {}
 
-    def active_experts(self, model: "ModelConfig") -> int:
+    def active_experts(self, model: ModelSizes) -> int:
         """How many rows of experts a token costs, at most; where experts choose tokens, on average."""
         return model.num_experts_per_tok
 
@@ -98,15 +112,15 @@ class RouterSettings(Section):
         """Whether the weights of a token's experts sum to 1 whatever the logits are."""
         return False
 
-    def unweighed(self, model: "ModelConfig") -> list[str]:
+    def unweighed(self, model: ModelSizes) -> list[str]:
         """The router's parameters that the language-model loss cannot move: of a single expert the weight is 1."""
         return ["weight"] if self.normalized and model.num_experts_per_tok == 1 else []
 
-    def mixed_per_token(self, model: "ModelConfig") -> float:
+    def mixed_per_token(self, model: ModelSizes) -> float:
         """How many multiplications a token costs beside those by parameters."""
         return 0
 
-    def entered_per_token(self, model: "ModelConfig") -> float:
+    def entered_per_token(self, model: ModelSizes) -> float:
         """How many values a token keeps for the backward pass, beside logits and experts, of what is put in its place
         and taken back."""
         return 0

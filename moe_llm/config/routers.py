@@ -6,7 +6,7 @@ that is defined elsewhere adds its own with `moe_llm.model.moe.routers.register`
 
 import difflib
 import math
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny
 from pydantic_core import PydanticCustomError
@@ -16,6 +16,7 @@ from moe_llm.config.router_base import (
     DEFAULT_TYPE,
     ENTROPY_COEFFICIENTS,
     LimitedSettings,
+    ModelSizes,
     OverflowSettings,
     RouterSettings,
     Shapes,
@@ -33,9 +34,6 @@ __all__ = [
     "Shapes",
 ]
 
-if TYPE_CHECKING:
-    from moe_llm.config.model import ModelConfig
-
 
 class MixtralSettings(OverflowSettings):
     """Softmax over the experts, the top k of it, renormalised (Jiang et al. 2024)."""
@@ -52,7 +50,7 @@ class DenseSettings(RouterSettings):
 
     type: Literal["dense"] = "dense"
 
-    def check(self, model: "ModelConfig") -> None:
+    def check(self, model: ModelSizes) -> None:
         if model.num_experts_per_tok != model.num_local_experts:
             invalid(
                 "num_experts_per_tok",
@@ -74,10 +72,10 @@ class NoisyTopKSettings(OverflowSettings):
     def normalized(self) -> bool:
         return True
 
-    def unweighed(self, model: "ModelConfig") -> list[str]:
+    def unweighed(self, model: ModelSizes) -> list[str]:
         return [*super().unweighed(model), "noise_weight"] if model.num_experts_per_tok == 1 else []
 
-    def parameter_shapes(self, model: "ModelConfig") -> Shapes:
+    def parameter_shapes(self, model: ModelSizes) -> Shapes:
         shape = (model.num_local_experts, model.hidden_size)
         return {"weight": shape, "noise_weight": shape}
 
@@ -103,7 +101,7 @@ class GShardSettings(LimitedSettings):
     def even(self) -> bool:
         return super().even and self.second_expert == "always"
 
-    def check(self, model: "ModelConfig") -> None:
+    def check(self, model: ModelSizes) -> None:
         _exactly(model, 2, self.type)
 
     def quiet(self) -> dict[str, Any]:
@@ -121,7 +119,7 @@ class SwitchSettings(OverflowSettings):
         "training; null: no limit",
     )
 
-    def check(self, model: "ModelConfig") -> None:
+    def check(self, model: ModelSizes) -> None:
         _exactly(model, 1, self.type)
 
 
@@ -179,7 +177,7 @@ class HierarchicalSettings(RouterSettings):
         "model.num_experts_per_tok / groups_per_token experts",
     )
 
-    def check(self, model: "ModelConfig") -> None:
+    def check(self, model: ModelSizes) -> None:
         experts, chosen = model.num_local_experts, model.num_experts_per_tok
         if experts % self.groups:
             invalid("router.groups", self.groups, f"does not divide num_local_experts={experts}", "use a divisor")
@@ -200,13 +198,13 @@ class HierarchicalSettings(RouterSettings):
                 "lower it, or raise model.router.groups_per_token",
             )
 
-    def parameter_shapes(self, model: "ModelConfig") -> Shapes:
+    def parameter_shapes(self, model: ModelSizes) -> Shapes:
         return {
             "weight": (model.num_local_experts, model.hidden_size),
             "group_weight": (self.groups, model.hidden_size),
         }
 
-    def unweighed(self, model: "ModelConfig") -> list[str]:
+    def unweighed(self, model: ModelSizes) -> list[str]:
         alone = {"group_weight": self.groups_per_token, "weight": model.num_experts_per_tok // self.groups_per_token}
         return [name for name, number in alone.items() if number == 1]
 
@@ -233,7 +231,7 @@ class DeepSeekMoESettings(OverflowSettings):
     def normalized(self) -> bool:
         return self.norm_topk_prob
 
-    def check(self, model: "ModelConfig") -> None:
+    def check(self, model: ModelSizes) -> None:
         experts = model.num_local_experts
         if self.device_groups is None and self.device_balance_coef:
             invalid(
@@ -281,10 +279,10 @@ class BiasBalancedSettings(RouterSettings):
     def normalized(self) -> bool:
         return self.norm_topk_prob
 
-    def buffer_shapes(self, model: "ModelConfig") -> Shapes:
+    def buffer_shapes(self, model: ModelSizes) -> Shapes:
         return {"e_score_correction_bias": (model.num_local_experts,)}
 
-    def check(self, model: "ModelConfig") -> None:
+    def check(self, model: ModelSizes) -> None:
         experts, size = model.num_local_experts, model.num_local_experts // self.n_group
         if experts % self.n_group:
             invalid("router.n_group", self.n_group, f"does not divide num_local_experts={experts}", "use a divisor")
@@ -324,7 +322,7 @@ class LorySettings(RouterSettings):
     segment_length: int = Field(256, ge=1, description="tokens that pass through the same mixture")
     merges: ClassVar[bool] = True
 
-    def check(self, model: "ModelConfig") -> None:
+    def check(self, model: ModelSizes) -> None:
         _exactly(model, 1, self.type)  # the one of mixed weights
         if self.segment_length >= model.max_position_embeddings:
             invalid(
@@ -337,13 +335,13 @@ class LorySettings(RouterSettings):
     def check_length(self, length: int) -> None:
         check_second_segment(self.segment_length, length)
 
-    def parameter_shapes(self, model: "ModelConfig") -> Shapes:
+    def parameter_shapes(self, model: ModelSizes) -> Shapes:
         return {**super().parameter_shapes(model), "start": (model.num_local_experts,)}
 
-    def mixed_per_token(self, model: "ModelConfig") -> float:
+    def mixed_per_token(self, model: ModelSizes) -> float:
         return model.num_local_experts * model.expert_parameters / self.segment_length
 
-    def shrunk(self, model: "ModelConfig", experts: int, length: int) -> dict[str, Any]:
+    def shrunk(self, model: ModelSizes, experts: int, length: int) -> dict[str, Any]:
         return {"router": {"segment_length": min(self.segment_length, max(1, length // 4))}}
 
 
@@ -370,7 +368,7 @@ class ExpertChoiceSettings(RouterSettings):
     evaluates_by_buffers: ClassVar[bool] = True
     afterwards: ClassVar[str] = "send a token to each expert whose threshold its probability reaches, perhaps to none"
 
-    def check(self, model: "ModelConfig") -> None:
+    def check(self, model: ModelSizes) -> None:
         average = self.capacity_factor * model.num_experts_per_tok
         if average > model.num_local_experts:
             invalid(
@@ -380,10 +378,10 @@ class ExpertChoiceSettings(RouterSettings):
                 "lower it",
             )
 
-    def buffer_shapes(self, model: "ModelConfig") -> Shapes:
+    def buffer_shapes(self, model: ModelSizes) -> Shapes:
         return {"threshold": (model.num_local_experts,)}
 
-    def active_experts(self, model: "ModelConfig") -> int:
+    def active_experts(self, model: ModelSizes) -> int:
         return math.ceil(self.capacity_factor * model.num_experts_per_tok)
 
     @property
@@ -391,7 +389,7 @@ class ExpertChoiceSettings(RouterSettings):
         return False
 
 
-def _exactly(model: "ModelConfig", experts: int, kind: str) -> None:
+def _exactly(model: ModelSizes, experts: int, kind: str) -> None:
     if model.num_experts_per_tok != experts:
         invalid(
             "num_experts_per_tok",

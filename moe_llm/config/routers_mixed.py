@@ -1,14 +1,11 @@
 """Settings of routers whose experts work on something else than tokens, by `model.router.type`."""
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from moe_llm.config.base import invalid
-from moe_llm.config.router_base import OverflowSettings, RouterSettings, Shapes
-
-if TYPE_CHECKING:
-    from moe_llm.config.model import ModelConfig
+from moe_llm.config.router_base import ModelSizes, OverflowSettings, RouterSettings, Shapes
 
 
 class SoftMoESettings(RouterSettings):
@@ -27,7 +24,7 @@ class SoftMoESettings(RouterSettings):
     )
     needs_past: ClassVar[bool] = True
 
-    def check(self, model: "ModelConfig") -> None:
+    def check(self, model: ModelSizes) -> None:
         if self.slots_per_expert > self.segment_length:
             invalid(
                 "router.slots_per_expert",
@@ -55,7 +52,7 @@ class SoftMoESettings(RouterSettings):
     def check_length(self, length: int) -> None:
         check_second_segment(self.segment_length, length)
 
-    def shrunk(self, model: "ModelConfig", experts: int, length: int) -> dict[str, Any]:
+    def shrunk(self, model: ModelSizes, experts: int, length: int) -> dict[str, Any]:
         segment = min(self.segment_length, max(1, length // 5))
         slots = max(1, round(self.slots_per_expert * segment / self.segment_length))
         return {
@@ -63,15 +60,15 @@ class SoftMoESettings(RouterSettings):
             "router": {"segment_length": segment, "slots_per_expert": slots},
         }
 
-    def mixed_per_token(self, model: "ModelConfig") -> int:
+    def mixed_per_token(self, model: ModelSizes) -> int:
         return 2 * model.num_local_experts * self.slots_per_expert * model.hidden_size  # into slots and out of them
 
-    def entered_per_token(self, model: "ModelConfig") -> float:
+    def entered_per_token(self, model: ModelSizes) -> float:
         slots = model.num_local_experts * self.slots_per_expert  # logits, and each softmax with what it is of
         rows = slots / self.segment_length  # and what they give, beside tokens by segment and their outputs
         return 5 * slots + (2 * rows + 2) * model.hidden_size
 
-    def parameter_shapes(self, model: "ModelConfig") -> Shapes:
+    def parameter_shapes(self, model: ModelSizes) -> Shapes:
         weight = {"weight": (model.num_local_experts * self.slots_per_expert, model.hidden_size)}
         return weight | ({"scale": (1,)} if self.normalize else {})
 
@@ -87,14 +84,14 @@ class MultiHeadSettings(OverflowSettings):
     )
     norm_topk_prob: bool = Field(False, description="weights of a part's experts are divided by their sum")
 
-    def check(self, model: "ModelConfig") -> None:
+    def check(self, model: ModelSizes) -> None:
         if model.hidden_size % self.heads:
             invalid("router.heads", self.heads, f"does not divide hidden_size={model.hidden_size}", "use a divisor")
 
-    def active_experts(self, model: "ModelConfig") -> int:
+    def active_experts(self, model: ModelSizes) -> int:
         return model.num_experts_per_tok * self.heads
 
-    def entered_per_token(self, model: "ModelConfig") -> float:
+    def entered_per_token(self, model: ModelSizes) -> float:
         return 2 * model.hidden_size
 
     @property
@@ -105,7 +102,7 @@ class MultiHeadSettings(OverflowSettings):
     def parts_per_token(self) -> int:
         return self.heads
 
-    def parameter_shapes(self, model: "ModelConfig") -> Shapes:
+    def parameter_shapes(self, model: ModelSizes) -> Shapes:
         square = (model.hidden_size, model.hidden_size)
         return {
             "weight": (model.num_local_experts, model.expert_hidden_size),

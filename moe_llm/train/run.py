@@ -57,8 +57,11 @@ T = TypeVar("T")
 _OF_A_RUN = {"tokenizer", "config.yaml.tmp", "checkpoints", "metrics.jsonl", "facts.json", "wandb", *LOCK_FILES}
 
 
-def train(config: Config) -> None:
+def train(config: Config) -> Path:
     """Train as configured, from the newest complete checkpoint of the run directory if there is one.
+
+    Returns:
+        The newest checkpoint.
 
     Raises:
         UserError: bad input, found before any training and before anything is overwritten.
@@ -92,6 +95,8 @@ def train(config: Config) -> None:
                 farewell(config, run_dir, checkpoint, finished)
             if not finished:
                 raise Stopped(stopped_by)
+            assert checkpoint is not None, "a run saves its last step"
+            return checkpoint
     except StoppedEarly:
         if rank_from_environment() == 0:
             print("stopped before training, so nothing was saved: run the same command again to start")
