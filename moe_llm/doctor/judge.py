@@ -83,11 +83,13 @@ def _read_epochs(
         weights = [source.weight or 0.0 for source in config.data.sources]
         count = math.ceil(max(size * sum(weights) / weight for size, weight in zip(sizes, weights))) + 4 * len(sizes)
     batch = data.train.rows(0, min(count, _MAX_SAMPLES))
+    best_fit = config.data.packing == "best_fit"
     rows, samples, wrong = digests(batch), [], []
     judged = [Judged(times=np.zeros(len(text.tokens), np.int64)) for text in texts]
     left = list(sizes)
     for number, digest in enumerate(rows):
-        here = [text.judge(batch.rows(number, number + 1), config.data.isolate_documents) for text in texts]
+        row = batch.rows(number, number + 1)
+        here = [text.judge(row, config.data.isolate_documents, best_fit) for text in texts]
         source = next((i for i, found in enumerate(here) if not found.wrong), None)
         if source is None:
             wrong.append(f"sample {number}: {here[0].wrong[0].partition(': ')[2]}")
@@ -108,8 +110,9 @@ def _judge_held_out(
 ) -> tuple[list[str], list[str]]:
     """What is wrong with held-out blocks; and documents of `texts` that are trained on too."""
     wrong, twice = [], []
+    best_fit = config.data.packing == "best_fit"
     for number, batch in enumerate(data.validation.batches(micro_batch_size=1)):
-        here = [text.judge(batch, config.data.isolate_documents) for text in texts]
+        here = [text.judge(batch, config.data.isolate_documents, best_fit) for text in texts]
         source = next((i for i, found in enumerate(here) if not found.wrong), None)
         if source is None:
             wrong.append(f"held-out block {number}: {here[0].wrong[0].partition(': ')[2]}")

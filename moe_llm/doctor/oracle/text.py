@@ -52,12 +52,13 @@ class Text:
         self._bytes = self.tokens.tobytes()
         self.begin, self.end = (int(self.documents[0][i]) for i in (0, -1)) if self.documents else (-1, -1)
 
-    def judge(self, batch: Any, isolated: bool) -> Judged:
+    def judge(self, batch: Any, isolated: bool, rests_behind: bool = False) -> Judged:
         """Whether each block of a batch is what it should be, but for which pieces of text it holds.
 
         Args:
             batch: input_ids_BS, labels_BS, position_ids_BS, document_ids_BS (None where documents are not isolated)
                 and attention_mask_BS.
+            rests_behind: the rest of a document may stand behind others (best-fit packing), not at a block's begin alone.
         """
         judged = Judged(times=np.zeros(len(self.tokens), np.int64))
         for row in range(len(batch.input_ids_BS)):
@@ -65,12 +66,12 @@ class Text:
                 name: None if (value := getattr(batch, f"{name}_BS")) is None else value[row].numpy()
                 for name in ("input_ids", "labels", "position_ids", "document_ids", "attention_mask")
             }
-            reason = self._judge_block(block, isolated, judged)
+            reason = self._judge_block(block, isolated, rests_behind, judged)
             if reason:
                 judged.wrong.append(f"block {row}: {reason}")
         return judged
 
-    def _judge_block(self, block: dict[str, Any], isolated: bool, judged: Judged) -> str:
+    def _judge_block(self, block: dict[str, Any], isolated: bool, rests_behind: bool, judged: Judged) -> str:
         real, labels = block["attention_mask"], block["labels"]
         count = int(real.sum())
         if not real[:count].all():
@@ -90,7 +91,7 @@ class Text:
                 return "a document's border is not where its text ends"
             if len({int(block["document_ids"][start]) for start, _ in pieces}) != len(pieces):
                 return "two documents are marked as one"
-        if any(block["input_ids"][start] != self.begin for start, _ in pieces[1:]):
+        if not rests_behind and any(block["input_ids"][start] != self.begin for start, _ in pieces[1:]):
             return "a document does not begin with the token that documents begin with"
         for start, stop in pieces:
             if isolated and (block["position_ids"][start:stop] != np.arange(stop - start)).any():
