@@ -2,13 +2,17 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from moe_llm import cli
+from moe_llm.cli import registry
+from moe_llm.cli.parser import CommandParser
 from moe_llm.config import Config, load_config
 from moe_llm.errors import UserError
 
@@ -220,3 +224,108 @@ def test_evaluate_is_one_call(monkeypatch, capsys):
     assert cli.main(["evaluate", "runs/a", "--data", "a", "--chat"]) == 0
     assert recorder.calls[-1][2]["chat"] is True
     assert capsys.readouterr().out.split() == ["loss", "1.25", "blocks", "4"]
+
+
+def test_help_shows_every_command_in_a_group_with_an_example(capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.main(["--help"])
+    assert done.value.code == 0
+    shown = capsys.readouterr().out
+    for group, functions in registry.GROUPS.items():
+        assert f"\n{group}:\n" in shown
+        parser = CommandParser("moe-llm")
+        for add in functions:
+            command = add(parser)
+            assert command.summary in shown
+            assert command.example in shown
+        assert all(f"\n  {name} " in shown for name in parser.commands)
+
+
+def test_examples_of_commands_parse():
+    parser = CommandParser("moe-llm")
+    for functions in registry.GROUPS.values():
+        for add in functions:
+            words = shlex.split(add(parser).example.partition(" > ")[0])
+            assert words[0] == "moe-llm"
+            assert callable(registry.parse(words[1:]).handler)
+
+
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        (["trian", QUICKSTART], "train"),
+        (["config", "shw"], "show"),
+        (["params", QUICKSTART, "--jsn"], "--json"),
+        (["evaluate", "c", "--dta", "x"], "--data"),
+        (["evaluate", "c", "--max-block=3", "--data", "x"], "--max-blocks"),
+        (["--versio"], "--version"),
+    ],
+)
+def test_a_mistyped_command_or_option_gets_the_nearest_name(argv, meant, capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.main(argv)
+    assert done.value.code == 2
+    assert capsys.readouterr().err.endswith(f": did you mean {meant}?\n")
+
+
+def test_a_renamed_command_works_with_a_warning(monkeypatch, capsys, tmp_path):
+    recorder = Recorder(SimpleNamespace(rows=3, left_out=1))
+    monkeypatch.setattr("moe_llm.distill.answers.write_answers", recorder.write)
+    argv = ["TEACHER", "p.jsonl", "--out", "o.jsonl"]
+    assert cli.main(["teach", *argv]) == cli.main(["generate-dataset", *argv]) == 0
+    assert recorder.calls[0] == recorder.calls[1]
+    assert capsys.readouterr().err == "moe-llm: warning: teach has been renamed: write generate-dataset\n"
+
+
+def test_output_that_cannot_be_written_is_one_line_and_no_trace():
+    for command in (["config", "schema"], ["params", QUICKSTART, "--json"]):  # longer and shorter than a buffer
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "moe_llm.cli", *command],
+                stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False,
+            )  # fmt: skip
+        assert done.returncode == 1
+        assert done.stderr == (
+            "moe-llm: error: the output cannot be written (No space left on device): send it elsewhere\n"
+        )
+
+
+def test_a_reader_that_leaves_early_is_no_fault():
+    for command in (["config", "schema"], ["params", QUICKSTART, "--json"]):
+        reading, writing = os.pipe()
+        os.close(reading)
+        done = subprocess.run(
+            [sys.executable, "-m", "moe_llm.cli", *command],
+            stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False,
+        )  # fmt: skip
+        os.close(writing)
+        assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_terminal_without_the_character_shows_its_code():
+    done = run("config", "show", QUICKSTART, "run.dir=läufe", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "l\\xe4ufe" in done.stdout
+
+
+def test_json_has_null_where_there_is_no_finite_number(monkeypatch, capsys):
+    result = {"loss": float("nan"), "rows": [{"x": float("-inf")}, (1.5, 2)], "blocks": 4}
+    monkeypatch.setitem(sys.modules, "moe_llm.evaluation.evaluate", Recorder(result))
+    assert cli.main(["evaluate", "runs/a", "--data", "a", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out, parse_constant=lambda word: pytest.fail(word))
+    assert printed == {"loss": None, "rows": [{"x": None}, [1.5, 2]], "blocks": 4}
+
+
+@pytest.mark.parametrize("text", ["a: &a [*a]", "data: &d {x: *d}", "[" * 3000])
+def test_yaml_without_end_is_refused(text, tmp_path, capsys):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    assert cli.main(["params", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert str(path) in err
+    assert err.count("\n") == 1
+
+
+def test_a_run_directory_may_begin_with_a_tilde(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_config(QUICKSTART, ["run.dir=~/x"]).run.dir == str(tmp_path / "x")

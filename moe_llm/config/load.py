@@ -73,7 +73,11 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader
 def parse_yaml(text: str, origin: str) -> Any:
     """The value of a YAML text; `origin` names it in the error."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)
+        json.dumps(value, default=str, skipkeys=True)  # an anchor may contain itself, which this refuses
+        return value
+    except RecursionError:
+        raise UserError(f"{origin} is nested too deeply: write it with fewer levels") from None
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""

@@ -1,6 +1,7 @@
 """What a run is: one pydantic model per section of the YAML file."""
 
 import math
+import os
 import re
 from typing import Any, Literal
 
@@ -22,6 +23,11 @@ class RunConfig(Section):
 
     dir: str = Field("runs/default", min_length=1, description="run directory; running again resumes what is there")
     seed: int = Field(0, ge=0, description="initialisation, data order, tokenizer sampling and router noise")
+
+    @field_validator("dir")
+    @classmethod
+    def _home_is_expanded(cls, value: str) -> str:
+        return os.path.expanduser(value)
 
 
 class TokenizerConfig(Section):

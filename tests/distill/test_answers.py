@@ -74,7 +74,7 @@ def test_texts_are_continued_as_transformers_does(beams, texts, mixtures, tmp_pa
 
     out = tmp_path / "new/answers.jsonl"
     words = [
-        "teach",
+        "generate-dataset",
         str(mixtures[0]),
         str(texts),
         "--out",
@@ -126,7 +126,7 @@ def test_answers_of_a_chat_are_learned_from(student, trained, mixtures, tmp_path
     assert (
         main(
             [
-                "teach",
+                "generate-dataset",
                 str(teacher),
                 str(tmp_path / "prompts.jsonl"),
                 "--out",
@@ -189,7 +189,7 @@ def test_an_interrupted_answering_goes_on_to_the_same_file(texts, dense, tmp_pat
 )
 def test_what_cannot_be_answered_is_refused(words, sentence, texts, dense, tmp_path, capsys):
     given = [{"TEACHER": str(dense), "PROMPTS": str(texts)}.get(word, word) for word in words]
-    assert main(["teach", *given, "--out", str(tmp_path / "out.jsonl")]) == 2
+    assert main(["generate-dataset", *given, "--out", str(tmp_path / "out.jsonl")]) == 2
     err = capsys.readouterr().err
     assert sentence in err.splitlines()[-1]
     assert not list(tmp_path.glob("*out.jsonl*"))

@@ -1,0 +1,139 @@
+"""Commands that show what a model does, or what a run has recorded."""
+
+import argparse
+import sys
+
+from moe_llm.cli.arguments import add_json, add_model, at_least, check_one_model, print_json, print_table, share
+from moe_llm.cli.parser import CommandParser
+
+
+def add_generate(parser: CommandParser) -> CommandParser:
+    example = "moe-llm generate runs/quickstart/checkpoints/latest --prompt 'def main'"
+    command = parser.add_command("generate", "continue a text with a checkpoint", example, _generate)
+    add_model(command)
+    command.add_argument("--prompt", required=True, help="the text to continue")
+    command.add_argument("--max-new-tokens", type=at_least(int, 1), default=128, metavar="N", help="at most")
+    command.add_argument(
+        "--temperature", type=at_least(float, 0), default=0.8, metavar="T", help="0: the likeliest token"
+    )
+    command.add_argument(
+        "--top-p", type=share, default=0.95, metavar="P", help="sample from the likeliest tokens of mass P"
+    )
+    command.add_argument("--seed", type=at_least(int, 0), default=0, metavar="N", help="of the sampling")
+    return command
+
+
+def _generate(args: argparse.Namespace) -> None:
+    check_one_model(args)
+    sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+    if args.ensemble is not None:
+        from moe_llm.ensemble.run import generate_command
+
+        print(generate_command(args.ensemble, args.prompt, **sampling))
+    else:
+        from moe_llm.inference.generate import generate
+
+        print(generate(args.checkpoint, args.prompt, **sampling))
+
+
+def add_evaluate(parser: CommandParser) -> CommandParser:
+    example = "moe-llm evaluate runs/quickstart/checkpoints/latest --data 'texts/*.txt'"
+    command = parser.add_command("evaluate", "loss, perplexity and bits per byte on text", example, _evaluate)
+    add_model(command)
+    command.add_argument("--data", required=True, nargs="+", metavar="FILE_OR_GLOB", help="text, jsonl or parquet")
+    command.add_argument("--batch-size", type=at_least(int, 1), default=8, metavar="N", help="blocks a batch")
+    command.add_argument("--chat", action="store_true", help="the files hold chat: score the assistant's turns")
+    command.add_argument("--max-blocks", type=at_least(int, 1), metavar="N", help="blocks in all")
+    add_json(command)
+    return command
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    check_one_model(args)
+    options = {"batch_size": args.batch_size, "max_blocks": args.max_blocks, "chat": args.chat}
+    if args.ensemble is not None:
+        from moe_llm.ensemble.evaluate import format_table
+        from moe_llm.ensemble.run import evaluate_command
+
+        table = evaluate_command(args.ensemble, args.data, **options)
+        print_json(table) if args.json else print(format_table(table))
+        return
+    from moe_llm.evaluation.evaluate import evaluate_files
+
+    result = evaluate_files(args.checkpoint, args.data, **options)
+    if args.json:
+        print_json(result)
+    else:
+        for name, value in result.items():
+            print(f"{name:<16} {value:.6g}" if isinstance(value, float) else f"{name:<16} {value}")
+
+
+def add_inspect(parser: CommandParser) -> CommandParser:
+    example = "moe-llm inspect runs/quickstart/checkpoints/latest --data code.txt prose.txt --out inspected"
+    command = parser.add_command("inspect", "which tokens of a text go to which experts", example, _inspect)
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint directory")
+    command.add_argument(
+        "--data", required=True, nargs="+", metavar="FILE_OR_GLOB", help="text, jsonl or parquet; each is one source"
+    )
+    command.add_argument("--max-tokens", type=at_least(int, 1), metavar="N", help="read of each source at most")
+    command.add_argument(
+        "--removal-rows",
+        type=at_least(int, 0),
+        default=4,
+        metavar="N",
+        help="pieces of each source on which every expert is removed in turn (default 4; 0: not at all)",
+    )
+    command.add_argument("--seed", type=at_least(int, 0), default=0, metavar="N", help="of the permutations")
+    add_json(command)
+    command.add_argument("--out", metavar="DIR", help="write inspect.json, inspect.html and the plots there")
+    return command
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from moe_llm.inspect.report import check_out, format_report, write_report
+
+    if args.out:
+        check_out(args.out)
+    from moe_llm.inspect.inspect import Settings, inspect_checkpoint
+
+    settings = Settings(max_tokens=args.max_tokens, removal_rows=args.removal_rows, seed=args.seed)
+    report = inspect_checkpoint(args.checkpoint, args.data, settings)
+    if args.out:
+        print(f"written: {write_report(report, args.out)}", file=sys.stderr)
+    if args.json:
+        print_json({key: value for key, value in report.items() if key != "shown"})
+    else:
+        print(format_report(report))
+
+
+def add_diff(parser: CommandParser) -> CommandParser:
+    summary = "what has changed between two checkpoints of one model, by part"
+    command = parser.add_command("diff", summary, "moe-llm diff BASE TUNED --layers", _diff)
+    command.add_argument("base", metavar="BASE", help="a checkpoint directory")
+    command.add_argument("tuned", metavar="TUNED", help="another, of the same shapes")
+    command.add_argument("--layers", action="store_true", help="a row for each layer")
+    command.add_argument("--experts", action="store_true", help="a row for each expert")
+    add_json(command)
+    return command
+
+
+def _diff(args: argparse.Namespace) -> None:
+    from moe_llm.finetune.diff import as_table, diff
+
+    rows = diff(args.base, args.tuned, layers=args.layers, experts=args.experts)
+    print_json(rows) if args.json else print_table(as_table(rows))
+
+
+def add_report(parser: CommandParser) -> CommandParser:
+    summary = "what runs have recorded, as one HTML page and as pictures"
+    command = parser.add_command("report", summary, "moe-llm report runs/a runs/b --out compared.html", _report)
+    command.add_argument("runs", metavar="RUN", nargs="+", help="a run directory; several are compared")
+    command.add_argument("--out", metavar="FILE", help="the page (default: report.html in the first RUN)")
+    return command
+
+
+def _report(args: argparse.Namespace) -> None:
+    from moe_llm.report.report import report
+
+    page, *pictures = report(args.runs, args.out)
+    print(f"{page}, and {len(pictures)} plots in {pictures[0].parent}")

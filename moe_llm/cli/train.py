@@ -1,0 +1,119 @@
+"""Commands that train a model, or prepare its training."""
+
+import argparse
+
+from moe_llm.cli.arguments import add_configuration, at_least, load, positive, print_json, share_or_zero
+from moe_llm.cli.parser import CommandParser
+
+
+def add_train(parser: CommandParser) -> CommandParser:
+    summary = "train, or resume what the run directory holds"
+    command = parser.add_command("train", summary, "moe-llm train configs/quickstart.yaml optim.lr=3e-4", _train)
+    add_configuration(command)
+    return command
+
+
+def _train(args: argparse.Namespace) -> None:
+    config = load(args)
+    from moe_llm.train.run import train
+
+    train(config)
+
+
+def add_tokenizer(parser: CommandParser) -> CommandParser:
+    summary = "train or fetch the tokenizer only"
+    command = parser.add_command("tokenizer", summary, "moe-llm tokenizer configs/quickstart.yaml", _tokenizer)
+    add_configuration(command)
+    return command
+
+
+def _tokenizer(args: argparse.Namespace) -> None:
+    config = load(args)
+    from moe_llm.cli.tokenizer import build_tokenizer_command
+
+    print(build_tokenizer_command(config))
+
+
+def add_prepare(parser: CommandParser) -> CommandParser:
+    summary = "tokenise and check all of a run's text before it is trained on"
+    command = parser.add_command("prepare", summary, "moe-llm prepare configs/quickstart.yaml", _prepare)
+    add_configuration(command)
+    command.add_argument("--json", action="store_true", help="print the manifest")
+    return command
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    config = load(args)
+    from moe_llm.data.prepare import format_manifest, prepare
+
+    found = prepare(config)
+    print_json(found) if args.json else print(format_manifest(found))
+
+
+def add_upcycle(parser: CommandParser) -> CommandParser:
+    summary = "make a Mixtral checkpoint of a dense Mistral or Llama one"
+    example = "moe-llm upcycle path/to/mistral out --num-local-experts 8"
+    command = parser.add_command("upcycle", summary, example, _upcycle)
+    command.add_argument("dense", metavar="DENSE_DIR", help="a checkpoint directory as transformers saves it")
+    command.add_argument("out", metavar="OUT", help="the new checkpoint directory, which must not exist")
+    count = at_least(int, 1)
+    command.add_argument("--num-local-experts", type=count, default=8, metavar="N", help="copies of each feed-forward")
+    command.add_argument("--num-experts-per-tok", type=count, default=2, metavar="K", help="copies a token takes")
+    command.add_argument("--granularity", type=count, default=1, metavar="M", help="cut each copy into M experts")
+    command.add_argument(
+        "--noise", type=at_least(float, 0), default=0.0, metavar="S", help="noise, a share of a matrix's deviation"
+    )
+    command.add_argument(
+        "--reinit", type=share_or_zero, default=0.0, metavar="R", help="share of units that are initialised anew"
+    )
+    command.add_argument("--seed", type=at_least(int, 0), default=0, metavar="N", help="of router, noise and reinit")
+    return command
+
+
+def _upcycle(args: argparse.Namespace) -> None:
+    from moe_llm.finetune.upcycle import Recipe, upcycle
+
+    recipe = Recipe(
+        args.num_local_experts, args.num_experts_per_tok, args.noise, args.reinit, args.granularity, args.seed
+    )
+    model = upcycle(args.dense, args.out, recipe)
+    print(
+        f"{args.out}: {model.num_local_experts} experts, {model.num_experts_per_tok} a token, "
+        f"{model.num_params():,} parameters, {model.num_params(active=True):,} active"
+    )
+
+
+def add_generate_dataset(parser: CommandParser) -> CommandParser:
+    summary = "let a model answer prompts, as text for another to learn"
+    example = "moe-llm generate-dataset TEACHER prompts.jsonl --out answers.jsonl"
+    command = parser.add_command("generate-dataset", summary, example, _generate_dataset)
+    count = at_least(int, 1)
+    command.add_argument("teacher", metavar="TEACHER", help="checkpoint directory of a causal language model")
+    command.add_argument(
+        "prompts", nargs="+", metavar="PROMPTS", help="files or globs: rows with messages or prompt, or texts"
+    )
+    command.add_argument("--out", required=True, metavar="FILE.jsonl", help="what is written; it must not exist")
+    command.add_argument(
+        "--continue",
+        dest="continued",
+        type=count,
+        metavar="N",
+        help="PROMPTS are texts: continue the first N tokens of each; without it they are chat",
+    )
+    command.add_argument("--max-new-tokens", type=count, default=256, metavar="N", help="of an answer")
+    command.add_argument("--beams", type=count, default=5, metavar="N", help="of the search (default 5)")
+    command.add_argument("--temperature", type=positive, metavar="T", help="sample answers instead, with --beams 1")
+    command.add_argument("--batch-size", type=count, default=8, metavar="N", help="prompts at once")
+    command.add_argument("--limit", type=count, metavar="N", help="prompts in all")
+    command.add_argument("--seed", type=at_least(int, 0), default=0, metavar="N", help="of the sampling")
+    return command
+
+
+def _generate_dataset(args: argparse.Namespace) -> None:
+    from dataclasses import fields
+
+    from moe_llm.distill.answers import AnswerOptions, write_answers
+
+    options = AnswerOptions(**{field.name: getattr(args, field.name) for field in fields(AnswerOptions)})
+    written = write_answers(args.teacher, args.prompts, args.out, options)
+    print(f"{args.out}: {written.rows:,} answers, {written.left_out:,} prompts left out")
