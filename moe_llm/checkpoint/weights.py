@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Container, Iterable, Iterator, Mapping
+from pathlib import Path
 from types import EllipsisType
 
 import torch
@@ -110,11 +111,22 @@ class Weights:
         stacked = self._stacked(name)
         if stacked is None:
             for piece in hf.pieces(name, shape, first_expert):
-                yield piece.index, self.files.read(self._stored[piece.name])
+                yield piece.index, self._finite(self._stored[piece.name])
             return
         first = first_expert or 0
         for e in range(shape[0]):
-            yield (e,), self.files.read(stacked, slice(first + e, first + e + 1))[0]
+            yield (e,), self._finite(stacked, slice(first + e, first + e + 1))[0]
+
+    def _finite(self, stored: str, rows: slice | None = None) -> torch.Tensor:
+        """A tensor, or rows of it.
+
+        Raises:
+            UserError: a weight holds NaN or infinity, from which nothing sound can be computed.
+        """
+        tensor = self.files.read(stored, rows)
+        if self.prefix == "" and tensor.is_floating_point():
+            check_finite(tensor, stored, self.files.file(stored))
+        return tensor
 
     def read(self, name: str, shape: tuple[int, ...], first_expert: int | None = None) -> torch.Tensor:
         """A parameter as held here, fp32."""
@@ -138,6 +150,16 @@ class Weights:
     def _stacked(self, name: str) -> str | None:
         """Name in the files of an expert parameter that is stored stacked."""
         return self._stored.get(hf.published_name(name)) if hf.is_expert(name) else None
+
+
+def check_finite(tensor: torch.Tensor, name: str, file: Path) -> None:
+    """Refuse a weight that is NaN or infinite.
+
+    Raises:
+        UserError: it names the tensor and its file.
+    """
+    if not torch.isfinite(tensor).all():
+        raise UserError(f"tensor {name} of {file} holds NaN or infinity: use another checkpoint")
 
 
 def _some(names: list[str], shown: int = 3) -> str:

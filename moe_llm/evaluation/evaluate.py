@@ -13,6 +13,7 @@ from moe_llm.data.packing import model_inputs
 from moe_llm.data.tokenizer import load_tokenizer
 from moe_llm.distributed.engine import Engine
 from moe_llm.distributed.runtime import Runtime
+from moe_llm.errors import UserError
 
 
 @torch.no_grad()
@@ -71,6 +72,11 @@ def evaluate_files(
         loss_sum += output.loss_sum.item()
         targets += int(output.num_targets)
     loss = loss_sum / targets
+    if not math.isfinite(loss):
+        raise UserError(
+            f"checkpoint {str(checkpoint)!r} has no finite loss on this text ({loss}), though its weights are finite: they "
+            "are damaged, or have overflowed in training; use another checkpoint"
+        )
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),

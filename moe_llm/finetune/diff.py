@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_llm.checkpoint import hf
+from moe_llm.checkpoint.folder import check_checkpoint_directory
 from moe_llm.checkpoint.plan import MODEL
 from moe_llm.checkpoint.pretrained import check_weights
 from moe_llm.checkpoint.safetensors_io import TensorFiles, read_json
@@ -77,6 +78,8 @@ def diff(base: str | Path, tuned: str | Path, *, layers: bool = False, experts: 
 
 
 def _open_both(base: str | Path, tuned: str | Path) -> list[tuple[ModelConfig, Weights]]:
+    for directory in (base, tuned):
+        check_checkpoint_directory(directory)
     configs = [_described(directory) for directory in (base, tuned)]
     shapes = [_shapes(config) for config in configs]
     for name in [*shapes[0], *shapes[1]]:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from moe_llm.checkpoint import hf
+from moe_llm.checkpoint.folder import check_checkpoint_directory
 from moe_llm.checkpoint.plan import MODEL
 from moe_llm.checkpoint.safetensors_io import TensorFiles, read_json
-from moe_llm.checkpoint.weights import Weights
+from moe_llm.checkpoint.weights import Weights, check_finite
 from moe_llm.errors import UserError
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -66,6 +67,7 @@ class Model:
 
     def __init__(self, reference: str):
         self.reference, self.directory = reference, find(reference)
+        check_checkpoint_directory(self.directory)
         self.content = read_json(self.directory / "config.json")
         self.kind = self._kind()
         self.biases = () if self.kind == "mixtral" else BIASES
@@ -91,7 +93,9 @@ class Model:
         while start < stop:
             segment = segments[i]
             count = min(stop, segment.start + segment.count) - start
-            parts.append(self.files.read_span(segment.stored, start - segment.start, count))
+            part = self.files.read_span(segment.stored, start - segment.start, count)
+            check_finite(part, segment.stored, self.files.file(segment.stored))
+            parts.append(part)
             start, i = start + count, i + 1
         return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0, dtype=self.dtype(name))
 

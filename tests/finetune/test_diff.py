@@ -93,7 +93,7 @@ def test_other_shapes_and_missing_tensors_are_named(model, tmp_path, capsys):
     assert main(["diff", str(tmp_path / "base"), str(tmp_path / "other")]) == 2
     assert "model.layers.0.mlp.gate.weight is [4, 24] in" in capsys.readouterr().err
     assert main(["diff", str(tmp_path / "base"), str(tmp_path / "nowhere")]) == 2
-    assert "nowhere' has no config.json" in capsys.readouterr().err
+    assert "nowhere' holds no config.json" in capsys.readouterr().err
     tensors = load_file(tmp_path / "base/model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, tmp_path / "base/model.safetensors")
