@@ -30,7 +30,7 @@ import numpy as np
 
 from moe_llm.config import SourceConfig
 from moe_llm.data.chat import Example, read_examples
-from moe_llm.data.chat_template import ChatEncoder
+from moe_llm.data.chat_template import ChatEncoder, vocabulary_size
 from moe_llm.data.files import building, publish_resumable, replace_file, user_error_on_disk
 from moe_llm.data.portions import JOURNAL, Kept, Portion, append_portion, recover
 from moe_llm.data.sources import fingerprint, read_documents, source_bytes
@@ -98,7 +98,7 @@ class DocumentEncoder:
         self._backend.no_padding()
         self.eos = tokenizer.eos_token_id
         self.bos = self.eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+        self.dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
@@ -161,7 +161,7 @@ def cached_tokens(
                     publish_resumable(directory, "data.cache_dir", JOURNAL) as temporary,
                     _progress(field, source_bytes(source, field), show_progress) as advance,
                 ):
-                    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+                    dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
                     _build(pieces, encode, dtype, chat, temporary, num_workers, advance)
     return {split: open_split(directory, split) for split in SPLITS}
 

@@ -86,6 +86,11 @@ def own_template(tokenizer: "PreTrainedTokenizerFast") -> str | None:
     return template.get("default") if isinstance(template, dict) else template
 
 
+def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:
+    """Rows that a model needs: the largest id plus one, which is more than `len(tokenizer)` where ids have holes."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
+
+
 class ChatEncoder:
     """Examples to tokens and targets, by a tokenizer's chat template. Threads may share an encoder.
 
@@ -113,7 +118,7 @@ class ChatEncoder:
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.no_truncation()
         self._backend.no_padding()
-        self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+        self.dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
 
     def encode(self, examples: list[Example]) -> list[tuple[np.ndarray, np.ndarray]]:
         """(tokens, targets) of each: (tokens,) ids and (tokens,) uint8, 1 where the assistant speaks, the end of its

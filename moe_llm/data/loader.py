@@ -407,7 +407,7 @@ def load_evaluation(
     *,
     sequence_length: int,
     isolate_documents: bool = True,
-    text_field: str = "text",
+    text_field: str | None = None,
     document: str = "file",
     max_blocks: int | None = None,
     max_tokens: int | None = None,
@@ -417,6 +417,7 @@ def load_evaluation(
 
     Args:
         paths: a path, a glob or a list of them: text, jsonl or parquet, as in `data.sources`.
+        text_field: the column that holds the text, of files with rows; None: `text`.
         max_tokens: no document is read after so many tokens of text; None: all are.
         chat: they hold examples, of which what the assistant says counts; over-long ones are cut.
 
@@ -425,7 +426,8 @@ def load_evaluation(
     """
     if chat:
         return _chat_evaluation(paths, tokenizer, sequence_length, max_blocks)
-    source = SourceConfig(type="files", path=paths, text_field=text_field, document=document)
+    column = {} if text_field is None else {"text_field": text_field}
+    source = SourceConfig(type="files", path=paths, document=document, **column)
     encoder = DocumentEncoder(tokenizer)
     ids, sizes = [], []
     for text in read_documents(source, "--data"):

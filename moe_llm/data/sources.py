@@ -268,7 +268,7 @@ def _documents_of_file(path: Path, source: SourceConfig, field: str) -> Iterator
         rows = looks_like_rows(path) if source.format == "auto" else None
         if rows is not None and "text_field" in source.model_fields_set:
             raise UserError(
-                f"{field}.text_field={column} applies to no text, and {path} is one by its name, though it looks like "
+                f"{_text_key(field)}={column} applies to no text, and {path} is one by its name, though it looks like "
                 f"{rows}: set {field}.format to jsonl or json, or remove text_field"
             )
         if rows is not None:
@@ -423,15 +423,20 @@ def _text_of(record: dict, text_field: str, where: str, field: str) -> str:
     if not isinstance(text, str):
         raise UserError(
             f"{field}: {where}: {text_field!r} holds {json.dumps(text, default=str)[:40]} where text is "
-            f"expected: set {field}.text_field to a column of strings, or remove such rows"
+            f"expected: set {_text_key(field)} to a column of strings, or remove such rows"
         )
     return text
+
+
+def _text_key(field: str) -> str:
+    """What users set the column of the text with: a key of a source, or an option of the command line."""
+    return "--text-field" if field.startswith("--") else f"{field}.text_field"
 
 
 def _no_column(where: str, text_field: str, columns: list[str], field: str) -> UserError:
     chat = "messages" in columns or {"prompt", "completion"} <= set(columns)
     return UserError(
-        f"{field}.text_field={text_field} is no column of {where}: "
+        f"{_text_key(field)}={text_field} is no column of {where}: "
         f"it has {', '.join(map(str, columns)) or 'none'}, choose one of them"
         + (f" or set {field}.content=chat" if chat and not field.startswith("--") else "")
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_llm.config import Config
 from moe_llm.data import spm
-from moe_llm.data.chat_template import template_setting, turn_end_id, write_template
+from moe_llm.data.chat_template import template_setting, turn_end_id, vocabulary_size, write_template
 from moe_llm.data.files import building, publish, replace_file
 from moe_llm.data.sources import (
     fingerprint,
@@ -72,8 +72,11 @@ def build_tokenizer(config: Config, directory: Path) -> "PreTrainedTokenizerFast
     return load_tokenizer(directory)
 
 
-def load_tokenizer(directory: Path | str) -> "PreTrainedTokenizerFast":
+def load_tokenizer(directory: Path | str, needs_eos: bool = True) -> "PreTrainedTokenizerFast":
     """A saved tokenizer, checked to be one that this package can train with.
+
+    Args:
+        needs_eos: refuse one without an end-of-text token.
 
     Raises:
         UserError: it cannot be read, or it has no `tokenizers` backend or end-of-text token.
@@ -83,16 +86,19 @@ def load_tokenizer(directory: Path | str) -> "PreTrainedTokenizerFast":
     local = Path(directory).expanduser()
     if (local / "tokenizer.model").is_file() and not (local / "tokenizer.json").is_file():
         tokenizer = _from_sentencepiece(local)
-        _check_usable(tokenizer, directory)
+        _check_usable(tokenizer, directory, needs_eos)
         return tokenizer
     # No code beside the files is run, nor is it asked whether it may be. What has our own model's code beside it has a
     # plain tokenizer, for which a configuration of no model's is enough.
     options: dict = {"trust_remote_code": False}
     if _model_type(Path(directory) / "config.json") == "moe_llm":
         options["config"] = PreTrainedConfig()
-    # beside tekken.json, transformers takes mistral-common's tokenizer, which has no tokenizer.json's rules
-    both = (local / "tekken.json").is_file() and (local / "tokenizer.json").is_file()
-    loader = PreTrainedTokenizerFast if both else AutoTokenizer
+    # As tokenizer.json says. The Auto class would take mistral-common's tokenizer beside tekken.json, and would build
+    # LlamaTokenizer by rules of its own, with other ids for spaces, wherever config.json is not there to prevent it.
+    named = _json_of(local / "tokenizer_config.json")
+    plain = (local / "tokenizer.json").is_file() and "auto_map" not in named
+    generic = plain and ("eos_token" in named or (local / "tekken.json").is_file())  # else the class may know the end
+    loader = PreTrainedTokenizerFast if generic else AutoTokenizer
     try:
         tokenizer = loader.from_pretrained(str(local if local.is_dir() else directory), **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
@@ -101,14 +107,14 @@ def load_tokenizer(directory: Path | str) -> "PreTrainedTokenizerFast":
             f"tokenizer {str(directory)!r} cannot be loaded ({reason}): "
             "give a tokenizer directory, a sentencepiece .model file or a reachable hub name"
         ) from error
-    _check_usable(tokenizer, directory)
+    _check_usable(tokenizer, directory, needs_eos)
     return tokenizer
 
 
-def _check_usable(tokenizer: "PreTrainedTokenizerFast", directory: Path | str) -> None:
+def _check_usable(tokenizer: "PreTrainedTokenizerFast", directory: Path | str, needs_eos: bool) -> None:
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise UserError(f"tokenizer {str(directory)!r} has no tokenizer.json: convert it or use another one")
-    if tokenizer.eos_token_id is None:
+    if needs_eos and tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {str(directory)!r} has no eos_token: set one in its tokenizer_config.json")
 
 
@@ -204,6 +210,10 @@ def _json_of(file: Path) -> dict:
 
 
 GENERATION_FILE = "generation_config.json"
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model*", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "tekken.json", "chat_template*", "additional_chat_templates/*", GENERATION_FILE,
+)  # fmt: skip
 
 
 def save_tokenizer(tokenizer: Any, directory: Path) -> None:
@@ -409,10 +419,13 @@ def check_vocab(config: Config, tokenizer: "PreTrainedTokenizerFast") -> None:
     """Refuse a `model.vocab_size` that the tokenizer does not fit, or that leaves much of it unused.
 
     Raises:
-        UserError: below the tokenizer's size, or above it rounded up to a multiple of 256.
+        UserError: below the tokenizer's size, or above it rounded up to a multiple of 256, where no checkpoint brings
+            its own number of rows.
     """
-    size, given = len(tokenizer), config.model.vocab_size
+    size, given = vocabulary_size(tokenizer), config.model.vocab_size
     most = -(-size // _PADDING) * _PADDING
+    if config.model.init_from is not None and given is not None:
+        most = max(most, given)  # the rows that a checkpoint has stay
     if given is not None and not size <= given <= most:
         raise UserError(
             f"model.vocab_size={given} does not match the tokenizer of {size} tokens: "
@@ -425,7 +438,19 @@ def resolve_vocab(config: Config, tokenizer: "PreTrainedTokenizerFast") -> Confi
     check_vocab(config, tokenizer)
     if config.model.vocab_size is not None:
         return config
-    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": len(tokenizer)})})
+    return config.model_copy(
+        update={"model": config.model.model_copy(update={"vocab_size": vocabulary_size(tokenizer)})}
+    )
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """A folder's tokenizer and generation_config.json as they are, named templates in their subfolder included."""
+    for pattern in _TOKENIZER_FILES:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file():
+                copy = target / file.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
 
 
 def content_hash(tokenizer: "PreTrainedTokenizerFast") -> str:

@@ -26,9 +26,9 @@ def judge_text(config: Config) -> list[Finding]:
     """Blocks of the small run's text, and their order. Chat is judged by `judge_chat`."""
     if config.data.has_chat:
         return []
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast  # the Auto class would build LlamaTokenizer by rules of its own
 
-    tokenizer = AutoTokenizer.from_pretrained(Path(config.run.dir) / "tokenizer")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(Path(config.run.dir) / "tokenizer")
     data = read_data(config)
     texts = [Text(documents([Path(source.path)], tokenizer)) for source in config.data.sources]
     held_out = [Text(documents([Path(source.path)], tokenizer)) for source in config.data.validation_sources]

@@ -15,7 +15,13 @@ from moe_llm.ensemble.scores import load_text, score
 
 
 def evaluate(
-    ensemble: Ensemble, files: list[str], *, batch_size: int = 8, max_blocks: int | None = None, chat: bool = False
+    ensemble: Ensemble,
+    files: list[str],
+    *,
+    batch_size: int = 8,
+    max_blocks: int | None = None,
+    chat: bool = False,
+    text_field: str | None = None,
 ) -> dict[str, Any]:
     """Exact, over the whole vocabulary.
 
@@ -29,7 +35,7 @@ def evaluate(
         UserError: no text, or numbers that are not fitted yet.
     """
     rule = ensemble.rule
-    text = load_text(ensemble, files, max_blocks, chat)
+    text = load_text(ensemble, files, max_blocks, chat, text_field)
     losses = torch.zeros(1 + len(ensemble.models), dtype=torch.float64)
     tokens = asked = 0
     for scored in score(ensemble, text, batch_size):

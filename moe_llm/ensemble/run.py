@@ -79,6 +79,7 @@ def evaluate_command(
     batch_size: int = 8,
     max_blocks: int | None = None,
     chat: bool = False,
+    text_field: str | None = None,
     say: Say | None = None,
 ) -> dict[str, Any]:
     """`moe_llm.ensemble.evaluate.evaluate` of a file's ensemble, with its method.
@@ -97,7 +98,7 @@ def evaluate_command(
     _check_fitted(recipe, file)
     _check_text(files, "--data")
     ensemble = _ready(recipe, say)
-    result = evaluate(ensemble, files, batch_size=batch_size, max_blocks=max_blocks, chat=chat)
+    result = evaluate(ensemble, files, batch_size=batch_size, max_blocks=max_blocks, chat=chat, text_field=text_field)
     _tell_what_was_left_out(ensemble, say)
     return {"method": recipe.method, **result}
 

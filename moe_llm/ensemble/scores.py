@@ -40,7 +40,9 @@ class Scored:
     log_probs: list[Tensor | None]
 
 
-def load_text(ensemble: Ensemble, files: list[str], max_blocks: int | None, chat: bool = False) -> ValidationBlocks:
+def load_text(
+    ensemble: Ensemble, files: list[str], max_blocks: int | None, chat: bool = False, text_field: str | None = None
+) -> ValidationBlocks:
     """Text in the main model's tokens, in blocks that all members can read.
 
     Raises:
@@ -53,7 +55,9 @@ def load_text(ensemble: Ensemble, files: list[str], max_blocks: int | None, chat
             longer = translator is not None and not translator.one_to_one
             lengths.append(max(1, model.longest // 2) if longer else model.longest)
     tokenizer = ensemble.main.tokenizer
-    return load_evaluation(files, tokenizer, sequence_length=min(lengths), max_blocks=max_blocks, chat=chat)
+    return load_evaluation(
+        files, tokenizer, sequence_length=min(lengths), max_blocks=max_blocks, chat=chat, text_field=text_field
+    )
 
 
 def score(

@@ -49,10 +49,12 @@ def evaluate_files(
     sequence_length: int | None = None,
     max_blocks: int | None = None,
     chat: bool = False,
+    text_field: str | None = None,
 ) -> dict[str, float]:
     """Loss (nats a token), perplexity and bits per byte of a checkpoint on text files.
 
     Args:
+        text_field: the column that holds the text, of files with rows; None: `text`.
         chat: the files hold chat, and the loss is that of the assistant's turns.
 
     Raises:
@@ -65,7 +67,9 @@ def evaluate_files(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = MoEForCausalLM.from_pretrained(checkpoint).to(device)
     length = sequence_length or min(model.config.max_position_embeddings, 4096)
-    text = load_evaluation(files, tokenizer, sequence_length=length, max_blocks=max_blocks, chat=chat)
+    text = load_evaluation(
+        files, tokenizer, sequence_length=length, max_blocks=max_blocks, chat=chat, text_field=text_field
+    )
     loss_sum, targets = 0.0, 0
     for batch in text.batches(micro_batch_size=batch_size):
         output = model(**model_inputs(batch.to(device)))

@@ -17,7 +17,6 @@ D hidden, F width of the dense layer, E copies, m parts of each.
 """
 
 import hashlib
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from moe_llm.checkpoint.plan import MODEL, ShardSet, file_set
 from moe_llm.checkpoint.safetensors_io import Spec, TensorFiles, parse_size, read_json
 from moe_llm.config import ModelConfig
 from moe_llm.data.files import publish
+from moe_llm.data.tokenizer import copy_tokenizer
 from moe_llm.errors import UserError
 
 _ARCHITECTURES = {"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}
@@ -49,16 +49,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _THETA = 10000.0  # both families' default
 _DENSE = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}  # Mixtral's names and theirs
-_TOKENIZER = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tekken.json",
-    "chat_template*",
-    "generation_config.json",
-)
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _MAX_SHARD_SIZE = "5GB"
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
@@ -108,8 +98,7 @@ def upcycle(dense: str | Path, out: str | Path, recipe: Recipe) -> ModelConfig:
     with publish(out, field="OUT") as temporary:
         _write_weights(temporary, files, model, recipe)
         write_model_files(temporary, model, token_ids(content), _word(files.dtype(_EMBEDDING)))
-        for file in {found for pattern in _TOKENIZER for found in dense.glob(pattern) if found.is_file()}:
-            shutil.copyfile(file, temporary / file.name)
+        copy_tokenizer(dense, temporary)
     return model
 
 

@@ -21,6 +21,7 @@ from moe_llm.checkpoint.folder import check_checkpoint_directory
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.config import SourceConfig
 from moe_llm.data.cache import DocumentEncoder
+from moe_llm.data.chat_template import vocabulary_size
 from moe_llm.data.packing import IGNORED
 from moe_llm.data.sources import list_files, read_documents
 from moe_llm.data.tokenizer import load_tokenizer
@@ -74,9 +75,9 @@ def inspect_checkpoint(checkpoint: str | Path, data: list[str], settings: Settin
             f"checkpoint {str(checkpoint)!r} has model.router.type={model.config.router.type}, and what is told here "
             "is of routers that take the top k and renormalise: give such a checkpoint"
         )
-    if len(tokenizer) > model.config.vocab_size:
+    if vocabulary_size(tokenizer) > model.config.vocab_size:
         raise UserError(
-            f"the tokenizer in {str(checkpoint)!r} has {len(tokenizer)} entries, and vocab_size is "
+            f"the tokenizer in {str(checkpoint)!r} has {vocabulary_size(tokenizer)} entries, and vocab_size is "
             f"{model.config.vocab_size}: give the checkpoint its own tokenizer"
         )
     if torch.cuda.is_available():

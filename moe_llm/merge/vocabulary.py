@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from moe_llm.data import tokenizer as tokenizer_files
 from moe_llm.errors import UserError
 from moe_llm.merge.job import SPAN
 from moe_llm.merge.models import EMBEDDING, HEAD, Model
@@ -76,14 +77,11 @@ def build_vocabulary(
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a checkpoint directory, as transformers loads it."""
-    from transformers import AutoTokenizer
-
+    """The tokenizer of a checkpoint directory, as every command loads it."""
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # whatever its files make transformers raise, the remedy is one
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"the tokenizer of {directory} cannot be loaded ({reason}): give another directory") from error
+        return tokenizer_files.load_tokenizer(directory, needs_eos=False)
+    except UserError as error:
+        raise UserError(f"the tokenizer of {directory} cannot be loaded ({error}): give another directory") from error
 
 
 def _union(base: Model, tokenizers: dict[str, Any], known: dict[str, dict[str, int]]) -> Any:

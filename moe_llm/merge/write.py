@@ -18,7 +18,7 @@ from moe_llm.checkpoint.manifest import write_file, write_json
 from moe_llm.checkpoint.plan import MODEL, FileSet, ShardSet, file_set
 from moe_llm.checkpoint.safetensors_io import Spec, parse_size
 from moe_llm.data.files import publish
-from moe_llm.data.tokenizer import save_tokenizer
+from moe_llm.data.tokenizer import GENERATION_FILE, copy_tokenizer, save_tokenizer
 from moe_llm.errors import UserError
 from moe_llm.merge.job import Copy, Job
 from moe_llm.merge.models import pieces
@@ -27,10 +27,6 @@ from moe_llm.merge.vocabulary import load_tokenizer
 
 RECIPE_FILE = "merge_recipe.yaml"
 _SMALL_FILES = 64 << 20  # bytes set aside for a tokenizer and the configurations
-_BESIDE = (
-    "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer.model",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
 _WORDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -112,11 +108,10 @@ def _write_beside(plan: Plan, directory: Path) -> None:
     dtypes = [job.out_dtype for job in plan.tensors]
     word = _WORDS[max(dtypes, key=lambda dtype: (dtypes.count(dtype), dtype.itemsize))]
     content |= {"dtype": word, "torch_dtype": word}
-    for name in _BESIDE:
-        if plan.vocabulary is not None and name != "generation_config.json":
-            continue
-        if (plan.donor.directory / name).is_file():
-            shutil.copyfile(plan.donor.directory / name, directory / name)
+    if plan.vocabulary is None:
+        copy_tokenizer(plan.donor.directory, directory)
+    elif (plan.donor.directory / GENERATION_FILE).is_file():
+        shutil.copyfile(plan.donor.directory / GENERATION_FILE, directory / GENERATION_FILE)
     tokenizer = None
     if plan.vocabulary is not None:
         tokenizer = plan.vocabulary.tokenizer
