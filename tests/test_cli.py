@@ -223,6 +223,10 @@ def test_evaluate_is_one_call(monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out) == {"loss": 1.25, "blocks": 4}
     assert cli.main(["evaluate", "runs/a", "--data", "a", "--chat"]) == 0
     assert recorder.calls[-1][2]["chat"] is True
+    assert cli.main(["evaluate", "runs/a", "--data", "a", "--text-field", "body"]) == 0
+    assert recorder.calls[-1][2]["text_field"] == "body"
+    capsys.readouterr()
+    assert cli.main(["evaluate", "runs/a", "--data", "a", "--chat"]) == 0
     assert capsys.readouterr().out.split() == ["loss", "1.25", "blocks", "4"]
 
 
