@@ -43,6 +43,7 @@ def add_evaluate(parser: CommandParser) -> CommandParser:
     command.add_argument("--data", required=True, nargs="+", metavar="FILE_OR_GLOB", help="text, jsonl or parquet")
     command.add_argument("--batch-size", type=at_least(int, 1), default=8, metavar="N", help="blocks a batch")
     command.add_argument("--chat", action="store_true", help="the files hold chat: score the assistant's turns")
+    command.add_argument("--text-field", metavar="COLUMN", help="of files with rows: the text's column (text)")
     command.add_argument("--max-blocks", type=at_least(int, 1), metavar="N", help="blocks in all")
     add_json(command)
     return command
@@ -51,6 +52,8 @@ def add_evaluate(parser: CommandParser) -> CommandParser:
 def _evaluate(args: argparse.Namespace) -> None:
     check_one_model(args)
     options = {"batch_size": args.batch_size, "max_blocks": args.max_blocks, "chat": args.chat}
+    if args.text_field is not None:
+        options["text_field"] = args.text_field
     if args.ensemble is not None:
         from moe_llm.ensemble.evaluate import format_table
         from moe_llm.ensemble.run import evaluate_command
