@@ -1,10 +1,11 @@
 """Which architecture of transformers computes what a trained model does: a table of routers and shared experts.
 
 What counts is evaluation: noise, capacity and losses are gone then. Read in the sources of transformers 5.23: of those
-that route by softmax or by sigmoid, Mixtral, Qwen2-MoE and GLM-4-MoE have attention like ours (grouped queries, no
-biases, no norms of queries and keys, rotary embeddings in halves); OLMoE, Qwen3-MoE, dots1 and MiniMax-M2 always norm
-queries and keys, DeepSeek-V2 and V3 compress them, ERNIE-4.5 turns neighbouring pairs, GraniteMoeShared's files stack
-all experts of a layer in one tensor, which ranks that hold some of them cannot write. This file needs no torch.
+that route by softmax or by sigmoid, Mixtral, Qwen2-MoE and GLM-4-MoE have attention like ours without norms of queries
+and keys (grouped queries, rotary embeddings in halves), Qwen3-MoE with norms of each head (`model.qk_norm: head`), OLMoE
+with norms of the whole projection; DeepSeek-V2 and V3 compress queries and keys, ERNIE-4.5 turns neighbouring pairs,
+GraniteMoeShared's files stack all experts of a layer in one tensor, which ranks that hold some of them cannot write.
+What of these families' own checkpoints is read stands in `families.py`. This file needs no torch.
 """
 
 import re
@@ -44,12 +45,33 @@ def _qwen2_moe_fields(model: ModelConfig) -> dict[str, Any]:
         "moe_intermediate_size": model.intermediate_size,
         "shared_expert_intermediate_size": model.shared_width,
         "norm_topk_prob": _renormalises(model),
-        "qkv_bias": False,
+        "qkv_bias": model.attention_bias == "qkv",
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "use_sliding_window": bool(model.sliding_window),
         "max_window_layers": model.num_hidden_layers,
         "layer_types": [kind] * model.num_hidden_layers,
+    }
+
+
+def _olmoe_fields(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "num_experts": model.num_local_experts,
+        "norm_topk_prob": _renormalises(model),
+        "attention_bias": model.attention_bias == "all",
+        "clip_qkv": None,
+    }
+
+
+def _qwen3_moe_fields(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "num_experts": model.num_local_experts,
+        "moe_intermediate_size": model.intermediate_size,
+        "norm_topk_prob": _renormalises(model),
+        "attention_bias": model.attention_bias == "all",
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "use_sliding_window": bool(model.sliding_window),
     }
 
 
@@ -99,8 +121,10 @@ QWEN2_MOE = Architecture(
     (*_BY_PROJECTION, (r"\.shared_experts\.", ".shared_expert.")),
 )
 GLM4_MOE = Architecture("glm4_moe", "Glm4MoeForCausalLM", _glm4_moe_fields, _BY_PROJECTION)
+QWEN3_MOE = Architecture("qwen3_moe", "Qwen3MoeForCausalLM", _qwen3_moe_fields, _BY_PROJECTION)
+OLMOE = Architecture("olmoe", "OlmoeForCausalLM", _olmoe_fields, _BY_PROJECTION)
 OWN = Architecture("moe_llm", "MoELLMForCausalLM", _own_fields, _BY_PROJECTION, native=False)
-OF_OURS = tuple(found.model_type for found in (QWEN2_MOE, GLM4_MOE, OWN))  # beside Mixtral
+OF_OURS = tuple(found.model_type for found in (QWEN2_MOE, QWEN3_MOE, OLMOE, GLM4_MOE, OWN))  # beside Mixtral
 
 # The weights of the top k of a softmax: whether they are divided by their sum.
 _TOP_K_OF_SOFTMAX: dict[str, Callable[[ModelConfig], bool]] = {
@@ -128,7 +152,40 @@ _UNUSED = {"noisy_top_k": ("noise_weight",)}
 
 
 def _has_code(model: ModelConfig) -> bool:
-    return model.router.type in CODED
+    return model.router.type in CODED and _plain_attention(model)
+
+
+def _plain_attention(model: ModelConfig) -> bool:
+    return model.qk_norm == "none" and model.attention_bias == "none"
+
+
+def _fits_qwen3_moe(model: ModelConfig) -> bool:
+    return (
+        _renormalises(model) is not None
+        and not model.num_shared_experts
+        and model.qk_norm == "head"
+        and model.attention_bias != "qkv"
+    )
+
+
+def _fits_olmoe(model: ModelConfig) -> bool:
+    return (
+        _renormalises(model) is not None
+        and not model.num_shared_experts
+        and model.qk_norm == "projection"
+        and model.attention_bias != "qkv"
+        and model.sliding_window is None
+        and model.attention_head_dim * model.num_attention_heads == model.hidden_size
+    )
+
+
+def _fits_qwen2_moe(model: ModelConfig) -> bool:
+    return (
+        _renormalises(model) is not None
+        and model.shared_expert_gate
+        and model.qk_norm == "none"
+        and model.attention_bias != "all"
+    )
 
 
 def _renormalises(model: ModelConfig) -> bool | None:
@@ -142,6 +199,7 @@ def _fits_glm4_moe(model: ModelConfig) -> bool:
     router = model.router
     return (
         router.type == "bias_balanced"
+        and _plain_attention(model)
         and router.score == "sigmoid"
         and model.num_local_experts // router.n_group > 1
         and bool(model.num_shared_experts)
@@ -151,8 +209,10 @@ def _fits_glm4_moe(model: ModelConfig) -> bool:
 
 
 _TABLE: tuple[tuple[Architecture, Callable[[ModelConfig], bool]], ...] = (
-    (MIXTRAL, lambda model: _renormalises(model) is True and not model.num_shared_experts),
-    (QWEN2_MOE, lambda model: _renormalises(model) is not None and model.shared_expert_gate),
+    (MIXTRAL, lambda model: is_mixtral(model) and not model.num_shared_experts and _plain_attention(model)),
+    (QWEN2_MOE, _fits_qwen2_moe),
+    (QWEN3_MOE, _fits_qwen3_moe),
+    (OLMOE, _fits_olmoe),
     (GLM4_MOE, _fits_glm4_moe),
 )
 
@@ -177,6 +237,10 @@ def export_note(model: ModelConfig) -> str | None:
     told = f"model.router.type={model.router.type}"
     if model.num_shared_experts:
         told += f", model.num_shared_experts={model.num_shared_experts}"
+    if model.qk_norm != "none":
+        told += f", model.qk_norm={model.qk_norm}"
+    if model.attention_bias != "none":
+        told += f", model.attention_bias={model.attention_bias}"
     if found.code:
         return (
             f"transformers has no architecture with {told}: checkpoints have modelling code beside them and load there "

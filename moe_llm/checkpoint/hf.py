@@ -24,6 +24,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from moe_llm.checkpoint.architectures import MIXTRAL, OF_OURS, architecture_of
+from moe_llm.checkpoint.families import FAMILIES, fields_of
 from moe_llm.config import ModelConfig
 from moe_llm.errors import UserError
 
@@ -105,6 +106,7 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         "self_attn.k_proj.weight": (kv_width, D),
         "self_attn.v_proj.weight": (kv_width, D),
         "self_attn.o_proj.weight": (D, q_width),
+        **{f"self_attn.{name}": shape for name, shape in model.attention_vectors().items()},
         **{f"mlp.gate.{name}": shape for name, shape in model.router.parameter_shapes(model).items()},
         "mlp.experts.gate_up_proj": (E, 2 * F, model.expert_hidden_size),
         "mlp.experts.down_proj": (E, model.expert_hidden_size, F),
@@ -150,7 +152,7 @@ _DEFAULTS = {
     "tie_word_embeddings": False,
     "initializer_range": 0.02,
 }
-_DEFAULT_THETA = 1e6
+_DEFAULT_THETA, _FAMILIES_THETA = 1e6, 1e4
 _OURS = "moe_llm"  # the key under which config.json holds what MixtralConfig has no field for
 
 
@@ -232,13 +234,21 @@ def from_transformers_config(content: Mapping[str, Any], origin: str = "config.j
             f"{origin}: attention_dropout={content['attention_dropout']} is ignored: this model has no dropout",
             stacklevel=2,
         )
+    if content.get("model_type") in FAMILIES and _OURS not in content:
+        fields = fields_of(content, origin)
+        return _validated(content, {**fields, "rope_theta": _theta(content, origin, _FAMILIES_THETA)}, origin)
     fields = {name: content.get(name, default) for name, default in _DEFAULTS.items()}
     if "num_local_experts" not in content:
         fields["num_local_experts"] = content.get("num_experts", content.get("n_routed_experts", 8))
     if content.get("model_type") != MIXTRAL.model_type:
         fields["sliding_window"] = fields["sliding_window"] or None  # Qwen2-MoE's configuration makes 0 of null
+    fields = {**content.get(_OURS, {}), **fields, "rope_theta": _theta(content, origin, _DEFAULT_THETA)}
+    return _validated(content, fields, origin)
+
+
+def _validated(content: Mapping[str, Any], fields: dict[str, Any], origin: str) -> ModelConfig:
     try:
-        return ModelConfig.model_validate({**content.get(_OURS, {}), **fields, "rope_theta": _theta(content, origin)})
+        return ModelConfig.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join([*map(str, first["loc"]), *filter(None, [first.get("ctx", {}).get("field")])])
@@ -246,9 +256,14 @@ def from_transformers_config(content: Mapping[str, Any], origin: str = "config.j
 
 
 def _refuse_other_architectures(content: Mapping[str, Any], origin: str) -> None:
-    needed = "this package loads MixtralForCausalLM checkpoints"
+    loaded = ", ".join(sorted({MIXTRAL.model_type, *FAMILIES}))
+    needed = f"this package loads checkpoints of {loaded}"
     if content.get("model_type") in OF_OURS and _OURS in content:
         return  # written here: what it says is what this model is
+    if content.get("quantization_config"):
+        raise UserError(f"{origin}: quantization_config is set: give a checkpoint in fp32, bf16 or fp16")
+    if content.get("model_type") in FAMILIES:
+        return  # `fields_of` refuses what it does not know
     if content.get("model_type") != MIXTRAL.model_type:
         raise UserError(f"{origin}: model_type={content.get('model_type')!r} is not mixtral: {needed}")
     architectures = content.get("architectures") or ["MixtralForCausalLM"]
@@ -256,11 +271,9 @@ def _refuse_other_architectures(content: Mapping[str, Any], origin: str) -> None
         raise UserError(f"{origin}: architectures={architectures} is another model: {needed}")
     if content.get("hidden_act", "silu") not in ("silu", "swish"):
         raise UserError(f"{origin}: hidden_act={content['hidden_act']!r} is not supported: experts here use silu")
-    if content.get("quantization_config"):
-        raise UserError(f"{origin}: quantization_config is set: give a checkpoint in fp32, bf16 or fp16")
 
 
-def _theta(content: Mapping[str, Any], origin: str) -> float:
+def _theta(content: Mapping[str, Any], origin: str, default: float) -> float:
     """The base of the rotary frequencies; refuses every scaling of them."""
     theta = content.get("rope_theta")
     for key in ("rope_scaling", "rope_parameters"):
@@ -286,4 +299,4 @@ def _theta(content: Mapping[str, Any], origin: str) -> float:
         if None not in (theta, inner) and theta != inner:
             raise UserError(f"{origin}: rope_theta={theta} and {key}.rope_theta={inner} differ: make them equal")
         theta = inner if theta is None else theta
-    return _DEFAULT_THETA if theta is None else theta
+    return default if theta is None else theta

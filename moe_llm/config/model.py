@@ -15,7 +15,7 @@ class ModelConfig(Section):
     init_from: str | None = Field(
         None,
         min_length=1,
-        description="directory of a Mixtral checkpoint whose weights to begin with; keys of this section that are not "
+        description="directory of a Mixtral, Qwen2-MoE, Qwen3-MoE or OLMoE checkpoint whose weights to begin with; keys of this section that are not "
         "given, and the tokenizer unless `tokenizer.path` is, come from there too; null: random weights",
     )
     vocab_size: int | None = Field(None, ge=1, description="null: taken from the tokenizer")
@@ -64,6 +64,16 @@ class ModelConfig(Section):
         lt=1,
         description="share of an expert's hidden activations set to zero while training (Fedus et al. 2021, section "
         "2.4); experts are then computed one by one under autograd, which is slower",
+    )
+    qk_norm: Literal["none", "head", "projection"] = Field(
+        "none",
+        description="RMSNorm of queries and keys before they are turned. head: of each head (Qwen3-MoE); projection: of "
+        "all heads together (OLMoE)",
+    )
+    attention_bias: Literal["none", "qkv", "all"] = Field(
+        "none",
+        description="biases of attention's projections. qkv: of queries, keys and values (Qwen2-MoE); all: of the "
+        "output too",
     )
     rope_theta: float = Field(1e6, gt=0, description="base of the rotary embeddings' wavelengths")
     sliding_window: int | None = Field(
@@ -180,6 +190,20 @@ class ModelConfig(Section):
             **gate,
         }
 
+    def attention_vectors(self) -> dict[str, tuple[int, ...]]:
+        """Biases and norms of one layer's attention, by name within the layer's `self_attn`; none by default."""
+        q, kv = self.num_attention_heads * self.attention_head_dim, self.kv_heads * self.attention_head_dim
+        shapes = {}
+        if self.attention_bias != "none":
+            shapes |= {"q_proj.bias": (q,), "k_proj.bias": (kv,), "v_proj.bias": (kv,)}
+        if self.attention_bias == "all":
+            shapes["o_proj.bias"] = (self.hidden_size,)
+        if self.qk_norm != "none":
+            head = self.attention_head_dim
+            q, kv = (head, head) if self.qk_norm == "head" else (q, kv)
+            shapes |= {"q_norm.weight": (q,), "k_norm.weight": (kv,)}
+        return shapes
+
     def parameter_counts(self, active: bool = False) -> dict[str, int]:
         """Parameters per part, by arithmetic alone; their sum is the model's size.
 
@@ -189,6 +213,7 @@ class ModelConfig(Section):
         assert self.vocab_size is not None, "vocab_size is resolved from the tokenizer first"
         d, dh, layers = self.hidden_size, self.attention_head_dim, self.num_hidden_layers
         attention = 2 * d * dh * (self.num_attention_heads + self.kv_heads)
+        attention += sum(size for (size,) in self.attention_vectors().values())
         experts = min(self.router.active_experts(self), self.num_local_experts) if active else self.num_local_experts
         router = sum(math.prod(shape) for shape in self.router.parameter_shapes(self).values())
         shared = layers * sum(math.prod(shape) for shape in self.shared_shapes().values())

@@ -35,6 +35,8 @@ _DECISIVE = (
     "tie_word_embeddings",
     "num_shared_experts",
     "shared_expert_gate",
+    "qk_norm",
+    "attention_bias",
 )
 
 

@@ -11,11 +11,16 @@ from moe_llm.model.adapters import factors_of
 
 
 def is_attention(name: str) -> bool:
-    """Whether an in-memory parameter is a projection of attention."""
+    """Whether an in-memory parameter is attention's: a projection, its bias, or a norm of queries or keys."""
     return ".self_attn." in name
 
 
-_TARGETS = {"attention": is_attention, "experts": is_expert, "router": is_router}
+def is_projection(name: str) -> bool:
+    """Whether an in-memory parameter is the matrix of a projection of attention."""
+    return is_attention(name) and name.endswith("_proj.weight")
+
+
+_TARGETS = {"attention": is_projection, "experts": is_expert, "router": is_router}
 
 
 def part_of(name: str) -> str:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from moe_llm.config import ModelConfig
 from moe_llm.model.linear import Linear
+from moe_llm.model.norm import RMSNorm
 from moe_llm.ops.attention import AttentionPattern, attention
 from moe_llm.ops.rope import apply_rotary
 
@@ -17,16 +18,32 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         hidden, self.head_dim = config.hidden_size, config.attention_head_dim
-        self.q_proj = Linear(hidden, config.num_attention_heads * self.head_dim)
-        self.k_proj = Linear(hidden, config.kv_heads * self.head_dim)
-        self.v_proj = Linear(hidden, config.kv_heads * self.head_dim)
-        self.o_proj = Linear(config.num_attention_heads * self.head_dim, hidden)
+        q_width, kv_width = config.num_attention_heads * self.head_dim, config.kv_heads * self.head_dim
+        bias = config.attention_bias
+        self.q_proj = Linear(hidden, q_width, bias != "none")
+        self.k_proj = Linear(hidden, kv_width, bias != "none")
+        self.v_proj = Linear(hidden, kv_width, bias != "none")
+        self.o_proj = Linear(q_width, hidden, bias == "all")
+        self.q_norm = self.k_norm = None
+        self.norm_heads = config.qk_norm == "head"
+        if config.qk_norm != "none":
+            q_norm, k_norm = (self.head_dim,) * 2 if self.norm_heads else (q_width, kv_width)
+            self.q_norm = RMSNorm(q_norm, config.rms_norm_eps)
+            self.k_norm = RMSNorm(k_norm, config.rms_norm_eps)
 
     def forward(self, x_BSD: Tensor, cos_BSd: Tensor, sin_BSd: Tensor, pattern: AttentionPattern) -> Tensor:
         q_BHSd, k_BGSd, v_BGSd = (
-            project(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+            self._heads(project(x_BSD), norm).transpose(1, 2)
+            for project, norm in ((self.q_proj, self.q_norm), (self.k_proj, self.k_norm), (self.v_proj, None))
         )
         q_BHSd, k_BGSd = apply_rotary(q_BHSd, k_BGSd, cos_BSd, sin_BSd)
         y_BHSd = attention(q_BHSd, k_BGSd, v_BGSd, pattern=pattern)
         return self.o_proj(y_BHSd.transpose(1, 2).flatten(2))
+
+    def _heads(self, x_BSW: Tensor, norm: RMSNorm | None) -> Tensor:
+        """(B, S, heads, d), normed per head or, before, over the whole projection."""
+        if norm is None:
+            return x_BSW.unflatten(-1, (-1, self.head_dim))
+        if self.norm_heads:
+            return norm(x_BSW.unflatten(-1, (-1, self.head_dim)))
+        return norm(x_BSW).unflatten(-1, (-1, self.head_dim))

@@ -14,7 +14,7 @@ from moe_llm.model.moe.router import Router
 @torch.no_grad()
 def init_weights(model: MoEDecoder, seed: int) -> None:
     """Normal weights of deviation `initializer_range`; those that write into the residual stream are divided by
-    sqrt(2 * layers) (Radford et al. 2019); norms are one; routers have some that are zero, as are their buffers, and
+    sqrt(2 * layers) (Radford et al. 2019); norms are one and biases of attention zero; routers have some that are zero, as are their buffers, and
     some of a deviation that keeps a vector's length (Glorot and Bengio 2010).
 
     Every tensor, and every expert, draws from a generator of its own, seeded by (seed, name, expert): a rank that
@@ -28,7 +28,7 @@ def init_weights(model: MoEDecoder, seed: int) -> None:
     gains = {f"{name}.{leaf}": gain for name, router in routers for leaf, gain in router.gains.items()}
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        if name in zero:
+        if name in zero or name.endswith("_proj.bias"):
             parameter.zero_()
             continue
         if parameter.dim() == 1:
