@@ -8,6 +8,10 @@ from moe_llm.config.base import Section, invalid
 
 DEFAULT_TYPE = "mixtral"
 Shapes = dict[str, tuple[int, ...]]
+CAPACITY = (
+    "an expert takes at most this many times its even share of the real tokens of each document (of each block, where "
+    "documents are not isolated), while training; null: no limit"
+)
 ENTROPY_COEFFICIENTS = ("entropy_bonus_coef", "local_entropy_coef", "global_entropy_coef")
 
 
@@ -156,8 +160,13 @@ class LimitedSettings(RouterSettings):
     capacity_factor: float | None = Field(
         None,
         gt=0,
-        description="an expert takes at most this many times its even share of each sequence, while training; "
-        "null: no limit",
+        description=CAPACITY,
+    )
+    capacity_order: str = Field(
+        "position",
+        pattern="^(position|choice)$",
+        description="who gets the room. position: tokens in their order, each with all of its choices, which is causal; "
+        "choice: all first choices before all second ones, as in the papers, so that later tokens decide too",
     )
     initial_capacity_factor: float | None = Field(
         None,
@@ -186,6 +195,10 @@ class LimitedSettings(RouterSettings):
         if self.initial_capacity_factor is not None and self.capacity_factor is None:
             invalid("capacity_factor", None, "is what initial_capacity_factor has to go to", "give both")
         return self
+
+    @property
+    def causal(self) -> bool:  # type: ignore[override]
+        return self.capacity_factor is None or self.capacity_order == "position"
 
     def capacity_at(self, step: int) -> float | None:
         """The factor in optimizer step `step`, counted from 0."""

@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from moe_llm.config.base import fields_by_key, invalid
 from moe_llm.config.router_base import (
+    CAPACITY,
     DEFAULT_TYPE,
     ENTROPY_COEFFICIENTS,
     LimitedSettings,
@@ -90,8 +91,7 @@ class GShardSettings(LimitedSettings):
     capacity_factor: float | None = Field(
         1.25,
         gt=0,
-        description="an expert takes at most this many times its even share of each sequence, while "
-        "training; null: no limit",
+        description=CAPACITY,
     )
     second_expert: Literal["random", "always"] = Field(
         "random", description="random: while training, with probability min(1, 2 * its weight)"
@@ -115,8 +115,7 @@ class SwitchSettings(OverflowSettings):
     capacity_factor: float | None = Field(
         1.25,
         gt=0,
-        description="an expert takes at most this many times its even share of each sequence, while "
-        "training; null: no limit",
+        description=CAPACITY,
     )
 
     def check(self, model: ModelSizes) -> None:
@@ -131,12 +130,13 @@ class BatchPrioritisedSettings(OverflowSettings):
     capacity_factor: float | None = Field(
         1.05,
         gt=0,
-        description="an expert takes at most this many times its even share of each sequence, while "
-        "training; null: no limit",
+        description=CAPACITY,
     )
     score: Literal["max", "sum"] = Field("max", description="of a token: its largest weight, or the sum of its top k")
     noise: bool = Field(True, description="while training, logits get normal noise of deviation 1 / experts")
-    causal: ClassVar[bool] = False
+    capacity_order: str = Field(
+        "score", pattern="^score$", description="who gets the room: first choices first, among them by score"
+    )
 
     def quiet(self) -> dict[str, Any]:
         return {**super().quiet(), "noise": False}
@@ -353,7 +353,7 @@ class ExpertChoiceSettings(RouterSettings):
     capacity_factor: float = Field(
         1.0,
         gt=0,
-        description="an expert takes this many times its even share of each sequence, while training: the "
+        description="an expert takes this many times its even share of each document or block, while training: the "
         "paper's capacity factor c, experts of a token on average, is this times model.num_experts_per_tok",
     )
     threshold_rate: float = Field(

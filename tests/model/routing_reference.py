@@ -20,19 +20,25 @@ def capacity(factor, length, top_k, experts):
     return math.ceil(factor * top_k * length / experts)
 
 
-def seats(proposals, real, room, experts, order=None):
-    """Which proposals get a place: choice by choice, position by position (or in `order`), sequence by sequence.
+def seats(proposals, real, factor, top_k, experts, order=None):
+    """Which proposals get a place, sequence by sequence: position by position with all of its choices; or, with an
+    order of the positions, choice by choice. The room is a share of the sequence's real tokens; factor None: no limit.
 
     proposals: per sequence and position a list of experts. Returns sets of (sequence, position, choice).
     """
     granted = set()
     for b, sequence in enumerate(proposals):
         used = [0] * experts
-        for choice in range(max(map(len, sequence))):
-            for s in order[b] if order else range(len(sequence)):
-                if choice < len(sequence[s]) and real[b][s] and used[sequence[s][choice]] < room:
-                    used[sequence[s][choice]] += 1
-                    granted.add((b, s, choice))
+        room = capacity(factor, sum(real[b]), top_k, experts) if factor else math.inf
+        most = max(map(len, sequence))
+        if order:
+            turns = [(s, choice) for choice in range(most) for s in order[b]]
+        else:
+            turns = [(s, choice) for s in range(len(sequence)) for choice in range(most)]
+        for s, choice in turns:
+            if choice < len(sequence[s]) and real[b][s] and used[sequence[s][choice]] < room:
+                used[sequence[s][choice]] += 1
+                granted.add((b, s, choice))
     return granted
 
 
@@ -93,7 +99,7 @@ def gshard(x_TD, p, real, top_k, drawn_T, factor, **settings):
             pairs.append(((first, g1 / (g1 + g2)), (second, g2 / (g1 + g2))))
             goes = drawn_T is None or 2 * pairs[-1][1][1] > drawn_T[t]
             proposals[-1].append([first, second] if goes else [first])
-    granted = seats(proposals, real, capacity(factor, length, 2, experts), experts)
+    granted = seats(proposals, real, factor, 2, experts)
     out = torch.zeros_like(gates_TE)
     for b, s, choice in granted:
         expert, gate = pairs[b * length + s][choice]
@@ -121,7 +127,7 @@ def by_probability(logits_TE, real, top_k, factor, score):
     if score is not None:
         of = [(max if score == "max" else sum)(gates_TE[t, e].item() for e in chosen[t]) for t in range(len(chosen))]
         order = [best(of[b * length : (b + 1) * length], length) for b in range(len(real))]
-    granted = seats(proposals, real, capacity(factor, length, top_k, experts), experts, order)
+    granted = seats(proposals, real, factor, top_k, experts, order)
     out = torch.zeros_like(gates_TE)
     for b, s, choice in granted:
         t = b * length + s
@@ -204,7 +210,7 @@ def expert_choice(x_TD, p, real, top_k, factor, **settings):
     out, length, experts = torch.zeros_like(score_TE), len(real[0]), score_TE.shape[1]
     for b, e in itertools.product(range(len(real)), range(experts)):
         offers = [score_TE[b * length + s, e].item() if real[b][s] else -INFINITY for s in range(length)]
-        for s in best(offers, capacity(factor, length, top_k, experts)):
+        for s in best(offers, capacity(factor, sum(real[b]), top_k, experts)):
             if real[b][s]:
                 out[b * length + s, e] = score_TE[b * length + s, e]
     return out, None
@@ -265,8 +271,7 @@ def multi_head(x_TD, p, real, top_k, heads, share, expert, factor=None):
         [choice for token in chosen[b * length : (b + 1) * length] for choice in token] for b in range(len(real))
     ]
     wide = [[one for one in row for _ in range(heads)] for row in real]
-    room = capacity(factor, length * heads, top_k, experts) if factor else math.inf
-    granted = seats(proposals, wide, room, experts)
+    granted = seats(proposals, wide, factor, top_k, experts)
     out = []
     for t in range(len(x_TD)):
         row = []

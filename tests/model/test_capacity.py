@@ -5,36 +5,53 @@ import torch
 
 from moe_llm.config import ModelConfig
 from moe_llm.model.init import build_model
-from moe_llm.model.moe.capacity import assign, capacity_of
+from moe_llm.model.moe.capacity import Groups, assign_by_choice, assign_by_position, capacity_of
 
 
-def greedy(preference: list[list[int]], real: list[bool], top_k: int, experts: int, capacity: int) -> list[list[bool]]:
-    """One sequence, in the words of the docstring: choice by choice, position by position."""
+def greedy(
+    preference: list[list[int]], real: list[bool], top_k: int, experts: int, capacity: int, order: str
+) -> list[list[bool]]:
+    """One sequence, in the words of the docstrings: token by token, or choice by choice."""
     used, held = [0] * experts, [0] * len(preference)
     granted = [[False] * len(row) for row in preference]
-    for choice in range(len(preference[0])):
-        for position, row in enumerate(preference):
-            expert = row[choice]
-            if real[position] and held[position] < top_k and used[expert] < capacity:
-                used[expert] += 1
-                held[position] += 1
-                granted[position][choice] = True
+    choices, positions = range(len(preference[0])), range(len(preference))
+    turns = [(s, r) for s in positions for r in choices]
+    if order == "choice":
+        turns = [(s, r) for r in choices for s in positions]
+    for position, choice in turns:
+        expert = preference[position][choice]
+        if real[position] and held[position] < top_k and used[expert] < capacity:
+            used[expert] += 1
+            held[position] += 1
+            granted[position][choice] = True
     return granted
 
 
-@pytest.mark.parametrize("seed", range(20))
+SERVE = {"position": assign_by_position, "choice": assign_by_choice}
+
+
+@pytest.mark.parametrize("order", SERVE)
+@pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize(("proposals", "top_k"), [(2, 2), (5, 2), (1, 1), (5, 1), (4, 3)])
-def test_assignment_equals_the_greedy_one(seed, proposals, top_k):
-    experts, length = 5, 11
+def test_assignment_equals_the_greedy_one_in_each_document(seed, proposals, top_k, order):
+    experts, documents = 5, (3, 7, 1, 11)
+    length = sum(documents)
     generator = torch.Generator().manual_seed(seed)
     bias = torch.tensor([2.0, 1.0, 0, 0, -1])
     preference = (torch.randn(3, length, experts, generator=generator) + bias).topk(proposals).indices
     real = torch.rand(3, length, generator=generator) > 0.2
-    for capacity in (1, 2, 4, 11):
-        found = assign(preference, real, top_k, experts, capacity)
+    number = torch.arange(len(documents)).repeat_interleave(torch.tensor(documents)).expand(3, -1)
+    for factor in (0.3, 0.8, 1.3, 5.0):
+        groups = Groups.of(real, number)
+        found = SERVE[order](preference, groups, top_k, experts, groups.capacity(factor, top_k, experts))
         for row in range(3):
-            expected = greedy(preference[row].tolist(), real[row].tolist(), top_k, experts, capacity)
-            assert found[row].tolist() == expected
+            begin = 0
+            for size in documents:
+                part = slice(begin, begin + size)
+                room = capacity_of(factor, int(real[row, part].sum()), top_k, experts)
+                args = preference[row, part].tolist(), real[row, part].tolist(), top_k, experts, room, order
+                assert found[row, part].tolist() == greedy(*args)
+                begin += size
 
 
 def test_capacity_is_the_even_share_times_the_factor():

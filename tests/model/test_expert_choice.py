@@ -44,9 +44,9 @@ def test_the_threshold_is_a_running_mean_of_the_lowest_score_taken():
     layer, (x_BSD, mask_BS) = blank(threshold_rate=0.25), inputs()
     mask_BS[2] = False  # a sequence of nothing says nothing
     score_BSE = (x_BSD @ layer.gate.weight.T).softmax(-1)
-    room, lowest = -(-10 * K // E), []
+    lowest = []
     for b, length in ((0, 10), (1, 7)):
-        lowest.append(score_BSE[b, :length].topk(room, dim=0).values[-1])
+        lowest.append(score_BSE[b, :length].topk(-(-length * K // E), dim=0).values[-1])
     mean_E = torch.stack(lowest).mean(0)
     layer.gate.after_step(layer(x_BSD, mask_BS)[1])
     torch.testing.assert_close(layer.gate.threshold, mean_E)
@@ -55,10 +55,10 @@ def test_the_threshold_is_a_running_mean_of_the_lowest_score_taken():
     torch.testing.assert_close(layer.gate.threshold, 0.75 * 0.6 + 0.25 * mean_E)
 
 
-def test_a_sequence_shorter_than_the_room_gives_all_its_tokens():
+def test_a_short_sequence_gives_a_share_of_its_own_tokens():
     layer, (x_BSD, mask_BS) = blank(), inputs()
-    mask_BS[:, 2:] = False
-    assert layer(x_BSD, mask_BS)[1].tokens_per_expert_E.tolist() == [6.0] * E
+    mask_BS[:, 2:] = False  # 3 sequences of 2 tokens: of each an expert takes 2 * K / E, rounded up
+    assert layer(x_BSD, mask_BS)[1].tokens_per_expert_E.tolist() == [3.0] * E
 
 
 def test_thresholds_give_about_as_many_experts_as_the_choice_did():

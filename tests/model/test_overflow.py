@@ -42,7 +42,7 @@ def _expected(layer, kind, top_k, told, x_BSD, mask_BS) -> tuple[torch.Tensor, i
     if kind == "batch_prioritised":
         best_BS = gates_TE.amax(-1).view(batch, length).tolist()
         order = [reference.best(scores, length) for scores in best_BS]
-    granted = reference.seats(proposals, real, reference.capacity(FACTOR, length, top_k, E), E, order)
+    granted = reference.seats(proposals, real, FACTOR, top_k, E, order)
     denied, open_TE = 0, torch.zeros_like(gates_TE)
     for t in range(batch * length):
         for choice in range(top_k):

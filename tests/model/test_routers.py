@@ -10,6 +10,7 @@ from moe_llm.config.routers import ROUTER_SETTINGS
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.flops import train_flops_per_token
 from moe_llm.model.init import init_weights
+from moe_llm.model.moe.capacity import Groups
 from moe_llm.model.moe.layer import MoELayer
 from moe_llm.model.moe.losses import router_loss_values
 from moe_llm.model.moe.router import Router
@@ -344,7 +345,9 @@ def test_recomputation_routes_as_the_first_pass_did(case):
         {"type": "top_p", "p": 0.5},
         {"type": "gshard"},
         {"warmup_steps": 2},
+        {"capacity_factor": 0.7, "overflow": "next"},
         {"type": "batch_prioritised"},
+        {"type": "batch_prioritised", "capacity_factor": 0.5, "noise": False},
         {"type": "expert_choice"},
     ],
     ids=lambda router: router.get("type", "warm-up"),
@@ -377,7 +380,8 @@ def test_what_differs_by_rounding_alone_is_served_in_order_and_no_more_than_that
 
     def granted(*scores):
         score_TR, mask_BS = torch.tensor(scores)[:, None], torch.ones(1, len(scores), dtype=torch.bool)
-        return gate.assign(torch.zeros_like(score_TR, dtype=torch.int64), score_TR, None, mask_BS, 2).flatten().tolist()
+        expert_TR, capacity_BS = torch.zeros_like(score_TR, dtype=torch.int64), torch.full(mask_BS.shape, 2)
+        return gate.assign(expert_TR, score_TR, None, Groups.of(mask_BS), capacity_BS).flatten().tolist()
 
     for first, second in ((1 - 2**-24, 1.0), (1.0, 1 - 2**-24), (1.0, 1.0)):
         assert granted(0.3, first, second, second) == [False, True, True, False]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_llm.config.routers import LimitedSettings
-from moe_llm.model.moe.capacity import assign, capacity_of
+from moe_llm.model.moe.capacity import Groups, assign_by_choice, assign_by_position
 from moe_llm.model.moe.router import Router, rows_by_token
 from moe_llm.model.moe.routing import Routing
 from moe_llm.ops.routing_decision import decided
@@ -19,8 +19,8 @@ from moe_llm.ops.routing_decision import decided
 class TokenChoiceRouter(Router):
     """Softmax over the experts, of which a token takes the top k.
 
-    With `router.capacity_factor`, and in training, an expert takes a limited number of tokens from each sequence
-    (see `capacity`), and padding gets no expert; in evaluation none is dropped, so that the model computes what its
+    With `router.capacity_factor`, and in training, an expert takes a limited number of tokens from each document
+    or sequence (see `capacity`), and padding gets no expert; in evaluation none is dropped, so that the model computes what its
     export does. With `router.overflow: residual` the token itself stands in for experts that had no room, times their
     weights. With `router.warmup_steps`, tokens are drawn in training that take experts at random instead.
 
@@ -28,10 +28,11 @@ class TokenChoiceRouter(Router):
     """
 
     settings: LimitedSettings
+    by_document = True
 
-    def forward(self, x_BSD: Tensor, mask_BS: Tensor) -> Routing:
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor, document_BS: Tensor | None = None) -> Routing:
         logits_TE = self.logits(x_BSD)
-        return self.route(logits_TE, logits_TE.softmax(-1), mask_BS)
+        return self.route(logits_TE, logits_TE.softmax(-1), Groups.of(mask_BS, document_BS))
 
     def weights(self, value_TR: Tensor, shared_TR: Tensor) -> Tensor:
         """What outputs are multiplied by. value_TR: probabilities of the choices; shared_TR: the same, zero for choices
@@ -43,22 +44,25 @@ class TokenChoiceRouter(Router):
         return None
 
     def assign(
-        self, expert_TR: Tensor, value_TR: Tensor, wanted_TR: Tensor | None, mask_BS: Tensor, capacity: int
+        self, expert_TR: Tensor, value_TR: Tensor, wanted_TR: Tensor | None, groups: Groups, capacity_BS: Tensor
     ) -> Tensor:
         """Which choices are granted, bool (T, R): earlier positions come first."""
-        shape = (*mask_BS.shape, expert_TR.shape[-1])
+        shape = (*groups.mask_BS.shape, expert_TR.shape[-1])
         wanted_BSR = None if wanted_TR is None else wanted_TR.view(shape)
-        return assign(expert_TR.view(shape), mask_BS, self.top_k, self.num_experts, capacity, wanted_BSR).flatten(0, 1)
+        serve = assign_by_position if self.settings.capacity_order == "position" else assign_by_choice
+        granted_BSR = serve(expert_TR.view(shape), groups, self.top_k, self.num_experts, capacity_BS, wanted_BSR)
+        return granted_BSR.flatten(0, 1)
 
     def route(
         self,
         logits_TE: Tensor,
         probability_TE: Tensor,
-        mask_BS: Tensor,
+        groups: Groups,
         measure: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Routing:
         """The routing that follows from probabilities. `measure`, given experts and weights (T, R), forms the sums that
         the router's own losses need."""
+        mask_BS = groups.mask_BS
         factor = self.settings.capacity_at(self.step) if self.training else None
         overflow = getattr(self.settings, "overflow", "drop") if factor is not None else None
         pass_on = overflow == "next"
@@ -67,8 +71,8 @@ class TokenChoiceRouter(Router):
         wanted_TR = self.wanted(value_TR)
         granted_TR, dropped, kept_R = wanted_TR, None, None
         if factor is not None:
-            capacity = capacity_of(factor, mask_BS.shape[1], self.top_k, self.num_experts)
-            granted_TR = self.assign(expert_TR, value_TR, wanted_TR, mask_BS, capacity)
+            capacity_BS = groups.capacity(factor, self.top_k, self.num_experts)
+            granted_TR = decided(self.assign(expert_TR, value_TR, wanted_TR, groups, capacity_BS))
             asked = (
                 mask_BS.sum() * self.top_k
                 if wanted_TR is None

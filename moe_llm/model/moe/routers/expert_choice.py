@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_llm.config.routers import ExpertChoiceSettings
-from moe_llm.model.moe.capacity import capacity_of
+from moe_llm.model.moe.capacity import Groups
 from moe_llm.model.moe.router import Router, rows_by_token
 from moe_llm.model.moe.routing import Routing, RoutingStatistics
 from moe_llm.ops.routing_decision import decided
@@ -18,7 +18,7 @@ _EQUAL = 2.0**-16
 
 
 class ExpertChoiceRouter(Router):
-    """Each expert takes the C = S * k / E tokens of a sequence whose softmax over the experts is highest for it, and
+    """Each expert takes the C = N * k / E of the N tokens of a document or sequence whose softmax over the experts is highest for it, and
     weights its output by that: loads are even, and a token has as many experts as want it, perhaps none.
 
     That needs the whole sequence. In evaluation, where later tokens are not known, a token goes to each expert for
@@ -28,36 +28,43 @@ class ExpertChoiceRouter(Router):
 
     Settings = ExpertChoiceSettings
     settings: ExpertChoiceSettings
+    by_document = True
 
-    def forward(self, x_BSD: Tensor, mask_BS: Tensor) -> Routing:
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor, document_BS: Tensor | None = None) -> Routing:
         logits_TE = self.logits(x_BSD)
         probability_TE = logits_TE.softmax(-1)
         every_TE = torch.arange(self.num_experts, device=logits_TE.device).expand_as(logits_TE)
-        score_TE, lowest_E = probability_TE.detach(), None
+        score_TE, lowest_X = probability_TE.detach(), None
         if self.training:
-            taken_TE, lowest_E = self._take(score_TE.view(*mask_BS.shape, -1), mask_BS)
+            taken_TE, lowest_X = self._take(score_TE.view(*mask_BS.shape, -1), Groups.of(mask_BS, document_BS))
         else:
             taken_TE = score_TE >= self.threshold
         taken_TE = decided(taken_TE)
         return Routing(
             **rows_by_token(every_TE, probability_TE, self.num_experts, taken_TE),
             logits_TE=logits_TE,
-            statistics=self.statistics(logits_TE, probability_TE, every_TE, mask_BS, taken_TK=taken_TE, own_X=lowest_E),
+            statistics=self.statistics(logits_TE, probability_TE, every_TE, mask_BS, taken_TK=taken_TE, own_X=lowest_X),
         )
 
-    def _take(self, score_BSE: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """What experts take, bool (T, E), and the sum over sequences of the lowest scores among that, (E,)."""
-        length = mask_BS.shape[1]
-        room = capacity_of(self.settings.capacity_factor, length, self.top_k, self.num_experts)
+    def _take(self, score_BSE: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
+        """What experts take, bool (T, E); and (E + 1,) the sums over groups of the lowest scores among that, and the
+        number of groups."""
+        mask_BS = groups.mask_BS
+        capacity_BS = groups.capacity(self.settings.capacity_factor, self.top_k, self.num_experts)
         offered_BSE = (score_BSE / _EQUAL).round().masked_fill(~mask_BS[..., None], -1.0)
-        best_BCE = offered_BSE.sort(dim=1, descending=True, stable=True).indices[:, :room]
-        taken_BSE = torch.zeros_like(score_BSE, dtype=torch.bool).scatter(1, best_BCE, True)
-        taken_BSE &= mask_BS[..., None]
-        lowest_BE = score_BSE.masked_fill(~taken_BSE, float("inf")).amin(1)
-        lowest_BE = lowest_BE.masked_fill(~mask_BS.any(1)[:, None], 0.0)
-        return taken_BSE.flatten(0, 1), lowest_BE.sum(0)
+        order_BSE = torch.stack([groups.order(offered_BS) for offered_BS in offered_BSE.unbind(-1)], -1)
+        place_BS = torch.arange(mask_BS.shape[1], device=mask_BS.device) - groups.start_BS  # within the group
+        first_BSE = (place_BS < capacity_BS)[..., None].expand_as(order_BSE)
+        taken_BSE = torch.zeros_like(first_BSE).scatter(1, order_BSE, first_BSE) & mask_BS[..., None]
+        one_BS = mask_BS & (groups.rank() == 0)  # one position of each group
+        start_BSE = groups.start_BS[..., None].expand_as(score_BSE)
+        lowest_BSE = torch.full_like(score_BSE, float("inf")).scatter_reduce(
+            1, start_BSE, score_BSE.masked_fill(~taken_BSE, float("inf")), "amin"
+        )
+        lowest_BSE = lowest_BSE.gather(1, start_BSE).masked_fill(~one_BS[..., None], 0.0)
+        return taken_BSE.flatten(0, 1), torch.cat([lowest_BSE.sum((0, 1)), one_BS.sum()[None].to(score_BSE.dtype)])
 
     def after_step(self, total: RoutingStatistics) -> None:
-        lowest_E = total.own_X / total.num_sequences.clamp(min=1)
+        lowest_E = total.own_X[:-1] / total.own_X[-1].clamp(min=1)
         moved_E = self.threshold.lerp(lowest_E, self.settings.threshold_rate)
         self.threshold.copy_(torch.where(self.threshold == 0, lowest_E, moved_E))

@@ -10,9 +10,11 @@ from moe_llm.ops.routing_decision import decided
 
 class GShardRouter(TokenChoiceRouter):
     """Weights of the top 2 sum to one; while training a token goes to the second with probability min(1, 2 * its
-    weight). All first choices come before all second ones; what overflows falls to the residual stream.
+    weight). What overflows falls to the residual stream. The paper's order, in which all first choices come
+    before all second ones, is `capacity_order: choice`.
 
-    As elsewhere here, the group that shares the room is a sequence, and the balance loss counts second choices too.
+    As elsewhere here, the group that shares the room is a document or a sequence, and the balance loss counts second
+    choices too.
     """
 
     Settings = GShardSettings

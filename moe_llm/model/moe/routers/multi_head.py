@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from moe_llm.config.routers_mixed import MultiHeadSettings
+from moe_llm.model.moe.capacity import Groups
 from moe_llm.model.moe.routing import Routing
 from moe_llm.model.moe.token_choice import TokenChoiceRouter
 
@@ -25,10 +26,12 @@ class MultiHeadRouter(TokenChoiceRouter):
     gains: ClassVar[dict[str, float]] = {"head_proj.weight": 0.5**0.5, "merge_proj.weight": 1.0}
     settings: MultiHeadSettings
 
-    def forward(self, x_BSD: Tensor, mask_BS: Tensor) -> Routing:
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor, document_BS: Tensor | None = None) -> Routing:
         heads = self.settings.heads
         part_BPW = self.head_proj(x_BSD).unflatten(-1, (heads, -1)).flatten(1, 2)
-        routing = super().forward(part_BPW, mask_BS.repeat_interleave(heads, 1))
+        groups = Groups.of(mask_BS, document_BS).repeat(heads)
+        logits_RE = self.logits(part_BPW)
+        routing = self.route(logits_RE, logits_RE.softmax(-1), groups)
 
         def combine_fn(y_RW: Tensor) -> Tensor:
             return self.merge_proj(y_RW.unflatten(0, (-1, heads)).flatten(1))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_llm.config.routers import NoisyTopKSettings, RouterSettings
+from moe_llm.model.moe.capacity import Groups
 from moe_llm.model.moe.losses import RouterLoss, cv_squared
 from moe_llm.model.moe.routing import Routing
 from moe_llm.model.moe.token_choice import TokenChoiceRouter
@@ -21,7 +22,7 @@ class NoisyTopKRouter(TokenChoiceRouter):
     settings: NoisyTopKSettings
     zero_parameters = ("weight", "noise_weight")
 
-    def forward(self, x_BSD: Tensor, mask_BS: Tensor) -> Routing:
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor, document_BS: Tensor | None = None) -> Routing:
         x_TD = self.input(x_BSD)
         clean_TE = noisy_TE = self.linear(x_TD, "weight")
         deviation_TE = F.softplus(self.linear(x_TD, "noise_weight"))
@@ -35,7 +36,7 @@ class NoisyTopKRouter(TokenChoiceRouter):
             load_TE = self._expected_load(clean_TE, noisy_TE, deviation_TE)
             return torch.cat([(gates_TE * weight_T1).sum(0), (load_TE * weight_T1).sum(0)])
 
-        return self.route(noisy_TE, noisy_TE.softmax(-1), mask_BS, measure)
+        return self.route(noisy_TE, noisy_TE.softmax(-1), Groups.of(mask_BS, document_BS), measure)
 
     def _expected_load(self, clean_TE: Tensor, noisy_TE: Tensor, deviation_TE: Tensor) -> Tensor:
         """The probability that an expert would be chosen if its own noise alone were drawn again (equations 8, 9)."""
