@@ -145,10 +145,10 @@ def test_recomputation_routes_as_the_first_pass_did_even_if_its_arithmetic_diffe
     chosen: list[torch.Tensor] = []
     original = MixtralRouter.forward
 
-    def perturbed(self, x_BSD, mask_BS):
+    def perturbed(self, x_BSD, mask_BS, document_BS=None):
         passes = len(chosen) // CONFIG.num_hidden_layers
         noise = 0.5 * torch.sin(torch.arange(x_BSD.numel())).view_as(x_BSD)
-        routing = original(self, x_BSD + passes * noise, mask_BS)
+        routing = original(self, x_BSD + passes * noise, mask_BS, document_BS)
         chosen.append(routing.token_index_N)
         return routing
 
