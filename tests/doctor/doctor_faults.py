@@ -180,9 +180,9 @@ def noise_without_effect(rank):
 
     real = mixtral.MixtralRouter.forward
 
-    def forward(self, x_BSD, mask_BS):
+    def forward(self, x_BSD, mask_BS, document_BS=None):
         self.jitter = 0.0
-        return real(self, x_BSD, mask_BS)
+        return real(self, x_BSD, mask_BS, document_BS)
 
     return mock.patch.object(mixtral.MixtralRouter, "forward", forward)
 
@@ -191,13 +191,13 @@ def capacity_beyond_a_sequence(rank):
     """Whoever comes first in the micro-batch is served, so that the layout decides."""
     from moe_llm.model.moe import token_choice
 
-    real = token_choice.assign
+    real = token_choice.assign_by_position
 
-    def assign(preference_BSR, mask_BS, top_k, num_experts, capacity, wanted_BSR=None):
-        together, all_real = preference_BSR.flatten(0, 1)[None], mask_BS.flatten()[None]
-        return real(together, all_real, top_k, num_experts, capacity).view_as(preference_BSR)
+    def serve(preference_BSR, groups, top_k, num_experts, capacity_BS, wanted_BSR=None):
+        together, every = preference_BSR.flatten(0, 1)[None], token_choice.Groups.of(groups.mask_BS.flatten()[None])
+        return real(together, every, top_k, num_experts, capacity_BS.flatten()[None]).view_as(preference_BSR)
 
-    return mock.patch.object(token_choice, "assign", assign)
+    return mock.patch.object(token_choice, "assign_by_position", serve)
 
 
 def one_process_raises(rank):

@@ -47,6 +47,7 @@ FOLLOWING = {
     "one_ranks_experts_exported": {"resume_one_state", "resume_one_loss"},
     "stale_data_position": {"resume_one_loss", "resume_ranks_data", "resume_ranks_loss"},
     "capacity_beyond_a_sequence": {
+        "cut",  # room shared by a micro-batch depends on which rows are in it
         "lm_loss",
         "aux_loss",
         "z_loss",
