@@ -3,12 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-import numpy as np
-import torch
-
-from moe_llm.checkpoint.plan import low_rank_sum
 from moe_llm.config import Config
 from moe_llm.doctor.compare import Whole
+from moe_llm.doctor.oracle import low_rank
 from moe_llm.doctor.oracle.transformer import Expected
 from moe_llm.model.adapters import factors_of, is_factor
 
@@ -17,18 +14,23 @@ def merged(weights: Whole, config: Config) -> Whole:
     """Whole tensors as they are exported; the same where there are no adapters."""
     whole = {name: value for name, value in weights.items() if not is_factor(name)}
     for name, a, b in _adapted(weights):
-        change = low_rank_sum(torch.from_numpy(weights[a]), torch.from_numpy(weights[b]), config.finetune.lora.scale)
-        whole[name] = whole[name] + change.numpy()
+        whole[name] = low_rank.merged(whole[name], weights[a], weights[b], config.finetune.lora.scale)
     return whole
 
 
 def with_factors(expected: Expected, weights: Whole, config: Config) -> Expected:
-    """With the gradients of the factors, where there are any: W + s B A has dB = s dW A^T and dA = s B^T dW."""
+    """With the gradients of the factors, where there are any."""
     slopes = dict(expected.gradients)
     for name, a, b in _adapted(weights):
-        slope = config.finetune.lora.scale * expected.gradients[name]
-        slopes |= {a: _transposed(weights[b]) @ slope, b: slope @ _transposed(weights[a])}
+        slopes[a], slopes[b] = low_rank.factor_gradients(
+            expected.gradients[name], weights[a], weights[b], config.finetune.lora.scale
+        )
     return replace(expected, gradients=slopes)
+
+
+def adapted(weights: Whole) -> set[str]:
+    """Names of the weights that have factors."""
+    return {name for name, _, _ in _adapted(weights)}
 
 
 def _adapted(weights: Whole) -> Iterator[tuple[str, str, str]]:
@@ -37,7 +39,3 @@ def _adapted(weights: Whole) -> Iterator[tuple[str, str, str]]:
         a, b = factors_of(name)
         if a in weights:
             yield name, a, b
-
-
-def _transposed(matrices: np.ndarray) -> np.ndarray:
-    return np.swapaxes(matrices, -1, -2)

@@ -18,7 +18,7 @@ from moe_llm.config.routers import ENTROPY_COEFFICIENTS
 from moe_llm.distributed.runtime import world_size_from_environment
 from moe_llm.doctor import adapters, compare, judge
 from moe_llm.doctor.causes import diagnose
-from moe_llm.doctor.exported import check_export
+from moe_llm.doctor.exported import check_export, check_files
 from moe_llm.doctor.findings import FAIL, Finding, exact, note
 from moe_llm.doctor.observe import Observation, expected_samples, made_ready, observe
 from moe_llm.doctor.oracle.transformer import Reference
@@ -143,12 +143,15 @@ class _Case:
         self._compare(ranks, one)
         self.say("exporting, and resuming at other layouts")
         self.pool.send(_observe_from, self._elsewhere(), one.saved[0], plant=self.plant)
+        self.findings += check_files(ranks[0].saved[0], self.config)
+        trained = compare.whole([rank.at_save["weight"] for rank in ranks])
         self.findings += check_export(
             ranks[0].saved[0],
-            adapters.merged(compare.whole([rank.at_save["weight"] for rank in ranks]), self.config),
+            adapters.merged(trained, self.config),
             self.config,
             one.batches[0][0],
             self.allowed,
+            adapters.adapted(trained),
         )
         self._compare_resumed(
             "one",
@@ -246,8 +249,10 @@ class _Case:
         """One process beside the oracle: data, schedule and optimizer."""
         with self.plant(None):
             self.findings += judge.judge_text(self.config)
+            self.findings += judge.judge_conversations(self.config)
             self.findings += judge.judge_schedule(self.user, self.config, one)
         self.findings += judge.judge_optimizer(one_process(self.config, self.ranks), one)
+        self.findings += judge.judge_average(self.config, one)
 
     def _compare_cuts(self, whole: Observation) -> None:
         """One process in fp32 whose micro-batches are single rows beside one that takes more at once."""

@@ -1,7 +1,8 @@
 """A checkpoint of the ranks as transformers sees it."""
 
 import traceback
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,11 +15,37 @@ from moe_llm.config import Config
 from moe_llm.data.packing import Batch
 from moe_llm.doctor.compare import Tolerances, Whole
 from moe_llm.doctor.findings import FAIL, Finding, exact, note, within
+from moe_llm.doctor.oracle import checkpoint as files
 
 
 @torch.no_grad()
-def check_export(directory: str, weights: Whole, config: Config, batch: Batch, allowed: Tolerances) -> list[Finding]:
-    """Every tensor of `weights` (whole, as in training) is there, no other is, and logits are those of our model."""
+def check_files(directory: str, config: Config) -> list[Finding]:
+    """What the checkpoint's files say of model, tokenizer and dtype."""
+    path, dtype = Path(directory), config.checkpoint.dtype
+    buffers = [hf.published_name(name) for name in hf.buffer_shapes(config.model)]
+    buffers += [architecture_of(config.model).stored_name(name) for name in buffers]
+    return [
+        exact(
+            "export_config", "config.json: the model that was trained", files.wrong_fields(path, config.model, dtype)
+        ),
+        exact("export_tokens", "special tokens: the same in model and tokenizer", files.wrong_tokens(path)),
+        exact("export_dtype", f"tensors are stored in {dtype}", files.wrong_dtypes(path, dtype, buffers)),
+    ]
+
+
+def check_export(
+    directory: str,
+    weights: Whole,
+    config: Config,
+    batch: Batch,
+    allowed: Tolerances,
+    adapted: Container[str] = (),
+) -> list[Finding]:
+    """Every tensor of `weights` (whole, as in training) is there, no other is, and logits are those of our model.
+
+    Args:
+        adapted: those that were merged with low-rank factors: their sums are equal but for rounding.
+    """
     architecture = architecture_of(config.model)
     if not (architecture.native or architecture.code):
         return [note(f"{export_note(config.model)}; they are not loaded there")]
@@ -63,6 +90,10 @@ def check_export(directory: str, weights: Whole, config: Config, batch: Batch, a
         found = _found(name, tuple(stored.shape), held)
         if found is None or found.shape != stored.shape:
             unequal.append(name)
+        elif name in adapted:
+            step = {"fp32": 1e-6, "bf16": 1e-2, "fp16": 2e-3}[config.checkpoint.dtype]
+            if not torch.allclose(found, stored, rtol=step, atol=1e-7):
+                unequal += _where(name, found, stored)
         elif not torch.equal(found, stored):
             unequal += _where(name, found, stored)
     tensors = exact("export", "checkpoint in transformers: every weight, to the bit", unequal)

@@ -25,6 +25,7 @@ from moe_llm.data.tokenizer import build_tokenizer
 from moe_llm.distributed.engine import Engine
 from moe_llm.distributed.runtime import start
 from moe_llm.distributed.side_group import SideGroup
+from moe_llm.distributed.state import EMA
 from moe_llm.evaluation.evaluate import validation_loss
 from moe_llm.train import loop
 from moe_llm.train.adversarial import build_perturbation
@@ -173,7 +174,7 @@ def _read(engine: Engine, read: Callable, *, trainable: bool = False) -> Tensors
 
 
 def _state(engine: Engine, *, with_optimizer: bool) -> dict[str, Tensors]:
-    kinds = ("weight", *(engine.kinds if with_optimizer else ()))
+    kinds = ("weight", *(engine.kinds if with_optimizer else ()), *((EMA,) if engine.averaged else ()))
     return {
         kind: _read(engine, lambda name, kind=kind: engine.read(name, kind), trainable=kind != "weight")
         for kind in kinds

@@ -57,7 +57,12 @@ def shrink(config: Config, ranks: int, steps: int) -> Small:
             "early_stopping": {},
         },
         "parallel": {"expert_parallel_size": expert_parallel},
-        "checkpoint": {"every_steps": max(1, steps // 2), "keep_last": None, "resume": "auto"},
+        "checkpoint": {
+            "every_steps": max(1, steps // 2),
+            "keep_last": None,
+            "resume": "auto",
+            "ema": _average(config),
+        },
         "evaluate": {"every_steps": None, "max_blocks": 8, "sample_prompt": None},
         "logging": {"every_steps": 1, "console": "off", "wandb": "off"},
     }
@@ -99,6 +104,12 @@ def replace(config: Config, **sections: dict[str, Any]) -> Config:
 def fitting_expert_parallel(asked: int, experts: int, ranks: int) -> int:
     """The largest size up to `asked` that divides ranks and experts."""
     return max(size for size in range(1, asked + 1) if ranks % size == 0 and experts % size == 0)
+
+
+def _average(config: Config) -> dict[str, Any]:
+    """The same average from the first step on, since there are few."""
+    decay = config.checkpoint.ema.decay
+    return {} if decay is None else {"decay": decay}
 
 
 def _length(config: Config) -> int:

@@ -421,3 +421,182 @@ def _encoded(change):
 
     real = DocumentEncoder.encode
     return mock.patch.object(DocumentEncoder, "encode", lambda self, texts: [change(ids) for ids in real(self, texts)])
+
+
+# What goes wrong in practice.
+
+
+def _exported(change):
+    from moe_llm.checkpoint import hf
+
+    real = hf.to_transformers_config
+    return mock.patch.object(hf, "to_transformers_config", lambda *a, **k: change(real(*a, **k)))
+
+
+def rope_base_lost_on_export(rank):
+    return _exported(lambda content: content | {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e4}})
+
+
+def window_lost_on_export(rank):
+    return _exported(lambda content: content | {"sliding_window": None})
+
+
+def eos_is_another_token_in_the_model(rank):
+    return _exported(lambda content: content | {"eos_token_id": content["eos_token_id"] + 1})
+
+
+def dtype_of_the_checkpoint_is_misnamed(rank):
+    return _exported(lambda content: content | {"dtype": "float16", "torch_dtype": "float16"})
+
+
+def checkpoint_is_stored_in_another_dtype(rank):
+    from moe_llm.checkpoint import state
+
+    real = state.save_checkpoint
+    from moe_llm.doctor import observe
+
+    return mock.patch.object(observe, "save_checkpoint", lambda *a, **k: real(*a, **{**k, "dtype": "bf16"}))
+
+
+def adapters_are_merged_twice(rank):
+    from moe_llm.checkpoint import plan
+
+    real = plan.low_rank_sum
+    return mock.patch.object(plan, "low_rank_sum", lambda a, b, scale: real(a, b, 2 * scale))
+
+
+def the_average_lags_a_step(rank):
+    from moe_llm.distributed.averaging import Averaging
+    from moe_llm.distributed.engine import LocalEngine
+
+    real_step = LocalEngine.step
+
+    def step(self, lr):
+        self.before = [weight.detach().clone() for weight in self._stepped()[1]]
+        return real_step(self, lr)
+
+    @torch.no_grad()
+    def update(self):
+        optimizer, weights = self._stepped()
+        self.averaged += 1
+        for weight, before in zip(weights, getattr(self, "before", weights)):
+            optimizer.state[weight]["ema"] = before.clone()
+
+    stack = contextlib.ExitStack()
+    stack.enter_context(mock.patch.object(LocalEngine, "step", step))
+    stack.enter_context(mock.patch.object(Averaging, "update_average", update))
+    return stack
+
+
+def end_of_turn_is_not_learned(rank):
+    return _chat_targets(lambda targets: targets.__setitem__(targets.nonzero()[0][-1], 0))
+
+
+def questions_are_learned_too(rank):
+    return _chat_targets(lambda targets: targets.__setitem__(slice(1, None), 1))
+
+
+def _chat_targets(change):
+    from moe_llm.data.chat_template import ChatEncoder
+
+    real = ChatEncoder._tokens
+
+    def tokens(self, encoding, spans, found):
+        ids, targets = real(self, encoding, spans, found)
+        change(targets)
+        return ids, targets
+
+    return mock.patch.object(ChatEncoder, "_tokens", tokens)
+
+
+def loss_is_averaged_over_micro_batches(rank):
+    from moe_llm.train import loop
+
+    class PerMicroBatch(loop.StepLoss):
+        def __call__(self, output):
+            self.targets = output.num_targets * self.rounds * self.runtime.world_size
+            return super().__call__(output)
+
+    return mock.patch.object(loop, "StepLoss", PerMicroBatch)
+
+
+def experts_in_no_group_of_any_layout(rank):
+    return _everywhere_left_out(lambda name: ".experts." in name)
+
+
+def norms_in_no_group_of_any_layout(rank):
+    return _everywhere_left_out(lambda name: name.endswith("norm.weight"))
+
+
+def _everywhere_left_out(chosen):
+    from moe_llm.train import run
+
+    real = run.parameter_groups
+
+    def groups(model, decay):
+        left_out = {id(p) for name, p in model.named_parameters() if chosen(name)}
+        return [{**g, "params": [p for p in g["params"] if id(p) not in left_out]} for g in real(model, decay)]
+
+    return mock.patch.object(run, "parameter_groups", groups)
+
+
+def a_frozen_part_moves(rank):
+    from moe_llm.distributed.engine import LocalEngine
+
+    real = LocalEngine.step
+
+    def step(self, lr):
+        norm = real(self, lr)
+        with torch.no_grad():
+            self.model.model.embed_tokens.weight.mul_(1.001)
+        return norm
+
+    return mock.patch.object(LocalEngine, "step", step)
+
+
+# Faults of the model and its losses.
+
+
+def balance_loss_without_the_number_of_experts(rank):
+    from moe_llm.distributed import step_loss
+
+    real = step_loss.balance_loss
+    return mock.patch.object(step_loss, "balance_loss", lambda *a, **k: real(*a, **k) / 2)
+
+
+def z_loss_without_its_square(rank):
+    from moe_llm.distributed import step_loss
+
+    real = step_loss.z_loss
+    return mock.patch.object(step_loss, "z_loss", lambda *a, **k: real(*a, **k).sqrt())
+
+
+def weights_of_experts_do_not_sum_to_one(rank):
+    from moe_llm.model.moe.routers import mixtral
+
+    return mock.patch.object(mixtral.MixtralRouter, "weights", lambda self, value_TR, shared_TR: value_TR)
+
+
+def rope_has_another_base(rank):
+    from moe_llm.model import decoder
+
+    real = decoder.rotary_cos_sin
+    return mock.patch.object(decoder, "rotary_cos_sin", lambda at, dim, base, **k: real(at, dim, base / 10, **k))
+
+
+def window_is_a_token_too_long(rank):
+    from moe_llm.model import decoder
+
+    real = decoder.AttentionPattern.build
+
+    def build(*arguments, sliding_window=None, **named):
+        return real(*arguments, sliding_window=None if sliding_window is None else sliding_window + 1, **named)
+
+    return mock.patch.object(decoder.AttentionPattern, "build", build)
+
+
+def norms_have_another_epsilon(rank):
+    from moe_llm.model import decoder
+
+    real = decoder.RMSNorm
+    return mock.patch.object(decoder, "RMSNorm", lambda size, eps: real(size, 100 * eps + 1e-3))

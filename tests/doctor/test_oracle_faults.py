@@ -1,5 +1,10 @@
 """Faults of the package itself, which every layout shares: the oracle finds each and says what it is."""
 
+import argparse
+import inspect
+import json
+import os
+import textwrap
 from pathlib import Path
 
 import doctor_faults as faults
@@ -7,6 +12,7 @@ import pytest
 
 from moe_llm.config import load_config
 from moe_llm.doctor.examine import examine
+from moe_llm.doctor.ranks import no_plant
 
 QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
 WEIGHTED = "data.sources=[{type: python_stdlib, weight: 3.0}, {type: python_stdlib, weight: 1.0}]"
@@ -44,6 +50,76 @@ OTHERS = [
     (faults.documents_begin_without_bos, "oracle_text", "does not begin with", []),
     (faults.documents_end_without_eos, "oracle_text", "border", []),
 ]
+LORA = "finetune.lora={rank: 8, alpha: 16, targets: [attention, experts]}"
+CHAT = "data.sources=[{{type: files, path: {conversations}, content: chat}}]"
+PRACTICE = [
+    (faults.rope_base_lost_on_export, "export_config", "has the base", ["model.rope_theta=500"]),
+    (faults.window_lost_on_export, "export_config", "sliding_window is None", ["model.sliding_window=64"]),
+    (faults.eos_is_another_token_in_the_model, "export_tokens", "eos_token_id is", []),
+    (faults.dtype_of_the_checkpoint_is_misnamed, "export_config", "dtype is 'float16'", []),
+    (faults.checkpoint_is_stored_in_another_dtype, "export_dtype", "is stored as BF16, not F32", []),
+    (faults.adapters_are_merged_twice, "export", "does not hold what was trained", [LORA, "optim.lr=0.02"]),
+    (faults.the_average_lags_a_step, "oracle_average", "lags behind the weights", ["checkpoint.ema.decay=0.9"]),
+    (faults.end_of_turn_is_not_learned, "oracle_chat", "the end of the assistant's turn", [CHAT]),
+    (faults.questions_are_learned_too, "oracle_chat", "what the user says is learned", [CHAT]),
+    (
+        faults.loss_is_averaged_over_micro_batches,
+        "cut",
+        "averaged over micro-batches in place of tokens",
+        ["train.global_batch_size=64"],
+    ),
+    (faults.experts_in_no_group_of_any_layout, "run", "experts are not in the optimizer", []),
+    (faults.norms_in_no_group_of_any_layout, "run", "not in the optimizer", []),
+    (faults.a_frozen_part_moves, "weights", "optimizer's step is not", ["finetune.trainable=experts"]),
+    (faults.balance_loss_without_the_number_of_experts, "reference_aux", "another formula than in the paper", []),
+    (faults.z_loss_without_its_square, "reference_z", "another formula", []),
+    (faults.weights_of_experts_do_not_sum_to_one, "reference_lm", "forward pass", []),
+    (faults.rope_has_another_base, "reference_lm", "forward pass", ["model.rope_theta=500"]),
+    (faults.window_is_a_token_too_long, "reference_lm", "forward pass", ["model.sliding_window=64"]),
+    (faults.norms_have_another_epsilon, "reference_lm", "forward pass", []),
+]
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize(("fault", "key", "words", "overrides"), PRACTICE, ids=[f[0].__name__ for f in PRACTICE])
+def test_what_goes_wrong_in_practice_is_found_and_named(doctor_ranks, conversations, fault, key, words, overrides):
+    failed = failures(
+        doctor_ranks, fault, [o.format(conversations=conversations) if o == CHAT else o for o in overrides]
+    )
+    assert key in failed, failed
+    assert words in failed[key].cause
+
+
+SOUND = {
+    "as shipped": [],
+    "low-rank adapters": [LORA, "optim.lr=0.02"],
+    "an average of the weights": ["checkpoint.ema.decay=0.9"],
+    "chat": [CHAT],
+    "weighted sources": [WEIGHTED],
+    "an exact balance loss, accumulation": ["model.balance_over=step", "train.global_batch_size=64"],
+    "rates by part": ["optim.lr_multipliers={experts: 0.5, router: 0.1}", "optim.schedule=wsd"],
+    "bf16 on disk": ["checkpoint.dtype=bf16", "train.precision=bf16"],
+}
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("overrides", SOUND.values(), ids=SOUND)
+def test_what_is_sound_passes(doctor_ranks, conversations, overrides):
+    chosen = [o.format(conversations=conversations) if o == CHAT else o for o in overrides]
+    assert failures(doctor_ranks, no_plant, chosen) == {}
+
+
+@pytest.fixture(scope="session")
+def conversations(tmp_path_factory) -> Path:
+    """Rows of chat from the standard library's own documentation."""
+    path, rows = tmp_path_factory.mktemp("chat") / "rows.jsonl", []
+    for module in (json, os, textwrap, argparse):
+        for name, value in vars(module).items():
+            told = inspect.getdoc(value) if callable(value) else None
+            if told:
+                rows.append({"prompt": f"What does {module.__name__}.{name} do?", "completion": told})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def failures(doctor_ranks, fault, overrides=()):
