@@ -142,7 +142,6 @@ _FOLLOWS_SAMPLES = _says("follows from the data: the blocks are not those that w
 _RULES: list[tuple[set[str], Callable[[Finding, Failed, int], str]]] = [
     ({"oracle_updates", "oracle_moments"}, _optimizer),
     ({"oracle_average"}, _says("the average lags behind the weights, or takes in others than those after each step")),
-    ({"oracle_chat"}, _as_found),
     ({"export_config", "export_tokens", "export_dtype"}, lambda finding, failed, ranks: finding.where),
     ({"oracle_schedule"}, _says("the learning rate is not its formula's: look at warm-up, schedule and step count")),
     ({"oracle_norm"}, _says("the norm that is recorded, and clipped by, is not that of all gradients")),

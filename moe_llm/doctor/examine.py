@@ -249,7 +249,6 @@ class _Case:
         """One process beside the oracle: data, schedule and optimizer."""
         with self.plant(None):
             self.findings += judge.judge_text(self.config)
-            self.findings += judge.judge_conversations(self.config)
             self.findings += judge.judge_schedule(self.user, self.config, one)
         self.findings += judge.judge_optimizer(one_process(self.config, self.ranks), one)
         self.findings += judge.judge_average(self.config, one)

@@ -18,7 +18,6 @@ from moe_llm.doctor.findings import FAIL, Finding, exact, note, within
 from moe_llm.doctor.oracle import checkpoint as files
 
 
-@torch.no_grad()
 def check_files(directory: str, config: Config) -> list[Finding]:
     """What the checkpoint's files say of model, tokenizer and dtype."""
     path, dtype = Path(directory), config.checkpoint.dtype
@@ -33,6 +32,7 @@ def check_files(directory: str, config: Config) -> list[Finding]:
     ]
 
 
+@torch.no_grad()
 def check_export(
     directory: str,
     weights: Whole,

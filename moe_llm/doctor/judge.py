@@ -9,12 +9,11 @@ import numpy as np
 
 from moe_llm.config import Config
 from moe_llm.data.loader import Data
-from moe_llm.data.packing import as_batch
 from moe_llm.distributed.state import EMA
 from moe_llm.doctor.compare import Whole, apart, relative, whole
 from moe_llm.doctor.findings import Finding, exact, note, within
 from moe_llm.doctor.observe import Observation, digests, read_data
-from moe_llm.doctor.oracle import average, chat, optimizer, order, schedule
+from moe_llm.doctor.oracle import average, optimizer, order, schedule
 from moe_llm.doctor.oracle.text import Judged, Text, documents
 from moe_llm.doctor.shrink import replace
 from moe_llm.train import loop
@@ -25,7 +24,7 @@ _MAX_SAMPLES = 4096
 
 
 def judge_text(config: Config) -> list[Finding]:
-    """Blocks of the small run's text, and their order. Chat is judged by `judge_chat`."""
+    """Blocks of the small run's text, and their order. Chat is not judged here."""
     if config.data.has_chat:
         return []
     from transformers import PreTrainedTokenizerFast  # the Auto class would build LlamaTokenizer by rules of its own
@@ -140,32 +139,6 @@ def judge_schedule(user: Config, config: Config, one: Observation) -> list[Findi
         found = loop.learning_rate(user, step)
         compared.append((relative_rate(found, expected), 1e-6, f"step {step + 1} of {steps} as configured"))
     return [within("oracle_schedule", "learning rate of each step, from its formula", compared)]
-
-
-def judge_conversations(config: Config) -> list[Finding]:
-    """Blocks of chat: what the assistant says is learned with the end of its turn, and nothing else."""
-    sources = [source for source in config.data.sources if source.content == "chat"]
-    if not sources:
-        return []
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(Path(config.run.dir) / "tokenizer")
-    told = chat.conversations([Path(source.path) for source in sources], tokenizer)
-    data = read_data(config)
-    wrong, judged = [], 0
-    for number, source in enumerate(config.data.sources):
-        blocks, batch = data.train.sources[number], None
-        if source.content != "chat":
-            continue
-        arrays = blocks.empty_arrays(len(blocks))
-        for block in range(len(blocks)):
-            blocks.write(block, block, arrays)
-        batch = as_batch(arrays)
-        reasons, count = chat.judge_chat(batch, told, tokenizer)
-        wrong += [f"source {number}: {reason}" for reason in reasons]
-        judged += count
-    title = f"chat: the answer and the end of its turn are learned, the question is not ({judged} conversations)"
-    return [exact("oracle_chat", title, wrong)]
 
 
 def judge_average(config: Config, one: Observation) -> list[Finding]:

@@ -488,27 +488,6 @@ def the_average_lags_a_step(rank):
     return stack
 
 
-def end_of_turn_is_not_learned(rank):
-    return _chat_targets(lambda targets: targets.__setitem__(targets.nonzero()[0][-1], 0))
-
-
-def questions_are_learned_too(rank):
-    return _chat_targets(lambda targets: targets.__setitem__(slice(1, None), 1))
-
-
-def _chat_targets(change):
-    from moe_llm.data.chat_template import ChatEncoder
-
-    real = ChatEncoder._tokens
-
-    def tokens(self, encoding, spans, found):
-        ids, targets = real(self, encoding, spans, found)
-        change(targets)
-        return ids, targets
-
-    return mock.patch.object(ChatEncoder, "_tokens", tokens)
-
-
 def loss_is_averaged_over_micro_batches(rank):
     from moe_llm.train import loop
 

@@ -60,8 +60,6 @@ PRACTICE = [
     (faults.checkpoint_is_stored_in_another_dtype, "export_dtype", "is stored as BF16, not F32", []),
     (faults.adapters_are_merged_twice, "export", "does not hold what was trained", [LORA, "optim.lr=0.02"]),
     (faults.the_average_lags_a_step, "oracle_average", "lags behind the weights", ["checkpoint.ema.decay=0.9"]),
-    (faults.end_of_turn_is_not_learned, "oracle_chat", "the end of the assistant's turn", [CHAT]),
-    (faults.questions_are_learned_too, "oracle_chat", "what the user says is learned", [CHAT]),
     (
         faults.loss_is_averaged_over_micro_batches,
         "cut",

@@ -10,7 +10,6 @@ schedule        the learning rate of each step
 low_rank        adapters and their gradients
 average         the exponential average of the weights
 checkpoint      what a checkpoint's files say
-chat            what of a conversation is learned
 text            blocks of text: targets, document borders, padding, from the raw text and the tokenizer alone
 order           the order of the blocks, judged by its properties
 """
