@@ -83,6 +83,7 @@ def _run(finding: Finding, failed: Failed, ranks: int) -> str:
 
 
 _TRACES = {
+    "KeyError: 'exp_avg'": "parameters that are to be trained are not in the optimizer",
     "None of the param groups are marked as MoE": "experts are not in the optimizer",
     "tensors of the experts are left out": "experts are not in the optimizer",
     "is in no parameter group of the optimizer": "parameters that are to be trained are not in the optimizer",
@@ -212,7 +213,15 @@ _RULES: list[tuple[set[str], Callable[[Finding, Failed, int], str]]] = [
     ({"reference_norm"}, _says("follows from the gradients", if_failed="reference_gradients")),
     ({"reference_norm"}, _says("gradients are right, so their norm is not taken over all parameters")),
     ({"reference_z"}, lambda finding, failed, ranks: _padding(finding)),
-    ({"reference_lm"}, _says("documents see each other, targets are shifted wrongly or padding is counted")),
+    ({"reference_z"}, _says("follows from the forward pass", if_failed="reference_lm")),
+    ({"reference_z"}, _says("the z-loss has another formula than in the paper")),
+    (
+        {"reference_lm"},
+        _says(
+            "the forward pass is another than transformers': documents see each other, targets are shifted wrongly, "
+            "padding is counted, or attention, rope, norms or experts' weights are computed otherwise"
+        ),
+    ),
     (
         {"export_load"},
         _says("config.json or the files of the checkpoint are not what transformers reads: --json has the trace"),

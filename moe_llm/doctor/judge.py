@@ -21,6 +21,7 @@ from moe_llm.train import loop
 _UPDATES = 2e-4  # of what training has changed so far: rounding of torch's fused and plain optimizers
 _MOMENTS = 1e-4
 _MAX_SAMPLES = 4096
+_TEXT = "blocks are the raw text: targets, borders, padding, every token once"
 
 
 def judge_text(config: Config) -> list[Finding]:
@@ -38,6 +39,11 @@ def judge_text(config: Config) -> list[Finding]:
     for number, (text, found) in enumerate(zip(texts, judged)):
         wrong += [f"source {number}: {reason}" for reason in text.once(found)]
     weights = [source.weight for source in config.data.sources]
+    if not samples:
+        return [
+            exact("oracle_text", _TEXT, wrong + wrong_held_out),
+            note("sources hold the same text, so their shares and repeats are not judged"),
+        ]
     disorder = order.judge_seeds(_orders_of_seeds(config, min(epoch, 64)))
     if None in weights or len(weights) == 1:
         disorder += order.judge_repeats(samples, epoch) + order.judge_epochs(samples, epoch)
@@ -87,11 +93,13 @@ def _read_epochs(
     best_fit = config.data.packing == "best_fit"
     rows, samples, wrong = digests(batch), [], []
     judged = [Judged(times=np.zeros(len(text.tokens), np.int64)) for text in texts]
-    left = list(sizes)
+    left, shared = list(sizes), False
     for number, digest in enumerate(rows):
         row = batch.rows(number, number + 1)
         here = [text.judge(row, config.data.isolate_documents, best_fit) for text in texts]
-        source = next((i for i, found in enumerate(here) if not found.wrong), None)
+        fitting = [i for i, found in enumerate(here) if not found.wrong]
+        shared |= len(fitting) > 1
+        source = next(iter(fitting), None)
         if source is None:
             wrong.append(f"sample {number}: {here[0].wrong[0].partition(': ')[2]}")
             samples.append((-1, digest))
@@ -101,7 +109,9 @@ def _read_epochs(
             left[source] -= 1
             judged[source].times += here[source].times
             judged[source].unsure += here[source].unsure
-    if wrong:  # what is not there cannot be missed: the blocks themselves are the finding
+    if shared:  # sources that hold the same text: nobody can say whose a block is
+        samples = []
+    if wrong or shared:  # what is not there cannot be missed: the blocks themselves are the finding
         judged = [Judged(times=np.zeros(len(text.tokens), np.int64)) for text in texts]
     return samples, epoch, wrong, judged
 

@@ -15,7 +15,11 @@ from moe_llm.doctor.examine import examine
 from moe_llm.doctor.ranks import no_plant
 
 QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
-WEIGHTED = "data.sources=[{type: python_stdlib, weight: 3.0}, {type: python_stdlib, weight: 1.0}]"
+_LIBRARY = Path(json.__file__).parents[1]
+WEIGHTED = (
+    f"data.sources=[{{type: files, path: '{_LIBRARY}/json/*.py', weight: 3.0}}, "
+    f"{{type: files, path: '{_LIBRARY}/email/*.py', weight: 1.0}}]"
+)
 
 # The seven of an audit that compared layouts alone missed. fault: the check that finds it, words of the cause.
 AUDITED = [
@@ -66,7 +70,7 @@ PRACTICE = [
         "averaged over micro-batches in place of tokens",
         ["train.global_batch_size=64"],
     ),
-    (faults.experts_in_no_group_of_any_layout, "run", "experts are not in the optimizer", []),
+    (faults.experts_in_no_group_of_any_layout, "run", "not in the optimizer", []),
     (faults.norms_in_no_group_of_any_layout, "run", "not in the optimizer", []),
     (faults.a_frozen_part_moves, "weights", "optimizer's step is not", ["finetune.trainable=experts"]),
     (faults.balance_loss_without_the_number_of_experts, "reference_aux", "another formula than in the paper", []),
