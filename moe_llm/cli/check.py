@@ -1,4 +1,4 @@
-"""Commands that answer before a run starts."""
+"""Commands that check a configuration before a run, or a checkpoint after it."""
 
 import argparse
 import signal
@@ -195,3 +195,24 @@ def _bench(args: argparse.Namespace) -> None:
         report = bench(config, steps=args.steps, trace=args.trace)
     if report is not None:  # of the main rank
         print_json(report) if args.json else print(format_report(report))
+
+
+def add_verify(parser: CommandParser) -> CommandParser:
+    summary = "compare a checkpoint's files with their hashes, and look for NaN in its tensors"
+    command = parser.add_command("verify", summary, "moe-llm verify runs/quickstart/checkpoints/latest", _verify)
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint directory")
+    add_json(command)
+    return command
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from moe_llm.checkpoint.verify import verify_checkpoint
+
+    found = verify_checkpoint(args.checkpoint)
+    if args.json:
+        print_json(asdict(found))
+        return
+    files = f"{found.files} files have their hashes" if found.files else "there is no manifest to compare files with"
+    print(f"{args.checkpoint}: {files}; {found.tensors:,} tensors ({found.nbytes:,} bytes) are finite")

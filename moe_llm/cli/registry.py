@@ -33,6 +33,7 @@ GROUPS: dict[str, tuple[Callable[[CommandParser], CommandParser], ...]] = {
         check.add_plan,
         check.add_doctor,
         check.add_bench,
+        check.add_verify,
     ),
 }
 RENAMED_COMMANDS = {"teach": "generate-dataset"}

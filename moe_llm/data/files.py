@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from moe_llm.errors import UserError
 from moe_llm.locks import Waiting, process_with_lock
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -54,6 +57,7 @@ def publish(directory: Path, field: str) -> Iterator[Path]:
                 if file.is_file():
                     _flush(file)
             temporary.rename(directory)
+            _flush_names(directory.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -76,6 +80,7 @@ def publish_resumable(directory: Path, field: str, journal: str) -> Iterator[Pat
             for file in temporary.iterdir():
                 _flush(file)
             temporary.rename(directory)
+            _flush_names(directory.parent)
         except Exception:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -96,6 +101,17 @@ def replace_file(file: Path, content: bytes) -> None:
 def _flush(file: Path) -> None:
     with file.open("rb+") as stream:
         os.fsync(stream.fileno())
+
+
+def _flush_names(directory: Path) -> None:
+    """Bring a new name to the disk, where the file system can be asked to."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        logger.debug("%s cannot be flushed: %s", directory, error)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

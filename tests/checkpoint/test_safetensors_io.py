@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import tracemalloc
 from itertools import pairwise
 
 import pytest
@@ -11,6 +12,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from moe_llm.checkpoint.safetensors_io import (
     ShardWriter,
@@ -132,12 +134,17 @@ def test_a_file_that_shrinks_after_it_was_opened_is_named(tmp_path):
         b'{"t": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}',
         b'{"t": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
         b'{"t": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
+        b'{"t": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}',
+        b'{"t": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}',
+        b'{"t": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}',
+        b'{"t": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "t": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+        b"[" * 5000,
         b"\xff\xfe",
     ],
 )
 def test_a_damaged_header_is_named(tmp_path, header):
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+    with pytest.raises(UserError, match=r"model\.safetensors is truncated or damaged"):
         TensorFiles(tmp_path)
 
 
@@ -214,3 +221,21 @@ print((peak() - before) // 1024)
 def test_memory_is_bounded_by_a_few_tensors(tmp_path):
     done = subprocess.run([sys.executable, "-c", _PEAK, str(tmp_path)], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 40, "MiB above the start, for 256 MiB of tensors of 4 MiB"
+
+
+def test_a_header_that_claims_gigabytes_is_refused_without_reading_it(tmp_path):
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write((6 << 30).to_bytes(8, "little"))
+        file.truncate(8 + (6 << 30))  # sparse: it takes no space
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"model\.safetensors is truncated or damaged"):
+        TensorFiles(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 2 * 10**8
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_fp8_of_the_library_is_read(tmp_path, dtype):
+    stored = torch.arange(8.0).to(dtype)
+    save_file({"t": stored}, tmp_path / "model.safetensors")
+    assert torch.equal(TensorFiles(tmp_path).read("t").float(), stored.float())

@@ -1,0 +1,69 @@
+"""Every byte of a checkpoint, compared with what was written, and every number looked at."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_llm.checkpoint.manifest import MANIFEST, read_manifest, verify
+from moe_llm.checkpoint.safetensors_io import TensorFiles
+from moe_llm.errors import UserError
+
+_SPAN = 1 << 24  # elements that are looked at together
+
+
+@dataclass(frozen=True)
+class Verified:
+    """files: those whose hash is that of the manifest; 0 where the directory has none. tensors, nbytes: all that were
+    read and found finite."""
+
+    files: int
+    tensors: int
+    nbytes: int
+
+
+def verify_checkpoint(directory: str | Path) -> Verified:
+    """Compare all files with the manifest, where there is one, and look for NaN and infinity in all tensors.
+
+    Args:
+        directory: of a training checkpoint, or as transformers saves a model.
+
+    Raises:
+        UserError: a missing, truncated or altered file, or a tensor with NaN or infinity; the sentence names it.
+    """
+    root = Path(directory)
+    if not (root / "config.json").is_file():
+        raise UserError(f"checkpoint {str(root)!r} holds no config.json: name a checkpoint directory")
+    files = 0
+    if (root / MANIFEST).is_file():
+        verify(root)
+        files = len(read_manifest(root))
+    tensors = nbytes = 0
+    for folder, stem in _stems(root):
+        stored = TensorFiles(folder, stem)
+        for name in stored.names():
+            nbytes += _check_finite(stored, name)
+            tensors += 1
+    return Verified(files, tensors, nbytes)
+
+
+def _stems(root: Path) -> list[tuple[Path, str]]:
+    """Each set of tensor files in a checkpoint: its folder, and what its files' names begin with. The model's is one."""
+    found = {(root, "model")}
+    for file in root.rglob("*.safetensors"):
+        stem = file.name.removesuffix(".safetensors")
+        head, dash, count = stem.rpartition("-of-")
+        found.add((file.parent, head.rpartition("-")[0] if dash and count.isdecimal() else stem))
+    return sorted(found)
+
+
+def _check_finite(stored: TensorFiles, name: str) -> int:
+    """The bytes of a tensor, all of whose elements are finite."""
+    count = math.prod(stored.shape(name))
+    if stored.dtype(name).is_floating_point:
+        for start in range(0, count, _SPAN):
+            span = stored.read_span(name, start, min(_SPAN, count - start))
+            if not span.float().isfinite().all():
+                raise UserError(
+                    f"tensor {name} in file {stored.file(name)} has NaN or infinity: use another checkpoint"
+                )
+    return count * stored.dtype(name).itemsize
