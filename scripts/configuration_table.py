@@ -41,7 +41,7 @@ def _rows(path: str, section: type[BaseModel]):
         choices = " \\| ".join(f"`{choice}`" for choice in _choices(field.annotation))
         text = (field.description or "").replace("|", "\\|")
         yield key, _default(field), f"{choices}; {text}" if choices else text
-        if inner and name in ("sources", "teachers"):
+        if inner and name in ("sources", "teachers", "callbacks"):
             yield from _rows(f"{key}.N", inner[0])
 
 

@@ -5,7 +5,7 @@ import os
 import re
 from typing import Any, Literal
 
-from pydantic import Field, PositiveInt, PrivateAttr, field_validator, model_validator
+from pydantic import ConfigDict, Field, PositiveInt, PrivateAttr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from moe_llm.config.adversarial import AdversarialConfig
@@ -224,6 +224,28 @@ class EarlyStoppingConfig(Section):
         return self
 
 
+class CallbackConfig(Section):
+    """One of the user's own callbacks. All other keys are arguments of its class."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str | None = Field(
+        None, min_length=1, description="as an installed package registers it, under the entry points moe_llm.callbacks"
+    )
+    path: str | None = Field(None, min_length=1, description="or as package.module.Class")
+
+    @model_validator(mode="after")
+    def _one_of_both(self):
+        if (self.name is None) == (self.path is None):
+            problem = "is given together with path" if self.name else "and path are both missing"
+            invalid("name", self.name, problem, "give one of the two")
+        return self
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
 class TrainConfig(Section):
     """How long and in what portions to train."""
 
@@ -260,6 +282,9 @@ class TrainConfig(Section):
         1800.0, gt=0, description="a rank that shows no progress for so long ends the run; null: never"
     )
 
+    callbacks: list[CallbackConfig] = Field(
+        [], description="the user's own callbacks, called in this order: docs/guides/custom-callback.md"
+    )
     early_stopping: EarlyStoppingConfig = Field(EarlyStoppingConfig(), description="an end before the last step")
     adversarial: AdversarialConfig = Field(AdversarialConfig(), description="perturbed embeddings; routers in turns")
 

@@ -7,7 +7,7 @@ from moe_llm.config import Config
 from moe_llm.distributed.engine import Engine
 from moe_llm.distributed.state import EMA
 from moe_llm.errors import UserError
-from moe_llm.train.loop import Position
+from moe_llm.train.position import Position
 
 
 def check_ema(config: Config) -> None:

@@ -3,9 +3,9 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -22,30 +22,12 @@ from moe_llm.model.moe.routers import begin_step, end_step, router_losses
 from moe_llm.model.moe.routing import RoutingStatistics
 from moe_llm.train.metrics import expert_gradient_norms, routing_metrics
 from moe_llm.train.optim import learning_rate
+from moe_llm.train.position import Position
 from moe_llm.train.signals import StopRequest
 from moe_llm.train.step_guard import NonFiniteStep, StepGuard
 
-
-@dataclass
-class Position:
-    """How far a run has come: all that a resumed run needs beside weights and optimizer tensors."""
-
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-    skipped: int = 0
-    best_loss: float | None = None  # these three are early stopping's, None without it
-    best_step: int | None = None
-    waited: int | None = None  # evaluations since the best one
-
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return {key: value for key, value in vars(self).items() if value is not None}
-
-    @property
-    def updates(self) -> int:
-        """Steps that changed the weights."""
-        return self.step - self.skipped
+if TYPE_CHECKING:
+    from moe_llm.train.callbacks.base import Callback, TrainingRun
 
 
 class Verdict(NamedTuple):
@@ -65,7 +47,7 @@ class Callbacks:
     record, `save` writes a checkpoint, `rollback` restores the newest one (None if there is none),
     `add_gradients` goes before a step's micro-batches, `teach` gives what a micro-batch's forward pass takes beside it,
     `perturb` what it takes beside all that, `say` tells the user a sentence, and `heartbeat` is told what comes next, again
-    and again."""
+    and again. `users` are the callbacks of `train.callbacks`, whose hooks are given `run`."""
 
     evaluate: Callable[[], dict[str, Any]]
     record: Callable[[dict[str, Any]], None]
@@ -77,6 +59,13 @@ class Callbacks:
     judge: Callable[[dict[str, Any], Position], Verdict] = lambda measured, position: Verdict()
     say: Callable[[str], None] = lambda sentence: None
     heartbeat: Callable[[str], None] = lambda phase: None
+    users: "Sequence[Callback]" = ()
+    run: "TrainingRun | None" = None
+
+    def each(self, hook: str, *args: Any) -> None:
+        """Call one hook of every user's callback, in order."""
+        for callback in self.users:
+            getattr(callback, hook)(self.run, *args)
 
 
 def train_loop(
@@ -104,6 +93,7 @@ def train_loop(
         turn = config.train.adversarial.turn(position.updates)
         engine.set_phase(turn)
         callbacks.add_gradients()
+        callbacks.each("on_step_begin")
         step_loss = StepLoss(config.model, runtime, batches)
         passes = forward_passes(
             engine,
@@ -117,6 +107,7 @@ def train_loop(
             losses = step_loss(output)
             engine.backward(losses.total, last=i == len(batches) - 1)
             window.add(losses)
+        callbacks.each("on_backward_end")
         callbacks.heartbeat(f"{name}, optimizer")
         rate = learning_rate(config, position.step)
         trouble = health.inspect(position.step + 1, position.samples, window.step_losses)
@@ -140,11 +131,14 @@ def train_loop(
         position.step += 1
         position.samples += config.train.global_batch_size
         window.end_step(step_loss.routing, step_loss.tokens)
+        callbacks.each("on_step_end")
 
         last = position.step == config.max_steps
         stopping = runtime.any(stop.requested)
         evaluating = last or _due(config.evaluate.every_steps, position.step)
         measured = callbacks.evaluate() if evaluating else {}
+        if evaluating:
+            callbacks.each("on_evaluate", measured)
         verdict = callbacks.judge(measured, position)
         saving = last or stopping or any(verdict) or _due(config.checkpoint.every_steps, position.step)
         remarks = window.remarks | _remarks(trouble, health.spike, position.step, callbacks.say)
@@ -162,7 +156,9 @@ def train_loop(
             }
             if window.expert_norms is not None:
                 record["moe"]["expert_grad_norm"] = window.expert_norms
-            callbacks.record(record | measured)
+            record |= measured
+            callbacks.record(record)
+            callbacks.each("on_record", record)
             window.clear()
             traffic(engine.model)  # what the evaluation exchanged belongs to no step
         if saving:

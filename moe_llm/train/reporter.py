@@ -13,8 +13,8 @@ from moe_llm.model.moe.routers import router_losses
 from moe_llm.train.alarms import Alarms
 from moe_llm.train.console import Console
 from moe_llm.train.facts import write_facts
-from moe_llm.train.loop import Position
 from moe_llm.train.metrics import MetricsFile, read_metrics
+from moe_llm.train.position import Position
 from moe_llm.train.trackers import TensorBoard, Wandb
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -38,9 +38,10 @@ from moe_llm.ops import host_memory
 from moe_llm.train.adversarial import build_perturbation, check_adversarial
 from moe_llm.train.ema import averaged_weights, check_ema, say_of_average
 from moe_llm.train.facts import gather_facts
-from moe_llm.train.loop import Callbacks, Position, Verdict, train_loop
+from moe_llm.train.loop import Callbacks, Verdict, train_loop
 from moe_llm.train.metrics import read_metrics
 from moe_llm.train.optim import build_optimizer, groups_by_part, optimizer_kinds, parameter_groups
+from moe_llm.train.position import Position
 from moe_llm.train.precision import settle_precision
 from moe_llm.train.provenance import provenance_of
 from moe_llm.train.reporter import Reporter, announce, farewell
@@ -51,6 +52,9 @@ from moe_llm.train.start_watch import StartWatch
 from moe_llm.train.stopping import EarlyStopping, forget_lost_best
 from moe_llm.train.trackers import check_trackers
 from moe_llm.train.watchdog import HeartbeatEngine, Watchdog
+
+if TYPE_CHECKING:
+    from moe_llm.train.callbacks.base import Callback
 
 T = TypeVar("T")
 # what may be in a run directory before its config.yaml is: of a run that was ended early, and of `moe-llm tokenizer`
@@ -78,6 +82,7 @@ def train(config: Config) -> Path:
     check_adversarial(config)
     check_ema(config)
     check_teachers(config)
+    users = _users_callbacks(config)
     _check_resume(run_dir, config)
     _check_run_dir(run_dir, config)
     if config.checkpoint.resume in ("auto", "never") and not any((run_dir / "checkpoints").glob("step-*")):
@@ -87,7 +92,7 @@ def train(config: Config) -> Path:
             runtime = start(config)
             try:
                 with on_main_locked(runtime, run_dir):
-                    checkpoint, finished = _train(config, run_dir, runtime, stop)
+                    checkpoint, finished = _train(config, run_dir, runtime, stop, users)
                 stopped_by = max(number or 0 for number in runtime.gather(stop.number))
             finally:
                 runtime.close()
@@ -110,7 +115,9 @@ def train(config: Config) -> Path:
         raise UserError(f"no space left{where}: free some, or set another run.dir") from error
 
 
-def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -> tuple[Path | None, bool]:
+def _train(
+    config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest, users: "dict[str, Callback]"
+) -> tuple[Path | None, bool]:
     """The last checkpoint, and whether the run has come to its end."""
     source = _resume_source(config, run_dir, runtime)
     on_main(runtime, lambda: build_tokenizer(config, run_dir / "tokenizer") and None)
@@ -172,6 +179,8 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
     background = Background(SideGroup(runtime), _complain, watchdog.heartbeat) if config.checkpoint.async_ else None
 
     def save(at: Position) -> None:
+        if users:
+            at.callbacks = collect_states(users)
         saved.append(
             save_checkpoint(
                 run_dir / "checkpoints",
@@ -188,6 +197,7 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
                 **storage,
             )
         )
+        callbacks.each("on_save", saved[-1])
         host_memory.trim()
 
     def rollback() -> Position | None:
@@ -199,6 +209,8 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
             return None
         restored = restore(engine, newest, hashes=False)
         reporter.rewind(restored.step)
+        if users:
+            restore_states(users, restored.callbacks or {}, reporter.say)
         say_if_lost(restored)
         return restored
 
@@ -229,18 +241,40 @@ def _train(config: Config, run_dir: Path, runtime: Runtime, stop: StopRequest) -
         say=reporter.say,
         heartbeat=watchdog.heartbeat,
         perturb=build_perturbation(config, engine.model),
+        users=tuple(users.values()),
     )
+    if users:
+        from moe_llm.train.callbacks.base import TrainingRun
+        from moe_llm.train.callbacks.registry import collect_states, restore_states
+
+        if source is not None:
+            restore_states(users, position.callbacks or {}, reporter.say)
+        collect_states(users)  # refused now rather than when the first checkpoint is due
+        callbacks.run = TrainingRun(config, engine, runtime, run_dir, position, reporter.say, watchdog.heartbeat)
     stop.defer()
     try:
         with watchdog, background or nullcontext():  # the last save is complete before anything is said of it
             ended = early_stopping.why_ended(position) if position.step < config.max_steps else None
             if ended is not None:
                 reporter.say(ended)
+            callbacks.each("on_train_begin")
             finished = ended is not None or train_loop(config, engine, runtime, loader, position, stop, callbacks)
     finally:
-        loader.close()
-        reporter.close()
+        try:
+            callbacks.each("on_train_end")
+        finally:
+            loader.close()
+            reporter.close()
     return saved[-1] if saved else source, finished
+
+
+def _users_callbacks(config: Config) -> "dict[str, Callback]":
+    """Those of `train.callbacks` by label; without any, nothing of them is imported."""
+    if not config.train.callbacks:
+        return {}
+    from moe_llm.train.callbacks.registry import build_callbacks
+
+    return build_callbacks(config)
 
 
 def _build_guard(

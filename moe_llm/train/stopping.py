@@ -7,7 +7,8 @@ from typing import Any
 from moe_llm.checkpoint import folder
 from moe_llm.checkpoint.state import read_trainer_state
 from moe_llm.config import Config
-from moe_llm.train.loop import Position, Verdict
+from moe_llm.train.loop import Verdict
+from moe_llm.train.position import Position
 
 
 class EarlyStopping:

@@ -1,0 +1,114 @@
+"""From `train.callbacks` to callbacks, and their states in checkpoints."""
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from moe_llm.config import Config
+from moe_llm.config.schema import CallbackConfig
+from moe_llm.errors import UserError
+from moe_llm.train.callbacks.base import Callback
+
+GROUP = "moe_llm.callbacks"
+
+
+def build_callbacks(config: Config) -> dict[str, Callback]:
+    """The callbacks of a run by the labels under which their states are saved, in the order of the configuration.
+
+    Raises:
+        UserError: a name or path that leads to no `Callback`, arguments that it does not take, or a configuration that
+            it refuses.
+    """
+    callbacks: dict[str, Callback] = {}
+    for index, given in enumerate(config.train.callbacks):
+        key = f"train.callbacks.{index}"
+        kind = _by_name(given.name, key) if given.name is not None else _by_path(str(given.path), key)
+        label = str(given.name or given.path)
+        count = sum(other.split("#")[0] == label for other in callbacks)
+        callbacks[f"{label}#{count + 1}" if count else label] = _construct(kind, given, key)
+    for callback in callbacks.values():
+        callback.validate(config)
+    return callbacks
+
+
+def _by_name(name: str, key: str) -> type[Callback]:
+    known = {entry.name: entry for entry in entry_points(group=GROUP)}
+    if name not in known:
+        there = f"one of {', '.join(sorted(known))}" if known else "none is installed"
+        raise UserError(f"{key}.name={name} is no callback that a package registers under {GROUP} ({there}): use path")
+    try:
+        return _checked(known[name].load(), f"{key}.name={name}")
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{key}.name={name} cannot be imported ({error}): mend or reinstall its package") from error
+
+
+def _by_path(path: str, key: str) -> type[Callback]:
+    module, _, attribute = path.rpartition(".")
+    if not module:
+        raise UserError(f"{key}.path={path} names no module: write package.module.Class")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{key}.path={path} cannot be imported ({error}): install its package, or add its folder to PYTHONPATH"
+        ) from error
+    return _checked(found, f"{key}.path={path}")
+
+
+def _checked(found: Any, given: str) -> type[Callback]:
+    if isinstance(found, type) and issubclass(found, Callback):
+        return found
+    raise UserError(f"{given} is no callback: derive a class from moe_llm.train.callbacks.Callback and name that")
+
+
+def _construct(kind: type[Callback], given: CallbackConfig, key: str) -> Callback:
+    try:
+        inspect.signature(kind).bind(**given.arguments)
+    except TypeError as error:
+        raise UserError(f"{key}: {kind.__name__} takes other arguments ({error}): it is {_call(kind)}") from error
+    return kind(**given.arguments)
+
+
+def _call(kind: type[Callback]) -> str:
+    return f"{kind.__name__}{inspect.signature(kind)}"
+
+
+def collect_states(callbacks: Mapping[str, Callback]) -> dict[str, dict[str, Any]]:
+    """Every callback's state.
+
+    Raises:
+        UserError: one that JSON would not give back as it is.
+    """
+    states = {}
+    for label, callback in callbacks.items():
+        state = callback.state_dict()
+        if not isinstance(state, dict) or not _is_plain(state):
+            raise UserError(
+                f"the state of callback {label} cannot be saved: state_dict must return None, bool, int, float, str, "
+                "lists, and dictionaries with text for keys, of exactly these types"
+            )
+        states[label] = state
+    return states
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) is dict:
+        return all(type(key) is str and _is_plain(inner) for key, inner in value.items())
+    if type(value) is list:
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def restore_states(
+    callbacks: Mapping[str, Callback], states: Mapping[str, dict[str, Any]], say: Callable[[str], None]
+) -> None:
+    """Give callbacks the states of a checkpoint; `say` is told of those that have none there, or are no more."""
+    for label, callback in callbacks.items():
+        if label in states:
+            callback.load_state_dict(states[label])
+        else:
+            say(f"the checkpoint has no state of callback {label}: it starts without one")
+    for label in states.keys() - callbacks.keys():
+        say(f"the checkpoint has the state of callback {label}, which train.callbacks does not list: it is left out")
