@@ -5,7 +5,7 @@ import os
 import re
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, PositiveInt, PrivateAttr, field_validator, model_validator
+from pydantic import Field, PositiveInt, PrivateAttr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from moe_llm.config.adversarial import AdversarialConfig
@@ -225,14 +225,13 @@ class EarlyStoppingConfig(Section):
 
 
 class CallbackConfig(Section):
-    """One of the user's own callbacks. All other keys are arguments of its class."""
-
-    model_config = ConfigDict(extra="allow")
+    """One of the user's own callbacks."""
 
     name: str | None = Field(
         None, min_length=1, description="as an installed package registers it, under the entry points moe_llm.callbacks"
     )
     path: str | None = Field(None, min_length=1, description="or as package.module.Class")
+    args: dict[str, Any] = Field({}, description="arguments of the class, by name")
 
     @model_validator(mode="after")
     def _one_of_both(self):
@@ -240,10 +239,6 @@ class CallbackConfig(Section):
             problem = "is given together with path" if self.name else "and path are both missing"
             invalid("name", self.name, problem, "give one of the two")
         return self
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
 
 
 class TrainConfig(Section):

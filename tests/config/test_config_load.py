@@ -132,7 +132,11 @@ def sections(model: type[BaseModel] = Config, path: tuple[str, ...] = ()):
                 yield from sections(inner, (*path, name, *index))
 
 
-EMPTY = {("data", "validation_sources", "0"), ("distill", "teachers", "0")}  # lists without a first item
+EMPTY = {
+    ("data", "validation_sources", "0"),
+    ("distill", "teachers", "0"),
+    ("train", "callbacks", "0"),
+}  # lists without a first item
 SECTIONS = [(path, model) for path, model in sections() if path not in EMPTY]
 
 

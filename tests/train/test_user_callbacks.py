@@ -88,7 +88,10 @@ def with_callbacks(*callbacks: dict, max_steps: int = 2, **train) -> dict:
 
 def test_hooks_come_in_order_with_arguments_and_act_on_records(train, package):
     log = package / "log"
-    given = ({"path": "user_callbacks.Second", "log": str(log)}, {"name": "counter", "log": str(log), "start": 5})
+    given = (
+        {"path": "user_callbacks.Second", "args": {"log": str(log)}},
+        {"name": "counter", "args": {"log": str(log), "start": 5}},
+    )
     run_dir = train(**with_callbacks(*given))
     step = ["step_begin", "backward_end", "step_end", "record", "save"]
     last = [*step[:3], "evaluate", *step[3:]]
@@ -101,7 +104,7 @@ def test_hooks_come_in_order_with_arguments_and_act_on_records(train, package):
 
 
 def test_state_survives_a_resume_at_another_layout(make_config, package, tmp_path):
-    given = {"path": "user_callbacks.Counter", "start": 9}
+    given = {"path": "user_callbacks.Counter", "args": {"start": 9}}
     config = make_config(**with_callbacks(given, given, max_steps=3))
     assert main(["train", str(config), "train.max_steps=1"]) == 0
     done = runs.finish(runs.launched(config, "parallel.expert_parallel_size=2", "parallel.zero_stage=2"), 300)
@@ -150,11 +153,15 @@ def test_a_callback_that_only_watches_changes_no_number(train, package):
         ({}, "train.callbacks.0.name=null and path are both missing: give one of the two"),
         ({"name": "counter", "path": "a.B"}, "train.callbacks.0.name=counter is given together with path"),
         ({"name": "conter"}, r"train.callbacks.0.name=conter is no callback .*\(one of counter\): use path"),
+        ({"name": "counter", "strat": 3}, r"unknown configuration key train\.callbacks\.0\.strat"),
         ({"path": "Counter"}, "train.callbacks.0.path=Counter names no module: write package.module.Class"),
         ({"path": "user_callbacks.Nothing"}, "path=user_callbacks.Nothing cannot be imported"),
         ({"path": "no_such_package.X"}, "path=no_such_package.X cannot be imported .*PYTHONPATH"),
         ({"path": "pathlib.Path"}, "path=pathlib.Path is no callback: derive a class"),
-        ({"name": "counter", "strat": 3}, r"Counter takes other arguments .*strat.*Counter\(start=0, log=None\)"),
+        (
+            {"name": "counter", "args": {"strat": 3}},
+            r"Counter takes other arguments .*strat.*Counter\(start=0, log=None\)",
+        ),
         ({"path": "user_callbacks.Unsaved"}, "the state of callback user_callbacks.Unsaved cannot be saved"),
     ],
 )
@@ -173,7 +180,7 @@ def test_a_callback_refuses_a_configuration_before_anything_is_written(make_conf
 
 def test_the_last_hook_comes_after_a_failure_too(make_config, package):
     log = package / "log"
-    config = make_config(**with_callbacks({"path": "user_callbacks.Failing", "log": str(log)}))
+    config = make_config(**with_callbacks({"path": "user_callbacks.Failing", "args": {"log": str(log)}}))
     with pytest.raises(RuntimeError, match="as planned"):
         main(["train", str(config)])
     assert log.read_text().splitlines()[-1] == "train_end 1 Failing"

@@ -65,10 +65,10 @@ def _checked(found: Any, given: str) -> type[Callback]:
 
 def _construct(kind: type[Callback], given: CallbackConfig, key: str) -> Callback:
     try:
-        inspect.signature(kind).bind(**given.arguments)
+        inspect.signature(kind).bind(**given.args)
     except TypeError as error:
-        raise UserError(f"{key}: {kind.__name__} takes other arguments ({error}): it is {_call(kind)}") from error
-    return kind(**given.arguments)
+        raise UserError(f"{key}.args: {kind.__name__} takes other arguments ({error}): it is {_call(kind)}") from error
+    return kind(**given.args)
 
 
 def _call(kind: type[Callback]) -> str:
