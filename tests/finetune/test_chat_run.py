@@ -140,7 +140,7 @@ def train_on_rank(arguments: list[str]) -> tuple[int, str]:
 
 @pytest.mark.parametrize(
     ("line", "sentence"),
-    [('{"messages": [{"role": "tool", "content": ""}]}', 'line 2: turn 1 has the role "tool"'), ("{", "line 2 is not")],
+    [('{"messages": [{"role": "critic", "content": ""}]}', 'line 2: turn 1 has the role "critic"'), ("{", "line 2 is not")],
 )  # fmt: skip
 def test_a_broken_row_ends_the_command_with_one_sentence(root, tmp_path, line, sentence, capsys):
     path = tmp_path / "chat.jsonl"
