@@ -18,6 +18,7 @@ from moe_llm.config.base import fields_by_key
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SCRIPTS = [
     *sorted((ROOT / "scripts").glob("*.sh")),
     ROOT / "scripts/slurm_multi_node.sbatch",
@@ -206,21 +207,53 @@ def test_the_reference_has_the_whole_configuration_as_it_is():
 
 
 def test_the_readmes_data_is_a_configuration():
-    _, _, rest = README.partition("### Your own data")
+    _, _, rest = README.partition("## Your own data")
     example = yaml.safe_load(rest.partition("```yaml")[2].partition("```")[0])
     quickstart = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
     Config(**{**quickstart, **example})
 
 
-def test_the_readme_names_files_that_exist():
-    named = set(re.findall(r"\b(?:configs|docs|scripts|docker)/[\w./]+\w", README))
+def test_readme_and_pages_name_files_that_exist():
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    named = set(re.findall(r"(?<![\w/])(?:configs|docs|scripts|docker)/[\w./-]+\w", text))
     assert len(named) > 8
     missing = [name for name in named if not (ROOT / name).exists()]
     assert missing == []
 
 
-def test_the_readme_shows_every_part_of_the_package():
-    tree = README.partition("## The code")[2]
+def test_the_readme_fits_a_few_screens():
+    assert len(README.splitlines()) <= 200
+    assert len(README.encode()) <= 12 * 1024
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_relative_links_lead_to_files_and_headings_that_exist(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    missing = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            missing.append(link)
+    assert missing == []
+
+
+def test_every_page_is_in_the_index_and_in_the_site():
+    docs = ROOT / "docs"
+    pages = {str(page.relative_to(docs)) for page in docs.rglob("*.md")} - {"index.md"}
+    index, site = (docs / "index.md").read_text(), (docs / "site/mkdocs.yml").read_text()
+    assert sorted(page for page in pages if f"({page})" not in index or f"- {page}\n" not in site) == []
+
+
+def test_the_code_page_shows_every_part_of_the_package():
+    tree = (ROOT / "docs/developer/architecture.md").read_text(encoding="utf-8")
     parts = [path.parent.name for path in (ROOT / "moe_llm").glob("*/__init__.py")]
     assert len(parts) > 5
     assert [part for part in parts if f"  {part}/ " not in tree] == []
