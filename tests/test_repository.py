@@ -94,7 +94,8 @@ def test_the_test_script_installs_once_and_fails_with_any_of_its_steps(tmp_path)
     code, calls = run_script(clone, "test.sh", "-x", "tests/config")
     assert code == 0
     assert "python -m pip install --quiet -c .venv/constraints.txt -e .[dev]" in calls
-    assert calls[-3:] == ["ruff check .", "lint-imports ", "python -m pytest -n 2 --dist loadfile -x tests/config"]
+    checks = ["ruff check .", "ruff format --check --quiet .", "lint-imports "]
+    assert calls[-4:] == [*checks, "python -m pytest -n 2 --dist loadfile -x tests/config"]
     pinned = (clone / ".venv/constraints.txt").read_text()
     assert re.findall(r"^torch==.*", pinned, re.M) == ["torch==2.13.0+cpu"]  # what is installed stays
 
