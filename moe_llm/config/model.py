@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from moe_llm.config.base import Section, invalid
-from moe_llm.config.routers import AnyRouterSettings, MixtralSettings
+from moe_llm.config.routers import DEFAULT_TYPE, ROUTER_SETTINGS, AnyRouterSettings, MixtralSettings
 
 
 class ModelConfig(Section):
@@ -39,7 +39,13 @@ class ModelConfig(Section):
         False, description="their output times sigmoid of a linear map of the token, as in Qwen2-MoE"
     )
     router: AnyRouterSettings = Field(MixtralSettings(), description="how tokens choose experts")
-    router_aux_loss_coef: float = Field(0.02, ge=0, description="weight of the load-balance loss; 0: off")
+    router_aux_loss_coef: float = Field(
+        0.02,
+        ge=0,
+        description="weight of the load-balance loss; 0: off. Where it is not set, by the router's own source: 0 for those "
+        "that balance otherwise or have losses of their own, 0.01 for gshard, switch, batch_prioritised, top_p and "
+        "multi_head",
+    )
     router_aux_loss_scope: Literal["global", "sequence", "transformers"] = Field(
         "global",
         description="global: per layer, over the tokens of all ranks, averaged over layers; sequence: per layer and "
@@ -103,6 +109,16 @@ class ModelConfig(Section):
             if scope is None and over == "sequence":
                 return {**values, "router_aux_loss_scope": "sequence"}
         return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _balance_by_the_routers_source(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or "router_aux_loss_coef" in given:
+            return given
+        router = given.get("router")
+        kind = router.get("type", DEFAULT_TYPE) if isinstance(router, dict) else getattr(router, "type", DEFAULT_TYPE)
+        settings = ROUTER_SETTINGS.get(kind) if isinstance(kind, str) else None
+        return given if settings is None else {**given, "router_aux_loss_coef": settings.aux_loss_coef}
 
     @model_validator(mode="after")
     def _balance_fits_scope(self):

@@ -68,6 +68,7 @@ class RouterSettings(Section):
 
     evaluates_by_buffers: ClassVar[bool] = False  # whether evaluation has no use for buffers that no step has changed
     merges: ClassVar[bool] = False  # whether experts' weights are mixed, rather than their outputs
+    aux_loss_coef: ClassVar[float] = 0.02  # model.router_aux_loss_coef where it is not set: by the router's own source
 
     @model_validator(mode="after")
     def _entropies_agree(self):

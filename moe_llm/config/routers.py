@@ -50,6 +50,7 @@ class DenseSettings(RouterSettings):
     """Every expert, weighted by the softmax: the original mixture (Jacobs, Jordan, Nowlan and Hinton 1991)."""
 
     type: Literal["dense"] = "dense"
+    aux_loss_coef: ClassVar[float] = 0.0
 
     def check(self, model: ModelSizes) -> None:
         if model.num_experts_per_tok != model.num_local_experts:
@@ -65,6 +66,7 @@ class NoisyTopKSettings(OverflowSettings):
     """Learned noise, then the top k before the softmax, with importance and load losses (Shazeer et al. 2017)."""
 
     type: Literal["noisy_top_k"] = "noisy_top_k"
+    aux_loss_coef: ClassVar[float] = 0.0
     importance_coef: float = Field(0.1, ge=0, description="weight of CV^2 of the gates' sums over tokens (equation 7)")
     load_coef: float = Field(0.1, ge=0, description="weight of CV^2 of the expected numbers of tokens (equation 11)")
     noise: bool = Field(True, description="false: nothing is drawn while training, as in evaluation")
@@ -88,6 +90,7 @@ class GShardSettings(LimitedSettings):
     """Top 2 with limited room; the second expert at random, in proportion to its weight (Lepikhin et al. 2020)."""
 
     type: Literal["gshard"] = "gshard"
+    aux_loss_coef: ClassVar[float] = 0.01
     capacity_factor: float | None = Field(
         1.25,
         gt=0,
@@ -112,6 +115,7 @@ class SwitchSettings(OverflowSettings):
     """The one likeliest expert with limited room, its probability as weight (Fedus et al. 2021)."""
 
     type: Literal["switch"] = "switch"
+    aux_loss_coef: ClassVar[float] = 0.01
     capacity_factor: float | None = Field(
         1.25,
         gt=0,
@@ -127,6 +131,7 @@ class BatchPrioritisedSettings(OverflowSettings):
     2021)."""
 
     type: Literal["batch_prioritised"] = "batch_prioritised"
+    aux_loss_coef: ClassVar[float] = 0.01
     capacity_factor: float | None = Field(
         1.05,
         gt=0,
@@ -146,6 +151,7 @@ class TopPSettings(RouterSettings):
     """As many experts as it takes for their probabilities to reach p (Huang et al. 2024)."""
 
     type: Literal["top_p"] = "top_p"
+    aux_loss_coef: ClassVar[float] = 0.01
     p: float = Field(
         0.4,
         gt=0,
@@ -213,6 +219,7 @@ class DeepSeekMoESettings(OverflowSettings):
     """Softmax, top k, with losses that balance experts and groups of them (DeepSeekMoE, Dai et al. 2024)."""
 
     type: Literal["deepseek_moe"] = "deepseek_moe"
+    aux_loss_coef: ClassVar[float] = 0.0
     norm_topk_prob: bool = Field(False, description="weights of a token's experts are divided by their sum")
     routed_scaling_factor: float = Field(1.0, gt=0, description="what weights are multiplied by then")
     expert_balance_coef: float = Field(
@@ -261,6 +268,7 @@ class BiasBalancedSettings(RouterSettings):
     DeepSeek-V3 2024)."""
 
     type: Literal["bias_balanced"] = "bias_balanced"
+    aux_loss_coef: ClassVar[float] = 0.0
     score: Literal["sigmoid", "softmax"] = Field("sigmoid", description="of the router's logits")
     update_rate: float = Field(
         0.001,
@@ -309,6 +317,7 @@ class BalancedSettings(RouterSettings):
     the same work."""
 
     type: Literal["balanced"] = "balanced"
+    aux_loss_coef: ClassVar[float] = 0.0
 
     @property
     def normalized(self) -> bool:
@@ -319,6 +328,7 @@ class LorySettings(RouterSettings):
     """Experts' weights are mixed, segment by segment, by the mean of the segment before (Lory, Zhong et al. 2024)."""
 
     type: Literal["lory"] = "lory"
+    aux_loss_coef: ClassVar[float] = 0.0
     segment_length: int = Field(256, ge=1, description="tokens that pass through the same mixture")
     merges: ClassVar[bool] = True
 
@@ -350,6 +360,7 @@ class ExpertChoiceSettings(RouterSettings):
     2022)."""
 
     type: Literal["expert_choice"] = "expert_choice"
+    aux_loss_coef: ClassVar[float] = 0.0
     capacity_factor: float = Field(
         1.0,
         gt=0,

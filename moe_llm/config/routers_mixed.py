@@ -13,6 +13,7 @@ class SoftMoESettings(RouterSettings):
     segment before (after Puigcerver et al. 2023)."""
 
     type: Literal["soft_moe"] = "soft_moe"
+    aux_loss_coef: ClassVar[float] = 0.0
     slots_per_expert: int = Field(ge=1, description="slots of each expert for each segment")
     segment_length: int = Field(
         ge=1,
@@ -77,6 +78,7 @@ class MultiHeadSettings(OverflowSettings):
     """Each token is split into parts that are routed apart, between two linear maps (MH-MoE, Wu et al. 2024)."""
 
     type: Literal["multi_head"] = "multi_head"
+    aux_loss_coef: ClassVar[float] = 0.01
     heads: int = Field(
         ge=2,
         description="parts of a token, each of width hidden_size / heads, which is that of what experts take and "

@@ -109,6 +109,10 @@ def announce(
             )
     if not config.finetune.whole:
         reporter.say(describe(config))
+    losses = {"load balance": config.model.router_aux_loss_coef, "z-loss": config.model.router_z_loss_coef}
+    losses |= {loss.name: loss.coefficient for loss in router_losses(config.model)}
+    acting = ", ".join(f"{coefficient:g} x {name}" for name, coefficient in losses.items() if coefficient)
+    reporter.say(f"losses of the routers (model.router.type={config.model.router.type}): {acting or 'none'}")
     noted = export_note(config.model)
     if noted is not None:
         reporter.say(noted)

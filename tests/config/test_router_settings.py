@@ -4,8 +4,9 @@ import math
 from pathlib import Path
 
 import pytest
+import yaml
 
-from moe_llm.config import dump_config, load_config
+from moe_llm.config import ModelConfig, dump_config, load_config
 from moe_llm.config.load import parse_yaml, validate
 from moe_llm.config.routers import ROUTER_SETTINGS, MixtralSettings, SwitchSettings
 from moe_llm.errors import UserError
@@ -157,3 +158,13 @@ def test_quiet_and_unlimited_are_settings():
             assert not (change and change is router.unlimited() and changed.limited)
     assert SwitchSettings().limited
     assert not SwitchSettings.model_validate(SwitchSettings().model_dump() | SwitchSettings().unlimited()).limited
+
+
+@pytest.mark.parametrize("kind", sorted(ROUTER_SETTINGS))
+def test_the_balance_loss_that_is_not_set_is_that_of_the_routers_source(kind):
+    """As in the shipped configuration of each router, which cites it; what is set stays."""
+    file = Path(__file__).parents[2] / f"configs/routing/{kind}.yaml"
+    shipped = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]
+    expected = shipped.pop("router_aux_loss_coef")
+    assert ModelConfig(**shipped).router_aux_loss_coef == expected
+    assert ModelConfig(**shipped, router_aux_loss_coef=0.3).router_aux_loss_coef == 0.3
