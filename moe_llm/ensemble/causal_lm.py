@@ -103,7 +103,8 @@ def read_prompt(tokenizer: Any, prompt: str, **options: Any) -> Any:
     inputs = tokenizer(prompt, return_tensors="pt", **options)
     ids_BS = inputs["input_ids"]
     length, bos = ids_BS.shape[1], tokenizer.bos_token_id
-    if bos is not None and bos not in ids_BS[0, :2].tolist() and options.get("add_special_tokens", True) and length:
+    told_not_to = getattr(tokenizer, "init_kwargs", {}).get("add_bos_token") is False
+    if told_not_to and bos is not None and bos not in ids_BS[0, :2].tolist() and length:
         inputs["input_ids"] = ids_BS = torch.cat([torch.tensor([[bos]]), ids_BS], 1)
         if "attention_mask" in inputs:
             inputs["attention_mask"] = torch.ones_like(ids_BS)

@@ -138,7 +138,7 @@ def test_experts_without_numbers_are_refused(tmp_path, neurons):
     model, broken = make_model(), make_model(seed=1)
     broken.state_dict()["model.layers.1.mlp.experts.down_proj"][2] = torch.nan
     paths = [save(model, tmp_path / "a"), save(broken, tmp_path / "b")]
-    with pytest.raises(UserError, match=r"layer 1 of .*a and layer 1 of .*b cannot be compared"):
+    with pytest.raises(UserError, match=r"layer 1 of .*a and layer 1 of .*b cannot be compared|holds NaN or infinity"):
         merged(recipe(paths, "weights", align_neurons=neurons), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 

@@ -4,6 +4,7 @@ Dimensions: B sequences, S positions, R choices of a token in falling preference
 """
 
 import math
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,14 @@ from torch import Tensor
 def capacity_of(factor: float, tokens: int, top_k: int, num_experts: int) -> int:
     """Rows that an expert takes from a group of `tokens` real tokens: `factor` times its even share, rounded up
     (Lepikhin et al. 2020, section 2.2)."""
-    return math.ceil(factor * top_k * tokens / num_experts)
+    share = _share(factor, top_k, num_experts)
+    return math.ceil(share * tokens)
+
+
+def _share(factor: float, top_k: int, num_experts: int) -> Fraction:
+    """Rows of an expert for each token of a group, as the fraction that the factor is written as: exact in whole numbers,
+    on every device alike."""
+    return Fraction(factor).limit_denominator(1_000_000) * top_k / num_experts
 
 
 class Groups(NamedTuple):
@@ -41,6 +49,11 @@ class Groups(NamedTuple):
         start_BS = torch.where(begins_BS, place_BS, 0).cummax(1).values
         return Groups(mask_BS, start_BS, size_BS.gather(1, index_BS))
 
+    @classmethod
+    def unlimited(cls, mask_BS: Tensor) -> "Groups":
+        """Where experts have room for all, nothing asks where groups begin or how large they are."""
+        return cls(mask_BS, mask_BS, mask_BS)
+
     def repeat(self, times: int) -> "Groups":
         """Of `times` parts of each token, side by side."""
         mask_BP, start_BP, tokens_BP = (part_BS.repeat_interleave(times, 1) for part_BS in self)
@@ -48,7 +61,8 @@ class Groups(NamedTuple):
 
     def capacity(self, factor: float, top_k: int, num_experts: int) -> Tensor:
         """`capacity_of` the group of each position, int64 (B, S)."""
-        return (factor * top_k * self.tokens_BS.double() / num_experts).ceil().long()
+        share = _share(factor, top_k, num_experts)
+        return -(-share.numerator * self.tokens_BS).div(share.denominator, rounding_mode="floor")
 
     def order(self, score_BS: Tensor) -> Tensor:
         """Positions of each sequence group by group, and within a group by falling score; ties by position. Real

@@ -32,7 +32,12 @@ class TokenChoiceRouter(Router):
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor, document_BS: Tensor | None = None) -> Routing:
         logits_TE = self.logits(x_BSD)
-        return self.route(logits_TE, logits_TE.softmax(-1), Groups.of(mask_BS, document_BS))
+        return self.route(logits_TE, logits_TE.softmax(-1), self.groups(mask_BS, document_BS))
+
+    def groups(self, mask_BS: Tensor, document_BS: Tensor | None) -> Groups:
+        """The tokens that share room, where room is limited at all."""
+        limited = self.training and self.settings.capacity_at(self.step) is not None
+        return Groups.of(mask_BS, document_BS) if limited else Groups.unlimited(mask_BS)
 
     def weights(self, value_TR: Tensor, shared_TR: Tensor) -> Tensor:
         """What outputs are multiplied by. value_TR: probabilities of the choices; shared_TR: the same, zero for choices

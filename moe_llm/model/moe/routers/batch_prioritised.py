@@ -27,7 +27,7 @@ class BatchPrioritisedRouter(TokenChoiceRouter):
         logits_TE = self.logits(x_BSD)
         if self.training and self.settings.noise:
             logits_TE = logits_TE + torch.randn_like(logits_TE) / self.num_experts
-        return self.route(logits_TE, logits_TE.softmax(-1), Groups.of(mask_BS, document_BS))
+        return self.route(logits_TE, logits_TE.softmax(-1), self.groups(mask_BS, document_BS))
 
     def weights(self, value_TR: Tensor, shared_TR: Tensor) -> Tensor:
         return value_TR

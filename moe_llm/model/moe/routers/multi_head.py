@@ -8,7 +8,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from moe_llm.config.routers_mixed import MultiHeadSettings
-from moe_llm.model.moe.capacity import Groups
 from moe_llm.model.moe.routing import Routing
 from moe_llm.model.moe.token_choice import TokenChoiceRouter
 
@@ -29,7 +28,7 @@ class MultiHeadRouter(TokenChoiceRouter):
     def forward(self, x_BSD: Tensor, mask_BS: Tensor, document_BS: Tensor | None = None) -> Routing:
         heads = self.settings.heads
         part_BPW = self.head_proj(x_BSD).unflatten(-1, (heads, -1)).flatten(1, 2)
-        groups = Groups.of(mask_BS, document_BS).repeat(heads)
+        groups = self.groups(mask_BS, document_BS).repeat(heads)
         logits_RE = self.logits(part_BPW)
         routing = self.route(logits_RE, logits_RE.softmax(-1), groups)
 

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_llm.config.routers import NoisyTopKSettings, RouterSettings
-from moe_llm.model.moe.capacity import Groups
 from moe_llm.model.moe.losses import RouterLoss, cv_squared
 from moe_llm.model.moe.routing import Routing
 from moe_llm.model.moe.token_choice import TokenChoiceRouter
@@ -36,7 +35,7 @@ class NoisyTopKRouter(TokenChoiceRouter):
             load_TE = self._expected_load(clean_TE, noisy_TE, deviation_TE)
             return torch.cat([(gates_TE * weight_T1).sum(0), (load_TE * weight_T1).sum(0)])
 
-        return self.route(noisy_TE, noisy_TE.softmax(-1), Groups.of(mask_BS, document_BS), measure)
+        return self.route(noisy_TE, noisy_TE.softmax(-1), self.groups(mask_BS, document_BS), measure)
 
     def _expected_load(self, clean_TE: Tensor, noisy_TE: Tensor, deviation_TE: Tensor) -> Tensor:
         """The probability that an expert would be chosen if its own noise alone were drawn again (equations 8, 9)."""
