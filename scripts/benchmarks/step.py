@@ -167,7 +167,7 @@ def across(shapes: dict[str, Shape], dtype: str, rounds: int, device: str = "cpu
         per_token = {}
         for name, shape in shapes.items():
             batch = ids[name][round_].to(device)
-            run = partial(step, models[name], batch, None, device == "cpu")
+            run = partial(step, models[name], batch, None)
             per_token[name] = timed(run, batch.device) / shape.tokens
         if round_:
             first = next(iter(per_token.values()))
