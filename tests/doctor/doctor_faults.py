@@ -157,10 +157,14 @@ def recomputation_with_other_noise(rank):
 
 
 def documents_see_each_other(rank):
-    from moe_llm.train import loop
+    from moe_llm.distributed import forward_passes
 
-    real = loop.model_inputs
-    return mock.patch.object(loop, "model_inputs", lambda b: real(dataclasses.replace(b, document_ids_BS=None)))
+    real = forward_passes.model_inputs
+    return mock.patch.object(
+        forward_passes,
+        "model_inputs",
+        lambda b: real(dataclasses.replace(b, document_ids_BS=None, runs_B=None)),
+    )
 
 
 def a_rank_dies(rank):
