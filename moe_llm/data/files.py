@@ -81,7 +81,7 @@ def publish_resumable(directory: Path, field: str, journal: str) -> Iterator[Pat
                 _flush(file)
             temporary.rename(directory)
             _flush_names(directory.parent)
-        except Exception:
+        except Exception:  # raised again; an interrupt is none, and leaves what it has for the next start to resume
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
