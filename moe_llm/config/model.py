@@ -49,7 +49,9 @@ class ModelConfig(Section):
     router_aux_loss_scope: Literal["global", "sequence", "transformers"] = Field(
         "global",
         description="global: per layer, over the tokens of all ranks, averaged over layers; sequence: per layer and "
-        "sequence, averaged; transformers: all layers pooled, each rank alone, as transformers computes it",
+        "sequence, averaged; transformers: all layers pooled, each rank alone, as transformers computes it. In each scope "
+        "the loss is num_experts_per_tok when balanced; DeepSeek-V3's sequence loss is 1 then, so its alpha is this "
+        "coefficient times num_experts_per_tok",
     )
     balance_over: Literal["micro_batches", "step", "sequence"] = Field(
         "micro_batches",

@@ -113,6 +113,12 @@ def announce(
     losses |= {loss.name: loss.coefficient for loss in router_losses(config.model)}
     acting = ", ".join(f"{coefficient:g} x {name}" for name, coefficient in losses.items() if coefficient)
     reporter.say(f"losses of the routers (model.router.type={config.model.router.type}): {acting or 'none'}")
+    if config.model.router_aux_loss_coef and config.model.router_aux_loss_scope == "sequence":
+        alpha = config.model.router_aux_loss_coef * config.model.num_experts_per_tok
+        reporter.say(
+            "the load balance of a sequence counts all of a token's experts, num_experts_per_tok when balanced: this "
+            f"coefficient is alpha={alpha:g} in DeepSeek-V3's equation 17, whose loss is 1 then"
+        )
     noted = export_note(config.model)
     if noted is not None:
         reporter.say(noted)
@@ -133,11 +139,6 @@ def announce(
             f"the language-model loss does not reach the routers' {' and '.join(unweighed)}: where a token takes one "
             f"of several, model.router.type={router.type} gives it the weight 1 whatever its logit, so that only "
             "the routers' own losses move that"
-        )
-    if config.model.router.merges and config.data.isolate_documents:
-        reporter.say(
-            f"model.router.type={config.model.router.type} cuts segments through whole blocks: a document's first "
-            "mixture is what the text before it in the block asks for, also with data.isolate_documents=true"
         )
     if config.distill.teachers:
         teachers, distill = ", ".join(teacher.path for teacher in config.distill.teachers), config.distill

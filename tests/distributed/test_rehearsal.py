@@ -18,6 +18,7 @@ from moe_llm.model.moe.layer import MoELayer
 from moe_llm.ops import attention, host
 
 SIZES, ROWS, COUNTS = "rows that each rank sends and receives", "rows of all tokens", "rows of each expert"
+SEGMENTS = "segments of a block"
 # Routers whose number of rows depends on values: it has to be known before the rows can be gathered.
 VARYING = {"gshard", "switch", "batch_prioritised", "top_p", "expert_choice"}
 # What a layer of 8x7B may wait for in a step without recomputation. Before Hopper experts are a loop that reads its counts.
@@ -30,8 +31,8 @@ BUDGET_OPERATIONS = {  # device operations a layer, forward and backward, of Mix
 def waits_of_a_layer(router: str, ep: int, capability: tuple[int, int]) -> Counter[str]:
     """The written budget: names of waits and how often a layer may have each, forward and backward together."""
     allowed: Counter[str] = Counter()
-    if router == "lory":  # whole weights are exchanged: no sizes, no rows
-        return allowed
+    if router == "lory":  # whole weights are exchanged: no sizes, no rows; documents decide how many mixtures there are
+        return Counter({SEGMENTS: 1})
     if router in VARYING:
         allowed[ROWS] = 1
     if ep > 1:

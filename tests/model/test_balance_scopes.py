@@ -97,6 +97,24 @@ def test_sequence_scope_is_the_mean_of_each_sequences_own_loss():
     torch.testing.assert_close(model(**batch()).aux_loss, torch.stack(each).mean(), rtol=1e-6, atol=0)
 
 
+def test_sequence_scope_is_top_k_times_deepseek_v3s_loss():
+    """DeepSeek-AI 2024, equations 17 to 20, token by token: 1 when balanced, and alpha is the coefficient times K."""
+    model, plain = model_of("sequence"), batch()
+    logits: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda _, __, routing: logits.append(routing.logits_TE))
+    found, losses = model(**plain).aux_loss, []
+    for layer_TE in logits:
+        for row_SE, real_S in zip(layer_TE.softmax(-1).unflatten(0, (ROWS, LENGTH)), plain["attention_mask"]):
+            if not real_S.any():
+                continue
+            share_tE = row_SE[real_S]
+            chosen = [set(token.argsort(descending=True)[:2].tolist()) for token in share_tE]
+            f = [4 / (2 * len(chosen)) * sum(e in token for token in chosen) for e in range(4)]
+            losses.append(sum(f[e] * share_tE[:, e].mean() for e in range(4)))
+    torch.testing.assert_close(found / 2, torch.stack(losses).mean(), rtol=1e-5, atol=0)
+
+
 def test_scopes_differ():
     values = [model_of(scope)(**batch()).aux_loss.item() for scope in ("global", "sequence", "transformers")]
     assert len({round(v, 5) for v in values}) == 3

@@ -32,8 +32,6 @@ CASES = {
     "lory": (1, {"segment_length": 4}),
     "expert_choice": (2, {}),
 }
-# Whose segments are cut through blocks, as in the paper: training says so (`train.reporter`).
-ACROSS_DOCUMENTS = {"lory"}
 
 
 def model_of(case: str, training: bool = True) -> MoEDecoder:
@@ -76,7 +74,7 @@ def test_padding_changes_nothing(case, side, training):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("case", [case for case in CASES if case not in ACROSS_DOCUMENTS])
+@pytest.mark.parametrize("case", CASES)
 def test_a_document_is_treated_the_same_alone_and_packed(case, training):
     lengths = (9, 4, 13)
     model, ids_1S = model_of(case, training), tokens(1, sum(lengths))

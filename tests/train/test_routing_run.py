@@ -50,6 +50,13 @@ def test_what_depends_on_later_tokens_says_so(train, capsys):
     assert "batch_prioritised is not causal in training" in capsys.readouterr().err
 
 
+def test_the_sequence_loss_is_told_in_deepseeks_normalisation(train, capsys):
+    model = {**runs.MODEL, "router_aux_loss_scope": "sequence", "router_aux_loss_coef": 0.005}
+    train(model=model, train={"max_steps": 1, "micro_batch_size": 2, "global_batch_size": 4})
+    alpha = 0.005 * model["num_experts_per_tok"]
+    assert f"this coefficient is alpha={alpha:g} in DeepSeek-V3's equation 17" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("kind", "told"), [("mixtral", True), ("switch", False)])
 def test_routers_that_the_loss_does_not_reach_are_told(train, capsys, kind, told):
     model = {**runs.MODEL, "num_experts_per_tok": 1, "router": {"type": kind}}
@@ -57,10 +64,9 @@ def test_routers_that_the_loss_does_not_reach_are_told(train, capsys, kind, told
     assert ("the language-model loss does not reach the routers' weight" in capsys.readouterr().err) == told
 
 
-def test_mixed_experts_have_no_adapters_and_segments_no_documents(train, make_config, capsys):
+def test_mixed_experts_have_no_adapters(train, make_config, capsys):
     lory = {"num_experts_per_tok": 1, "router": {"type": "lory", "segment_length": 8}}
     root = train(model={**runs.MODEL, **lory}, evaluate={"max_blocks": 4, "sample_prompt": "abc", "sample_tokens": 5})
-    assert "also with data.isolate_documents=true" in capsys.readouterr().err
     last, base = runs.records(root)[-1], root / "checkpoints/step-00000006"
     assert last["moe"]["experts_per_token"] == pytest.approx([1, 1])
     assert last["moe"]["dropped_share"] == [0, 0]

@@ -20,22 +20,24 @@ class LoryRouter(Router):
 
     The paper routes a sequence's first segment by its own mean, without gradient, while training. That lets a token
     see later ones of its segment, which generation does not have. Here the first segment has a learned distribution,
-    softmax(start), uniform at first: training and generation compute the same, and nothing looks ahead.
+    softmax(start), uniform at first: training and generation compute the same, and nothing looks ahead. Where documents
+    are isolated, segments are those of each document, so that no mixture depends on what else is in the block.
     """
 
     Settings = LorySettings
     settings: LorySettings
+    by_document = True
     zero_parameters = ("start",)
 
-    def forward(self, x_BSD: Tensor, mask_BS: Tensor) -> WeightMixture:
-        segments = Segments.cut(mask_BS, self.settings.segment_length)
-        real_BGL1 = segments.real_BGL[..., None]
-        x_BGLD = segments.split(x_BSD.flatten(0, 1)) * real_BGL1
-        mean_BGD = x_BGLD.sum(2, dtype=torch.float32) / real_BGL1.sum(2).clamp(min=1)
-        before_BGD = F.pad(mean_BGD, (0, 0, 1, 0))[:, :-1]  # zeros before the first, so that its logits are `start`
-        first_G1 = torch.arange(before_BGD.shape[1], device=x_BSD.device)[:, None] == 0
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor, document_BS: Tensor | None = None) -> WeightMixture:
+        segments = Segments.cut(mask_BS, self.settings.segment_length, document_BS)
+        x_BGLD = segments.split(x_BSD.flatten(0, 1))
+        mean_BGD = x_BGLD.sum(2, dtype=torch.float32) / segments.real_BGL.sum(2).clamp(min=1)[..., None]
+        opens_BG1 = segments.opens_BG[..., None]
+        # zeros before the first of a document, so that its logits are `start`
+        before_BGD = F.pad(mean_BGD, (0, 0, 1, 0))[:, :-1].masked_fill(opens_BG1, 0)
         logits_BGE = self.logits(before_BGD).view(*before_BGD.shape[:2], self.num_experts)
-        logits_BGE = logits_BGE + self.start.float() * first_G1
+        logits_BGE = logits_BGE + self.start.float() * opens_BG1
         probability_BGE = logits_BGE.softmax(-1)
 
         def of_tokens(of_BGE: Tensor) -> Tensor:
