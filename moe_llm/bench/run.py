@@ -89,8 +89,7 @@ def synthetic_loader(config: Config, runtime: Runtime, steps: int) -> TrainLoade
         position=0,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
+        **runtime.reads,
     )
 
 

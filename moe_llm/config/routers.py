@@ -331,6 +331,7 @@ class LorySettings(RouterSettings):
     aux_loss_coef: ClassVar[float] = 0.0
     segment_length: int = Field(256, ge=1, description="tokens that pass through the same mixture")
     merges: ClassVar[bool] = True
+    spreads: ClassVar[bool] = False
 
     def check(self, model: ModelSizes) -> None:
         _exactly(model, 1, self.type)  # the one of mixed weights

@@ -24,6 +24,7 @@ class SoftMoESettings(RouterSettings):
         True, description="tokens and slots' parameters are of length 1 in the logits, which get a learned factor"
     )
     needs_past: ClassVar[bool] = True
+    spreads: ClassVar[bool] = False
 
     def check(self, model: ModelSizes) -> None:
         if self.slots_per_expert > self.segment_length:

@@ -309,6 +309,12 @@ class ParallelConfig(Section):
     """How ranks share the work."""
 
     expert_parallel_size: int = Field(1, ge=1, description="ranks that share one set of experts")
+    sequence_parallel_size: int = Field(
+        1,
+        ge=1,
+        description="neighbouring ranks that share each sequence, for long ones: all but attention works on a part of the "
+        "positions, attention on a part of the heads (Ulysses, Jacobs et al. 2023)",
+    )
     all_to_all_chunks: Literal["auto"] | PositiveInt = Field(
         "auto",
         description="parts in which rows travel to their experts and back, so that the next part travels while "
@@ -461,6 +467,7 @@ class Config(Section):
                 "lower the one or raise the other",
             )
         model.router.check_length(data.sequence_length)
+        self._check_sequence_parts()
         if train.global_batch_size % train.micro_batch_size:
             invalid(
                 "train.global_batch_size",
@@ -492,6 +499,43 @@ class Config(Section):
                 "set model.vocab_size, or tokenizer.path to an existing tokenizer",
             )
         return self
+
+    def _check_sequence_parts(self) -> None:
+        size, model = self.parallel.sequence_parallel_size, self.model
+        if size == 1:
+            return
+        where, heads, kv = "parallel.sequence_parallel_size", model.num_attention_heads, model.kv_heads
+        if self.data.sequence_length % size:
+            invalid(where, size, f"does not divide data.sequence_length={self.data.sequence_length}", "use a divisor")
+        if heads % size or (kv % size and size % kv):
+            invalid(
+                where,
+                size,
+                f"does not spread {heads} query heads with {kv} key-value heads evenly: attention works on a part of the "
+                "heads",
+                f"use a divisor of {heads} that divides {kv}, or is a multiple of it",
+            )
+        for key, conflicts, why in (
+            (
+                "model.router.type",
+                not model.router.spreads and model.router.type,
+                "works on segments that would lie on several ranks",
+            ),
+            (
+                "model.router_aux_loss_scope",
+                model.router_aux_loss_scope == "transformers" and "transformers",
+                "is a loss of each rank's own tokens",
+            ),
+            ("distill.teachers", [t.model_dump() for t in self.distill.teachers], "read whole sequences"),
+            ("train.adversarial.epsilon", self.train.adversarial.epsilon, "is of whole sequences"),
+            (
+                "finetune.router_guard.action",
+                self.finetune.router_guard.action not in ("off", "freeze") and self.finetune.router_guard.action,
+                "compares whole sequences",
+            ),
+        ):
+            if conflicts:
+                invalid(where, size, f"does not go with {key}={conflicts}, which {why}", "set it to 1")
 
     @property
     def tokens_per_step(self) -> int:
@@ -534,7 +578,12 @@ class Config(Section):
 
     def check_layout(self, world_size: int) -> None:
         """Refuse a number of ranks that the expert-parallel size or the batch sizes do not fit."""
-        size = self.parallel.expert_parallel_size
+        size, sequence = self.parallel.expert_parallel_size, self.parallel.sequence_parallel_size
+        if world_size % sequence:
+            raise UserError(
+                f"parallel.sequence_parallel_size={sequence} does not divide the number of launched ranks, {world_size}: "
+                "launch a multiple of it (accelerate launch --num_processes), or lower it"
+            )
         if world_size % size:
             raise UserError(
                 f"parallel.expert_parallel_size={size} does not divide the number of launched ranks, {world_size}: "
@@ -545,11 +594,13 @@ class Config(Section):
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches each rank takes an optimizer step; a `UserError` names what does not divide."""
         train = self.train
-        per_round = train.micro_batch_size * world_size
+        sequence = self.parallel.sequence_parallel_size
+        per_round = train.micro_batch_size * (world_size // sequence)
         if train.global_batch_size % per_round:
+            shared = f" / parallel.sequence_parallel_size={sequence}" if sequence > 1 else ""
             raise UserError(
                 f"train.global_batch_size={train.global_batch_size} is not a multiple of "
-                f"train.micro_batch_size={train.micro_batch_size} x {world_size} ranks = {per_round}: "
+                f"train.micro_batch_size={train.micro_batch_size} x {world_size} ranks{shared} = {per_round}: "
                 "change one of them"
             )
         return train.global_batch_size // per_round

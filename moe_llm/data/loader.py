@@ -86,6 +86,8 @@ class TrainLoader:
 
     Args:
         position: samples consumed so far.
+        rank, world_size: which of how many shares of a step's blocks is read.
+        part: which of how many parts of each block (`Batch.part`).
         prefetch: steps read ahead; 0 reads in the caller's thread.
     """
 
@@ -98,6 +100,7 @@ class TrainLoader:
         micro_batch_size: int,
         rank: int = 0,
         world_size: int = 1,
+        part: tuple[int, int] = (0, 1),
         prefetch: int = 2,
     ):
         assert 0 <= rank < world_size
@@ -105,7 +108,7 @@ class TrainLoader:
         assert global_batch_size % (micro_batch_size * world_size) == 0
         self.blocks, self.position = blocks, position
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.part = rank, world_size, part
         self._pin = torch.cuda.is_available()
         self._stop = threading.Event()
         self._queue: queue.Queue = queue.Queue(max(prefetch, 1))
@@ -151,7 +154,7 @@ class TrainLoader:
         m = self.micro_batch_size
         stride = m * self.world_size
         begins = range(position + self.rank * m, position + self.global_batch_size, stride)
-        batches = [self.blocks.rows(begin, m) for begin in begins]
+        batches = [self.blocks.rows(begin, m).take_part(*self.part) for begin in begins]
         return [batch.pin_memory() for batch in batches] if self._pin else batches
 
     def _read_ahead(self, position: int) -> None:
@@ -198,16 +201,20 @@ class ValidationBlocks:
             self.sources[source].write(block, row, arrays)
         return as_batch(arrays)
 
-    def batches(self, *, micro_batch_size: int, rank: int = 0, world_size: int = 1) -> Sequence[Batch]:
+    def batches(
+        self, *, micro_batch_size: int, rank: int = 0, world_size: int = 1, part: tuple[int, int] = (0, 1)
+    ) -> Sequence[Batch]:
         """This rank's batches: as many on every rank and of the same shape; some rows may be all padding."""
-        return _ValidationBatches(self, micro_batch_size, rank, world_size)
+        return _ValidationBatches(self, micro_batch_size, rank, world_size, part)
 
 
 class _ValidationBatches(Sequence):
     """Batches made when asked for: a large held-out split is not held in memory."""
 
-    def __init__(self, blocks: ValidationBlocks, micro_batch_size: int, rank: int, world_size: int):
-        self._source, self._m = blocks, micro_batch_size
+    def __init__(
+        self, blocks: ValidationBlocks, micro_batch_size: int, rank: int, world_size: int, part: tuple[int, int]
+    ):
+        self._source, self._m, self._part = blocks, micro_batch_size, part
         self._mine = blocks.blocks[rank::world_size]
         self._count = -(-len(blocks) // (micro_batch_size * world_size))
 
@@ -218,7 +225,8 @@ class _ValidationBatches(Sequence):
         if not -self._count <= index < self._count:
             raise IndexError(index)
         index %= self._count
-        return self._source._rows(self._mine[index * self._m : (index + 1) * self._m], self._m)
+        rows = self._source._rows(self._mine[index * self._m : (index + 1) * self._m], self._m)
+        return rows.take_part(*self._part)
 
 
 def validation_batches(

@@ -3,6 +3,7 @@
 Shapes: B blocks, S sequence length, N tokens of a source.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from moe_llm.data.cache import TokenizedText
+from moe_llm.ops.shapes import own_part
 
 IGNORED = -100  # label of a position that predicts nothing
 
@@ -25,6 +27,7 @@ class Batch:
     attention_mask_BS: bool, False on padding.
     runs_B: of each block the lengths of its documents, and of its padding, in order, known on the host so that attention
         need not ask the device for them; None where they are not known.
+    part: which of how many consecutive parts of each block the tensors hold; `runs_B` is always of the whole blocks.
     """
 
     input_ids_BS: torch.Tensor
@@ -33,6 +36,7 @@ class Batch:
     document_ids_BS: torch.Tensor | None
     attention_mask_BS: torch.Tensor
     runs_B: tuple[tuple[int, ...], ...] | None = None
+    part: tuple[int, int] = (0, 1)
 
     @property
     def num_targets(self) -> int:
@@ -52,6 +56,23 @@ class Batch:
     def rows(self, start: int, stop: int) -> "Batch":
         runs_B = None if self.runs_B is None else self.runs_B[start:stop]
         return replace(self._map(lambda tensor: tensor[start:stop]), runs_B=runs_B)
+
+    def take_part(self, index: int, parts: int) -> "Batch":
+        """One of some equal, consecutive parts of each block, for ranks that share sequences."""
+        if parts == 1:
+            return self
+        assert self.part == (0, 1), "this is a part already"
+        return replace(self._map(lambda tensor: own_part(tensor, index, parts)), part=(index, parts))
+
+    @staticmethod
+    def of_parts(parts: "Sequence[Batch]") -> "Batch":
+        """The blocks whose consecutive parts these are."""
+
+        def joined(name: str) -> Any:
+            values = [getattr(part, name) for part in parts]
+            return torch.cat(values, 1) if isinstance(values[0], torch.Tensor) else values[0]
+
+        return replace(Batch(**{field.name: joined(field.name) for field in fields(Batch)}), part=(0, 1))
 
     def _map(self, function) -> "Batch":
         values = {field.name: getattr(self, field.name) for field in fields(self)}

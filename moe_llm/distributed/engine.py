@@ -15,6 +15,7 @@ from moe_llm.config.adversarial import UpdatePhase
 from moe_llm.distributed import deepspeed as contract
 from moe_llm.distributed.averaging import Averaging
 from moe_llm.distributed.runtime import Runtime
+from moe_llm.distributed.sequence import share_sequences
 from moe_llm.distributed.state import Adapted, ParameterShard
 from moe_llm.distributed.update_phase import Turns
 from moe_llm.locks import tell
@@ -332,6 +333,7 @@ class DeepSpeedEngine(_NamedState):
         chunks = config.parallel.all_to_all_chunks
         if chunks == "auto":
             chunks = 2 if runtime.device.type == "cuda" else 1
+        share_sequences(model, config.parallel.sequence_parallel_size, runtime)
         contract.adopt_layers(model, ep, runtime.rank, config.parallel.zero_stage, chunks)
         optimizer = build_optimizer(contract.split_groups(groups))
         self.engine, _ = runtime.accelerator.prepare(model, optimizer)

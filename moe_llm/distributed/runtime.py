@@ -16,13 +16,21 @@ from moe_llm.ops import host_memory
 
 @dataclass(frozen=True)
 class Runtime:
-    """accelerator: accelerate's, with DeepSpeed engaged if `deepspeed`; device: where this rank computes."""
+    """accelerator: accelerate's, with DeepSpeed engaged if `deepspeed`; device: where this rank computes;
+    sequence_parallel: neighbouring ranks that share the blocks that they read, and each block among them."""
 
     accelerator: Any
     device: torch.device
     rank: int
     world_size: int
     deepspeed: bool
+    sequence_parallel: int = 1
+
+    @property
+    def reads(self) -> dict[str, Any]:
+        """What of the data this rank reads, as arguments of loaders."""
+        size = self.sequence_parallel
+        return {"rank": self.rank // size, "world_size": self.world_size // size, "part": (self.rank % size, size)}
 
     @property
     def is_main(self) -> bool:
@@ -161,4 +169,11 @@ def start(config: Config) -> Runtime:
     assert accelerator.num_processes == world_size, (
         f"the launcher started {world_size} ranks, accelerate sees {accelerator.num_processes}"
     )
-    return Runtime(accelerator, accelerator.device, accelerator.process_index, world_size, use_deepspeed)
+    return Runtime(
+        accelerator,
+        accelerator.device,
+        accelerator.process_index,
+        world_size,
+        use_deepspeed,
+        config.parallel.sequence_parallel_size,
+    )

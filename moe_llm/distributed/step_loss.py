@@ -93,7 +93,9 @@ class StepLoss:
 def _counts(batch: Batch) -> Tensor:
     """Targets, real tokens, and sequences that have one: fp32, exact up to 2^24 a batch."""
     mask_BS = batch.attention_mask_BS
-    return torch.stack([(batch.labels_BS != IGNORED).sum(), mask_BS.sum(), mask_BS.any(1).sum()]).float()
+    # of the ranks that share a sequence the first one counts it: padding comes last
+    sequences = mask_BS.any(1).sum() * (batch.part[0] == 0)
+    return torch.stack([(batch.labels_BS != IGNORED).sum(), mask_BS.sum(), sequences]).float()
 
 
 def sum_over_ranks(statistics: RoutingStatistics, runtime: Runtime) -> RoutingStatistics:

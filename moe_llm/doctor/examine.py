@@ -24,7 +24,7 @@ from moe_llm.doctor.observe import Observation, expected_samples, made_ready, ob
 from moe_llm.doctor.oracle.transformer import Reference
 from moe_llm.doctor.ranks import LocalRanks, Plant, RankError, no_plant
 from moe_llm.doctor.sample import small_data
-from moe_llm.doctor.shrink import one_process, replace, shrink
+from moe_llm.doctor.shrink import ALONE, one_process, replace, shrink
 from moe_llm.errors import UserError
 from moe_llm.model.moe.losses import entropy_losses
 from moe_llm.model.moe.routers import router_losses
@@ -98,6 +98,11 @@ def _layout(config: Config, ranks: int) -> str:
         [
             f"{ranks} ranks",
             "each with all experts" if shared == 1 else f"{shared} of them share a set of experts",
+            *(
+                [f"{parts} of them share each sequence"]
+                if (parts := config.parallel.sequence_parallel_size) > 1
+                else []
+            ),
             f"ZeRO-{config.parallel.zero_stage}",
             f"{rounds} micro-batch{'es' if rounds > 1 else ''} a step",
             config.train.precision,
@@ -265,7 +270,7 @@ class _Case:
         fine = replace(
             self._in_fp32(),
             train={"micro_batch_size": 1, "precision": "fp32", "max_steps": steps},
-            parallel={"expert_parallel_size": 1, "zero_stage": 1, "engine": "auto"},
+            parallel=ALONE,
         )
         cut = self._alone(fine, "cut", as_it_is=True)
         self.findings += compare.cuts(cut, whole, compare.tolerances(self._in_fp32()), model.balance_over)

@@ -23,7 +23,7 @@ from moe_llm.data.loader import Data, TrainLoader, load_data
 from moe_llm.data.packing import Batch
 from moe_llm.data.tokenizer import build_tokenizer
 from moe_llm.distributed.engine import Engine
-from moe_llm.distributed.runtime import start
+from moe_llm.distributed.runtime import Runtime, start
 from moe_llm.distributed.side_group import SideGroup
 from moe_llm.distributed.state import EMA
 from moe_llm.evaluation.evaluate import validation_loss
@@ -80,7 +80,7 @@ def observe(config: Config, *, source: str | None = None, keep_batches: bool = F
         verify(Path(source), runtime)
     engine, position = build_trained(config, runtime, Path(source) if source else None)
     seen = Observation(first_step=position.step, start=_state(engine, with_optimizer=position.step > 0))
-    watched = Watched(engine, seen, keep_batches)
+    watched = Watched(engine, runtime, seen, keep_batches)
 
     background = Background(SideGroup(runtime), _complain) if config.checkpoint.async_ else None
 
@@ -112,8 +112,7 @@ def observe(config: Config, *, source: str | None = None, keep_batches: bool = F
         position=position.samples,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
+        **runtime.reads,
     )
     with loader, background or nullcontext():
         loop.train_loop(config, watched, runtime, loader, position, StopRequest(), callbacks)
@@ -136,8 +135,8 @@ def read_data(config: Config) -> Data:
 class Watched:
     """An engine that is written about while the loop drives it."""
 
-    def __init__(self, engine: Engine, seen: Observation, keep_batches: bool):
-        self._engine, self._seen, self._keep = engine, seen, keep_batches
+    def __init__(self, engine: Engine, runtime: Runtime, seen: Observation, keep_batches: bool):
+        self._engine, self._runtime, self._seen, self._keep = engine, runtime, seen, keep_batches
         self._micro: list[Batch] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -160,12 +159,21 @@ class Watched:
         self._seen.gradients.append(_read(self._engine, self._engine.gradient, trainable=True))
         norm = self._engine.step(lr)
         self._seen.weights.append(_read(self._engine, lambda name: self._engine.read(name, "weight")))
-        self._seen.samples.append([digests(batch) for batch in self._micro])
+        self._seen.samples.append([digests(batch) for batch in self._whole()])
         self._seen.tokens.append(sum(batch.num_tokens for batch in self._micro))
         if self._keep:
             self._seen.batches.append(self._micro)
         self._micro = []
         return norm
+
+    def _whole(self) -> list[Batch]:
+        """The micro-batches; of ranks that share sequences the first one has them all, joined, and the others none."""
+        size = self._runtime.sequence_parallel
+        if size == 1:
+            return self._micro
+        micro = self._runtime.gather(self._micro)
+        first = self._runtime.rank
+        return [] if first % size else [Batch.of_parts(parts) for parts in zip(*micro[first : first + size])]
 
 
 def _read(engine: Engine, read: Callable, *, trainable: bool = False) -> Tensors:

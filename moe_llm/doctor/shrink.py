@@ -13,6 +13,8 @@ from moe_llm.config.load import validate
 
 LENGTH, WIDTH, LAYERS, HEAD, KV_HEADS, EXPERTS, ROUNDS, MICRO = 40, 96, 2, 8, 2, 64, 2, 2
 _INIT_LIMIT = 0.2
+# the layout of one process
+ALONE = {"expert_parallel_size": 1, "sequence_parallel_size": 1, "zero_stage": 1, "engine": "auto"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,9 @@ def shrink(config: Config, ranks: int, steps: int) -> Small:
     share a set of experts are as many as divide `ranks`.
     """
     notes: list[str] = []
-    model, train = _model(config, ranks, notes), _train(config, ranks)
+    model = _model(config, ranks, notes)
+    sequence_parallel = _sequence_parallel(config, model, ranks, notes)
+    train = _train(config, ranks // sequence_parallel)
     expert_parallel = fitting_expert_parallel(config.parallel.expert_parallel_size, model["num_local_experts"], ranks)
     if expert_parallel != config.parallel.expert_parallel_size:
         notes.append(
@@ -44,7 +48,7 @@ def shrink(config: Config, ranks: int, steps: int) -> Small:
     raw = config.model_dump(mode="json")
     changed = {
         "model": model,
-        "data": {"sequence_length": _length(config)},
+        "data": {"sequence_length": _length(config) // sequence_parallel * sequence_parallel},
         "optim": {"warmup_steps": min(config.optim.warmup_steps, 1)},
         "finetune": _finetune(config, model["num_local_experts"], notes),
         # a step that is not finite is a finding, not one to leave out
@@ -56,7 +60,7 @@ def shrink(config: Config, ranks: int, steps: int) -> Small:
             "on_nan": "stop",
             "early_stopping": {},
         },
-        "parallel": {"expert_parallel_size": expert_parallel},
+        "parallel": {"expert_parallel_size": expert_parallel, "sequence_parallel_size": sequence_parallel},
         "checkpoint": {
             "every_steps": max(1, steps // 2),
             "keep_last": None,
@@ -87,11 +91,12 @@ def one_process(config: Config, ranks: int) -> Config:
     With `router_aux_loss_scope: transformers` each rank's micro-batch has a balance loss of its own, by definition;
     one process then takes them one by one.
     """
-    together = 1 if config.model.router_aux_loss_scope == "transformers" else ranks
+    readers = ranks // config.parallel.sequence_parallel_size
+    together = 1 if config.model.router_aux_loss_scope == "transformers" else readers
     return replace(
         config,
         train={"micro_batch_size": config.train.micro_batch_size * together},
-        parallel={"expert_parallel_size": 1, "zero_stage": 1, "engine": "auto"},
+        parallel=ALONE,
     )
 
 
@@ -106,6 +111,23 @@ def fitting_expert_parallel(asked: int, experts: int, ranks: int) -> int:
     return max(size for size in range(1, asked + 1) if ranks % size == 0 and experts % size == 0)
 
 
+def _sequence_parallel(config: Config, model: dict[str, Any], ranks: int, notes: list[str]) -> int:
+    """The largest size up to the user's that divides the ranks and the heads of the small model."""
+    asked, heads, kv = (
+        config.parallel.sequence_parallel_size,
+        model["num_attention_heads"],
+        model["num_key_value_heads"],
+    )
+    size = max(
+        size
+        for size in range(1, asked + 1)
+        if ranks % size == 0 and heads % size == 0 and (kv % size == 0 or size % kv == 0)
+    )
+    if size != asked:
+        notes.append(f"parallel.sequence_parallel_size={asked} is {size} here, the most that ranks and heads allow")
+    return size
+
+
 def _average(config: Config) -> dict[str, Any]:
     """The same average from the first step on, since there are few."""
     decay = config.checkpoint.ema.decay
@@ -116,15 +138,15 @@ def _length(config: Config) -> int:
     return min(config.data.sequence_length, LENGTH)
 
 
-def _train(config: Config, ranks: int) -> dict[str, Any]:
-    """Several rounds where the user accumulates on this many ranks, one where not; at most two rows a micro-batch."""
+def _train(config: Config, readers: int) -> dict[str, Any]:
+    """Several rounds where the user accumulates on this many ranks that read blocks of their own, one where not; at most two rows a micro-batch."""
     train = config.train
-    rounds = max(1, min(ROUNDS, train.global_batch_size // (train.micro_batch_size * ranks)))
+    rounds = max(1, min(ROUNDS, train.global_batch_size // (train.micro_batch_size * readers)))
     micro = min(train.micro_batch_size, MICRO)
     adversarial = train.adversarial.model_dump(mode="json")
     if adversarial["router_every"] is not None:
         adversarial["router_every"] = 2  # so that few steps see both turns
-    return {"micro_batch_size": micro, "global_batch_size": micro * rounds * ranks, "adversarial": adversarial}
+    return {"micro_batch_size": micro, "global_batch_size": micro * rounds * readers, "adversarial": adversarial}
 
 
 def _model(config: Config, ranks: int, notes: list[str]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ def evaluate(
     max_blocks: int | None = None,
     chat: bool = False,
     text_field: str | None = None,
+    parse_special_tokens: bool = False,
 ) -> dict[str, Any]:
     """Exact, over the whole vocabulary.
 
@@ -35,7 +36,7 @@ def evaluate(
         UserError: no text, or numbers that are not fitted yet.
     """
     rule = ensemble.rule
-    text = load_text(ensemble, files, max_blocks, chat, text_field)
+    text = load_text(ensemble, files, max_blocks, chat, text_field, parse_special_tokens)
     losses = torch.zeros(1 + len(ensemble.models), dtype=torch.float64)
     tokens = asked = 0
     for scored in score(ensemble, text, batch_size):

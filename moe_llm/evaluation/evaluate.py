@@ -27,9 +27,7 @@ def validation_loss(
     """
     engine.model.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=runtime.device)
-    batches = data.validation.batches(
-        micro_batch_size=config.train.micro_batch_size, rank=runtime.rank, world_size=runtime.world_size
-    )
+    batches = data.validation.batches(micro_batch_size=config.train.micro_batch_size, **runtime.reads)
     for i, batch in enumerate(batches):
         heartbeat(f"validation, batch {i + 1} of {len(batches)}")
         output = engine.forward(**model_inputs(batch.to(runtime.device)))

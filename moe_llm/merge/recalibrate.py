@@ -83,7 +83,7 @@ def recalibrate(directory: Path, settings: Recalibration) -> Outcome:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = MoEForCausalLM.from_pretrained(directory).to(device)
-    fitted, judges = _batches(directory, settings, model.config.max_position_embeddings)
+    fitted, judges = _batches(directory, settings, model.config.max_position_embeddings, model.config.vocab_size)
     before = _loss(model, judges, device)
     files = TensorFiles(directory, MODEL)
     stored = Weights(files).stored()

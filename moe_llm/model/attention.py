@@ -8,12 +8,17 @@ from torch import Tensor, nn
 from moe_llm.config import ModelConfig
 from moe_llm.model.linear import Linear
 from moe_llm.model.norm import RMSNorm
+from moe_llm.model.sequence_parts import SequenceParts
 from moe_llm.ops.attention import AttentionPattern, attention
 from moe_llm.ops.rope import apply_rotary
 
 
 class Attention(nn.Module):
-    """Causal self-attention; `AttentionPattern` says who sees whom (Ainslie et al. 2023; Su et al. 2021)."""
+    """Causal self-attention; `AttentionPattern` says who sees whom (Ainslie et al. 2023; Su et al. 2021).
+
+    `parts` is a plain object that sequence parallelism sets: with it the input is this rank's positions, and the pattern
+    that of the whole sequences.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -24,6 +29,7 @@ class Attention(nn.Module):
         self.k_proj = Linear(hidden, kv_width, bias != "none")
         self.v_proj = Linear(hidden, kv_width, bias != "none")
         self.o_proj = Linear(q_width, hidden, bias == "all")
+        self.parts: SequenceParts | None = None
         self.q_norm = self.k_norm = None
         self.norm_heads = config.qk_norm == "head"
         if config.qk_norm != "none":
@@ -37,7 +43,11 @@ class Attention(nn.Module):
             for project, norm in ((self.q_proj, self.q_norm), (self.k_proj, self.k_norm), (self.v_proj, None))
         )
         q_BHSd, k_BGSd = apply_rotary(q_BHSd, k_BGSd, cos_BSd, sin_BSd)
+        if self.parts is not None:
+            q_BHSd, k_BGSd, v_BGSd = self.parts.heads_for_positions(q_BHSd, k_BGSd, v_BGSd)
         y_BHSd = attention(q_BHSd, k_BGSd, v_BGSd, pattern=pattern)
+        if self.parts is not None:
+            y_BHSd = self.parts.positions_for_heads(y_BHSd)
         return self.o_proj(y_BHSd.transpose(1, 2).flatten(2))
 
     def _heads(self, x_BSW: Tensor, norm: RMSNorm | None) -> Tensor:

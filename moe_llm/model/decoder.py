@@ -181,7 +181,8 @@ class MoEDecoder(nn.Module):
             position_ids: (B, S) int64; by default 0 to S-1.
             document_ids: (B, S) int64; tokens attend, and are mixed, within their own document only.
             runs: of each sequence the lengths of its documents and paddings, in order, where the caller knows them: on a
-                GPU attention then need not wait for them. They say what attention_mask and document_ids say.
+                GPU attention then need not wait for them. They say what attention_mask and document_ids say; of whole
+                sequences, where these are spread over ranks and all else is this rank's part.
             return_logits: without them only the loss is computed, in less memory.
             teacher: what the targets' distributions are drawn to, beside the targets themselves.
             perturbation: (B, S, D), added to the embeddings of the input.
@@ -192,6 +193,9 @@ class MoEDecoder(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         mask_BS = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+        assert runs is not None or self.model.layers[0].self_attn.parts is None, (
+            "parts of sequences need `runs` of the whole"
+        )
         pattern = AttentionPattern.build(
             input_ids,
             attention_mask=attention_mask,

@@ -58,10 +58,13 @@ class AttentionPattern:
             document_ids: (B, S) integers; queries see keys with the same number only.
             sliding_window: a query sees itself and the sliding_window - 1 keys before it.
             runs: what attention_mask and document_ids say, as the lengths of each row's runs, known on the host. On a
-                GPU nothing then waits for the device; without them the device is asked once.
+                GPU nothing then waits for the device; without them the device is asked once. Runs that are longer than
+                the batch are of whole sequences, of which the batch is a part; so is the pattern.
 
         Queries that would see nothing (padding) see themselves, so that their softmax is finite.
         """
+        if runs is not None and sum(runs[0]) > like_BS.shape[1]:
+            like_BS, attention_mask, document_ids = _of_whole_sequences(like_BS, runs)
         batch, length = like_BS.shape
         if sliding_window is not None and sliding_window >= length:
             sliding_window = None
@@ -198,6 +201,14 @@ def _segments(like_BS: Tensor, attention_mask: Tensor | None, document_ids: Tens
             return None
         runs += np.diff(first_R, append=len(document_S)).tolist()
     return tuple(runs)
+
+
+def _of_whole_sequences(like_BS: Tensor, runs: Sequence[Sequence[int]]) -> tuple[Tensor, None, Tensor]:
+    """What `AttentionPattern.build` takes, of sequences with these runs: padding is one run among them."""
+    owner_BS = np.stack([np.repeat(np.arange(len(row)), row) for row in runs])
+    document_BS = torch.from_numpy(owner_BS)
+    document_BS = document_BS if like_BS.device.type == "cpu" else document_BS.to(like_BS.device, non_blocking=True)
+    return document_BS, None, document_BS
 
 
 def _ends(segments: tuple[int, ...], device: torch.device) -> Tensor:

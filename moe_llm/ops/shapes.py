@@ -1,4 +1,12 @@
-"""Round numbers of rows: products by oneDNN are compiled for their exact shape, at its first use."""
+"""Round numbers of rows, since products by oneDNN are compiled for their exact shape at its first use; and parts of sequences."""
+
+from torch import Tensor
+
+
+def own_part(x_BSX: Tensor, index: int, parts: int) -> Tensor:
+    """The `index`th of `parts` equal, consecutive parts of each sequence."""
+    length = x_BSX.shape[1] // parts
+    return x_BSX[:, index * length : (index + 1) * length]
 
 
 def round_up(rows: int) -> int:

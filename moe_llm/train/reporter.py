@@ -89,7 +89,9 @@ def announce(
     parallel, world = config.parallel, engine.world_size
     layout = f"{world} rank{'s' if world > 1 else ''}"
     if world > 1:
-        layout += f" (expert parallel {parallel.expert_parallel_size}, ZeRO-{parallel.zero_stage})"
+        shared = parallel.sequence_parallel_size
+        sequences = f"sequence parallel {shared}, " if shared > 1 else ""
+        layout += f" (expert parallel {parallel.expert_parallel_size}, {sequences}ZeRO-{parallel.zero_stage})"
     training = sum(part.tokens for part in data.statistics if part.split == "train")
     reporter.say(
         f"{config.model.num_params():,} parameters, {config.model.num_params(active=True):,} active · {layout} · "

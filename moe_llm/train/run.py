@@ -171,8 +171,7 @@ def _train(
         position=position.samples,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
+        **runtime.reads,
     )
     watchdog = Watchdog(runtime, config.train.hang_timeout_seconds)
     saved: list[Path] = []

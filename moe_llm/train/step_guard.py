@@ -116,13 +116,14 @@ class StepGuard:
         return not self._runtime.any(not self._engine.weights_finite())
 
     def _trouble(self, step: int, first_sample: int, losses: list[Tensor]) -> NonFiniteStep:
-        train, rank, ranks = self._config.train, self._runtime.rank, self._runtime.world_size
+        train = self._config.train
+        rank, ranks = self._runtime.reads["rank"], self._runtime.reads["world_size"]
         names = [entry.name for entry in self._engine.entries() if entry.trainable]
         width = train.micro_batch_size
         begins = [first_sample + (i * ranks + rank) * width for i in range(len(losses))]
         own = [[begin, begin + width - 1] for begin, loss in zip(begins, losses) if not loss.isfinite()]
         found = self._runtime.gather((own, self._bad_gradients()))
-        bad_samples = sorted(pair for samples, _ in found for pair in samples)
+        bad_samples = [list(pair) for pair in sorted({tuple(pair) for samples, _ in found for pair in samples})]
         bad = [gradient for _, gradients in found for gradient in gradients]
         # the last in the order of the forward pass is the first in that of the backward pass
         last = max((names.index(name) for name, _ in bad), default=None)

@@ -104,6 +104,13 @@ VARIANTS = {
         "parallel.expert_parallel_size=2",
         "parallel.zero_stage=2",
     ],
+    "ranks that share sequences, ZeRO-3, capacity": [
+        "parallel.sequence_parallel_size=2",
+        "parallel.expert_parallel_size=2",
+        "parallel.zero_stage=3",
+        "model.router.capacity_factor=1.0",
+        "train.global_batch_size=64",
+    ],
     "capacity passed on, balance by sequence, accumulation": [
         "model.router.capacity_factor=1.0",
         "model.router.overflow=next",

@@ -81,7 +81,15 @@ def _row(step: int, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return tokens[:-1], tokens[1:].masked_fill(~mask, -100), mask
 
 
-def train_steps(cfg, steps: int, *, source: str | None = None, first: int = 0, save: str | None = None) -> dict:
+def padded_rows(cfg, runtime, step: int, rounds: int) -> list[Batch]:
+    """This rank's micro-batches of a step."""
+    micro = cfg.train.micro_batch_size
+    return [rows(step, (j * runtime.world_size + runtime.rank) * micro, micro) for j in range(rounds)]
+
+
+def train_steps(
+    cfg, steps: int, *, source: str | None = None, first: int = 0, save: str | None = None, read=padded_rows
+) -> dict:
     """Losses and grad norms of some steps, gradients of the first, weights after the last.
 
     Tensors are this rank's own; expert tensors come as (first expert, tensor).
@@ -94,13 +102,13 @@ def train_steps(cfg, steps: int, *, source: str | None = None, first: int = 0, s
     assert position.step == first
     perturb = build_perturbation(cfg, engine.model)
     result: dict[str, Any] = {"losses": [], "aux": [], "norms": [], "gradients": {}, "weights": {}}
-    micro, rounds = cfg.train.micro_batch_size, cfg.accumulation_steps(runtime.world_size)
+    rounds = cfg.accumulation_steps(runtime.world_size)
     for step in range(first, first + steps):
         seed_noise(cfg.run.seed, step, runtime.rank)
         begin_step(engine.model, step)
         turn = cfg.train.adversarial.turn(step)
         engine.set_phase(turn)
-        batches = [rows(step, (j * runtime.world_size + runtime.rank) * micro, micro) for j in range(rounds)]
+        batches = read(cfg, runtime, step, rounds)
         step_loss = StepLoss(cfg.model, runtime, batches)
         shares = torch.zeros(2)
         for j, output in enumerate(forward_passes(engine, step_loss, batches, perturb=perturb)):

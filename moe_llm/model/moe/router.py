@@ -16,6 +16,7 @@ from moe_llm.config.routers import RouterSettings
 from moe_llm.model.linear import Linear
 from moe_llm.model.moe.losses import RouterLoss, entropy_losses
 from moe_llm.model.moe.routing import Routing, RoutingStatistics, WeightMixture, router_statistics
+from moe_llm.model.sequence_parts import SequenceParts, own, whole
 from moe_llm.ops import host
 from moe_llm.ops.permutation import sort_by_expert
 from moe_llm.ops.wide_linear import wide_linear
@@ -33,6 +34,9 @@ class Router(nn.Module):
     by_document: `forward` takes the documents' ids (B, S) too, None where they are not isolated.
 
     step: the optimizer step that is being computed, counted from 0; set by the training loop.
+
+    parts: set by sequence parallelism, under which inputs are this rank's positions. What a router does by documents or
+    sequences, it does on `whole` ones, and takes its `own` part of the result.
     """
 
     Settings: ClassVar[type[RouterSettings]]
@@ -48,6 +52,7 @@ class Router(nn.Module):
         self.jitter = config.router_jitter_noise
         self.per_sequence = config.router_aux_loss_scope == "sequence"
         self.step = 0
+        self.parts: SequenceParts | None = None
         self.low_rank: tuple[float, float] | None = None  # scale and dropout of adapters
         for name, shape in self.settings.parameter_shapes(config).items():
             module, _, leaf = name.rpartition(".")
@@ -73,6 +78,14 @@ class Router(nn.Module):
         gradient, the same on every rank."""
 
     # what subclasses build on
+
+    def whole(self, x_BSX: Tensor) -> Tensor:
+        """All positions of each sequence, without gradient where they are spread over ranks."""
+        return whole(self.parts, x_BSX)
+
+    def own(self, x_BSX: Tensor) -> Tensor:
+        """Of all positions those that are here."""
+        return own(self.parts, x_BSX)
 
     def input(self, x_BSD: Tensor) -> Tensor:
         """The hidden states as the router sees them, (T, D).
@@ -119,6 +132,7 @@ class Router(nn.Module):
             mask_BS,
             per_sequence=self.per_sequence,
             entropy_gradient=bool(settings.entropy_bonus_coef or settings.local_entropy_coef),
+            parts=self.parts,
             **more,
         )
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_llm.model.moe.segments import Segments
+from moe_llm.model.sequence_parts import SequenceParts
 
 
 class RoutingStatistics(NamedTuple):
@@ -86,6 +87,7 @@ def router_statistics(
     entropy_T: Tensor | None = None,
     entropy_gradient: bool = False,
     own_X: Tensor | None = None,
+    parts: SequenceParts | None = None,
 ) -> RoutingStatistics:
     """Sums over the tokens for which `mask_BS` (bool) holds.
 
@@ -93,6 +95,7 @@ def router_statistics(
     normalisation of `balance.balance_loss`).
     entropy_T: of the distributions, nats, where these are not the softmax of the logits.
     taken_TK: which of the choices count, or how much of each; all, where it is None.
+    parts: the ranks that share the sequences, of which each counts its own tokens, and the first one the sequences.
     """
     (sequences, length), experts = mask_BS.shape, logits_TE.shape[-1]
     weight_T = mask_BS.flatten().to(logits_TE.dtype)
@@ -113,12 +116,15 @@ def router_statistics(
             .view(rows, experts)
         )
         tokens_B = weight_T.view(sequences, length).sum(1)
+        whole_RE = count_RE
+        if parts is not None and per_sequence:
+            whole_RE, tokens_B = parts.sum(count_RE), parts.sum(tokens_B)
     sequence_balance = logits_TE.new_zeros(())
     if per_sequence:
         probability_BE = torch.einsum(
             "bs,bse->be", weight_T.view(sequences, length), probability_TE.view(sequences, length, experts)
         )
-        sequence_balance = experts * ((count_RE * probability_BE).sum(-1) / tokens_B.clamp(min=1).square()).sum()
+        sequence_balance = experts * ((whole_RE * probability_BE).sum(-1) / tokens_B.clamp(min=1).square()).sum()
     return RoutingStatistics(
         tokens_per_expert_E=count_RE.sum(0),
         probability_sum_E=weight_T @ probability_TE,
@@ -127,6 +133,6 @@ def router_statistics(
         entropy_sum=weight_T @ entropy_T,
         dropped=logits_TE.new_zeros(()) if dropped is None else dropped.to(logits_TE.dtype),
         num_tokens=weight_T.sum(),
-        num_sequences=(tokens_B > 0).sum().to(logits_TE.dtype),
+        num_sequences=(tokens_B > 0).sum().to(logits_TE.dtype) * (parts is None or parts.index == 0),
         own_X=logits_TE.new_zeros(0) if own_X is None else own_X,
     )

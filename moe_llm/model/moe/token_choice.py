@@ -37,7 +37,9 @@ class TokenChoiceRouter(Router):
     def groups(self, mask_BS: Tensor, document_BS: Tensor | None) -> Groups:
         """The tokens that share room, where room is limited at all."""
         limited = self.training and self.settings.capacity_at(self.step) is not None
-        return Groups.of(mask_BS, document_BS) if limited else Groups.unlimited(mask_BS)
+        if not limited:
+            return Groups.unlimited(mask_BS)
+        return Groups.of(self.whole(mask_BS), None if document_BS is None else self.whole(document_BS))
 
     def weights(self, value_TR: Tensor, shared_TR: Tensor) -> Tensor:
         """What outputs are multiplied by. value_TR: probabilities of the choices; shared_TR: the same, zero for choices
@@ -67,8 +69,8 @@ class TokenChoiceRouter(Router):
     ) -> Routing:
         """The routing that follows from probabilities. `measure`, given experts and weights (T, R), forms the sums that
         the router's own losses need."""
-        mask_BS = groups.mask_BS
         factor = self.settings.capacity_at(self.step) if self.training else None
+        mask_BS = groups.mask_BS if factor is None else self.own(groups.mask_BS)
         overflow = getattr(self.settings, "overflow", "drop") if factor is not None else None
         pass_on = overflow == "next"
         expert_TR = self._preferred(probability_TE, self.num_experts if pass_on else self.top_k)
@@ -77,7 +79,7 @@ class TokenChoiceRouter(Router):
         granted_TR, dropped, kept_R = wanted_TR, None, None
         if factor is not None:
             capacity_BS = groups.capacity(factor, self.top_k, self.num_experts)
-            granted_TR = decided(self.assign(expert_TR, value_TR, wanted_TR, groups, capacity_BS))
+            granted_TR = decided(self._assigned(expert_TR, value_TR, wanted_TR, groups, capacity_BS))
             asked = (
                 mask_BS.sum() * self.top_k
                 if wanted_TR is None
@@ -103,6 +105,19 @@ class TokenChoiceRouter(Router):
             ),
             kept_R=kept_R,
         )
+
+    def _assigned(
+        self, expert_TR: Tensor, value_TR: Tensor, wanted_TR: Tensor | None, groups: Groups, capacity_BS: Tensor
+    ) -> Tensor:
+        """`assign` for whole sequences, of which the tokens that are here take their part."""
+        if self.parts is None:
+            return self.assign(expert_TR, value_TR, wanted_TR, groups, capacity_BS)
+        whole = [
+            None if x_TR is None else self.whole(x_TR.unflatten(0, (len(groups.mask_BS), -1))).flatten(0, 1)
+            for x_TR in (expert_TR, value_TR.detach(), wanted_TR)
+        ]
+        granted_TR = self.assign(*whole, groups, capacity_BS)
+        return self.own(granted_TR.unflatten(0, groups.mask_BS.shape)).flatten(0, 1)
 
     def _preferred(self, probability_TE: Tensor, choices: int) -> Tensor:
         """A token's best experts, (T, choices)."""

@@ -23,7 +23,8 @@ class BalancedRouter(Router):
     def forward(self, x_BSD: Tensor, mask_BS: Tensor, document_BS: Tensor | None = None) -> Routing:
         logits_TE = self.logits(x_BSD)
         probability_TE = logits_TE.softmax(-1)
-        rank_T1 = Groups.of(mask_BS, document_BS).rank().flatten()[:, None]
+        groups = Groups.of(self.whole(mask_BS), None if document_BS is None else self.whole(document_BS))
+        rank_T1 = self.own(groups.rank()).flatten()[:, None]
         expert_TK = (rank_T1 * self.top_k + torch.arange(self.top_k, device=mask_BS.device)) % self.num_experts
         weight_TK = logits_TE.gather(-1, expert_TK).softmax(-1)
         return Routing(

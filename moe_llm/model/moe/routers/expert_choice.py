@@ -36,7 +36,11 @@ class ExpertChoiceRouter(Router):
         every_TE = torch.arange(self.num_experts, device=logits_TE.device).expand_as(logits_TE)
         score_TE, lowest_X = probability_TE.detach(), None
         if self.training:
-            taken_TE, lowest_X = self._take(score_TE.view(*mask_BS.shape, -1), Groups.of(mask_BS, document_BS))
+            groups = Groups.of(self.whole(mask_BS), None if document_BS is None else self.whole(document_BS))
+            taken_BSE, lowest_X = self._take(self.whole(score_TE.view(*mask_BS.shape, -1)), groups)
+            taken_TE = self.own(taken_BSE).flatten(0, 1)
+            if self.parts is not None and self.parts.index:
+                lowest_X = torch.zeros_like(lowest_X)  # the first of the ranks that share a sequence counts its groups
         else:
             taken_TE = score_TE >= self.threshold
         taken_TE = decided(taken_TE)
@@ -47,7 +51,7 @@ class ExpertChoiceRouter(Router):
         )
 
     def _take(self, score_BSE: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
-        """What experts take, bool (T, E); and (E + 1,) the sums over groups of the lowest scores among that, and the
+        """What experts take, bool (B, S, E); and (E + 1,) the sums over groups of the lowest scores among that, and the
         number of groups."""
         mask_BS = groups.mask_BS
         capacity_BS = groups.capacity(self.settings.capacity_factor, self.top_k, self.num_experts)
@@ -62,7 +66,7 @@ class ExpertChoiceRouter(Router):
             1, start_BSE, score_BSE.masked_fill(~taken_BSE, float("inf")), "amin"
         )
         lowest_BSE = lowest_BSE.gather(1, start_BSE).masked_fill(~one_BS[..., None], 0.0)
-        return taken_BSE.flatten(0, 1), torch.cat([lowest_BSE.sum((0, 1)), one_BS.sum()[None].to(score_BSE.dtype)])
+        return taken_BSE, torch.cat([lowest_BSE.sum((0, 1)), one_BS.sum()[None].to(score_BSE.dtype)])
 
     def after_step(self, total: RoutingStatistics) -> None:
         lowest_E = total.own_X[:-1] / total.own_X[-1].clamp(min=1)
