@@ -5,8 +5,7 @@ import os
 import re
 from typing import Any, Literal
 
-from pydantic import Field, PositiveInt, PrivateAttr, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from moe_llm.config.adversarial import AdversarialConfig
 from moe_llm.config.alarms import AlarmsConfig
@@ -15,6 +14,7 @@ from moe_llm.config.distill import DistillConfig, with_teachers_tokenizer
 from moe_llm.config.ema import EmaConfig
 from moe_llm.config.finetune import FinetuneConfig
 from moe_llm.config.model import ModelConfig
+from moe_llm.config.parallel import ParallelConfig, check_sequence_parts
 from moe_llm.errors import UserError
 
 
@@ -305,62 +305,6 @@ class TrainConfig(Section):
         return self
 
 
-class ParallelConfig(Section):
-    """How ranks share the work."""
-
-    expert_parallel_size: int = Field(1, ge=1, description="ranks that share one set of experts")
-    sequence_parallel_size: int = Field(
-        1,
-        ge=1,
-        description="neighbouring ranks that share each sequence, for long ones: all but attention works on a part of the "
-        "positions, attention on a part of the heads (Ulysses, Jacobs et al. 2023)",
-    )
-    all_to_all_chunks: Literal["auto"] | PositiveInt = Field(
-        "auto",
-        description="parts in which rows travel to their experts and back, so that the next part travels while "
-        "one is computed; auto: 2 on CUDA, 1 on a CPU",
-    )
-    zero_stage: Literal[1, 2, 3] = Field(
-        1, description="DeepSpeed ZeRO stage (0 clips wrongly under expert parallelism)"
-    )
-    engine: Literal["auto", "deepspeed"] = Field(
-        "auto", description="auto: DeepSpeed with more than one rank; deepspeed: with one rank too"
-    )
-    offload_optimizer: Literal["none", "cpu"] = Field(
-        "none",
-        description="cpu: the optimizer's fp32 masters and moments stay in host memory and are updated there "
-        "(ZeRO-Offload, Ren et al. 2021); engages DeepSpeed with one rank too",
-    )
-    overlap_comm: Literal["auto"] | bool = Field(
-        "auto", description="reduce gradients while the backward pass goes on; auto: on CUDA with ZeRO-2 and 3"
-    )
-    reduce_bucket_size: Literal["auto"] | PositiveInt = Field(
-        "auto",
-        description="gradients that are reduced together, elements; auto: 1/16 of the parameters that a rank holds, "
-        "from 5 to 500 million",
-    )
-    communication_dtype: Literal["fp32", "bf16"] = Field(
-        "fp32",
-        description="of gradients while they are reduced over ranks; bf16 halves the traffic and rounds the sums",
-    )
-
-    @field_validator("offload_optimizer", mode="before")
-    @classmethod
-    def _nvme_has_no_experts(cls, value: object) -> object:
-        if value == "nvme":
-            raise PydanticCustomError(
-                "no_nvme",
-                "DeepSpeed swaps optimizer tensors to NVMe under ZeRO-3 only, and checkpoints no experts there: use cpu",
-            )
-        return value
-
-    @model_validator(mode="after")
-    def _overlap_applies(self):
-        if self.overlap_comm is True and self.zero_stage == 1:
-            invalid("overlap_comm", True, "does not act in ZeRO-1, which reduces once a step", "use zero_stage 2 or 3")
-        return self
-
-
 class CheckpointConfig(Section):
     """When and how the run is saved."""
 
@@ -467,7 +411,7 @@ class Config(Section):
                 "lower the one or raise the other",
             )
         model.router.check_length(data.sequence_length)
-        self._check_sequence_parts()
+        check_sequence_parts(self)
         if train.global_batch_size % train.micro_batch_size:
             invalid(
                 "train.global_batch_size",
@@ -499,43 +443,6 @@ class Config(Section):
                 "set model.vocab_size, or tokenizer.path to an existing tokenizer",
             )
         return self
-
-    def _check_sequence_parts(self) -> None:
-        size, model = self.parallel.sequence_parallel_size, self.model
-        if size == 1:
-            return
-        where, heads, kv = "parallel.sequence_parallel_size", model.num_attention_heads, model.kv_heads
-        if self.data.sequence_length % size:
-            invalid(where, size, f"does not divide data.sequence_length={self.data.sequence_length}", "use a divisor")
-        if heads % size or (kv % size and size % kv):
-            invalid(
-                where,
-                size,
-                f"does not spread {heads} query heads with {kv} key-value heads evenly: attention works on a part of the "
-                "heads",
-                f"use a divisor of {heads} that divides {kv}, or is a multiple of it",
-            )
-        for key, conflicts, why in (
-            (
-                "model.router.type",
-                not model.router.spreads and model.router.type,
-                "works on segments that would lie on several ranks",
-            ),
-            (
-                "model.router_aux_loss_scope",
-                model.router_aux_loss_scope == "transformers" and "transformers",
-                "is a loss of each rank's own tokens",
-            ),
-            ("distill.teachers", [t.model_dump() for t in self.distill.teachers], "read whole sequences"),
-            ("train.adversarial.epsilon", self.train.adversarial.epsilon, "is of whole sequences"),
-            (
-                "finetune.router_guard.action",
-                self.finetune.router_guard.action not in ("off", "freeze") and self.finetune.router_guard.action,
-                "compares whole sequences",
-            ),
-        ):
-            if conflicts:
-                invalid(where, size, f"does not go with {key}={conflicts}, which {why}", "set it to 1")
 
     @property
     def tokens_per_step(self) -> int:

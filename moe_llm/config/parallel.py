@@ -1,0 +1,106 @@
+"""How ranks share the work: the `parallel` section."""
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from moe_llm.config.base import Section, invalid
+
+if TYPE_CHECKING:
+    from moe_llm.config.schema import Config
+
+
+class ParallelConfig(Section):
+    """How ranks share the work."""
+
+    expert_parallel_size: int = Field(1, ge=1, description="ranks that share one set of experts")
+    sequence_parallel_size: int = Field(
+        1,
+        ge=1,
+        description="neighbouring ranks that share each sequence, for long ones: all but attention works on a part of the "
+        "positions, attention on a part of the heads (Ulysses, Jacobs et al. 2023)",
+    )
+    all_to_all_chunks: Literal["auto"] | PositiveInt = Field(
+        "auto",
+        description="parts in which rows travel to their experts and back, so that the next part travels while "
+        "one is computed; auto: 2 on CUDA, 1 on a CPU",
+    )
+    zero_stage: Literal[1, 2, 3] = Field(
+        1, description="DeepSpeed ZeRO stage (0 clips wrongly under expert parallelism)"
+    )
+    engine: Literal["auto", "deepspeed"] = Field(
+        "auto", description="auto: DeepSpeed with more than one rank; deepspeed: with one rank too"
+    )
+    offload_optimizer: Literal["none", "cpu"] = Field(
+        "none",
+        description="cpu: the optimizer's fp32 masters and moments stay in host memory and are updated there "
+        "(ZeRO-Offload, Ren et al. 2021); engages DeepSpeed with one rank too",
+    )
+    overlap_comm: Literal["auto"] | bool = Field(
+        "auto", description="reduce gradients while the backward pass goes on; auto: on CUDA with ZeRO-2 and 3"
+    )
+    reduce_bucket_size: Literal["auto"] | PositiveInt = Field(
+        "auto",
+        description="gradients that are reduced together, elements; auto: 1/16 of the parameters that a rank holds, "
+        "from 5 to 500 million",
+    )
+    communication_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="of gradients while they are reduced over ranks; bf16 halves the traffic and rounds the sums",
+    )
+
+    @field_validator("offload_optimizer", mode="before")
+    @classmethod
+    def _nvme_has_no_experts(cls, value: object) -> object:
+        if value == "nvme":
+            raise PydanticCustomError(
+                "no_nvme",
+                "DeepSpeed swaps optimizer tensors to NVMe under ZeRO-3 only, and checkpoints no experts there: use cpu",
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _overlap_applies(self):
+        if self.overlap_comm is True and self.zero_stage == 1:
+            invalid("overlap_comm", True, "does not act in ZeRO-1, which reduces once a step", "use zero_stage 2 or 3")
+        return self
+
+
+def check_sequence_parts(config: "Config") -> None:
+    """Refuse what cannot be spread over the ranks that share a sequence."""
+    size, model = config.parallel.sequence_parallel_size, config.model
+    if size == 1:
+        return
+    where, heads, kv = "parallel.sequence_parallel_size", model.num_attention_heads, model.kv_heads
+    if config.data.sequence_length % size:
+        invalid(where, size, f"does not divide data.sequence_length={config.data.sequence_length}", "use a divisor")
+    if heads % size or (kv % size and size % kv):
+        invalid(
+            where,
+            size,
+            f"does not spread {heads} query heads with {kv} key-value heads evenly: attention works on a part of the "
+            "heads",
+            f"use a divisor of {heads} that divides {kv}, or is a multiple of it",
+        )
+    for key, conflicts, why in (
+        (
+            "model.router.type",
+            not model.router.spreads and model.router.type,
+            "works on segments that would lie on several ranks",
+        ),
+        (
+            "model.router_aux_loss_scope",
+            model.router_aux_loss_scope == "transformers" and "transformers",
+            "is a loss of each rank's own tokens",
+        ),
+        ("distill.teachers", [t.model_dump() for t in config.distill.teachers], "read whole sequences"),
+        ("train.adversarial.epsilon", config.train.adversarial.epsilon, "is of whole sequences"),
+        (
+            "finetune.router_guard.action",
+            config.finetune.router_guard.action not in ("off", "freeze") and config.finetune.router_guard.action,
+            "compares whole sequences",
+        ),
+    ):
+        if conflicts:
+            invalid(where, size, f"does not go with {key}={conflicts}, which {why}", "set it to 1")
