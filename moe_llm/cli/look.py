@@ -12,6 +12,9 @@ def add_generate(parser: CommandParser) -> CommandParser:
     command = parser.add_command("generate", "continue a text with a checkpoint", example, _generate)
     add_model(command)
     command.add_argument("--prompt", required=True, help="the text to continue")
+    command.add_argument(
+        "--chat", action="store_true", help="the prompt is a user's turn, by the chat template; prints the answer"
+    )
     command.add_argument("--max-new-tokens", type=at_least(int, 1), default=128, metavar="N", help="at most")
     command.add_argument(
         "--temperature", type=at_least(float, 0), default=0.8, metavar="T", help="0: the likeliest token"
@@ -25,7 +28,7 @@ def add_generate(parser: CommandParser) -> CommandParser:
 
 def _generate(args: argparse.Namespace) -> None:
     check_one_model(args)
-    sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+    sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed", "chat")}
     if args.ensemble is not None:
         from moe_llm.ensemble.run import generate_command
 
@@ -44,6 +47,9 @@ def add_evaluate(parser: CommandParser) -> CommandParser:
     command.add_argument("--batch-size", type=at_least(int, 1), default=8, metavar="N", help="blocks a batch")
     command.add_argument("--chat", action="store_true", help="the files hold chat: score the assistant's turns")
     command.add_argument("--text-field", metavar="COLUMN", help="of files with rows: the text's column (text)")
+    command.add_argument(
+        "--parse-special-tokens", action="store_true", help="text of special tokens becomes these tokens"
+    )
     command.add_argument("--max-blocks", type=at_least(int, 1), metavar="N", help="blocks in all")
     add_json(command)
     return command
@@ -54,6 +60,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     options = {"batch_size": args.batch_size, "max_blocks": args.max_blocks, "chat": args.chat}
     if args.text_field is not None:
         options["text_field"] = args.text_field
+    if args.parse_special_tokens:
+        options["parse_special_tokens"] = True
     if args.ensemble is not None:
         from moe_llm.ensemble.evaluate import format_table
         from moe_llm.ensemble.run import evaluate_command

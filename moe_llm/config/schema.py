@@ -44,6 +44,12 @@ class TokenizerConfig(Section):
     )
 
 
+ChatColumn = Literal[
+    "messages", "conversations", "prompt", "completion", "chosen", "rejected", "instruction", "input", "output",
+    "system", "history", "tools", "weight", "train", "label", "role", "content",
+]  # fmt: skip
+
+
 class SourceConfig(Section):
     """One source of text."""
 
@@ -64,6 +70,11 @@ class SourceConfig(Section):
     name: str | None = Field(None, description="hub: configuration name")
     split: str = Field("train", description="hub: split")
     text_field: str = Field("text", description="jsonl, parquet and hub: the column that holds the text")
+    columns: dict[ChatColumn, str] | None = Field(
+        None,
+        description="chat: names of the file's columns, such as {prompt: question, completion: answer}; role and content "
+        "name the fields of a turn; null: as they are recognised (docs/guides/chat-data.md)",
+    )
     document: Literal["file", "line"] = Field("file", description="text: what one document is")
     weight: float | None = Field(
         None, gt=0, description="share of the training blocks (relative); null for all: by size"
@@ -81,6 +92,8 @@ class SourceConfig(Section):
             invalid("content", self.content, "does not apply to python_stdlib", "use content: text, or name chat data")
         if self.content == "chat" and self.format == "text":
             invalid("format", self.format, "has no rows, and content is chat", "use jsonl or parquet")
+        if self.content == "text" and self.columns is not None:
+            invalid("columns", self.columns, "applies to content: chat", "use text_field for the column of text")
         return self
 
 
@@ -122,6 +135,11 @@ class DataConfig(Section):
     )
     train_on: Literal["all", "last"] = Field(
         "all", description="chat: the assistant's turns that are learned: all, or the last of each example"
+    )
+    parse_special_tokens: bool = Field(
+        False,
+        description="content text: the text of a special token, such as <s> or [INST], becomes that token, for text that a "
+        "chat template has rendered; false: it is learned as the text it is",
     )
     cache_dir: str = Field("~/.cache/moe_llm", description="tokenised data, keyed by its inputs; safe to delete")
     num_workers: int | None = Field(None, ge=1, description="tokenisation threads; null: all cores")
@@ -166,6 +184,8 @@ class DataConfig(Section):
                 "is for documents that follow each other, and chat examples are packed by themselves",
                 "leave it at source",
             )
+        if self.parse_special_tokens and all(s.content == "chat" for s in [*self.sources, *self.validation_sources]):
+            invalid("parse_special_tokens", True, "applies to no source, all are chat", "remove it")
         for name in ("chat_template", "overlong", "train_on"):
             if not self.has_chat and getattr(self, name) != type(self).model_fields[name].default:
                 invalid(name, getattr(self, name), "applies to no source", "set content: chat on one, or remove it")

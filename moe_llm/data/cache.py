@@ -20,9 +20,9 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,7 +30,8 @@ import numpy as np
 
 from moe_llm.config import SourceConfig
 from moe_llm.data.chat import Example, read_examples
-from moe_llm.data.chat_template import ChatEncoder, vocabulary_size
+from moe_llm.data.chat_template import ChatEncoder
+from moe_llm.data.documents import DocumentEncoder, SpecialText, vocabulary_size
 from moe_llm.data.files import building, publish_resumable, replace_file, user_error_on_disk
 from moe_llm.data.portions import JOURNAL, Kept, Portion, append_portion, recover
 from moe_llm.data.sources import fingerprint, read_documents, source_bytes
@@ -59,7 +60,8 @@ class TokenizedText:
     tokens_N: all of them in order; starts (documents + 1,): where each begins; sizes (documents,): UTF-8
     length of each; bytes: of all together. targets_N: of chat, uint8, 1 for the tokens that are learned. key: its name
     in the cache, which says all that determines it; None for text that is not from there. digest: SHA-256 of
-    `tokens_N` and `starts` as they are stored there.
+    `tokens_N` and `starts` as they are stored there. seen: of chat, how many rows had which shape; of text, in how many
+    documents the text of which special token stands and is no such token.
     """
 
     tokens_N: np.ndarray
@@ -69,6 +71,7 @@ class TokenizedText:
     targets_N: np.ndarray | None = None
     key: str | None = None
     digest: str | None = None
+    seen: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def documents(self) -> int:
@@ -80,29 +83,6 @@ class TokenizedText:
         if self.targets_N is not None:
             return int(np.count_nonzero(self.targets_N))
         return len(self.tokens_N) - self.documents
-
-
-class DocumentEncoder:
-    """Text to the tokens of a document, bos + ids + eos, as numpy arrays.
-
-    Text that looks like a special token, such as "</s>", is encoded as the text it is. A tokenizer without
-    bos starts documents with eos. Threads may share an encoder.
-    """
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast"):
-        from tokenizers import Tokenizer
-
-        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._backend.encode_special_tokens = True
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self.eos = tokenizer.eos_token_id
-        self.bos = self.eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        self.dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
-
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
-        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array([self.bos, *e.ids, self.eos], dtype=self.dtype) for e in encodings]
 
 
 class _Piece(NamedTuple):
@@ -129,6 +109,7 @@ def cached_tokens(
     num_workers: int | None = None,
     show_progress: bool = False,
     train_on: str = "all",
+    parse_special_tokens: bool = False,
 ) -> dict[str, TokenizedText]:
     """Training and validation tokens of a source, from the cache, where they are put first if need be.
 
@@ -137,7 +118,7 @@ def cached_tokens(
 
     Args:
         field: name of the source in the configuration.
-        train_on: of chat, as `data.train_on`.
+        train_on: of chat, as `data.train_on`. parse_special_tokens: of text, likewise.
         num_workers: threads that encode; None for all cores. The result does not depend on it.
 
     Raises:
@@ -149,6 +130,8 @@ def cached_tokens(
     if chat:
         encoder = ChatEncoder(tokenizer, field, train_on)
         inputs += ["chat", _CHAT_VERSION, train_on, encoder.template, tokenizer.special_tokens_map]
+    elif parse_special_tokens:
+        inputs.append("parse_special_tokens")
     name = f"tokens-{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]}"
     directory = cache / name
     if not is_whole(directory):
@@ -156,13 +139,17 @@ def cached_tokens(
             if not is_whole(directory):
                 remove_damaged(directory)
                 pieces = _examples(source, field, holdout) if chat else _texts(source, field, holdout)
-                encode = _example_encoding(encoder) if chat else _text_encoding(DocumentEncoder(tokenizer))
+                if chat:
+                    encode, look = _example_encoding(encoder), _shape
+                else:
+                    encode = _text_encoding(DocumentEncoder(tokenizer, parse_special_tokens))
+                    look = _special_text(tokenizer, parse_special_tokens)
                 with (
                     publish_resumable(directory, "data.cache_dir", JOURNAL) as temporary,
                     _progress(field, source_bytes(source, field), show_progress) as advance,
                 ):
                     dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
-                    _build(pieces, encode, dtype, chat, temporary, num_workers, advance)
+                    _build(pieces, encode, look, dtype, chat, temporary, num_workers, advance)
     return {split: open_split(directory, split) for split in SPLITS}
 
 
@@ -246,6 +233,7 @@ def open_split(directory: Path, split: str) -> TokenizedText:
         targets_N=array("targets", "uint8", part["tokens"]) if meta.get("chat") else None,
         key=f"{directory.name}/{split}",
         digest=hashlib.sha256("".join(digests).encode()).hexdigest(),
+        seen=part.get("seen", {}),
     )
 
 
@@ -257,7 +245,7 @@ class SplitWriter:
     """
 
     def __init__(self, directory: Path, split: str, chat: bool, stack: contextlib.ExitStack, kept: Kept | None = None):
-        self.totals = {"documents": 0, "tokens": 0, "bytes": 0}
+        self.totals: dict[str, Any] = {"documents": 0, "tokens": 0, "bytes": 0, "seen": {}}
         self._split = split
         resumed = kept is not None and kept.last is not None
         names = split_arrays(chat)
@@ -267,7 +255,7 @@ class SplitWriter:
         }
         self._parts = {name: hashlib.sha256() for name in names}
         if kept is not None and kept.last is not None:
-            self.totals = dict(kept.last.totals[split])
+            self.totals |= kept.last.totals[split]
             self._hashes = {name: kept.hashes[f"{split}.{name}.bin"] for name in names}
         else:
             self._hashes = {name: hashlib.sha256() for name in names}
@@ -277,6 +265,11 @@ class SplitWriter:
         self._files[name].write(data)
         self._hashes[name].update(data)
         self._parts[name].update(data)
+
+    def count(self, seen: Iterable[str]) -> None:
+        """Count what stands in the document that was written last."""
+        for name in seen:
+            self.totals["seen"][name] = self.totals["seen"].get(name, 0) + 1
 
     def end_portion(self) -> dict[str, tuple[int, str]]:
         """Put on the disk what has been written; of each file its size and the SHA-256 of the portion's part."""
@@ -307,9 +300,21 @@ class SplitWriter:
             self._put("targets", targets.tobytes())
 
 
+def _shape(piece: _Piece) -> list[str]:
+    assert isinstance(piece.content, Example)
+    return [piece.content.shape]
+
+
+def _special_text(tokenizer: "PreTrainedTokenizerFast", parsed: bool) -> Callable[[_Piece], Iterable[str]]:
+    """Special tokens whose text stands in a document and is encoded as text."""
+    special = SpecialText(tokenizer)
+    return lambda piece: () if parsed else special.within(str(piece.content))
+
+
 def _build(
     pieces: Iterable[_Piece],
     encode: Callable[[list[_Piece]], list[Tokens]],
+    look: Callable[[_Piece], Iterable[str]],
     dtype: np.dtype,
     chat: bool,
     directory: Path,
@@ -329,6 +334,7 @@ def _build(
             tell(f"tokenising into {directory}")
             for piece, tokens in zip(batch, encoded):
                 writers[piece.split].write(tokens, piece.size)
+                writers[piece.split].count(look(piece))
                 advance(piece.read)
                 read += piece.read
             done += len(batch)

@@ -1,10 +1,4 @@
-"""Rows of chat in the shapes that people have, checked and reported by file and line.
-
-{"messages": [{"role": "system", "content": "..."}, {"role": "user", ...}, {"role": "assistant", ...}]}
-{"prompt": "...", "completion": "..."}        the same as a user's turn and the assistant's; or lists of turns (TRL)
-{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", ...}]}          ShareGPT
-{"instruction": "...", "input": "...", "output": "..."}                               Alpaca
-{"prompt": ..., "chosen": ..., "rejected": ...}         preferences, of which the chosen answer is learned
+"""Rows of chat, checked and reported by file and line; `shapes.py` says which shapes they may have.
 
 A turn may have `tool_calls`, `reasoning_content`, `name` and `tool_call_id`, a row `tools`: chat templates get them as they
 are. `weight: 0` or `train: false`, of a turn or of a row, keeps it from being learned.
@@ -16,19 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_llm.config import SourceConfig
+from moe_llm.data.shapes import renamed, shape_of, turns_of, wanted_columns
 from moe_llm.data.sources import read_documents, read_records
 from moe_llm.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_COLUMNS = (
-    "messages", "conversations", "prompt", "completion", "chosen", "instruction", "input", "output", "tools", "weight",
-)  # fmt: skip
 # Fields of a turn that templates may write, besides role and content.
 _PASSED = ("tool_calls", "reasoning_content", "reasoning", "thinking", "name", "tool_call_id")
-_SHAREGPT_ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
-    "bot": "assistant", "system": "system", "tool": "tool", "observation": "tool", "developer": "developer",
-}  # fmt: skip
 Message = dict[str, Any]
 
 
@@ -39,6 +27,7 @@ class Example:
     messages: role and content of each turn, and what templates may write besides (`tool_calls`, `reasoning_content`,
     `name`). where: file and line, for errors. text: the turns as JSON, always the same for the same turns; examples are
     told apart by it. tools: those that the assistant may call. masked: turns of the assistant that are not learned.
+    shape: of its row, a key of `shapes.SHAPES`.
     """
 
     messages: list[Message]
@@ -46,6 +35,7 @@ class Example:
     text: str
     tools: list[Any] | None = None
     masked: frozenset[int] = frozenset()
+    shape: str = "messages"
 
     @property
     def plain(self) -> str:
@@ -64,11 +54,15 @@ class Example:
 
 
 def example(
-    messages: list[Message], where: str, tools: list[Any] | None = None, masked: frozenset[int] = frozenset()
+    messages: list[Message],
+    where: str,
+    tools: list[Any] | None = None,
+    masked: frozenset[int] = frozenset(),
+    shape: str = "messages",
 ) -> Example:
     content: Any = messages if tools is None else [messages, tools]
     text = json.dumps(content, ensure_ascii=False, sort_keys=True, default=str)
-    return Example(messages, where, text, tools, masked)
+    return Example(messages, where, text, tools, masked, shape)
 
 
 def read_examples(source: SourceConfig, field: str) -> Iterator[Example]:
@@ -81,9 +75,9 @@ def read_examples(source: SourceConfig, field: str) -> Iterator[Example]:
         UserError: a row that is broken, by file and line; no row at all.
     """
     count = 0
-    for where, record in read_records(source, field, _COLUMNS):
+    for where, record in read_records(source, field, wanted_columns(source.columns)):
         count += 1
-        found = _example(record, where, field)
+        found = _example(renamed(record, source.columns, f"{field}: {where}", field), where, field)
         if found is not None:
             yield found
     if not count:
@@ -97,51 +91,6 @@ def read_texts(source: SourceConfig, field: str) -> Iterator[str]:
     return (found.text for found in read_examples(source, field))
 
 
-def shape_of(record: dict[str, Any]) -> str | None:
-    """What kind of row it is, by its columns: messages, conversations (ShareGPT), instruction and output (Alpaca), prompt
-    and completion, or chosen (preference rows, of which the chosen answer is learned); None for others."""
-    given = {name for name, value in record.items() if value is not None}
-    for shape, needed in (
-        ("messages", {"messages"}),
-        ("conversations", {"conversations"}),
-        ("prompt and completion", {"prompt", "completion"}),
-        ("chosen", {"chosen"}),
-        ("instruction and output", {"instruction", "output"}),
-    ):
-        if needed <= given:
-            return shape
-    return None
-
-
-def _turns(record: dict[str, Any], shape: str) -> Any:
-    """The turns of a row, not yet checked."""
-
-    def said(value: Any, role: str) -> list[Any]:
-        return value if isinstance(value, list) else [{"role": role, "content": value}]
-
-    if shape == "messages":
-        return record["messages"]
-    if shape == "conversations":
-        return [_from_sharegpt(turn) for turn in record["conversations"]]
-    if shape == "prompt and completion":
-        return [*said(record["prompt"], "user"), *said(record["completion"], "assistant")]
-    if shape == "chosen":
-        prompt = record.get("prompt")
-        chosen = said(record["chosen"], "assistant")
-        begun = isinstance(record["chosen"], list) and any(turn.get("role") == "user" for turn in chosen)
-        return chosen if prompt is None or begun else [*said(prompt, "user"), *chosen]
-    more = record.get("input")
-    question = record["instruction"] if not more else f"{record['instruction']}\n\n{more}"
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
-
-
-def _from_sharegpt(turn: Any) -> Any:
-    if not isinstance(turn, dict) or "from" not in turn:
-        return turn
-    rest = {name: value for name, value in turn.items() if name not in ("from", "value")}
-    return {"role": _SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn.get("value"), **rest}
-
-
 def _example(record: dict[str, Any], where: str, field: str) -> Example | None:
     """A row as an example; None where its weight is 0."""
     origin, shape = f"{field}: {where}", shape_of(record)
@@ -149,9 +98,9 @@ def _example(record: dict[str, Any], where: str, field: str) -> Example | None:
         raise UserError(
             f"{origin} has neither messages nor prompt and completion, but "
             f"{', '.join(name for name, value in record.items() if value is not None) or 'nothing'}: "
-            f"rename its columns, or set {field}.content=text"
+            f"say which is which in {field}.columns, or set {field}.content=text"
         )
-    turns = _turns(record, shape)
+    turns = turns_of(record, shape)
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{origin}: messages is {_short(turns)}: give it a list of turns, each with role and content")
     messages = [_message(turn, number, origin) for number, turn in enumerate(turns, start=1)]
@@ -159,14 +108,15 @@ def _example(record: dict[str, Any], where: str, field: str) -> Example | None:
     assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not assistants:
         raise UserError(f"{origin} has no turn of the assistant, so there is nothing to learn: remove that row")
-    if not _is_learned(record, origin) or masked.issuperset(assistants):
+    unwanted = shape == "prompt and completion" and record.get("label") is False  # TRL's unpaired preferences
+    if unwanted or not _is_learned(record, origin) or masked.issuperset(assistants):
         return None
     tools = record.get("tools")
     if isinstance(tools, str):
         tools = _parsed_tools(tools, origin)
     if tools is not None and not isinstance(tools, list):
         raise UserError(f"{origin}: tools is {_short(tools)}: give it a list of tools")
-    return example(messages, where, tools or None, masked & frozenset(assistants))
+    return example(messages, where, tools or None, masked & frozenset(assistants), shape)
 
 
 def _parsed_tools(text: str, origin: str) -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 
 from moe_llm.config import Config
 from moe_llm.data.chat import Example, Message, example
+from moe_llm.data.documents import plain_backend, vocabulary_size
 from moe_llm.errors import UserError
 
 if TYPE_CHECKING:
@@ -86,11 +87,6 @@ def own_template(tokenizer: "PreTrainedTokenizerFast") -> str | None:
     return template.get("default") if isinstance(template, dict) else template
 
 
-def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:
-    """Rows that a model needs: the largest id plus one, which is more than `len(tokenizer)` where ids have holes."""
-    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
-
-
 class ChatEncoder:
     """Examples to tokens and targets, by a tokenizer's chat template. Threads may share an encoder.
 
@@ -103,8 +99,6 @@ class ChatEncoder:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", field: str, train_on: str = "all"):
-        from tokenizers import Tokenizer
-
         self._last_only = train_on == "last"
         self._looked_at: set[str] = set()  # fields of which it is known whether the template writes them
 
@@ -115,9 +109,7 @@ class ChatEncoder:
         self._names = dict(tokenizer.special_tokens_map)
         self._special = tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
         self._marked = _MARK.search(template) is not None
-        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        self._backend = plain_backend(tokenizer, parse_special_tokens=True)
         self.dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
 
     def encode(self, examples: list[Example]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -242,6 +234,24 @@ class ChatEncoder:
 
     def _refusal(self, found: Example, what: str, remedy: str) -> UserError:
         return UserError(f"{self._field}: {found.where}: the chat template {what}: {remedy}")
+
+
+def render_prompt(tokenizer: Any, messages: list[Message], where: str) -> str:
+    """A conversation as the text that the assistant is to go on from, by the tokenizer's chat template.
+
+    Args:
+        where: of whom errors speak.
+
+    Raises:
+        UserError: the template refuses it.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{where}: the chat template refuses it ({reason}): change it, or the template") from error
 
 
 def turn_end_id(tokenizer: Any) -> int | None:

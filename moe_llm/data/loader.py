@@ -1,10 +1,12 @@
 """From a configuration to batches: what is trained on, in which order, and what is held out."""
 
+import dataclasses
 import logging
 import math
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,9 +15,10 @@ import torch
 
 from moe_llm.config import Config, SourceConfig
 from moe_llm.data.best_fit import PackedDocuments
-from moe_llm.data.cache import SPLITS, DocumentEncoder, TokenizedText, cached_tokens
+from moe_llm.data.cache import SPLITS, TokenizedText, cached_tokens
 from moe_llm.data.chat import read_examples
 from moe_llm.data.chat_template import ChatEncoder
+from moe_llm.data.documents import DocumentEncoder, SpecialText, check_rows
 from moe_llm.data.examples import PackedExamples
 from moe_llm.data.order import Mixture, shuffled
 from moe_llm.data.packing import Batch, PackedBlocks, as_batch
@@ -240,7 +243,7 @@ def validation_batches(
 class SourceStatistics:
     """One source's share of a split. tokens: with bos and eos; blocks: of the sequence length; dropped, truncated:
     chat examples longer than a block that are left out, or whose end is; cut: documents that are in several blocks;
-    padding: share of the blocks' places without a token."""
+    padding: share of the blocks' places without a token; shapes: of chat, how many rows are of which shape."""
 
     name: str
     split: str
@@ -252,6 +255,7 @@ class SourceStatistics:
     truncated: int = 0
     cut: int = 0
     padding: float = 0.0
+    shapes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 class SourceFingerprint(NamedTuple):
@@ -316,6 +320,7 @@ def load_data(
             num_workers=data.num_workers,
             show_progress=show_progress and rank == 0,
             train_on=data.train_on,
+            parse_special_tokens=data.parse_special_tokens,
         )
 
     def packed(text: TokenizedText) -> PackedBlocks:
@@ -342,6 +347,7 @@ def load_data(
     if rank == 0:
         for name, split, text in parts:
             _report_turns_without_end(name, split, text, tokenizer)
+            _report_special_text(name, text, "data.parse_special_tokens=true")
     train = [part for _, split, part in blocks if split == "train"]
     for (field, source), part in zip(named_sources(config), train):
         _check_not_all_dropped(part, field, config)
@@ -377,6 +383,18 @@ def _report_turns_without_end(
         )
 
 
+def _report_special_text(name: str, text: TokenizedText, remedy: str) -> None:
+    """Warn of text in which special tokens are spelt out: most often a chat template has written it."""
+    if text.targets_N is not None or not text.seen:
+        return
+    token, count = max(text.seen.items(), key=lambda item: item[1])
+    logger.warning(
+        "%s: %d of %d documents hold the text of the special token %r, which is read as ordinary text, not as that token: "
+        "set %s if a chat template has written it, or use rows of chat",
+        name, count, text.documents, token, remedy,
+    )  # fmt: skip
+
+
 def _fingerprint(name: str, split: str, text: TokenizedText) -> SourceFingerprint:
     assert text.digest is not None, "text from the cache has a digest"
     return SourceFingerprint(name, split, text.documents, len(text.tokens_N), text.digest)
@@ -394,6 +412,7 @@ def _statistics(field: str, split: str, part: PackedBlocks) -> SourceStatistics:
         len(part),
         cut=part.cut_documents,
         padding=part.padding,
+        shapes=text.seen if text.targets_N is not None else {},
         **left_out,
     )
 
@@ -420,6 +439,8 @@ def load_evaluation(
     max_blocks: int | None = None,
     max_tokens: int | None = None,
     chat: bool = False,
+    parse_special_tokens: bool = False,
+    rows: int | None = None,
 ) -> ValidationBlocks:
     """Any files as held-out blocks, tokenised in memory, with exact byte counts.
 
@@ -428,32 +449,43 @@ def load_evaluation(
         text_field: the column that holds the text, of files with rows; None: `text`.
         max_tokens: no document is read after so many tokens of text; None: all are.
         chat: they hold examples, of which what the assistant says counts; over-long ones are cut.
+        parse_special_tokens: of text, as `data.parse_special_tokens`.
+        rows: of the model's embedding; None: as many as there are tokens.
 
     Raises:
-        UserError: files that are missing, empty or unreadable.
+        UserError: files that are missing, empty or unreadable, or a token beyond the model's rows.
     """
     if chat:
-        return _chat_evaluation(paths, tokenizer, sequence_length, max_blocks)
+        return _chat_evaluation(paths, tokenizer, sequence_length, max_blocks, rows)
     column = {} if text_field is None else {"text_field": text_field}
     source = SourceConfig(type="files", path=paths, document=document, **column)
-    encoder = DocumentEncoder(tokenizer)
+    encoder, special = DocumentEncoder(tokenizer, parse_special_tokens), SpecialText(tokenizer)
     ids, sizes = [], []
+    seen: Counter[str] = Counter()
     for text in read_documents(source, "--data"):
         ids += encoder.encode([text])
         sizes.append(len(text.encode("utf-8")))
+        seen.update(() if parse_special_tokens else special.within(text))
         if max_tokens is not None:
             max_tokens -= len(ids[-1])
             if max_tokens <= 0:
                 break
     starts = np.cumsum([0] + [len(document_ids) for document_ids in ids])
-    text = TokenizedText(np.concatenate(ids), starts, np.array(sizes), sum(sizes))
+    text = TokenizedText(np.concatenate(ids), starts, np.array(sizes), sum(sizes), seen=seen)
+    _report_special_text("--data", text, "--parse-special-tokens")
+    if rows is not None:
+        check_rows(text.tokens_N, tokenizer, rows, "--data")
     return ValidationBlocks(
         [PackedBlocks(text, sequence_length, isolate_documents, tokenizer.eos_token_id)], max_blocks
     )
 
 
 def _chat_evaluation(
-    paths: str | list[str], tokenizer: "PreTrainedTokenizerFast", sequence_length: int, max_blocks: int | None
+    paths: str | list[str],
+    tokenizer: "PreTrainedTokenizerFast",
+    sequence_length: int,
+    max_blocks: int | None,
+    rows: int | None,
 ) -> ValidationBlocks:
     encoder = ChatEncoder(tokenizer, "--data")
     found = list(read_examples(SourceConfig(type="files", path=paths, content="chat"), "--data"))
@@ -461,6 +493,8 @@ def _chat_evaluation(
     starts = np.cumsum([0] + [len(example_ids) for example_ids in ids])
     sizes = np.array([example.answer_bytes for example in found])
     text = TokenizedText(np.concatenate(ids), starts, sizes, int(sizes.sum()), np.concatenate(targets))
+    if rows is not None:
+        check_rows(text.tokens_N, tokenizer, rows, "--data")
     blocks = PackedExamples(text, sequence_length, "truncate", tokenizer.eos_token_id)
     if not len(blocks):
         raise UserError(

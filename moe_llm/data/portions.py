@@ -29,7 +29,7 @@ class Portion(NamedTuple):
 
     pieces: int
     read: int
-    totals: dict[str, dict[str, int]]
+    totals: dict[str, dict[str, Any]]
     files: dict[str, tuple[int, str]]
 
 

@@ -5,10 +5,8 @@ is taken in segments, so files may be larger than memory. jsonl and parquet are 
 is named by file and line); `datasets` is loaded for hub sources alone, because importing it takes seconds.
 """
 
-import bz2
 import csv
 import glob
-import gzip
 import hashlib
 import io
 import json
@@ -18,9 +16,10 @@ import sysconfig
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from moe_llm.config import Config, SourceConfig
+from moe_llm.data.kinds import file_kind, looks_like_rows, open_unpacked
 from moe_llm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -111,9 +110,10 @@ def source_bytes(source: SourceConfig, field: str) -> int | None:
 
 
 def source_settings(source: SourceConfig, *left_out: str) -> dict[str, Any]:
-    """What a source says, as JSON values. `content` is told of chat alone: text is known as it was before there was
-    chat, so that what was made of it is found again."""
-    return source.model_dump(mode="json", exclude={*left_out, *(["content"] if source.content == "text" else [])})
+    """What a source says, as JSON values. Keys that came later are left out where they say nothing, so that what was made
+    of a source before is found again."""
+    later = (["content"] if source.content == "text" else []) + (["columns"] if source.columns is None else [])
+    return source.model_dump(mode="json", exclude={*left_out, *later})
 
 
 def fingerprint(source: SourceConfig, field: str) -> list:
@@ -183,7 +183,20 @@ def read_records(source: SourceConfig, field: str, columns: Sequence[str]) -> It
 
 
 def _file_documents(source: SourceConfig, field: str) -> Iterator[str]:
+    _check_column_applies(source, field)
     return _from_files(source, field, lambda path: _documents_of_file(path, source, field))
+
+
+def _check_column_applies(source: SourceConfig, field: str) -> None:
+    """Refuse a column of text for files of which none has columns."""
+    if source.type != "files" or source.text_field == type(source).model_fields["text_field"].default:
+        return
+    files = list(_from_files(source, field, lambda path: iter([(path, file_kind(path, source.format))])))
+    if all(k == "text" and (source.format == "text" or looks_like_rows(p) is None) for p, k in files):
+        raise UserError(
+            f"{_text_key(field)}={source.text_field} applies to no file: {files[0][0]} is plain text, which has no "
+            "columns: remove it, or name files with rows"
+        )
 
 
 def _from_files(source: SourceConfig, field: str, read: Callable[[Path], Iterator[T]]) -> Iterator[T]:
@@ -201,67 +214,19 @@ def _from_files(source: SourceConfig, field: str, read: Callable[[Path], Iterato
             raise UserError(f"{field}: {path} cannot be read ({reason}): replace or remove it") from error
 
 
-_PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
-_BY_SUFFIX = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-}
-_PEEKED = 1 << 16  # bytes by which a file's content is recognised
-
-
-def _kind(path: Path, source: SourceConfig) -> str:
-    """text, jsonl, json (an array of rows), csv, tsv or parquet: as configured, or by ending (in any case) and content."""
-    if source.format != "auto":
-        return source.format
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _PACKED:
-        suffixes.pop()
-    kind = _BY_SUFFIX.get(suffixes[-1] if suffixes else "", "text")
-    return _json_kind(path) if kind in ("json", "jsonl") else kind
-
-
-def _json_kind(path: Path) -> str:
-    """A `.json` file is an array of rows or lines of them, whatever its name says."""
-    return "json" if _peek(path).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[") else "jsonl"
-
-
-def _peek(path: Path) -> bytes:
-    with _open(path) as file:
-        return file.read(_PEEKED)
-
-
-def looks_like_rows(path: Path) -> str | None:
-    """Whether the first lines of a file that is taken for text are JSON objects or an array of them; else None."""
-    begin = _peek(path).lstrip(b"\xef\xbb\xbf \t\r\n")
-    if begin.startswith(b"[") and begin[1:].lstrip().startswith(b"{"):
-        return "a JSON array of rows"
-    lines = begin.splitlines()[:3]
-    try:
-        objects = [
-            json.loads(line) for line in (lines if len(begin) < _PEEKED else lines[:-1] or lines) if line.strip()
-        ]
-    except (ValueError, RecursionError):
-        return None
-    return "JSON lines" if objects and all(isinstance(item, dict) for item in objects) else None
-
-
 def _records_of_file(
     path: Path, source: SourceConfig, field: str, columns: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    kind = _kind(path, source)
+    kind = file_kind(path, source.format)
     if kind == "text" and source.format == "auto" and (rows := looks_like_rows(path)):
-        kind = "json" if rows.startswith("a JSON array") else "jsonl"
+        kind, _ = rows
     if kind == "text":
         raise UserError(f"{field}: {path} holds no rows: set {field}.format to jsonl, json, csv or parquet")
     return _rows(path, kind, columns, field)
 
 
 def _documents_of_file(path: Path, source: SourceConfig, field: str) -> Iterator[str]:
-    kind, column = _kind(path, source), source.text_field
+    kind, column = file_kind(path, source.format), source.text_field
     if source.type == "python_stdlib":
         return _segments(path)
     if kind == "text":
@@ -269,12 +234,12 @@ def _documents_of_file(path: Path, source: SourceConfig, field: str) -> Iterator
         if rows is not None and "text_field" in source.model_fields_set:
             raise UserError(
                 f"{_text_key(field)}={column} applies to no text, and {path} is one by its name, though it looks like "
-                f"{rows}: set {field}.format to jsonl or json, or remove text_field"
+                f"{rows[1]}: {_as_format(field, rows[0])}, or remove text_field"
             )
         if rows is not None:
             logger.warning(
-                "%s: %s is trained on as text and looks like %s: set %s.format to jsonl or json to read its %s column",
-                field, path, rows, field, column,
+                "%s: %s is read as text and looks like %s: %s to read its %s column",
+                field, path, rows[1], _as_format(field, rows[0]), column,
             )  # fmt: skip
         return _lines(path) if source.document == "line" else _segments(path)
     rows = _rows(path, kind, [column], field)
@@ -285,37 +250,6 @@ def _rows(path: Path, kind: str, columns: Sequence[str], field: str) -> Iterator
     if kind == "parquet":
         return _parquet(path, columns, field)
     return {"jsonl": _jsonl, "json": _json_array, "csv": _csv, "tsv": _csv}[kind](path, field)
-
-
-def _open(path: Path) -> IO[bytes]:
-    packed = _PACKED.get(path.suffix.lower())
-    if packed is None:
-        return path.open("rb")
-    if packed == "zstd":
-        import pyarrow  # which brings a decompressor along; the standard library has none before Python 3.14
-
-        return io.BufferedReader(_Raw(pyarrow.input_stream(str(path), compression="zstd")))
-    opener = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}[packed]
-    return opener(path, "rb")  # type: ignore[return-value]
-
-
-class _Raw(io.RawIOBase):
-    """A stream of pyarrow's as one of Python's, for lines."""
-
-    def __init__(self, stream: Any):
-        self._stream = stream
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._stream.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def close(self) -> None:
-        self._stream.close()
-        super().close()
 
 
 def _decode(data: bytes, offset: int, where: str = "") -> str:
@@ -329,7 +263,7 @@ def _decode(data: bytes, offset: int, where: str = "") -> str:
 
 def _segments(path: Path) -> Iterator[str]:
     """The whole file as one document, or, above `SEGMENT_BYTES`, as several that end at line ends."""
-    with _open(path) as file:
+    with open_unpacked(path) as file:
         rest, offset = b"", 0
         while True:
             data = rest + file.read(SEGMENT_BYTES - len(rest))
@@ -353,7 +287,7 @@ def _cut_point(data: bytes) -> int:
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    with _open(path) as file:
+    with open_unpacked(path) as file:
         for number, line in enumerate(file, start=1):
             text = _decode(line, 0, f"line {number}")
             yield number, text.removeprefix("\ufeff") if number == 1 else text
@@ -387,7 +321,7 @@ def _parsed(text: str, where: str, remedy: str) -> Any:
 
 def _json_array(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a file that is one JSON array of objects, which is read whole."""
-    with _open(path) as file:
+    with open_unpacked(path) as file:
         text = _decode(file.read(), 0).removeprefix("\ufeff")
     rows = _parsed(text, f"{field}: {path}", "repair it, or give one object a line as .jsonl")
     if not isinstance(rows, list):
@@ -400,11 +334,11 @@ def _json_array(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _csv(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a table whose first line names the columns; separated by commas or, by its content, tabs or semicolons."""
-    with _open(path) as file:
+    with open_unpacked(path) as file:
         first = file.readline().decode("utf-8", errors="replace")
     separator = max(",\t;", key=first.count)
     csv.field_size_limit(2**31 - 1)
-    with _open(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+    with open_unpacked(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
         reader = csv.DictReader(text, delimiter=separator)
         try:
             for record in reader:
@@ -431,6 +365,11 @@ def _text_of(record: dict, text_field: str, where: str, field: str) -> str:
 def _text_key(field: str) -> str:
     """What users set the column of the text with: a key of a source, or an option of the command line."""
     return "--text-field" if field.startswith("--") else f"{field}.text_field"
+
+
+def _as_format(field: str, format: str) -> str:
+    """How users say what a file is."""
+    return f"name it *.{format}" if field.startswith("--") else f"set {field}.format to {format}"
 
 
 def _no_column(where: str, text_field: str, columns: list[str], field: str) -> UserError:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from moe_llm.config import Config
 from moe_llm.data import spm
-from moe_llm.data.chat_template import template_setting, turn_end_id, vocabulary_size, write_template
+from moe_llm.data.chat_template import template_setting, turn_end_id, write_template
+from moe_llm.data.documents import begins_with_bos, obey_add_bos_token, vocabulary_size
 from moe_llm.data.files import building, publish, replace_file
 from moe_llm.data.sources import (
     fingerprint,
@@ -86,6 +87,7 @@ def load_tokenizer(directory: Path | str, needs_eos: bool = True) -> "PreTrained
     local = Path(directory).expanduser()
     if (local / "tokenizer.model").is_file() and not (local / "tokenizer.json").is_file():
         tokenizer = _from_sentencepiece(local)
+        obey_add_bos_token(tokenizer, _json_of(local / "tokenizer_config.json").get("add_bos_token"))
         _check_usable(tokenizer, directory, needs_eos)
         return tokenizer
     # No code beside the files is run, nor is it asked whether it may be. What has our own model's code beside it has a
@@ -108,6 +110,7 @@ def load_tokenizer(directory: Path | str, needs_eos: bool = True) -> "PreTrained
             "give a tokenizer directory, a sentencepiece .model file or a reachable hub name"
         ) from error
     _check_usable(tokenizer, directory, needs_eos)
+    obey_add_bos_token(tokenizer, named.get("add_bos_token"))
     return tokenizer
 
 
@@ -456,4 +459,6 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 def content_hash(tokenizer: "PreTrainedTokenizerFast") -> str:
     """Identifies what a tokenizer does to corpus documents: its tokenizer.json, bos and eos."""
     parts = [tokenizer.backend_tokenizer.to_str(), str(tokenizer.bos_token_id), str(tokenizer.eos_token_id)]
+    if tokenizer.bos_token_id is not None and not begins_with_bos(tokenizer):
+        parts.append("no bos")
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()

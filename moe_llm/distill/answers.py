@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_llm.config import SourceConfig
-from moe_llm.data.chat_template import own_template
+from moe_llm.data.chat_template import own_template, render_prompt
+from moe_llm.data.documents import DocumentEncoder, check_rows, plain_backend, prompt_ids
 from moe_llm.data.files import user_error_on_disk
 from moe_llm.data.sources import list_files, read_documents, read_records
 from moe_llm.data.tokenizer import end_token_ids, load_tokenizer
-from moe_llm.ensemble.causal_lm import load_causal_lm
+from moe_llm.ensemble.causal_lm import generate_plainly, load_causal_lm
 from moe_llm.errors import UserError
 
 if TYPE_CHECKING:
@@ -146,7 +147,10 @@ def _answer_all(
                 continue
             if model is None:
                 model = load_causal_lm(directory, called="TEACHER")
+                generate_plainly(model, tokenizer)
                 model.to("cuda" if torch.cuda.is_available() else "cpu")
+            for prompt in batch:
+                check_rows(prompt.ids if prompt else (), tokenizer, len(model.get_input_embeddings().weight), _FIELD)
             texts = iter(_generate(model, tokenizer, [p.ids for p in batch if p is not None], start, options))
             rows = [None if prompt is None else prompt.answered(next(texts)) for prompt in batch]
             stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -248,11 +252,8 @@ def _read_prompts(
 
 
 def _of_texts(source: SourceConfig, tokenizer: "PreTrainedTokenizerFast", count: int) -> Iterator[_Prompt | None]:
-    from tokenizers import Tokenizer
-
-    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.encode_special_tokens = True  # "</s>" in a text is the text it is, as where it is trained on
+    first = DocumentEncoder(tokenizer).bos
+    backend = plain_backend(tokenizer, parse_special_tokens=False)
     for text in read_documents(source, _FIELD):
         encoding = backend.encode(text, add_special_tokens=False)
         end, places = count if len(encoding.ids) >= count else 0, encoding.offsets
@@ -282,19 +283,9 @@ def _of_chat(source: SourceConfig, tokenizer: "PreTrainedTokenizerFast") -> Iter
                 f"{_FIELD}: {where} has neither messages nor a prompt: rename its columns, or add "
                 "--continue N for rows of text"
             )
-        yield _Prompt(_rendered(tokenizer, messages, where), row, answer)
+        text = render_prompt(tokenizer, messages, f"{_FIELD}: {where}")
+        yield _Prompt(prompt_ids(tokenizer, text, begin=False), row, answer)
 
 
 def _as_turn(prompt: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}]
-
-
-def _rendered(tokenizer: "PreTrainedTokenizerFast", messages: list[dict[str, str]], where: str) -> list[int]:
-    from jinja2 import TemplateError
-
-    try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{_FIELD}: {where}: the chat template refuses it ({reason}): repair that row") from error
-    return tokenizer(text, add_special_tokens=False)["input_ids"]

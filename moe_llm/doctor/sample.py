@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moe_llm.config import Config, SourceConfig
-from moe_llm.data.cache import DocumentEncoder
 from moe_llm.data.chat import example, read_examples
 from moe_llm.data.chat_template import ChatEncoder
+from moe_llm.data.documents import DocumentEncoder
 from moe_llm.data.sources import named_sources, named_validation_sources, read_documents
 from moe_llm.data.tokenizer import build_tokenizer
 from moe_llm.doctor.shrink import replace

@@ -7,6 +7,8 @@ import torch
 
 from moe_llm.checkpoint.architectures import OWN
 from moe_llm.checkpoint.safetensors_io import read_json
+from moe_llm.data.chat_template import own_template, render_prompt
+from moe_llm.data.documents import check_rows, prompt_ids
 from moe_llm.data.tokenizer import end_token_ids
 from moe_llm.errors import UserError
 
@@ -32,8 +34,10 @@ def load_causal_lm(checkpoint: str | Path, dtype: torch.dtype | str = "auto", ca
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its table of what is missing, of which a sentence is told below
     try:
-        model, info = _class_of(checkpoint, called).from_pretrained(checkpoint, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        model, info = _class_of(checkpoint, called).from_pretrained(
+            checkpoint, config=_config_of(checkpoint), dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{called}={str(checkpoint)!r} cannot be loaded, its config.json or model.safetensors is unusable "
@@ -69,6 +73,19 @@ def _class_of(checkpoint: str | Path, called: str) -> Any:
     return MoELLMForCausalLM
 
 
+def _config_of(checkpoint: str | Path) -> Any:
+    """transformers' configuration with the width of a head said: some of its rotary embeddings (yarn, dynamic) fail where
+    config.json has it as null. None where it says nothing of the kind."""
+    from transformers import AutoConfig
+
+    content = read_json(Path(checkpoint) / "config.json") if (Path(checkpoint) / "config.json").is_file() else {}
+    if content.get("model_type") == OWN.model_type or content.get("head_dim", 0) is not None:
+        return None
+    config = AutoConfig.from_pretrained(checkpoint)
+    config.head_dim = config.hidden_size // config.num_attention_heads
+    return config
+
+
 def sampling(temperature: float, top_p: float) -> dict[str, Any]:
     """generate()'s options for a temperature, 0 meaning the likeliest token, and top-p. Without top_k: 0, transformers
     draws from the 50 likeliest tokens."""
@@ -77,13 +94,16 @@ def sampling(temperature: float, top_p: float) -> dict[str, Any]:
     return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
 
 
-def plain_generation(tokenizer: Any) -> Any:
-    """A generation_config of nothing but the tokens at which the model stops: penalties and other defaults of its folder
-    act only where they are asked for, so that temperature 0 is the likeliest token."""
+def generate_plainly(model: Any, tokenizer: Any) -> None:
+    """Give a model a generation_config of nothing but the tokens at which it stops, and whether it may cache: penalties
+    and other defaults of its folder act only where they are asked for, so that temperature 0 is the likeliest token."""
     from transformers import GenerationConfig
 
-    ends = end_token_ids(tokenizer)
-    return GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=ends[0])
+    ends, before = end_token_ids(tokenizer), getattr(model, "generation_config", None)
+    caches = {"use_cache": False} if getattr(before, "use_cache", None) is False else {}
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=ends[0], **caches
+    )
 
 
 def learned_positions(model: Any) -> int | None:
@@ -93,28 +113,51 @@ def learned_positions(model: Any) -> int | None:
     return getattr(model.config, "max_position_embeddings", None) if tables else None
 
 
-def read_prompt(tokenizer: Any, prompt: str, **options: Any) -> Any:
-    """A prompt's tokens, one row, by the rule of documents in training: it begins with the start of text, once, where the
-    tokenizer has one, whatever `add_bos_token` says. It does not end with the end of text, since it is to be continued.
+def read_prompt(
+    tokenizer: Any, prompt: str, rows: int | None = None, chat: bool = False, longest: int | None = None
+) -> Any:
+    """A prompt's tokens, one row, with their attention mask, by the rule of `moe_llm.data.documents`.
+
+    Args:
+        rows: of the model's embedding; None: as many as there are tokens.
+        chat: a chat template has rendered it, so that nothing is put before it. longest: tokens; the rest is left
+            out.
 
     Raises:
-        UserError: there are none, and so nothing to continue.
+        UserError: there are none, and so nothing to continue; or one is beyond the model's rows.
     """
-    inputs = tokenizer(prompt, return_tensors="pt", **options)
-    ids_BS = inputs["input_ids"]
-    length, bos = ids_BS.shape[1], tokenizer.bos_token_id
-    told_not_to = getattr(tokenizer, "init_kwargs", {}).get("add_bos_token") is False
-    if told_not_to and bos is not None and bos not in ids_BS[0, :2].tolist() and length:
-        inputs["input_ids"] = ids_BS = torch.cat([torch.tensor([[bos]]), ids_BS], 1)
-        if "attention_mask" in inputs:
-            inputs["attention_mask"] = torch.ones_like(ids_BS)
-        length += 1
-    first = int(length > 1 and bos is not None and ids_BS[0, :2].tolist() == [bos, bos])
-    ended = length > first and int(ids_BS[0, -1]) == tokenizer.eos_token_id != bos
-    ended = ended and not prompt.endswith(tokenizer.eos_token)
-    for name in ("input_ids", "attention_mask"):
-        if name in inputs:
-            inputs[name] = inputs[name][:, first : length - ended]
-    if not inputs["input_ids"].shape[1]:
+    from transformers import BatchEncoding
+
+    ids = prompt_ids(tokenizer, prompt, begin=not chat)[:longest]
+    if not ids:
         raise UserError(f"the prompt {prompt!r} has no tokens: give a text to continue")
-    return inputs
+    if rows is not None:
+        check_rows(ids, tokenizer, rows, f"the prompt {prompt!r}")
+    ids_BS = torch.tensor([ids])
+    return BatchEncoding({"input_ids": ids_BS, "attention_mask": torch.ones_like(ids_BS)})
+
+
+def as_prompt(tokenizer: Any, prompt: str, rows: int, chat: bool, name: str) -> Any:
+    """`read_prompt` of a text or, with `chat`, of a user's turn in the tokenizer's chat template.
+
+    Args:
+        name: of the model, for errors.
+
+    Raises:
+        UserError: chat, and there is no template, or it refuses the turn.
+    """
+    if not chat:
+        return read_prompt(tokenizer, prompt, rows)
+    if own_template(tokenizer) is None:
+        raise UserError(
+            f"--chat: the tokenizer of {name} has no chat template: save one beside it, or leave out --chat"
+        )
+    text = render_prompt(tokenizer, [{"role": "user", "content": prompt}], "--prompt")
+    return read_prompt(tokenizer, text, rows, chat=True)
+
+
+def said(tokenizer: Any, ids_T: torch.Tensor, behind: int) -> str:
+    """The text of tokens behind the first `behind`, as what these add to the text before: many tokenizers drop the space
+    that a text of its own begins with."""
+    before, whole = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (ids_T[:behind], ids_T))
+    return whole[len(before) :]

@@ -9,7 +9,7 @@ import torch
 
 from moe_llm.checkpoint.export import DTYPES
 from moe_llm.data.tokenizer import load_tokenizer
-from moe_llm.ensemble.causal_lm import load_causal_lm
+from moe_llm.ensemble.causal_lm import generate_plainly, load_causal_lm
 from moe_llm.ensemble.recipe import Member
 from moe_llm.errors import UserError
 from moe_llm.merge.models import find
@@ -44,6 +44,11 @@ class Model:
         return getattr(self.model.config, "use_cache", None) is not False
 
     @property
+    def rows(self) -> int:
+        """Of its embedding: tokens that it can read."""
+        return self.model.get_input_embeddings().weight.shape[0]
+
+    @property
     def width(self) -> int:
         """Of its logits."""
         return self.model.get_output_embeddings().weight.shape[0]
@@ -63,6 +68,7 @@ def load_models(members: Sequence[Member]) -> list[Model]:
             directory, device, dtype = key
             tokenizer = load_tokenizer(directory)
             model = load_causal_lm(directory, DTYPES[dtype] if dtype else "auto").to(device)
+            generate_plainly(model, tokenizer)
             loaded[key] = Model(member.model, model, tokenizer, active_parameters(model))
     return [loaded[key] for key in keys]
 

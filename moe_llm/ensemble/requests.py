@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_llm.config import SourceConfig
-from moe_llm.data.chat_template import own_template
+from moe_llm.data.chat_template import own_template, render_prompt
 from moe_llm.data.sources import read_documents
 from moe_llm.ensemble.causal_lm import read_prompt
 from moe_llm.ensemble.fit import Fitted, fit_threshold
@@ -53,9 +53,8 @@ def answer(model: Model, prompt: str, options: dict[str, Any], chat: bool = Fals
     if chat:
         if own_template(tokenizer) is None:
             raise UserError(f"chat=true, but the tokenizer of {model.name} has no chat template: set chat: false")
-        turns = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    inputs = read_prompt(tokenizer, prompt, add_special_tokens=not chat).to(model.device)
+        prompt = render_prompt(tokenizer, [{"role": "user", "content": prompt}], f"the prompt of {model.name}")
+    inputs = read_prompt(tokenizer, prompt, model.rows, chat).to(model.device)
     return _continue(model, inputs, options)
 
 
@@ -102,7 +101,7 @@ def fit_cascade(recipe: CascadeRecipe, models: list[Model], data: list[str], max
     longest = min(PROMPT_TOKENS, small.longest or PROMPT_TOKENS)
     found = []
     for text in islice(read_documents(source, "--data"), max_documents):
-        inputs = small.tokenizer(text, return_tensors="pt", truncation=True, max_length=longest)
+        inputs = read_prompt(small.tokenizer, text, small.rows, longest=longest)
         said = _continue(small, inputs.to(small.device), {"max_new_tokens": ANSWER_TOKENS, "do_sample": False})
         found.append(answer_confidence(small, said))
     return fit_threshold(recipe, torch.tensor(found))

@@ -11,7 +11,7 @@ import torch
 from moe_llm.config import SourceConfig
 from moe_llm.data.sources import list_files
 from moe_llm.ensemble import requests
-from moe_llm.ensemble.causal_lm import read_prompt, sampling
+from moe_llm.ensemble.causal_lm import as_prompt, said, sampling
 from moe_llm.ensemble.ensemble import Ensemble, describe
 from moe_llm.ensemble.evaluate import evaluate
 from moe_llm.ensemble.fit import Fitted, check_fittable, fit
@@ -39,11 +39,13 @@ def generate_command(
     temperature: float = 0.8,
     top_p: float = 0.95,
     seed: int = 0,
+    chat: bool = False,
     say: Say | None = None,
 ) -> str:
     """The prompt and its continuation by an ensemble; of stacking and self-refinement, the last answer alone.
 
     Args:
+        chat: the prompt is a user's turn, in the main model's chat template; the answer alone is given.
         temperature: 0 takes the likeliest token each time.
         say: is given sentences on what was done; None: stderr.
 
@@ -55,13 +57,15 @@ def generate_command(
     _check_fitted(recipe, file)
     options = {"max_new_tokens": max_new_tokens, **sampling(temperature, top_p)}
     if _by_request(recipe):
+        if chat:
+            raise UserError(f"--chat does not apply to method={recipe.method}: set chat: true of its members in {file}")
         return _generate_requests(recipe, prompt, options, seed, say)
     from moe_llm.ensemble.processor import EnsembleLogitsProcessor
 
     ensemble = _ready(recipe, say)
     torch.manual_seed(seed)
     main = ensemble.main
-    inputs = read_prompt(main.tokenizer, prompt).to(main.device)
+    inputs = as_prompt(main.tokenizer, prompt, main.rows, chat, main.name).to(main.device)
     options["max_new_tokens"] = room(main, inputs["input_ids"].shape[1], max_new_tokens)
     processor = EnsembleLogitsProcessor(ensemble)
     options |= {"logits_processor": [processor], "pad_token_id": main.tokenizer.eos_token_id}
@@ -69,7 +73,7 @@ def generate_command(
     _tell_what_was_left_out(ensemble, say)
     if isinstance(ensemble.rule, Cascade):
         say(f"{ensemble.models[1].name} was asked for {processor.asked} of {processor.rows} tokens")
-    return main.tokenizer.decode(output[0], skip_special_tokens=True)
+    return said(main.tokenizer, output[0], inputs["input_ids"].shape[1] if chat else 0)
 
 
 def evaluate_command(
@@ -80,6 +84,7 @@ def evaluate_command(
     max_blocks: int | None = None,
     chat: bool = False,
     text_field: str | None = None,
+    parse_special_tokens: bool = False,
     say: Say | None = None,
 ) -> dict[str, Any]:
     """`moe_llm.ensemble.evaluate.evaluate` of a file's ensemble, with its method.
@@ -98,7 +103,15 @@ def evaluate_command(
     _check_fitted(recipe, file)
     _check_text(files, "--data")
     ensemble = _ready(recipe, say)
-    result = evaluate(ensemble, files, batch_size=batch_size, max_blocks=max_blocks, chat=chat, text_field=text_field)
+    result = evaluate(
+        ensemble,
+        files,
+        batch_size=batch_size,
+        max_blocks=max_blocks,
+        chat=chat,
+        text_field=text_field,
+        parse_special_tokens=parse_special_tokens,
+    )
     _tell_what_was_left_out(ensemble, say)
     return {"method": recipe.method, **result}
 

@@ -41,7 +41,12 @@ class Scored:
 
 
 def load_text(
-    ensemble: Ensemble, files: list[str], max_blocks: int | None, chat: bool = False, text_field: str | None = None
+    ensemble: Ensemble,
+    files: list[str],
+    max_blocks: int | None,
+    chat: bool = False,
+    text_field: str | None = None,
+    parse_special_tokens: bool = False,
 ) -> ValidationBlocks:
     """Text in the main model's tokens, in blocks that all members can read.
 
@@ -54,9 +59,15 @@ def load_text(
             # spelt in another vocabulary a text is longer: twice the tokens are room enough
             longer = translator is not None and not translator.one_to_one
             lengths.append(max(1, model.longest // 2) if longer else model.longest)
-    tokenizer = ensemble.main.tokenizer
     return load_evaluation(
-        files, tokenizer, sequence_length=min(lengths), max_blocks=max_blocks, chat=chat, text_field=text_field
+        files,
+        ensemble.main.tokenizer,
+        sequence_length=min(lengths),
+        max_blocks=max_blocks,
+        chat=chat,
+        text_field=text_field,
+        parse_special_tokens=parse_special_tokens,
+        rows=ensemble.main.rows,
     )
 
 

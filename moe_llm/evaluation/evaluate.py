@@ -48,12 +48,14 @@ def evaluate_files(
     max_blocks: int | None = None,
     chat: bool = False,
     text_field: str | None = None,
+    parse_special_tokens: bool = False,
 ) -> dict[str, float]:
     """Loss (nats a token), perplexity and bits per byte of a checkpoint on text files.
 
     Args:
         text_field: the column that holds the text, of files with rows; None: `text`.
         chat: the files hold chat, and the loss is that of the assistant's turns.
+        parse_special_tokens: of text, as `data.parse_special_tokens`.
 
     Raises:
         UserError: no checkpoint there, or no text.
@@ -66,7 +68,14 @@ def evaluate_files(
     model = MoEForCausalLM.from_pretrained(checkpoint).to(device)
     length = sequence_length or min(model.config.max_position_embeddings, 4096)
     text = load_evaluation(
-        files, tokenizer, sequence_length=length, max_blocks=max_blocks, chat=chat, text_field=text_field
+        files,
+        tokenizer,
+        sequence_length=length,
+        max_blocks=max_blocks,
+        chat=chat,
+        text_field=text_field,
+        parse_special_tokens=parse_special_tokens,
+        rows=model.config.vocab_size,
     )
     loss_sum, targets = 0.0, 0
     for batch in text.batches(micro_batch_size=batch_size):

@@ -10,12 +10,14 @@ from moe_llm.checkpoint.architectures import OWN
 from moe_llm.checkpoint.folder import check_checkpoint_directory
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.checkpoint.safetensors_io import read_json
+from moe_llm.data.documents import vocabulary_size
 from moe_llm.data.tokenizer import end_token_ids, load_tokenizer
 from moe_llm.ensemble.causal_lm import (
+    as_prompt,
+    generate_plainly,
     learned_positions,
     load_causal_lm,
-    plain_generation,
-    read_prompt,
+    said,
     sampling,
 )
 from moe_llm.errors import UserError
@@ -29,21 +31,27 @@ def generate(
     temperature: float = 0.8,
     top_p: float = 0.95,
     seed: int = 0,
+    chat: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> str:
     """The prompt and its continuation; temperature 0 takes the likeliest token each time.
 
     Args:
+        chat: the prompt is a user's turn, put into the tokenizer's chat template; the answer alone is given.
         say: is given a sentence where generation routes otherwise than training did; None: stderr.
 
     Raises:
-        UserError: the directory is no checkpoint, or a damaged one, or the prompt is longer than its positions.
+        UserError: the directory is no checkpoint, or a damaged one; the prompt is longer than its positions, or holds a
+            token beyond its rows; or chat, and there is no template.
     """
     check_checkpoint_directory(checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(checkpoint)
-    inputs = read_prompt(tokenizer, prompt).to(device)
-    if read_json(Path(checkpoint) / "config.json").get("model_type") == OWN.model_type:
+    content = read_json(Path(checkpoint) / "config.json")
+    rows = content.get("vocab_size", vocabulary_size(tokenizer))
+    inputs = as_prompt(tokenizer, prompt, rows, chat, str(checkpoint)).to(device)
+    length = inputs["input_ids"].shape[1]
+    if content.get("model_type") == OWN.model_type:
         torch.manual_seed(seed)
         model = MoEForCausalLM.from_pretrained(checkpoint).to(device)
         router = model.config.router
@@ -53,9 +61,9 @@ def generate(
                 f"{router.afterwards}"
             )
         ids_BS = _continue(model, inputs["input_ids"], max_new_tokens, temperature, top_p, end_token_ids(tokenizer))
-        return tokenizer.decode(ids_BS[0], skip_special_tokens=True)
+        return said(tokenizer, ids_BS[0], length if chat else 0)
     model = load_causal_lm(checkpoint).to(device)
-    longest, length = learned_positions(model), inputs["input_ids"].shape[1]
+    longest = learned_positions(model)
     if longest is not None:
         if length > longest:
             raise UserError(
@@ -64,9 +72,9 @@ def generate(
             )
         max_new_tokens = min(max_new_tokens, longest + 1 - length)  # the last token is not read again
     torch.manual_seed(seed)
-    model.generation_config = plain_generation(tokenizer)
+    generate_plainly(model, tokenizer)
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling(temperature, top_p))
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    return said(tokenizer, output[0], length if chat else 0)
 
 
 def _to_stderr(sentence: str) -> None:

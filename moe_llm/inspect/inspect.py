@@ -20,8 +20,7 @@ from moe_llm.checkpoint.architectures import is_mixtral
 from moe_llm.checkpoint.folder import check_checkpoint_directory
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.config import SourceConfig
-from moe_llm.data.cache import DocumentEncoder
-from moe_llm.data.chat_template import vocabulary_size
+from moe_llm.data.documents import DocumentEncoder, check_rows
 from moe_llm.data.packing import IGNORED
 from moe_llm.data.sources import list_files, read_documents
 from moe_llm.data.tokenizer import load_tokenizer
@@ -75,15 +74,10 @@ def inspect_checkpoint(checkpoint: str | Path, data: list[str], settings: Settin
             f"checkpoint {str(checkpoint)!r} has model.router.type={model.config.router.type}, and what is told here "
             "is of routers that take the top k and renormalise: give such a checkpoint"
         )
-    if vocabulary_size(tokenizer) > model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer in {str(checkpoint)!r} has {vocabulary_size(tokenizer)} entries, and vocab_size is "
-            f"{model.config.vocab_size}: give the checkpoint its own tokenizer"
-        )
     if torch.cuda.is_available():
         model.to("cuda")
     inspection = _Inspection(model, len(sources), settings)
-    for batch in _batches(_rows(sources, DocumentEncoder(tokenizer), settings, model), settings.batch_rows):
+    for batch in _batches(_rows(sources, tokenizer, settings, model), settings.batch_rows):
         inspection.read(batch)
     inspection.check(data)
     return {"checkpoint": str(checkpoint), **inspection.report(data, tokenizer)}
@@ -99,14 +93,14 @@ def _sources(data: list[str]) -> list[SourceConfig]:
     return sources
 
 
-def _rows(
-    sources: list[SourceConfig], encoder: DocumentEncoder, settings: Settings, model: MoEForCausalLM
-) -> Iterator[Row]:
+def _rows(sources: list[SourceConfig], tokenizer: Any, settings: Settings, model: MoEForCausalLM) -> Iterator[Row]:
+    encoder = DocumentEncoder(tokenizer)
     length = min(settings.length, model.config.max_position_embeddings)
     for index, source in enumerate(sources):
         left = settings.max_tokens
         for text in read_documents(source, "--data"):
             ids = encoder.encode([text])[0].astype(np.int64)[:left]
+            check_rows(ids, tokenizer, model.config.vocab_size, "--data")
             for first in range(0, len(ids), length):
                 yield Row(ids[first : first + length], index, first)
             left = None if left is None else left - len(ids)

@@ -100,7 +100,7 @@ def recalibrate(directory: Path, settings: Recalibration) -> Outcome:
     return Outcome(before, after, kept)
 
 
-def _batches(directory: Path, settings: Recalibration, longest: int) -> tuple[list[Batch], list[Batch]]:
+def _batches(directory: Path, settings: Recalibration, longest: int, rows: int) -> tuple[list[Batch], list[Batch]]:
     """What is fitted, and what judges. No more of the text is read than is used."""
     length = min(settings.sequence_length, longest)
     wanted = -(-settings.steps * _HELD_OUT // (_HELD_OUT - 1)) + _HELD_OUT
@@ -109,6 +109,7 @@ def _batches(directory: Path, settings: Recalibration, longest: int) -> tuple[li
         load_tokenizer(directory),
         sequence_length=length,
         max_tokens=wanted * settings.batch_size * length,
+        rows=rows,
     )
     batches = list(text.batches(micro_batch_size=settings.batch_size))
     if len(batches) < _HELD_OUT:

@@ -6,6 +6,7 @@ from typing import Any
 from moe_llm.checkpoint.architectures import export_note
 from moe_llm.config import Config, ModelConfig
 from moe_llm.data.loader import Data
+from moe_llm.data.shapes import describe_shapes
 from moe_llm.distributed.engine import Engine
 from moe_llm.distributed.runtime import Runtime
 from moe_llm.finetune.selection import describe
@@ -99,6 +100,8 @@ def announce(
         f"{training:,} training tokens"
     )
     for part in data.statistics:
+        if part.shapes and part.split == "train":
+            reporter.say(f"{part.name}: {describe_shapes(part.shapes)}")
         if config.data.packing == "best_fit" and part.split == "train":
             reporter.say(
                 f"{part.name}: best_fit cuts {part.cut / max(part.documents, 1):.1%} of the documents and leaves "

@@ -132,7 +132,7 @@ def test_mixtrals_format_is_that_of_its_reference(make_config, tmp_path):
     [
         ('{"messages": [}', "line 2 is not valid JSON"),
         ("[1]", "line 2 is no JSON object"),
-        ({"text": "a"}, "line 2 has neither messages nor prompt and completion, but text: rename"),
+        ({"text": "a"}, "line 2 has neither messages nor prompt and completion, but text: say which"),
         ({"messages": "hello"}, 'line 2: messages is "hello": give it a list of turns'),
         ({"messages": []}, "line 2: messages is []: give it"),
         ({"messages": [{"role": "user"}]}, "line 2: turn 1 is {\"role\": \"user\"}: give it role and content"),

@@ -1,6 +1,6 @@
 """Blocks of text as they should be, re-derived from the raw text by the tokenizer alone.
 
-A document is bos + its text's tokens + eos (a tokenizer without bos begins documents with eos). Blocks hold documents
+A document is bos + its text's tokens + eos (a tokenizer that has no bos, or puts none, begins documents with eos). Blocks hold documents
 one after the other; a block's last tokens may be padding. A position's target is the token after it in its own document,
 so a document's last token has none. Where documents are isolated, positions count from 0 in each piece of a document
 that a block holds, and each piece has an index of its own.
@@ -26,7 +26,9 @@ def documents(files: Sequence[Path], tokenizer: Any) -> list[np.ndarray]:
         tokenizer: transformers' fast tokenizer. Text that looks like a special token is encoded as the text it is.
     """
     end = tokenizer.eos_token_id
-    begin = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    begin = tokenizer.bos_token_id
+    if begin is None or begin not in tokenizer.encode("a"):
+        begin = end
     texts = [json.loads(line)["text"] for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     encoded = [tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts]
     return [np.array([begin, *ids, end], np.int32) for ids in encoded]

@@ -1,0 +1,140 @@
+"""Documents of text as tokens, and where the text of special tokens stands in them.
+
+One rule holds for every command. A text begins with the start of text, bos, once, if the tokenizer puts it there: as
+`add_bos_token` says or, where that is not said, as tokenizer.json's post-processor does (`begins_with_bos`). A document that is trained on or scored also ends with the end of text, eos, once, whatever
+`add_eos_token` says, and without bos it begins with eos, which separates it from the one before. A prompt never ends
+with eos that it does not hold itself, since it is to be continued.
+"""
+
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_llm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:
+    """Rows that a model needs: the largest id plus one, which is more than `len(tokenizer)` where ids have holes."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
+
+
+def check_rows(ids: Iterable[int], tokenizer: Any, rows: int, what: str) -> None:
+    """Refuse tokens that a model has no embedding for.
+
+    Args:
+        ids: of a text. rows: of the model's embedding. what: the text's name, for the error.
+
+    Raises:
+        UserError: it names the token.
+    """
+    last = max(ids, default=-1)
+    if last >= rows:
+        raise UserError(
+            f"{what} holds the token {tokenizer.convert_ids_to_tokens(int(last))!r} with the id {last}, and the model has "
+            f"{rows} rows of embeddings: use the tokenizer that it was trained with, or add rows by training it with "
+            "model.resize_embeddings=true"
+        )
+
+
+class DocumentEncoder:
+    """Text to the tokens of a document, bos + ids + eos, as numpy arrays. Threads may share an encoder.
+
+    Args:
+        parse_special_tokens: the text of a special token, such as "</s>", becomes that token, and bos and eos are not
+            put where they are already; False: it is encoded as the text it is.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", parse_special_tokens: bool = False):
+        self._backend = plain_backend(tokenizer, parse_special_tokens)
+        self._parsed = parse_special_tokens
+        self.eos = tokenizer.eos_token_id
+        self.bos = tokenizer.bos_token_id if begins_with_bos(tokenizer) else self.eos
+        self.dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(self._framed(encoding.ids), dtype=self.dtype) for encoding in encodings]
+
+    def _framed(self, ids: list[int]) -> list[int]:
+        if self._parsed and ids[:1] == [self.bos]:
+            ids = ids[1:]
+        if self._parsed and ids[-1:] == [self.eos]:
+            ids = ids[:-1]
+        return [self.bos, *ids, self.eos]
+
+
+def plain_backend(tokenizer: "PreTrainedTokenizerFast", parse_special_tokens: bool) -> Any:
+    """A copy of the backend that neither cuts nor pads."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.encode_special_tokens = not parse_special_tokens
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def begins_with_bos(tokenizer: "PreTrainedTokenizerFast") -> bool:
+    """Whether a text begins with bos, as the tokenizer's post-processor does it (`obey_add_bos_token` has made it so)."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer.backend_tokenizer.encode("a").ids[:1] == [bos]
+
+
+def obey_add_bos_token(tokenizer: "PreTrainedTokenizerFast", said: object) -> None:
+    """Make the post-processor follow `add_bos_token` of tokenizer_config.json, which transformers ignores beside a
+    tokenizer.json; a copy of the tokenizer then says the same in its tokenizer.json.
+
+    Args:
+        said: the key's value; other than true and false, it says nothing.
+    """
+    bos = tokenizer.bos_token_id
+    if not isinstance(said, bool) or bos is None or said == begins_with_bos(tokenizer):
+        return
+    from tokenizers import processors
+
+    backend = tokenizer.backend_tokenizer
+    ends = tokenizer.eos_token_id is not None and backend.encode("a").ids[-1:] == [tokenizer.eos_token_id]
+    begin, end = [tokenizer.bos_token] * said, [tokenizer.eos_token] * ends
+    known = {tokenizer.bos_token: bos} | ({tokenizer.eos_token: tokenizer.eos_token_id} if ends else {})
+    template = processors.TemplateProcessing(
+        single=[*begin, "$A", *end],
+        pair=[*begin, "$A", *end, *begin, "$B", *end],
+        special_tokens=[(token, number) for token, number in known.items()],
+    )
+    given = json.loads(backend.to_str())["post_processor"] or {}
+    kinds = [part["type"] for part in given.get("processors", [given]) if "type" in part]
+    keeps_offsets = [processors.ByteLevel(trim_offsets=False)] if "ByteLevel" in kinds else []
+    backend.post_processor = processors.Sequence([*keeps_offsets, template])
+
+
+def prompt_ids(tokenizer: "PreTrainedTokenizerFast", prompt: str, begin: bool = True) -> list[int]:
+    """A prompt's tokens by the rule above; the text of special tokens becomes these tokens.
+
+    Args:
+        begin: put bos before it where a text begins with bos and the prompt does not; False: it is one that a chat
+            template has rendered.
+    """
+    ids = plain_backend(tokenizer, True).encode(prompt, add_special_tokens=False).ids
+    if begin and begins_with_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]:
+        return [tokenizer.bos_token_id, *ids]
+    return ids
+
+
+class SpecialText:
+    """The texts of a tokenizer's special tokens, to be found in documents."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast"):
+        special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        self._by_head: dict[str, list[str]] = {}  # a document without the head is searched for none of them
+        for text in special:
+            if len(text) > 1:
+                self._by_head.setdefault(text[:3], []).append(text)
+
+    def within(self, document: str) -> Iterable[str]:
+        """Those that stand in a document, each once."""
+        return [text for head, texts in self._by_head.items() if head in document for text in texts if text in document]

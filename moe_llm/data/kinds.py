@@ -1,0 +1,119 @@
+"""What kind of file a file is, by its content and its ending, and how it is opened."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import re
+from pathlib import Path
+from typing import IO, Any
+
+_PACKINGS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
+_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz"}
+_BY_SUFFIX = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
+_PEEKED = 1 << 16  # bytes by which a file's content is recognised
+_NAME = re.compile(r"[A-Za-z_][\w .-]{0,39}")  # of a column
+
+
+def file_kind(path: Path, format: str = "auto") -> str:
+    """text, jsonl, json (an array of rows), csv, tsv or parquet: as `data.sources.N.format` says, or by content and
+    ending (in any case)."""
+    if format != "auto":
+        return format
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _PACKINGS:
+        suffixes.pop()
+    kind = _BY_SUFFIX.get(suffixes[-1] if suffixes else "", "text")
+    if kind in ("json", "jsonl"):  # an array of rows or lines of them, whatever its name says
+        return "json" if _begin(path).startswith(b"[") else "jsonl"
+    return "parquet" if kind == "text" and _peek(path).startswith(b"PAR1") else kind
+
+
+def _peek(path: Path) -> bytes:
+    with open_unpacked(path) as file:
+        return file.read(_PEEKED)
+
+
+def _begin(path: Path) -> bytes:
+    return _peek(path).lstrip(b"\xef\xbb\xbf \t\r\n")
+
+
+def looks_like_rows(path: Path) -> tuple[str, str] | None:
+    """What the first lines of a file that is taken for text look like: the format, and words for it. None for text."""
+    begin = _begin(path)
+    if begin.startswith(b"[") and begin[1:].lstrip().startswith(b"{"):
+        return "json", "a JSON array of rows"
+    lines = begin.splitlines()
+    whole = lines if len(begin) < _PEEKED else lines[:-1] or lines
+    try:
+        objects = [json.loads(line) for line in whole[:3] if line.strip()]
+    except (ValueError, RecursionError):
+        objects = []
+    if objects and all(isinstance(item, dict) for item in objects):
+        return "jsonl", "JSON lines"
+    for format, separator in (("csv", ","), ("tsv", "\t"), ("csv", ";")):
+        if _is_table(whole, separator):
+            return format, "a table"
+    return None
+
+
+def _is_table(lines: list[bytes], separator: str) -> bool:
+    """Whether the first line names columns and those behind it have as many values; prose has names for columns only where
+    it is a list of words, and not in every line as many."""
+    text = b"\n".join(lines[:20]).decode("utf-8", errors="replace")
+    try:
+        rows = [row for row in csv.reader(io.StringIO(text), delimiter=separator) if row]
+    except csv.Error:
+        return False
+    if len(lines) > 20:
+        rows = rows[:-1]  # it may be cut within quotes
+    if len(rows) < 3 or len(rows[0]) < 2:
+        return False
+    names = [name.strip() for name in rows[0]]
+    named = len(set(names)) == len(names) and all(_NAME.fullmatch(name) for name in names)
+    return named and all(len(row) == len(names) for row in rows)
+
+
+def open_unpacked(path: Path) -> IO[bytes]:
+    """A file's bytes, unpacked if it is packed: by its ending, or else by its first bytes."""
+    packing = _PACKINGS.get(path.suffix.lower())
+    if packing is None:
+        with path.open("rb") as file:
+            first = file.read(6)
+        packing = next((name for magic, name in _MAGIC.items() if first.startswith(magic)), None)
+    if packing is None:
+        return path.open("rb")
+    if packing == "zstd":
+        import pyarrow  # which brings a decompressor along; the standard library has none before Python 3.14
+
+        return io.BufferedReader(_Raw(pyarrow.input_stream(str(path), compression="zstd")))
+    opener = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}[packing]
+    return opener(path, "rb")  # type: ignore[return-value]
+
+
+class _Raw(io.RawIOBase):
+    """A stream of pyarrow's as one of Python's, for lines."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
