@@ -28,7 +28,9 @@ def add_generate(parser: CommandParser) -> CommandParser:
 
 def _generate(args: argparse.Namespace) -> None:
     check_one_model(args)
-    sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed", "chat")}
+    sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+    if args.chat:
+        sampling["chat"] = True
     if args.ensemble is not None:
         from moe_llm.ensemble.run import generate_command
 
