@@ -34,6 +34,35 @@ def _merge(args: argparse.Namespace) -> None:
     print(f"written: {args.out}")
 
 
+def add_extract_lora(parser: CommandParser) -> CommandParser:
+    summary = "the difference between a fine-tune and its base as low-rank adapters for PEFT"
+    example = "moe-llm extract-lora models/base models/tuned adapter --rank 32"
+    command = parser.add_command("extract-lora", summary, example, _extract_lora)
+    command.add_argument("base", metavar="BASE", help="a checkpoint directory")
+    command.add_argument("tuned", metavar="TUNED", help="a fine-tune of it")
+    command.add_argument("out", metavar="OUT", help="the adapter directory to write")
+    command.add_argument("--rank", type=at_least(int, 1), default=128, metavar="N", help="of each matrix (default 128)")
+    command.add_argument(
+        "--sv-epsilon", type=at_least(float, 0), default=0.0, metavar="X", help="leave out singular values up to this"
+    )
+    for option, verb in (("--include", "take only"), ("--exclude", "leave out")):
+        command.add_argument(
+            option, action="append", default=[], metavar="REGEX", help=f"{verb} tensors whose name it finds; repeatable"
+        )
+    return command
+
+
+def _extract_lora(args: argparse.Namespace) -> None:
+    from moe_llm.merge.extract_lora import extract_lora
+
+    names = ("rank", "sv_epsilon", "include", "exclude")
+    left_out = extract_lora(args.base, args.tuned, args.out, **{name: getattr(args, name) for name in names})
+    if left_out:
+        worst = max(left_out, key=left_out.__getitem__)
+        print(f"share of the difference that is left out: at most {left_out[worst]:.3f} ({worst})")
+    print(f"written: {args.out}")
+
+
 def add_ensemble(parser: CommandParser) -> CommandParser:
     """`ensemble fit`."""
     example = "moe-llm ensemble fit ensemble.yaml fitted.yaml --data validation.txt"

@@ -83,6 +83,10 @@ class Job:
         """Random numbers of one input in one span: they depend on the seed, the tensor and the place alone."""
         return seeded(self.seed, self.name, index, start)
 
+    def part(self, index: int, start: int, stop: int) -> torch.Tensor:
+        """Elements `start` to `stop` of one input, fp32."""
+        return self._read(self.inputs[index], start, stop)
+
     def _read(self, item: Input, start: int, stop: int) -> torch.Tensor:
         part = item.reader.read(item.name, start, stop)
         return (part if self.cast is None else part.to(self.cast)).float()

@@ -158,7 +158,8 @@ class _Planner:
             raise UserError(f"{why}, and {what} needs it: add it")
         most = self.method.most if self.method.most is not None else len(names)
         if not self.method.least <= len(names) <= most:
-            wanted = f"{self.method.least}" if most == self.method.least else f"{self.method.least} to {most}"
+            least = self.method.least
+            wanted = f"at least {least}" if self.method.most is None else f"{least} to {most}" if most > least else f"{least}"
             raise UserError(f"{what} takes {wanted} models, and {len(names)} are given ({', '.join(names)})")
         for source in piece.sources:
             layers = self.models[source.model].layers
@@ -225,9 +226,10 @@ class _Planner:
                 )
         scopes = [piece.parameters, self.recipe.parameters]
         base = next((i for i, source in enumerate(piece.sources) if source.model == self._base(piece)), None)
+        of_tasks = self.method.needs_base or self.method.takes_base
         inputs = []
         for i, (source, (reader, own)) in enumerate(zip(piece.sources, named)):
-            wanted = ("input",) if i == base and self.method.needs_base else ("input", "task")
+            wanted = ("input",) if i == base and of_tasks else ("input", "task")
             inputs.append(Input(reader, own, {
                 key: resolve(key, parameter, [source.parameters, *scopes], own, depth, f" of {source.model}")
                 for key, parameter in self.method.parameters.items() if parameter.scope in wanted

@@ -47,6 +47,76 @@ RECIPES = {
           - {model: A, parameters: {weight: 0.3, density: 0.4}}
           - {model: B, parameters: {weight: 0.5, density: 0.5}}
         parameters: {rescale: true, normalize: false}""",
+    "breadcrumbs": """
+        merge_method: breadcrumbs
+        base_model: BASE
+        models:
+          - {model: A, parameters: {weight: 0.3, density: 0.4, gamma: 0.1}}
+          - {model: B, parameters: {weight: -0.5, density: [1, 0.2], gamma: 0.05}}
+          - {model: C, parameters: {weight: 0.5, density: 0.97, gamma: 0.2}}""",
+    "breadcrumbs_ties": """
+        merge_method: breadcrumbs_ties
+        base_model: BASE
+        models:
+          - {model: A, parameters: {weight: 0.3, density: 0.4}}
+          - {model: B, parameters: {weight: 0.5, density: 0.9, gamma: 0.3}}
+        parameters: {rescale: true, normalize: true, lambda: 0.7}""",
+    "della of all": """
+        merge_method: della
+        base_model: BASE
+        models:
+          - {model: A, parameters: {weight: 0.3, density: 1.0}}
+          - {model: B, parameters: {weight: 0.5}}
+          - {model: C, parameters: {weight: 0.5, density: 0.0}}""",
+    "sce": """
+        merge_method: sce
+        base_model: BASE
+        models: [{model: A}, {model: B}, {model: C}]
+        parameters: {select_topk: 0.3, int8_mask: true}""",
+    "sce of all": """
+        merge_method: sce
+        base_model: BASE
+        models: [{model: A}, {model: B}]""",
+    "model_stock": """
+        merge_method: model_stock
+        base_model: BASE
+        models: [{model: A}, {model: B}, {model: C}]""",
+    "model_stock by row": """
+        merge_method: model_stock
+        base_model: BASE
+        models: [{model: A}, {model: B}]
+        parameters: {filter_wise: true}""",
+    "karcher": """
+        merge_method: karcher
+        models: [{model: A}, {model: B}, {model: C}]""",
+    "karcher, one step": """
+        merge_method: karcher
+        models: [{model: A}, {model: BASE}]
+        parameters: {max_iter: 1, tol: 0.001}""",
+    "nuslerp": """
+        merge_method: nuslerp
+        models:
+          - {model: A, parameters: {weight: 0.3}}
+          - {model: B, parameters: {weight: 0.5}}""",
+    "nuslerp of task vectors": """
+        merge_method: nuslerp
+        base_model: BASE
+        models:
+          - {model: A, parameters: {weight: [0.1, 0.9]}}
+          - {model: B, parameters: {weight: 0.5}}""",
+    "nuslerp by row": """
+        merge_method: nuslerp
+        base_model: BASE
+        models:
+          - {model: A, parameters: {weight: 0.3}}
+          - {model: B, parameters: {weight: 0.5}}
+        parameters: {nuslerp_flatten: false}""",
+    "nuslerp by column": """
+        merge_method: nuslerp
+        models:
+          - {model: A, parameters: {weight: 0.3}}
+          - {model: B, parameters: {weight: 0.5}}
+        parameters: {nuslerp_flatten: false, nuslerp_row_wise: true}""",
     "dare of all": """
         merge_method: dare_ties
         base_model: BASE
@@ -111,7 +181,7 @@ def test_agrees_with_mergekit(models, name, tmp_path):
         torch.testing.assert_close(found[key], tensor, rtol=1e-6, atol=1e-6, msg=key)
 
 
-@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della", "della_linear"])
 def test_random_drops_agree_by_their_statistics(tmp_path, method):
     base = make_model("llama", vocab_size=2000)
     tunes = [make_model("llama", seed, base, vocab_size=2000) for seed in (1, 2)]

@@ -196,7 +196,10 @@ def test_gradients_and_filters(family, tmp_path):
 def test_dtypes(method, tmp_path):
     base = make_model()
     paths = [save(base, tmp_path / "b"), save(make_model(seed=1, base=base), tmp_path / "o", dtype=torch.bfloat16)]
-    parameters = {"linear": {"weight": 1.0}, "slerp": {"t": 0.5}, "passthrough": {}}.get(method, {"weight": 0.5})
+    parameters = {"linear": {"weight": 1.0}, "slerp": {"t": 0.5}}.get(method, {"weight": 0.5})
+    parameters = {name: value for name, value in parameters.items() if name in METHODS[method].parameters}
+    if METHODS[method].least > len(paths):
+        paths.append(save(make_model(seed=2, base=base), tmp_path / "p"))
     names = paths[1:] if method == "passthrough" else paths
     recipe = {"merge_method": method, "models": model_list(*names), "parameters": parameters}
     if METHODS[method].needs_base:

@@ -52,6 +52,17 @@ def mix(job: Job, thin: Thin | None, *, elect: bool) -> Combine:
     return combine
 
 
+def rescaled(job: Job, thin: Thin) -> Thin:
+    """The same thinning, after which each task vector has the L1 norm that it had before."""
+    sums = torch.zeros(len(job.inputs), 2, dtype=torch.float64)
+    for start, parts in job.spans():
+        for i in job.tasks:
+            delta = parts[i] - parts[job.base]
+            sums[i] += torch.stack([delta.abs().sum(), thin(i, start, delta).abs().sum()])
+    factors = [before / after if after > 0 else 1.0 for before, after in sums.tolist()]
+    return lambda i, start, delta: thin(i, start, delta) * factors[i]
+
+
 def _elected(deltas: list[torch.Tensor], weights: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum over the winners of each element, and the sum of their weights."""
     positive = _sum(deltas) >= 0

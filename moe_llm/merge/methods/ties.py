@@ -6,6 +6,7 @@ of the upper half of the bits, then one of the lower half within the bin that ho
 """
 
 import math
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -17,22 +18,26 @@ _LOW_BITS = 15  # of the 31 below the sign
 
 
 def start(job: Job) -> Combine:
-    trims = _trims(job)
-    if job.shared["rescale"]:
-        _measure(job, trims)
-    return deltas.mix(job, lambda i, _, delta: trims[i].keep(delta), elect=True)
+    numel = math.prod(job.shape)
+    trims = {i: Trim(numel, count_of(numel, job.inputs[i].parameters["density"])) for i in job.tasks}
+    settle(job, trims, lambda i, parts: parts[i] - parts[job.base])
+    thin = Thinned({i: trim.keep for i, trim in trims.items()}, lambda: [trim.again() for trim in trims.values()])
+    return deltas.mix(job, thin.rescaled(job) if job.shared["rescale"] else thin, elect=True)
+
+
+def count_of(numel: int, density: float) -> int:
+    """How many elements a density keeps: at least one, unless it is 0."""
+    return numel if density >= 1 else max(1, int(density * numel)) if density > 0 and numel else 0
 
 
 class Trim:
     """Keeps the `count` largest magnitudes of one task vector that comes in spans, in order.
 
     border: bits of the smallest magnitude that is kept. ties: how many of that magnitude are.
-    factor: on what is kept.
     """
 
-    def __init__(self, numel: int, density: float):
-        self.count = numel if density >= 1 else max(1, int(density * numel)) if density > 0 and numel else 0
-        self.whole, self.factor = self.count == numel, 1.0
+    def __init__(self, numel: int, count: int):
+        self.count, self.whole = count, count == numel
         self.border, self.ties, self._left = 0, 0, 0
         self._high = torch.zeros(1 << 31 - _LOW_BITS, dtype=torch.int64)
         self._low = torch.zeros(1 << _LOW_BITS, dtype=torch.int64)
@@ -58,16 +63,18 @@ class Trim:
 
     def keep(self, delta: torch.Tensor) -> torch.Tensor:
         """The next span, with all but the largest set to 0."""
-        if self.whole:
-            return delta
-        if not self.count:
-            return torch.zeros_like(delta)
+        return delta if self.whole else torch.where(self.mask(delta), delta, 0.0)
+
+    def mask(self, delta: torch.Tensor) -> torch.Tensor:
+        """Which elements of the next span are among the largest, bool."""
+        if self.whole or not self.count:
+            return torch.full_like(delta, self.whole, dtype=torch.bool)
         bits = _bits(delta)
         tied = (bits == self.border).nonzero()[:, 0]
         kept = bits > self.border
         kept[tied[: self._left]] = True
         self._left = max(0, self._left - len(tied))
-        return torch.where(kept, delta * self.factor, 0.0)
+        return kept
 
 
 def _bits(delta: torch.Tensor) -> torch.Tensor:
@@ -86,26 +93,30 @@ def _border(histogram: torch.Tensor, count: int) -> tuple[int, int]:
     return len(histogram) - 1 - place, count - before
 
 
-def _trims(job: Job) -> dict[int, Trim]:
-    trims = {i: Trim(math.prod(job.shape), job.inputs[i].parameters["density"]) for i in job.tasks}
-    searched = {i: trim for i, trim in trims.items() if trim.count and not trim.whole}
-    for look, settle in ((Trim.count_high, Trim.settle_high), (Trim.count_low, Trim.settle_low)):
+def settle(job: Job, trims: Mapping[int, Trim], value: Callable[[int, list[torch.Tensor]], torch.Tensor]) -> None:
+    """Find the border of each trim, in two passes; `value`, given its key and a span of every input, is what it trims."""
+    searched = {key: trim for key, trim in trims.items() if trim.count and not trim.whole}
+    for look, finish in ((Trim.count_high, Trim.settle_high), (Trim.count_low, Trim.settle_low)):
         for _, parts in job.spans() if searched else ():
-            for i, trim in searched.items():
-                look(trim, parts[i] - parts[job.base])
+            for key, trim in searched.items():
+                look(trim, value(key, parts))
         for trim in searched.values():
-            settle(trim)
-    return trims
+            finish(trim)
 
 
-def _measure(job: Job, trims: dict[int, Trim]) -> None:
-    """`rescale`: what is kept gets the L1 norm that the whole had."""
-    sums = torch.zeros(len(job.inputs), 2, dtype=torch.float64)
-    for _, parts in job.spans():
-        for i, trim in trims.items():
-            delta = parts[i] - parts[job.base]
-            sums[i] += torch.stack([delta.abs().sum(), trim.keep(delta).abs().sum()])
-    for i, trim in trims.items():
-        before, after = sums[i].tolist()
-        trim.factor = before / after if after > 0 else 1.0
-        trim.again()
+class Thinned:
+    """A `deltas.Thin` of one function of a span for each task vector; `again` begins another pass of them."""
+
+    def __init__(
+        self, keep: Mapping[int, Callable[[torch.Tensor], torch.Tensor]], again: Callable[[], object] | None = None
+    ):
+        self._keep, self._again = keep, again
+
+    def __call__(self, i: int, start: int, delta: torch.Tensor) -> torch.Tensor:
+        return self._keep[i](delta)
+
+    def rescaled(self, job: Job) -> deltas.Thin:
+        thin = deltas.rescaled(job, self)
+        if self._again is not None:
+            self._again()
+        return thin
