@@ -71,7 +71,9 @@ def extract_lora(
         shape = models[0].shapes[name]
         if name.endswith(".bias"):
             if name in changed:
-                raise UserError(f"{name} differs between {base} and {tuned}, and adapters have no bias: use moe-llm merge")
+                raise UserError(
+                    f"{name} differs between {base} and {tuned}, and adapters have no bias: use moe-llm merge"
+                )
         elif name in (EMBEDDING, HEAD) or len(shape) == 1:
             if any(_leaf(other) == _leaf(name) for other in changed):
                 adapter.whole.add(_leaf(name))

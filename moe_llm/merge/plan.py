@@ -159,7 +159,13 @@ class _Planner:
         most = self.method.most if self.method.most is not None else len(names)
         if not self.method.least <= len(names) <= most:
             least = self.method.least
-            wanted = f"at least {least}" if self.method.most is None else f"{least} to {most}" if most > least else f"{least}"
+            wanted = (
+                f"at least {least}"
+                if self.method.most is None
+                else f"{least} to {most}"
+                if most > least
+                else f"{least}"
+            )
             raise UserError(f"{what} takes {wanted} models, and {len(names)} are given ({', '.join(names)})")
         for source in piece.sources:
             layers = self.models[source.model].layers

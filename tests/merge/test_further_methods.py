@@ -70,7 +70,9 @@ def test_della_keeps_large_elements_of_a_row_more_often(tmp_path):
         inside = (rank >= low) & (rank < low + 0.25)
         assert moved[inside].float().mean().item() == pytest.approx(0.1 + 0.6 * (low + 0.125), abs=0.06)
     again = merged(recipe | {"parameters": {"rescale": True}}, tmp_path / "c")
-    assert (again[name] - base.state_dict()[name]).abs().sum().item() == pytest.approx(delta.abs().sum().item(), rel=1e-4)
+    assert (again[name] - base.state_dict()[name]).abs().sum().item() == pytest.approx(
+        delta.abs().sum().item(), rel=1e-4
+    )
     assert torch.equal(again[name] != base.state_dict()[name], moved)  # and the draws are those of the seed
     elected_one = merged(task_recipe("della", paths, weight=[0.5], density=[1.0]), tmp_path / "d")
     assert_close(elected_one, load(paths[1]))  # of one model, normalised, nothing dropped
