@@ -152,7 +152,12 @@ def add_doctor(parser: CommandParser) -> CommandParser:
     summary = "run a small copy on local ranks and in one process, and compare"
     command = parser.add_command("doctor", summary, "moe-llm doctor configs/quickstart.yaml --ranks 2", _doctor)
     add_configuration(command)
-    command.add_argument("--ranks", type=at_least(int, 2), default=2, metavar="N", help="local processes (default 2)")
+    command.add_argument("--ranks", type=at_least(int, 2), metavar="N", help="local processes (default 2)")
+    command.add_argument(
+        "--launch",
+        action="store_true",
+        help="inside accelerate launch or torchrun: examine its ranks, on their own devices",
+    )
     command.add_argument("--steps", type=at_least(int, 2), default=4, metavar="N", help="optimizer steps (default 4)")
     add_json(command)
     return command
@@ -161,7 +166,7 @@ def add_doctor(parser: CommandParser) -> CommandParser:
 def _doctor(args: argparse.Namespace) -> int:
     """1 where it finds a fault."""
     config = load(args)
-    from moe_llm.doctor.examine import examine
+    from moe_llm.doctor.examine import examine, examine_launched
     from moe_llm.doctor.report import as_json, print_report
 
     def say(sentence: str) -> None:
@@ -169,7 +174,14 @@ def _doctor(args: argparse.Namespace) -> int:
 
     # the default action would leave the ranks and the temporary directory behind
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    report = examine(config, ranks=args.ranks, steps=args.steps, say=say)
+    if args.launch and args.ranks is not None:
+        raise UserError(f"--ranks {args.ranks} contradicts --launch, whose ranks are the launcher's: leave one out")
+    if args.launch:
+        report = examine_launched(config, steps=args.steps, say=say)
+    else:
+        report = examine(config, ranks=args.ranks or 2, steps=args.steps, say=say)
+    if report is None:  # not of rank 0
+        return 0
     if args.json:
         print_json(as_json(report))
     else:

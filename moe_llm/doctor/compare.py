@@ -46,6 +46,21 @@ def tolerances(config: Config) -> Tolerances:
     return Tolerances((1e-5, 1e-5), 1e-5, (1e-5, 1e-5), 1e-4, (0.0, 0.01), 1e-5)
 
 
+def on_gpus(allowed: Tolerances) -> Tolerances:
+    """In fp32, ten times as much: sums over atomics have no order there, and transformers' are formed on the CPU."""
+    if allowed.in_bf16:
+        return allowed
+    ten = {name: tuple(10 * x for x in getattr(allowed, name)) for name in ("loss", "norm")}
+    return replace(
+        allowed,
+        **ten,
+        gradient=10 * allowed.gradient,
+        weights=10 * allowed.weights,
+        routing=(0.001, allowed.routing[1]),
+        logits=10 * allowed.logits,
+    )
+
+
 def widened(allowed: Tolerances, ranks: Sequence[Observation], one: Observation) -> Tolerances:
     """In bf16, with room for what tokens that went to another expert change.
 

@@ -1,6 +1,7 @@
 """The examination: runs in order, comparisons as their results come in."""
 
 import contextlib
+import os
 import tempfile
 import time
 import traceback
@@ -15,11 +16,12 @@ from moe_llm.checkpoint.architectures import MIXTRAL, architecture_of
 from moe_llm.config import Config, ModelConfig
 from moe_llm.config.adversarial import AdversarialConfig
 from moe_llm.config.routers import ENTROPY_COEFFICIENTS
-from moe_llm.distributed.runtime import world_size_from_environment
+from moe_llm.distributed.runtime import rank_from_environment, world_size_from_environment
 from moe_llm.doctor import adapters, compare, judge
 from moe_llm.doctor.causes import diagnose
 from moe_llm.doctor.exported import check_export, check_files
 from moe_llm.doctor.findings import FAIL, Finding, exact, note
+from moe_llm.doctor.launched import LaunchedRanks, take_part
 from moe_llm.doctor.observe import Observation, expected_samples, made_ready, observe
 from moe_llm.doctor.oracle.transformer import Reference
 from moe_llm.doctor.ranks import LocalRanks, Plant, RankError, no_plant
@@ -53,6 +55,7 @@ def examine(
     steps: int = STEPS,
     plant: Plant = no_plant,
     processes: LocalRanks | None = None,
+    launched: bool = False,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> Report:
     """Compare a small copy of the run on `ranks` local ranks with one process and with transformers.
@@ -61,20 +64,25 @@ def examine(
         steps: optimizer steps, at least 2; the checkpoint that is resumed from is written after half of them.
         plant: put in place around each process's work; a way to see a fault found.
         processes: started before, for several examinations; they are used and left running.
+        launched: the ranks are those of a launcher, of which this process is rank 0, on their own devices; the others
+            `take_part` meanwhile. The copy is as wide as the run, as far as that is practical.
         say: told what is going on.
 
     Raises:
         UserError: the configuration cannot be examined.
     """
-    if world_size_from_environment() > 1:
-        raise UserError("doctor starts its ranks itself: run it without a launcher, with --ranks N")
+    if world_size_from_environment() > 1 and not launched:
+        raise UserError(
+            "doctor starts its ranks itself: run it without a launcher, with --ranks N, or examine the launcher's "
+            "ranks with --launch"
+        )
     begin = time.monotonic()
-    small = shrink(config, ranks, steps)
-    report = Report(_layout(small.config, ranks), small.changes, [note(sentence) for sentence in small.notes])
+    small = shrink(config, ranks, steps, as_wide=launched)
+    report = Report(_layout(small.config, ranks, launched), small.changes, [note(sentence) for sentence in small.notes])
     with contextlib.ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moe-llm-doctor-")))
+        directory = _directory(stack, config, launched)
         stack.enter_context(_one_thread())
-        pool = processes or stack.enter_context(LocalRanks(ranks))
+        pool = processes or stack.enter_context(LaunchedRanks(small.config, ranks) if launched else LocalRanks(ranks))
         stack.callback(pool.settle)  # before the directory goes that they write to
         say("preparing text and tokenizer")
         pool.send(made_ready)  # the ranks import in the meantime
@@ -91,12 +99,58 @@ def examine(
     return report
 
 
-def _layout(config: Config, ranks: int) -> str:
+def examine_launched(
+    config: Config, *, steps: int = STEPS, say: Callable[[str], None] = lambda sentence: None
+) -> Report | None:
+    """`examine` on the ranks of a launcher, from each of them; the report is rank 0's alone.
+
+    Raises:
+        UserError: no launcher has started this process, or the configuration cannot be examined.
+    """
+    if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
+        raise UserError(
+            "--launch examines the ranks of a launcher, and none has started this process: use accelerate launch or "
+            "torchrun, or leave --launch out"
+        )
+    ranks = world_size_from_environment()
+    if rank_from_environment() == 0:
+        return examine(config, ranks=ranks, steps=steps, launched=True, say=say)
+    take_part(shrink(config, ranks, steps, as_wide=True).config)
+    return None
+
+
+def _directory(stack: contextlib.ExitStack, config: Config, launched: bool) -> Path:
+    """Of this examination alone. Launched ranks may be on other machines, so theirs is where runs are."""
+    if not launched:
+        return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moe-llm-doctor-")))
+    parent = Path(config.run.dir).expanduser().resolve().parent
+    made = next((path for path in reversed([parent, *parent.parents]) if not path.exists()), None)
+    parent.mkdir(parents=True, exist_ok=True)
+    if made is not None:
+        stack.callback(_remove_empty, parent, made)
+    return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".moe-llm-doctor-", dir=parent)))
+
+
+def _remove_empty(path: Path, until: Path) -> None:
+    """Directories that were made for the examination, from the innermost on."""
+    for directory in [path, *path.parents]:
+        with contextlib.suppress(OSError):  # somebody else has begun to use it
+            directory.rmdir()
+        if directory == until:
+            return
+
+
+def _sees(path: str) -> bool:
+    return Path(path).is_dir()
+
+
+def _layout(config: Config, ranks: int, launched: bool) -> str:
     """In words: what the ranks do."""
     rounds, shared = config.accumulation_steps(ranks), config.parallel.expert_parallel_size
+    on_gpus = launched and on_gpu(config)
     return ", ".join(
         [
-            f"{ranks} ranks",
+            f"{ranks} launched ranks ({'NCCL' if on_gpus else 'gloo'})" if launched else f"{ranks} ranks",
             "each with all experts" if shared == 1 else f"{shared} of them share a set of experts",
             *(
                 [f"{parts} of them share each sequence"]
@@ -129,11 +183,17 @@ class _Case:
         self.findings, self.say = findings, say
         self.reference = Reference(config.model) if comparable(config.model) else None
         self.config = self._with_active_clip(config)
-        self.allowed = compare.tolerances(self.config)
+        self.allowed = self._tolerances(self.config)
         self.expected, _ = expected_samples(self.config)
 
     def run(self) -> None:
         self.pool.receive()
+        blind = [rank for rank, sees in enumerate(self.pool.run(_sees, str(self.directory))) if not sees]
+        if blind:
+            raise UserError(
+                f"ranks {blind} do not see {self.directory}, so that they could not write a checkpoint together: set "
+                "run.dir to a directory that all machines share"
+            )
         self.say(f"training on {self.ranks} ranks and in one process")
         self.pool.send(observe, self.config, plant=self.plant)
         one = self._alone(self.config, "one", keep_batches=True)
@@ -184,13 +244,16 @@ class _Case:
         alone = config if as_it_is else one_process(config, self.ranks)
         config = replace(alone, run={"dir": str(self.directory / name)})
         try:
-            with self.plant(None):
-                return observe(config, **how)
+            return self.pool.alone(observe, config, plant=self.plant, **how)
         except Exception as error:
             if isinstance(error, UserError) and "source" not in how:  # a checkpoint is none of the user's
                 raise
             last = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
             raise RankError(f"one process: {last}", traceback.format_exc()) from error
+
+    def _tolerances(self, config: Config) -> compare.Tolerances:
+        found = compare.tolerances(config)
+        return compare.on_gpus(found) if on_gpu(config) else found
 
     def _in_fp32(self) -> Config:
         return replace(self.config, train={"precision": "fp32"})
@@ -247,7 +310,7 @@ class _Case:
             for weights, rounds in zip(whole, one.batches)
         ]
         self.findings += compare.against_transformers(
-            one, expected, compare.tolerances(self._in_fp32()), self.config.finetune.experts
+            one, expected, self._tolerances(self._in_fp32()), self.config.finetune.experts
         )
 
     def _judge(self, one: Observation) -> None:
@@ -273,7 +336,7 @@ class _Case:
             parallel=ALONE,
         )
         cut = self._alone(fine, "cut", as_it_is=True)
-        self.findings += compare.cuts(cut, whole, compare.tolerances(self._in_fp32()), model.balance_over)
+        self.findings += compare.cuts(cut, whole, self._tolerances(self._in_fp32()), model.balance_over)
 
     def _compare(self, ranks: Sequence[Observation], one: Observation) -> None:
         allowed = compare.widened(self.allowed, ranks, one)
@@ -322,6 +385,12 @@ class _Case:
         )
         idle = [] if any((plain[name] != silent[name]).any() for name in plain) else ["no gradient depends on it"]
         self.findings += [seen, exact("noise_acts", "router noise: acts on the gradients", idle)]
+
+
+def on_gpu(config: Config) -> bool:
+    """Whether training would take place on GPUs here."""
+    asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
+    return config.train.device != "cpu" and not asked_for_cpu and torch.cuda.is_available()
 
 
 def comparable(config: ModelConfig) -> bool:

@@ -144,15 +144,14 @@ class Watched:
 
     def forward(self, **inputs: Any) -> Any:
         if self._engine.model.training and torch.is_grad_enabled():  # not what is only counted
-            self._micro.append(
-                Batch(
-                    input_ids_BS=inputs["input_ids"],
-                    labels_BS=inputs["targets"],
-                    position_ids_BS=inputs["position_ids"],
-                    document_ids_BS=inputs["document_ids"],
-                    attention_mask_BS=inputs["attention_mask"],
-                )
+            batch = Batch(
+                input_ids_BS=inputs["input_ids"],
+                labels_BS=inputs["targets"],
+                position_ids_BS=inputs["position_ids"],
+                document_ids_BS=inputs["document_ids"],
+                attention_mask_BS=inputs["attention_mask"],
             )
+            self._micro.append(batch.to(torch.device("cpu")))
         return self._engine.forward(**inputs)
 
     def step(self, lr: float) -> float:
@@ -178,7 +177,7 @@ class Watched:
 
 def _read(engine: Engine, read: Callable, *, trainable: bool = False) -> Tensors:
     entries = [entry for entry in engine.entries() if entry.trainable or not trainable]
-    return {entry.name: Held(entry.first_expert, read(entry.name).numpy().copy()) for entry in entries}
+    return {entry.name: Held(entry.first_expert, read(entry.name).float().cpu().numpy().copy()) for entry in entries}
 
 
 def _state(engine: Engine, *, with_optimizer: bool) -> dict[str, Tensors]:

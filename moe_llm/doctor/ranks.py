@@ -8,7 +8,7 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,20 @@ class RankError(Exception):
         self.message = message
 
 
-_VALUE, _RAISED, _ENDED = "value", "raised", "ended"
+VALUE, RAISED, ENDED = "value", "raised", "ended"
 _GRACE = 3.0  # seconds that the others get to say why, once one has failed
 
 
 def _least_telling(answer: tuple[str, Any]) -> int:
     """Sort key: a rank that ended, then one that raised, last one that only lost its connection to the others."""
     kind, trace = answer
-    return 0 if kind == _ENDED else 2 if "Connection closed by peer" in trace else 1
+    return 0 if kind == ENDED else 2 if "Connection closed by peer" in trace else 1
+
+
+def error_of(failures: Sequence[tuple[str, Any]]) -> RankError:
+    """The answer that says most of why ranks have failed."""
+    kind, trace = min(failures, key=_least_telling)
+    return RankError(trace.strip().splitlines()[0 if kind == ENDED else -1], trace)
 
 
 def no_plant(rank: int | None) -> AbstractContextManager:
@@ -63,7 +69,7 @@ class LocalRanks:
         self._prints = tempfile.TemporaryDirectory(prefix="moe-llm-doctor-ranks-")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            arguments = (theirs, rank, self.size, port, self._print_file(rank))
+            arguments = (theirs, rank, self._environment(rank, port), self._print_file(rank))
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -96,19 +102,18 @@ class LocalRanks:
             for pipe in ready:
                 rank = waiting[pipe]
                 answers[rank] = self._answer(rank)
-                if answers[rank][0] != _VALUE:  # another may be the reason: let it speak
+                if answers[rank][0] != VALUE:  # another may be the reason: let it speak
                     deadline = min(deadline, time.monotonic() + _GRACE)
         self._at_work = len(answers) < self.size
-        failures = sorted((a for a in answers.values() if a[0] != _VALUE), key=_least_telling)
+        failures = [answer for answer in answers.values() if answer[0] != VALUE]
         if not failures and not self._at_work:
             return [answers[rank][1] for rank in range(self.size)]
-        if any(answers.get(rank, (None,))[0] != _RAISED for rank in range(self.size)):
+        if any(answers.get(rank, (None,))[0] != RAISED for rank in range(self.size)):
             self._kill()
         if not failures:
             silent = [rank for rank in range(self.size) if rank not in answers]
-            failures = [(_ENDED, f"ranks {silent} gave no answer in {self.timeout:g} s")]
-        _, trace = failures[0]
-        raise RankError(trace.strip().splitlines()[0 if failures[0][0] == _ENDED else -1], trace)
+            failures = [(ENDED, f"ranks {silent} gave no answer in {self.timeout:g} s")]
+        raise error_of(failures)
 
     def _answer(self, rank: int) -> tuple[str, Any]:
         """(what kind it is, the value or the trace)."""
@@ -117,7 +122,7 @@ class LocalRanks:
         except (EOFError, ConnectionError):
             self._processes[rank].join(5)
             code = self._processes[rank].exitcode
-            return _ENDED, f"rank {rank} ended with exit code {code}\n{self._last_words(rank)}"
+            return ENDED, f"rank {rank} ended with exit code {code}\n{self._last_words(rank)}"
 
     def run(self, function: Callable[..., Any], *args: Any, plant: Plant = no_plant) -> list[Any]:
         """`send`, then `receive`."""
@@ -139,6 +144,26 @@ class LocalRanks:
         for process in self._processes:
             process.join(10)
         self._kill()
+
+    def alone(self, function: Callable[..., Any], *args: Any, plant: Plant = no_plant, **named: Any) -> Any:
+        """`function(*args, **named)` in this process, which is none of the ranks."""
+        with plant(None):
+            return function(*args, **named)
+
+    def _environment(self, rank: int, port: int) -> dict[str, str]:
+        """What a rank finds in its environment, beside what this process has in its own."""
+        return {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(self.size),
+            "LOCAL_WORLD_SIZE": str(self.size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "ACCELERATE_USE_CPU": "true",
+            "CUDA_VISIBLE_DEVICES": "",
+            "DS_ACCELERATOR": "cpu",
+        }
 
     def _print_file(self, rank: int) -> str:
         return str(Path(self._prints.name) / f"rank_{rank}.txt")
@@ -165,33 +190,24 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _serve(pipe, rank: int, size: int, port: int, prints: str) -> None:
+def _serve(pipe, rank: int, environment: dict[str, str], prints: str) -> None:
     with open(prints, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(size),
-        LOCAL_WORLD_SIZE=str(size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-        ACCELERATE_USE_CPU="true",
-        CUDA_VISIBLE_DEVICES="",
-        DS_ACCELERATOR="cpu",
-        HF_HUB_DISABLE_PROGRESS_BARS="1",
-        TQDM_DISABLE="1",
-    )
+    os.environ.update(environment | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"})
     while (work := _next_work(pipe)) is not None:
         function, args, plant = work
-        try:
-            with plant(rank):
-                answer = (_VALUE, function(*args))
-        except Exception as error:  # noqa: BLE001 - carried to the parent, which raises
-            last = traceback.format_exception_only(error)[-1].strip()
-            answer = (_RAISED, f"{traceback.format_exc()}\nrank {rank}: {last.splitlines()[0]}")
-        pipe.send(answer)
+        pipe.send(answer_of(rank, function, args, plant))
+
+
+def answer_of(rank: int, function: Callable[..., Any], args: tuple, plant: Plant) -> tuple[str, Any]:
+    """(what kind it is, the value or the trace, which ends with a line that names the rank)."""
+    try:
+        with plant(rank):
+            return VALUE, function(*args)
+    except Exception as error:  # noqa: BLE001 - carried to the process that asked, which raises
+        last = traceback.format_exception_only(error)[-1].strip()
+        return RAISED, f"{traceback.format_exc()}\nrank {rank}: {last.splitlines()[0]}"
 
 
 def _next_work(pipe) -> tuple | None:

@@ -12,6 +12,8 @@ from moe_llm.config.distill import DistillConfig
 from moe_llm.config.load import validate
 
 LENGTH, WIDTH, LAYERS, HEAD, KV_HEADS, EXPERTS, ROUNDS, MICRO = 40, 96, 2, 8, 2, 64, 2, 2
+# On the user's own ranks and devices: parameters in all, tokens of all ranks' micro-batches, the shortest blocks
+PARAMETERS, TOKENS, SHORTEST = 50_000_000, 8192, 64
 _INIT_LIMIT = 0.2
 # the layout of one process
 ALONE = {"expert_parallel_size": 1, "sequence_parallel_size": 1, "zero_stage": 1, "engine": "auto"}
@@ -28,15 +30,20 @@ class Small:
     notes: list[str]
 
 
-def shrink(config: Config, ranks: int, steps: int) -> Small:
+def shrink(config: Config, ranks: int, steps: int, *, as_wide: bool = False) -> Small:
     """The configuration in small, for `ranks` ranks and `steps` steps; text and tokenizer are not decided here.
+
+    Args:
+        as_wide: reduce the depth, and widths by halves only as far as `PARAMETERS` asks for it; keep the device.
 
     Kept: experts (up to 64) and top-k, query heads for each key and value head, ties, window, packing, router and its
     losses, precision, recomputation, optimizer, schedule, decay, ZeRO stage, engine, dtype on disk. The ranks that
     share a set of experts are as many as divide `ranks`.
     """
     notes: list[str] = []
-    model = _model(config, ranks, notes)
+    length = _length(config, ranks if as_wide else None)
+    sizes = _wide_sizes(config) if as_wide else _narrow_sizes(config)
+    model = _model(config, ranks, length, sizes, notes)
     sequence_parallel = _sequence_parallel(config, model, ranks, notes)
     train = _train(config, ranks // sequence_parallel)
     expert_parallel = fitting_expert_parallel(config.parallel.expert_parallel_size, model["num_local_experts"], ranks)
@@ -48,7 +55,7 @@ def shrink(config: Config, ranks: int, steps: int) -> Small:
     raw = config.model_dump(mode="json")
     changed = {
         "model": model,
-        "data": {"sequence_length": _length(config) // sequence_parallel * sequence_parallel},
+        "data": {"sequence_length": length // sequence_parallel * sequence_parallel},
         "optim": {"warmup_steps": min(config.optim.warmup_steps, 1)},
         "finetune": _finetune(config, model["num_local_experts"], notes),
         # a step that is not finite is a finding, not one to leave out
@@ -56,7 +63,7 @@ def shrink(config: Config, ranks: int, steps: int) -> Small:
             **train,
             "max_steps": steps,
             "max_tokens": None,
-            "device": "cpu",
+            "device": config.train.device if as_wide else "cpu",
             "on_nan": "stop",
             "early_stopping": {},
         },
@@ -134,8 +141,10 @@ def _average(config: Config) -> dict[str, Any]:
     return {} if decay is None else {"decay": decay}
 
 
-def _length(config: Config) -> int:
-    return min(config.data.sequence_length, LENGTH)
+def _length(config: Config, own_ranks: int | None) -> int:
+    """own_ranks: the user's, where the copy is as wide as his."""
+    longest = LENGTH if own_ranks is None else max(SHORTEST, TOKENS // (own_ranks * MICRO * ROUNDS) // 8 * 8)
+    return min(config.data.sequence_length, longest)
 
 
 def _train(config: Config, readers: int) -> dict[str, Any]:
@@ -149,7 +158,17 @@ def _train(config: Config, readers: int) -> dict[str, Any]:
     return {"micro_batch_size": micro, "global_batch_size": micro * rounds * readers, "adversarial": adversarial}
 
 
-def _model(config: Config, ranks: int, notes: list[str]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Sizes:
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head: int
+
+
+def _narrow_sizes(config: Config) -> _Sizes:
+    """A few dozen wide, whatever the user's."""
     model = config.model
     group = model.num_attention_heads // model.kv_heads
     kv = max(1, min(model.kv_heads, KV_HEADS, 16 // group))
@@ -158,23 +177,67 @@ def _model(config: Config, ranks: int, notes: list[str]) -> dict[str, Any]:
     width = heads * head * model.hidden_size / (model.num_attention_heads * model.attention_head_dim)
     step = math.lcm(2, model.router.parts_per_token)
     hidden = min(model.hidden_size, max(-(-8 // step) * step, step * round(width / step)))
+    intermediate = max(4, round(hidden * min(2.0, model.intermediate_size / model.hidden_size)))
+    return _Sizes(hidden, min(model.intermediate_size, intermediate), heads, kv, head)
+
+
+def _wide_sizes(config: Config) -> _Sizes:
+    """The user's, halved until there are few enough parameters; multiples of 64 stay multiples of 64, since kernels go
+    by that."""
+    model = config.model
+    group, halvings = model.num_attention_heads // model.kv_heads, 0
+    while True:
+        share = 2**halvings
+        kv = max(1, model.kv_heads // share)
+        sizes = _Sizes(
+            _halved(model.hidden_size, share, model.router.parts_per_token),
+            _halved(model.intermediate_size, share, 1),
+            kv * group,
+            kv,
+            model.attention_head_dim,
+        )
+        if _parameters(config, sizes) <= PARAMETERS or share >= model.hidden_size:
+            return sizes
+        halvings += 1
+
+
+def _halved(size: int, share: int, parts: int) -> int:
+    step = math.lcm(2, parts) if size % 64 else math.lcm(64, parts)
+    return size if share == 1 else max(step, size // share // step * step)
+
+
+def _parameters(config: Config, sizes: _Sizes) -> int:
+    small = config.model.model_copy(
+        update={
+            "hidden_size": sizes.hidden,
+            "intermediate_size": sizes.intermediate,
+            "num_attention_heads": sizes.heads,
+            "num_key_value_heads": sizes.kv_heads,
+            "head_dim": sizes.head,
+            "num_hidden_layers": min(config.model.num_hidden_layers, LAYERS),
+            "vocab_size": config.model.vocab_size or 1024,
+        }
+    )
+    return small.num_params()
+
+
+def _model(config: Config, ranks: int, length: int, sizes: _Sizes, notes: list[str]) -> dict[str, Any]:
+    model, hidden = config.model, sizes.hidden
     scale = math.sqrt(model.hidden_size / hidden)  # narrower layers keep the size of what they put out
-    experts = _experts(config, ranks)
-    mixed = model.router.shrunk(model, experts, _length(config))
+    experts = _experts(config, ranks, length)
+    mixed = model.router.shrunk(model, experts, length)
     if model.init_from is not None:
         notes.append(f"model.init_from={model.init_from} is not loaded: the copy is smaller, with random weights")
     shape = {
         "init_from": None,
         "hidden_size": hidden,
-        "intermediate_size": min(
-            model.intermediate_size, max(4, round(hidden * min(2.0, model.intermediate_size / model.hidden_size)))
-        ),
+        "intermediate_size": sizes.intermediate,
         "num_hidden_layers": min(model.num_hidden_layers, LAYERS),
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        "head_dim": head,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "head_dim": sizes.head,
         "num_local_experts": experts,
-        "sliding_window": _window(config),
+        "sliding_window": _window(config, length),
         **mixed,
         "router": {**model.router.model_dump(mode="json"), **model.router.quiet(), **mixed.get("router", {})},
         "router_jitter_noise": 0.0,
@@ -201,7 +264,7 @@ def _model(config: Config, ranks: int, notes: list[str]) -> dict[str, Any]:
     return shape
 
 
-def _experts(config: Config, ranks: int) -> int:
+def _experts(config: Config, ranks: int, length: int) -> int:
     """All of them up to 64; beyond, what the ranks divide as they divide the user's, and the router's groups too."""
     model = config.model
     if model.num_local_experts <= EXPERTS:
@@ -209,7 +272,7 @@ def _experts(config: Config, ranks: int) -> int:
     size = fitting_expert_parallel(config.parallel.expert_parallel_size, model.num_local_experts, ranks)
     least = max(EXPERTS, model.num_experts_per_tok)
     for experts in range(-(-least // size) * size, model.num_local_experts, size):
-        if model.router.shrunk(model, experts, _length(config)):
+        if model.router.shrunk(model, experts, length):
             return experts  # it brings itself into line
         try:
             model.router.check(model.model_copy(update={"num_local_experts": experts}))
@@ -248,9 +311,9 @@ def _lora(config: Config, experts: int, notes: list[str]) -> dict[str, Any]:
     return {"rank": rank, "alpha": lora.scale * rank, "dropout": 0.0, "targets": targets}
 
 
-def _window(config: Config) -> int | None:
+def _window(config: Config, length: int) -> int | None:
     """A window that cuts a block short as the user's does; one that never bites stays one."""
-    window, length = config.model.sliding_window, _length(config)
+    window = config.model.sliding_window
     if window is None or length == config.data.sequence_length:
         return window
     if window >= config.data.sequence_length:

@@ -12,13 +12,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 from torch import Tensor
 
 from moe_llm.distributed.engine import Engine
 from moe_llm.distributed.runtime import Runtime
+from moe_llm.distributed.store import connect
 from moe_llm.train.start_watch import EXIT_HUNG, watchdog_takes_over
 
 # A live process answers within seconds, whatever its training does
@@ -52,7 +52,7 @@ class Watchdog:
         self._peers = {rank: _Peer() for rank in range(self._ranks) if rank != self._rank}
         self._over = threading.Event()
         self._threads: list[threading.Thread] = []
-        self._stores = _connect(runtime) if timeout is not None and self._ranks > 1 else None
+        self._stores = connect(runtime) if timeout is not None and self._ranks > 1 else None
 
     def heartbeat(self, phase: str) -> None:
         """Progress was made, and `phase` comes next."""
@@ -135,20 +135,6 @@ class Watchdog:
             except RuntimeError:
                 numbers.clear()  # nothing heard, which `_watch` notices; a store that was only slow is asked again
             self._over.wait(_BEAT_SECONDS)
-
-
-def _connect(runtime: Runtime) -> tuple:
-    """Two connections (one to write, one to read: each blocks by itself) to a store that rank 0 holds. Collective."""
-    from torch.distributed import TCPStore
-
-    wait = timedelta(seconds=10)
-    held = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=wait) if runtime.is_main else None
-    port = runtime.gather(held.port if held else None)[0]
-    address = os.environ["MASTER_ADDR"]  # the launcher's name for rank 0's machine
-    write, read = (TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=wait) for _ in range(2))
-    write.set(f"rank{runtime.rank}", "0/start")
-    runtime.barrier()  # from here on, whoever listens finds a word of everyone
-    return write, read, held
 
 
 class HeartbeatEngine:

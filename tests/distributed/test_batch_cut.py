@@ -12,6 +12,10 @@ from moe_llm.errors import UserError
 from moe_llm.model.moe.routers import ROUTERS
 
 GLOBAL, STEPS, TOLERANCE = 8, 20, 1e-5
+# Relative to a tensor's largest value, which counts as this share of the model's largest where it is smaller. One tensor
+# is: `noise_weight` of noisy_top_k starts at zero and learns here from the load loss alone, whose gradient nearly
+# cancels; after 20 steps it is 1e-6 beside weights of 0.8, and two cuts of the batch are 1e-11 apart.
+FLOOR = 1e-5
 
 
 def run_of(kind: str, micro: int, world: int = 1, *, ep: int = 1, stage: int = 1, recompute: bool = False, **model):
@@ -48,8 +52,12 @@ def assert_same(found: list[dict], expected: dict) -> None:
         if expected["aux"][0]:
             assert largest(per_rank["aux"], expected["aux"]) < TOLERANCE
     for what in ("gradients", "weights"):
-        worst, where = difference(found, expected, what)
-        assert worst < (TOLERANCE if what == "gradients" else 5 * TOLERANCE), f"{what} of {where}"
+        worst, where = difference(found, expected, what, floor=FLOOR * largest_of(expected[what]))
+        assert worst < TOLERANCE, f"{what} of {where}"
+
+
+def largest_of(tensors: dict[str, tuple]) -> float:
+    return max(float(tensor.abs().max()) for _, tensor in tensors.values())
 
 
 @pytest.fixture(autouse=True)

@@ -156,8 +156,9 @@ def _named(engine, read, trained: bool = False) -> dict[str, tuple[int | None, t
     return {entry.name: (entry.first_expert, read(entry.name).clone()) for entry in entries}
 
 
-def difference(found: list[dict], expected: dict, what: str) -> tuple[float, str]:
-    """Largest difference relative to the tensor's own largest value, over all ranks, and where."""
+def difference(found: list[dict], expected: dict, what: str, floor: float = 1e-8) -> tuple[float, str]:
+    """Largest difference relative to the tensor's own largest value, or to `floor` where that is larger, over all ranks,
+    and where."""
     worst = (0.0, "")
     for per_rank in found:
         for name, (first, tensor) in per_rank[what].items():
@@ -165,6 +166,6 @@ def difference(found: list[dict], expected: dict, what: str) -> tuple[float, str
             if first is not None:
                 whole = whole[first : first + len(tensor)]
             assert tensor.shape == whole.shape, name
-            scale = expected[what][name][1].abs().max().clamp(min=1e-8)
+            scale = expected[what][name][1].abs().max().clamp(min=floor)
             worst = max(worst, (((tensor - whole).abs().max() / scale).item(), name))
     return worst
