@@ -10,11 +10,16 @@ def add_train(parser: CommandParser) -> CommandParser:
     summary = "train, or resume what the run directory holds"
     command = parser.add_command("train", summary, "moe-llm train configs/quickstart.yaml optim.lr=3e-4", _train)
     add_configuration(command)
+    # the launcher `deepspeed` gives it, and so do older ones
+    command.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return command
 
 
 def _train(args: argparse.Namespace) -> None:
     config = load(args)
+    from moe_llm.distributed.launcher import check_local_rank
+
+    check_local_rank(args.local_rank)
     from moe_llm.train.run import train
 
     train(config)

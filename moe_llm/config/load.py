@@ -160,6 +160,7 @@ RENAMED_KEYS = {
     ("data", "over_long"): "overlong",
     ("finetune", "train"): "trainable",
     ("logging", "pictures_every_steps"): "image_every_steps",
+    ("logging", "wandb_project"): "project",
     ("parallel", "exchange_chunks"): "all_to_all_chunks",
 }
 

@@ -20,12 +20,23 @@ from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.moe.layer import MoELayer
 
 
+_LAUNCHERS = (
+    "ACCELERATE_CONFIG_DS_FIELDS",
+    "ACCELERATE_DEEPSPEED_",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+    "ACCELERATE_GRADIENT_CLIPPING",
+)
+
+
 def prepare_environment(cpu: bool, world_size: int) -> None:
     """What DeepSpeed and accelerate read from the environment; before either is imported."""
     if cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # accelerate never engages DeepSpeed when it is told to use the CPU itself
         os.environ["ACCELERATE_USE_CPU"] = "false"
+    # accelerate's launcher, where it engages DeepSpeed, has a configuration of its own that would contradict ours
+    for name in [name for name in os.environ if name.startswith(_LAUNCHERS)]:
+        del os.environ[name]
     if world_size == 1:
         for name, value in {
             "RANK": "0",

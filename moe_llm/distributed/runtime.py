@@ -162,7 +162,7 @@ def start(config: Config) -> Runtime:
             gradient_accumulation_steps=config.accumulation_steps(world_size),
         )
     else:
-        accelerator = Accelerator(cpu=cpu)
+        accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # not what a launcher says
     tell("reading data and tokenizer")
     if accelerator.device.type == "cpu":
         host_memory.keep_freed()

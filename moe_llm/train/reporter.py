@@ -16,20 +16,17 @@ from moe_llm.train.console import Console
 from moe_llm.train.facts import write_facts
 from moe_llm.train.metrics import MetricsFile, read_metrics
 from moe_llm.train.position import Position
-from moe_llm.train.trackers import TensorBoard, Wandb
+from moe_llm.train.trackers import build_trackers
 
 
 class Reporter:
-    """Where records go: metrics.jsonl, wandb, the console. Silent on ranks other than the main one."""
+    """Where records go: metrics.jsonl, trackers, the console. Silent on ranks other than the main one."""
 
     def __init__(self, config: Config, run_dir: Path, runtime: Runtime, position: Position, facts: dict[str, Any]):
         self._config, self._sinks, self._console = config, [], None
         if runtime.is_main:
             self._sinks.append(MetricsFile(run_dir / "metrics.jsonl", position.step))
-            if config.logging.wandb != "off":
-                self._sinks.append(Wandb(config, run_dir))
-            if config.logging.tensorboard:
-                self._sinks.append(TensorBoard(config, run_dir, position.step))
+            self._sinks += build_trackers(config, run_dir, position.step)
             self._console = Console(config, position.step, _limit(facts, config))
             if position.step < config.max_steps:  # a start that trains nothing is none to tell of
                 write_facts(run_dir / "facts.json", facts)

@@ -23,6 +23,7 @@ from moe_llm.data.tokenizer import build_tokenizer, check_vocab, resolve_vocab
 from moe_llm.distill.teachers import check_teachers, check_vocabularies
 from moe_llm.distill.teaching import build_teaching
 from moe_llm.distributed.engine import Engine, build_engine, shard_experts
+from moe_llm.distributed.launcher import check_launcher
 from moe_llm.distributed.runtime import Runtime, rank_from_environment, start, world_size_from_environment
 from moe_llm.distributed.side_group import SideGroup
 from moe_llm.errors import Stopped, TrainingFailure, UserError
@@ -58,7 +59,16 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 # what may be in a run directory before its config.yaml is: of a run that was ended early, and of `moe-llm tokenizer`
-_OF_A_RUN = {"tokenizer", "config.yaml.tmp", "checkpoints", "metrics.jsonl", "facts.json", "wandb", *LOCK_FILES}
+_OF_A_RUN = {
+    "tokenizer",
+    "config.yaml.tmp",
+    "checkpoints",
+    "metrics.jsonl",
+    "facts.json",
+    "wandb",
+    "wandb_id",
+    *LOCK_FILES,
+}
 
 
 def train(config: Config) -> Path:
@@ -71,7 +81,9 @@ def train(config: Config) -> Path:
         UserError: bad input, found before any training and before anything is overwritten.
         Stopped: a signal has ended the run early; it is saved.
     """
-    config = settle_precision(config, _complain if rank_from_environment() == 0 else lambda sentence: None)
+    complain = _complain if rank_from_environment() == 0 else lambda sentence: None
+    config = settle_precision(config, complain)
+    check_launcher(config, complain)
     run_dir = Path(config.run.dir)
     config.check_layout(world_size_from_environment())
     check_sources(config)

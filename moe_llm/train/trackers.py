@@ -1,8 +1,16 @@
-"""The same records for wandb and TensorBoard: scalars, histograms, and the experts' load as an image."""
+"""The same records for every tracker: scalars under grouped names, histograms, and the experts' load as an image.
 
+train/...   what a step has measured: train/loss, train/lr, train/tokens_per_second
+eval/...    what an evaluation has measured: eval/loss, eval/bits_per_byte, eval/ema_loss
+moe/...     routing, by layer
+"""
+
+import os
 import secrets
+import sys
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,30 +21,85 @@ _PER_LAYER = ("load_cv", "router_entropy", "dropped_share", "experts_per_token")
 _CELL = 12  # pixels a side
 # no tokens, an even share, twice that and more
 _COLOURS = np.array([(47, 102, 144), (241, 238, 233), (196, 87, 42)], dtype=float)
+_PROJECT = "moe_llm"
+_NEEDS = {  # key: (package, what installs it)
+    "tensorboard": ("tensorboard", "tensorboard"),
+    "mlflow": ("mlflow", "'moe_llm[mlflow]'"),
+    "trackio": ("trackio", "'moe_llm[trackio]'"),
+}
+
+
+class Tracker(Protocol):
+    """Where records go, on the main rank."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Take one record of metrics.jsonl."""
+
+    def rewind(self, step: int) -> None:
+        """The run has gone back to a step."""
+
+    def close(self) -> None: ...
 
 
 def check_trackers(config: Config) -> None:
-    """Refuse what is not installed."""
-    if not config.logging.tensorboard:
+    """Refuse what is not installed, and wandb online without a login.
+
+    Raises:
+        UserError: it names the package, or how to log in.
+    """
+    for key, (module, package) in _NEEDS.items():
+        if getattr(config.logging, key) and find_spec(module) is None:
+            raise UserError(f"logging.{key}=true needs the package {module}: pip install {package}, or set it to false")
+    if config.logging.wandb == "off" or wandb_mode(config) != "online":
         return
-    try:
-        import tensorboard  # noqa: F401
-    except ImportError as error:
+    import wandb
+
+    # other ranks may be on machines on which no one has logged in
+    if os.environ.get("RANK", "0") == "0" and not wandb.login(prompt=sys.stdin.isatty(), verify=False):
         raise UserError(
-            "logging.tensorboard=true needs the package tensorboard: pip install tensorboard, or set it to false"
-        ) from error
+            "logging.wandb=online needs a login: run `wandb login`, set WANDB_API_KEY, or use logging.wandb=offline"
+        )
+
+
+def wandb_mode(config: Config) -> str:
+    """WANDB_MODE where it is set, else `logging.wandb`, which alone says whether there is a wandb run."""
+    return os.environ.get("WANDB_MODE") or config.logging.wandb
+
+
+def build_trackers(config: Config, run_dir: Path, step: int) -> list[Tracker]:
+    """Those of `logging`, for a run that has finished `step` steps."""
+    trackers: list[Tracker] = []
+    if config.logging.wandb != "off":
+        trackers.append(Wandb(config, run_dir))
+    if config.logging.tensorboard:
+        trackers.append(TensorBoard(config, run_dir, step))
+    if config.logging.mlflow:
+        trackers.append(_mlflow(config, run_dir))
+    if config.logging.trackio:
+        trackers.append(_trackio(config, run_dir))
+    return trackers
+
+
+def grouped(name: str) -> str:
+    """The name of a record's number in trackers: train/loss of loss, eval/loss of val_loss."""
+    if name in ("step", "tokens"):
+        return name
+    for prefix, kept in (("ema_val_", "ema_"), ("val_", "")):
+        if name.startswith(prefix):
+            return f"eval/{kept}{name.removeprefix(prefix)}"
+    return f"train/{name}"
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
     """The numbers of a record by name; those of layers apart."""
-    found = {key: value for key, value in record.items() if isinstance(value, (int, float))}
+    found = {grouped(key): value for key, value in record.items() if isinstance(value, (int, float))}
     moe = record.get("moe", {})
     for name in _PER_LAYER:
         found |= {f"moe/{name}/layer_{i}": value for i, value in enumerate(moe.get(name, []))}
     for name, values in record.get("router_drift", {}).items():
-        found |= {f"router_drift/{name}/layer_{i}": value for i, value in enumerate(values)}
+        found |= {f"moe/router_drift/{name}/layer_{i}": value for i, value in enumerate(values)}
     found["moe/dead_experts"] = sum(len(dead) for dead in moe.get("dead_experts", []))
-    found["alarms"] = len(record.get("alarms", []))
+    found["moe/alarms"] = len(record.get("alarms", []))
     return found
 
 
@@ -79,19 +142,25 @@ class Wandb(_Tracker):
         import wandb
 
         super().__init__(config.logging.image_every_steps)
-        identity = run_dir / "wandb_id"
-        if not identity.exists():
-            identity.write_text(secrets.token_hex(4), encoding="utf-8")
+        mode = wandb_mode(config)
+        try:
+            self._run = wandb.init(
+                # where the configuration leaves it open, what wandb reads from the environment counts
+                project=config.logging.project or os.environ.get("WANDB_PROJECT") or _PROJECT,
+                dir=run_dir,
+                mode=mode,
+                id=os.environ.get("WANDB_RUN_ID") or _identity(run_dir / "wandb_id"),
+                resume="allow",
+                name=os.environ.get("WANDB_NAME") or run_dir.name,
+                config=config.model_dump(mode="json"),
+            )
+        except wandb.Error as error:
+            raise UserError(
+                f"logging.wandb={mode} cannot start a run ({str(error).splitlines()[0]}): log in again, look at the "
+                "network, or use logging.wandb=offline"
+            ) from error
         self._wandb = wandb
-        self._run = wandb.init(
-            project=config.logging.wandb_project,
-            dir=run_dir,
-            mode=config.logging.wandb,
-            id=identity.read_text(encoding="utf-8"),
-            resume="allow",
-            name=run_dir.name,
-            config=config.model_dump(mode="json"),
-        )
+        self._run.define_metric("*", step_metric="step")
 
     def rewind(self, step: int) -> None:
         """wandb keeps what it was told, and leaves out steps until they are new to it."""
@@ -131,7 +200,7 @@ class TensorBoard(_Tracker):
         for name, value in scalars(record).items():
             self._writer.add_scalar(name, value, step)
         for alarm in record.get("alarms", []):
-            self._writer.add_text("alarms", alarm["sentence"], step)
+            self._writer.add_text("moe/alarms", alarm["sentence"], step)
         if self._pictures_due(step):
             for name, values in distributions(record["moe"]).items():
                 self._writer.add_histogram(name, values, step)
@@ -139,3 +208,66 @@ class TensorBoard(_Tracker):
 
     def close(self) -> None:
         self._writer.close()
+
+
+class Accelerated:
+    """A tracker of accelerate's: scalars alone."""
+
+    def __init__(self, config: Config, tracker: Any, *, new: bool):
+        self._tracker = tracker
+        tracker.start()
+        if new:
+            tracker.store_init_configuration(_flat(config.model_dump(mode="json")))
+
+    def rewind(self, step: int) -> None:
+        """These keep what they were told; the newest value of a step is the one that counts."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        told = scalars(record)
+        self._tracker.log(told, step=told.pop("step"))
+
+    def close(self) -> None:
+        self._tracker.finish()
+
+
+def _mlflow(config: Config, run_dir: Path) -> Accelerated:
+    """Under one run across resumes. MLflow reads where to from MLFLOW_TRACKING_URI."""
+    import mlflow
+    from accelerate.tracking import MLflowTracker
+
+    known = run_dir / "mlflow_run_id"
+    before = known.read_text(encoding="utf-8") if known.exists() else None
+    try:
+        if before is not None:
+            mlflow.get_run(before)
+    except mlflow.exceptions.MlflowException:
+        before = None  # it has been deleted, or was told to another server
+    tracker = MLflowTracker(config.logging.project or _PROJECT, run_id=before, run_name=run_dir.name)
+    accelerated = Accelerated(config, tracker, new=before is None)
+    known.write_text(tracker.tracker.info.run_id, encoding="utf-8")
+    return accelerated
+
+
+def _trackio(config: Config, run_dir: Path) -> Accelerated:
+    """Under one name across resumes. trackio reads where to from TRACKIO_DIR and TRACKIO_SPACE_ID."""
+    from accelerate.tracking import TrackioTracker
+
+    known = run_dir / "trackio_id"
+    new, name = not known.exists(), f"{run_dir.name}-{_identity(known)}"
+    tracker = TrackioTracker(config.logging.project or _PROJECT, name=name, resume="allow", embed=False)
+    return Accelerated(config, tracker, new=new)
+
+
+def _identity(path: Path) -> str:
+    """Eight hexadecimal digits that a file keeps; drawn where there is none."""
+    if not path.exists():
+        path.write_text(secrets.token_hex(4), encoding="utf-8")
+    return path.read_text(encoding="utf-8")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
+    return found

@@ -184,7 +184,7 @@ def test_wandb_offline_keeps_one_run_over_resumes_and_asks_for_nothing(train_wit
     kept = sorted((run_dir / "wandb").glob(f"offline-run-*-{identity}/*.wandb"))
     assert len(kept) == 2
     content = kept[0].read_bytes()
-    for word in (b"some-project", b"lm_loss", b"val_loss", b"moe/load_cv/layer_1", b"moe/dead_experts"):
+    for word in (b"some-project", b"train/lm_loss", b"eval/loss", b"moe/load_cv/layer_1", b"moe/dead_experts"):
         assert word in content, word
 
 
@@ -219,7 +219,7 @@ def test_the_device_is_a_gpu_where_there_is_one_unless_told_otherwise(device, gp
     asked = []
 
     class Accelerator(SimpleNamespace):
-        def __init__(self, cpu):
+        def __init__(self, cpu, mixed_precision):
             asked.append(cpu)
             super().__init__(num_processes=1, device=torch.device("cpu"), process_index=0)
 

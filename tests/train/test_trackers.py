@@ -12,7 +12,8 @@ from support.training import MODEL, config
 from moe_llm.cli import main
 from moe_llm.train.console import BLOCKS, Console, load_map
 from moe_llm.train.reporter import _limit
-from moe_llm.train.trackers import Wandb, distributions, load_image, scalars
+from moe_llm.errors import UserError
+from moe_llm.train.trackers import Wandb, check_trackers, distributions, load_image, scalars
 
 MOE = {
     "tokens_per_expert": [[10, 10, 10, 10], [0, 20, 40, 0]],
@@ -29,7 +30,7 @@ def test_what_is_told_of_a_record():
     told = scalars(RECORD)
     assert told["moe/dropped_share/layer_1"] == 0.25
     assert told["moe/dead_experts"] == 2
-    assert told["alarms"] == 1
+    assert told["moe/alarms"] == 1
     spread = distributions(MOE)
     assert spread["moe/load/layer_1"].tolist() == [0.0, 4 / 3, 8 / 3, 0.0]
     assert spread["moe/expert_grad_norm/layer_0"].tolist() == [1.0, 2.0, 3.0]
@@ -52,8 +53,8 @@ def test_tensorboard_files_hold_the_run_and_survive_resuming(make_config, tmp_pa
     records = runs.records(tmp_path / "run")
     events = EventAccumulator(str(tmp_path / "run/tensorboard"))
     events.Reload()
-    assert [e.step for e in events.Scalars("loss")] == [r["step"] for r in records]
-    assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in records])
+    assert [e.step for e in events.Scalars("train/loss")] == [r["step"] for r in records]
+    assert [e.value for e in events.Scalars("train/loss")] == pytest.approx([r["loss"] for r in records])
     assert {"moe/load/layer_0", "moe/expert_grad_norm/layer_1"} <= set(events.Tags()["histograms"])
     assert [e.step for e in events.Images("moe/load")] == [1, 4]
 
@@ -66,9 +67,13 @@ def test_without_the_package_it_is_refused_before_anything_is_written(make_confi
 
 
 def test_wandb_gets_pictures_every_so_many_steps(tmp_path, monkeypatch):
-    told = []
+    told, axes = [], []
     fake = SimpleNamespace(
-        init=lambda **given: SimpleNamespace(log=lambda values, step: told.append((step, values))),
+        init=lambda **given: SimpleNamespace(
+            log=lambda values, step: told.append((step, values)),
+            define_metric=lambda name, step_metric: axes.append((name, step_metric)),
+        ),
+        Error=Exception,
         Histogram=lambda values: ("histogram", len(values)),
         Image=lambda pixels: ("image", pixels.shape),
     )
@@ -79,7 +84,8 @@ def test_wandb_gets_pictures_every_so_many_steps(tmp_path, monkeypatch):
     assert [step for step, values in told if "moe/load" in values] == [1, 5, 10]
     assert told[0][1]["moe/load"] == ("image", (24, 48, 3))
     assert told[0][1]["moe/load/layer_0"] == ("histogram", 4)
-    assert all("loss" in values for _, values in told)
+    assert all("train/loss" in values for _, values in told)
+    assert axes == [("*", "step")], "the run's own step is the axis"
 
 
 def test_the_map_folds_many_layers_and_experts_and_shows_the_worst_among_them():
@@ -132,3 +138,56 @@ def test_facts_of_each_start_are_kept(train):
     assert facts["starts"][0]["kernels"].keys() == {"experts", "norm", "documents"}
     assert facts["parameters"] == sum(facts["parts"].values())
     assert facts["data"][0]["tokens"] > 1000
+
+
+def test_names_are_grouped_and_the_step_is_the_axis():
+    told = scalars(RECORD | {"val_loss": 2.0, "ema_val_loss": 1.9, "router_drift": {"cosine": [0.1]}, "lr": 0.1})
+    assert told["step"] == 7
+    assert told["train/loss"] == 1.5
+    assert told["train/lr"] == 0.1
+    assert told["eval/loss"] == 2.0
+    assert told["eval/ema_loss"] == 1.9
+    assert told["moe/router_drift/cosine/layer_0"] == 0.1
+    assert {name.partition("/")[0] for name in told} == {"step", "tokens", "train", "eval", "moe"}
+
+
+@pytest.fixture
+def wandb_start(tmp_path, monkeypatch):
+    """What wandb is started with; nobody has logged in."""
+
+    def start(**logging) -> dict:
+        given: dict = {}
+        fake = SimpleNamespace(
+            init=lambda **arguments: given.update(arguments) or SimpleNamespace(define_metric=lambda *a, **b: None),
+            login=lambda prompt, verify: False,
+            Error=ValueError,
+        )
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+        settings = config(1, 1, 1, logging={"wandb": "online", **logging})
+        check_trackers(settings)
+        Wandb(settings, tmp_path)
+        return given
+
+    return start
+
+
+def test_wandb_online_without_a_login_is_one_sentence(wandb_start):
+    with pytest.raises(UserError, match="logging.wandb=online needs a login: run `wandb login`"):
+        wandb_start()
+
+
+def test_the_environment_of_wandb_wins_over_defaults(wandb_start, monkeypatch, tmp_path):
+    for name, value in {"MODE": "offline", "PROJECT": "theirs", "NAME": "seventh", "RUN_ID": "abc"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    given = wandb_start()
+    assert {key: given[key] for key in ("mode", "project", "name", "id")} == {
+        "mode": "offline",
+        "project": "theirs",
+        "name": "seventh",
+        "id": "abc",
+    }
+    assert wandb_start(project="ours")["project"] == "ours", "what the configuration says is no default"
+    for name in ("PROJECT", "NAME", "RUN_ID"):
+        monkeypatch.delenv(f"WANDB_{name}")
+    given = wandb_start()
+    assert (given["project"], given["name"]) == ("moe_llm", tmp_path.name)
