@@ -19,7 +19,6 @@ from moe_llm.distributed.dispatch import AllToAllDispatcher
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.moe.layer import MoELayer
 
-
 _LAUNCHERS = (
     "ACCELERATE_CONFIG_DS_FIELDS",
     "ACCELERATE_DEEPSPEED_",
