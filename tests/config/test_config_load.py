@@ -324,7 +324,8 @@ def test_the_schema_accepts_what_is_accepted(path):
 @pytest.mark.parametrize(("section", "old"), RENAMED_KEYS)
 def test_a_renamed_key_works_under_its_former_name_and_warns(section, old, caplog):
     new = RENAMED_KEYS[section, old]
-    value = {"overlong": "truncate", "trainable": "experts", "image_every_steps": 7, "all_to_all_chunks": 3}[new]
+    texts = {"overlong": "truncate", "trainable": "experts", "project": "tried"}
+    value = (texts | {"image_every_steps": 7, "all_to_all_chunks": 3})[new]
     raw = {
         "model": {"vocab_size": 64},
         "data": {"sources": [{"type": "files", "path": "x.jsonl", "content": "chat"}]},
