@@ -1,14 +1,19 @@
-"""Kill a run at random moments and show that nothing is lost: python scripts/crash_test.py [--kills 30] [--seed 0]
+"""Kill a run at random moments and show that nothing is lost: python scripts/crash_test.py [--kills 100] [--seed 0]
 
 A tiny model is trained on 2 ranks with expert parallelism and saves every few steps. All its processes are killed
 (kill -9) at random moments, drawn from a seed, and the same command is given again, until the run ends. Then
 metrics.jsonl must have every step exactly once, with the losses of a run that nobody interrupted; and at each kill
 the newest complete checkpoint must be one that the next start resumes from. Once with checkpoints written
 synchronously and once in the background. Prints a table; the exit code is 1 if anything failed.
+
+With `--refuse` the file system refuses something at each start, in turn: symbolic links (EPERM, as exFAT), fsync of
+directories (EINVAL, as older CIFS), removal of directories (ENOTEMPTY, as NFS) and of files (EBUSY). The errors are
+planted in the processes of the run, for everything below its checkpoints.
 """
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import random
@@ -32,6 +37,31 @@ COMPARED = ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm", "val_loss")
 WRITING, PUBLISHING = "writing a checkpoint", "publishing a checkpoint"
 PHASES = ("starting", "training", WRITING, PUBLISHING)
 ENOUGH = 20  # kills, for each phase to have met one
+# what the file system may refuse, by the function of `os`
+FAULTS = {"symlink": errno.EPERM, "fsync": errno.EINVAL, "rmdir": errno.ENOTEMPTY, "unlink": errno.EBUSY}
+# imported by every process of a run as it starts
+_PLANT = """
+import os, stat
+name, _, code = os.environ.get("CRASH_TEST_REFUSES", "").partition("=")
+
+def below_checkpoints(path, dir_fd):
+    base = "" if dir_fd is None else os.readlink(f"/proc/self/fd/{dir_fd}")
+    parent = os.path.dirname(os.path.join(base, os.fspath(path)))
+    return f"{parent}/".partition("/checkpoints/")[2 if name == "unlink" else 1] != ""
+
+def refused(*args, dir_fd=None, **options):
+    if name == "fsync":
+        refuses = stat.S_ISDIR(os.fstat(args[0]).st_mode)
+    else:
+        refuses = below_checkpoints(args[-1], dir_fd)
+    if refuses:
+        raise OSError(int(code), os.strerror(int(code)), str(args[-1]))
+    return real(*args, **options) if dir_fd is None else real(*args, dir_fd=dir_fd, **options)
+
+if name:
+    real = getattr(os, name)
+    setattr(os, name, refused)
+"""
 
 
 @dataclass
@@ -47,16 +77,19 @@ class Outcome:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
-    parser.add_argument("--kills", type=int, default=30, help="of each mode")
+    parser.add_argument("--kills", type=int, default=100, help="of each mode")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--modes", nargs="+", choices=("sync", "async"), default=("sync", "async"))
+    parser.add_argument("--refuse", action="store_true", help="plant errors of file systems")
     options = parser.parse_args()
     steps = STEPS_A_KILL * options.kills + 2 * SAVE_EVERY
     with tempfile.TemporaryDirectory(prefix="crash_test_") as directory:
         work = Path(directory)
+        (work / "plant").mkdir()
+        (work / "plant/sitecustomize.py").write_text(_PLANT, encoding="utf-8")
         print(f"seed {options.seed}, {options.kills} kills a mode, {steps} steps, saved every {SAVE_EVERY}", flush=True)
         expected = uninterrupted(work, steps)
-        outcomes = {mode: killed(work, mode, steps, options.kills, options.seed, expected) for mode in options.modes}
+        outcomes = {mode: killed(work, mode, steps, options, expected) for mode in options.modes}
     print_table(outcomes, options.kills)
     return int(any(outcome.problems for outcome in outcomes.values()))
 
@@ -66,7 +99,7 @@ def uninterrupted(work: Path, steps: int) -> list[dict]:
     (work / "text.txt").write_text(invented_text(), encoding="utf-8")
     done = subprocess.run(
         command(work, "reference", steps, "sync"),
-        env=environment(),
+        env=environment(work),
         cwd=ROOT,
         text=True,
         stdout=subprocess.PIPE,
@@ -78,16 +111,18 @@ def uninterrupted(work: Path, steps: int) -> list[dict]:
     return read_records(work / "reference")
 
 
-def killed(work: Path, mode: str, steps: int, kills: int, seed: int, expected: list[dict]) -> Outcome:
+def killed(work: Path, mode: str, steps: int, options: argparse.Namespace, expected: list[dict]) -> Outcome:
     """Kill a run so many times, let it end, and compare it with the uninterrupted one."""
-    draw, outcome, start = random.Random(f"{seed}/{mode}"), Outcome(), time.monotonic()
+    kills, refusals = options.kills, list(FAULTS.items()) if options.refuse else []
+    draw, outcome, start = random.Random(f"{options.seed}/{mode}"), Outcome(), time.monotonic()
     run_dir = work / mode
     launch = command(work, mode, steps, mode)
     for number in range(1, kills + 1):
         before, log_file = newest(run_dir), work / f"{mode}.log"
         moment, when = draw_moment(draw, number, run_dir, log_file)
         started = time.time()
-        log, ended = start_and_kill(launch, log_file, when)
+        fault = "{}={}".format(*refusals[number % len(refusals)]) if refusals else ""
+        log, ended = start_and_kill(launch, log_file, when, environment(work, fault))
         outcome.problems += [f"kill {number}: {problem}" for problem in check_start(log, ended, before)]
         phase = phase_of(run_dir, log, started)
         outcome.phases[phase] += 1
@@ -97,7 +132,7 @@ def killed(work: Path, mode: str, steps: int, kills: int, seed: int, expected: l
             flush=True,
         )
     before = newest(run_dir)
-    log, ended = start_and_kill(launch, work / f"{mode}.log", lambda _: False)
+    log, ended = start_and_kill(launch, work / f"{mode}.log", lambda _: False, environment(work))
     outcome.problems += [f"last start: {problem}" for problem in check_start(log, ended, before, to_the_end=True)]
     compare(outcome, run_dir, expected)
     if kills >= ENOUGH:
@@ -135,11 +170,13 @@ def draw_moment(draw: random.Random, number: int, run_dir: Path, log: Path) -> t
     return f"{what}, and {1000 * later:.0f} ms", when
 
 
-def start_and_kill(launch: list[str], log: Path, when: Callable[[float], bool]) -> tuple[str, int | None]:
+def start_and_kill(
+    launch: list[str], log: Path, when: Callable[[float], bool], env: dict[str, str]
+) -> tuple[str, int | None]:
     """Start a run; kill all its processes once `when(seconds)`. What it printed, and its exit code if it ended."""
     with log.open("w") as output:
         process = subprocess.Popen(
-            launch, env=environment(), cwd=ROOT, stdout=output, stderr=output, start_new_session=True
+            launch, env=env, cwd=ROOT, stdout=output, stderr=output, start_new_session=True
         )
         start = time.monotonic()
         try:
@@ -315,10 +352,11 @@ def command(work: Path, name: str, steps: int, mode: str) -> list[str]:
     ]
 
 
-def environment() -> dict[str, str]:
-    """One thread a rank: the same sums in the same order each time."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+def environment(work: Path, fault: str = "") -> dict[str, str]:
+    """One thread a rank: the same sums in the same order each time. fault: NAME=CODE of what the file system refuses."""
+    paths = [str(work / "plant"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    planted = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "CRASH_TEST_REFUSES": fault}
+    return {**os.environ, **planted}
 
 
 def invented_text() -> str:

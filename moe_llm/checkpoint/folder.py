@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moe_llm.checkpoint.manifest import MANIFEST, read_manifest, sound, verify_loadable
+from moe_llm.checkpoint.manifest import MANIFEST, check_file, verify_loadable
 from moe_llm.checkpoint.safetensors_io import read_json
 from moe_llm.errors import UserError
 
@@ -83,11 +83,11 @@ def _serial(path: Path, listed: dict[str, Any] | None) -> int | None:
     if listed is not None and listed["manifest"] == _manifest_digest(path):
         return listed["serial"]
     try:
-        if sound(path, STATE, read_manifest(path)[STATE]):
-            serial = read_json(path / STATE).get("serial")
-            if isinstance(serial, int):
-                return serial
-    except (UserError, KeyError, OSError):
+        check_file(path, STATE)
+        serial = read_json(path / STATE).get("serial")
+        if isinstance(serial, int):
+            return serial
+    except UserError:
         pass  # a damaged one: only the list can know when it was saved
     return None if listed is None else listed["serial"]
 

@@ -1,20 +1,22 @@
 """Sizes and hashes of a checkpoint's files, so that a missing, truncated or altered one is named."""
 
-import hashlib
 import json
 import os
 import re
+from dataclasses import asdict
+from textwrap import wrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from moe_llm.checkpoint.digests import DamagedFile, Digest, FileRecord, digest_file
 from moe_llm.checkpoint.ranks import ALONE, Ranks, together
-from moe_llm.checkpoint.safetensors_io import FileRecord, read_json
+from moe_llm.checkpoint.safetensors_io import read_json
 from moe_llm.errors import UserError
 
 MANIFEST = "trainer/manifest.json"
 HASHED_BYTES = 1 << 30  # of a checkpoint's files, compared with their hashes wherever one is read: about a second
-_CHUNK = 1 << 22
+_DIGITS = 16  # of a block's digest
 
 
 def write_file(path: Path, content: bytes | str) -> FileRecord:
@@ -24,7 +26,9 @@ def write_file(path: Path, content: bytes | str) -> FileRecord:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
+    digest = Digest()
+    digest.update(data)
+    return digest.record()
 
 
 def write_json(path: Path, content: Any) -> FileRecord:
@@ -36,12 +40,12 @@ def adopt_file(path: Path) -> FileRecord:
     """Bring a file that somebody else wrote to the disk; its record, by reading it."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-    return FileRecord(path.stat().st_size, _hash(path))
+    return digest_file(path)
 
 
 def write_manifest(directory: Path, records: Mapping[str, FileRecord]) -> None:
     """`records`: of every file of the checkpoint but the manifest, by path relative to `directory`."""
-    files = {name: {"size": r.size, "sha256": r.sha256} for name, r in sorted(records.items())}
+    files = {name: {**asdict(record), "blocks": "".join(record.blocks)} for name, record in sorted(records.items())}
     write_json(directory / MANIFEST, {"files": files})
 
 
@@ -58,7 +62,10 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
             "of a run's checkpoints"
         )
     try:
-        records = {name: FileRecord(int(r["size"]), str(r["sha256"])) for name, r in read_json(path)["files"].items()}
+        records = {
+            name: FileRecord(int(r["size"]), str(r["sha256"]), tuple(wrap(r.get("blocks", ""), _DIGITS)))
+            for name, r in read_json(path)["files"].items()
+        }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
@@ -72,12 +79,23 @@ def verify(directory: Path, ranks: Ranks = ALONE, *, hashes: bool = True) -> Non
     """Compare a checkpoint with its manifest. Collective: the files are shared out among the ranks.
 
     Args:
-        hashes: read every file and compare its hash; False: sizes alone.
+        hashes: read every file and compare its hash; False: not those whose blocks are compared when they are read.
 
     Raises:
         UserError: on every rank, naming a file and what is wrong with it.
     """
-    together(ranks, lambda: _verify_share(directory, ranks.rank, ranks.world_size, hashes))
+
+    def check_share() -> None:
+        records = read_manifest(directory)
+        for name, record in sorted(records.items()):
+            _check_size(directory / name, record)
+        read = [name for name, r in records.items() if hashes or not (name.endswith(".safetensors") and r.blocks)]
+        # the largest first, so that the shares are about equal
+        read.sort(key=lambda name: (-records[name].size, name))
+        for name in read[ranks.rank :: ranks.world_size]:
+            _check_hash(directory / name, records[name])
+
+    together(ranks, check_share)
 
 
 def fingerprints(directory: Path, names: Iterable[str], ranks: Ranks = ALONE) -> dict[str, dict[str, Any]]:
@@ -87,17 +105,12 @@ def fingerprints(directory: Path, names: Iterable[str], ranks: Ranks = ALONE) ->
         UserError: on every rank, where one cannot be read.
     """
     mine = sorted(names)[ranks.rank :: ranks.world_size]
-    share = together(
-        ranks,
-        lambda: {name: {"size": (directory / name).stat().st_size, "sha256": _hash(directory / name)} for name in mine},
-    )
-    return {name: record for part in ranks.gather(share) for name, record in sorted(part.items())}
-
-
-def sound(directory: Path, name: str, record: FileRecord) -> bool:
-    """Whether a file is what was written, by its size and hash."""
-    path = directory / name
-    return path.is_file() and path.stat().st_size == record.size and _hash(path) == record.sha256
+    share = together(ranks, lambda: {name: digest_file(directory / name) for name in mine})
+    return {
+        name: {"size": record.size, "sha256": record.sha256}
+        for part in ranks.gather(share)
+        for name, record in sorted(part.items())
+    }
 
 
 # What a model, its tokenizer and a resumed run are read from; people may edit the other files of a checkpoint.
@@ -122,21 +135,22 @@ def verify_loadable(directory: Path) -> None:
             _check_hash(directory / name, record)
 
 
+def check_file(directory: Path, name: str) -> None:
+    """Compare one file with the manifest.
+
+    Raises:
+        UserError: the file, or the manifest, is not what was written.
+    """
+    record = read_manifest(directory).get(name)
+    if record is None:
+        raise UserError(f"file {directory / MANIFEST} is damaged: it does not list {name}: use another checkpoint")
+    _check_size(directory / name, record)
+    _check_hash(directory / name, record)
+
+
 def _check_hash(path: Path, record: FileRecord) -> None:
-    if _hash(path) != record.sha256:
-        raise UserError(
-            f"file {path} is damaged: its content is not what was written (SHA-256): use another checkpoint"
-        )
-
-
-def _verify_share(directory: Path, rank: int, world_size: int, hashes: bool) -> None:
-    records = read_manifest(directory)
-    for name, record in sorted(records.items()):
-        _check_size(directory / name, record)
-    # the largest first, so that the shares are about equal
-    by_size = sorted(records, key=lambda name: (-records[name].size, name))
-    for name in by_size[rank::world_size] if hashes else ():
-        _check_hash(directory / name, records[name])
+    if digest_file(path).sha256 != record.sha256:
+        raise DamagedFile(path)
 
 
 def _check_size(path: Path, record: FileRecord) -> None:
@@ -147,11 +161,3 @@ def _check_size(path: Path, record: FileRecord) -> None:
     if size != record.size:
         what = "truncated" if size < record.size else "damaged"
         raise UserError(f"file {path} is {what}: it has {size} bytes instead of {record.size}: use another checkpoint")
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -8,8 +8,8 @@ from types import MappingProxyType
 import torch
 
 from moe_llm.checkpoint import hf
+from moe_llm.checkpoint.digests import FileRecord
 from moe_llm.checkpoint.safetensors_io import (
-    FileRecord,
     ShardWriter,
     Spec,
     index_content,

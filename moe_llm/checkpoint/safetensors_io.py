@@ -8,20 +8,21 @@ Format: 8 bytes little-endian length of the header, the header as JSON, the tens
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from moe_llm.checkpoint.digests import REMEDY, CheckedFile, DigestedFile, FileRecord
 from moe_llm.errors import UserError
 
 _DTYPES = {
@@ -39,10 +40,8 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 _WORDS = {dtype: word for word, dtype in _DTYPES.items()}
-_CHUNK = 1 << 24  # bytes written and hashed at a time: the hash finds them in the cache
 _MOST_HEADER = 10**8  # bytes: the library's own limit
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-_REPLACE = "copy it again or use another checkpoint"
 
 
 @dataclass(frozen=True)
@@ -56,14 +55,6 @@ class Spec:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """A written file: its size in bytes and the SHA-256 of its content."""
-
-    size: int
-    sha256: str
 
 
 def parse_size(text: str) -> int:
@@ -112,7 +103,6 @@ class ShardWriter:
     def __init__(self, path: Path, specs: Sequence[Spec]):
         assert sys.byteorder == "little", "safetensors files are little-endian, and bytes are written as they lie"
         self.path, self._specs, self._next = path, list(specs), 0
-        self._hash, self._size = hashlib.sha256(), 0
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for spec in self._specs:
@@ -126,8 +116,8 @@ class ShardWriter:
         assert len(header) == len(self._specs) + 1, f"a name occurs twice in {path.name}"
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # so that the tensors are aligned
-        self._file = open(path, "wb")  # noqa: SIM115 (closed by close and abort)
-        self._put(len(text).to_bytes(8, "little") + text)
+        self._file = DigestedFile(path)
+        self._file.write(len(text).to_bytes(8, "little") + text)
 
     @property
     def complete(self) -> bool:
@@ -140,28 +130,18 @@ class ShardWriter:
         assert (name, tuple(tensor.shape)) == (spec.name, spec.shape), f"{name} came, {spec} is due"
         data = tensor.detach().to(device="cpu", dtype=spec.dtype).contiguous().reshape(-1)
         if data.numel():
-            self._put(memoryview(data.view(torch.uint8).numpy()))
+            self._file.write(memoryview(data.view(torch.uint8).numpy()))
         self._next += 1
 
     def close(self) -> FileRecord:
         """Bring the file to the disk; its size and hash, from what was written."""
         assert self.complete, f"{self.path.name} lacks {len(self._specs) - self._next} tensors"
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return FileRecord(self._size, self._hash.hexdigest())
+        return self._file.close(os.fsync)
 
     def abort(self) -> None:
         """Give the file up, whatever its state: what is buffered need not reach the disk."""
         with contextlib.suppress(OSError):  # that of flushing; the descriptor is closed all the same
             self._file.close()
-
-    def _put(self, data: bytes | memoryview) -> None:
-        for start in range(0, len(data), _CHUNK):
-            chunk = data[start : start + _CHUNK]
-            self._file.write(chunk)
-            self._hash.update(chunk)
-            self._size += len(chunk)
 
 
 @dataclass(frozen=True)
@@ -181,13 +161,22 @@ class TensorFiles:
 
     Headers are read and checked against the files' sizes at once; tensors when asked for.
 
+    Args:
+        records: of files, by path: the blocks of these are compared with their digests as they are read.
+
     Raises:
         UserError: a missing, truncated or damaged file, by name.
     """
 
-    def __init__(self, directory: str | Path, stem: str = "model"):
+    def __init__(
+        self,
+        directory: str | Path,
+        stem: str = "model",
+        records: Mapping[Path, FileRecord] = MappingProxyType({}),
+    ):
         self.directory = Path(directory)
         self._tensors: dict[str, _Stored] = {}
+        self._records, self._opened = records, dict[Path, CheckedFile]()
         weight_map = self._files(stem)
         for file in sorted(set(weight_map.values())):
             for name, stored in _read_header(self.directory / file).items():
@@ -200,7 +189,7 @@ class TensorFiles:
         if lost:
             raise UserError(
                 f"file {self.directory / weight_map[lost[0]]} lacks the tensor {lost[0]} that its index "
-                f"names: {_REPLACE}"
+                f"names: {REMEDY}"
             )
 
     def file_names(self) -> set[str]:
@@ -224,7 +213,7 @@ class TensorFiles:
         if not isinstance(weight_map, dict) or not all(
             isinstance(file, str) and Path(file).name == file for file in weight_map.values()
         ):
-            raise UserError(f"file {index} has no weight_map from tensors to file names: {_REPLACE}")
+            raise UserError(f"file {index} has no weight_map from tensors to file names: {REMEDY}")
         return weight_map
 
     def names(self) -> list[str]:
@@ -266,20 +255,11 @@ class TensorFiles:
         assert 0 <= start <= start + count <= math.prod(stored.shape), f"{name} has no {start}+{count}"
         tensor = torch.empty(count, dtype=stored.dtype)
         if count:
+            if stored.file not in self._opened:
+                self._opened[stored.file] = CheckedFile(stored.file, self._records.get(stored.file))
             view = memoryview(tensor.view(torch.uint8).numpy())
-            _read_into(stored.file, stored.start + start * stored.dtype.itemsize, view)
+            self._opened[stored.file].read_into(stored.start + start * stored.dtype.itemsize, view)
         return tensor
-
-
-def _read_into(path: Path, offset: int, view: memoryview) -> None:
-    try:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            got = file.readinto(view)
-    except OSError as error:
-        raise UserError(f"file {path} cannot be read ({error.strerror}): {_REPLACE}") from error
-    if got != len(view):
-        raise UserError(f"file {path} is truncated at {offset + got} bytes: {_REPLACE}")
 
 
 def _read_header(path: Path) -> dict[str, _Stored]:
@@ -289,13 +269,13 @@ def _read_header(path: Path) -> dict[str, _Stored]:
             length = int.from_bytes(file.read(8), "little")
             text = file.read(min(length, _MOST_HEADER))
     except FileNotFoundError:
-        raise UserError(f"file {path} is missing: {_REPLACE}") from None
+        raise UserError(f"file {path} is missing: {REMEDY}") from None
     except OSError as error:
-        raise UserError(f"file {path} cannot be read ({error.strerror}): {_REPLACE}") from error
+        raise UserError(f"file {path} cannot be read ({error.strerror}): {REMEDY}") from error
     if size < 8 + length:
         raise UserError(
             f"file {path} is truncated or damaged: it has {size} bytes and says that its header has "
-            f"{length}: {_REPLACE}"
+            f"{length}: {REMEDY}"
         )
     header = _parse_header(path, text)
     unknown = sorted({item["dtype"] for item in header.values()} - set(_DTYPES))
@@ -325,7 +305,7 @@ def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
             pass
         header = json.loads(text, object_pairs_hook=without_repetition)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"file {path} is truncated or damaged ({error}): {_REPLACE}") from error
+        raise UserError(f"file {path} is truncated or damaged ({error}): {REMEDY}") from error
     header.pop("__metadata__", None)
     return header
 
@@ -339,11 +319,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"file {path} is missing: {_REPLACE}") from None
+        raise UserError(f"file {path} is missing: {REMEDY}") from None
     except OSError as error:
-        raise UserError(f"file {path} cannot be read ({error.strerror}): {_REPLACE}") from error
+        raise UserError(f"file {path} cannot be read ({error.strerror}): {REMEDY}") from error
     except ValueError as error:
-        raise UserError(f"file {path} is damaged: it is not JSON: {_REPLACE}") from error
+        raise UserError(f"file {path} is damaged: it is not JSON: {REMEDY}") from error
     if not isinstance(content, dict):
-        raise UserError(f"file {path} is damaged: it is no JSON object: {_REPLACE}")
+        raise UserError(f"file {path} is damaged: it is no JSON object: {REMEDY}")
     return content

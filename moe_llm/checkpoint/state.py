@@ -22,7 +22,9 @@ background keeps a copy in host memory of what its rank writes (`plan.HostCopy`)
 import json
 import platform
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
@@ -35,13 +37,14 @@ from moe_llm.checkpoint import folder, hf
 from moe_llm.checkpoint.adapters import adapter_shapes, check_base, has_adapters
 from moe_llm.checkpoint.architectures import architecture_of
 from moe_llm.checkpoint.background import Background
+from moe_llm.checkpoint.digests import FileRecord
 from moe_llm.checkpoint.export import DTYPES, token_ids, write_model_files
 from moe_llm.checkpoint.frozen import read_average, read_trained, write_weight
 from moe_llm.checkpoint.manifest import verify, write_file, write_json, write_manifest
 from moe_llm.checkpoint.plan import MASTER, MODEL, OPTIMIZER, Named, Plan, ShardSet, make_plan, stream
 from moe_llm.checkpoint.ranks import Ranks, together
 from moe_llm.checkpoint.resume import check_same_run, find_resumable
-from moe_llm.checkpoint.safetensors_io import FileRecord, TensorFiles, parse_size, read_json
+from moe_llm.checkpoint.safetensors_io import TensorFiles, parse_size, read_json
 from moe_llm.checkpoint.space import check_room, check_space, naming_failure
 from moe_llm.checkpoint.weights import Weights
 from moe_llm.config import ModelConfig
@@ -59,6 +62,7 @@ __all__ = [
 ]
 
 FORMAT = 1
+_AHEAD = 1 << 30  # bytes that a rank has read and not yet written
 
 
 def save_checkpoint(
@@ -170,15 +174,27 @@ def _prepare(root: Path, tmp: Path, plan: Plan) -> None:
 
 
 def _write_tensors(tmp: Path, plan: Plan, tensors: Iterable[Named]) -> dict[str, FileRecord]:
-    """Every tensor that this rank is the writer of, to its file, as they come."""
+    """Every tensor that this rank is the writer of, to its file, in a thread, while the next ones are read.
+
+    Ranks read together, tensor by tensor, and each writes only its own. So that none of them waits for another one's
+    disk, what is read waits in memory, up to `_AHEAD` bytes.
+    """
     shards = {stem: ShardSet(tmp, files) for stem, files in plan.sets.items()}
-    failure = None
-    for stem, name, tensor in tensors:
-        if failure is None:
-            try:
-                shards[stem].write(name, tensor)
-            except Exception as error:  # noqa: BLE001 (raised below: reading is collective, the others wait for us)
-                failure = error
+    waiting: deque[tuple[Future[None], int]] = deque()
+    failure: Exception | None = None
+
+    def finish(room: int) -> None:
+        nonlocal failure
+        while waiting and sum(nbytes for _, nbytes in waiting) > room:
+            written, _ = waiting.popleft()
+            failure = failure or written.exception()
+
+    with ThreadPoolExecutor(1, thread_name_prefix="checkpoint") as pool:
+        for stem, name, tensor in tensors:  # to the end even after a failure: reading is collective
+            if failure is None:
+                waiting.append((pool.submit(shards[stem].write, name, tensor), tensor.nbytes))
+                finish(_AHEAD)
+        finish(-1)
     if failure is not None:
         for shard in shards.values():
             shard.abort()
