@@ -10,6 +10,7 @@ import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import xxhash
@@ -58,7 +59,7 @@ class Digest:
 def _by_block(offset: int, data: memoryview) -> list[tuple[int, memoryview]]:
     """`data`, which begins at byte `offset` of a file, cut where blocks begin: (byte of the file, part)."""
     cuts = [offset, *range((offset // BLOCK + 1) * BLOCK, offset + len(data), BLOCK), offset + len(data)]
-    return [(start, data[start - offset : end - offset]) for start, end in zip(cuts, cuts[1:]) if start < end]
+    return [(start, data[start - offset : end - offset]) for start, end in pairwise(cuts) if start < end]
 
 
 def digest_file(path: Path) -> FileRecord:

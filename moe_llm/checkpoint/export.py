@@ -8,8 +8,8 @@ import torch
 
 from moe_llm.checkpoint import hf
 from moe_llm.checkpoint.architectures import architecture_of
-from moe_llm.checkpoint.manifest import adopt_file, write_file, write_json
 from moe_llm.checkpoint.digests import FileRecord
+from moe_llm.checkpoint.manifest import adopt_file, write_file, write_json
 from moe_llm.config import ModelConfig
 from moe_llm.data.tokenizer import GENERATION_FILE, base_generation, end_token_ids, save_tokenizer
 

@@ -3,10 +3,10 @@
 import json
 import os
 import re
-from dataclasses import asdict
-from textwrap import wrap
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from moe_llm.checkpoint.digests import DamagedFile, Digest, FileRecord, digest_file

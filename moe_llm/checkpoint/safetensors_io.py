@@ -188,8 +188,7 @@ class TensorFiles:
         lost = [name for name, file in weight_map.items() if name and name not in self._tensors]
         if lost:
             raise UserError(
-                f"file {self.directory / weight_map[lost[0]]} lacks the tensor {lost[0]} that its index "
-                f"names: {REMEDY}"
+                f"file {self.directory / weight_map[lost[0]]} lacks the tensor {lost[0]} that its index names: {REMEDY}"
             )
 
     def file_names(self) -> set[str]:
@@ -274,8 +273,7 @@ def _read_header(path: Path) -> dict[str, _Stored]:
         raise UserError(f"file {path} cannot be read ({error.strerror}): {REMEDY}") from error
     if size < 8 + length:
         raise UserError(
-            f"file {path} is truncated or damaged: it has {size} bytes and says that its header has "
-            f"{length}: {REMEDY}"
+            f"file {path} is truncated or damaged: it has {size} bytes and says that its header has {length}: {REMEDY}"
         )
     header = _parse_header(path, text)
     unknown = sorted({item["dtype"] for item in header.values()} - set(_DTYPES))

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moe_llm.checkpoint.manifest import adopt_file, write_json, write_manifest
 from moe_llm.checkpoint.digests import FileRecord
+from moe_llm.checkpoint.manifest import adopt_file, write_json, write_manifest
 from moe_llm.cli import main
 
 
