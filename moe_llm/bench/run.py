@@ -29,8 +29,8 @@ from moe_llm.distributed.step_loss import StepLoss
 from moe_llm.errors import UserError
 from moe_llm.model.flops import train_flops_per_token
 from moe_llm.ops import native
-from moe_llm.train.loop import seed_noise
-from moe_llm.train.run import build_trained
+from moe_llm.train.build import build_trained
+from moe_llm.train.trainer import seed_noise
 
 _WARM_UP, _PROFILED = 2, 2
 _MEAN_DOCUMENT = 600

@@ -16,7 +16,7 @@ from moe_llm.doctor.observe import Observation, digests, read_data
 from moe_llm.doctor.oracle import average, optimizer, order, schedule
 from moe_llm.doctor.oracle.text import Judged, Text, documents
 from moe_llm.doctor.shrink import replace
-from moe_llm.train import loop
+from moe_llm.train import trainer
 
 _UPDATES = 2e-4  # of what training has changed so far: rounding of torch's fused and plain optimizers
 _MOMENTS = 1e-4
@@ -146,7 +146,7 @@ def judge_schedule(user: Config, config: Config, one: Observation) -> list[Findi
     warmup = min(user.optim.warmup_steps, steps - 1)
     for step in sorted({0, warmup // 2, max(warmup - 1, 0), warmup, *(steps * i // 16 for i in range(16)), steps - 1}):
         expected = schedule.rate(user.optim, step, steps)
-        found = loop.learning_rate(user, step)
+        found = trainer.learning_rate(user, step)
         compared.append((relative_rate(found, expected), 1e-6, f"step {step + 1} of {steps} as configured"))
     return [within("oracle_schedule", "learning rate of each step, from its formula", compared)]
 

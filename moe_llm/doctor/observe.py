@@ -1,13 +1,11 @@
 """One run of the real training loop, with everything written down that comparisons need.
 
-The pieces are those of `moe_llm.train.run`: data, model, engine, loop, checkpoints. Only the engine is wrapped, to read
+The pieces are those of a run: data, model, engine, trainer, checkpoints. Only the engine is wrapped, to read
 gradients before a step and weights after it. Tensors come as numpy arrays, which cross between processes by value.
 """
 
 import hashlib
-import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,22 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_llm.checkpoint.background import Background
 from moe_llm.checkpoint.manifest import verify
-from moe_llm.checkpoint.state import save_checkpoint
-from moe_llm.config import Config, dump_config
-from moe_llm.data.loader import Data, TrainLoader, load_data
+from moe_llm.config import Config
+from moe_llm.data.loader import Data, load_data
 from moe_llm.data.packing import Batch
 from moe_llm.data.tokenizer import build_tokenizer
 from moe_llm.distributed.engine import Engine
 from moe_llm.distributed.runtime import Runtime, start
-from moe_llm.distributed.side_group import SideGroup
 from moe_llm.distributed.state import EMA
-from moe_llm.evaluation.evaluate import validation_loss
-from moe_llm.train import loop
-from moe_llm.train.adversarial import build_perturbation
-from moe_llm.train.run import build_trained
-from moe_llm.train.signals import StopRequest
+from moe_llm.train.build import build_trained
+from moe_llm.train.callbacks import Callback
+from moe_llm.train.callbacks.registry import own_callbacks
+from moe_llm.train.callbacks.step_guard import StepGuardCallback
+from moe_llm.train.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -82,40 +77,9 @@ def observe(config: Config, *, source: str | None = None, keep_batches: bool = F
     seen = Observation(first_step=position.step, start=_state(engine, with_optimizer=position.step > 0))
     watched = Watched(engine, runtime, seen, keep_batches)
 
-    background = Background(SideGroup(runtime), _complain) if config.checkpoint.async_ else None
-
-    def save(at: loop.Position) -> None:
-        if not seen.saved:
-            seen.at_save = _state(engine, with_optimizer=True)
-        path = save_checkpoint(
-            run_dir / "checkpoints",
-            engine,
-            step=at.step,
-            trainer_state=vars(at),
-            model_config=config.model,
-            run_config_text=dump_config(config),
-            tokenizer=tokenizer,
-            dtype=config.checkpoint.dtype,
-            max_shard_size=config.checkpoint.max_shard_size,
-            background=background,
-        )
-        seen.saved.append(str(path))
-
-    callbacks = loop.Callbacks(
-        evaluate=lambda: validation_loss(config, watched, runtime, data),
-        record=seen.records.append,
-        save=save,
-        perturb=build_perturbation(config, engine.model),
-    )
-    loader = TrainLoader(
-        data.train,
-        position=position.samples,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        **runtime.reads,
-    )
-    with loader, background or nullcontext():
-        loop.train_loop(config, watched, runtime, loader, position, StopRequest(), callbacks)
+    callbacks = {"observer": _Observer(seen)} | own_callbacks(config, ("alternating_updates", "adversarial", "ema"))
+    callbacks["step_guard"] = StepGuardCallback()
+    Trainer(config, runtime, watched, data, tokenizer, position, callbacks=callbacks).fit()
     return seen
 
 
@@ -130,6 +94,23 @@ def expected_samples(config: Config) -> tuple[list[list[str]], int]:
 def read_data(config: Config) -> Data:
     """All that a small run reads, without a loader."""
     return load_data(config, build_tokenizer(config, Path(config.run.dir) / "tokenizer"), show_progress=False)
+
+
+class _Observer(Callback):
+    """Writes down records and checkpoints."""
+
+    def __init__(self, seen: Observation):
+        self._seen = seen
+
+    def on_record(self, run: Trainer, record: dict[str, Any]) -> None:
+        self._seen.records.append(record)
+
+    def on_save_begin(self, run: Trainer) -> None:
+        if not self._seen.saved:
+            self._seen.at_save = _state(run.engine, with_optimizer=True)
+
+    def on_save(self, run: Trainer, checkpoint: Path) -> None:
+        self._seen.saved.append(str(checkpoint))
 
 
 class Watched:
@@ -195,10 +176,6 @@ def digests(batch: Batch) -> list[str]:
         hashlib.sha256(b"".join(part[row].numpy().tobytes() for part in parts)).hexdigest()[:16]
         for row in range(len(batch.input_ids_BS))
     ]
-
-
-def _complain(sentence: str) -> None:
-    print(sentence, file=sys.stderr)
 
 
 def _forget_accelerator() -> None:

@@ -6,12 +6,18 @@ Dimensions: L layers, E experts.
 import json
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from moe_llm.config import Config
 from moe_llm.distributed.engine import Engine
 from moe_llm.distributed.runtime import Runtime
+from moe_llm.distributed.step_loss import StepLosses
 from moe_llm.errors import UserError
+from moe_llm.model.moe.routers import router_losses
 from moe_llm.model.moe.routing import RoutingStatistics
 
 
@@ -43,6 +49,70 @@ def expert_gradient_norms(engine: Engine, runtime: Runtime) -> list[list[float |
         return None
     norms_LE = runtime.sum(engine.expert_gradient_squares()).sqrt().tolist()
     return [[norm if trained[0].trains(e) else None for e, norm in enumerate(layer)] for layer in norms_LE]
+
+
+class StepWindow:
+    """Losses, routing and time since the last record."""
+
+    def __init__(self, runtime: Runtime):
+        self.runtime = runtime
+        self.clear()
+
+    def clear(self, **remarks: Any) -> None:
+        """Start over, with what the next record says beside its numbers."""
+        self.remarks = remarks
+        self.steps = 0
+        self.losses: torch.Tensor | None = None
+        self.routing: RoutingStatistics | None = None
+        self.expert_norms: list[list[float | None]] | None = None  # of the newest step that has them
+        self.step_losses: list[torch.Tensor] = []
+        self.tokens: torch.Tensor | None = None  # that are no padding, of all ranks, on the device
+        self.lr = self.grad_norm = math.nan  # of the newest step
+        self.seconds = 0.0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        self.clock = time.perf_counter()
+
+    def add(self, losses: StepLosses) -> None:
+        self.step_losses.append(losses.total.detach())
+        values = torch.cat([torch.stack([losses.lm, losses.aux, losses.z, losses.distill]), losses.own])
+        self.losses = values if self.losses is None else self.losses + values
+
+    def end_step(self, routing: RoutingStatistics, tokens: torch.Tensor) -> None:
+        self.tokens = tokens.double() if self.tokens is None else self.tokens + tokens
+        self.routing = routing.plus(self.routing)
+        now = time.perf_counter()
+        self.seconds += now - self.clock
+        self.clock = now
+        self.steps += 1
+        self.step_losses = []
+
+    def read_tokens(self) -> int:
+        """Tokens of the window's steps without padding; waits for the device."""
+        return 0 if self.tokens is None else round(self.tokens.item())
+
+    def read(self, config: Config) -> dict[str, float]:
+        """Means over the steps of the window, the same on every rank."""
+        assert self.losses is not None
+        summed = self.runtime.sum(self.losses.clone()) / self.runtime.world_size / self.steps
+        lm, aux, z, distill, *values = summed.tolist()
+        own = dict(zip(router_losses(config.model), values, strict=True))
+        tokens = self.read_tokens()
+        share = config.distill.alpha if config.distill.teachers else 0.0
+        learned = (1 - share) * lm + share * distill if share else lm
+        total = learned + config.model.router_aux_loss_coef * aux + config.model.router_z_loss_coef * z
+        total += sum(loss.coefficient * value for loss, value in own.items())
+        return {
+            "loss": total,
+            "lm_loss": lm,
+            "aux_loss": aux,
+            "z_loss": z,
+            **{loss.name: value for loss, value in own.items()},
+            **({"distill_loss": distill} if share else {}),
+            "tokens_per_second": tokens / self.seconds,
+            "fill": tokens / (config.tokens_per_step * self.steps),
+        }
 
 
 class MetricsFile:

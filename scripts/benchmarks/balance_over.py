@@ -17,7 +17,7 @@ from moe_llm.data.packing import PackedBlocks
 from moe_llm.distributed.forward_passes import forward_passes
 from moe_llm.distributed.runtime import start
 from moe_llm.distributed.step_loss import StepLoss
-from moe_llm.train.run import build_trained
+from moe_llm.train.build import build_trained
 
 REPEATS = 7
 

@@ -165,7 +165,7 @@ def measure(arguments: str) -> None:
     from moe_llm.data.packing import Batch, model_inputs
     from moe_llm.distributed.runtime import start
     from moe_llm.distributed.step_loss import StepLoss
-    from moe_llm.train.run import build_trained
+    from moe_llm.train.build import build_trained
 
     given = json.loads(arguments)
     torch.set_num_threads(given["threads"])

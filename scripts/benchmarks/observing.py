@@ -1,7 +1,7 @@
 """What looking costs: time spent on records, alarms and the norms of single experts, as a share of the step.
 
 The two parts are timed where they happen, in training as configured: `expert_gradient_norms` before the optimizer's
-step, and `Reporter.record` (metrics.jsonl, alarms, console, trackers) after it. So one run is enough, and noise between
+step, and `Trainer._record` (metrics.jsonl, alarms, console, trackers) after it. So one run is enough, and noise between
 runs does not matter. Steps without a record count in full in the total.
 
     python scripts/benchmarks/observing.py configs/quickstart.yaml train.max_steps=60 run.dir=runs/observing
@@ -17,7 +17,7 @@ import torch
 
 from moe_llm.cli import run_command
 from moe_llm.config import load_config
-from moe_llm.train import loop, reporter
+from moe_llm.train import trainer
 from moe_llm.train.run import train
 
 WARM_UP = 5
@@ -44,14 +44,14 @@ def main() -> None:
     norms: list[float] = []
     records: list[float] = []
     speeds: list[float] = []
-    record = reporter.Reporter.record
+    record = trainer.Trainer._record
 
-    def noted(self: reporter.Reporter, values: dict[str, Any]) -> None:
-        speeds.append(values["tokens_per_second"])
-        record(self, values)
+    def noted(self: trainer.Trainer, measured: dict[str, Any]) -> None:
+        speeds.append(self.window.read(config)["tokens_per_second"])
+        record(self, measured)
 
-    loop.expert_gradient_norms = timed(loop.expert_gradient_norms, norms)
-    reporter.Reporter.record = timed(noted, records)
+    trainer.expert_gradient_norms = timed(trainer.expert_gradient_norms, norms)
+    trainer.Trainer._record = timed(noted, records)
     train(config)
     if len(speeds) <= WARM_UP:
         print(f"only {len(speeds)} records: give more than {WARM_UP}")

@@ -148,7 +148,7 @@ def measured(config, phases: bool = False) -> "int | dict[str, int]":
     from moe_llm.data.packing import model_inputs
     from moe_llm.distributed.runtime import start
     from moe_llm.distributed.step_loss import StepLoss
-    from moe_llm.train.run import build_trained
+    from moe_llm.train.build import build_trained
 
     runtime = start(config)
     try:

@@ -17,8 +17,8 @@ from moe_llm.data.packing import model_inputs
 from moe_llm.distributed.runtime import start
 from moe_llm.distributed.side_group import SideGroup
 from moe_llm.distributed.step_loss import StepLoss
+from moe_llm.train.build import build_trained
 from moe_llm.train.optim import learning_rate
-from moe_llm.train.run import build_trained
 
 EXCHANGES = 200
 

@@ -11,8 +11,8 @@ from moe_llm.distributed import deepspeed as contract
 from moe_llm.distributed.runtime import start
 from moe_llm.model.init import build_model
 from moe_llm.model.moe.layer import MoELayer
+from moe_llm.train.build import build_trained
 from moe_llm.train.optim import build_optimizer, parameter_groups
-from moe_llm.train.run import build_trained
 
 
 def test_the_engine_still_finds_layers_by_class_and_hands_them_their_group():

@@ -71,7 +71,7 @@ def step_discarded_between_two(cfg) -> tuple[float, list[float], list[float]]:
     from moe_llm.data.packing import model_inputs
     from moe_llm.distributed.runtime import start
     from moe_llm.distributed.step_loss import StepLoss
-    from moe_llm.train.run import build_trained
+    from moe_llm.train.build import build_trained
 
     fresh_accelerate()
     runtime = start(cfg)

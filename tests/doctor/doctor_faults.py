@@ -21,9 +21,9 @@ def half_of_each_expert_left_out_of_the_optimizer(rank):
 
 
 def _left_out(rank, chosen):
-    from moe_llm.train import run
+    from moe_llm.train import build
 
-    real = run.parameter_groups
+    real = build.parameter_groups
 
     def groups(model, decay):
         left_out = {id(p) for name, p in model.named_parameters() if chosen(name)}
@@ -31,7 +31,7 @@ def _left_out(rank, chosen):
             {**group, "params": [p for p in group["params"] if id(p) not in left_out]} for group in real(model, decay)
         ]
 
-    return on_ranks(rank, run, "parameter_groups", groups)
+    return on_ranks(rank, build, "parameter_groups", groups)
 
 
 def other_experts_decay_too(rank):
@@ -64,18 +64,18 @@ def experts_never_stepped(rank):
 
 
 def expert_gradients_scaled_by_the_ranks(rank):
-    from moe_llm.train import run
+    from moe_llm.train import build
 
-    real = run.build_model
+    real = build.build_model
 
-    def build(*arguments, **named):
+    def doubled(*arguments, **named):
         model = real(*arguments, **named)
         for name, parameter in model.named_parameters():
             if ".experts." in name:
                 parameter.register_hook(lambda gradient: gradient * 2)
         return model
 
-    return on_ranks(rank, run, "build_model", build)
+    return on_ranks(rank, build, "build_model", doubled)
 
 
 def loss_scaled_twice(rank):
@@ -136,17 +136,17 @@ def config_that_transformers_refuses(rank):
 
 
 def stale_data_position(rank):
-    from moe_llm.train import run
+    from moe_llm.train import build
 
-    real = run.load_checkpoint
-    return mock.patch.object(run, "load_checkpoint", lambda *a, **k: {**real(*a, **k), "samples": 0})
+    real = build.load_checkpoint
+    return mock.patch.object(build, "load_checkpoint", lambda *a, **k: {**real(*a, **k), "samples": 0})
 
 
 def ranks_read_the_same_blocks(rank):
-    from moe_llm.doctor import observe
+    from moe_llm.train import trainer
 
-    real = observe.TrainLoader
-    return mock.patch.object(observe, "TrainLoader", lambda *a, **k: real(*a, **{**k, "rank": 0}))
+    real = trainer.TrainLoader
+    return mock.patch.object(trainer, "TrainLoader", lambda *a, **k: real(*a, **{**k, "rank": 0}))
 
 
 def recomputation_with_other_noise(rank):
@@ -170,13 +170,13 @@ def documents_see_each_other(rank):
 def a_rank_dies(rank):
     import os
 
-    from moe_llm.train import loop
+    from moe_llm.train import trainer
 
     def die(*arguments):
         print("the end is near", flush=True)
         os._exit(7)
 
-    return mock.patch.object(loop, "learning_rate", die) if rank == 1 else contextlib.nullcontext()
+    return mock.patch.object(trainer, "learning_rate", die) if rank == 1 else contextlib.nullcontext()
 
 
 def noise_without_effect(rank):
@@ -205,12 +205,12 @@ def capacity_beyond_a_sequence(rank):
 
 
 def one_process_raises(rank):
-    from moe_llm.train import loop
+    from moe_llm.train import trainer
 
     def no_step(*arguments):
         raise RuntimeError("no step today")
 
-    return mock.patch.object(loop, "learning_rate", no_step) if rank is None else contextlib.nullcontext()
+    return mock.patch.object(trainer, "learning_rate", no_step) if rank is None else contextlib.nullcontext()
 
 
 # Faults of the package itself: every process has them, so that layouts agree with each other, and only a second opinion
@@ -218,10 +218,10 @@ def one_process_raises(rank):
 
 
 def no_weight_decay(rank):
-    from moe_llm.train import run
+    from moe_llm.train import build
 
-    real = run.parameter_groups
-    return mock.patch.object(run, "parameter_groups", lambda model, decay: real(model, 0.0))
+    real = build.parameter_groups
+    return mock.patch.object(build, "parameter_groups", lambda model, decay: real(model, 0.0))
 
 
 def norms_decay_and_matrices_do_not(rank):
@@ -233,21 +233,21 @@ def norms_decay_too(rank):
 
 
 def _decays_else(chosen):
-    from moe_llm.train import run
+    from moe_llm.train import build
 
-    real = run.parameter_groups
+    real = build.parameter_groups
 
     def groups(model, decay):
         return [{**group, "weight_decay": chosen(group, decay)} for group in real(model, decay)]
 
-    return mock.patch.object(run, "parameter_groups", groups)
+    return mock.patch.object(build, "parameter_groups", groups)
 
 
 def rate_rises_threefold(rank):
-    from moe_llm.train import loop
+    from moe_llm.train import trainer
 
-    real = loop.learning_rate
-    return mock.patch.object(loop, "learning_rate", lambda config, step: 3 * real(config, step))
+    real = trainer.learning_rate
+    return mock.patch.object(trainer, "learning_rate", lambda config, step: 3 * real(config, step))
 
 
 def rate_is_multiplied_on_its_way_to_the_optimizer(rank):
@@ -258,10 +258,10 @@ def rate_is_multiplied_on_its_way_to_the_optimizer(rank):
 
 
 def warm_up_is_a_step_late(rank):
-    from moe_llm.train import loop
+    from moe_llm.train import trainer
 
-    real = loop.learning_rate
-    return mock.patch.object(loop, "learning_rate", lambda config, step: real(config, max(0, step - 1)))
+    real = trainer.learning_rate
+    return mock.patch.object(trainer, "learning_rate", lambda config, step: real(config, max(0, step - 1)))
 
 
 def betas_swapped(rank):
@@ -273,21 +273,21 @@ def eps_is_large(rank):
 
 
 def _optimizer_with(changes):
-    from moe_llm.train import run
+    from moe_llm.train import build
 
-    real = run.build_optimizer
+    real = build.build_optimizer
     return mock.patch.object(
-        run, "build_optimizer", lambda groups, optim: real(groups, optim.model_copy(update=changes(optim)))
+        build, "build_optimizer", lambda groups, optim: real(groups, optim.model_copy(update=changes(optim)))
     )
 
 
 def decay_is_added_to_the_gradient(rank):
-    from moe_llm.train import run
+    from moe_llm.train import build
 
-    def build(groups, config):
+    def adam(groups, config):
         return torch.optim.Adam(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
-    return mock.patch.object(run, "build_optimizer", build)
+    return mock.patch.object(build, "build_optimizer", adam)
 
 
 @contextlib.contextmanager
@@ -454,12 +454,10 @@ def dtype_of_the_checkpoint_is_misnamed(rank):
 
 
 def checkpoint_is_stored_in_another_dtype(rank):
-    from moe_llm.checkpoint import state
+    from moe_llm.train import trainer
 
-    real = state.save_checkpoint
-    from moe_llm.doctor import observe
-
-    return mock.patch.object(observe, "save_checkpoint", lambda *a, **k: real(*a, **{**k, "dtype": "bf16"}))
+    real = trainer.save_checkpoint
+    return mock.patch.object(trainer, "save_checkpoint", lambda *a, **k: real(*a, **{**k, "dtype": "bf16"}))
 
 
 def adapters_are_merged_twice(rank):
@@ -493,14 +491,14 @@ def the_average_lags_a_step(rank):
 
 
 def loss_is_averaged_over_micro_batches(rank):
-    from moe_llm.train import loop
+    from moe_llm.train import trainer
 
-    class PerMicroBatch(loop.StepLoss):
+    class PerMicroBatch(trainer.StepLoss):
         def __call__(self, output):
             self.targets = output.num_targets * self.rounds * self.runtime.world_size
             return super().__call__(output)
 
-    return mock.patch.object(loop, "StepLoss", PerMicroBatch)
+    return mock.patch.object(trainer, "StepLoss", PerMicroBatch)
 
 
 def experts_in_no_group_of_any_layout(rank):
@@ -512,15 +510,15 @@ def norms_in_no_group_of_any_layout(rank):
 
 
 def _everywhere_left_out(chosen):
-    from moe_llm.train import run
+    from moe_llm.train import build
 
-    real = run.parameter_groups
+    real = build.parameter_groups
 
     def groups(model, decay):
         left_out = {id(p) for name, p in model.named_parameters() if chosen(name)}
         return [{**g, "params": [p for p in g["params"] if id(p) not in left_out]} for g in real(model, decay)]
 
-    return mock.patch.object(run, "parameter_groups", groups)
+    return mock.patch.object(build, "parameter_groups", groups)
 
 
 def a_frozen_part_moves(rank):

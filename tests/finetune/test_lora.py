@@ -19,7 +19,7 @@ from moe_llm.distributed.runtime import start
 from moe_llm.errors import UserError
 from moe_llm.model.adapters import factors_of, is_factor
 from moe_llm.model.init import init_weights
-from moe_llm.train.run import build_trained
+from moe_llm.train.build import build_trained
 
 ALL = {"rank": 3, "alpha": 5.0, "targets": ["attention", "experts", "router"]}
 STEPS = 3

@@ -15,7 +15,7 @@ from moe_llm.model.moe.layer import MoELayer
 from moe_llm.model.moe.losses import router_loss_values
 from moe_llm.model.moe.routers import end_step, router_losses
 from moe_llm.model.moe.routing import RoutingStatistics
-from moe_llm.train.run import build_trained
+from moe_llm.train.build import build_trained
 
 B, S, D, E, K = 3, 8, 12, 6, 2
 SIZES = {

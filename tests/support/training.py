@@ -11,11 +11,11 @@ from moe_llm.distributed.forward_passes import forward_passes
 from moe_llm.distributed.runtime import start
 from moe_llm.distributed.step_loss import StepLoss
 from moe_llm.model.moe.routers import begin_step, end_step
-from moe_llm.train.adversarial import build_perturbation
-from moe_llm.train.loop import seed_noise
+from moe_llm.train.build import build_trained
+from moe_llm.train.callbacks.adversarial import find_perturbation
 from moe_llm.train.metrics import expert_gradient_norms
 from moe_llm.train.optim import learning_rate
-from moe_llm.train.run import build_trained
+from moe_llm.train.trainer import seed_noise
 
 MODEL = {
     "vocab_size": 61,
@@ -100,7 +100,12 @@ def train_steps(
 
     engine, position = build_trained(cfg, runtime, Path(source) if source else None)
     assert position.step == first
-    perturb = build_perturbation(cfg, engine.model)
+    adversarial = cfg.train.adversarial
+
+    def perturb(inputs: dict) -> dict:
+        off = adversarial.epsilon is None
+        return {} if off else {"perturbation": find_perturbation(engine.model, inputs, adversarial)}
+
     result: dict[str, Any] = {"losses": [], "aux": [], "norms": [], "gradients": {}, "weights": {}}
     rounds = cfg.accumulation_steps(runtime.world_size)
     for step in range(first, first + steps):

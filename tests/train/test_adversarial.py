@@ -17,7 +17,8 @@ from moe_llm.data.packing import model_inputs
 from moe_llm.errors import UserError
 from moe_llm.evaluation.evaluate import evaluate_files
 from moe_llm.model.init import build_model
-from moe_llm.train.adversarial import check_adversarial, find_perturbation
+from moe_llm.train.callbacks.adversarial import find_perturbation
+from moe_llm.train.callbacks.alternating_updates import AlternatingUpdates
 
 CASES = {
     "fast, l2": {"epsilon": 0.2},
@@ -263,7 +264,7 @@ def test_settings_that_say_nothing_are_refused(overrides, named):
 def test_turns_that_train_nothing_are_refused(overrides, named):
     cfg = load_config(runs.ROOT / "configs/adversarial.yaml", overrides)
     with pytest.raises(UserError, match=named):
-        check_adversarial(cfg)
+        AlternatingUpdates().validate(cfg)
 
 
 @pytest.mark.parametrize(
@@ -282,5 +283,5 @@ def test_the_file_with_its_source_is_mixtrals_but_for_this():
     cfg = load_config(runs.ROOT / "configs/adversarial.yaml")
     mixtral = load_config(runs.ROOT / "configs/routing/mixtral.yaml")
     assert cfg.model == mixtral.model
-    check_adversarial(cfg)
+    AlternatingUpdates().validate(cfg)
     assert "2308.10110" in (runs.ROOT / "configs/adversarial.yaml").read_text()

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from support import runs
 from support.training import config
 
-from moe_llm.train.alarms import Alarms
+from moe_llm.train.callbacks.alarms import Alarms
 
 WINDOW = {"logging": {"console": "plain", "alarms": {"window_steps": 3}}}
 

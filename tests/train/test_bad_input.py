@@ -10,7 +10,7 @@ import pytest
 from support import runs
 
 from moe_llm.cli import main
-from moe_llm.train import reporter
+from moe_llm.train import metrics
 from moe_llm.train import run as run_module
 
 Usage = namedtuple("Usage", "total used free")
@@ -208,9 +208,9 @@ def test_no_room_for_a_checkpoint_is_found_before_training(refused, make_config,
 
 def test_a_disk_that_fills_up_during_the_run_keeps_what_was_saved(make_config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        reporter.MetricsFile,
+        metrics.MetricsFile,
         "write",
-        lambda self, record, write=reporter.MetricsFile.write: write(self, record) if record["step"] < 5 else full(),
+        lambda self, record, write=metrics.MetricsFile.write: write(self, record) if record["step"] < 5 else full(),
     )
 
     def full():

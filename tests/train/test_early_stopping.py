@@ -9,9 +9,9 @@ from support import runs
 
 from moe_llm.cli import main
 from moe_llm.config.load import validate
-from moe_llm.train import run as run_module
-from moe_llm.train.loop import Position
-from moe_llm.train.stopping import EarlyStopping
+from moe_llm.train.callbacks.early_stopping import EarlyStopping, why_ended
+from moe_llm.train.callbacks.registry import build_callbacks
+from moe_llm.train.position import Position
 
 # by step; evaluated at every one, the best is that of step 3
 LOSSES = {1: 5.0, 2: 4.0, 3: 3.0, 4: 3.5, 5: 2.95, 6: math.nan, 7: 3.2, 8: 1.0}
@@ -27,15 +27,14 @@ CHANGES = {
 def scripted(monkeypatch):
     """The validation loss of a step is what LOSSES says."""
     at = {}
-    judge = EarlyStopping.judge
+    judge = EarlyStopping.on_evaluate
 
-    def noted(self, measured, position):
-        if "val_loss" in measured:
-            measured["val_loss"] = LOSSES[position.step]
-        at["step"] = position.step
-        return judge(self, measured, position)
+    def noted(self, run, metrics):
+        metrics["val_loss"] = LOSSES[run.position.step]
+        at["step"] = run.position.step
+        judge(self, run, metrics)
 
-    monkeypatch.setattr(EarlyStopping, "judge", noted)
+    monkeypatch.setattr(EarlyStopping, "on_evaluate", noted)
     return at
 
 
@@ -102,17 +101,17 @@ def test_off_leaves_no_trace(make_config, tmp_path):
 
 def test_going_back_to_a_checkpoint_takes_its_memory_along(make_config, tmp_path, monkeypatch):
     """The evaluations of steps that were lost count no longer."""
-    from moe_llm.train import loop
+    from moe_llm.distributed import step_loss
 
-    share, steps = loop.StepLosses, []
+    share, steps = step_loss.StepLosses, []
 
     def planted(self, output):
         losses = real(self, output)
         steps.append(None)
         return losses if len(steps) != 11 else share(losses.total * math.nan, *losses[1:])  # in step 6, of 2 each
 
-    real = loop.StepLoss.__call__
-    monkeypatch.setattr(loop.StepLoss, "__call__", planted)
+    real = step_loss.StepLoss.__call__
+    monkeypatch.setattr(step_loss.StepLoss, "__call__", planted)
     changes = {
         **CHANGES,
         "train": {**CHANGES["train"], "on_nan": "rollback"},
@@ -139,8 +138,6 @@ def test_what_cannot_work_is_refused(section, values, sentence, tmp_path):
 
 
 def test_the_default_never_ends_a_run():
-    raw = runs.sections("text.txt", "cache", "run")
-    position = Position(step=1)
-    judge = EarlyStopping(validate(raw)).judge
-    assert not any(any(judge({"val_loss": 1.0}, position)) for _ in range(20))
-    assert run_module.EarlyStopping is EarlyStopping
+    config, position = validate(runs.sections("text.txt", "cache", "run")), Position(step=1, waited=1000)
+    assert why_ended(config, position) is None
+    assert "early_stopping" not in build_callbacks(config)

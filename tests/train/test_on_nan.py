@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from moe_llm.checkpoint import manifest
 from moe_llm.cli import main
-from moe_llm.train import loop
-from moe_llm.train.step_guard import SpikeDetector
+from moe_llm.train import trainer
+from moe_llm.train.callbacks.step_guard import SpikeDetector
 
 STEPS, BAD = 8, 6
 
@@ -71,7 +71,7 @@ def train(corpus, tmp_path, monkeypatch):
         )
         batch_number = iter(range(10**6))
 
-        class Spoiled(loop.StepLoss):
+        class Spoiled(trainer.StepLoss):
             def __call__(self, output):
                 losses = super().__call__(output)
                 if next(batch_number) // 2 + first in bad:
@@ -81,7 +81,7 @@ def train(corpus, tmp_path, monkeypatch):
         saved = sorted((tmp_path / name / "checkpoints").glob("step-*"))
         first = json.loads((saved[-1] / "trainer/state.json").read_text())["trainer"]["samples"] // 4 if saved else 0
         with monkeypatch.context() as patched:
-            patched.setattr(loop, "StepLoss", Spoiled)
+            patched.setattr(trainer, "StepLoss", Spoiled)
             return main(["train", str(path), *overrides]), tmp_path / name
 
     return run

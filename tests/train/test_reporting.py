@@ -9,7 +9,7 @@ from support.training import config
 
 from moe_llm.errors import UserError
 from moe_llm.model.moe.routing import RoutingStatistics
-from moe_llm.train.console import Console, duration, summary
+from moe_llm.train.callbacks.console import Console, duration, summary
 from moe_llm.train.metrics import MetricsFile, read_metrics, routing_metrics
 from moe_llm.train.plots import plot_run
 

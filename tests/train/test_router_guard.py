@@ -186,41 +186,30 @@ def test_a_guard_that_could_do_nothing_is_refused(tuned, tmp_path, capsys, words
 
 def guarded(config) -> dict:
     """Train in this rank's process; drifts, and weights as `train_steps` gives them."""
-    from moe_llm.data.loader import TrainLoader, load_data
+    from moe_llm.data.loader import load_data
     from moe_llm.data.tokenizer import load_tokenizer
     from moe_llm.distributed.runtime import start
-    from moe_llm.train.loop import Callbacks, train_loop
-    from moe_llm.train.run import _build_guard, build_trained
-    from moe_llm.train.signals import StopRequest
+    from moe_llm.train.build import build_trained
+    from moe_llm.train.callbacks import Callback
+    from moe_llm.train.callbacks.router_guard import RouterGuardCallback
+    from moe_llm.train.trainer import Trainer
 
     fresh_accelerate()
     runtime = start(config)
+    tokenizer = load_tokenizer(config.model.init_from)
     place = {"rank": runtime.rank, "world_size": runtime.world_size}
-    data = load_data(config, load_tokenizer(config.model.init_from), **place, show_progress=False)
+    data = load_data(config, tokenizer, **place, show_progress=False)
     engine, position = build_trained(config, runtime, None)
     run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    guard = _build_guard(config, engine, runtime, data, run_dir, None)
-    loader = TrainLoader(
-        data.train,
-        position=0,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        **place,
-    )
     records: list[dict] = []
-    train_loop(
-        config,
-        engine,
-        runtime,
-        loader,
-        position,
-        StopRequest(),
-        Callbacks(
-            evaluate=guard.measure, record=records.append, save=lambda at: None, add_gradients=guard.add_gradients
-        ),
-    )
-    loader.close()
+
+    class Records(Callback):
+        def on_record(self, run, record):
+            records.append(record)
+
+    callbacks = {"guard": RouterGuardCallback(), "records": Records()}
+    Trainer(config, runtime, engine, data, tokenizer, position, callbacks=callbacks).fit()
     weights = {
         entry.name: (entry.first_expert, engine.read(entry.name, "weight").clone()) for entry in engine.entries()
     }

@@ -11,8 +11,8 @@ from moe_llm.data.packing import model_inputs
 from moe_llm.distributed.runtime import start
 from moe_llm.distributed.step_loss import StepLoss
 from moe_llm.model.moe.experts import Experts
-from moe_llm.train.run import build_trained, restore
-from moe_llm.train.step_guard import StepGuard
+from moe_llm.train.build import build_trained, restore
+from moe_llm.train.callbacks.step_guard import StepGuard
 
 LAYOUTS = ["1", "z1", "z2", "z3"]  # one process; two ranks that share the experts, by ZeRO stage
 TRAIN = {"max_steps": 100, "micro_batch_size": 2, "global_batch_size": 8, "device": "cpu"}

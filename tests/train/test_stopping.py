@@ -50,12 +50,12 @@ def test_a_signal_saves_and_going_on_equals_uninterrupted(make_config, tmp_path,
 
 SLOW_SAVE = """
 import sys, time
-import moe_llm.train.run as run
-save = run.save_checkpoint
+import moe_llm.train.trainer as trainer
+save = trainer.save_checkpoint
 def slow(*args, **kwargs):
     open(sys.argv[1], "w").close()
     time.sleep(60)
-run.save_checkpoint = slow
+trainer.save_checkpoint = slow
 from moe_llm.cli import main
 sys.exit(main(["train", *sys.argv[2:]]))
 """

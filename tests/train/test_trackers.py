@@ -11,8 +11,7 @@ from support.training import MODEL, config
 
 from moe_llm.cli import main
 from moe_llm.errors import UserError
-from moe_llm.train.console import BLOCKS, Console, load_map
-from moe_llm.train.reporter import _limit
+from moe_llm.train.callbacks.console import BLOCKS, Console, load_map, rate_limit
 from moe_llm.train.trackers import Wandb, check_trackers, distributions, load_image, scalars
 
 MOE = {
@@ -124,7 +123,7 @@ def test_the_bar_shows_the_share_of_the_limit_and_the_map(monkeypatch):
 )
 def test_there_is_no_limit_where_a_tokens_experts_vary(router, limit):
     facts = {"start": {"peak_flops_per_second": 100.0}, "flops_per_token": 5.0}
-    assert _limit(facts, config(1, 1, 1, model={**MODEL, "router": router})) == limit
+    assert rate_limit(facts, config(1, 1, 1, model={**MODEL, "router": router})) == limit
 
 
 def test_facts_of_each_start_are_kept(train):

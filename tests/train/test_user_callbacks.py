@@ -114,7 +114,7 @@ def test_state_survives_a_resume_at_another_layout(make_config, package, tmp_pat
 
 
 def test_going_back_to_a_checkpoint_restores_the_state_of_callbacks(make_config, package, tmp_path, monkeypatch):
-    from moe_llm.train.step_guard import StepGuard
+    from moe_llm.train.callbacks.step_guard import StepGuard
 
     inspect = StepGuard.inspect
 
@@ -131,11 +131,12 @@ def test_going_back_to_a_checkpoint_restores_the_state_of_callbacks(make_config,
     assert saved(tmp_path / "run", 2)["counter"] == {"seen": [0, 1, 2]}
 
 
-def test_without_callbacks_nothing_of_them_is_imported_and_nothing_is_saved(train, monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("moe_llm.train.callbacks")]:
-        monkeypatch.delitem(sys.modules, name)
+def test_of_a_feature_that_is_off_nothing_is_imported_and_nothing_is_saved(train, monkeypatch):
+    optional = ("adversarial", "alternating_updates", "distillation", "early_stopping", "ema", "router_guard")
+    for name in optional:
+        monkeypatch.delitem(sys.modules, f"moe_llm.train.callbacks.{name}", raising=False)
     run_dir = train(train={"max_steps": 1})
-    assert not any(name.startswith("moe_llm.train.callbacks") for name in sys.modules)
+    assert not [name for name in optional if f"moe_llm.train.callbacks.{name}" in sys.modules]
     state = json.loads((run_dir / "checkpoints/latest/trainer/state.json").read_text())
     assert "callbacks" not in state["trainer"]
 

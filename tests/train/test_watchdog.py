@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from moe_llm.train import watchdog
-from moe_llm.train.watchdog import Watchdog
+from moe_llm.train.callbacks import watchdog
+from moe_llm.train.callbacks.watchdog import Watchdog
 
 ROOT = Path(__file__).parents[2]
 ALONE = SimpleNamespace(rank=0, world_size=1, is_main=True)

@@ -1,5 +1,5 @@
-"""Callbacks of users: what they derive from (`base`), and how a configuration names them (`registry`)."""
+"""What acts on a run beside the training step itself: one file for each feature, on the hooks of `base.Callback`."""
 
-from moe_llm.train.callbacks.base import Callback, TrainingRun
+from moe_llm.train.callbacks.base import Callback
 
-__all__ = ["Callback", "TrainingRun"]
+__all__ = ["Callback"]

@@ -1,73 +1,89 @@
-"""What a user's callback derives from, and what it is given."""
+"""What callbacks derive from, the package's own and a user's."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from moe_llm.config import Config
-    from moe_llm.distributed.engine import Engine
-    from moe_llm.distributed.runtime import Runtime
-    from moe_llm.train.position import Position
-
-
-@dataclass(frozen=True)
-class TrainingRun:
-    """A run while it trains.
-
-    config: as resolved. engine: `engine.model` is the `MoEDecoder` with this rank's experts. runtime: `rank`,
-    `world_size`, `is_main` and exchanges between ranks. position: `step` counts the finished steps, `samples` the
-    blocks that they have read, `tokens` the tokens up to the newest record; not to be changed. say: shows a sentence to the user, once. heartbeat: tells the
-    watchdog what comes next; call it in a hook that takes minutes.
-    """
-
-    config: "Config"
-    engine: "Engine"
-    runtime: "Runtime"
-    run_dir: Path
-    position: "Position"
-    say: Callable[[str], None]
-    heartbeat: Callable[[str], None]
+    from moe_llm.data.packing import Batch
+    from moe_llm.train.trainer import Trainer
 
 
 class Callback:
     """Base of callbacks: each hook does nothing until it is overridden.
 
-    Every hook is called on every rank, callbacks in the order in which `train.callbacks` lists them. An exception ends
-    the run; `UserError` and `TrainingFailure` do so with one sentence. Hooks must not draw from torch's global
-    random numbers if a resumed run is to equal an uninterrupted one.
+    `run` is the `Trainer`: its public attributes and methods are what a callback may use.
+
+    Every hook is called on every rank, the package's own callbacks first, then those of `train.callbacks` in the order
+    of that list. An exception ends the run; `UserError` and `TrainingFailure` do so with one sentence. Hooks must not
+    draw from torch's global random numbers if a resumed run is to equal an uninterrupted one.
     """
 
     def validate(self, config: "Config") -> None:
         """Refuse, with a `UserError`, a configuration that this callback cannot work with; before any work."""
 
-    def on_train_begin(self, run: TrainingRun) -> None:
+    def validate_tokenizer(self, config: "Config", tokenizer: "PreTrainedTokenizerFast") -> None:
+        """Refuse, with a `UserError`, a tokenizer that this callback cannot work with; before data is read."""
+
+    def on_setup(self, run: "Trainer") -> None:
+        """Model and data are there, before anything is reported. Long preparations belong here: the watchdog does not
+        run yet."""
+
+    def on_train_begin(self, run: "Trainer") -> None:
         """Before the first step of this process; after a resume, the state is already restored."""
 
-    def on_step_begin(self, run: TrainingRun) -> None:
+    def on_step_begin(self, run: "Trainer") -> None:
         """Before the forward passes of step `run.position.step + 1`."""
 
-    def on_backward_end(self, run: TrainingRun) -> None:
+    def extra_inputs(self, run: "Trainer", batch: "Batch") -> dict[str, Any]:
+        """Arguments of the model's forward pass in addition to a micro-batch."""
+        return {}
+
+    def perturb(self, run: "Trainer", inputs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the forward pass that depend on all others (`inputs`)."""
+        return {}
+
+    def on_backward_end(self, run: "Trainer") -> None:
         """Gradients of the whole step are there, neither clipped nor checked: `run.engine.gradient_square()`.
 
-        Under ZeRO they lie in pieces on the ranks, and parameters have no `grad`.
+        Under ZeRO they lie in pieces on the ranks, and parameters have no `grad`. `run.skip_update = True` discards
+        them.
         """
 
-    def on_step_end(self, run: TrainingRun) -> None:
-        """`run.position.step` is done; its update may have been skipped (`train.on_nan: skip`)."""
+    def on_step_end(self, run: "Trainer") -> None:
+        """`run.position.step` is done; `run.skip_update` says whether its update was skipped."""
 
-    def on_evaluate(self, run: TrainingRun, metrics: dict[str, Any]) -> None:
-        """After an evaluation. `metrics` is the same on every rank; what is added to it goes into the record."""
+    def on_evaluate(self, run: "Trainer", metrics: dict[str, Any]) -> None:
+        """After an evaluation. `metrics` is the same on every rank; what is added to it goes into the record.
 
-    def on_record(self, run: TrainingRun, record: dict[str, Any]) -> None:
+        `run.request_save()`, `run.end(reason)` and `run.fail(reason)` act at the end of the present step.
+        """
+
+    def on_record(self, run: "Trainer", record: dict[str, Any]) -> None:
         """With each record, as metrics.jsonl gets it but for alarms. The same on every rank; not to be changed."""
 
-    def on_save(self, run: TrainingRun, checkpoint: Path) -> None:
+    def on_save_begin(self, run: "Trainer") -> None:
+        """Before a checkpoint is written; a `TrainingFailure` here writes none."""
+
+    def on_save(self, run: "Trainer", checkpoint: Path) -> None:
         """After a checkpoint is written; with `checkpoint.async`, when its writing in the background has begun."""
 
-    def on_train_end(self, run: TrainingRun) -> None:
-        """Once at the end, also after a failure (of `on_train_begin` too): it must not exchange anything between ranks."""
+    def on_rollback(self, run: "Trainer") -> None:
+        """The run is back at the checkpoint of step `run.position.step` (`train.on_nan: rollback`)."""
+
+    def on_train_end(self, run: "Trainer") -> None:
+        """Once at the end, also after a failure (of `on_setup` too): it must not exchange anything between ranks."""
+
+    def on_close(self, run: "Trainer") -> None:
+        """After every callback's `on_train_end`: close files and end threads. `on_setup` may have failed before."""
+
+    def on_message(self, run: "Trainer", sentence: str) -> None:
+        """A sentence for the user."""
+
+    def on_heartbeat(self, run: "Trainer", phase: str) -> None:
+        """The run makes progress, and `phase` comes next. Called many times a step."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: None, bool, int, float, str, lists, and dictionaries with text for keys.

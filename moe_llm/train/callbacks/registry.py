@@ -1,8 +1,8 @@
-"""From `train.callbacks` to callbacks, and their states in checkpoints."""
+"""From a configuration to the callbacks of its run, and their states in checkpoints."""
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -14,13 +14,47 @@ from moe_llm.train.callbacks.base import Callback
 GROUP = "moe_llm.callbacks"
 
 
+_OWN: list[tuple[str, str, Callable[[Config], bool]]] = [
+    ("watchdog", "WatchdogCallback", lambda config: True),
+    ("console", "ConsoleCallback", lambda config: config.logging.console != "off"),
+    ("recorder", "Recorder", lambda config: True),
+    ("alternating_updates", "AlternatingUpdates", lambda config: config.train.adversarial.router_every is not None),
+    ("distillation", "Distillation", lambda config: bool(config.distill.teachers)),
+    ("adversarial", "AdversarialTraining", lambda config: config.train.adversarial.epsilon is not None),
+    ("ema", "WeightAverage", lambda config: config.checkpoint.ema.decay is not None),
+    ("router_guard", "RouterGuardCallback", lambda config: config.finetune.router_guard.action != "off"),
+    ("early_stopping", "EarlyStopping", lambda config: config.train.early_stopping.patience is not None),
+]
+"""The package's own: module and class, in the order in which they are called, and whether a configuration wants them."""
+
+
 def build_callbacks(config: Config) -> dict[str, Callback]:
-    """The callbacks of a run by the labels under which their states are saved, in the order of the configuration.
+    """The callbacks of a run by the labels under which their states are saved, in the order in which they are called.
 
     Raises:
         UserError: a name or path that leads to no `Callback`, arguments that it does not take, or a configuration that
-            it refuses.
+            one of them refuses.
     """
+    callbacks = (
+        own_callbacks(config) | _of_the_user(config) | {"step_guard": _load("step_guard", "StepGuardCallback")()}
+    )
+    for callback in callbacks.values():
+        callback.validate(config)
+    return callbacks
+
+
+def own_callbacks(config: Config, only: Collection[str] | None = None) -> dict[str, Callback]:
+    """Those features of the package that a configuration asks for; of a feature that is off, nothing is imported."""
+    wanted = [(name, kind) for name, kind, asked in _OWN if asked(config) and (only is None or name in only)]
+    return {name: _load(name, kind)() for name, kind in wanted}
+
+
+def _load(name: str, kind: str) -> type[Callback]:
+    found: type[Callback] = getattr(importlib.import_module(f"moe_llm.train.callbacks.{name}"), kind)
+    return found
+
+
+def _of_the_user(config: Config) -> dict[str, Callback]:
     callbacks: dict[str, Callback] = {}
     for index, given in enumerate(config.train.callbacks):
         key = f"train.callbacks.{index}"
@@ -28,8 +62,6 @@ def build_callbacks(config: Config) -> dict[str, Callback]:
         label = str(given.name or given.path)
         count = sum(other.split("#")[0] == label for other in callbacks)
         callbacks[f"{label}#{count + 1}" if count else label] = _construct(kind, given, key)
-    for callback in callbacks.values():
-        callback.validate(config)
     return callbacks
 
 
@@ -76,13 +108,13 @@ def _call(kind: type[Callback]) -> str:
 
 
 def collect_states(callbacks: Mapping[str, Callback]) -> dict[str, dict[str, Any]]:
-    """Every callback's state.
+    """The state of every callback that has one.
 
     Raises:
         UserError: one that JSON would not give back as it is.
     """
     states = {}
-    for label, callback in callbacks.items():
+    for label, callback in _with_state(callbacks).items():
         state = callback.state_dict()
         if not isinstance(state, dict) or not _is_plain(state):
             raise UserError(
@@ -91,6 +123,11 @@ def collect_states(callbacks: Mapping[str, Callback]) -> dict[str, dict[str, Any
             )
         states[label] = state
     return states
+
+
+def _with_state(callbacks: Mapping[str, Callback]) -> dict[str, Callback]:
+    default = Callback.state_dict
+    return {label: callback for label, callback in callbacks.items() if type(callback).state_dict is not default}
 
 
 def _is_plain(value: Any) -> bool:
@@ -105,10 +142,11 @@ def restore_states(
     callbacks: Mapping[str, Callback], states: Mapping[str, dict[str, Any]], say: Callable[[str], None]
 ) -> None:
     """Give callbacks the states of a checkpoint; `say` is told of those that have none there, or are no more."""
-    for label, callback in callbacks.items():
+    known = _with_state(callbacks)
+    for label, callback in known.items():
         if label in states:
             callback.load_state_dict(states[label])
         else:
             say(f"the checkpoint has no state of callback {label}: it starts without one")
-    for label in states.keys() - callbacks.keys():
+    for label in states.keys() - known.keys():
         say(f"the checkpoint has the state of callback {label}, which train.callbacks does not list: it is left out")

@@ -12,14 +12,15 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from moe_llm.distributed.engine import Engine
 from moe_llm.distributed.runtime import Runtime
 from moe_llm.distributed.store import connect
+from moe_llm.train.callbacks.base import Callback
 from moe_llm.train.start_watch import EXIT_HUNG, watchdog_takes_over
+
+if TYPE_CHECKING:
+    from moe_llm.train.trainer import Trainer
 
 # A live process answers within seconds, whatever its training does
 SILENCE_SECONDS = 25.0
@@ -137,15 +138,19 @@ class Watchdog:
             self._over.wait(_BEAT_SECONDS)
 
 
-class HeartbeatEngine:
-    """An engine of which every tensor read, as a save does, is a sign of life."""
+class WatchdogCallback(Callback):
+    """Watches a run from its first step to its last (`train.hang_timeout_seconds`)."""
 
-    def __init__(self, engine: Engine, heartbeat: Callable[[str], None]):
-        self._engine, self._alive = engine, heartbeat
+    _watchdog: Watchdog | None = None
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
+    def on_train_begin(self, run: "Trainer") -> None:
+        self._watchdog = Watchdog(run.runtime, run.config.train.hang_timeout_seconds)
+        self._watchdog.__enter__()
 
-    def read(self, name: str, kind: str) -> Tensor:
-        self._alive(f"saving {name}")
-        return self._engine.read(name, kind)
+    def on_heartbeat(self, run: "Trainer", phase: str) -> None:
+        if self._watchdog is not None:
+            self._watchdog.heartbeat(phase)
+
+    def on_close(self, run: "Trainer") -> None:
+        if self._watchdog is not None:
+            self._watchdog.__exit__()

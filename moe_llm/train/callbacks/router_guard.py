@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,33 +24,67 @@ from moe_llm.data.loader import ValidationBlocks
 from moe_llm.data.packing import Batch, model_inputs
 from moe_llm.distributed.engine import Engine
 from moe_llm.distributed.runtime import Runtime
-from moe_llm.errors import UserError
+from moe_llm.errors import TrainingFailure, UserError
+from moe_llm.finetune.init_from import load_origin
 from moe_llm.model.decoder import MoEDecoder
+from moe_llm.train.build import restore
+from moe_llm.train.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from moe_llm.train.trainer import Trainer
 
 FILE = "router_base.safetensors"
 _NAME = "log_probabilities"
 
 
-def check_guard(config: Config) -> None:
-    """Refuse a guard that could do nothing.
+class RouterGuardCallback(Callback):
+    """Measures at every evaluation how far the routers have moved, and acts on it (`finetune.router_guard`)."""
 
-    Raises:
-        UserError: no base to compare with, or no evaluation at which to stop.
-    """
-    action = config.finetune.router_guard.action
-    if action != "off" and config.model.init_from is None:
-        raise UserError(
-            f"finetune.router_guard.action={action} has no base to compare the routers with: set model.init_from"
-        )
-    if action != "off" and not is_mixtral(config.model):
-        raise UserError(
-            f"finetune.router_guard.action={action} compares routers that take the top k and renormalise, which "
-            f"model.router.type={config.model.router.type} does not: use another type, or turn the guard off"
-        )
-    if action == "stop" and config.evaluate.every_steps is None:
-        raise UserError(
-            "finetune.router_guard.action=stop has no evaluations at which to stop: set evaluate.every_steps"
-        )
+    guard: "RouterGuard"
+
+    def validate(self, config: Config) -> None:
+        """Refuse a guard that could do nothing: no base to compare with, or no evaluation at which to stop."""
+        action = config.finetune.router_guard.action
+        if config.model.init_from is None:
+            raise UserError(
+                f"finetune.router_guard.action={action} has no base to compare the routers with: set model.init_from"
+            )
+        if not is_mixtral(config.model):
+            raise UserError(
+                f"finetune.router_guard.action={action} compares routers that take the top k and renormalise, which "
+                f"model.router.type={config.model.router.type} does not: use another type, or turn the guard off"
+            )
+        if action == "stop" and config.evaluate.every_steps is None:
+            raise UserError(
+                "finetune.router_guard.action=stop has no evaluations at which to stop: set evaluate.every_steps"
+            )
+
+    def on_setup(self, run: "Trainer") -> None:
+        """Compute or read the base's routing; the engine is unchanged afterwards. Collective.
+
+        Raises:
+            TrainingFailure: the run was resumed from a checkpoint whose routers have moved too far.
+        """
+        guard = self.guard = RouterGuard(run.config, run.engine, run.runtime, run.data.validation)
+        if run.source is None:
+            guard.remember(run.run_dir)
+            return
+        if not guard.recall(run.run_dir):
+            load_origin(run.engine, run.config.model)
+            guard.remember(run.run_dir)
+            restore(run.engine, run.source, hashes=False)
+        failure = guard.why_failed(guard.measure())
+        if failure is not None:
+            raise TrainingFailure(f"{failure}: nothing is changed")
+
+    def on_step_begin(self, run: "Trainer") -> None:
+        self.guard.add_gradients()
+
+    def on_evaluate(self, run: "Trainer", metrics: dict[str, Any]) -> None:
+        metrics |= self.guard.measure()
+        failure = self.guard.why_failed(metrics)
+        if failure is not None:
+            run.fail(failure)
 
 
 class RouterGuard:

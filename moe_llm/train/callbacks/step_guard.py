@@ -7,7 +7,8 @@ import math
 import statistics
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,11 @@ from torch import Tensor
 from moe_llm.config import Config
 from moe_llm.distributed.engine import Engine
 from moe_llm.distributed.runtime import Runtime
+from moe_llm.errors import TrainingFailure
+from moe_llm.train.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from moe_llm.train.trainer import Trainer
 
 Response = Literal["stop", "skip", "rollback"]
 
@@ -193,3 +199,61 @@ class SpikeDetector:
         if score <= self.threshold:
             return None
         return f"loss {loss:.4f} is {score:.0f} deviations above the last {len(before)} steps' median {median:.4f}"
+
+
+class StepGuardCallback(Callback):
+    """Takes no step whose loss or gradient is not finite (`train.on_nan`), and saves no weights that are not."""
+
+    _guard: StepGuard
+
+    def on_setup(self, run: "Trainer") -> None:
+        self._guard = StepGuard(run.config, run.engine, run.runtime)
+
+    def on_backward_end(self, run: "Trainer") -> None:
+        guard, step = self._guard, run.position.step + 1
+        trouble = guard.inspect(step, run.position.samples, run.window.step_losses)
+        if trouble is None:
+            if guard.spike is not None:
+                run.say(f"step {step}: {guard.spike}")
+                run.window.remarks["spike"] = True
+            return
+        response, why = guard.respond(trouble)
+        if response == "stop":
+            run.engine.discard()
+            raise TrainingFailure(f"{trouble.sentence} ({why}): {_last_words(trouble, run)}")
+        if response == "rollback" and run.rollback():
+            run.say(
+                f"{trouble.sentence}: back to the weights of step {run.position.step}, on with the data behind its "
+                f"batch ({why})"
+            )
+            run.window.clear(rolled_back_from=step)
+            return
+        run.say(f"{trouble.sentence}: its batch is left out ({why})")
+        run.skip_update = True
+        run.window.remarks |= {"skipped": True, "trouble": trouble.record()}
+
+    def on_save_begin(self, run: "Trainer") -> None:
+        """Refuse a checkpoint that no run can go on from."""
+        if not self._guard.weights_finite():
+            raise TrainingFailure(
+                f"the weights of step {run.position.step} are not finite and are not saved, though its gradient was: "
+                "go on from the newest checkpoint with a lower optim.lr or a larger optim.eps"
+            )
+
+    def on_save(self, run: "Trainer", checkpoint: Path) -> None:
+        self._guard.saved()
+
+
+def _last_words(trouble: NonFiniteStep, run: "Trainer") -> str:
+    """Save what was before the bad step, if it is sound and new, and say how to go on."""
+    if not trouble.weights_finite:
+        return "go on from an older checkpoint (checkpoint.resume=PATH) with a lower optim.lr"
+    position = run.position
+    if position.step != run.saved_step and position.updates > 0:
+        run.save()
+    saved = position.step == run.saved_step > 0
+    kept = f"the weights of step {position.step} are saved" if saved else "nothing is changed"
+    return (
+        f"{kept}; the same command meets the same batch again: add train.on_nan=skip to leave it out, or go on from "
+        "an older checkpoint (checkpoint.resume=PATH) with a lower optim.lr"
+    )

@@ -1,9 +1,13 @@
 """What a person sees while a run trains: a live bar on a terminal, plain lines elsewhere."""
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_llm.config import Config
+from moe_llm.train.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from moe_llm.train.trainer import Trainer
 
 
 def duration(seconds: float) -> str:
@@ -135,3 +139,32 @@ class Console:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+class ConsoleCallback(Callback):
+    """Shows records and sentences on the main rank."""
+
+    _console: Console | None = None
+
+    def on_setup(self, run: "Trainer") -> None:
+        if run.runtime.is_main:
+            self._console = Console(run.config, run.position.step, rate_limit(run.facts, run.config))
+
+    def on_record(self, run: "Trainer", record: dict[str, Any]) -> None:
+        if self._console is not None:
+            tokens_left = (run.config.max_steps - record["step"]) * run.config.tokens_per_step * record["fill"]
+            self._console.update(record, tokens_left / record["tokens_per_second"])
+
+    def on_message(self, run: "Trainer", sentence: str) -> None:
+        if self._console is not None:
+            self._console.say(sentence)
+
+    def on_close(self, run: "Trainer") -> None:
+        if self._console is not None:
+            self._console.close()
+
+
+def rate_limit(facts: dict[str, Any] | None, config: Config) -> float | None:
+    """Tokens a second at the hardware's peak rate; None where that, or how many experts a token has, is not known."""
+    peak = None if facts is None else facts["start"]["peak_flops_per_second"]
+    return None if facts is None or peak is None or not config.model.router.even else peak / facts["flops_per_token"]

@@ -1,44 +1,28 @@
 """Embeddings moved towards a higher loss, for training to withstand (AdvMoE, Zhang et al. 2023, there for images).
 
-Which of routers and the rest a step trains is `AdversarialConfig.turn`, and the engine's.
 Dimensions: B sequences, S positions, D hidden.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from moe_llm.checkpoint.hf import is_router
-from moe_llm.config import Config
 from moe_llm.config.adversarial import AdversarialConfig
-from moe_llm.errors import UserError
-from moe_llm.finetune.selection import trained_names
 from moe_llm.model.decoder import MoEDecoder
+from moe_llm.train.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from moe_llm.train.trainer import Trainer
 
 
-def check_adversarial(config: Config) -> None:
-    """Refuse turns of which one would train nothing.
+class AdversarialTraining(Callback):
+    """Gives each micro-batch the perturbation of its embeddings (`train.adversarial.epsilon`)."""
 
-    Raises:
-        UserError: routers or all else are frozen, or the run is too short.
-    """
-    every = config.train.adversarial.router_every
-    if every is None:
-        return
-    routers = [is_router(name) for name in trained_names(config)]
-    if all(routers) or not any(routers):
-        kind = "nothing but" if all(routers) else "no"
-        raise UserError(
-            f"train.adversarial.router_every={every} takes turns between routers and the rest, and this run trains "
-            f"{kind} routers (finetune.trainable={config.finetune.trainable!r}): train both, or remove it"
-        )
-    if every > config.max_steps:
-        raise UserError(
-            f"train.adversarial.router_every={every} leaves no step of {config.max_steps} to the routers: lower it"
-        )
+    def perturb(self, run: "Trainer", inputs: dict[str, Any]) -> dict[str, Any]:
+        return {"perturbation": find_perturbation(run.engine.model, inputs, run.config.train.adversarial)}
 
 
 def find_perturbation(model: MoEDecoder, inputs: dict[str, Any], settings: AdversarialConfig) -> Tensor:
@@ -64,14 +48,6 @@ def find_perturbation(model: MoEDecoder, inputs: dict[str, Any], settings: Adver
             moved_BSD = delta_BSD.detach() + settings.stride * _steepest(slope_BSD, settings.norm)
             delta_BSD = _onto_ball(moved_BSD, settings.epsilon, settings.norm)
     return delta_BSD
-
-
-def build_perturbation(config: Config, model: MoEDecoder) -> Callable[[dict[str, Any]], dict[str, Tensor]]:
-    """What a micro-batch's forward pass takes beside its inputs, as a function of these."""
-    settings = config.train.adversarial
-    if settings.epsilon is None:
-        return lambda inputs: {}
-    return lambda inputs: {"perturbation": find_perturbation(model, inputs, settings)}
 
 
 def _steepest(slope_BSD: Tensor, norm: Literal["l2", "linf"]) -> Tensor:

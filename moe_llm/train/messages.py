@@ -1,78 +1,19 @@
-"""What a run says and records: at its start, at each record, and at its end."""
+"""First and last words of a run."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from moe_llm.checkpoint import folder
 from moe_llm.checkpoint.architectures import export_note
+from moe_llm.checkpoint.state import read_trainer_state
 from moe_llm.config import Config, ModelConfig
-from moe_llm.data.loader import Data
 from moe_llm.data.shapes import describe_shapes
-from moe_llm.distributed.engine import Engine
-from moe_llm.distributed.runtime import Runtime
 from moe_llm.finetune.selection import describe
 from moe_llm.model.moe.routers import router_losses
-from moe_llm.train.alarms import Alarms
-from moe_llm.train.console import Console
-from moe_llm.train.facts import write_facts
-from moe_llm.train.metrics import MetricsFile, read_metrics
-from moe_llm.train.position import Position
-from moe_llm.train.trackers import build_trackers
+from moe_llm.train.metrics import read_metrics
 
-
-class Reporter:
-    """Where records go: metrics.jsonl, trackers, the console. Silent on ranks other than the main one."""
-
-    def __init__(self, config: Config, run_dir: Path, runtime: Runtime, position: Position, facts: dict[str, Any]):
-        self._config, self._sinks, self._console = config, [], None
-        if runtime.is_main:
-            self._sinks.append(MetricsFile(run_dir / "metrics.jsonl", position.step))
-            self._sinks += build_trackers(config, run_dir, position.step)
-            self._console = Console(config, position.step, _limit(facts, config))
-            if position.step < config.max_steps:  # a start that trains nothing is none to tell of
-                write_facts(run_dir / "facts.json", facts)
-            self._metrics_path = run_dir / "metrics.jsonl"
-            self._replay()
-
-    def _replay(self) -> None:
-        """What has been told is not told again."""
-        self._alarms = Alarms(self._config)
-        self._alarms.replay(read_metrics(self._metrics_path))
-
-    def record(self, record: dict) -> None:
-        if self._console is None:
-            return
-        alarms = self._alarms.look(record)
-        if alarms:
-            record = record | {"alarms": [alarm.record() for alarm in alarms]}
-        for sink in self._sinks:
-            sink.write(record)
-        tokens_left = (self._config.max_steps - record["step"]) * self._config.tokens_per_step * record["fill"]
-        self._console.update(record, tokens_left / record["tokens_per_second"])
-        for alarm in alarms:
-            self._console.say(f"alarm at step {record['step']}: {alarm.sentence}")
-
-    def rewind(self, step: int) -> None:
-        """The run has gone back to a step."""
-        for sink in self._sinks:
-            sink.rewind(step)
-        if self._console is not None:
-            self._replay()
-
-    def say(self, sentence: str) -> None:
-        if self._console is not None:
-            self._console.say(sentence)
-
-    def close(self) -> None:
-        if self._console is not None:
-            self._console.close()
-        for sink in self._sinks:
-            sink.close()
-
-
-def _limit(facts: dict[str, Any], config: Config) -> float | None:
-    """Tokens a second at the hardware's peak rate; None where that, or how many experts a token has, is not known."""
-    peak = facts["start"]["peak_flops_per_second"]
-    return None if peak is None or not config.model.router.even else peak / facts["flops_per_token"]
+if TYPE_CHECKING:
+    from moe_llm.train.trainer import Trainer
 
 
 def _balances(model: ModelConfig) -> bool:
@@ -80,95 +21,94 @@ def _balances(model: ModelConfig) -> bool:
     return bool(model.router_aux_loss_coef or router_losses(model))
 
 
-def announce(
-    reporter: Reporter, config: Config, engine: Engine, data: Data, source: Path | None, position: Position
-) -> None:
+def announce(run: "Trainer") -> None:
     """First words: how large the model is, in which layout, on how much text, and from where."""
-    parallel, world = config.parallel, engine.world_size
+    config, data, position, source = run.config, run.data, run.position, run.source
+    parallel, world = config.parallel, run.runtime.world_size
     layout = f"{world} rank{'s' if world > 1 else ''}"
     if world > 1:
         shared = parallel.sequence_parallel_size
         sequences = f"sequence parallel {shared}, " if shared > 1 else ""
         layout += f" (expert parallel {parallel.expert_parallel_size}, {sequences}ZeRO-{parallel.zero_stage})"
     training = sum(part.tokens for part in data.statistics if part.split == "train")
-    reporter.say(
+    run.say(
         f"{config.model.num_params():,} parameters, {config.model.num_params(active=True):,} active · {layout} · "
         f"{config.train.precision} · {config.tokens_per_step:,} tokens a step · "
         f"{training:,} training tokens"
     )
     for part in data.statistics:
         if part.shapes and part.split == "train":
-            reporter.say(f"{part.name}: {describe_shapes(part.shapes)}")
+            run.say(f"{part.name}: {describe_shapes(part.shapes)}")
         if config.data.packing == "best_fit" and part.split == "train":
-            reporter.say(
+            run.say(
                 f"{part.name}: best_fit cuts {part.cut / max(part.documents, 1):.1%} of the documents and leaves "
                 f"{part.padding:.1%} of the blocks to padding"
             )
         if part.dropped or part.truncated:
-            reporter.say(
+            run.say(
                 f"{part.name} ({part.split}): of {part.documents} examples {part.dropped} are left out and "
                 f"{part.truncated} cut, because a block has {config.data.sequence_length} tokens"
             )
     if not config.finetune.whole:
-        reporter.say(describe(config))
+        run.say(describe(config))
     losses = {"load balance": config.model.router_aux_loss_coef, "z-loss": config.model.router_z_loss_coef}
     losses |= {loss.name: loss.coefficient for loss in router_losses(config.model)}
     acting = ", ".join(f"{coefficient:g} x {name}" for name, coefficient in losses.items() if coefficient)
-    reporter.say(f"losses of the routers (model.router.type={config.model.router.type}): {acting or 'none'}")
+    run.say(f"losses of the routers (model.router.type={config.model.router.type}): {acting or 'none'}")
     if config.model.router_aux_loss_coef and config.model.router_aux_loss_scope == "sequence":
         alpha = config.model.router_aux_loss_coef * config.model.num_experts_per_tok
-        reporter.say(
+        run.say(
             "the load balance of a sequence counts all of a token's experts, num_experts_per_tok when balanced: this "
             f"coefficient is alpha={alpha:g} in DeepSeek-V3's equation 17, whose loss is 1 then"
         )
     noted = export_note(config.model)
     if noted is not None:
-        reporter.say(noted)
+        run.say(noted)
     router, rounds = config.model.router, config.accumulation_steps(world)
     if config.model.balance_over == "micro_batches" and rounds > 1 and _balances(config.model):
-        reporter.say(
+        run.say(
             f"model.balance_over=micro_batches: the routers' losses of a micro-batch go by the choices of the step's "
             f"{rounds} micro-batches so far, so they depend on train.micro_batch_size; step makes them exact"
         )
     if not router.causal:
-        reporter.say(
+        run.say(
             f"model.router.type={router.type} is not causal in training: {router.looks_ahead}; evaluation and "
             f"generation {router.afterwards}"
         )
     unweighed = router.unweighed(config.model)
     if unweighed:
-        reporter.say(
+        run.say(
             f"the language-model loss does not reach the routers' {' and '.join(unweighed)}: where a token takes one "
             f"of several, model.router.type={router.type} gives it the weight 1 whatever its logit, so that only "
             "the routers' own losses move that"
         )
     if config.distill.teachers:
         teachers, distill = ", ".join(teacher.path for teacher in config.distill.teachers), config.distill
-        reporter.say(
+        run.say(
             f"learns from {teachers} by {distill.divergence}, {distill.alpha:g} of the loss, at temperature "
             f"{distill.temperature:g}"
         )
     adversarial = config.train.adversarial
     if adversarial.epsilon is not None:
-        reporter.say(
+        run.say(
             f"trains on embeddings moved by up to {adversarial.epsilon:g} ({adversarial.norm}) towards a higher loss: "
             f"losses of training are of these, and a micro-batch takes {adversarial.steps} more "
             f"pass{'es' if adversarial.steps > 1 else ''}"
         )
     if adversarial.router_every is not None:
-        reporter.say(
+        run.say(
             f"routers are trained alone in one of {adversarial.router_every} steps, and stay as they are in the others"
         )
     if config.model.expert_dropout:
-        reporter.say(
+        run.say(
             f"model.expert_dropout={config.model.expert_dropout:g}: experts are computed one by one, which is slower"
         )
     if source is not None:
-        reporter.say(f"resuming from {source} at step {position.step}")
+        run.say(f"resuming from {source} at step {position.step}")
     if position.step >= config.max_steps:
-        reporter.say(f"nothing is left to train: the run has {position.step} of {config.max_steps} steps")
+        run.say(f"nothing is left to train: the run has {position.step} of {config.max_steps} steps")
     elif config.optim.warmup_steps >= config.max_steps:
-        reporter.say(
+        run.say(
             f"the learning rate does not reach optim.lr={config.optim.lr:g}: its warm-up takes "
             f"{config.optim.warmup_steps} steps of {config.max_steps}"
         )
@@ -183,7 +123,6 @@ def farewell(config: Config, run_dir: Path, checkpoint: Path | None, finished: b
         print(f"stopped and saved: run {again} to go on from {checkpoint}")
         return
     from moe_llm.train.plots import plot_run
-    from moe_llm.train.stopping import describe_best
 
     plots = plot_run(run_dir)
     if checkpoint is None:
@@ -193,7 +132,7 @@ def farewell(config: Config, run_dir: Path, checkpoint: Path | None, finished: b
         values = [f"{r['val_loss']:.4f} at step {r['step']}" for r in (measured[0], measured[-1])]
         told = ", ".join(dict.fromkeys(values))  # once, if it was measured once
         print(f"validation loss {told}: {measured[-1]['val_bits_per_byte']:.4f} bits per byte")
-    best = describe_best(config, run_dir, checkpoint)
+    best = _describe_best(config, run_dir, checkpoint)
     if best is not None:
         print(best)
     print("plots: " + " ".join(str(p) for p in plots))
@@ -212,3 +151,12 @@ def farewell(config: Config, run_dir: Path, checkpoint: Path | None, finished: b
         )  # `announce` has said it
         print("---")
     print(f"checkpoint: {checkpoint}")
+
+
+def _describe_best(config: Config, run_dir: Path, checkpoint: Path) -> str | None:
+    """The best checkpoint of a run that has ended with `checkpoint`; None where none was looked for or found."""
+    state = read_trainer_state(checkpoint)
+    if config.train.early_stopping.patience is None or state.get("best_step") is None:
+        return None
+    path = run_dir / "checkpoints" / folder.step_name(state["best_step"])
+    return f"best checkpoint: {path} (validation loss {state['best_loss']:.4f})"

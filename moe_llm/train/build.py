@@ -1,0 +1,54 @@
+"""The model under its engine, initialised from the seed, from `model.init_from` or from a checkpoint."""
+
+from pathlib import Path
+
+import torch
+
+from moe_llm.checkpoint.state import load_checkpoint, read_trainer_state
+from moe_llm.config import Config
+from moe_llm.distributed.engine import Engine, build_engine, shard_experts
+from moe_llm.distributed.runtime import Runtime
+from moe_llm.finetune.freeze import freeze
+from moe_llm.finetune.init_from import load_origin
+from moe_llm.finetune.lora import add_adapters
+from moe_llm.model.decoder import MoEDecoder
+from moe_llm.model.init import build_blank, build_model
+from moe_llm.train.optim import build_optimizer, groups_by_part, optimizer_kinds, parameter_groups
+from moe_llm.train.position import Position
+
+
+def build_trained(config: Config, runtime: Runtime, source: Path | None) -> tuple[Engine, Position]:
+    """The model under its engine, initialised from the seed or restored from a checkpoint at any layout."""
+    model = _build_model(config, runtime)
+    add_adapters(model, config)
+    freeze(model, config)
+    groups = groups_by_part(model, parameter_groups(model, config.optim.weight_decay), config)
+    engine = build_engine(
+        model, runtime, config, groups, lambda g: build_optimizer(g, config.optim), optimizer_kinds(config.optim)
+    )
+    if config.model.init_from is not None and (source is None or config.finetune.lora.rank is not None):
+        load_origin(engine, config.model)
+    if source is not None:
+        return engine, restore(engine, source, hashes=False)  # `resume_source` has compared them
+    if config.train.adversarial.router_every is not None:
+        engine.make_optimizer_state(0)  # what has to wait for its turn has it in checkpoints before that
+    return engine, Position()
+
+
+def _build_model(config: Config, runtime: Runtime) -> MoEDecoder:
+    """With this rank's experts; where its weights are to come from elsewhere, it has none yet, and no dtype wider than
+    it will need."""
+
+    def keep_own(model: MoEDecoder) -> None:
+        shard_experts(model, config.expert_range(runtime.rank))
+
+    if config.model.init_from is None:
+        return build_model(config.model, config.run.seed, prepare=keep_own)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    return build_blank(config.model, dtype, prepare=keep_own)
+
+
+def restore(engine: Engine, source: Path, *, hashes: bool) -> Position:
+    """Give the engine a checkpoint's weights and optimizer tensors, whatever it has done before. Collective."""
+    engine.make_optimizer_state(Position(**read_trainer_state(source)).updates)
+    return Position(**load_checkpoint(source, engine, hashes=hashes))
