@@ -1,144 +1,66 @@
-"""Which architecture of transformers computes what a trained model does: a table of routers and shared experts.
+"""The table of the families of decoders, and which of them a model is.
 
-What counts is evaluation: noise, capacity and losses are gone then. Read in the sources of transformers 5.23: of those
-that route by softmax or by sigmoid, Mixtral, Qwen2-MoE and GLM-4-MoE have attention like ours without norms of queries
-and keys (grouped queries, rotary embeddings in halves), Qwen3-MoE with norms of each head (`model.qk_norm: head`), OLMoE
-with norms of the whole projection; DeepSeek-V2 and V3 compress queries and keys, ERNIE-4.5 turns neighbouring pairs,
-GraniteMoeShared's files stack all experts of a layer in one tensor, which ranks that hold some of them cannot write.
-What of these families' own checkpoints is read stands in `families.py`. This file needs no torch.
+A line here and a file in `families/` add one. What counts is evaluation: noise, capacity and losses are gone then. Read
+in the sources of transformers 5.23; why others stay out: ERNIE-4.5 and dots3 turn other pairs or parts of a head,
+GraniteMoe scales what it adds, Qwen3-Next and Kimi-Linear have linear attention, and models with images have more than
+text. This file needs no torch.
 """
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from pydantic import ValidationError
+
+from moe_llm.checkpoint.families import (
+    deepseek_v2,
+    deepseek_v3,
+    glm4_moe,
+    gpt_oss,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3_moe,
+)
+from moe_llm.checkpoint.family import BY_PROJECTION, OURS, PLAIN, SAME, TOP_K, TOP_K_OF_SOFTMAX, Family, parts_of
 from moe_llm.config import ModelConfig
+from moe_llm.config.base import fields_by_key
+from moe_llm.errors import UserError
+
+MIXTRAL = mixtral.FAMILY
+TABLE: tuple[Family, ...] = (
+    MIXTRAL,
+    qwen2_moe.FAMILY,
+    qwen3_moe.FAMILY,
+    olmoe.FAMILY,
+    glm4_moe.FAMILY,
+    deepseek_v2.FAMILY,
+    deepseek_v3.FAMILY,
+    gpt_oss.FAMILY,
+)
+FAMILIES = {family.model_type: family for family in TABLE}
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """model_type, architecture: as in config.json. fields: what that says besides. names: changes of Mixtral's
-    published names into those in its files, regular expressions, in this order. native: transformers has it. code:
-    otherwise the weights have modelling code beside them (`remote_code`). unused: parameters of the router that it has
-    no use for and leaves alone."""
-
-    model_type: str
-    architecture: str
-    fields: Callable[[ModelConfig], dict[str, Any]] = lambda model: {}
-    names: tuple[tuple[str, str], ...] = ()
-    native: bool = True
-    code: bool = False
-    unused: tuple[str, ...] = ()
-
-    def stored_name(self, published: str) -> str:
-        """The name in this architecture's files of what Mixtral's call `published`."""
-        for pattern, replacement in self.names:
-            published = re.sub(pattern, replacement, published)
-        return published
-
-
-def _qwen2_moe_fields(model: ModelConfig) -> dict[str, Any]:
-    kind = "sliding_attention" if model.sliding_window else "full_attention"
-    return {
-        "num_experts": model.num_local_experts,
-        "moe_intermediate_size": model.intermediate_size,
-        "shared_expert_intermediate_size": model.shared_width,
-        "norm_topk_prob": _renormalises(model),
-        "qkv_bias": model.attention_bias == "qkv",
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "use_sliding_window": bool(model.sliding_window),
-        "max_window_layers": model.num_hidden_layers,
-        "layer_types": [kind] * model.num_hidden_layers,
-    }
-
-
-def _olmoe_fields(model: ModelConfig) -> dict[str, Any]:
-    return {
-        "num_experts": model.num_local_experts,
-        "norm_topk_prob": _renormalises(model),
-        "attention_bias": model.attention_bias == "all",
-        "clip_qkv": None,
-    }
-
-
-def _qwen3_moe_fields(model: ModelConfig) -> dict[str, Any]:
-    return {
-        "num_experts": model.num_local_experts,
-        "moe_intermediate_size": model.intermediate_size,
-        "norm_topk_prob": _renormalises(model),
-        "attention_bias": model.attention_bias == "all",
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "use_sliding_window": bool(model.sliding_window),
-    }
-
-
-def _glm4_moe_fields(model: ModelConfig) -> dict[str, Any]:
-    router = model.router
-    rope = {"rope_theta": model.rope_theta, "rope_type": "default", "partial_rotary_factor": 1.0}
-    return {
-        "n_routed_experts": model.num_local_experts,
-        "moe_intermediate_size": model.intermediate_size,
-        "n_shared_experts": model.num_shared_experts,
-        "norm_topk_prob": router.norm_topk_prob,
-        "routed_scaling_factor": router.routed_scaling_factor,
-        "n_group": router.n_group,
-        "topk_group": router.topk_group,
-        "first_k_dense_replace": 0,
-        "use_qk_norm": False,
-        "attention_bias": False,
-        "num_nextn_predict_layers": 0,
-        "partial_rotary_factor": 1.0,
-        "rope_parameters": rope,
-    }
-
-
-def _own_fields(model: ModelConfig) -> dict[str, Any]:
+def _with_code(model: ModelConfig) -> dict[str, Any]:
+    plain = mixtral.write(model)
     if not _has_code(model):
-        return {}
+        return plain
     return {
+        **plain,
         "auto_map": {
             "AutoConfig": "configuration_moe_llm.MoELLMConfig",
             "AutoModelForCausalLM": "modeling_moe_llm.MoELLMForCausalLM",
-        }
+        },
     }
 
 
-_BY_PROJECTION = (
-    (r"\.block_sparse_moe\.", ".mlp."),
-    (r"\.experts\.(\d+)\.w1\.", r".experts.\1.gate_proj."),
-    (r"\.experts\.(\d+)\.w3\.", r".experts.\1.up_proj."),
-    (r"\.experts\.(\d+)\.w2\.", r".experts.\1.down_proj."),
+OWN = Family(
+    "moe_llm", "MoELLMForCausalLM", MIXTRAL.defaults, mixtral.read, _with_code, names=BY_PROJECTION, native=False
 )
 
-MIXTRAL = Architecture("mixtral", "MixtralForCausalLM")
-QWEN2_MOE = Architecture(
-    "qwen2_moe",
-    "Qwen2MoeForCausalLM",
-    _qwen2_moe_fields,
-    (*_BY_PROJECTION, (r"\.shared_experts\.", ".shared_expert.")),
-)
-GLM4_MOE = Architecture("glm4_moe", "Glm4MoeForCausalLM", _glm4_moe_fields, _BY_PROJECTION)
-QWEN3_MOE = Architecture("qwen3_moe", "Qwen3MoeForCausalLM", _qwen3_moe_fields, _BY_PROJECTION)
-OLMOE = Architecture("olmoe", "OlmoeForCausalLM", _olmoe_fields, _BY_PROJECTION)
-OWN = Architecture("moe_llm", "MoELLMForCausalLM", _own_fields, _BY_PROJECTION, native=False)
-OF_OURS = tuple(found.model_type for found in (QWEN2_MOE, QWEN3_MOE, OLMOE, GLM4_MOE, OWN))  # beside Mixtral
-
-# The weights of the top k of a softmax: whether they are divided by their sum.
-_TOP_K_OF_SOFTMAX: dict[str, Callable[[ModelConfig], bool]] = {
-    "mixtral": lambda model: True,
-    "dense": lambda model: True,
-    "gshard": lambda model: True,
-    "noisy_top_k": lambda model: True,
-    "switch": lambda model: False,
-    "batch_prioritised": lambda model: False,
-    "deepseek_moe": lambda model: model.router.norm_topk_prob,
-}
-# All that the modelling code knows (`remote_code/modeling_moe_llm.py`).
+# All routers that the modelling code knows (`remote_code/modeling_moe_llm.py`).
 CODED = (
-    *_TOP_K_OF_SOFTMAX,
+    *TOP_K_OF_SOFTMAX,
     "bias_balanced",
     "top_p",
     "hierarchical",
@@ -148,99 +70,45 @@ CODED = (
     "lory",
     "expert_choice",
 )
+_CODED_PARTS = ("routing", "shared", "windows")  # what it knows beside a plain decoder
 _UNUSED = {"noisy_top_k": ("noise_weight",)}
 
 
 def _has_code(model: ModelConfig) -> bool:
-    return model.router.type in CODED and _plain_attention(model)
-
-
-def _plain_attention(model: ModelConfig) -> bool:
-    return model.qk_norm == "none" and model.attention_bias == "none"
-
-
-def _fits_qwen3_moe(model: ModelConfig) -> bool:
+    plain = all(value == PLAIN[part] for part, (value, _) in parts_of(model).items() if part not in _CODED_PARTS)
     return (
-        _renormalises(model) is not None
-        and not model.num_shared_experts
-        and model.qk_norm == "head"
-        and model.attention_bias != "qkv"
+        plain
+        and model.router.type in CODED
+        and len(set(model.windows)) == 1
+        and model.rope_parameters.rope_type == "default"
     )
 
 
-def _fits_olmoe(model: ModelConfig) -> bool:
-    return (
-        _renormalises(model) is not None
-        and not model.num_shared_experts
-        and model.qk_norm == "projection"
-        and model.attention_bias != "qkv"
-        and model.sliding_window is None
-        and model.attention_head_dim * model.num_attention_heads == model.hidden_size
-    )
-
-
-def _fits_qwen2_moe(model: ModelConfig) -> bool:
-    return (
-        _renormalises(model) is not None
-        and model.shared_expert_gate
-        and model.qk_norm == "none"
-        and model.attention_bias != "all"
-    )
-
-
-def _renormalises(model: ModelConfig) -> bool | None:
-    """Whether weights of the top k of a softmax are divided by their sum; None: they are something else."""
-    if getattr(model.router, "routed_scaling_factor", 1.0) != 1.0 or model.router.type not in _TOP_K_OF_SOFTMAX:
-        return None
-    return _TOP_K_OF_SOFTMAX[model.router.type](model)
-
-
-def _fits_glm4_moe(model: ModelConfig) -> bool:
-    router = model.router
-    return (
-        router.type == "bias_balanced"
-        and _plain_attention(model)
-        and router.score == "sigmoid"
-        and model.num_local_experts // router.n_group > 1
-        and bool(model.num_shared_experts)
-        and not model.shared_expert_gate
-        and model.sliding_window is None
-    )
-
-
-_TABLE: tuple[tuple[Architecture, Callable[[ModelConfig], bool]], ...] = (
-    (MIXTRAL, lambda model: is_mixtral(model) and not model.num_shared_experts and _plain_attention(model)),
-    (QWEN2_MOE, _fits_qwen2_moe),
-    (QWEN3_MOE, _fits_qwen3_moe),
-    (OLMOE, _fits_olmoe),
-    (GLM4_MOE, _fits_glm4_moe),
-)
-
-
-def architecture_of(model: ModelConfig) -> Architecture:
-    """That of a model's checkpoints."""
-    for found, fits in _TABLE:
-        if fits(model):
+def architecture_of(model: ModelConfig) -> Family:
+    """That of a model's checkpoints: the one that it names, where that computes it, else the first that does."""
+    named = FAMILIES.get(model.architecture)
+    for family in filter(None, (named, *TABLE)):
+        if not family.cannot(model):
             unused = _UNUSED.get(model.router.type, ())
-            return replace(found, unused=unused) if unused else found
+            return replace(family, unused=unused) if unused else family
     return replace(OWN, code=True) if _has_code(model) else OWN
 
 
 def is_mixtral(model: ModelConfig) -> bool:
     """Whether the routers' evaluation is Mixtral's arithmetic."""
-    return _renormalises(model) is True
+    return parts_of(model)["routing"][0] == PLAIN["routing"]
+
+
+def takes_top_k(model: ModelConfig) -> bool:
+    """Whether each token has, in evaluation, as many experts as `num_experts_per_tok` says, by scores of its own."""
+    return parts_of(model)["routing"][0] in TOP_K
 
 
 def export_note(model: ModelConfig) -> str | None:
-    """What to know about checkpoints before training starts; None where they are Mixtral's as they are."""
-    found = architecture_of(model)
-    told = f"model.router.type={model.router.type}"
-    if model.num_shared_experts:
-        told += f", model.num_shared_experts={model.num_shared_experts}"
-    if model.qk_norm != "none":
-        told += f", model.qk_norm={model.qk_norm}"
-    if model.attention_bias != "none":
-        told += f", model.attention_bias={model.attention_bias}"
+    """What to know about checkpoints before training starts; None where they are of the class that was named."""
+    found, named = architecture_of(model), FAMILIES[model.architecture]
+    parts = parts_of(model)
+    told = ", ".join(said for part, (value, said) in parts.items() if part == "routing" or value != PLAIN[part])
     if found.code:
         return (
             f"transformers has no architecture with {told}: checkpoints have modelling code beside them and load there "
@@ -253,4 +121,98 @@ def export_note(model: ModelConfig) -> str | None:
             f"checkpoints are {found.architecture}'s; their {', '.join(found.unused)}, which only training needs, is "
             "reported as unused when transformers loads them"
         )
-    return None if found == MIXTRAL else f"checkpoints are {found.architecture}'s in transformers"
+    if found == named:
+        return None
+    return f"checkpoints are {found.architecture}'s in transformers, since {named.model_type} has no {', '.join(named.cannot(model))}"
+
+
+def family_named(model_type: Any, origin: str) -> Family:
+    """Raises a UserError that lists the families where it is none of them."""
+    if model_type not in FAMILIES:
+        raise UserError(f"{origin}={model_type!r} is no family that this package has: use one of {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+def from_content(content: Mapping[str, Any], origin: str) -> ModelConfig:
+    """The model that a config.json describes, which may have been written here.
+
+    Raises:
+        UserError: another family, or a key that is not known or not supported.
+    """
+    kind = content.get("model_type")
+    ours = content.get(OURS)
+    if content.get("quantization_config") and ours is None:
+        raise UserError(f"{origin}: quantization_config is set: give a checkpoint in fp32, bf16 or fp16")
+    family = OWN if ours is not None and kind == OWN.model_type else family_named(kind, f"{origin}: model_type")
+    given = content.get("architectures") or [family.architecture]
+    if given != [family.architecture]:
+        raise UserError(f"{origin}: architectures={given} is another model: give a {family.architecture}")
+    if ours is None and content.get("is_encoder_decoder"):
+        raise UserError(f"{origin}: is_encoder_decoder=True is not supported: this is a decoder")
+    fields = family.fields_of(content, origin, MIXTRAL.defaults if ours is not None else ())
+    if ours is not None:
+        told = (
+            *SAME,
+            "intermediate_size",
+            "num_local_experts",
+            "rope_theta",
+            "rope_parameters",
+            *(("sliding_window", "router_jitter_noise") if family in (MIXTRAL, OWN) else ()),
+        )
+        fields = {
+            "architecture": MIXTRAL.model_type if family is OWN else kind,
+            **ours,
+            **{key: fields[key] for key in told if key in fields},
+        }
+    model = _validated(content, fields, origin)
+    if ours is None and (missing := family.cannot(model)):
+        raise UserError(f"{origin}: {missing[0]} is not what a {family.architecture} computes: correct the file")
+    return model
+
+
+def _validated(content: Mapping[str, Any], fields: dict[str, Any], origin: str) -> ModelConfig:
+    try:
+        return ModelConfig.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join([*map(str, first["loc"]), *filter(None, [first.get("ctx", {}).get("field")])])
+        value = first.get("ctx", {}).get("value", content.get(field, first["input"]))
+        raise UserError(f"{origin}: {field}={value!r} is not valid: {first['msg']}") from error
+
+
+def complete_section(model: dict[str, Any]) -> dict[str, Any]:
+    """The model's section of a run that names a family, `model.architecture`: what it leaves open as the family's
+    configuration in transformers has it, and the family's keys in this package's words.
+
+    Raises:
+        UserError: no such family, or what it does not support.
+    """
+    kind = model.get("architecture")
+    if kind is None or kind == MIXTRAL.model_type:
+        return model
+    family, own_keys = family_named(kind, "model.architecture"), set(fields_by_key(ModelConfig))
+    known = {*family.defaults, *family.only, *family.renamed}
+    theirs = {key: value for key, value in model.items() if key in known}
+    ours = {key: value for key, value in model.items() if key in own_keys}
+    others = {key: value for key, value in model.items() if key not in known and key not in own_keys}
+    if "moe_intermediate_size" in family.defaults and "intermediate_size" in model:
+        if "moe_intermediate_size" in model:
+            del ours["intermediate_size"]  # of layers without experts, as in config.json
+        else:
+            theirs["moe_intermediate_size"] = theirs.pop("intermediate_size")
+    if not isinstance(ours.get("attention_bias"), str):
+        ours.pop("attention_bias", None)
+    else:
+        theirs.pop("attention_bias", None)
+    for key in ("num_shared_experts",):
+        if key in ours and "shared_expert_intermediate_size" in family.defaults:
+            width = theirs.get("moe_intermediate_size", family.defaults["moe_intermediate_size"])
+            theirs.setdefault("shared_expert_intermediate_size", ours[key] * width)
+    rope = {key: others.pop(key) for key in ("rope_scaling", "partial_rotary_factor") if key in others}
+    rope |= {key: ours.pop(key) for key in ("rope_theta", "rope_parameters") if ours.get(key) is not None}
+    fields = family.fields_of({**theirs, **rope}, "model")
+    del fields["vocab_size"]
+    return {**fields, **others, **{key: value for key, value in ours.items() if value is not None or key in _NULLABLE}}
+
+
+_NULLABLE = ("sliding_window", "vocab_size")  # of which null says something

@@ -1,6 +1,7 @@
 """Which rank writes which tensor to which file: known to all ranks before anything is written."""
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -8,7 +9,10 @@ from types import MappingProxyType
 import torch
 
 from moe_llm.checkpoint import hf
+from moe_llm.checkpoint.architectures import MIXTRAL
 from moe_llm.checkpoint.digests import FileRecord
+from moe_llm.checkpoint.family import Family
+from moe_llm.checkpoint.layout import in_one, stored_shapes, to_stacked
 from moe_llm.checkpoint.safetensors_io import (
     ShardWriter,
     Spec,
@@ -127,22 +131,30 @@ def exported_dtype(entry: ParameterShard, piece: hf.Piece, dtype: torch.dtype) -
     return dtype if kept is None or entry.adapted is not None else kept.dtype
 
 
-def make_plan(
-    state: TrainedState, dtype: torch.dtype, max_bytes: int, average: bool, stored_name: Callable[[str], str] = str
-) -> Plan:
+def make_plan(state: TrainedState, dtype: torch.dtype, max_bytes: int, average: bool, family: Family = MIXTRAL) -> Plan:
     """The plan of a save with weights exported in `dtype`, and with their average or without. Collective.
 
-    stored_name: gives the weights' names in their files from the published ones.
+    family: whose names and layout the weights have in their files.
     """
+    held = [(entry.name, entry.experts.stop) for entry in state.entries() if entry.experts is not None]
+    counts: dict[str, int] = {}
+    for name, stop in (pair for pairs in (state.gather(held) if family.stacked else ()) for pair in pairs):
+        counts[name] = max(stop, counts.get(name, 0))
     model, optimizer, frozen = [], [], []
     for entry in filter(lambda entry: entry.writer, state.entries()):
         pieces = pieces_of(entry)
-        model += [
-            Spec(stored_name(piece.name), piece.shape, exported_dtype(entry, piece, dtype))
-            for piece in pieces
-            if not entry.adapter
-        ]
-        frozen += [stored_name(piece.name) for piece in pieces if not is_trained(entry, piece)]
+        if in_one(family, entry.name) and not entry.adapter:
+            [(name, shape)] = stored_shapes(family, entry.name, (counts[entry.name], *entry.shape[1:]))
+            wide = [exported_dtype(entry, piece, dtype) for piece in pieces]
+            model += [Spec(name, shape, functools.reduce(torch.promote_types, wide))] if entry.first_expert == 0 else []
+            frozen += [name] if not entry.trainable else []
+        else:
+            model += [
+                Spec(family.stored_name(piece.name), piece.shape, exported_dtype(entry, piece, dtype))
+                for piece in pieces
+                if not entry.adapter
+            ]
+            frozen += [family.stored_name(piece.name) for piece in pieces if not is_trained(entry, piece)]
         optimizer += [
             Spec(f"{kind}.{piece.name}", piece.shape, torch.float32)
             for kind in kinds_of(entry, state.kinds, dtype, average)
@@ -173,9 +185,7 @@ def _averages(model: FileSet, frozen: Container[str]) -> FileSet:
     )
 
 
-def stream(
-    state: TrainedState, dtype: torch.dtype, average: bool = False, stored_name: Callable[[str], str] = str
-) -> Iterator[Named]:
+def stream(state: TrainedState, dtype: torch.dtype, average: bool = False, family: Family = MIXTRAL) -> Iterator[Named]:
     """Read everything from the engine in the plan's order, one tensor at a time: (stem, name, tensor).
 
     Collective: every rank runs it to its end, and gets only what it is the writer of.
@@ -183,23 +193,51 @@ def stream(
     for entry in state.entries():
         pieces = pieces_of(entry) if entry.writer else []
         weight, change = state.read(entry.name, "weight"), _low_rank(entry, state)
-        for piece in pieces if not entry.adapter else ():
+        stacked = in_one(family, entry.name) and not entry.adapter
+        if stacked:
+            yield from _in_one(state, entry, family, MODEL, _exported(entry, weight, change))
+        for piece in pieces if not entry.adapter and not stacked else ():
             kept = entry.kept.get(piece.name)
             whole = kept is None or kept.original is None
             own = weight[piece.index] if whole else kept.original
-            yield MODEL, stored_name(piece.name), own if change is None else own.float() + change[piece.index]
+            yield MODEL, family.stored_name(piece.name), own if change is None else own.float() + change[piece.index]
         pieces = [piece for piece in pieces if is_trained(entry, piece)]
         tensors = {MASTER: weight}
         if average and entry.trainable:
             tensors[EMA] = state.read(entry.name, EMA)
-            for piece in pieces:
-                yield AVERAGE, stored_name(piece.name), tensors[EMA][piece.index]
+            if stacked:
+                yield from _in_one(state, entry, family, AVERAGE, tensors[EMA])
+            for piece in pieces if not stacked else ():
+                yield AVERAGE, family.stored_name(piece.name), tensors[EMA][piece.index]
         for kind in kinds_of(entry, state.kinds, dtype, average):
             tensor = tensors[kind] if kind in tensors else state.read(entry.name, kind)
             for piece in pieces:
                 yield OPTIMIZER, f"{kind}.{piece.name}", tensor[piece.index]
             del tensor
         del weight, change, tensors
+
+
+def _exported(entry: ParameterShard, weight: torch.Tensor, change: torch.Tensor | None) -> torch.Tensor:
+    """A parameter as it goes out: what is kept in its original values, and what adapters add."""
+    if any(kept.original is not None for kept in entry.kept.values()):
+        weight = weight.clone()
+        for piece in pieces_of(entry):
+            kept = entry.kept.get(piece.name)
+            if kept is not None and kept.original is not None:
+                weight[piece.index] = kept.original
+    return weight if change is None else weight + change
+
+
+def _in_one(
+    state: TrainedState, entry: ParameterShard, family: Family, stem: str, held: torch.Tensor
+) -> Iterator[Named]:
+    """The one tensor of a layer's experts, on the rank that writes it: the first one's. Collective; each rank has all of
+    the layer's experts in memory meanwhile."""
+    shares = state.gather((entry.first_expert, held) if entry.writer else None)
+    if entry.writer and entry.first_expert == 0:
+        parts = [part for _, part in sorted(filter(None, shares), key=lambda share: share[0])]
+        [(name, _)] = stored_shapes(family, entry.name, (1, *entry.shape[1:]))
+        yield stem, name, to_stacked(entry.name, torch.cat(parts))
 
 
 def _low_rank(entry: ParameterShard, state: TrainedState) -> torch.Tensor | None:

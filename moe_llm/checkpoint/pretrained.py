@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from moe_llm.checkpoint import hf
+from moe_llm.checkpoint import hf, layout
 from moe_llm.checkpoint.architectures import architecture_of
 from moe_llm.checkpoint.export import DTYPES, token_ids, write_model_files
 from moe_llm.checkpoint.manifest import write_json
@@ -145,22 +145,20 @@ def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 def _write_weights(model: nn.Module, directory: Path, dtype: torch.dtype, max_bytes: int) -> None:
     """Under temporary names first: the directory may hold the very weights that are being replaced."""
-    stored_name = architecture_of(model.config).stored_name
-    parts = {
-        stored_name(piece.name): (piece, parameter)
-        for name, parameter in [*model.named_parameters(), *model.named_buffers()]
-        for piece in hf.pieces(name, tuple(parameter.shape))
-    }
-    buffers = {hf.published_name(name) for name, _ in model.named_buffers()}
+    family = architecture_of(model.config)
+    buffers = {name for name, _ in model.named_buffers()}
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     specs = [
-        Spec(name, piece.shape, torch.float32 if piece.name in buffers else dtype) for name, (piece, _) in parts.items()
+        Spec(stored, shape, torch.float32 if name in buffers else dtype)
+        for name, tensor in tensors.items()
+        for stored, shape in layout.stored_shapes(family, name, tuple(tensor.shape))
     ]
+    contents = (part for name, tensor in tensors.items() for part in layout.stored_tensors(family, name, tensor))
     files = file_set(MODEL, [specs], 0, max_bytes)
     for file, shard in files.mine.items():
         writer = ShardWriter(directory / f".tmp-{file}", shard)
         for spec in shard:
-            piece, parameter = parts[spec.name]
-            writer.write(spec.name, parameter[piece.index])
+            writer.write(spec.name, next(contents))
         writer.close()
     kept = set(files.mine)
     for file in files.mine:

@@ -40,6 +40,7 @@ from moe_llm.checkpoint.background import Background
 from moe_llm.checkpoint.digests import FileRecord
 from moe_llm.checkpoint.export import DTYPES, token_ids, write_model_files
 from moe_llm.checkpoint.frozen import read_average, read_trained, write_weight
+from moe_llm.checkpoint.layout import stored_shapes
 from moe_llm.checkpoint.manifest import verify, write_file, write_json, write_manifest
 from moe_llm.checkpoint.plan import MASTER, MODEL, OPTIMIZER, Named, Plan, ShardSet, make_plan, stream
 from moe_llm.checkpoint.ranks import Ranks, together
@@ -109,8 +110,8 @@ def save_checkpoint(
         together(state, background.wait)
     root = Path(root)
     tmp, final = folder.tmp_path(root, step), root / folder.step_name(step)
-    average, stored_name = state.averaged > 0, architecture_of(model_config).stored_name
-    plan = make_plan(state, DTYPES[dtype], parse_size(max_shard_size), average, stored_name)
+    average, family = state.averaged > 0, architecture_of(model_config)
+    plan = make_plan(state, DTYPES[dtype], parse_size(max_shard_size), average, family)
     _assert_whole(plan, model_config)
 
     def prepare() -> dict[str, Any]:
@@ -141,7 +142,7 @@ def save_checkpoint(
             together(ranks, with_sentence(lambda: complete(records)), only=0)
 
     with_sentence = partial(naming_failure, root, final, plan)
-    tensors = stream(state, DTYPES[dtype], average, stored_name)
+    tensors = stream(state, DTYPES[dtype], average, family)
     with _removed_on_failure(tmp, state):
         head = together(state, with_sentence(prepare), only=0)
         if background is not None:
@@ -250,9 +251,9 @@ def _installed(package: str) -> Distribution | None:
 def _assert_whole(plan: Plan, model: ModelConfig) -> None:
     """No expert and no layer is left out, whoever the writers are."""
     expected = {
-        architecture_of(model).stored_name(piece.name): piece.shape
+        stored: stored_shape
         for name, shape in (hf.parameter_shapes(model) | hf.buffer_shapes(model)).items()
-        for piece in hf.pieces(name, shape)
+        for stored, stored_shape in stored_shapes(architecture_of(model), name, shape)
     }
     planned = {spec.name: spec.shape for spec in plan.model.specs}
     wrong = {name for name, _ in expected.items() ^ planned.items()}

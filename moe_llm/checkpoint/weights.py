@@ -1,13 +1,14 @@
 """The tensors of a directory under the model's names: in whatever style stored, checked, in parts."""
 
 import functools
+import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import EllipsisType
 
 import torch
 
-from moe_llm.checkpoint import hf
+from moe_llm.checkpoint import hf, layout
 from moe_llm.checkpoint.safetensors_io import TensorFiles
 from moe_llm.errors import UserError
 
@@ -33,6 +34,10 @@ class Weights:
                     "weight: remove one"
                 )
             self._stored[name] = stored
+        # GPT-OSS's layout; no other family has biases of all experts in one tensor
+        self.interleaved = any(name.endswith(".experts.gate_up_proj_bias") for name in self._stored)
+        beyond = self._next_token_layers()
+        self._stored = {name: stored for name, stored in self._stored.items() if _layer(name) not in beyond}
 
     def check(
         self, shapes: Mapping[str, tuple[int, ...]], optional: Iterable[str] = (), experts: Container[int] | None = None
@@ -48,7 +53,8 @@ class Weights:
         expected: dict[str, tuple[int, ...]] = {}
         for name, shape in shapes.items():
             if self._stacked(name) is not None:
-                expected[hf.published_name(name)] = tuple(shape)
+                whole = layout.stacked_shape(name, tuple(shape)) if self.interleaved else tuple(shape)
+                expected[hf.published_name(name)] = whole
             else:
                 expected |= {
                     piece.name: piece.shape
@@ -115,7 +121,8 @@ class Weights:
             return
         first = first_expert or 0
         for e in range(shape[0]):
-            yield (e,), self._finite(stacked, slice(first + e, first + e + 1))[0]
+            one = self._finite(stacked, slice(first + e, first + e + 1))
+            yield (e,), (layout.from_stacked(name, one) if self.interleaved else one)[0]
 
     def _finite(self, stored: str, rows: slice | None = None) -> torch.Tensor:
         """A tensor, or rows of it.
@@ -147,9 +154,19 @@ class Weights:
             return whole
         return torch.cat([part for _, part in self.parts(name, (1, *shape), expert)])
 
+    def _next_token_layers(self) -> set[str]:
+        """Layers beyond the decoder's that guess further tokens (DeepSeek-V3, GLM-4-MoE): transformers leaves them out."""
+        return {_layer(name) for name in self._stored if name.endswith((".eh_proj.weight", ".enorm.weight"))}
+
     def _stacked(self, name: str) -> str | None:
         """Name in the files of an expert parameter that is stored stacked."""
         return self._stored.get(hf.published_name(name)) if hf.is_expert(name) else None
+
+
+def _layer(name: str) -> str:
+    """`model.layers.3.` of the names of its tensors, empty of others."""
+    found = re.match(r"model\.layers\.\d+\.", name)
+    return "" if found is None else found[0]
 
 
 def check_finite(tensor: torch.Tensor, name: str, file: Path) -> None:

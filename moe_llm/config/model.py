@@ -1,11 +1,12 @@
 """The model's section of a run: field names are those of transformers' MixtralConfig where it has them."""
 
-import math
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from moe_llm.config import shapes
 from moe_llm.config.base import Section, invalid
+from moe_llm.config.rope import RopeParameters, with_one_spelling
 from moe_llm.config.routers import DEFAULT_TYPE, ROUTER_SETTINGS, AnyRouterSettings, MixtralSettings
 
 
@@ -15,13 +16,32 @@ class ModelConfig(Section):
     init_from: str | None = Field(
         None,
         min_length=1,
-        description="directory of a Mixtral, Qwen2-MoE, Qwen3-MoE or OLMoE checkpoint whose weights to begin with; keys of this section that are not "
-        "given, and the tokenizer unless `tokenizer.path` is, come from there too; null: random weights",
+        description="directory of a checkpoint whose weights to begin with, of any family in docs/guides/families.md; keys of "
+        "this section that are not given, and the tokenizer unless `tokenizer.path` is, come from there too; null: random "
+        "weights",
+    )
+    architecture: str = Field(
+        "mixtral",
+        description="family of the decoder, by transformers' model_type: keys of this section that are not given, or given "
+        "by the names in that family's config.json, mean what they mean there; checkpoints are of its class",
     )
     vocab_size: int | None = Field(None, ge=1, description="null: taken from the tokenizer")
     hidden_size: int = Field(4096, ge=1, description="width of the residual stream")
     intermediate_size: int = Field(14336, ge=1, description="width of one expert")
-    num_hidden_layers: int = Field(32, ge=1, description="decoder blocks, each with its own experts")
+    num_hidden_layers: int = Field(32, ge=1, description="decoder blocks, each with its own experts or a dense layer")
+    moe_layer_frequency: int = Field(
+        1,
+        ge=1,
+        description="experts are in every n-th block, the n-th first, and a dense feed-forward layer in the others; 2 in "
+        "GShard and GLaM (Lepikhin et al. 2020; Du et al. 2021); transformers' decoder_sparse_step",
+    )
+    first_k_dense_replace: int = Field(
+        0, ge=0, description="the first so many blocks have a dense layer (DeepSeek, GLM)"
+    )
+    mlp_only_layers: tuple[int, ...] = Field((), description="blocks, from 0, that have a dense layer (Qwen)")
+    dense_intermediate_size: int | None = Field(
+        None, ge=1, description="width of dense layers; null: intermediate_size * num_experts_per_tok"
+    )
     num_attention_heads: int = Field(32, ge=1, description="query heads")
     num_key_value_heads: int | None = Field(
         None, ge=1, description="key and value heads, each for a group of query heads; null: as many"
@@ -73,6 +93,36 @@ class ModelConfig(Section):
         description="share of an expert's hidden activations set to zero while training (Fedus et al. 2021, section "
         "2.4); experts are then computed one by one under autograd, which is slower",
     )
+    expert_bias: bool = Field(False, description="biases of experts' projections, as in GPT-OSS")
+    swiglu_limit: float | None = Field(
+        None,
+        gt=0,
+        description="experts' activations are gate * sigmoid(swiglu_alpha * gate) * (up + 1) with gate at most this, and up "
+        "within plus and minus this, as in GPT-OSS; null: silu(gate) * up",
+    )
+    swiglu_alpha: float = Field(1.702, gt=0, description="see swiglu_limit")
+    attention_sinks: bool = Field(
+        False, description="each head has a trained score of attending to nothing, as in GPT-OSS (Xiao et al. 2023)"
+    )
+    kv_lora_rank: int | None = Field(
+        None,
+        ge=1,
+        description="multi-head latent attention (DeepSeek-V2 2024, section 2.1): keys and values are made of a vector of "
+        "so many elements a token; null: grouped-query attention",
+    )
+    q_lora_rank: int | None = Field(
+        None,
+        ge=1,
+        description="so with queries, where kv_lora_rank is set; null: queries are a linear map of the token",
+    )
+    qk_nope_head_dim: int = Field(
+        128, ge=1, description="elements of a latent head's query and key that are not turned"
+    )
+    qk_rope_head_dim: int = Field(64, ge=2, description="those that are; the key's are shared by all heads")
+    v_head_dim: int = Field(128, ge=1, description="width of a latent head's value")
+    rope_interleave: bool = Field(
+        True, description="latent heads turn neighbouring elements as pairs; false: the two halves, as others do"
+    )
     qk_norm: Literal["none", "head", "projection"] = Field(
         "none",
         description="RMSNorm of queries and keys before they are turned. head: of each head (Qwen3-MoE); projection: of "
@@ -84,8 +134,16 @@ class ModelConfig(Section):
         "output too",
     )
     rope_theta: float = Field(1e6, gt=0, description="base of the rotary embeddings' wavelengths")
+    rope_parameters: RopeParameters = Field(
+        RopeParameters(),
+        description="scaling of the rotary embeddings and the share of a head that they turn; rope_scaling and "
+        "partial_rotary_factor, as older config.json files say it, are read too",
+    )
     sliding_window: int | None = Field(
         None, ge=1, description="tokens that a token attends to, itself included; null: all before it"
+    )
+    layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] | None = Field(
+        None, description="of each block, whether sliding_window narrows it; null: all are"
     )
     max_position_embeddings: int = Field(32768, ge=1, description="longest sequence the model is meant for")
     rms_norm_eps: float = Field(1e-5, gt=0, description="added to the mean square in RMSNorm")
@@ -97,8 +155,51 @@ class ModelConfig(Section):
         return self.num_key_value_heads or self.num_attention_heads
 
     @property
+    def latent_attention(self) -> bool:
+        return self.kv_lora_rank is not None
+
+    @property
     def attention_head_dim(self) -> int:
+        """Width of a head's query and key."""
+        if self.latent_attention:
+            return self.qk_nope_head_dim + self.qk_rope_head_dim
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The blocks that have experts, from 0; the others have a dense feed-forward layer."""
+        return tuple(
+            layer
+            for layer in range(self.first_k_dense_replace, self.num_hidden_layers)
+            if (layer + 1) % self.moe_layer_frequency == 0 and layer not in self.mlp_only_layers
+        )
+
+    @property
+    def num_moe_layers(self) -> int:
+        return len(self.moe_layers)
+
+    @property
+    def dense_width(self) -> int:
+        """Of dense feed-forward layers."""
+        return self.dense_intermediate_size or self.intermediate_size * self.num_experts_per_tok
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_spelling(cls, given: Any) -> Any:
+        """transformers' other names of keys of this section."""
+        if not isinstance(given, dict):
+            return given
+        if "decoder_sparse_step" in given:
+            given = dict(given)
+            step = given.pop("decoder_sparse_step")
+            if given.setdefault("moe_layer_frequency", step) != step:
+                invalid(
+                    "decoder_sparse_step",
+                    step,
+                    f"contradicts moe_layer_frequency={given['moe_layer_frequency']}",
+                    "remove one of them",
+                )
+        return with_one_spelling(given)
 
     @model_validator(mode="before")
     @classmethod
@@ -148,16 +249,21 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _shapes_fit(self):
         heads, kv = self.num_attention_heads, self.kv_heads
-        if self.head_dim is None and self.hidden_size % heads:
+        if self.latent_attention:
+            self._check_latent()
+        if self.head_dim is None and not self.latent_attention and self.hidden_size % heads:
             invalid(
                 "hidden_size",
                 self.hidden_size,
                 f"is not divisible by num_attention_heads={heads}",
                 "change one of them or set model.head_dim",
             )
-        if self.attention_head_dim % 2:
+        if self.rotary_head_dim % 2:
             invalid(
-                "head_dim", self.attention_head_dim, "is odd, and rotary embeddings need pairs", "use an even head_dim"
+                "qk_rope_head_dim" if self.latent_attention else "head_dim",
+                self.rotary_head_dim,
+                "is odd, and rotary embeddings need pairs",
+                "use an even head_dim",
             )
         if heads % kv:
             invalid(
@@ -177,8 +283,85 @@ class ModelConfig(Section):
                 "has nothing to gate with num_shared_experts=0",
                 "set num_shared_experts, or remove it",
             )
+        if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
+            invalid(
+                "layer_types",
+                list(self.layer_types),
+                f"has {len(self.layer_types)} entries for num_hidden_layers={self.num_hidden_layers}",
+                "give one for each block",
+            )
+        if self.sliding_window is None and "sliding_attention" in (self.layer_types or ()):
+            invalid("sliding_window", None, "is missing, and layer_types names sliding_attention", "set it")
+        for layer in self.mlp_only_layers:
+            if not 0 <= layer < self.num_hidden_layers:
+                invalid(
+                    "mlp_only_layers",
+                    list(self.mlp_only_layers),
+                    f"names block {layer} of num_hidden_layers={self.num_hidden_layers}",
+                    f"use blocks from 0 to {self.num_hidden_layers - 1}",
+                )
+        if not self.moe_layers:
+            dense = {
+                "first_k_dense_replace": self.first_k_dense_replace,
+                "moe_layer_frequency": self.moe_layer_frequency,
+                "mlp_only_layers": list(self.mlp_only_layers),
+            }
+            key = next(key for key, value in dense.items() if value not in (0, 1, []))
+            invalid(key, dense[key], f"leaves none of num_hidden_layers={self.num_hidden_layers} experts", "lower it")
+        rotated = int(self.rotary_head_dim * self.rope_parameters.partial_rotary_factor)
+        scaled = self.rope_parameters.rope_type
+        if rotated < 2 or (rotated % 2 and scaled != "default") or (rotated == 2 and scaled == "dynamic"):
+            invalid(
+                "rope_parameters.partial_rotary_factor",
+                self.rope_parameters.partial_rotary_factor,
+                f"turns {rotated} elements of a head of {self.rotary_head_dim}, too few or no pairs for rope_type={scaled}",
+                "use a share that gives more, and an even number",
+            )
+        if self.router.merges and (self.expert_bias or self.swiglu_limit is not None):
+            invalid(
+                "expert_bias" if self.expert_bias else "swiglu_limit",
+                self.expert_bias or self.swiglu_limit,
+                f"is not mixed by model.router.type={self.router.type}",
+                "remove it, or use another router",
+            )
         self.router.check(self)
         return self
+
+    def _check_latent(self) -> None:
+        for key, plain in (("qk_norm", "none"), ("attention_sinks", False), ("head_dim", None)):
+            if getattr(self, key) != plain:
+                invalid(
+                    key,
+                    getattr(self, key),
+                    f"is no part of attention with kv_lora_rank={self.kv_lora_rank}",
+                    "remove it",
+                )
+        if self.attention_bias == "qkv":
+            invalid("attention_bias", "qkv", "is not all or none, which latent attention has", "use all or none")
+        if self.kv_heads != self.num_attention_heads:
+            invalid(
+                "num_key_value_heads",
+                self.kv_heads,
+                f"is not num_attention_heads={self.num_attention_heads}, as in latent attention",
+                "remove it",
+            )
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each block the tokens that a token attends to, itself included; None: all before it."""
+        kinds = self.layer_types or ("sliding_attention",) * self.num_hidden_layers
+        return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in kinds)
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens that the rotary embeddings, as they are scaled, are meant for."""
+        rope, trained = self.rope_parameters, self.max_position_embeddings
+        return trained if rope.factor is None else max(trained, int(rope.factor * rope.trained_length(trained)))
+
+    @property
+    def rotary_head_dim(self) -> int:
+        """Width of what rotary embeddings may turn of a head."""
+        return self.qk_rope_head_dim if self.latent_attention else self.attention_head_dim
 
     @property
     def expert_hidden_size(self) -> int:
@@ -188,39 +371,13 @@ class ModelConfig(Section):
     @property
     def expert_parameters(self) -> int:
         """Of one expert."""
-        return 3 * self.expert_hidden_size * self.intermediate_size
+        biases = (2 * self.intermediate_size + self.expert_hidden_size) * self.expert_bias
+        return 3 * self.expert_hidden_size * self.intermediate_size + biases
 
     @property
     def shared_width(self) -> int:
         """Width of the shared experts together."""
         return self.num_shared_experts * self.intermediate_size
-
-    def shared_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The parameters of one layer's shared experts, by name within the layer's `mlp`; none without them."""
-        if not self.num_shared_experts:
-            return {}
-        wide, narrow = (self.shared_width, self.hidden_size), (self.hidden_size, self.shared_width)
-        gate = {"shared_expert_gate.weight": (1, self.hidden_size)} if self.shared_expert_gate else {}
-        return {
-            "shared_experts.gate_proj.weight": wide,
-            "shared_experts.up_proj.weight": wide,
-            "shared_experts.down_proj.weight": narrow,
-            **gate,
-        }
-
-    def attention_vectors(self) -> dict[str, tuple[int, ...]]:
-        """Biases and norms of one layer's attention, by name within the layer's `self_attn`; none by default."""
-        q, kv = self.num_attention_heads * self.attention_head_dim, self.kv_heads * self.attention_head_dim
-        shapes = {}
-        if self.attention_bias != "none":
-            shapes |= {"q_proj.bias": (q,), "k_proj.bias": (kv,), "v_proj.bias": (kv,)}
-        if self.attention_bias == "all":
-            shapes["o_proj.bias"] = (self.hidden_size,)
-        if self.qk_norm != "none":
-            head = self.attention_head_dim
-            q, kv = (head, head) if self.qk_norm == "head" else (q, kv)
-            shapes |= {"q_norm.weight": (q,), "k_norm.weight": (kv,)}
-        return shapes
 
     def parameter_counts(self, active: bool = False) -> dict[str, int]:
         """Parameters per part, by arithmetic alone; their sum is the model's size.
@@ -228,22 +385,7 @@ class ModelConfig(Section):
         `active` counts those that one token passes through: at most `num_experts_per_tok` experts a layer.
         Needs `vocab_size`. `embed_tokens` and `lm_head` are one tensor when tied, counted as the former.
         """
-        assert self.vocab_size is not None, "vocab_size is resolved from the tokenizer first"
-        d, dh, layers = self.hidden_size, self.attention_head_dim, self.num_hidden_layers
-        attention = 2 * d * dh * (self.num_attention_heads + self.kv_heads)
-        attention += sum(size for (size,) in self.attention_vectors().values())
-        experts = min(self.router.active_experts(self), self.num_local_experts) if active else self.num_local_experts
-        router = sum(math.prod(shape) for shape in self.router.parameter_shapes(self).values())
-        shared = layers * sum(math.prod(shape) for shape in self.shared_shapes().values())
-        return {
-            "embed_tokens": self.vocab_size * d,
-            "attention": layers * attention,
-            "router": layers * router,
-            "experts": layers * experts * self.expert_parameters,
-            **({"shared_experts": shared} if shared else {}),
-            "norms": (2 * layers + 1) * d,
-            "lm_head": 0 if self.tie_word_embeddings else self.vocab_size * d,
-        }
+        return shapes.parameter_counts(self, active)
 
     def num_params(self, active: bool = False) -> int:
         """Parameters in all, or those that one token passes through (`active`)."""

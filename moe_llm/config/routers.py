@@ -40,10 +40,19 @@ class MixtralSettings(OverflowSettings):
     """Softmax over the experts, the top k of it, renormalised (Jiang et al. 2024)."""
 
     type: Literal["mixtral"] = Field("mixtral", description="mixtral: softmax, top-k, renormalised")
+    bias: bool = Field(False, description="each expert's logit has a trained bias, as in GPT-OSS")
 
     @property
     def normalized(self) -> bool:
         return True
+
+    def parameter_shapes(self, model: ModelSizes) -> Shapes:
+        bias = {"bias": (model.num_local_experts,)} if self.bias else {}
+        return {**super().parameter_shapes(model), **bias}
+
+    def unweighed(self, model: ModelSizes) -> list[str]:
+        unweighed = super().unweighed(model)
+        return [*unweighed, "bias"] if unweighed and self.bias else unweighed
 
 
 class DenseSettings(RouterSettings):
@@ -234,12 +243,21 @@ class DeepSeekMoESettings(OverflowSettings):
         description="groups of neighbouring experts, of equal size, for that; they need not be those of the ranks",
     )
 
+    n_group: int = Field(1, ge=1, description="groups of neighbouring experts, of equal size, for topk_group")
+    topk_group: int = Field(
+        1,
+        ge=1,
+        description="groups that a token may take experts from: those with the likeliest single expert (group-limited "
+        "routing, DeepSeek-V2 2024, section 2.2.2)",
+    )
+
     @property
     def normalized(self) -> bool:
         return self.norm_topk_prob
 
     def check(self, model: ModelSizes) -> None:
         experts = model.num_local_experts
+        _check_groups(self, model)
         if self.device_groups is None and self.device_balance_coef:
             invalid(
                 "router.device_balance_coef",
@@ -292,8 +310,6 @@ class BiasBalancedSettings(RouterSettings):
 
     def check(self, model: ModelSizes) -> None:
         experts, size = model.num_local_experts, model.num_local_experts // self.n_group
-        if experts % self.n_group:
-            invalid("router.n_group", self.n_group, f"does not divide num_local_experts={experts}", "use a divisor")
         if self.n_group > 1 and size < 2:
             invalid(
                 "router.n_group",
@@ -301,15 +317,7 @@ class BiasBalancedSettings(RouterSettings):
                 f"leaves one of num_local_experts={experts} in each group, and a group's score is that of two",
                 "lower it",
             )
-        if self.topk_group > self.n_group:
-            invalid("router.topk_group", self.topk_group, f"is above n_group={self.n_group}", "lower it")
-        if model.num_experts_per_tok > self.topk_group * size:
-            invalid(
-                "num_experts_per_tok",
-                model.num_experts_per_tok,
-                f"is above the {self.topk_group * size} experts of model.router.topk_group={self.topk_group} groups",
-                "lower it, or raise model.router.topk_group",
-            )
+        _check_groups(self, model)
 
 
 class BalancedSettings(RouterSettings):
@@ -399,6 +407,21 @@ class ExpertChoiceSettings(RouterSettings):
     @property
     def even(self) -> bool:
         return False
+
+
+def _check_groups(settings: "BiasBalancedSettings | DeepSeekMoESettings", model: ModelSizes) -> None:
+    experts, groups, allowed = model.num_local_experts, settings.n_group, settings.topk_group
+    if experts % groups:
+        invalid("router.n_group", groups, f"does not divide num_local_experts={experts}", "use a divisor")
+    if allowed > groups:
+        invalid("router.topk_group", allowed, f"is above n_group={groups}", "lower it")
+    if model.num_experts_per_tok > allowed * (experts // groups):
+        invalid(
+            "num_experts_per_tok",
+            model.num_experts_per_tok,
+            f"is above the {allowed * (experts // groups)} experts of model.router.topk_group={allowed} groups",
+            "lower it, or raise model.router.topk_group",
+        )
 
 
 def _exactly(model: ModelSizes, experts: int, kind: str) -> None:

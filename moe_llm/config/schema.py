@@ -433,11 +433,12 @@ class Config(Section):
                 f"does not divide model.num_local_experts={model.num_local_experts}",
                 f"use a divisor of {model.num_local_experts}",
             )
-        if data.sequence_length > model.max_position_embeddings:
+        if data.sequence_length > model.longest_text:
+            scaled = "" if model.rope_parameters.factor is None else " as model.rope_parameters scales it"
             invalid(
                 "data.sequence_length",
                 data.sequence_length,
-                f"is above model.max_position_embeddings={model.max_position_embeddings}",
+                f"is above model.max_position_embeddings={model.max_position_embeddings}{scaled}",
                 "lower the one or raise the other",
             )
         model.router.check_length(data.sequence_length)

@@ -24,7 +24,6 @@ from moe_llm.data.packing import IGNORED, Batch
 from moe_llm.data.tokenizer import load_tokenizer
 from moe_llm.ensemble.causal_lm import load_causal_lm
 from moe_llm.errors import UserError
-from moe_llm.ops.attention import AttentionPattern
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -53,15 +52,14 @@ class OwnTeacher:
     def hidden(self, batch: Batch) -> Tensor:
         model = self._model
         batch = batch.to(model.lm_head.weight.device)
-        pattern = AttentionPattern.build(
+        patterns = model.model.attention_patterns(
             batch.input_ids_BS,
             attention_mask=batch.attention_mask_BS,
             document_ids=batch.document_ids_BS,
-            sliding_window=model.config.sliding_window,
             runs=batch.runs_B,
         )
         x_BSD, _ = model.model(
-            batch.input_ids_BS, batch.position_ids_BS, pattern, batch.attention_mask_BS, batch.document_ids_BS
+            batch.input_ids_BS, batch.position_ids_BS, patterns, batch.attention_mask_BS, batch.document_ids_BS
         )
         return x_BSD[batch.labels_BS != IGNORED]
 

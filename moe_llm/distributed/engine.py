@@ -165,12 +165,13 @@ class _NamedState(Averaging, Turns):
     @torch.no_grad()
     def expert_gradient_squares(self) -> Tensor:
         model = self.model.config
-        squares_LE = torch.zeros(model.num_hidden_layers, model.num_local_experts, device=self._runtime.device)
+        rows = {layer: row for row, layer in enumerate(model.moe_layers)}
+        squares_LE = torch.zeros(len(rows), model.num_local_experts, device=self._runtime.device)
         for entry in self._entries:
             if entry.experts is not None and entry.trainable:
                 layer = int(entry.name.partition("layers.")[2].partition(".")[0])
                 held = slice(entry.experts.start, entry.experts.stop)
-                squares_LE[layer, held] += self._row_squares(self._parameters[entry.name]).to(squares_LE.device)
+                squares_LE[rows[layer], held] += self._row_squares(self._parameters[entry.name]).to(squares_LE.device)
         return squares_LE
 
     def _row_squares(self, parameter: nn.Parameter) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from moe_llm.checkpoint import hf
 from moe_llm.checkpoint.architectures import architecture_of, export_note
 from moe_llm.checkpoint.export import DTYPES
+from moe_llm.checkpoint.layout import from_stacked, in_one
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.config import Config
 from moe_llm.data.packing import Batch
@@ -81,6 +82,9 @@ def check_export(
     keys = exact("export_keys", "checkpoint in transformers: all tensors, no others", wrong)
 
     held = {hf.published_name(name): tensor for name, tensor in [*theirs.named_parameters(), *theirs.named_buffers()]}
+    for name in weights:
+        if in_one(architecture, name) and hf.published_name(name) in held:
+            held[hf.published_name(name)] = from_stacked(name, held[hf.published_name(name)])
     buffers, unequal = hf.buffer_shapes(config.model), []
     for name, value in weights.items():
         if name.endswith(architecture.unused):

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic_core import PydanticCustomError
 
-from moe_llm.config import Config
+from moe_llm.config import Config, ModelConfig
 from moe_llm.config.distill import DistillConfig
 from moe_llm.config.load import validate
 
@@ -174,8 +174,10 @@ def _narrow_sizes(config: Config) -> _Sizes:
     kv = max(1, min(model.kv_heads, KV_HEADS, 16 // group))
     heads = kv * group
     head = min(model.attention_head_dim, HEAD if heads * HEAD <= WIDTH else HEAD // 2)
+    if model.latent_attention:
+        kv, head = heads, max(4, head // 4 * 4)
     width = heads * head * model.hidden_size / (model.num_attention_heads * model.attention_head_dim)
-    step = math.lcm(2, model.router.parts_per_token)
+    step = math.lcm(2, model.router.parts_per_token, heads if model.latent_attention else 1)
     hidden = min(model.hidden_size, max(-(-8 // step) * step, step * round(width / step)))
     intermediate = max(4, round(hidden * min(2.0, model.intermediate_size / model.hidden_size)))
     return _Sizes(hidden, min(model.intermediate_size, intermediate), heads, kv, head)
@@ -232,10 +234,12 @@ def _model(config: Config, ranks: int, length: int, sizes: _Sizes, notes: list[s
         "init_from": None,
         "hidden_size": hidden,
         "intermediate_size": sizes.intermediate,
-        "num_hidden_layers": min(model.num_hidden_layers, LAYERS),
+        **_layers(model),
         "num_attention_heads": sizes.heads,
         "num_key_value_heads": sizes.kv_heads,
-        "head_dim": sizes.head,
+        "head_dim": None if model.latent_attention else sizes.head,
+        **_latent(model, sizes),
+        "rope_parameters": _rope(model, sizes),
         "num_local_experts": experts,
         "sliding_window": _window(config, length),
         **mixed,
@@ -262,6 +266,49 @@ def _model(config: Config, ranks: int, length: int, sizes: _Sizes, notes: list[s
     if shape["num_local_experts"] != model.num_local_experts:
         notes.append(f"model.num_local_experts={model.num_local_experts} is {shape['num_local_experts']} here")
     return shape
+
+
+def _layers(model: ModelConfig) -> dict[str, Any]:
+    """So many blocks that every kind of the user's is there: the first of them without experts where any is, and both kinds
+    of window where both are."""
+    layers, dense = min(model.num_hidden_layers, LAYERS), model.num_moe_layers < model.num_hidden_layers
+    shape: dict[str, Any] = {
+        "num_hidden_layers": layers,
+        "moe_layer_frequency": 1,
+        "first_k_dense_replace": 0,
+        "mlp_only_layers": [0] if dense else [],
+        "layer_types": None,
+    }
+    if dense and model.dense_intermediate_size is not None:
+        shape["dense_intermediate_size"] = min(model.dense_intermediate_size, 2 * WIDTH)
+    if model.layer_types is not None:
+        kinds = list(dict.fromkeys(model.layer_types))
+        shape["layer_types"] = [kinds[i % len(kinds)] for i in range(layers)]
+    return shape
+
+
+def _latent(model: ModelConfig, sizes: _Sizes) -> dict[str, Any]:
+    """Multi-head latent attention of narrower heads, half of each turned; nothing where they are as wide as the user's."""
+    if not model.latent_attention or sizes.head == model.attention_head_dim:
+        return {}
+    assert model.kv_lora_rank is not None
+    return {
+        "kv_lora_rank": min(model.kv_lora_rank, HEAD),
+        "q_lora_rank": None if model.q_lora_rank is None else min(model.q_lora_rank, HEAD),
+        "qk_nope_head_dim": sizes.head // 2,
+        "qk_rope_head_dim": sizes.head // 2,
+        "v_head_dim": min(model.v_head_dim, sizes.head),
+    }
+
+
+def _rope(model: ModelConfig, sizes: _Sizes) -> dict[str, Any]:
+    """The same scaling; of a narrower head perhaps another share, so that pairs are turned."""
+    head = _latent(model, sizes).get(
+        "qk_rope_head_dim", model.rotary_head_dim if model.latent_attention else sizes.head
+    )
+    rope = model.rope_parameters.model_dump(mode="json", exclude_none=True)
+    turned = int(head * rope["partial_rotary_factor"])
+    return rope if turned % 2 == 0 and turned >= 4 else {**rope, "partial_rotary_factor": 1.0 if head <= 8 else 0.5}
 
 
 def _experts(config: Config, ranks: int, length: int) -> int:

@@ -66,7 +66,7 @@ def evaluate_files(
     tokenizer = load_tokenizer(checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = MoEForCausalLM.from_pretrained(checkpoint).to(device)
-    length = sequence_length or min(model.config.max_position_embeddings, 4096)
+    length = sequence_length or min(model.config.longest_text, 4096)
     text = load_evaluation(
         files,
         tokenizer,

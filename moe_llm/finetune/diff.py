@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _SLICE = 1 << 22  # elements compared at a time, in fp64
-PARTS = ("embed_tokens", "attention", "router", "experts", "shared_experts", "norms", "lm_head")
+PARTS = ("embed_tokens", "attention", "router", "experts", "shared_experts", "dense_mlp", "norms", "lm_head")
 
 
 @dataclass

@@ -1,15 +1,20 @@
 """The checkpoint that a run begins with, `model.init_from`: its shape, its tokenizer and its weights.
 
-Any directory that transformers loads as a Mixtral: the published layout, transformers' own saves, in one file or many.
+Any directory that transformers loads as one of the families in `checkpoint/architectures.py`: the published layout,
+transformers' own saves, in one file or many.
 Importing this file loads no torch.
 """
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic_core import PydanticCustomError
+
 from moe_llm.checkpoint import hf
+from moe_llm.checkpoint.architectures import complete_section
 from moe_llm.config import Config, ModelConfig
 from moe_llm.config.base import fields_by_key
+from moe_llm.config.rope import with_one_spelling
 from moe_llm.config.routers import DEFAULT_TYPE
 from moe_llm.errors import UserError
 from moe_llm.finetune.selection import trained_names
@@ -18,31 +23,29 @@ if TYPE_CHECKING:
     from moe_llm.checkpoint.weights import Weights
     from moe_llm.distributed.state import TrainedState
 
-# What decides which function the weights compute. All else (losses, noise, limits) is training's to choose.
-_DECISIVE = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "num_local_experts",
-    "num_experts_per_tok",
-    "rope_theta",
-    "sliding_window",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "num_shared_experts",
-    "shared_expert_gate",
-    "qk_norm",
-    "attention_bias",
+# What does not decide which function the weights compute, but is training's to choose: losses, noise, limits, and how far
+# the rotary embeddings are stretched. All else is the checkpoint's.
+_OPEN = frozenset(
+    {
+        "init_from",
+        "router",
+        "router_aux_loss_coef",
+        "router_aux_loss_scope",
+        "balance_over",
+        "router_z_loss_coef",
+        "router_jitter_noise",
+        "expert_dropout",
+        "rope_parameters",
+        "max_position_embeddings",
+        "initializer_range",
+    }
 )
+_DECISIVE = tuple(key for key in fields_by_key(ModelConfig) if key not in _OPEN)
 
 
 def complete(raw: dict[str, Any]) -> None:
     """Fill a configuration that has `model.init_from` with what it leaves open: the model's shape from config.json, and
-    the tokenizer.
+    the tokenizer; and one that has `model.architecture` with what that family has where nothing is said.
 
     Args:
         raw: as read from YAML; changed in place.
@@ -51,16 +54,22 @@ def complete(raw: dict[str, Any]) -> None:
         UserError: no such checkpoint, another architecture, or a key that contradicts it.
     """
     model = raw.get("model")
-    directory = model.get("init_from") if isinstance(model, dict) else None
-    if not isinstance(directory, str) or not directory:
+    if not isinstance(model, dict):
         return
-    there = _described(directory)
+    directory = model.get("init_from")
+    if not isinstance(directory, str) or not directory:
+        raw["model"] = complete_section(model)
+        return
+    there, model = _described(directory), _one_spelling(model)
     # null means "not said", but for the window, of which it says that there is none
     said = {key: value for key, value in model.items() if value is not None or key == "sliding_window"}
     _check_agrees({key: said[key] for key in _DECISIVE if key in said}, there, directory)
     found = there.model_dump(mode="json")
     if isinstance(said.get("router"), dict) and said["router"].get("type", DEFAULT_TYPE) == found["router"]["type"]:
         said["router"] = {**found["router"], **said["router"]}
+    if isinstance(said.get("rope_parameters"), dict):
+        share = {"partial_rotary_factor": there.rope_parameters.partial_rotary_factor}
+        said["rope_parameters"] = share | said["rope_parameters"]
     raw["model"] = {**found, **said}
     tokenizer = raw.get("tokenizer") or {}
     if isinstance(tokenizer, dict) and tokenizer.get("path") is None:
@@ -128,6 +137,14 @@ def _open(model: ModelConfig) -> "Weights":
     return weights
 
 
+def _one_spelling(model: dict[str, Any]) -> dict[str, Any]:
+    """The section with the rotary embeddings' keys under one name each; what is given twice is left to be refused."""
+    try:
+        return with_one_spelling(model)
+    except PydanticCustomError:
+        return model
+
+
 def _described(directory: str) -> ModelConfig:
     """The model that a checkpoint's config.json describes."""
     from moe_llm.checkpoint.safetensors_io import read_json
@@ -147,11 +164,8 @@ def _decisive(model: ModelConfig) -> dict[str, Any]:
 def _check_agrees(given: dict[str, Any], there: ModelConfig, directory: str) -> None:
     found = _decisive(there)
     for key, value in given.items():
-        if value != found[key]:
+        if (tuple(value) if isinstance(value, list) else value) != found[key]:
             raise UserError(
                 f"model.{key}={value!r} contradicts model.init_from={directory!r}, whose {key} is {found[key]!r}: "
                 "remove the key, or begin with another checkpoint"
             )
-
-
-assert set(_DECISIVE) <= set(fields_by_key(ModelConfig))

@@ -17,10 +17,14 @@ def is_attention(name: str) -> bool:
 
 def is_projection(name: str) -> bool:
     """Whether an in-memory parameter is the matrix of a projection of attention."""
-    return is_attention(name) and name.endswith("_proj.weight")
+    return is_attention(name) and name.endswith(("_proj.weight", "_with_mqa.weight"))
 
 
-_TARGETS = {"attention": is_projection, "experts": is_expert, "router": is_router}
+_TARGETS = {
+    "attention": is_projection,
+    "experts": lambda name: is_expert(name) and not name.endswith("_bias"),
+    "router": lambda name: is_router(name) and not name.endswith(".bias"),
+}
 
 
 def part_of(name: str) -> str:
@@ -34,6 +38,7 @@ def part_of(name: str) -> str:
         "router": is_router(name),
         "attention": is_attention(name),
         "shared_experts": ".mlp.shared_expert" in name,
+        "dense_mlp": ".mlp." in name,
     }
     return next((part for part, is_it in kinds.items() if is_it), "norms")
 

@@ -92,7 +92,7 @@ def _continue(
 ) -> torch.Tensor:
     """The ids and their continuation, each token from the whole text before it, as far as the model is meant for."""
     for _ in range(max_new_tokens):
-        logits_BV = model(ids_BS[:, -model.config.max_position_embeddings :]).logits[:, -1].float()
+        logits_BV = model(ids_BS[:, -model.config.longest_text :]).logits[:, -1].float()
         if temperature == 0:
             next_B1 = logits_BV.argmax(-1, keepdim=True)
         else:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_llm.checkpoint.architectures import is_mixtral
+from moe_llm.checkpoint.architectures import takes_top_k
 from moe_llm.checkpoint.folder import check_checkpoint_directory
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.config import SourceConfig
@@ -28,7 +28,6 @@ from moe_llm.errors import UserError
 from moe_llm.inspect.counts import RoutingCounts
 from moe_llm.inspect.measures import agreement, co_selection, repetition, shares, specialisation, top_tokens
 from moe_llm.model.moe.routing import Routing
-from moe_llm.ops.permutation import sort_by_expert
 
 LEAST_TOKENS = 16  # of a source: fewer say nothing
 _SHOWN_TOKENS = 600  # of each source, on the page
@@ -69,10 +68,10 @@ def inspect_checkpoint(checkpoint: str | Path, data: list[str], settings: Settin
     sources = _sources(data)
     tokenizer = load_tokenizer(checkpoint)
     model = MoEForCausalLM.from_pretrained(checkpoint)
-    if not is_mixtral(model.config):
+    if not takes_top_k(model.config):
         raise UserError(
             f"checkpoint {str(checkpoint)!r} has model.router.type={model.config.router.type}, and what is told here "
-            "is of routers that take the top k and renormalise: give such a checkpoint"
+            "is of routers that give each token its top k experts: give such a checkpoint"
         )
     if torch.cuda.is_available():
         model.to("cuda")
@@ -95,7 +94,7 @@ def _sources(data: list[str]) -> list[SourceConfig]:
 
 def _rows(sources: list[SourceConfig], tokenizer: Any, settings: Settings, model: MoEForCausalLM) -> Iterator[Row]:
     encoder = DocumentEncoder(tokenizer)
-    length = min(settings.length, model.config.max_position_embeddings)
+    length = min(settings.length, model.config.longest_text)
     for index, source in enumerate(sources):
         left = settings.max_tokens
         for text in read_documents(source, "--data"):
@@ -125,9 +124,8 @@ class _Inspection:
     def __init__(self, model: MoEForCausalLM, sources: int, settings: Settings):
         config = model.config
         self.model, self.settings = model, settings
-        self.layers = list(model.model.layers)
         self.counts = RoutingCounts(
-            config.num_hidden_layers, config.num_local_experts, config.num_experts_per_tok, config.vocab_size, sources
+            config.num_moe_layers, config.num_local_experts, config.num_experts_per_tok, config.vocab_size, sources
         )
         self.kept: list[Row] = []
         self.shown: list[tuple[Row, np.ndarray]] = []
@@ -169,13 +167,9 @@ class _Inspection:
 
     def hidden_states(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
         """Of the last layer, (B, S, D): the head is applied row by row, so that each row has a loss of its own."""
-        from moe_llm.ops.attention import AttentionPattern
-
         position_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device).expand_as(ids_BS)
-        pattern = AttentionPattern.build(
-            ids_BS, attention_mask=mask_BS, sliding_window=self.model.config.sliding_window
-        )
-        return self.model.model(ids_BS, position_BS, pattern, mask_BS)[0]
+        patterns = self.model.model.attention_patterns(ids_BS, attention_mask=mask_BS)
+        return self.model.model(ids_BS, position_BS, patterns, mask_BS)[0]
 
     def check(self, data: list[str]) -> None:
         for path, tokens in zip(data, self.counts.tokens_S):
@@ -239,9 +233,12 @@ def recorded_choices(model: MoEForCausalLM) -> Iterator[list[np.ndarray]]:
     choices: list[np.ndarray] = []
 
     def record(gate, inputs, routing: Routing) -> None:
-        choices.append(routing.logits_TE.softmax(-1).topk(gate.top_k, dim=-1).indices.cpu().numpy())
+        expert_N = torch.arange(gate.num_experts, device=routing.counts_E.device).repeat_interleave(routing.counts_E)
+        assert routing.slot_TK is not None, "each token has its top k experts"
+        order_TK = routing.weight_N[routing.slot_TK].argsort(-1, descending=True, stable=True)
+        choices.append(expert_N[routing.slot_TK].gather(-1, order_TK).cpu().numpy())
 
-    handles = [layer.mlp.gate.register_forward_hook(record) for layer in model.model.layers]
+    handles = [layer.mlp.gate.register_forward_hook(record) for layer in model.model.moe_layers]
     try:
         yield choices
     finally:
@@ -251,25 +248,11 @@ def recorded_choices(model: MoEForCausalLM) -> Iterator[list[np.ndarray]]:
 
 @contextlib.contextmanager
 def without_expert(model: MoEForCausalLM, layer: int, expert: int) -> Iterator[None]:
-    """Meanwhile no token of a layer goes to an expert: each goes to the top k of the others, their weights
-    renormalised."""
-
-    def reroute(gate, inputs, routing: Routing) -> Routing:
-        logits_TE = routing.logits_TE.clone()
-        logits_TE[:, expert] = float("-inf")
-        weight_TK, expert_TK = logits_TE.softmax(-1).topk(gate.top_k, dim=-1)
-        weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
-        token_index_N, order_N, slot_TK, counts_E = sort_by_expert(expert_TK, gate.num_experts)
-        return routing._replace(
-            token_index_N=token_index_N,
-            weight_N=weight_TK.flatten()[order_N],
-            counts_E=counts_E,
-            slot_TK=slot_TK,
-            logits_TE=logits_TE,
-        )
-
-    handle = model.model.layers[layer].mlp.gate.register_forward_hook(reroute)
+    """Meanwhile no token goes to an expert of the layer-th of the layers that have experts: each goes to the best of the
+    others, with weights as the router makes them."""
+    gate = model.model.moe_layers[layer].mlp.gate
+    gate.left_out = expert
     try:
         yield
     finally:
-        handle.remove()
+        gate.left_out = None

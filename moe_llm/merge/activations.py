@@ -30,21 +30,21 @@ def check_text(files: list[str], models: list[Model]) -> None:
 
 
 @torch.no_grad()
-def layer_inputs(model: Model, files: list[str], tokens: int) -> list[torch.Tensor]:
-    """Inputs of each layer's router and experts, (T, D) in fp32, for the first `tokens` tokens of the files."""
+def layer_inputs(model: Model, files: list[str], tokens: int) -> dict[int, torch.Tensor]:
+    """Inputs of the router and experts of each layer that has them, (T, D) in fp32, for the first `tokens` tokens of the files."""
     from moe_llm.checkpoint.pretrained import MoEForCausalLM
 
     network = MoEForCausalLM.from_pretrained(model.directory, "fp32")
-    collected: list[list[torch.Tensor]] = [[] for _ in network.model.layers]
+    collected: dict[int, list[torch.Tensor]] = {layer: [] for layer in network.config.moe_layers}
     hooks = [
         layer.mlp.register_forward_pre_hook(lambda _, args, into=into: into.append(args[0].flatten(0, 1)))
-        for layer, into in zip(network.model.layers, collected)
+        for layer, into in zip(network.model.moe_layers, collected.values(), strict=True)
     ]
     for ids in _blocks(model, files, tokens):
         network(torch.tensor([ids]), return_logits=False)
     for hook in hooks:
         hook.remove()
-    return [torch.cat(parts) for parts in collected]
+    return {layer: torch.cat(parts) for layer, parts in collected.items()}
 
 
 def _blocks(model: Model, files: list[str], tokens: int) -> Iterator[list[int]]:

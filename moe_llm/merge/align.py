@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch.nn import functional
 
+from moe_llm.checkpoint.architectures import FAMILIES
 from moe_llm.errors import UserError
 from moe_llm.merge.job import SPAN, Reader
 from moe_llm.merge.models import MIXTURE, Model, layer_tensor
@@ -35,11 +36,11 @@ class Aligner:
     def __init__(self, by: str, neurons: bool, text: list[str] | None = None, tokens: int = 2048):
         self.by, self.neurons, self.text, self.tokens = by, neurons, text, tokens
         self.moved: dict[tuple[str, int, str, int], int] = {}
-        self._inputs: dict[str, list[torch.Tensor]] = {}
+        self._inputs: dict[str, dict[int, torch.Tensor]] = {}
 
     def reader(self, reference: Model, layer: int, other: Model, other_layer: int) -> Reader:
         """`other`, with the experts of its layer in the reference's order."""
-        if reference.kind != "mixtral":
+        if reference.config is None:
             raise UserError(
                 f"align_experts={self.by!r} needs mixtures, and {reference.reference} is dense: set align_experts: none"
             )
@@ -102,7 +103,7 @@ class _Aligned:
         return self._model.dtype(name)
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        if not name.endswith(MIXTURE):
+        if ".mlp.experts." not in name and ".mlp.gate." not in name:
             return self._model.read(name, start, stop)
         if self._moved is None:
             self._moved = Moved(self._model, self._match())
@@ -115,7 +116,10 @@ class _Layer:
     def __init__(self, model: Model, index: int):
         self.model, self.index = model, index
         self.shapes = {suffix: list(model.shapes[layer_tensor(index, suffix)]) for suffix in MIXTURE}
+        self.stacked = FAMILIES[model.kind].stacked
         self.E, self.D, self.F = self.shapes[DOWN]
+        if self.stacked:
+            self.D, self.F = self.F, self.D
 
     def name(self, suffix: str) -> str:
         return layer_tensor(self.index, suffix)
@@ -127,9 +131,29 @@ class _Layer:
     def expert(self, e: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gate (F, D), up (F, D) and down (D, F) of an expert, fp32."""
         size = self.F * self.D
-        gate, up = self.model.read(self.name(GATE_UP), 2 * e * size, 2 * (e + 1) * size).float().view(2, self.F, self.D)
-        down = self.model.read(self.name(DOWN), e * size, (e + 1) * size).float().view(self.D, self.F)
-        return gate, up, down
+        gate_up = self.model.read(self.name(GATE_UP), 2 * e * size, 2 * (e + 1) * size).float()
+        down = self.model.read(self.name(DOWN), e * size, (e + 1) * size).float()
+        if self.stacked:
+            gate, up = gate_up.view(self.D, self.F, 2).permute(2, 1, 0)
+            return gate, up, down.view(self.F, self.D).T
+        gate, up = gate_up.view(2, self.F, self.D)
+        return gate, up, down.view(self.D, self.F)
+
+    def output(self, e: int, x_TD: torch.Tensor) -> torch.Tensor:
+        """What an expert gives for inputs, (T, D)."""
+        gate, up, down = self.expert(e)
+        gate_TF, up_TF, bias_D = x_TD @ gate.T, x_TD @ up.T, torch.zeros(())
+        config = self.model.config
+        if config.expert_bias:
+            bias_F2 = (
+                self.model.read(self.name(f"{GATE_UP}_bias"), 2 * e * self.F, 2 * (e + 1) * self.F).float().view(-1, 2)
+            )
+            gate_TF, up_TF = gate_TF + bias_F2[:, 0], up_TF + bias_F2[:, 1]
+            bias_D = self.model.read(self.name(f"{DOWN}_bias"), e * self.D, (e + 1) * self.D).float()
+        if config.swiglu_limit is None:
+            return (functional.silu(gate_TF) * up_TF) @ down.T + bias_D
+        gate_TF, up_TF = gate_TF.clamp(max=config.swiglu_limit), up_TF.clamp(-config.swiglu_limit, config.swiglu_limit)
+        return (gate_TF * torch.sigmoid(config.swiglu_alpha * gate_TF) * (up_TF + 1)) @ down.T + bias_D
 
     def spans(self) -> Iterator[torch.Tensor]:
         """All experts' weights, a span of each at a time: (E, elements), fp32."""
@@ -153,19 +177,14 @@ def weight_similarity(a: _Layer, b: _Layer) -> torch.Tensor:
 
 def function_similarity(a: _Layer, b: _Layer, x_TD: torch.Tensor, y_TD: torch.Tensor) -> torch.Tensor:
     """Cosine of what each of a's experts gives for inputs x with what each of b's gives for y: (E, E)."""
-    outputs_a = [_output(a.expert(e), x_TD) for e in range(a.E)]
+    outputs_a = [a.output(e, x_TD) for e in range(a.E)]
     products, squares = torch.zeros(a.E, a.E), torch.zeros(a.E)
     for f in range(b.E):
-        output = _output(b.expert(f), y_TD)
+        output = b.output(f, y_TD)
         squares[f] = output.square().sum()
         for e, mine in enumerate(outputs_a):
             products[e, f] = (mine * output).sum()
     return _cosines(products, torch.stack([output.square().sum() for output in outputs_a]), squares)
-
-
-def _output(expert: tuple[torch.Tensor, ...], x_TD: torch.Tensor) -> torch.Tensor:
-    gate, up, down = expert
-    return (functional.silu(x_TD @ gate.T) * (x_TD @ up.T)) @ down.T
 
 
 def _cosines(products: torch.Tensor, squares_a: torch.Tensor, squares_b: torch.Tensor) -> torch.Tensor:
@@ -204,9 +223,23 @@ def best_order(similarity: torch.Tensor, margin: float) -> torch.Tensor:
 def moves(layer: _Layer, order: torch.Tensor, neurons_EF: torch.Tensor) -> dict[str, Move]:
     """Expert e of the result is expert order[e] of the layer, its neuron k that one's neuron neurons[e, k]."""
     E, D, F = layer.E, layer.D, layer.F
+    moved = {layer.name(ROUTER): Move(order)}
+    for vector in ("mlp.gate.bias", "mlp.gate.e_score_correction_bias"):  # an element an expert
+        if layer.name(vector) in layer.model.shapes:
+            moved[layer.name(vector)] = Move(torch.zeros(1, dtype=torch.int64), order[None])
+    if layer.stacked:
+        pairs_EG = torch.stack([2 * neurons_EF, 2 * neurons_EF + 1], 2).flatten(1)  # columns of gate and up in turn
+        rows = (order[:, None] * D + torch.arange(D)).reshape(-1)
+        return {
+            **moved,
+            layer.name(GATE_UP): Move(rows, pairs_EG),
+            layer.name(DOWN): Move((order[:, None] * F + neurons_EF).reshape(-1)),
+            layer.name(f"{GATE_UP}_bias"): Move(order, pairs_EG),
+            layer.name(f"{DOWN}_bias"): Move(order),
+        }
     block = torch.cat([neurons_EF, F + neurons_EF], dim=1)  # rows of gate, then of up
     return {
-        layer.name(ROUTER): Move(order),
+        **moved,
         layer.name(GATE_UP): Move((order[:, None] * 2 * F + block).reshape(-1)),
         layer.name(DOWN): Move((order[:, None] * D + torch.arange(D)).reshape(E * D), neurons_EF),
     }

@@ -51,7 +51,7 @@ def make_mixture_plan(recipe: MixtureRecipe) -> Plan:
 
 def _check(base: Model, models: list[Model]) -> None:
     for model in models:
-        if model.kind == "mixtral":
+        if model.config is not None:
             raise UserError(f"{model.reference} is a mixture already: experts are made of Llama or Mistral models")
         if model.layers != base.layers:
             raise UserError(

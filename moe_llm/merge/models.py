@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from moe_llm.checkpoint import hf
+from moe_llm.checkpoint.architectures import FAMILIES
 from moe_llm.checkpoint.folder import check_checkpoint_directory
 from moe_llm.checkpoint.plan import MODEL
 from moe_llm.checkpoint.safetensors_io import TensorFiles, read_json
@@ -22,7 +23,11 @@ from moe_llm.checkpoint.weights import Weights, check_finite
 from moe_llm.errors import UserError
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-KINDS = {"mixtral": "MixtralForCausalLM", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+KINDS = {
+    **{kind: family.architecture for kind, family in FAMILIES.items()},
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
 ATTENTION = (
     "input_layernorm.weight",
     *(f"self_attn.{x}_proj.weight" for x in "qkvo"),
@@ -43,7 +48,11 @@ def layer_tensor(layer: int, suffix: str) -> str:
 
 def pieces(kind: str, name: str, shape: tuple[int, ...]) -> list[hf.Piece]:
     """The tensors that a tensor is written as, in the order in which they lie in it."""
-    return hf.pieces(name, shape) if kind == "mixtral" else [hf.Piece(name, shape, ...)]
+    if kind not in FAMILIES:
+        return [hf.Piece(name, shape, ...)]
+    family = FAMILIES[kind]
+    whole = [hf.Piece(hf.published_name(name), shape, ...)] if family.stacked else hf.pieces(name, shape)
+    return [hf.Piece(family.stored_name(piece.name), piece.shape, piece.index) for piece in whole]
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,9 @@ class _Segment:
 class Model:
     """One model of a recipe, a `Reader`.
 
-    reference: as the recipe names it. content: of its config.json. layers: how many. tied: whether the head is the
+    Experts that a family keeps in one tensor, as GPT-OSS does, stay in its layout.
+
+    reference: as the recipe names it. config: what config.json describes, None of dense models. content: of its config.json. layers: how many. tied: whether the head is the
     embedding, which can then be read under both names.
 
     Raises:
@@ -70,8 +81,12 @@ class Model:
         check_checkpoint_directory(self.directory)
         self.content = read_json(self.directory / "config.json")
         self.kind = self._kind()
-        self.biases = () if self.kind == "mixtral" else BIASES
+        self.config = None
+        if self.kind in FAMILIES:
+            self.config = hf.from_transformers_config(self.content, str(self.directory / "config.json"))
+        self.biases = () if self.config else BIASES
         self.layers = self._number("num_hidden_layers")
+        self._buffers = hf.buffer_shapes(self.config) if self.config else {}
         for key in ("hidden_size", "num_attention_heads"):
             self._number(key)
         self.files = TensorFiles(self.directory, MODEL)
@@ -102,8 +117,23 @@ class Model:
     def layer_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         """Shapes of a layer's tensors by suffix."""
         prefix = layer_tensor(layer, "")
-        suffixes = (*ATTENTION, *(MIXTURE if self.kind == "mixtral" else DENSE), *BIASES)
-        return {suffix: self.shapes[prefix + suffix] for suffix in suffixes if prefix + suffix in self.shapes}
+        return {
+            suffix: self.shapes[prefix + suffix] for suffix in self._suffixes(layer) if prefix + suffix in self.shapes
+        }
+
+    def has_experts(self, layer: int) -> bool:
+        return self.config is not None and layer in self.config.moe_layers
+
+    def is_buffer(self, name: str) -> bool:
+        """Whether a tensor is a router's buffer, which is fp32 whatever the weights are."""
+        return self.config is not None and name in self._buffers
+
+    def _suffixes(self, layer: int) -> list[str]:
+        if self.config is None:
+            return [*ATTENTION, *DENSE, *BIASES]
+        prefix = layer_tensor(layer, "")
+        names = hf.parameter_shapes(self.config) | self._buffers
+        return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
     def _number(self, key: str) -> int:
         value = self.content.get(key)
@@ -162,9 +192,9 @@ class Model:
         self.shapes[name], self._segments[name] = shape, segments
 
     def _check(self) -> None:
-        suffixes = (*ATTENTION, *(MIXTURE if self.kind == "mixtral" else DENSE))
-        layers = [layer_tensor(i, suffix) for i in range(self.layers) for suffix in (*suffixes, *self.biases)]
-        needed = [EMBEDDING, NORM, HEAD, *(name for name in layers if not name.endswith(".bias"))]
+        layers = [layer_tensor(i, suffix) for i in range(self.layers) for suffix in self._suffixes(i)]
+        optional = {layer_tensor(i, bias) for i in range(self.layers) for bias in self.biases}
+        needed = [EMBEDDING, NORM, HEAD, *(name for name in layers if name not in optional)]
         for name in needed:
             if name not in self.shapes:
                 raise UserError(f"{self.directory} lacks the tensor {name}: give a whole checkpoint")
@@ -174,9 +204,9 @@ class Model:
                 raise UserError(f"{self.directory} holds the tensor {name}, which no {KINDS[self.kind]} has: remove it")
             if self.dtype(name) not in _FLOATS:
                 raise UserError(f"{self.directory}: tensor {name} is {self.dtype(name)}: give fp32, bf16 or fp16")
-        if self.kind == "mixtral":
-            experts = self.shapes[layer_tensor(0, MIXTURE[2])][0]
-            said = self.content.get("num_local_experts", self.content.get("num_experts", 8))
+        if self.config is not None:
+            experts = self.shapes[layer_tensor(self.config.moe_layers[0], MIXTURE[2])][0]
+            said = self.config.num_local_experts
             if said != experts:
                 raise UserError(
                     f"{self.directory / 'config.json'}: num_local_experts={said}, and the weights hold {experts}: "
@@ -231,11 +261,25 @@ def check_alike(models: list[Model]) -> list[str]:
                     f"{key} is {theirs} in {other.reference} and {ours} in {first.reference}: "
                     "give models of one architecture"
                 )
-        for key in ("num_experts_per_tok", "rms_norm_eps", "rope_theta", "sliding_window"):
-            ours, theirs = _setting(first.content, key), _setting(other.content, key)
+        for key in _FUNCTION if first.config else ("rms_norm_eps", "rope_theta", "sliding_window"):
+            ours, theirs = (getattr(m.config, key) if m.config else _setting(m.content, key) for m in (first, other))
             if ours != theirs:
                 notes.append(f"{key} is {theirs} in {other.reference}; {ours} of {first.reference} is kept")
     return notes
+
+
+# Settings of a mixture that change its function and no tensor's shape.
+_FUNCTION = (
+    "num_experts_per_tok",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_parameters",
+    "sliding_window",
+    "layer_types",
+    "swiglu_limit",
+    "swiglu_alpha",
+    "router",
+)
 
 
 def _setting(content: dict[str, Any], key: str) -> Any:

@@ -203,7 +203,8 @@ class _Planner:
         layers = [source.layer_range[0] + offset for source in piece.sources]
         models = [self.models[source.model] for source in piece.sources]
         readers: list[Reader] = list(models)
-        if self.aligner is not None and len(models) > 1:
+        dense = models[0].config is not None and not all(m.has_experts(i) for m, i in zip(models, layers))
+        if self.aligner is not None and len(models) > 1 and not dense:
             at = piece.sources.index(self._reference_source(piece))
             readers = [
                 model if i == at else self.aligner.reader(models[at], layers[at], model, layers[i])
@@ -244,7 +245,8 @@ class _Planner:
             key: resolve(key, parameter, scopes, name, depth, "")
             for key, parameter in self.method.parameters.items() if parameter.scope == "shared"
         }  # fmt: skip
-        dtype = self.out or common_dtype([reader.dtype(own) for reader, own in named])
+        kept = torch.float32 if self.donor.is_buffer(name) else self.out
+        dtype = kept or common_dtype([reader.dtype(own) for reader, own in named])
         job = Job(name, shapes[0], dtype, inputs, self.method.start, base, shared, self.cast, self.recipe.seed)
         if self.method.check is not None:
             self.method.check(job)

@@ -58,7 +58,7 @@ def merge_recalibrated(
     check_output(out)
     list_files(SourceConfig(type="files", path=settings.text), "recalibrate.text")
     plain = recipe.model_copy(update={"recalibrate": None})
-    if plan_of(plain).kind != "mixtral":
+    if plan_of(plain).donor.config is None:
         raise UserError("recalibrate fits routers, and these models are dense: remove it")
     parent = next(folder for folder in out.absolute().parents if folder.is_dir())
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.tmp-", dir=parent) as folder:
@@ -83,7 +83,7 @@ def recalibrate(directory: Path, settings: Recalibration) -> Outcome:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = MoEForCausalLM.from_pretrained(directory).to(device)
-    fitted, judges = _batches(directory, settings, model.config.max_position_embeddings, model.config.vocab_size)
+    fitted, judges = _batches(directory, settings, model.config.longest_text, model.config.vocab_size)
     before = _loss(model, judges, device)
     files = TensorFiles(directory, MODEL)
     stored = Weights(files).stored()

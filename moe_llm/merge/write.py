@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from moe_llm.checkpoint import hf
+from moe_llm.checkpoint.architectures import FAMILIES
 from moe_llm.checkpoint.manifest import write_file, write_json
 from moe_llm.checkpoint.plan import MODEL, FileSet, ShardSet, file_set
 from moe_llm.checkpoint.safetensors_io import Spec, parse_size
@@ -149,7 +150,32 @@ def _layer_settings(plan: Plan) -> dict[str, Any]:
     }  # fmt: skip
     if not plan.layers_from:
         return {}
-    return {key: [model.content.get(key, lists[key])[i] for model, i in plan.layers_from] for key in lists}
+    return _dense_layers(plan) | {
+        key: [model.content.get(key, lists[key])[i] for model, i in plan.layers_from] for key in lists
+    }
+
+
+def _dense_layers(plan: Plan) -> dict[str, Any]:
+    """Keys that say which of the output's layers have no experts.
+
+    Raises:
+        UserError: its family has no such layers there.
+    """
+    config = plan.donor.config
+    dense = [at for at, (model, layer) in enumerate(plan.layers_from) if not model.has_experts(layer)]
+    if config is None or not (dense or config.num_moe_layers < config.num_hidden_layers):
+        return {}
+    family = FAMILIES[plan.donor.kind]
+    layers = {"num_hidden_layers": len(plan.layers_from), "mlp_only_layers": tuple(dense)}
+    merged = config.model_copy(
+        update={**layers, "first_k_dense_replace": 0, "moe_layer_frequency": 1, "layer_types": None}
+    )
+    if missing := family.cannot(merged):
+        raise UserError(
+            f"the output has dense layers {dense}, which no {family.architecture} has ({missing[0]}): give other slices"
+        )
+    keys = ("first_k_dense_replace", "decoder_sparse_step", "mlp_only_layers")
+    return {key: value for key, value in family.write(merged).items() if key in keys}
 
 
 class _Progress:

@@ -5,14 +5,14 @@ Dimensions: B batch, S sequence, T = B*S tokens, D hidden, V vocabulary, L layer
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_llm.config import ModelConfig
-from moe_llm.model.attention import Attention
+from moe_llm.model.attention import Attention, LatentAttention
 from moe_llm.model.linear import Linear
 from moe_llm.model.moe.balance import balance_loss, z_loss
 from moe_llm.model.moe.layer import MoELayer
@@ -21,10 +21,14 @@ from moe_llm.model.moe.routers import router_losses
 from moe_llm.model.moe.routing import RoutingStatistics
 from moe_llm.model.norm import RMSNorm
 from moe_llm.model.recomputation import keep_exchanges, keep_routing
+from moe_llm.model.sequence_parts import own, whole
+from moe_llm.model.swiglu import SwiGLU
 from moe_llm.ops.attention import AttentionPattern
 from moe_llm.ops.cross_entropy import linear_cross_entropy
 from moe_llm.ops.distillation import Distillation, DistillationSums, linear_distillation
-from moe_llm.ops.rope import rotary_cos_sin
+from moe_llm.ops.rope import document_lengths, rotary_cos_sin
+
+AttentionPatterns = dict[int | None, AttentionPattern]  # by sliding window, None where there is none
 
 
 class MoEOutput(NamedTuple):
@@ -47,18 +51,20 @@ class MoEOutput(NamedTuple):
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + experts(norm(x)).
+    """x + attention(norm(x)), then x + experts(norm(x)), or a dense feed-forward layer in their place.
 
     The last addition is left to whoever comes next, together with its norm: the layer takes and returns the residual
     stream and what is still to be added to it.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, index: int):
         super().__init__()
+        self.window = config.windows[index]
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = LatentAttention(config) if config.latent_attention else Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MoELayer(config)
+        dense = index not in config.moe_layers
+        self.mlp = SwiGLU(config.hidden_size, config.dense_width) if dense else MoELayer(config)
 
     def forward(
         self,
@@ -69,30 +75,33 @@ class DecoderLayer(nn.Module):
         pattern: AttentionPattern,
         mask_BS: Tensor,
         document_BS: Tensor | None,
-    ) -> tuple[Tensor, Tensor, RoutingStatistics]:
+    ) -> tuple[Tensor, Tensor, RoutingStatistics | None]:
+        """The residual stream, what is still to be added to it, and the statistics, None of a dense layer."""
         x_BSD, normed_BSD = self.input_layernorm.after_adding(x_BSD, delta_BSD)
         attended_BSD = self.self_attn(normed_BSD, cos_BSd, sin_BSd, pattern)
         x_BSD, normed_BSD = self.post_attention_layernorm.after_adding(x_BSD, attended_BSD)
+        if isinstance(self.mlp, SwiGLU):
+            return x_BSD, self.mlp(normed_BSD), None
         y_BSD, statistics = self.mlp(normed_BSD, mask_BS, document_BS)
         return x_BSD, y_BSD, statistics
 
 
 class Decoder(nn.Module):
-    """Token ids to final hidden states."""
+    """Token ids to final hidden states, and the routing statistics of the layers that have experts, in order."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.recompute: bool | str = False  # True or "full": each layer; "selective": see `model.recomputation`
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self,
         input_ids_BS: Tensor,
         position_ids_BS: Tensor,
-        pattern: AttentionPattern,
+        patterns: AttentionPatterns,
         mask_BS: Tensor,
         document_BS: Tensor | None = None,
         perturbation_BSD: Tensor | None = None,
@@ -100,12 +109,23 @@ class Decoder(nn.Module):
         x_BSD = self.embed_tokens(input_ids_BS)
         if perturbation_BSD is not None:
             x_BSD = (x_BSD + perturbation_BSD).to(x_BSD.dtype)
+        config, length_BS = self.config, None
+        if config.rope_parameters.rope_type == "dynamic":
+            parts = self.layers[0].self_attn.parts
+            documents = None if document_BS is None else whole(parts, document_BS)
+            length_BS = own(parts, document_lengths(whole(parts, position_ids_BS), whole(parts, mask_BS), documents))
         cos_BSd, sin_BSd = rotary_cos_sin(
-            position_ids_BS, self.config.attention_head_dim, self.config.rope_theta, dtype=x_BSD.dtype
+            position_ids_BS,
+            config.rotary_head_dim,
+            config.rope_theta,
+            dtype=x_BSD.dtype,
+            rope=config.rope_parameters,
+            max_position_embeddings=config.max_position_embeddings,
+            length_BS=length_BS,
         )
         statistics, delta_BSD = [], None
         for layer in self.layers:
-            arguments = (x_BSD, delta_BSD, cos_BSd, sin_BSd, pattern, mask_BS, document_BS)
+            arguments = (x_BSD, delta_BSD, cos_BSd, sin_BSd, patterns[layer.window], mask_BS, document_BS)
             if self.recompute and torch.is_grad_enabled():
                 x_BSD, delta_BSD, layer_statistics = checkpoint(
                     layer,
@@ -115,9 +135,20 @@ class Decoder(nn.Module):
                 )
             else:
                 x_BSD, delta_BSD, layer_statistics = layer(*arguments)
-            statistics.append(layer_statistics)
+            if layer_statistics is not None:
+                statistics.append(layer_statistics)
         _, normed_BSD = self.norm.after_adding(x_BSD, delta_BSD)
         return normed_BSD, RoutingStatistics.stack(statistics)
+
+    @property
+    def moe_layers(self) -> list[DecoderLayer]:
+        """The layers that have experts, in order: those that statistics are of."""
+        return [layer for layer in self.layers if isinstance(layer.mlp, MoELayer)]
+
+    def attention_patterns(self, like_BS: Tensor, **narrowed: Any) -> AttentionPatterns:
+        """The patterns of the layers' windows; `narrowed` as `AttentionPattern.build` takes it."""
+        windows = dict.fromkeys(self.config.windows)
+        return {window: AttentionPattern.build(like_BS, sliding_window=window, **narrowed) for window in windows}
 
 
 class LanguageModelHead(Linear):
@@ -196,14 +227,10 @@ class MoEDecoder(nn.Module):
         assert runs is not None or self.model.layers[0].self_attn.parts is None, (
             "parts of sequences need `runs` of the whole"
         )
-        pattern = AttentionPattern.build(
-            input_ids,
-            attention_mask=attention_mask,
-            document_ids=document_ids,
-            sliding_window=self.config.sliding_window,
-            runs=runs,
+        patterns = self.model.attention_patterns(
+            input_ids, attention_mask=attention_mask, document_ids=document_ids, runs=runs
         )
-        x_BSD, routing = self.model(input_ids, position_ids, pattern, mask_BS, document_ids, perturbation)
+        x_BSD, routing = self.model(input_ids, position_ids, patterns, mask_BS, document_ids, perturbation)
 
         logits = self.lm_head(x_BSD) if return_logits else None
         aux = balance_loss(routing, self.config.router_aux_loss_scope)

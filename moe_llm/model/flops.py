@@ -14,9 +14,9 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     matrices = config.num_params(active=True) - counts["embed_tokens"] - counts["norms"]
     again = config.router.active_experts(config) - config.num_local_experts  # by more rows than there are experts
     more = max(0, again) * config.expert_parameters + config.router.mixed_per_token(config)
-    matrices += config.num_hidden_layers * more
+    matrices += config.num_moe_layers * more
     if config.tie_word_embeddings:
         matrices += counts["embed_tokens"]  # the head multiplies by it
-    visible = min(sequence_length, 2 * (config.sliding_window or sequence_length)) / 2
-    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.attention_head_dim * visible
+    visible = sum(min(sequence_length, 2 * (window or sequence_length)) / 2 for window in config.windows)
+    attention = 4 * config.num_attention_heads * config.attention_head_dim * visible
     return 6.0 * matrices + 3.0 * attention

@@ -28,7 +28,7 @@ def init_weights(model: MoEDecoder, seed: int) -> None:
     gains = {f"{name}.{leaf}": gain for name, router in routers for leaf, gain in router.gains.items()}
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        if name in zero or name.endswith("_proj.bias"):
+        if name in zero or name.endswith((".bias", "_bias", ".sinks")):
             parameter.zero_()
             continue
         if parameter.dim() == 1:

@@ -237,3 +237,8 @@ def _mask(like_BS: Tensor, mask_BS: Tensor | None, document_ids: Tensor | None, 
     if mask_BS is not None:
         sees_BSS = (sees_BSS & mask_BS[:, None, :]) | (distance_SS == 0)
     return sees_BSS[:, None]
+
+
+def causal_mask(q_BHSd: Tensor, window: int | None) -> Tensor:
+    """(B, 1, S, S): true where a query of a sequence without documents sees a key."""
+    return _mask(q_BHSd[:, 0, :, 0], None, None, window)

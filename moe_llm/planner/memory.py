@@ -133,7 +133,7 @@ def trained_parameters(config: Config, layout: Layout) -> Trained:
         counts["dense"],
         counts["expert"],
         of_layers / layers,
-        counts["expert"] / layers,
+        counts["expert"] / config.model.num_moe_layers,
         counts["head"],
         counts["embeddings"],
         (counts["dense"], counts["expert"]) if adapters else (0.0, 0.0),
@@ -256,6 +256,14 @@ class _Walk:
             experts += self.rows * m.expert_hidden_size * size
         return {"activations": attention + norms + router + experts, "all_to_all": exchanged}
 
+    def dense_block(self) -> float:
+        """What stays of a block without experts until the backward pass comes to it."""
+        m, hidden = self.model, self.tokens * self.model.hidden_size * self.size
+        if self.layout.recompute:
+            return 2 * hidden
+        attention = 2 * self.tokens * (m.num_attention_heads + m.kv_heads) * m.attention_head_dim * self.size
+        return 4 * hidden + attention + 4 * self.tokens * m.dense_width * self.size
+
     def kept_by_layer(self) -> dict[str, float]:
         """What stays of a layer until the backward pass comes to it."""
         if not self.layout.recompute:
@@ -358,8 +366,8 @@ class _Walk:
     def fullest(self) -> Memory:
         m, size = self.model, self.size
         static, layer, kept = self.static(), self.layer(), self.kept_by_layer()
-        layers, hidden = m.num_hidden_layers, self.tokens * m.hidden_size * size
-        base = {"activations": self.shared()}
+        layers, hidden = m.num_moe_layers, self.tokens * m.hidden_size * size
+        base = {"activations": self.shared() + (m.num_hidden_layers - layers) * self.dense_block()}
 
         def times(count: float, parts: dict[str, float]) -> dict[str, float]:
             return {part: count * value for part, value in parts.items()}

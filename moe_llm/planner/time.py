@@ -74,7 +74,7 @@ def _exchanged(config: Config, layout: Layout) -> float:
     row = m.hidden_size * (4 if config.train.precision == "fp32" else 2)
     elsewhere = 1 - 1 / layout.expert_parallel
     times = 6 if layout.recompute else 4
-    return times * m.num_hidden_layers * tokens * m.num_experts_per_tok * row * elsewhere
+    return times * m.num_moe_layers * tokens * m.num_experts_per_tok * row * elsewhere
 
 
 def _reduced(config: Config, layout: Layout, group: tuple[float, float, int]) -> tuple[float, float]:
@@ -135,7 +135,7 @@ def _operations(config: Config, layout: Layout) -> tuple[float, float]:
     """
     m = config.model
     whole = train_flops_per_token(m, config.data.sequence_length)
-    experts = 6.0 * m.num_hidden_layers * m.router.active_experts(m) * m.expert_parameters
+    experts = 6.0 * m.num_moe_layers * m.router.active_experts(m) * m.expert_parameters
     held = held_parameters(config, layout)
     trained = trained_parameters(config, layout)
     again = 2 if layout.recompute else 0

@@ -8,6 +8,7 @@ from checkpoint_fakes import small_config
 from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
 
 from moe_llm.checkpoint import hf
+from moe_llm.checkpoint.families import mixtral
 from moe_llm.config import ModelConfig
 from moe_llm.errors import UserError
 
@@ -135,7 +136,7 @@ def test_the_published_config():
 def test_keys_left_out_mean_what_transformers_means():
     config = hf.from_transformers_config({"model_type": "mixtral"})
     theirs = MixtralConfig()
-    for name in hf._DEFAULTS:
+    for name in mixtral.DEFAULTS:
         ours = config.attention_head_dim if name == "head_dim" else getattr(config, name)
         assert ours == (getattr(theirs, name) or (128 if name == "head_dim" else getattr(theirs, name))), name
     assert config.rope_theta == theirs.rope_parameters["rope_theta"]
@@ -147,8 +148,8 @@ def test_keys_left_out_mean_what_transformers_means():
         ({"model_type": "llama"}, "model_type='llama'"),
         ({"architectures": ["MixtralForSequenceClassification"]}, "MixtralForSequenceClassification"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling of type 'linear'"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters of type 'yarn'"),
+        ({"rope_scaling": {"type": "linear"}}, "factor=None"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, "rope_type='longrope'"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 3.0}}, "rope_theta=1000000.0"),
         (
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},

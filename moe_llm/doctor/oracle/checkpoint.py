@@ -25,6 +25,9 @@ def wrong_fields(directory: Path, model: Any, dtype: str) -> list[str]:
     due = {name: getattr(model, name) for name in _FIELDS}
     due |= {"num_key_value_heads": model.num_key_value_heads or model.num_attention_heads}
     due |= {"head_dim": model.head_dim or model.hidden_size // model.num_attention_heads}
+    if model.kv_lora_rank is not None:
+        due |= {"head_dim": model.qk_rope_head_dim}
+        due |= {key: getattr(model, key) for key in ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "v_head_dim")}
     due |= {"dtype": _DTYPES[dtype][0]}
     wrong = [
         f"{name} is {found.get(name)!r}, trained as {value!r}"
@@ -35,6 +38,9 @@ def wrong_fields(directory: Path, model: Any, dtype: str) -> list[str]:
     for place, value in (("rope_theta", found.get("rope_theta")), ("rope_parameters", rope.get("rope_theta"))):
         if value != model.rope_theta:
             wrong.append(f"{place} has the base {value!r}, trained as {model.rope_theta!r}")
+    for key, value in model.rope_parameters.content().items():
+        if rope.get(key, 1.0 if key == "partial_rotary_factor" else None) != value:
+            wrong.append(f"rope_parameters.{key} is {rope.get(key)!r}, trained as {value!r}")
     window = found.get("sliding_window") if found.get("use_sliding_window", True) else None
     if window != model.sliding_window:
         wrong.append(f"sliding_window is {window!r}, trained as {model.sliding_window!r}")

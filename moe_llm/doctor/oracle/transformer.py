@@ -127,7 +127,7 @@ def mixtral_config(model: ModelConfig) -> Any:
         sliding_window=model.sliding_window,
         rms_norm_eps=model.rms_norm_eps,
         tie_word_embeddings=model.tie_word_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        rope_parameters={"rope_theta": model.rope_theta, **model.rope_parameters.content()},
         attention_dropout=0.0,
         hidden_act="silu",
     )

@@ -8,7 +8,9 @@ from moe_llm.config import ModelConfig
 from moe_llm.model.moe.routing import Routing, WeightMixture
 from moe_llm.ops.expert_mlp import expert_mlp
 from moe_llm.ops.expert_mlp_adapted import ExpertAdapters, Factors, adapted_expert_mlp
+from moe_llm.ops.expert_mlp_clamped import ExpertForm, formed_expert_mlp
 from moe_llm.ops.merged_expert_mlp import WeightExchange, merged_expert_mlp
+from moe_llm.ops.permutation import combine, permute
 from moe_llm.ops.routed_experts import routed_expert_mlp
 
 
@@ -25,6 +27,12 @@ class Experts(nn.Module):
         self.low_rank: tuple[float, float] | None = None  # scale and dropout of adapters
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+        self.gate_up_proj_bias = self.down_proj_bias = None
+        if config.expert_bias:
+            self.gate_up_proj_bias = nn.Parameter(torch.empty(experts, 2 * width))
+            self.down_proj_bias = nn.Parameter(torch.empty(experts, hidden))
+        self.plain = not config.expert_bias and config.swiglu_limit is None
+        self.limit, self.alpha = config.swiglu_limit, config.swiglu_alpha
 
     def forward(
         self,
@@ -56,6 +64,8 @@ class Experts(nn.Module):
                 exchange=exchange,
             )
             return merging.segments.join(y_NLD.unflatten(0, merging.segments.real_BGL.shape[:2]))
+        if not self.plain:
+            return self._formed(x, counts_E, routing, slice(None) if own is None else own, dropout, host_counts_E)
         if self.low_rank is not None:
             rows = () if routing is None else (routing.weight_N, routing.token_index_N, routing.slot_TK)
             held = slice(None) if own is None else own
@@ -79,6 +89,31 @@ class Experts(nn.Module):
             dropout,
         )
 
+    def _formed(
+        self,
+        x: Tensor,
+        counts_E: Tensor,
+        routing: Routing | None,
+        held: slice,
+        dropout: float,
+        host_counts_E: np.ndarray | None,
+    ) -> Tensor:
+        """The same for experts with biases or clamps."""
+        form = ExpertForm(self.gate_up_proj_bias, self.down_proj_bias, self.limit, self.alpha).held(held)
+        rows_ND = x if routing is None else permute(x, routing.token_index_N, routing.slot_TK)
+        y_ND = formed_expert_mlp(
+            rows_ND,
+            self.gate_up_proj[held],
+            self.down_proj[held],
+            counts_E,
+            form,
+            weight_N=None if routing is None else routing.weight_N,
+            adapters=None if self.low_rank is None else self._adapters(held),
+            dropout=dropout,
+            host_counts_E=host_counts_E,
+        )
+        return y_ND if routing is None else combine(y_ND, None, routing.token_index_N, len(x), routing.slot_TK)
+
     def adapt(self, name: str, rank: int, scale: float, dropout: float) -> None:
         """Give one of the two weights low-rank factors for each expert that is held, as `NAME_lora_A` and
         `NAME_lora_B`, uninitialised."""
@@ -99,8 +134,7 @@ class Experts(nn.Module):
 
     def keep(self, experts: range) -> None:
         """Drop all experts but these."""
-        for name in ("gate_up_proj", "down_proj"):
-            whole = getattr(self, name)
+        for name, whole in list(self.named_parameters()):
             kept = whole.detach()[experts.start : experts.stop].clone()
             setattr(self, name, nn.Parameter(kept, requires_grad=whole.requires_grad))
         self.first_expert = experts.start

@@ -8,7 +8,7 @@ from moe_llm.model.moe.dispatch import Dispatcher, LocalDispatcher
 from moe_llm.model.moe.experts import Experts
 from moe_llm.model.moe.routers import build_router
 from moe_llm.model.moe.routing import Routing, RoutingStatistics, WeightMixture
-from moe_llm.model.moe.shared import SharedExperts
+from moe_llm.model.swiglu import SwiGLU
 
 
 class MoELayer(nn.Module):
@@ -24,7 +24,9 @@ class MoELayer(nn.Module):
         self.gate = build_router(config)
         self.experts = Experts(config)
         self.dispatcher: Dispatcher = LocalDispatcher()
-        self.shared_experts = SharedExperts(config) if config.num_shared_experts else None
+        self.shared_experts = None
+        if config.num_shared_experts:
+            self.shared_experts = SwiGLU(config.hidden_size, config.shared_width, config.expert_dropout)
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
 
     def forward(

@@ -53,6 +53,7 @@ class Router(nn.Module):
         self.per_sequence = config.router_aux_loss_scope == "sequence"
         self.step = 0
         self.parts: SequenceParts | None = None
+        self.left_out: int | None = None  # an expert that no token is to have
         self.low_rank: tuple[float, float] | None = None  # scale and dropout of adapters
         for name, shape in self.settings.parameter_shapes(config).items():
             module, _, leaf = name.rpartition(".")
@@ -100,8 +101,17 @@ class Router(nn.Module):
         return x_TD
 
     def logits(self, x_BSD: Tensor) -> Tensor:
-        """Their map by `weight`, (T, E)."""
-        return self.linear(self.input(x_BSD), "weight")
+        """Their map by `weight`, and by `bias` where the router has one, (T, E)."""
+        logits_TE = self.linear(self.input(x_BSD), "weight")
+        bias_E = getattr(self, "bias", None)
+        logits_TE = logits_TE if bias_E is None else logits_TE + bias_E.float()
+        if self.left_out is not None:
+            logits_TE[:, self.left_out] = torch.finfo(logits_TE.dtype).min / 4
+        return logits_TE
+
+    def log_probabilities(self, logits_TE: Tensor) -> Tensor:
+        """Of the experts, as the router shares its scores out, (T, E)."""
+        return logits_TE.log_softmax(-1)
 
     def linear(self, x_TD: Tensor, name: str) -> Tensor:
         """The linear map by a parameter, in fp32 whatever the model's dtype, and by its low-rank factors."""

@@ -24,7 +24,7 @@ class TokenChoiceRouter(Router):
     export does. With `router.overflow: residual` the token itself stands in for experts that had no room, times their
     weights. With `router.warmup_steps`, tokens are drawn in training that take experts at random instead.
 
-    What a subclass may say otherwise: `weights`, `wanted` and `assign`.
+    What a subclass may say otherwise: `preferred`, `weights`, `wanted` and `assign`.
     """
 
     settings: LimitedSettings
@@ -73,7 +73,7 @@ class TokenChoiceRouter(Router):
         mask_BS = groups.mask_BS if factor is None else self.own(groups.mask_BS)
         overflow = getattr(self.settings, "overflow", "drop") if factor is not None else None
         pass_on = overflow == "next"
-        expert_TR = self._preferred(probability_TE, self.num_experts if pass_on else self.top_k)
+        expert_TR = self.preferred(probability_TE, self.num_experts if pass_on else self.top_k)
         value_TR = probability_TE.gather(-1, expert_TR)
         wanted_TR = self.wanted(value_TR)
         granted_TR, dropped, kept_R = wanted_TR, None, None
@@ -119,7 +119,7 @@ class TokenChoiceRouter(Router):
         granted_TR = self.assign(*whole, groups, capacity_BS)
         return self.own(granted_TR.unflatten(0, groups.mask_BS.shape)).flatten(0, 1)
 
-    def _preferred(self, probability_TE: Tensor, choices: int) -> Tensor:
+    def preferred(self, probability_TE: Tensor, choices: int) -> Tensor:
         """A token's best experts, (T, choices)."""
         if self.training and self.step < self.settings.warmup_steps:
             drawn_T = torch.rand(len(probability_TE), device=probability_TE.device)
@@ -127,3 +127,10 @@ class TokenChoiceRouter(Router):
             random_TE = torch.rand_like(probability_TE)
             probability_TE = torch.where(learned_T[:, None], probability_TE, random_TE)
         return probability_TE.topk(choices, dim=-1).indices
+
+
+def close_groups(score_TE: Tensor, score_TG: Tensor, allowed: int) -> Tensor:
+    """The scores of experts, minus infinity but for those of each token's `allowed` best groups of neighbours."""
+    best_TP = score_TG.topk(allowed, dim=-1).indices
+    closed_TG = torch.ones_like(score_TG, dtype=torch.bool).scatter(-1, best_TP, False)
+    return score_TE.unflatten(-1, (score_TG.shape[-1], -1)).masked_fill(closed_TG[..., None], float("-inf")).flatten(1)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from moe_llm.checkpoint.architectures import is_mixtral
+from moe_llm.checkpoint.architectures import takes_top_k
 from moe_llm.config import Config
 from moe_llm.data.files import replace_file
 from moe_llm.data.loader import ValidationBlocks
@@ -40,6 +40,7 @@ _NAME = "log_probabilities"
 class RouterGuardCallback(Callback):
     """Measures at every evaluation how far the routers have moved, and acts on it (`finetune.router_guard`)."""
 
+<<<<<<< HEAD:moe_llm/train/callbacks/router_guard.py
     guard: "RouterGuard"
 
     def validate(self, config: Config) -> None:
@@ -85,6 +86,25 @@ class RouterGuardCallback(Callback):
         failure = self.guard.why_failed(metrics)
         if failure is not None:
             run.fail(failure)
+=======
+    Raises:
+        UserError: no base to compare with, or no evaluation at which to stop.
+    """
+    action = config.finetune.router_guard.action
+    if action != "off" and config.model.init_from is None:
+        raise UserError(
+            f"finetune.router_guard.action={action} has no base to compare the routers with: set model.init_from"
+        )
+    if action != "off" and not takes_top_k(config.model):
+        raise UserError(
+            f"finetune.router_guard.action={action} compares routers that give a token its top k experts, which "
+            f"model.router.type={config.model.router.type} does not: use another type, or turn the guard off"
+        )
+    if action == "stop" and config.evaluate.every_steps is None:
+        raise UserError(
+            "finetune.router_guard.action=stop has no evaluations at which to stop: set evaluate.every_steps"
+        )
+>>>>>>> 6ff4954 (Families: GLM-4-MoE, DeepSeek-V2 and V3, GPT-OSS; rotary scaling; dense layers):moe_llm/train/router_guard.py
 
 
 class RouterGuard:
@@ -106,7 +126,7 @@ class RouterGuard:
         self._tokens, self._digest = whole.num_tokens, _digest(whole)
         self._shape = (
             len(probe),
-            config.model.num_hidden_layers,
+            config.model.num_moe_layers,
             whole.input_ids_BS.shape[1],
             config.model.num_local_experts,
         )
@@ -182,10 +202,10 @@ class RouterGuard:
     def _log_probabilities(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(L, B, S, E) of the routers now, (B, S) real tokens, and the batch's loss, summed."""
         batch = batch.to(self._runtime.device)
-        with _evaluating(self._engine.model), _router_logits(self._engine.model) as logits:
+        with _evaluating(self._engine.model), _router_outputs(self._engine.model) as found:
             output = self._engine.forward(**model_inputs(batch))
-        assert len(logits) == self._shape[1], "each layer routes once"
-        now_LTE = torch.stack(logits).log_softmax(-1)
+        assert len(found) == self._shape[1], "each layer routes once"
+        now_LTE = torch.stack(found)
         return now_LTE.unflatten(1, batch.input_ids_BS.shape), batch.attention_mask_BS, output.loss_sum
 
     def _base(self, rows: list[int], now_LBSE: Tensor) -> Tensor:
@@ -219,13 +239,15 @@ def _evaluating(model: MoEDecoder) -> Iterator[None]:
 
 
 @contextmanager
-def _router_logits(model: MoEDecoder) -> Iterator[list[Tensor]]:
-    """A list that fills with each layer's logits (T, E) of a forward pass inside. A recomputation comes later, in the
+def _router_outputs(model: MoEDecoder) -> Iterator[list[Tensor]]:
+    """A list that fills with each layer's log-probabilities (T, E) of a forward pass inside. A recomputation comes later, in the
     backward pass, and adds nothing."""
     found: list[Tensor] = []
     hooks = [
-        layer.mlp.gate.register_forward_hook(lambda module, inputs, routing: found.append(routing.logits_TE))
-        for layer in model.model.layers
+        layer.mlp.gate.register_forward_hook(
+            lambda module, inputs, routing: found.append(module.log_probabilities(routing.logits_TE))
+        )
+        for layer in model.model.moe_layers
     ]
     try:
         yield found

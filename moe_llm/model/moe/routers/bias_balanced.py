@@ -9,6 +9,7 @@ from torch import Tensor
 from moe_llm.config.routers import BiasBalancedSettings
 from moe_llm.model.moe.router import Router, rows_by_token
 from moe_llm.model.moe.routing import Routing, RoutingStatistics
+from moe_llm.model.moe.token_choice import close_groups
 
 
 class BiasBalancedRouter(Router):
@@ -26,7 +27,7 @@ class BiasBalancedRouter(Router):
         logits_TE = self.logits(x_BSD)
         score_TE = logits_TE.sigmoid() if self.settings.score == "sigmoid" else logits_TE.softmax(-1)
         share_TE = score_TE / score_TE.sum(-1, keepdim=True)
-        expert_TK = self._choose(score_TE.detach() + self.e_score_correction_bias)
+        expert_TK = self._choose(score_TE.detach() + self.selection_bias())
         weight_TK = score_TE.gather(-1, expert_TK)
         if self.settings.norm_topk_prob:
             weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
@@ -38,14 +39,27 @@ class BiasBalancedRouter(Router):
             ),
         )
 
+    def log_probabilities(self, logits_TE: Tensor) -> Tensor:
+        if self.settings.score == "softmax":
+            return super().log_probabilities(logits_TE)
+        score_TE = torch.nn.functional.logsigmoid(logits_TE)
+        return score_TE - score_TE.logsumexp(-1, keepdim=True)
+
+    def selection_bias(self) -> Tensor:
+        """What is added to the scores in selection, (E,): an expert that is out is behind all others, whose scores are at
+        most 1."""
+        if self.left_out is None:
+            return self.e_score_correction_bias
+        bias_E = self.e_score_correction_bias.clone()
+        bias_E[self.left_out] = bias_E.min() - 2
+        return bias_E
+
     def _choose(self, biased_TE: Tensor) -> Tensor:
         """The best K experts of the best P groups, (T, K); a group is as good as its two best experts."""
         groups, allowed = self.settings.n_group, self.settings.topk_group
         if allowed < groups:
-            biased_TGM = biased_TE.unflatten(-1, (groups, -1))
-            group_TP = biased_TGM.topk(2, dim=-1).values.sum(-1).topk(allowed, dim=-1).indices
-            closed_TG = torch.ones_like(biased_TGM[..., 0], dtype=torch.bool).scatter(-1, group_TP, False)
-            biased_TE = biased_TGM.masked_fill(closed_TG[..., None], float("-inf")).flatten(1)
+            best_TG = biased_TE.unflatten(-1, (groups, -1)).topk(2, dim=-1).values.sum(-1)
+            biased_TE = close_groups(biased_TE, best_TG, allowed)
         return biased_TE.topk(self.top_k, dim=-1).indices
 
     def after_step(self, total: RoutingStatistics) -> None:

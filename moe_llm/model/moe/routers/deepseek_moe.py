@@ -9,7 +9,7 @@ from torch import Tensor
 from moe_llm.config.routers import DeepSeekMoESettings
 from moe_llm.model.moe.losses import RouterLoss
 from moe_llm.model.moe.routing import RoutingStatistics
-from moe_llm.model.moe.token_choice import TokenChoiceRouter
+from moe_llm.model.moe.token_choice import TokenChoiceRouter, close_groups
 
 
 class DeepSeekMoERouter(TokenChoiceRouter):
@@ -21,6 +21,13 @@ class DeepSeekMoERouter(TokenChoiceRouter):
 
     Settings = DeepSeekMoESettings
     settings: DeepSeekMoESettings
+
+    def preferred(self, probability_TE: Tensor, choices: int) -> Tensor:
+        groups, allowed = self.settings.n_group, self.settings.topk_group
+        if allowed < groups:
+            best_TG = probability_TE.detach().unflatten(-1, (groups, -1)).amax(-1)
+            probability_TE = close_groups(probability_TE.detach(), best_TG, allowed)
+        return super().preferred(probability_TE, choices)
 
     def weights(self, value_TR: Tensor, shared_TR: Tensor) -> Tensor:
         weight_TR = super().weights(value_TR, shared_TR) if self.settings.norm_topk_prob else value_TR
