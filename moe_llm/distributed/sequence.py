@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_llm.distributed.runtime import Runtime
-from moe_llm.model.attention import Attention
+from moe_llm.model.attention import Attention, LatentAttention
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.moe.router import Router
 from moe_llm.model.recomputation import exchanged
@@ -30,7 +30,7 @@ def share_sequences(model: MoEDecoder, size: int, runtime: Runtime) -> None:
     groups = [dist.new_group(list(range(first, first + size))) for first in range(0, runtime.world_size, size)]
     parts = UlyssesParts(groups[runtime.rank // size], runtime.rank % size, size)
     for module in model.modules():
-        if isinstance(module, Attention | Router):
+        if isinstance(module, Attention | LatentAttention | Router):
             module.parts = parts
 
 
