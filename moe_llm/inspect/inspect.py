@@ -235,7 +235,7 @@ def recorded_choices(model: MoEForCausalLM) -> Iterator[list[np.ndarray]]:
     def record(gate, inputs, routing: Routing) -> None:
         expert_N = torch.arange(gate.num_experts, device=routing.counts_E.device).repeat_interleave(routing.counts_E)
         assert routing.slot_TK is not None, "each token has its top k experts"
-        order_TK = routing.weight_N[routing.slot_TK].argsort(-1, descending=True, stable=True)
+        order_TK = routing.weight_N[routing.slot_TK].argsort(dim=-1, descending=True, stable=True)
         choices.append(expert_N[routing.slot_TK].gather(-1, order_TK).cpu().numpy())
 
     handles = [layer.mlp.gate.register_forward_hook(record) for layer in model.model.moe_layers]
