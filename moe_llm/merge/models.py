@@ -81,14 +81,14 @@ class Model:
         check_checkpoint_directory(self.directory)
         self.content = read_json(self.directory / "config.json")
         self.kind = self._kind()
+        self.layers = self._number("num_hidden_layers")
+        for key in ("hidden_size", "num_attention_heads"):
+            self._number(key)
         self.config = None
         if self.kind in FAMILIES:
             self.config = hf.from_transformers_config(self.content, str(self.directory / "config.json"))
         self.biases = () if self.config else BIASES
-        self.layers = self._number("num_hidden_layers")
         self._buffers = hf.buffer_shapes(self.config) if self.config else {}
-        for key in ("hidden_size", "num_attention_heads"):
-            self._number(key)
         self.files = TensorFiles(self.directory, MODEL)
         self._segments: dict[str, list[_Segment]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
