@@ -40,7 +40,6 @@ _NAME = "log_probabilities"
 class RouterGuardCallback(Callback):
     """Measures at every evaluation how far the routers have moved, and acts on it (`finetune.router_guard`)."""
 
-<<<<<<< HEAD:moe_llm/train/callbacks/router_guard.py
     guard: "RouterGuard"
 
     def validate(self, config: Config) -> None:
@@ -50,9 +49,9 @@ class RouterGuardCallback(Callback):
             raise UserError(
                 f"finetune.router_guard.action={action} has no base to compare the routers with: set model.init_from"
             )
-        if not is_mixtral(config.model):
+        if not takes_top_k(config.model):
             raise UserError(
-                f"finetune.router_guard.action={action} compares routers that take the top k and renormalise, which "
+                f"finetune.router_guard.action={action} compares routers that give a token its top k experts, which "
                 f"model.router.type={config.model.router.type} does not: use another type, or turn the guard off"
             )
         if action == "stop" and config.evaluate.every_steps is None:
@@ -86,25 +85,6 @@ class RouterGuardCallback(Callback):
         failure = self.guard.why_failed(metrics)
         if failure is not None:
             run.fail(failure)
-=======
-    Raises:
-        UserError: no base to compare with, or no evaluation at which to stop.
-    """
-    action = config.finetune.router_guard.action
-    if action != "off" and config.model.init_from is None:
-        raise UserError(
-            f"finetune.router_guard.action={action} has no base to compare the routers with: set model.init_from"
-        )
-    if action != "off" and not takes_top_k(config.model):
-        raise UserError(
-            f"finetune.router_guard.action={action} compares routers that give a token its top k experts, which "
-            f"model.router.type={config.model.router.type} does not: use another type, or turn the guard off"
-        )
-    if action == "stop" and config.evaluate.every_steps is None:
-        raise UserError(
-            "finetune.router_guard.action=stop has no evaluations at which to stop: set evaluate.every_steps"
-        )
->>>>>>> 6ff4954 (Families: GLM-4-MoE, DeepSeek-V2 and V3, GPT-OSS; rotary scaling; dense layers):moe_llm/train/router_guard.py
 
 
 class RouterGuard:
