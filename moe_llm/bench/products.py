@@ -69,7 +69,7 @@ def step_products(
         Linear("attention", T, heads * d, D, L),
         Scores("attention", round(batch * heads * length / (visible or length)), visible or length, d, L),
         Linear("router", T, D, config.num_local_experts, L),
-        Linear("loss", T if num_targets is None else num_targets, D, config.vocab_size),
+        Linear("loss", T if num_targets is None else num_targets, D, config.resolved_vocab_size),
     ]
     for counts_E in counts_LE:
         for rows in filter(None, counts_E):
@@ -92,7 +92,7 @@ def prepare_products(
     parts: dict[str, list] = {}
     for product in products:
         parts.setdefault(product.part, []).append(product)
-    prepared = {}
+    prepared: dict[str, tuple[float, Callable[[], None]]] = {}
     for part, members in parts.items():
         kind = torch.float32 if part == "router" else dtype
         distinct = {product: _prepare(product, kind, device) for product in dict.fromkeys(members)}

@@ -2,7 +2,7 @@
 
 import errno
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, overload
 
 from moe_llm.errors import UserError
 
@@ -12,8 +12,11 @@ T = TypeVar("T")
 class Ranks(Protocol):
     """Any group of processes that shares a file system; every `TrainedState` is one."""
 
-    rank: int
-    world_size: int
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
 
     def gather(self, value: Any) -> Sequence[Any]:
         """The small Python objects of all ranks, on every rank; also a barrier."""
@@ -32,6 +35,14 @@ class Alone:
 ALONE = Alone()
 
 
+@overload
+def together(ranks: Ranks, work: Callable[[], T], *, only: None = None) -> T: ...
+
+
+@overload
+def together(ranks: Ranks, work: Callable[[], T], *, only: int) -> T | None: ...
+
+
 def together(ranks: Ranks, work: Callable[[], T], *, only: int | None = None) -> T | None:
     """Do `work` on every rank (or on rank `only`) and return this rank's result; where one fails, all raise.
 
@@ -42,7 +53,8 @@ def together(ranks: Ranks, work: Callable[[], T], *, only: int | None = None) ->
         UserError: the failure was the user's, or the file system's, on some rank.
         RuntimeError: any other failure on another rank; on its own rank the exception itself.
     """
-    result = failure = None
+    result: T | None = None
+    failure: Exception | None = None
     try:
         if only is None or ranks.rank == only:
             result = work()

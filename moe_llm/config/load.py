@@ -4,12 +4,13 @@ import difflib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from typing_extensions import TypeIs
 
 from moe_llm.config.base import fields_by_key
 from moe_llm.config.schema import Config
@@ -33,7 +34,7 @@ class _Loader(yaml.SafeLoader):
     A key that is given twice is refused; YAML's own rule would drop the first one unseen.
     """
 
-    yaml_implicit_resolvers: ClassVar = {
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML declares it on instances and reads it from the class)
         first: [(tag, rule) for tag, rule in rules if tag not in {*_YAML_1_2, "tag:yaml.org,2002:timestamp"}]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -53,7 +54,7 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes whatever text `_Loader`, or YAML 1.1, would take for something else."""
 
-    yaml_implicit_resolvers: ClassVar = {
+    yaml_implicit_resolvers = {  # noqa: RUF012
         first: list(rules) for first, rules in yaml.SafeDumper.yaml_implicit_resolvers.items()
     }
 
@@ -67,7 +68,14 @@ for _tag, (_pattern, _first) in _YAML_1_2.items():
     _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list(_first))
     _Dumper.add_implicit_resolver(_tag, re.compile(_pattern), list(_first))
 _Dumper.add_representer(str, _Dumper.represent_text)
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+
+
+def _integer(loader: _Loader, node: yaml.Node) -> int:
+    assert isinstance(node, yaml.ScalarNode)
+    return int(loader.construct_scalar(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def parse_yaml(text: str, origin: str) -> Any:
@@ -195,7 +203,7 @@ def validate(raw: dict) -> Config:
         raise UserError(_sentence(error.errors()[0])) from error
 
 
-def _sentence(error: dict) -> str:
+def _sentence(error: Mapping[str, Any]) -> str:
     location = [str(part) for part in error["loc"]]
     name, kind, value = ".".join(location), error["type"], _short(error["input"])
     if kind == "extra_forbidden":
@@ -219,7 +227,7 @@ def _sentence(error: dict) -> str:
     return f"{name}={value} is refused: {_remedy(error)}"
 
 
-def _remedy(error: dict) -> str:
+def _remedy(error: Mapping[str, Any]) -> str:
     """Pydantic's message as the second half of a sentence."""
     if error["type"] == "string_type" and isinstance(error["input"], (int, float)):
         return "it must be text, in quotes that reach the YAML where it looks like a number"
@@ -240,10 +248,11 @@ def _nearest(location: list[str], siblings: list[str] | None = None) -> str:
     """What the user may have meant by an unknown key: a near name beside it, or a name elsewhere."""
     *parents, wrong = location
     if siblings is None:
-        siblings = list(fields_by_key(_section(parents)))
+        siblings = list(fields_by_key(_section(parents) or Config))
     elsewhere = {
         key: f"{section}.{key}"
         for section, field in Config.model_fields.items()
+        if _is_section(field.annotation)
         for key in fields_by_key(field.annotation)
         if parents != [section]
     }
@@ -272,7 +281,7 @@ def _section(location: list[str]) -> type[BaseModel] | None:
     return model
 
 
-def _is_section(annotation: Any) -> bool:
+def _is_section(annotation: Any) -> TypeIs[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 

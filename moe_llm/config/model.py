@@ -379,6 +379,12 @@ class ModelConfig(Section):
         """Width of the shared experts together."""
         return self.num_shared_experts * self.intermediate_size
 
+    @property
+    def resolved_vocab_size(self) -> int:
+        """`vocab_size`, once it is known."""
+        assert self.vocab_size is not None, "vocab_size is resolved from the tokenizer first"
+        return self.vocab_size
+
     def parameter_counts(self, active: bool = False) -> dict[str, int]:
         """Parameters per part, by arithmetic alone; their sum is the model's size.
 

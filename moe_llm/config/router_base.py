@@ -206,6 +206,7 @@ class LimitedSettings(RouterSettings):
         """The factor in optimizer step `step`, counted from 0."""
         if self.initial_capacity_factor is None or step >= self.capacity_decay_steps:
             return self.capacity_factor
+        assert self.capacity_factor is not None, "what initial_capacity_factor has to go to"
         share = step / self.capacity_decay_steps
         return (1 - share) * self.initial_capacity_factor + share * self.capacity_factor
 

@@ -4,6 +4,8 @@ It lies with the optimizer's own tensors, one for each fp32 tensor that the opti
 each rank averages what it holds and exchanges nothing, and whatever reads or writes them reads and writes it too.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from moe_llm.config.ema import EmaConfig
 from moe_llm.distributed.state import EMA
 
 
-class Averaging:
+class Averaging(ABC):
     """The part of an engine that keeps the average: see `TrainedState` for `averages` and `averaged`."""
 
     kinds: tuple[str, ...]
@@ -19,9 +21,9 @@ class Averaging:
     def _set_up_average(self, ema: EmaConfig) -> None:
         self.averages, self.averaged, self._ema = ema.decay is not None, 0, ema
 
+    @abstractmethod
     def _stepped(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
         """The torch optimizer, and the fp32 tensors that it steps on here."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def update_average(self) -> None:

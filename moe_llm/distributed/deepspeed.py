@@ -124,9 +124,10 @@ def adopt_layers(
     trained = any(p.requires_grad for m in model.modules() if type(m) is MoELayer for p in m.experts.parameters())
     theirs = (AutoEPMoELayer,) if trained or zero_stage == 3 else ()
     adopted = type("ExpertParallelMoELayer", (_EngineContract, MoELayer, *theirs), {})
-    for layer in model.modules():
-        if type(layer) is not MoELayer:
+    for module in model.modules():
+        if type(module) is not MoELayer:
             continue
+        layer: Any = module  # DeepSpeed hangs its own attributes on modules and parameters
         layer.__class__ = adopted
         layer.num_experts = experts
         layer.num_local_experts = experts // expert_parallel_size
@@ -169,7 +170,7 @@ def split_groups(groups: list[dict]) -> list[dict]:
     return [group for group in split if group["params"]]  # it leaves groups of experts alone without any
 
 
-def read_full(parameter: torch.nn.Parameter, kind: str) -> torch.Tensor:
+def read_full(parameter: Any, kind: str) -> torch.Tensor:
     """The whole fp32 weight or optimizer tensor of a parameter that is trained (of this rank's experts). Collective."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -178,7 +179,7 @@ def read_full(parameter: torch.nn.Parameter, kind: str) -> torch.Tensor:
     return safe_get_full_optimizer_state(parameter, kind)
 
 
-def read_frozen(parameter: torch.nn.Parameter, optimizer: Any) -> torch.Tensor:
+def read_frozen(parameter: Any, optimizer: Any) -> torch.Tensor:
     """The whole of a parameter that is not trained, fp32: the optimizer knows nothing of it. Collective."""
     if not hasattr(parameter, "ds_id"):
         return parameter.detach().float()
@@ -189,7 +190,7 @@ def read_frozen(parameter: torch.nn.Parameter, optimizer: Any) -> torch.Tensor:
 
 
 @torch.no_grad()
-def decay_rows(parameter: torch.nn.Parameter, rows: list[int], factor: float, optimizer: Any) -> None:
+def decay_rows(parameter: Any, rows: list[int], factor: float, optimizer: Any) -> None:
     """Multiply some rows (along the first dimension) of a parameter's fp32 weight, as far as this rank holds them."""
     if hasattr(parameter, "ds_id"):
         shape, rank = parameter.ds_shape, optimizer._get_param_partition_rank(parameter)
@@ -216,7 +217,7 @@ def _pieces(
 
 
 @torch.no_grad()
-def row_gradient_squares(parameter: torch.nn.Parameter, optimizer: Any) -> torch.Tensor:
+def row_gradient_squares(parameter: Any, optimizer: Any) -> torch.Tensor:
     """Squares of the gradient's norm for each row (along the first dimension), of what this rank holds: fp32,
     between backward and step. Slices of all ranks that share a parameter are all of it, once."""
     if hasattr(parameter, "ds_id"):
@@ -236,14 +237,14 @@ def row_gradient_squares(parameter: torch.nn.Parameter, optimizer: Any) -> torch
     return squares
 
 
-def read_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+def read_gradient(parameter: Any) -> torch.Tensor:
     """The whole gradient of a parameter (of this rank's experts), between backward and step. Collective."""
     from deepspeed.utils import safe_get_full_grad
 
     return safe_get_full_grad(parameter)
 
 
-def write_full(parameter: torch.nn.Parameter, kind: str, value: torch.Tensor) -> None:
+def write_full(parameter: Any, kind: str, value: torch.Tensor) -> None:
     """Set the fp32 weight (and the model's own copy of it) or an optimizer tensor from the whole tensor.
 
     Every rank of the parameter's group passes the same value and keeps its own slice.

@@ -16,7 +16,7 @@ from moe_llm.distributed import deepspeed as contract
 from moe_llm.distributed.averaging import Averaging
 from moe_llm.distributed.runtime import Runtime
 from moe_llm.distributed.sequence import share_sequences
-from moe_llm.distributed.state import Adapted, ParameterShard
+from moe_llm.distributed.state import Adapted, ParameterShard, TrainedState
 from moe_llm.distributed.update_phase import Turns
 from moe_llm.locks import tell
 from moe_llm.model.adapters import factors_of, is_factor, own_name
@@ -26,8 +26,8 @@ from moe_llm.model.moe.experts import Experts
 OptimizerFactory = Callable[[list[dict]], torch.optim.Optimizer]
 
 
-class Engine(Protocol):
-    """kinds, averages, averaged, entries, read, write, make_average, gather: see `TrainedState`."""
+class Engine(TrainedState, Protocol):
+    """A `TrainedState` that can be trained."""
 
     model: MoEDecoder
 
@@ -111,11 +111,9 @@ class _NamedState(Averaging, Turns):
         self.rank, self.world_size = runtime.rank, runtime.world_size
         self._runtime = runtime
         self.base_files: dict[str, dict[str, Any]] = {}
-        self._parameters, buffers = (
-            {own_name(name): tensor for name, tensor in named}
-            for named in (model.named_parameters(), model.named_buffers())
-        )
-        self._parameters |= buffers
+        buffers = {own_name(name): buffer for name, buffer in model.named_buffers()}
+        # buffers are read and written by the same names
+        self._parameters: dict[str, Any] = {own_name(name): p for name, p in model.named_parameters()} | buffers
         first = first_experts(model)
         self._entries = [
             ParameterShard(
@@ -134,7 +132,7 @@ class _NamedState(Averaging, Turns):
         ]
         self._trained_rows = {}
         for entry in self._entries:
-            if entry.trained_experts is not None:
+            if entry.trained_experts is not None and entry.experts is not None:
                 parameter, rows = self._parameters[entry.name], [entry.trains(e) for e in entry.experts]
                 self._trained_rows[parameter] = [row for row, trained in enumerate(rows) if trained]
                 others = [row for row, trained in enumerate(rows) if not trained]
@@ -272,10 +270,10 @@ class LocalEngine(_NamedState):
                 parameter.copy_(master)
 
     def _row_squares(self, parameter: nn.Parameter) -> Tensor:
-        return torch.linalg.vector_norm(self._masters[parameter].grad.float(), dim=(1, 2)).square()
+        return torch.linalg.vector_norm(_gradient(self._masters[parameter]), dim=(1, 2)).square()
 
     def gradient(self, name: str) -> Tensor:
-        return self._masters[self._parameters[name]].grad.float().cpu()
+        return _gradient(self._masters[self._parameters[name]]).cpu()
 
     def read(self, name: str, kind: str) -> Tensor:
         parameter = self._parameters[name]
@@ -306,9 +304,15 @@ def _norm(tensors: list[Tensor], device: torch.device) -> Tensor:
     return torch.nn.utils.get_total_norm(tensors).float().to(device)  # offloaded tensors are on the host
 
 
+def _gradient(parameter: Tensor) -> Tensor:
+    """fp32; it is there between `backward` and `step`."""
+    assert parameter.grad is not None, "there is no gradient yet"
+    return parameter.grad.float()
+
+
 def _move_gradient_to(master: nn.Parameter) -> Callable[[Tensor], None]:
     def move(parameter: Tensor) -> None:
-        gradient = parameter.grad.float()
+        gradient = _gradient(parameter)
         master.grad = gradient if master.grad is None else master.grad.add_(gradient)
         parameter.grad = None
 

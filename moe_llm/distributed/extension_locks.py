@@ -29,8 +29,9 @@ def install() -> None:
 
     if getattr(FileBaton.wait, "watched", False):
         return
-    FileBaton.try_acquire = _acquire(FileBaton.try_acquire)
-    FileBaton.wait = _wait
+    # replaced on the class, since torch makes its own objects of it
+    setattr(FileBaton, "try_acquire", _acquire(FileBaton.try_acquire))  # noqa: B010
+    setattr(FileBaton, "wait", _wait)  # noqa: B010
     cpp_extension._jit_compile = _building_again(cpp_extension._jit_compile)
 
 

@@ -86,9 +86,13 @@ class TrainedState(Protocol):
     kinds: tuple[str, ...]
     averages: bool
     averaged: int
-    rank: int
-    world_size: int
     base_files: dict[str, dict[str, Any]]
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
 
     def entries(self) -> list[ParameterShard]:
         """Every parameter, in the same order on every rank."""

@@ -64,6 +64,12 @@ class StepLoss:
                 own = own.plus(other)
             self.routing = sum_over_ranks(own, self.runtime)
 
+    @property
+    def step_routing(self) -> RoutingStatistics:
+        """`routing`, once there is a micro-batch's."""
+        assert self.routing is not None, "no micro-batch has been counted"
+        return self.routing
+
     def __call__(self, output: MoEOutput) -> StepLosses:
         own, ranks, model = output.routing, self.runtime.world_size, self.model
         if self.counts_first:
@@ -76,6 +82,7 @@ class StepLoss:
         aux = balance_loss(own, model.router_aux_loss_scope, total=total, seen=self.routing)
         aux = aux / self.rounds if model.router_aux_loss_scope == "transformers" else ranks * aux
         z = ranks * z_loss(own, total=total)
+        assert output.loss_sum is not None, "a batch that is trained on has labels"
         lm = ranks * output.loss_sum / self.targets
         objective = lm if output.objective_sum is None else ranks * output.objective_sum / self.targets
         whole = objective + model.router_aux_loss_coef * aux + model.router_z_loss_coef * z

@@ -31,6 +31,8 @@ def validation_loss(
     for i, batch in enumerate(batches):
         heartbeat(f"validation, batch {i + 1} of {len(batches)}")
         output = engine.forward(**model_inputs(batch.to(runtime.device)))
+        assert output.loss_sum is not None, "held-out batches have labels"
+        assert output.num_targets is not None
         totals += torch.stack([output.loss_sum.double(), output.num_targets.double()])
     engine.model.train()
     loss_sum, targets = runtime.sum(totals).tolist()

@@ -99,7 +99,7 @@ def _rows(sources: list[SourceConfig], tokenizer: Any, settings: Settings, model
         left = settings.max_tokens
         for text in read_documents(source, "--data"):
             ids = encoder.encode([text])[0].astype(np.int64)[:left]
-            check_rows(ids, tokenizer, model.config.vocab_size, "--data")
+            check_rows(ids, tokenizer, model.config.resolved_vocab_size, "--data")
             for first in range(0, len(ids), length):
                 yield Row(ids[first : first + length], index, first)
             left = None if left is None else left - len(ids)
@@ -125,7 +125,7 @@ class _Inspection:
         config = model.config
         self.model, self.settings = model, settings
         self.counts = RoutingCounts(
-            config.num_moe_layers, config.num_local_experts, config.num_experts_per_tok, config.vocab_size, sources
+            config.num_moe_layers, config.num_local_experts, config.num_experts_per_tok, config.resolved_vocab_size, sources
         )
         self.kept: list[Row] = []
         self.shown: list[tuple[Row, np.ndarray]] = []

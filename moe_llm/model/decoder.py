@@ -93,7 +93,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.recompute: bool | str = False  # True or "full": each layer; "selective": see `model.recomputation`
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.resolved_vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -158,9 +158,9 @@ class LanguageModelHead(Linear):
     """
 
     def __init__(self, config: ModelConfig):
-        super().__init__(config.hidden_size, config.vocab_size)
+        super().__init__(config.hidden_size, config.resolved_vocab_size)
 
-    def forward(
+    def forward(  # type: ignore[override]  # the loss is computed here, see above
         self, x_BSD: Tensor, targets_BS: Tensor | None = None, teacher: Distillation | None = None
     ) -> Tensor | tuple[Tensor, Tensor] | DistillationSums:
         if targets_BS is None:
@@ -224,7 +224,8 @@ class MoEDecoder(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         mask_BS = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
-        assert runs is not None or self.model.layers[0].self_attn.parts is None, (
+        first: Any = self.model.layers[0]
+        assert runs is not None or first.self_attn.parts is None, (
             "parts of sequences need `runs` of the whole"
         )
         patterns = self.model.attention_patterns(

@@ -11,7 +11,7 @@ def train_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     appendix B; causal half counted once).
     """
     counts = config.parameter_counts()
-    matrices = config.num_params(active=True) - counts["embed_tokens"] - counts["norms"]
+    matrices: float = config.num_params(active=True) - counts["embed_tokens"] - counts["norms"]
     again = config.router.active_experts(config) - config.num_local_experts  # by more rows than there are experts
     more = max(0, again) * config.expert_parameters + config.router.mixed_per_token(config)
     matrices += config.num_moe_layers * more

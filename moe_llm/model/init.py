@@ -2,9 +2,9 @@
 
 import hashlib
 import math
+from typing import Any
 
 import torch
-from torch import nn
 
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.moe.experts import Experts
@@ -68,7 +68,7 @@ def build_blank(config, dtype: torch.dtype, *, prepare=lambda model: None) -> Mo
     return model
 
 
-def materialize(model: nn.Module) -> None:
+def materialize(model: Any) -> None:
     """Give a model on the meta device uninitialised storage on the CPU, ties kept; buffers begin at zero."""
     model.to_empty(device="cpu")
     for buffer in model.buffers():

@@ -145,7 +145,7 @@ def _variable_length_attention(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, p
     assert pattern.segments is not None
     q_THd, k_TGd, v_TGd = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHSd, k_BGSd, v_BGSd))
     longest, window = max(pattern.segments), (-1 if pattern.window is None else pattern.window - 1, 0)
-    ends = (pattern.ends_R, pattern.ends_R, longest, longest)
+    ends: tuple[Any, ...] = (pattern.ends_R, pattern.ends_R, longest, longest)
     if variable_length_kernel() == "torch":
         from torch.nn.attention import varlen
 
@@ -157,7 +157,7 @@ def _variable_length_attention(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, p
         else:
             shared = q_THd.shape[1] // k_TGd.shape[1]
             k_TGd, v_TGd = k_TGd.repeat_interleave(shared, 1), v_TGd.repeat_interleave(shared, 1)
-        y_THd = varlen.varlen_attn(q_THd, k_TGd, v_TGd, *ends, **options)
+        y_THd: Any = varlen.varlen_attn(q_THd, k_TGd, v_TGd, *ends, **options)
     else:
         from flash_attn import flash_attn_varlen_func
 

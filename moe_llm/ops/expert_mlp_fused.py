@@ -155,7 +155,7 @@ def _backward(
         rows, n = stop - start, end - start
         grad_nD, gate_up_nG = blocks.rows(grad_ND, start, stop), gate_up_NG[start:stop]
         h_nF, grad_h_nF = hidden_nF[:rows], grad_hidden_nF[:rows]
-        grad_nG = gate_up_nG if in_place else grad_gate_up_nG[:rows]
+        grad_nG = gate_up_nG if grad_gate_up_nG is None else grad_gate_up_nG[:rows]
         of_the_next_nG = gate_up_nG[n:].clone() if in_place and n < rows else None
         mm(grad_nD, down_DF[expert], out=grad_h_nF)
         # y = (weight h) W^T, so dL/dweight = grad . (h W^T) = (grad W) . h: y itself is not needed
@@ -163,6 +163,7 @@ def _backward(
             gate_up_nG, grad_h_nF, None if weight_N is None else weight_N[start:end], h_nF, grad_nG
         )
         if grads.weight_N is not None:
+            assert grad_weight_n is not None, "weights have gradients where they are given"
             grads.weight_N[start:end] = grad_weight_n
         if n < rows:
             h_nF[n:].zero_()
@@ -201,6 +202,7 @@ def _backward_natively(
     )
     native.call("experts_backward", gate_up_NG.dtype, *tensors, experts, hidden, width, block)
     if wide_N is not None:
+        assert grads.weight_N is not None
         grads.weight_N.copy_(wide_N)
 
 

@@ -95,6 +95,8 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x, grad_sum added to it, and of the weight."""
     needs_x, needs_weight = needs
+    grad_x: Tensor | None
+    grad_weight: Tensor | None
     if native.fits(x, grad, weight_D, grad_sum):
         rows, width = _rows(x)
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -105,7 +107,8 @@ def _backward(
     if triton.use("norm", x, grad, weight_D, grad_sum):
         from moe_llm.ops.triton import elementwise
 
-        x, grad, grad_sum = (None if t is None else t.contiguous() for t in (x, grad, grad_sum))
+        x, grad = x.contiguous(), grad.contiguous()
+        grad_sum = None if grad_sum is None else grad_sum.contiguous()
         grad_x = torch.empty_like(x)
         grad_weight = elementwise.norm_backward(grad, x, weight_D.contiguous(), scale, grad_sum, grad_x)
         return grad_x if needs_x else None, grad_weight.to(weight_D.dtype) if needs_weight else None

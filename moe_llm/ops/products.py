@@ -30,7 +30,10 @@ _LONGEST = 2**13
 def mm(a_MK: Tensor, b_KP: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
     """The product of two matrices, without autograd; into `out` where it is given (contiguous), or added to it."""
     if not fits(a_MK) or a_MK.numel() * b_KP.shape[1] < _LEAST_WORK:
-        return out.addmm_(a_MK, b_KP) if add else torch.mm(a_MK, b_KP, out=out)
+        if add:
+            assert out is not None, "there is nothing to add to"
+            return out.addmm_(a_MK, b_KP)
+        return torch.mm(a_MK, b_KP, out=out)
     return _product(a_MK, b_KP, out, add)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from moe_llm.checkpoint.hf import is_expert
 from moe_llm.config import Config
+from moe_llm.config.routers import LorySettings
 from moe_llm.finetune.selection import trained_names
 from moe_llm.finetune.targets import adapter_shapes, part_of, whole_shapes
 
@@ -211,7 +212,7 @@ class _Walk:
 
     @property
     def largest_module(self) -> int:
-        return max(self.layer_experts, self.model.vocab_size * self.model.hidden_size)
+        return max(self.layer_experts, self.model.resolved_vocab_size * self.model.hidden_size)
 
     @property
     def layer_experts(self) -> int:
@@ -295,6 +296,7 @@ class _Walk:
     def merging(self, merged: int, activations: float) -> dict[str, float]:
         """Weights of a portion of the mixtures, `merged` times, its rows, and the experts that come from elsewhere."""
         m, size = self.model, self.size
+        assert isinstance(m.router, LorySettings), "no other router merges experts"
         layer, rows = 3 * m.hidden_size * m.intermediate_size, min(_PORTION * m.router.segment_length, self.tokens)
         activations += merged * (_PORTION * layer + 3 * rows * m.intermediate_size)
         return {"activations": size * activations, "all_to_all": size * m.num_local_experts * layer * self.elsewhere}
@@ -327,20 +329,20 @@ class _Walk:
         """Logits of a chunk, their gradient in place, and what turns the one into the other. A chunk's logits are
         there until the next one's have been formed."""
         m = self.model
-        chunk = min(self.tokens, max(1, _LOGITS_CHUNK // m.vocab_size))
-        logits = chunk * m.vocab_size * self.size
-        product = m.vocab_size * m.hidden_size * self.size if self.size == 2 and self.tokens > chunk else 0
-        following = min(chunk, self.tokens - chunk) * m.vocab_size * self.size
-        return logits + max(following, product, 4 * chunk * m.vocab_size if self.kernels.wide_softmax else 0)
+        chunk = min(self.tokens, max(1, _LOGITS_CHUNK // m.resolved_vocab_size))
+        logits = chunk * m.resolved_vocab_size * self.size
+        product = m.resolved_vocab_size * m.hidden_size * self.size if self.size == 2 and self.tokens > chunk else 0
+        following = min(chunk, self.tokens - chunk) * m.resolved_vocab_size * self.size
+        return logits + max(following, product, 4 * chunk * m.resolved_vocab_size if self.kernels.wide_softmax else 0)
 
     @property
     def head_gradient(self) -> float:
         """The head's gradient as the loss accumulates it, from the forward pass on; none where the head is frozen."""
         if not (self.trained.head or (self.model.tie_word_embeddings and self.trained.embeddings)):
             return 0.0
-        chunk = max(1, _LOGITS_CHUNK // self.model.vocab_size)
+        chunk = max(1, _LOGITS_CHUNK // self.model.resolved_vocab_size)
         wide = 4 if self.tokens > chunk else self.size
-        return wide * self.model.vocab_size * self.model.hidden_size
+        return wide * self.model.resolved_vocab_size * self.model.hidden_size
 
     # gradients that the backward pass has left behind
 

@@ -65,7 +65,8 @@ class Plan:
 
 def hardware_named(name: str, **given: float | None) -> Accelerator:
     """An accelerator by its name, with numbers of the user's in place of the table's where they are not None."""
-    return replace(ACCELERATORS[name], **{key: value for key, value in given.items() if value is not None})
+    known: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    return replace(ACCELERATORS[name], **known)
 
 
 def plan(config: Config, request: Request) -> Plan:

@@ -148,7 +148,8 @@ def _layers(index: int, run: Run, values) -> dict[str, Any]:
         layers = [mean for mean in by_layer if mean is not None]
         if layers:
             curve["x"].append(group[-1]["step"])
-            for key, value in (("y", means(layers)), ("low", min(layers)), ("high", max(layers))):
+            middle = sum(layers) / len(layers)
+            for key, value in (("y", middle), ("low", min(layers)), ("high", max(layers))):
                 curve[key].append(_short(value))
     return curve
 

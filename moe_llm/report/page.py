@@ -59,7 +59,8 @@ def count(number: float) -> str:
 
 def duration(seconds: float) -> str:
     """In the two largest units that it has."""
-    rest, parts = round(seconds), []
+    rest = round(seconds)
+    parts: list[str] = []
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
         if rest >= size or parts or unit == "s":
             parts.append(f"{rest // size} {unit}")

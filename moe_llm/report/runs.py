@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def _read_facts(path: Path) -> dict[str, Any]:
         raise UserError(f"file {path} is damaged, it is not valid JSON: remove it, the report does without") from error
 
 
-def means(values: list[float | None]) -> float | None:
+def means(values: Sequence[float | None]) -> float | None:
     """The mean of those that are numbers."""
     known = [value for value in values if value is not None and math.isfinite(value)]
     return sum(known) / len(known) if known else None

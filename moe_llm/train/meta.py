@@ -88,7 +88,7 @@ def meta_train(
         for index in chosen.tolist():
             first = adapt(model, tasks[index], optim, options.inner_steps, blocks=blocks, start=read[index])
             read[index] += (options.inner_steps + 1) * blocks
-            held_out = _forward(model, tasks[index].rows(read[index] - blocks, blocks)).loss
+            held_out = _loss(_forward(model, tasks[index].rows(read[index] - blocks, blocks)))
             _check_finite(held_out, done, index)
             for total, change in zip(moved, _change(model, start, held_out, options.method)):
                 total += change / options.tasks
@@ -120,10 +120,10 @@ def adapt(model: MoEDecoder, task: Task, optim: OptimConfig, steps: int, *, bloc
             group["lr"] = optim.lr
         output = _forward(model, task.rows(start + step * blocks, blocks))
         if step == 0:
-            first = output.loss.item()
+            first = _loss(output).item()
             end_step(model, RoutingStatistics(*(part.detach() for part in output.routing)))
         optimizer.zero_grad(set_to_none=True)
-        output.loss.backward()
+        _loss(output).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip or float("inf"))
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -132,6 +132,11 @@ def adapt(model: MoEDecoder, task: Task, optim: OptimConfig, steps: int, *, bloc
 
 def _forward(model: MoEDecoder, batch: Batch) -> MoEOutput:
     return model(**model_inputs(batch.to(model.lm_head.weight.device)))
+
+
+def _loss(output: MoEOutput) -> Tensor:
+    assert output.loss is not None, "tasks have labels"
+    return output.loss
 
 
 def _change(model: MoEDecoder, start: list[Tensor], held_out: Tensor, method: str) -> Iterator[Tensor]:

@@ -52,7 +52,7 @@ def build_optimizer(groups: list[dict], config: OptimConfig) -> torch.optim.Opti
     return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-class _InTurns:
+class _InTurns(torch.optim.Optimizer):
     """A step leaves out the groups that are `idle`: their weights do not decay, and their moments stay as they are."""
 
     def step(self, closure: Any = None) -> Any:

@@ -2,6 +2,7 @@
 
 import signal
 from types import FrameType
+from typing import Any
 
 
 class StoppedEarly(KeyboardInterrupt):
@@ -15,11 +16,11 @@ class StopRequest:
     `StoppedEarly` where the process is; from then on the loop asks for `requested` after each step.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.requested = False
         self.number: int | None = None  # of the first signal
         self._deferred = False
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         for number in (signal.SIGINT, signal.SIGTERM):

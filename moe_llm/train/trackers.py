@@ -61,7 +61,7 @@ def check_trackers(config: Config) -> None:
         )
 
 
-def wandb_mode(config: Config) -> str:
+def wandb_mode(config: Config) -> Any:
     """WANDB_MODE where it is set, else `logging.wandb`, which alone says whether there is a wandb run."""
     return os.environ.get("WANDB_MODE") or config.logging.wandb
 
@@ -168,7 +168,7 @@ class Wandb(_Tracker):
     def write(self, record: dict[str, Any]) -> None:
         told: dict[str, Any] = scalars(record)
         if self._pictures_due(record["step"]):
-            told |= {name: self._wandb.Histogram(values) for name, values in distributions(record["moe"]).items()}
+            told |= {name: self._wandb.Histogram(list(values)) for name, values in distributions(record["moe"]).items()}
             told["moe/load"] = self._wandb.Image(load_image(record["moe"]["tokens_per_expert"]))
         self._run.log(told, step=record["step"])
 

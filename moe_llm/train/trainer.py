@@ -167,10 +167,10 @@ class Trainer:
                 window.expert_norms = expert_gradient_norms(engine, self.runtime)
             window.grad_norm = engine.step(window.lr)
             if self.update_phase != "rest":
-                end_step(engine.model, step_loss.routing)
+                end_step(engine.model, step_loss.step_routing)
         position.step += 1
         position.samples += config.train.global_batch_size
-        window.end_step(step_loss.routing, step_loss.tokens)
+        window.end_step(step_loss.step_routing, step_loss.tokens)
         self._each("on_step_end")
 
     def _accumulate_gradients(self, batches: list[Batch]) -> StepLoss:
@@ -215,6 +215,7 @@ class Trainer:
 
     def _record(self, measured: dict[str, Any]) -> None:
         window, position = self.window, self.position
+        assert window.routing is not None, "a record is of at least one step"
         position.tokens += window.read_tokens()
         record: dict[str, Any] = {
             "step": position.step,

@@ -80,7 +80,7 @@ def cuda_without_values(capability: tuple[int, int] = (9, 0)) -> Iterator[FakeTe
     """
     installed = False if torch.cuda.is_available() else bool(_stand_in().install())
     TimingEvent.made = 0
-    patches = [
+    patches: list[Any] = [
         mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
         mock.patch.object(torch.cuda, "current_device", return_value=0),
         mock.patch.object(torch.cuda, "Event", TimingEvent),

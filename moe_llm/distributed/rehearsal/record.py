@@ -6,6 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -279,7 +280,7 @@ def _every_row(index: Tensor | None) -> Tensor | None:
 
 def _where() -> str:
     """The innermost line of this package's own code, as file:line."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
         if name.startswith("moe_llm.") and ".rehearsal" not in name and name != "moe_llm.ops.host":

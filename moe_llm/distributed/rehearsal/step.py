@@ -205,7 +205,7 @@ def _step(
         del losses
     recorder.phase = "optimizer"
     optimizer.step()
-    end_step(model, step_loss.routing)
+    end_step(model, step_loss.step_routing)
 
 
 def _slips(recorder: Recorder) -> list[str]:

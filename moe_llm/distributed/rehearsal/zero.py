@@ -99,6 +99,7 @@ class ShardedAdamW:
     def _take_gradient(self, p: Tensor) -> None:
         assert isinstance(p, nn.Parameter)
         before, self.recorder.kind = self.recorder.kind, "gradients"
+        assert p.grad is not None
         gradient, p.grad = p.grad.float(), None
         if self.stage > 1:
             gradient = self._reduced(p, gradient)
@@ -123,11 +124,12 @@ class ShardedAdamW:
         for p, master in self._masters.items():
             gradient = self._gradients.pop(p)
             master.grad = self._reduced(p, gradient) if self.stage == 1 else gradient
-        total = torch.stack([master.grad.square().sum() for master in self._masters.values()]).sum()
+        gradients = [master.grad for master in self._masters.values() if master.grad is not None]
+        total = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
         dist.all_reduce(total)
         host.read(total, "the gradients' norm")
-        for master in self._masters.values():
-            master.grad.mul_(total.rsqrt())
+        for gradient in gradients:
+            gradient.mul_(total.rsqrt())
         self._adamw.step()
         for p, master in self._masters.items():
             shard = master.detach().to(p.dtype)

@@ -72,12 +72,14 @@ class Experts(nn.Module):
             weights = self.gate_up_proj[held], self.down_proj[held]
             if host_counts_E is not None:
                 counts_E = torch.from_numpy(host_counts_E)
+            assert counts_E is not None, "rows come with the counts of their experts"
             return adapted_expert_mlp(x, *weights, counts_E, self._adapters(held), *rows, dropout=dropout)
         if routing is None:
-            gate_up_proj, down_proj = self.gate_up_proj, self.down_proj
-            if own is not None:
-                gate_up_proj, down_proj = gate_up_proj[own], down_proj[own]
+            assert counts_E is not None, "rows come with the counts of their experts"
+            gate_up_proj = self.gate_up_proj if own is None else self.gate_up_proj[own]
+            down_proj = self.down_proj if own is None else self.down_proj[own]
             return expert_mlp(x, gate_up_proj, down_proj, counts_E, dropout=dropout, host_counts_E=host_counts_E)
+        assert counts_E is not None, "a routing comes with the counts of its experts"
         return routed_expert_mlp(
             x,
             self.gate_up_proj,
@@ -123,6 +125,7 @@ class Experts(nn.Module):
         self.low_rank = scale, dropout
 
     def _adapters(self, held: slice) -> ExpertAdapters:
+        assert self.low_rank is not None
         scale, dropout = self.low_rank
         gate_up, down = (
             Factors(getattr(self, f"{name}_lora_A")[held], getattr(self, f"{name}_lora_B")[held])

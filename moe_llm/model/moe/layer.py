@@ -50,5 +50,6 @@ class MoELayer(nn.Module):
         return y_TD if routing.combine_fn is None else routing.combine_fn(y_TD)
 
     def _shared(self, x_TD: Tensor) -> Tensor:
+        assert self.shared_experts is not None
         y_TD = self.shared_experts(x_TD)
         return y_TD if self.shared_expert_gate is None else torch.sigmoid(self.shared_expert_gate(x_TD)) * y_TD

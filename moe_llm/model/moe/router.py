@@ -148,11 +148,12 @@ class Router(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         """Moves and casts, of which buffers follow the moves alone."""
-        before = dict(self._buffers)
+        before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, buffer in before.items():
-            if self._buffers[name].dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(self._buffers[name].device)
+            now = getattr(self, name)
+            if now.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(now.device)
         return self
 
 

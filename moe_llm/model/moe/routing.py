@@ -105,8 +105,8 @@ def router_statistics(
             entropy_T = log_z_T - (probability_TE * logits_TE).sum(-1)
     with torch.no_grad():
         rows = sequences if per_sequence else 1
-        row_T = torch.arange(sequences, device=mask_BS.device).repeat_interleave(length) if per_sequence else 0
-        flat_TK = expert_TK + (row_T * experts)[:, None] if per_sequence else expert_TK
+        row_T = torch.arange(sequences, device=mask_BS.device).repeat_interleave(length) if per_sequence else None
+        flat_TK = expert_TK if row_T is None else expert_TK + (row_T * experts)[:, None]
         counted_TK = weight_T[:, None].expand_as(flat_TK)
         if taken_TK is not None:
             counted_TK = counted_TK * taken_TK

@@ -86,8 +86,9 @@ class TokenChoiceRouter(Router):
                 else (wanted_TR[:, : self.top_k] & mask_BS.flatten()[:, None]).sum()
             )
             dropped = asked - granted_TR.sum()
-        weight_TR = self.weights(value_TR, value_TR * granted_TR if pass_on else value_TR)
+        weight_TR = self.weights(value_TR, value_TR if granted_TR is None or not pass_on else value_TR * granted_TR)
         if overflow == "residual":
+            assert granted_TR is not None, "only a limit overflows"
             denied_TR = mask_BS.flatten()[:, None] & ~granted_TR
             denied_TR = denied_TR if wanted_TR is None else denied_TR & wanted_TR
             kept_R = (weight_TR * denied_TR).sum(-1)
@@ -112,11 +113,12 @@ class TokenChoiceRouter(Router):
         """`assign` for whole sequences, of which the tokens that are here take their part."""
         if self.parts is None:
             return self.assign(expert_TR, value_TR, wanted_TR, groups, capacity_BS)
-        whole = [
-            None if x_TR is None else self.whole(x_TR.unflatten(0, (len(groups.mask_BS), -1))).flatten(0, 1)
-            for x_TR in (expert_TR, value_TR.detach(), wanted_TR)
-        ]
-        granted_TR = self.assign(*whole, groups, capacity_BS)
+
+        def whole(x_TR: Tensor) -> Tensor:
+            return self.whole(x_TR.unflatten(0, (len(groups.mask_BS), -1))).flatten(0, 1)
+
+        wanted_TR = None if wanted_TR is None else whole(wanted_TR)
+        granted_TR = self.assign(whole(expert_TR), whole(value_TR.detach()), wanted_TR, groups, capacity_BS)
         return self.own(granted_TR.unflatten(0, groups.mask_BS.shape)).flatten(0, 1)
 
     def preferred(self, probability_TE: Tensor, choices: int) -> Tensor:

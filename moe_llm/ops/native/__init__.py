@@ -52,12 +52,11 @@ _SIGNATURES = {
     "experts_forward": "pppppppppqqqqi",
     "experts_backward": "ppppppppppppppqqqqi",
 }
-_C_TYPES = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
+_C_TYPES: dict[str, type] = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "f": ctypes.c_float, "i": ctypes.c_int}
 
 
-def fits(*tensors: Tensor | None) -> bool:
+def fits(first: Tensor, *tensors: Tensor | None) -> bool:
     """Whether these can go to a kernel: on the CPU, all of one dtype, fp32 or bf16, and the library is there."""
-    first = tensors[0]
     return (
         first.dtype in _DTYPES
         and first.device.type == "cpu"
@@ -104,14 +103,15 @@ def recorded() -> Iterator[None]:
     """Meanwhile torch's profiler sees each kernel, under its name."""
     global call, matmul
     plain, plain_matmul = call, matmul
+    recorder = torch.profiler.record_function
 
     def call_recorded(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> None:
-        with torch.profiler.record_function(f"moe_llm::{name}"):
+        with recorder(f"moe_llm::{name}"):
             plain(name, dtype, *arguments)
 
-    def matmul_recorded(*arguments: Tensor, **how: bool) -> None:
-        with torch.profiler.record_function("moe_llm::matmul"):
-            plain_matmul(*arguments, **how)
+    def matmul_recorded(a: Tensor, b: Tensor, out: Tensor, **how: bool) -> None:
+        with recorder("moe_llm::matmul"):
+            plain_matmul(a, b, out, **how)
 
     call, matmul = call_recorded, matmul_recorded
     try:

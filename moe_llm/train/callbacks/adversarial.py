@@ -35,6 +35,7 @@ def find_perturbation(model: MoEDecoder, inputs: dict[str, Any], settings: Adver
     Args:
         inputs: of the model's forward pass.
     """
+    assert settings.epsilon is not None, "the size of the ball is what turns this on"
     ids_BS = inputs["input_ids"]
     delta_BSD = torch.zeros(*ids_BS.shape, model.config.hidden_size, device=ids_BS.device)
     with _at_rest(model):

@@ -69,7 +69,7 @@ class Alarms:
             return []
         while seen - self._window[0].steps >= settings.window_steps:
             seen -= self._window.popleft().steps
-        counts_LE = sum(entry.counts_LE for entry in self._window)
+        counts_LE = np.sum([entry.counts_LE for entry in self._window], axis=0)
         found = [
             self._dying(counts_LE, seen),
             self._collapsing(seen),
@@ -107,7 +107,7 @@ class Alarms:
         if experts < 2:
             return None
         limit = self.config.logging.alarms.entropy_share
-        share_L = sum(entry.entropy_L for entry in self._window) / steps / math.log(experts)
+        share_L = np.sum([entry.entropy_L for entry in self._window], axis=0) / steps / math.log(experts)
         new = self._begun("router_collapse", share_L < limit, share_L >= min(limit * _RELIEF, (1 + limit) / 2))
         if not new:
             return None

@@ -80,7 +80,7 @@ class Console:
             mode = "bar" if sys.stderr.isatty() else "plain"
         self.mode = mode
         self.total = config.max_steps
-        self._bar = None
+        self._bar: Any = None  # rich's, where there is one
         if mode == "bar":
             self._open_bar(first_step)
 

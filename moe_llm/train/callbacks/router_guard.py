@@ -7,10 +7,10 @@ Dimensions: P blocks of the probe, B of them in a batch, S tokens a block, T = B
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -162,6 +162,7 @@ class RouterGuard:
                 now_LBSE, mask_BS, loss_sum = self._log_probabilities(batch)
                 kl = (_kl(self._base(rows, now_LBSE), now_LBSE) * mask_BS).sum() / self._shape[1] / self._tokens
                 # Engines average over the ranks, and DeepSpeed wants a gradient, if zero, of every parameter.
+                assert self._guard.coefficient is not None, "`regularise` has one"
                 share = self._runtime.world_size * self._guard.coefficient * kl + 0.0 * loss_sum
                 self._engine.backward(share, last=False)
 
@@ -185,6 +186,7 @@ class RouterGuard:
         with _evaluating(self._engine.model), _router_outputs(self._engine.model) as found:
             output = self._engine.forward(**model_inputs(batch))
         assert len(found) == self._shape[1], "each layer routes once"
+        assert output.loss_sum is not None, "the probe has labels"
         now_LTE = torch.stack(found)
         return now_LTE.unflatten(1, batch.input_ids_BS.shape), batch.attention_mask_BS, output.loss_sum
 

@@ -83,6 +83,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         """Talks to no one, so that nothing can hold it up."""
+        assert self._timeout is not None
         interval = min(1.0, self._timeout / 4)
         silence = min(SILENCE_SECONDS, self._timeout)
         before = time.monotonic()
@@ -114,6 +115,7 @@ class Watchdog:
         os._exit(EXIT_HUNG)
 
     def _tell(self) -> None:
+        assert self._stores is not None
         number = 0
         while not self._over.is_set():
             number += 1
@@ -124,6 +126,7 @@ class Watchdog:
             self._over.wait(_BEAT_SECONDS)
 
     def _listen(self) -> None:
+        assert self._stores is not None
         keys = [f"rank{rank}" for rank in self._peers]
         numbers: dict[int, str] = {}
         while not self._over.is_set():

@@ -22,6 +22,7 @@ class BiasBalancedRouter(Router):
 
     Settings = BiasBalancedSettings
     settings: BiasBalancedSettings
+    e_score_correction_bias: Tensor
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor) -> Routing:
         logits_TE = self.logits(x_BSD)

@@ -6,7 +6,7 @@ that are always on are `model.num_shared_experts`. Dimensions: T tokens, E exper
 
 from torch import Tensor
 
-from moe_llm.config.routers import DeepSeekMoESettings
+from moe_llm.config.routers import DeepSeekMoESettings, RouterSettings
 from moe_llm.model.moe.losses import RouterLoss
 from moe_llm.model.moe.routing import RoutingStatistics
 from moe_llm.model.moe.token_choice import TokenChoiceRouter, close_groups
@@ -34,7 +34,8 @@ class DeepSeekMoERouter(TokenChoiceRouter):
         return weight_TR * self.settings.routed_scaling_factor
 
     @classmethod
-    def losses(cls, settings: DeepSeekMoESettings) -> list[RouterLoss]:
+    def losses(cls, settings: RouterSettings) -> list[RouterLoss]:
+        assert isinstance(settings, DeepSeekMoESettings)
         found = [
             RouterLoss("expert_balance_loss", settings.expert_balance_coef, lambda s: _balance(s, None)),
             RouterLoss(

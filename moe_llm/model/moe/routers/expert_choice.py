@@ -28,6 +28,7 @@ class ExpertChoiceRouter(Router):
 
     Settings = ExpertChoiceSettings
     settings: ExpertChoiceSettings
+    threshold: Tensor
     by_document = True
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor, document_BS: Tensor | None = None) -> Routing:

@@ -26,6 +26,7 @@ class LoryRouter(Router):
 
     Settings = LorySettings
     settings: LorySettings
+    start: Tensor
     by_document = True
     zero_parameters = ("start",)
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from moe_llm.config.routers_mixed import MultiHeadSettings
+from moe_llm.model.linear import Linear
 from moe_llm.model.moe.routing import Routing
 from moe_llm.model.moe.token_choice import TokenChoiceRouter
 
@@ -24,6 +25,8 @@ class MultiHeadRouter(TokenChoiceRouter):
     Settings = MultiHeadSettings
     gains: ClassVar[dict[str, float]] = {"head_proj.weight": 0.5**0.5, "merge_proj.weight": 1.0}
     settings: MultiHeadSettings
+    head_proj: Linear
+    merge_proj: Linear
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor, document_BS: Tensor | None = None) -> Routing:
         heads = self.settings.heads

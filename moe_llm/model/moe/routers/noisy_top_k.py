@@ -49,6 +49,7 @@ class NoisyTopKRouter(TokenChoiceRouter):
 
     @classmethod
     def losses(cls, settings: RouterSettings) -> list[RouterLoss]:
+        assert isinstance(settings, NoisyTopKSettings)
         found = [
             RouterLoss("importance_loss", settings.importance_coef, lambda s: cv_squared(s.own_X.chunk(2)[0])),
             RouterLoss("load_loss", settings.load_coef, lambda s: cv_squared(s.own_X.chunk(2)[1])),

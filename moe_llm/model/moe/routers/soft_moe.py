@@ -28,6 +28,8 @@ class SoftMoERouter(Router):
 
     Settings = SoftMoESettings
     settings: SoftMoESettings
+    weight: Tensor
+    scale: Tensor
     by_document = True
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor, document_BS: Tensor | None = None) -> Routing:
