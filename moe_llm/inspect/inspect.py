@@ -125,7 +125,11 @@ class _Inspection:
         config = model.config
         self.model, self.settings = model, settings
         self.counts = RoutingCounts(
-            config.num_moe_layers, config.num_local_experts, config.num_experts_per_tok, config.resolved_vocab_size, sources
+            config.num_moe_layers,
+            config.num_local_experts,
+            config.num_experts_per_tok,
+            config.resolved_vocab_size,
+            sources,
         )
         self.kept: list[Row] = []
         self.shown: list[tuple[Row, np.ndarray]] = []

@@ -225,9 +225,7 @@ class MoEDecoder(nn.Module):
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         mask_BS = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
         first: Any = self.model.layers[0]
-        assert runs is not None or first.self_attn.parts is None, (
-            "parts of sequences need `runs` of the whole"
-        )
+        assert runs is not None or first.self_attn.parts is None, "parts of sequences need `runs` of the whole"
         patterns = self.model.attention_patterns(
             input_ids, attention_mask=attention_mask, document_ids=document_ids, runs=runs
         )
