@@ -85,6 +85,14 @@ def share_or_zero(text: str) -> float:
     return share(text) if _number(float, text) else 0.0
 
 
+def share_of(text: str) -> tuple[int, int]:
+    """ "2/4", the second of four, as (1, 4)."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: write it like 2/4, the second of four")
+    return int(found[1]) - 1, int(found[2])
+
+
 def size_in_bytes(text: str) -> float:
     """Bytes of "80GiB" or "80GB"; the unit is not optional."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)

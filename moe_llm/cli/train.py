@@ -2,7 +2,7 @@
 
 import argparse
 
-from moe_llm.cli.arguments import add_configuration, at_least, load, positive, print_json, share_or_zero
+from moe_llm.cli.arguments import add_configuration, at_least, load, positive, print_json, share_of, share_or_zero
 from moe_llm.cli.parser import CommandParser
 
 
@@ -44,13 +44,20 @@ def add_prepare(parser: CommandParser) -> CommandParser:
     command = parser.add_command("prepare", summary, "moe-llm prepare configs/quickstart.yaml", _prepare)
     add_configuration(command)
     command.add_argument("--json", action="store_true", help="print the manifest")
+    command.add_argument(
+        "--share", type=share_of, metavar="I/N", help="tokenise the shards of machine I of N alone, such as 2/4"
+    )
     return command
 
 
 def _prepare(args: argparse.Namespace) -> None:
     config = load(args)
-    from moe_llm.data.prepare import format_manifest, prepare
+    from moe_llm.data.prepare import format_manifest, format_share, prepare, prepare_share
 
+    if args.share is not None:
+        told = prepare_share(config, args.share)
+        print_json(told) if args.json else print(format_share(told))
+        return
     found = prepare(config)
     print_json(found) if args.json else print(format_manifest(found))
 

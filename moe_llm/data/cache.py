@@ -7,8 +7,9 @@
 examples that of the assistant's turns; `targets` (uint8 for each token) is 1 where the assistant speaks.
 meta.json holds the size and SHA-256 of every file; an entry that is not what was written is named and made again. Large
 entries are compared once for each state of their files (verified.json), small ones each time.
-KEY is a hash of all that determines the content. `similar-KEY` holds documents of such an entry in another order
-(`moe_llm.data.similar`). A directory that has its name is complete.
+KEY is a hash of all that determines the content. A large source lies in shards, each a directory as above within
+tokens-KEY, beside `starts` and `bytes` of all of them (`moe_llm.data.shards`). `similar-KEY` holds documents of such an
+entry in another order (`moe_llm.data.similar`). A directory that has its name is complete.
 """
 
 import contextlib
@@ -18,9 +19,8 @@ import json
 import logging
 import os
 import shutil
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,16 +31,17 @@ import numpy as np
 from moe_llm.config import SourceConfig
 from moe_llm.data.chat import Example, read_examples
 from moe_llm.data.chat_template import ChatEncoder
-from moe_llm.data.documents import DocumentEncoder, SpecialText, vocabulary_size
-from moe_llm.data.files import building, publish_resumable, replace_file, user_error_on_disk
+from moe_llm.data.documents import DocumentEncoder, SpecialText
+from moe_llm.data.files import publish_resumable, replace_file, user_error_on_disk
+from moe_llm.data.pieces import Piece
 from moe_llm.data.portions import JOURNAL, Kept, Portion, append_portion, recover
-from moe_llm.data.sources import fingerprint, read_documents, source_bytes
+from moe_llm.data.sharded_array import ShardedArray
+from moe_llm.data.sources import read_documents
 from moe_llm.data.split import HoldOut
-from moe_llm.data.tokenizer import content_hash
 from moe_llm.locks import tell
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    pass
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,6 @@ VERIFIED = "verified.json"
 COMPARED_BYTES = 1 << 30  # of an entry whose hashes are compared each time: about a second
 _VERSION, _CHAT_VERSION = 2, 2
 _BATCH_BYTES = 256 * 1024
-_LOG_SECONDS = 30.0
 _PORTION_BYTES = 64 * 2**20  # of text: the most that a kill can cost
 SPLITS = ("train", "validation")
 
@@ -64,11 +64,11 @@ class TokenizedText:
     documents the text of which special token stands and is no such token.
     """
 
-    tokens_N: np.ndarray
+    tokens_N: np.ndarray | ShardedArray
     starts: np.ndarray
     sizes: np.ndarray
     bytes: int
-    targets_N: np.ndarray | None = None
+    targets_N: np.ndarray | ShardedArray | None = None
     key: str | None = None
     digest: str | None = None
     seen: Mapping[str, int] = field(default_factory=dict)
@@ -81,7 +81,8 @@ class TokenizedText:
     def targets(self) -> int:
         """Tokens that are predicted: all but the first of each document, or what the assistant says."""
         if self.targets_N is not None:
-            return int(np.count_nonzero(self.targets_N))
+            found = self.targets_N
+            return found.count_nonzero if isinstance(found, ShardedArray) else int(np.count_nonzero(found))
         return len(self.tokens_N) - self.documents
 
 
@@ -99,67 +100,75 @@ class Tokens(NamedTuple):
     targets: np.ndarray | None
 
 
-def cached_tokens(
-    source: SourceConfig,
-    field: str,
-    holdout: HoldOut,
-    tokenizer: "PreTrainedTokenizerFast",
-    *,
-    cache_dir: str,
-    num_workers: int | None = None,
-    show_progress: bool = False,
-    train_on: str = "all",
-    parse_special_tokens: bool = False,
-) -> dict[str, TokenizedText]:
-    """Training and validation tokens of a source, from the cache, where they are put first if need be.
+@dataclass(frozen=True)
+class Encoding:
+    """All that turns a source into tokens, apart from where they go; it can be sent to another process.
 
-    One process builds while others that ask for the same wait. Memory stays bounded by a few batches. A build that was
-    killed resumes behind its last whole portion, and what it then writes does not depend on that.
-
-    Args:
-        field: name of the source in the configuration.
-        train_on: of chat, as `data.train_on`. parse_special_tokens: of text, likewise.
-        num_workers: threads that encode; None for all cores. The result does not depend on it.
-
-    Raises:
-        UserError: unreadable text, or no space left; nothing of the cache entry remains then.
+    special: special tokens whose text is counted where it is encoded as text.
     """
-    cache = Path(cache_dir).expanduser()
-    inputs = [_VERSION, fingerprint(source, field), holdout.key(), content_hash(tokenizer), len(tokenizer)]
-    chat = source.content == "chat"
-    if chat:
-        encoder = ChatEncoder(tokenizer, field, train_on)
-        inputs += ["chat", _CHAT_VERSION, train_on, encoder.template, tokenizer.special_tokens_map]
-    elif parse_special_tokens:
-        inputs.append("parse_special_tokens")
-    name = f"tokens-{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]}"
-    directory = cache / name
-    if not is_whole(directory):
-        with building(cache, name):
-            if not is_whole(directory):
-                remove_damaged(directory)
-                pieces = _examples(source, field, holdout) if chat else _texts(source, field, holdout)
-                if chat:
-                    encode, look = _example_encoding(encoder), _shape
-                else:
-                    encode = _text_encoding(DocumentEncoder(tokenizer, parse_special_tokens))
-                    look = _special_text(tokenizer, parse_special_tokens)
-                with (
-                    publish_resumable(directory, "data.cache_dir", JOURNAL) as temporary,
-                    _progress(field, source_bytes(source, field), show_progress) as advance,
-                ):
-                    dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
-                    _build(pieces, encode, look, dtype, chat, temporary, num_workers, advance)
-    return {split: open_split(directory, split) for split in SPLITS}
+
+    source: SourceConfig
+    field: str
+    holdout: HoldOut
+    encoder: DocumentEncoder | ChatEncoder
+    special: SpecialText | None = None
+
+    @property
+    def chat(self) -> bool:
+        return isinstance(self.encoder, ChatEncoder)
+
+    def write(
+        self,
+        pieces: Sequence[Piece],
+        directory: Path,
+        *,
+        threads: int,
+        advance: Callable[[int], None],
+        owner: str = "",
+    ) -> None:
+        """Make a directory of tokens of some pieces of the source. Memory stays bounded by a few batches. What was killed
+        resumes behind its last whole portion, and what it then writes does not depend on that.
+
+        Args:
+            advance: told of how much has been read.
+            owner: of what is unfinished, where several may write at once.
+
+        Raises:
+            UserError: unreadable text, or no space left; nothing of the directory remains then.
+        """
+        read = _examples if self.chat else _texts
+        with publish_resumable(directory, "data.cache_dir", JOURNAL, owner) as temporary:
+            _build(
+                read(self, pieces),
+                self._encode,
+                self._look,
+                self.encoder.dtype,
+                self.chat,
+                temporary,
+                threads,
+                advance,
+            )
+
+    def _encode(self, batch: list[_Piece]) -> list[Tokens]:
+        content: list[Any] = [piece.content for piece in batch]
+        if isinstance(self.encoder, ChatEncoder):
+            return [Tokens(*both) for both in self.encoder.encode(content)]
+        return [Tokens(ids, None) for ids in self.encoder.encode(content)]
+
+    def _look(self, piece: _Piece) -> Iterable[str]:
+        """What is counted of a document: the shape of a row, or special tokens whose text it holds."""
+        if isinstance(piece.content, Example):
+            return [piece.content.shape]
+        return () if self.special is None else self.special.within(piece.content)
 
 
-def is_whole(directory: Path) -> bool:
+def is_whole(directory: Path, report: Callable[[str], None] = logger.warning) -> bool:
     """Whether an entry of the cache is there and is what was written; what is wrong with it is reported."""
     if not directory.is_dir():
         return False
     wrong = _what_is_wrong(directory)
     if wrong is not None:
-        logger.warning("tokenised data %s is damaged: %s; it is made again from its source", directory, wrong)
+        report(f"tokenised data {directory} is damaged: {wrong}; it is made again from its source")
     return wrong is None
 
 
@@ -173,10 +182,10 @@ def remove_damaged(directory: Path) -> None:
 def _what_is_wrong(directory: Path) -> str | None:
     """One clause about the first file that is not what was written; None where all are."""
     try:
-        files = {str(n): (int(r["size"]), str(r["sha256"])) for n, r in _read_meta(directory)["files"].items()}
+        files = {str(n): (int(r["size"]), str(r["sha256"])) for n, r in read_meta(directory)["files"].items()}
         states = {name: _state_of(directory / name) for name in files}
     except OSError as error:
-        return f"{Path(error.filename or '').name} cannot be read ({error.strerror})"
+        return f"{os.path.relpath(error.filename or directory, directory)} cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError):
         return "meta.json is no list of its files"
     for name, (size, _) in files.items():
@@ -186,13 +195,29 @@ def _what_is_wrong(directory: Path) -> str | None:
     large = sum(size for size, _ in files.values()) > COMPARED_BYTES
     if large and verified.is_file() and verified.read_text(encoding="utf-8") == json.dumps(states):
         return None
-    for name, (_, digest) in files.items():
-        with (directory / name).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+    with ThreadPoolExecutor(min(8, available_cores())) as pool:
+        found = pool.map(lambda name: _digest_of(directory / name), files)
+        for (name, (_, digest)), now in zip(files.items(), found):
+            tell(f"comparing {directory / name} with its checksum")
+            if now != digest:
+                pool.shutdown(wait=False, cancel_futures=True)
                 return f"the content of {name} is not what was written (SHA-256)"
     if large:
         replace_file(verified, json.dumps(states).encode())
     return None
+
+
+def _digest_of(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def mark_verified(directory: Path) -> None:
+    """Spare a large entry that has just been written the comparison."""
+    files = read_meta(directory)["files"]
+    if sum(record["size"] for record in files.values()) > COMPARED_BYTES:
+        states = {name: _state_of(directory / name) for name in files}
+        replace_file(directory / VERIFIED, json.dumps(states).encode())
 
 
 def _state_of(file: Path) -> list[int]:
@@ -201,7 +226,7 @@ def _state_of(file: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
-def _read_meta(directory: Path) -> dict[str, Any]:
+def read_meta(directory: Path) -> dict[str, Any]:
     """meta.json, whose own last member is the SHA-256 of the others."""
     meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
     digest = meta.pop("sha256")
@@ -216,21 +241,28 @@ def _meta_digest(meta: dict[str, Any]) -> str:
 
 def open_split(directory: Path, split: str) -> TokenizedText:
     """One split of a complete entry of the cache."""
-    meta = _read_meta(directory)
-    part = meta[split]
-    digests = [meta["files"][f"{split}.{name}.bin"]["sha256"] for name in ("tokens", "starts")]
+    meta = read_meta(directory)
+    part, shards = meta[split], meta.get("shards")
+    folders = [""] if shards is None else [f"{shard['name']}/" for shard in shards]
+    lengths = [part["tokens"]] if shards is None else [shard[split]["tokens"] for shard in shards]
+    digests = [meta["files"][f"{f}{split}.{name}.bin"]["sha256"] for f in folders for name in ("tokens", "starts")]
 
-    def array(name: str, dtype: str, length: int) -> np.ndarray:
+    def array(name: str, dtype: str, length: int, folder: str = "") -> np.ndarray:
         if not length:
             return np.empty(0, dtype)  # an empty file cannot be mapped
-        return np.memmap(directory / f"{split}.{name}.bin", dtype=dtype, mode="r", shape=(length,))
+        return np.memmap(directory / f"{folder}{split}.{name}.bin", dtype=dtype, mode="r", shape=(length,))
+
+    def sharded(name: str, dtype: str) -> np.ndarray | ShardedArray:
+        if shards is None:
+            return array(name, dtype, part["tokens"])
+        return ShardedArray(lengths, dtype, lambda shard: array(name, dtype, lengths[shard], folders[shard]))
 
     return TokenizedText(
-        tokens_N=array("tokens", meta["dtype"], part["tokens"]),
+        tokens_N=sharded("tokens", meta["dtype"]),
         starts=array("starts", "int64", part["documents"] + 1),
         sizes=array("bytes", "int64", part["documents"]),
         bytes=part["bytes"],
-        targets_N=array("targets", "uint8", part["tokens"]) if meta.get("chat") else None,
+        targets_N=sharded("targets", "uint8") if meta.get("chat") else None,
         key=f"{directory.name}/{split}",
         digest=hashlib.sha256("".join(digests).encode()).hexdigest(),
         seen=part.get("seen", {}),
@@ -300,17 +332,6 @@ class SplitWriter:
             self._put("targets", targets.tobytes())
 
 
-def _shape(piece: _Piece) -> list[str]:
-    assert isinstance(piece.content, Example)
-    return [piece.content.shape]
-
-
-def _special_text(tokenizer: "PreTrainedTokenizerFast", parsed: bool) -> Callable[[_Piece], Iterable[str]]:
-    """Special tokens whose text stands in a document and is encoded as text."""
-    special = SpecialText(tokenizer)
-    return lambda piece: () if parsed else special.within(str(piece.content))
-
-
 def _build(
     pieces: Iterable[_Piece],
     encode: Callable[[list[_Piece]], list[Tokens]],
@@ -318,7 +339,7 @@ def _build(
     dtype: np.dtype,
     chat: bool,
     directory: Path,
-    num_workers: int | None,
+    threads: int,
     advance: Callable[[int], None],
 ) -> None:
     kept = recover(directory, [f"{split}.{name}.bin" for split in SPLITS for name in split_arrays(chat)])
@@ -330,7 +351,7 @@ def _build(
     with contextlib.ExitStack() as stack:
         writers = {split: SplitWriter(directory, split, chat, stack, kept) for split in SPLITS}
         left = itertools.islice(pieces, done, None)
-        for batch, encoded in _encode_in_threads(_batches(left), encode, num_workers or os.cpu_count() or 1):
+        for batch, encoded in _encode_in_threads(_batches(left), encode, threads):
             tell(f"tokenising into {directory}")
             for piece, tokens in zip(batch, encoded):
                 writers[piece.split].write(tokens, piece.size)
@@ -355,31 +376,28 @@ def write_meta(directory: Path, dtype: np.dtype, chat: bool, writers: dict[str, 
     """What `open_split` reads; before the writers' files are closed."""
     meta = {"dtype": dtype.name, "chat": chat} | {split: writer.totals for split, writer in writers.items()}
     meta["files"] = {name: record for writer in writers.values() for name, record in writer.records().items()}
+    put_meta(directory, meta)
+
+
+def put_meta(directory: Path, meta: dict[str, Any]) -> None:
+    """Write meta.json with its own SHA-256."""
     meta["sha256"] = _meta_digest(meta)
     (directory / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 
 
-def _texts(source: SourceConfig, field: str, holdout: HoldOut) -> Iterator[_Piece]:
+def _texts(encoding: Encoding, pieces: Sequence[Piece]) -> Iterator[_Piece]:
     """Each part of each document."""
-    for text in read_documents(source, field):
-        for split, part in zip(SPLITS, holdout.divide(text)):
+    for text in read_documents(encoding.source, encoding.field, pieces):
+        for split, part in zip(SPLITS, encoding.holdout.divide(text)):
             if part:
                 size = len(part.encode("utf-8"))
                 yield _Piece(split, part, size, size)
 
 
-def _examples(source: SourceConfig, field: str, holdout: HoldOut) -> Iterator[_Piece]:
-    for found in read_examples(source, field):
-        training, _ = holdout.divide(found.text)
+def _examples(encoding: Encoding, pieces: Sequence[Piece]) -> Iterator[_Piece]:
+    for found in read_examples(encoding.source, encoding.field, pieces):
+        training, _ = encoding.holdout.divide(found.text)
         yield _Piece(SPLITS[0 if training else 1], found, len(found.text), found.answer_bytes)
-
-
-def _text_encoding(encoder: DocumentEncoder) -> Callable[[list[_Piece]], list[Tokens]]:
-    return lambda batch: [Tokens(ids, None) for ids in encoder.encode([piece.content for piece in batch])]
-
-
-def _example_encoding(encoder: ChatEncoder) -> Callable[[list[_Piece]], list[Tokens]]:
-    return lambda batch: [Tokens(*both) for both in encoder.encode([piece.content for piece in batch])]
 
 
 def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
@@ -430,44 +448,6 @@ def _one_thread_per_call() -> Iterator[None]:
             os.environ[name] = before
 
 
-@contextlib.contextmanager
-def _progress(field: str, total: int | None, show: bool):
-    """A function to report encoded bytes to; a bar on stderr if asked for and stderr is a terminal."""
-    from rich import progress as bars
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not (show and console.is_terminal):
-        yield _log_progress(field, total) if show else lambda size: None
-        return
-    columns = (
-        bars.TextColumn("tokenising {task.description}"),
-        bars.BarColumn(),
-        bars.DownloadColumn(),
-        bars.TransferSpeedColumn(),
-        bars.TimeRemainingColumn(),
-    )
-    with bars.Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(field, total=total)
-        yield lambda size: progress.advance(task, size)
-
-
-def _log_progress(field: str, total: int | None) -> Callable[[int], None]:
-    """For a log: a line every `_LOG_SECONDS` with the share that is done, the rate and the time left."""
-    begin = told = time.monotonic()
-    done = 0
-
-    def advance(size: int) -> None:
-        nonlocal done, told
-        done += size
-        now = time.monotonic()
-        if now - told < _LOG_SECONDS:
-            return
-        told = now
-        rate = done / (now - begin)
-        of, left = ("", "")
-        if total:
-            of, left = f" of {total / 1e6:,.0f}", f", {max(total - done, 0) / rate / 60:.0f} min left"
-        logger.warning("tokenising %s: %s%s MB, %.1f MB/s%s", field, f"{done / 1e6:,.0f}", of, rate / 1e6, left)
-
-    return advance
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -5,11 +5,12 @@ are. `weight: 0` or `train: false`, of a turn or of a row, keeps it from being l
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_llm.config import SourceConfig
+from moe_llm.data.pieces import Piece, Place
 from moe_llm.data.shapes import renamed, shape_of, turns_of, wanted_columns
 from moe_llm.data.sources import read_documents, read_records
 from moe_llm.errors import UserError
@@ -31,7 +32,7 @@ class Example:
     """
 
     messages: list[Message]
-    where: str
+    where: Place | str
     text: str
     tools: list[Any] | None = None
     masked: frozenset[int] = frozenset()
@@ -55,7 +56,7 @@ class Example:
 
 def example(
     messages: list[Message],
-    where: str,
+    where: Place | str,
     tools: list[Any] | None = None,
     masked: frozenset[int] = frozenset(),
     shape: str = "messages",
@@ -65,22 +66,23 @@ def example(
     return Example(messages, where, text, tools, masked, shape)
 
 
-def read_examples(source: SourceConfig, field: str) -> Iterator[Example]:
+def read_examples(source: SourceConfig, field: str, pieces: Sequence[Piece] | None = None) -> Iterator[Example]:
     """The examples of a source with content chat, in order.
 
     Args:
         field: name of the source in the configuration, for errors.
+        pieces: those that are read; None: all.
 
     Raises:
         UserError: a row that is broken, by file and line; no row at all.
     """
     count = 0
-    for where, record in read_records(source, field, wanted_columns(source.columns)):
+    for where, record in read_records(source, field, wanted_columns(source.columns), pieces):
         count += 1
-        found = _example(renamed(record, source.columns, f"{field}: {where}", field), where, field)
+        found = _example(renamed(record, source.columns, _Origin(field, where), field), where, field)
         if found is not None:
             yield found
-    if not count:
+    if not count and pieces is None:
         raise UserError(f"{field}: {source.path} holds no rows: name files that hold some")
 
 
@@ -91,9 +93,24 @@ def read_texts(source: SourceConfig, field: str) -> Iterator[str]:
     return (found.text for found in read_examples(source, field))
 
 
-def _example(record: dict[str, Any], where: str, field: str) -> Example | None:
+class _Origin(NamedTuple):
+    """Where a row or a turn stands, for errors; it is written out only then, because a line's number may have to be
+    counted."""
+
+    field: str
+    where: Place | str
+    turn: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.where}" + ("" if self.turn is None else f": turn {self.turn}")
+
+    def __format__(self, spec: str) -> str:
+        return format(str(self), spec)
+
+
+def _example(record: dict[str, Any], where: Place | str, field: str) -> Example | None:
     """A row as an example; None where its weight is 0."""
-    origin, shape = f"{field}: {where}", shape_of(record)
+    origin, shape = _Origin(field, where), shape_of(record)
     if shape is None:
         raise UserError(
             f"{origin} has neither messages nor prompt and completion, but "
@@ -104,7 +121,7 @@ def _example(record: dict[str, Any], where: str, field: str) -> Example | None:
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{origin}: messages is {_short(turns)}: give it a list of turns, each with role and content")
     messages = [_message(turn, number, origin) for number, turn in enumerate(turns, start=1)]
-    masked = frozenset(i for i, turn in enumerate(turns) if not _is_learned(turn, f"{origin}: turn {i + 1}"))
+    masked = frozenset(i for i, turn in enumerate(turns) if not _is_learned(turn, origin._replace(turn=i + 1)))
     assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not assistants:
         raise UserError(f"{origin} has no turn of the assistant, so there is nothing to learn: remove that row")
@@ -119,14 +136,14 @@ def _example(record: dict[str, Any], where: str, field: str) -> Example | None:
     return example(messages, where, tools or None, masked & frozenset(assistants), shape)
 
 
-def _parsed_tools(text: str, origin: str) -> Any:
+def _parsed_tools(text: str, origin: _Origin) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
         raise UserError(f"{origin}: tools is {_short(text)}, which is no JSON: give it a list of tools") from error
 
 
-def _is_learned(given: dict[str, Any], where: str) -> bool:
+def _is_learned(given: dict[str, Any], where: _Origin) -> bool:
     """By `weight` (0 or 1) and `train`, of a row or of a turn."""
     weight, train = given.get("weight"), given.get("train", given.get("training"))
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
@@ -136,7 +153,7 @@ def _is_learned(given: dict[str, Any], where: str) -> bool:
     return weight != 0 and train is not False
 
 
-def _message(turn: Any, number: int, origin: str) -> Message:
+def _message(turn: Any, number: int, origin: _Origin) -> Message:
     passed = {name: turn[name] for name in _PASSED if turn.get(name) is not None} if isinstance(turn, dict) else {}
     calls = passed.get("tool_calls") or None
     if not isinstance(turn, dict) or "role" not in turn or ("content" not in turn and calls is None):
@@ -162,7 +179,7 @@ def _message(turn: Any, number: int, origin: str) -> Message:
     return {"role": role, "content": content, **_without_nulls(passed)}
 
 
-def _joined(parts: list[Any], number: int, origin: str) -> str:
+def _joined(parts: list[Any], number: int, origin: _Origin) -> str:
     """Content in parts, all of them text, as one text."""
     texts = [part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None for part in parts]
     other = [part for part in parts if isinstance(part, dict) and part.get("type", "text") != "text"]

@@ -56,6 +56,11 @@ class DocumentEncoder:
         self.bos = tokenizer.bos_token_id if begins_with_bos(tokenizer) else self.eos
         self.dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In another process; a backend forgets on its way there what it does with the text of special tokens."""
+        vars(self).update(state)
+        self._backend.encode_special_tokens = not self._parsed
+
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(self._framed(encoding.ids), dtype=self.dtype) for encoding in encodings]

@@ -26,11 +26,12 @@ class PackedExamples(PackedBlocks):
 
     def __init__(self, text: TokenizedText, sequence_length: int, overlong: str, pad: int):
         assert text.targets_N is not None, "chat is tokenised with its targets"
+        self._targets_N = text.targets_N
         super().__init__(text, sequence_length, isolate_documents=True, pad=pad)
         places = np.diff(text.starts) - 1
         keep, over = np.ones(len(places), bool), np.flatnonzero(places > sequence_length)
         for d in over:
-            keep[d] = overlong == "truncate" and text.targets_N[self._of(d, sequence_length)].any()
+            keep[d] = overlong == "truncate" and self._targets_N[self._of(d, sequence_length)].any()
         self.dropped, self.truncated = int((~keep).sum()), int(keep[over].sum())
         self.cut = self.truncated
         self.kept = len(places) - self.dropped
@@ -61,7 +62,7 @@ class PackedExamples(PackedBlocks):
             n, begin = int(self._places[d]), int(self.text.starts[d])
             tokens, place = self.text.tokens_N[begin : begin + n + 1].astype(np.int64), slice(at, at + n)
             out["input_ids_BS"][row, place] = tokens[:-1]
-            out["labels_BS"][row, place] = np.where(self.text.targets_N[self._of(d)], tokens[1:], IGNORED)
+            out["labels_BS"][row, place] = np.where(self._targets_N[self._of(d)], tokens[1:], IGNORED)
             out["attention_mask_BS"][row, place] = True
             out["document_ids_BS"][row, place] = nth
             out["position_ids_BS"][row, place] = np.arange(n)
@@ -71,7 +72,7 @@ class PackedExamples(PackedBlocks):
         """UTF-8 bytes that a block's targets stand for; an example's bytes are shared evenly by its targets."""
         total = 0.0
         for d in self._documents_of(block):
-            whole = np.count_nonzero(self.text.targets_N[self.text.starts[d] : self.text.starts[d + 1]])
+            whole = np.count_nonzero(self._targets_N[self.text.starts[d] : self.text.starts[d + 1]])
             total += float(self.text.sizes[d]) * self._targets_of(d) / whole
         return total
 
@@ -84,7 +85,7 @@ class PackedExamples(PackedBlocks):
         return slice(begin, begin + int(self._places[document] if places is None else places))
 
     def _targets_of(self, document: int) -> int:
-        return int(np.count_nonzero(self.text.targets_N[self._of(document)]))
+        return int(np.count_nonzero(self._targets_N[self._of(document)]))
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:

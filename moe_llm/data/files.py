@@ -63,15 +63,16 @@ def publish(directory: Path, field: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def publish_resumable(directory: Path, field: str, journal: str) -> Iterator[Path]:
+def publish_resumable(directory: Path, field: str, journal: str, owner: str = "") -> Iterator[Path]:
     """As `publish`, but what a kill, a signal or Ctrl-C leaves unfinished is handed to the next call.
 
     An error removes it: the input has to change before another attempt, and with it the name of the directory.
 
     Args:
         journal: name of a file that describes the unfinished state; it is removed at the end.
+        owner: whose unfinished state it is, where machines without common locks may be at it at once.
     """
-    temporary = directory.with_name(f".{directory.name}.unfinished")
+    temporary = directory.with_name(f".{directory.name}.{owner}unfinished")
     with user_error_on_disk(field, directory):
         try:
             temporary.mkdir(parents=True, exist_ok=True)

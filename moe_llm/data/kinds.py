@@ -83,13 +83,19 @@ def _is_table(lines: list[bytes], separator: str) -> bool:
     return named and all(len(row) == len(names) for row in rows)
 
 
-def open_unpacked(path: Path) -> IO[bytes]:
-    """A file's bytes, unpacked if it is packed: by its ending, or else by its first bytes."""
+def packing_of(path: Path) -> str | None:
+    """How a file is packed: by its ending, or else by its first bytes; None for one that is not."""
     packing = _PACKINGS.get(path.suffix.lower())
     if packing is None:
         with path.open("rb") as file:
             first = file.read(6)
         packing = next((name for magic, name in _MAGIC.items() if first.startswith(magic)), None)
+    return packing
+
+
+def open_unpacked(path: Path) -> IO[bytes]:
+    """A file's bytes, unpacked if it is packed."""
+    packing = packing_of(path)
     if packing is None:
         return path.open("rb")
     if packing == "zstd":

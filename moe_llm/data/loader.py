@@ -15,13 +15,14 @@ import torch
 
 from moe_llm.config import Config, SourceConfig
 from moe_llm.data.best_fit import PackedDocuments
-from moe_llm.data.cache import SPLITS, TokenizedText, cached_tokens
+from moe_llm.data.cache import SPLITS, TokenizedText
 from moe_llm.data.chat import read_examples
 from moe_llm.data.chat_template import ChatEncoder
 from moe_llm.data.documents import DocumentEncoder, SpecialText, check_rows
 from moe_llm.data.examples import PackedExamples
 from moe_llm.data.order import Mixture, shuffled
 from moe_llm.data.packing import Batch, PackedBlocks, as_batch
+from moe_llm.data.shards import cached_tokens, settings_of
 from moe_llm.data.similar import in_similar_order
 from moe_llm.data.sources import check_sources, named_sources, named_validation_sources, read_documents
 from moe_llm.data.split import HoldOut, find_holdout
@@ -311,17 +312,8 @@ def load_data(
     holdout = find_holdout(config)
 
     def tokens(field: str, source: SourceConfig, divide: HoldOut) -> dict[str, TokenizedText]:
-        return cached_tokens(
-            source,
-            field,
-            divide,
-            tokenizer,
-            cache_dir=data.cache_dir,
-            num_workers=data.num_workers,
-            show_progress=show_progress and rank == 0,
-            train_on=data.train_on,
-            parse_special_tokens=data.parse_special_tokens,
-        )
+        shown = show_progress and rank == 0
+        return cached_tokens(source, field, divide, tokenizer, **settings_of(data), show_progress=shown)
 
     def packed(text: TokenizedText) -> PackedBlocks:
         if text.targets_N is not None:

@@ -8,7 +8,9 @@ from typing import Any
 from moe_llm.config import Config
 from moe_llm.data.files import replace_file
 from moe_llm.data.loader import Data, load_data
-from moe_llm.data.sources import check_sources, list_files, named_sources, named_validation_sources
+from moe_llm.data.shards import Share, settings_of, tokenise_share
+from moe_llm.data.sources import check_sources, file_records, named_sources, named_validation_sources
+from moe_llm.data.split import HoldOut, find_holdout
 from moe_llm.data.tokenizer import build_tokenizer, check_vocab, content_hash, resolve_vocab
 
 
@@ -35,6 +37,38 @@ def prepare(config: Config, *, show_progress: bool = True) -> dict[str, Any]:
     return found | {"path": str(path)}
 
 
+def prepare_share(config: Config, share: tuple[int, int]) -> list[dict[str, Any]]:
+    """Tokenise the shards of machine `share[0]`, from 0, of `share[1]`: for machines that share no file system, or one
+    that does not lock. When those of all are in one `data.cache_dir`, `prepare` completes what they have made.
+
+    Returns:
+        Of each source the number of its shards, how many of them are this machine's, and where they lie.
+
+    Raises:
+        UserError: as `prepare`.
+    """
+    check_sources(config)
+    tokenizer = build_tokenizer(config, Path(config.run.dir) / "tokenizer")
+    config = resolve_vocab(config, tokenizer)
+    holdout = find_holdout(config)
+    parts = [(field, source, holdout) for field, source in named_sources(config)]
+    parts += [(field, source, HoldOut()) for field, source in named_validation_sources(config)]
+    told = []
+    for field, source, divide in parts:
+        mine, shards, where = tokenise_share(
+            source, field, divide, tokenizer, share=Share(*share), show_progress=True, **settings_of(config.data)
+        )
+        told.append({"source": field, "mine": mine, "shards": shards, "directory": str(where)})
+    return told
+
+
+def format_share(told: list[dict[str, Any]]) -> str:
+    return "\n".join(
+        f"{part['source']}: {part['mine']} of {part['shards']} shards are there, in {part['directory']}"
+        for part in told
+    )
+
+
 def manifest(config: Config, data: Data, tokenizer_hash: str) -> dict[str, Any]:
     """What a run's data is made from; equal for equal files, tokenizer and settings, wherever they lie."""
     prints = [part._asdict() for part in data.fingerprint]
@@ -50,7 +84,10 @@ def manifest(config: Config, data: Data, tokenizer_hash: str) -> dict[str, Any]:
             for part in [blocks.get((entry["source"], entry["split"]))]
         ],
         "files": {
-            field: [_file_record(path) for path in list_files(source, field)]
+            field: [
+                {"name": name, "size": size, "sha256": digest}
+                for name, size, digest in file_records(source, field, Path(config.data.cache_dir).expanduser())
+            ]
             for field, source in sources
             if source.type != "hub"
         },
@@ -65,12 +102,3 @@ def format_manifest(found: dict[str, Any]) -> str:
         for part in found["sources"]
     ]
     return "\n".join([*lines, f"manifest {found['hash'][:12]}: {found['path']}"])
-
-
-def _file_record(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {
-            "name": path.name,
-            "size": path.stat().st_size,
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-        }

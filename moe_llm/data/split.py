@@ -78,10 +78,11 @@ def find_holdout(config: Config) -> HoldOut:
         UserError: unreadable data, or a single document too short to be divided.
     """
     data = config.data
-    inputs = [fingerprint(s, f) for f, s in named_sources(config) + named_validation_sources(config)]
+    cache = Path(data.cache_dir).expanduser()
+    inputs = [fingerprint(s, f, cache) for f, s in named_sources(config) + named_validation_sources(config)]
     fraction = None if data.validation_sources else data.validation_fraction
     digest = hashlib.sha256(json.dumps([_VERSION, inputs, fraction]).encode()).hexdigest()[:24]
-    file = Path(data.cache_dir).expanduser() / f"split-{digest}.json"
+    file = cache / f"split-{digest}.json"
     remembered = _remembered(file)
     if remembered is not None:
         return remembered

@@ -376,7 +376,7 @@ def _trained_model(config: Config, cache: Path) -> bytes:
     inputs = [
         _model_settings(config),
         sentencepiece.__version__,
-        [fingerprint(s, f) for f, s in sources],
+        [fingerprint(s, f, cache) for f, s in sources],
         None if config.data.validation_sources else config.data.validation_fraction,
     ]
     file = cache / f"tokenizer-{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]}.model"

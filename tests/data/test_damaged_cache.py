@@ -9,7 +9,7 @@ import pytest
 
 from moe_llm.config import SourceConfig
 from moe_llm.data import cache as cache_module
-from moe_llm.data.cache import cached_tokens
+from moe_llm.data.shards import cached_tokens
 from moe_llm.data.split import HoldOut
 
 FIELD = "data.sources.0"
@@ -51,7 +51,8 @@ def damage(directory, seed: int) -> str:
 
 
 @pytest.mark.parametrize("compared", [1 << 30, 0])
-def test_a_hundred_damaged_caches_are_named_and_made_again(source, tokenizer, tmp_path, caplog, monkeypatch, compared):
+@pytest.mark.parametrize("seeds", [range(12), pytest.param(range(12, 100), marks=pytest.mark.grid)])
+def test_damaged_caches_are_named_and_made_again(source, tokenizer, tmp_path, caplog, monkeypatch, compared, seeds):
     monkeypatch.setattr(cache_module, "COMPARED_BYTES", compared)
 
     def load():
@@ -67,7 +68,7 @@ def test_a_hundred_damaged_caches_are_named_and_made_again(source, tokenizer, tm
     expected = content(load())
     [directory] = (tmp_path / "c").glob("tokens-????????????????????????")
     shutil.copytree(directory, tmp_path / "whole")
-    for seed in range(100):
+    for seed in seeds:
         damage(directory, seed)
         differs = any(
             not (directory / path.name).exists() or (directory / path.name).read_bytes() != path.read_bytes()
@@ -83,8 +84,8 @@ def test_a_hundred_damaged_caches_are_named_and_made_again(source, tokenizer, tm
 def test_a_large_entry_is_compared_once_for_each_state_of_its_files(source, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module, "COMPARED_BYTES", 0)
     compared = []
-    real = hashlib.file_digest
-    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: compared.append(file.name) or real(file, kind))
+    real = cache_module._digest_of
+    monkeypatch.setattr(cache_module, "_digest_of", lambda file: compared.append(file) or real(file))
     for _ in range(3):
         cached_tokens(source, FIELD, HoldOut(), tokenizer, cache_dir=str(tmp_path / "c"))
     assert len(compared) == len(set(compared)) > 0

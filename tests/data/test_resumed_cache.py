@@ -6,8 +6,8 @@ import pytest
 
 from moe_llm.config import SourceConfig
 from moe_llm.data import cache as cache_module
-from moe_llm.data.cache import cached_tokens
 from moe_llm.data.portions import JOURNAL
+from moe_llm.data.shards import cached_tokens
 from moe_llm.data.split import HoldOut
 
 FIELD = "data.sources.0"

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from moe_llm.config import SourceConfig
-from moe_llm.data import sources
+from moe_llm.data import rows
 from moe_llm.data.sources import check_sources, fingerprint, list_files, read_documents
 from moe_llm.errors import UserError
 
@@ -95,7 +95,7 @@ def test_hub_out_of_reach_is_one_sentence(monkeypatch):
 
 @pytest.mark.parametrize("line_ends", [True, False])
 def test_large_file_is_cut_into_documents_that_together_are_the_file(tmp_path, monkeypatch, line_ends):
-    monkeypatch.setattr(sources, "SEGMENT_BYTES", 64)
+    monkeypatch.setattr(rows, "SEGMENT_BYTES", 64)
     text = ("näïve 漢字 😀 words" + ("\n" if line_ends else "")) * 40
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     documents = read(tmp_path / "a.txt")
@@ -105,7 +105,7 @@ def test_large_file_is_cut_into_documents_that_together_are_the_file(tmp_path, m
 
 
 def test_undecodable_byte_is_located_beyond_the_first_segment(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "SEGMENT_BYTES", 64)
+    monkeypatch.setattr(rows, "SEGMENT_BYTES", 64)
     (tmp_path / "a.txt").write_bytes(b"good line\n" * 30 + b"bad \xff\n")
     with pytest.raises(UserError, match=r"a\.txt is not UTF-8 at byte 304: "):
         read(tmp_path / "a.txt")
@@ -171,7 +171,7 @@ def test_fingerprint_follows_the_text_not_the_copy(tmp_path):
     for name, text in (("a/x.txt", "same"), ("b/x.txt", "same"), ("c/x.txt", "diff")):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(text)
-    a, b, c = (fingerprint(files(tmp_path / d / "x.txt"), FIELD) for d in "abc")
+    a, b, c = (fingerprint(files(tmp_path / d / "x.txt"), FIELD, tmp_path) for d in "abc")
     assert a == b != c
-    assert fingerprint(files(tmp_path / "a" / "x.txt", document="line"), FIELD) != a
-    assert fingerprint(files(tmp_path / "a" / "x.txt", weight=2), FIELD) == a
+    assert fingerprint(files(tmp_path / "a" / "x.txt", document="line"), FIELD, tmp_path) != a
+    assert fingerprint(files(tmp_path / "a" / "x.txt", weight=2), FIELD, tmp_path) == a

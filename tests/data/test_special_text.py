@@ -8,9 +8,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from moe_llm.config import SourceConfig
-from moe_llm.data.cache import cached_tokens
 from moe_llm.data.documents import DocumentEncoder, begins_with_bos, prompt_ids
 from moe_llm.data.loader import load_data, load_evaluation
+from moe_llm.data.shards import cached_tokens
 from moe_llm.data.split import HoldOut
 from moe_llm.data.tokenizer import content_hash, load_tokenizer, save_tokenizer
 from moe_llm.ensemble.causal_lm import read_prompt

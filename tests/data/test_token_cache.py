@@ -12,7 +12,8 @@ import pytest
 
 from moe_llm.config import SourceConfig
 from moe_llm.data import cache as cache_module
-from moe_llm.data.cache import DocumentEncoder, cached_tokens
+from moe_llm.data.cache import DocumentEncoder
+from moe_llm.data.shards import cached_tokens
 from moe_llm.data.sources import read_documents
 from moe_llm.data.split import HoldOut, choose_holdout
 from moe_llm.data.tokenizer import load_tokenizer
@@ -136,6 +137,7 @@ def _start(*args):
     return process
 
 
+@pytest.mark.grid  # three processes that import everything
 def test_killed_in_the_middle_then_two_at_once(source, tokenizer, tmp_path):
     log, cache_dir = tmp_path / "log", tmp_path / "c"
     victim = _start(source, tokenizer.name_or_path, cache_dir, log, 5.0)

@@ -1,0 +1,60 @@
+"""SHA-256 of source files, computed once for each state of a file where there is much of it."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from moe_llm.data.files import building, replace_file
+from moe_llm.errors import UserError
+from moe_llm.locks import tell
+
+REMEMBERED_BYTES = 64 * 2**20  # of files; less is read again each time, which takes less than a tenth of a second
+
+
+def file_hashes(files: Sequence[Path], field: str, cache: Path) -> list[str]:
+    """SHA-256 of each file. Of a large source they are remembered in the cache by path, size, time of modification and
+    inode, so that each file is read once on a machine.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    try:
+        states = [_state(path) for path in files]
+        if sum(state[0] for state in states) <= REMEMBERED_BYTES:
+            return [_hash(path) for path in files]
+        names = [str(path.resolve()) for path in files]
+        memo = cache / f"hashes-{hashlib.sha256(json.dumps(names).encode()).hexdigest()[:24]}.json"
+        with building(cache, memo.stem):  # ranks of a host would each read everything
+            known = _remembered(memo)
+            missing = [i for i, name in enumerate(names) if known.get(name, [])[:3] != states[i]]
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+                for i, digest in zip(missing, pool.map(lambda i: _hash(files[i]), missing)):
+                    tell(f"reading {files[i]}")
+                    known[names[i]] = [*states[i], digest]
+            if missing:
+                replace_file(memo, json.dumps(known).encode())
+        return [known[name][3] for name in names]
+    except OSError as error:
+        raise UserError(f"{field}: {error.filename} cannot be read: {error.strerror}") from error
+
+
+def _remembered(memo: Path) -> dict[str, list]:
+    """What is known of each file; nothing where the file is missing or not what was written."""
+    try:
+        found = json.loads(memo.read_text(encoding="utf-8"))
+        return {name: [*map(int, entry[:3]), str(entry[3])] for name, entry in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError, IndexError):
+        return {}
+
+
+def _state(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
