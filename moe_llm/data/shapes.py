@@ -33,12 +33,12 @@ ROLES = {
 }  # fmt: skip
 
 
-def wanted_columns(columns: Mapping[str, str] | None) -> tuple[str, ...]:
+def wanted_columns(columns: Mapping[Any, str] | None) -> tuple[str, ...]:
     """Columns of a file that are read."""
     return (*COLUMNS, *(own for name, own in (columns or {}).items() if name not in TURN_FIELDS))
 
 
-def renamed(record: dict[str, Any], columns: Mapping[str, str] | None, origin: str, field: str) -> dict[str, Any]:
+def renamed(record: dict[str, Any], columns: Mapping[Any, str] | None, origin: object, field: str) -> dict[str, Any]:
     """A row under this package's names.
 
     Args:
