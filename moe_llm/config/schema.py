@@ -59,9 +59,10 @@ class SourceConfig(Section):
     path: str | list[str] | None = Field(
         None, description="files: path, glob or list of them; hub: dataset name or local dataset directory"
     )
-    format: Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet"] = Field(
+    format: Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "megatron", "datatrove"] = Field(
         "auto",
-        description="files: auto goes by ending and content; json is an array of rows; gz, bz2, xz and zst are unpacked",
+        description="files: auto goes by ending and content; json is an array of rows; gz, bz2, xz and zst are unpacked; "
+        "megatron (.bin with .idx) and datatrove (.ds with .ds.index, as nanotron reads) hold tokens",
     )
     content: Literal["text", "chat"] = Field(
         "text",
@@ -90,7 +91,7 @@ class SourceConfig(Section):
             invalid("path", self.path, "names several datasets", "use one source for each")
         if self.content == "chat" and self.type == "python_stdlib":
             invalid("content", self.content, "does not apply to python_stdlib", "use content: text, or name chat data")
-        if self.content == "chat" and self.format == "text":
+        if self.content == "chat" and self.format in ("text", "megatron", "datatrove"):
             invalid("format", self.format, "has no rows, and content is chat", "use jsonl or parquet")
         if self.content == "text" and self.columns is not None:
             invalid("columns", self.columns, "applies to content: chat", "use text_field for the column of text")

@@ -36,8 +36,9 @@ from moe_llm.data.files import publish_resumable, replace_file, user_error_on_di
 from moe_llm.data.pieces import Piece
 from moe_llm.data.portions import JOURNAL, Kept, Portion, append_portion, recover
 from moe_llm.data.sharded_array import ShardedArray
-from moe_llm.data.sources import read_documents
+from moe_llm.data.sources import read_documents, read_token_documents
 from moe_llm.data.split import HoldOut
+from moe_llm.data.token_files import TokenFileEncoder
 from moe_llm.locks import tell
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class Encoding:
     source: SourceConfig
     field: str
     holdout: HoldOut
-    encoder: DocumentEncoder | ChatEncoder
+    encoder: DocumentEncoder | ChatEncoder | TokenFileEncoder
     special: SpecialText | None = None
 
     @property
@@ -387,10 +388,13 @@ def put_meta(directory: Path, meta: dict[str, Any]) -> None:
 
 def _texts(encoding: Encoding, pieces: Sequence[Piece]) -> Iterator[_Piece]:
     """Each part of each document."""
-    for text in read_documents(encoding.source, encoding.field, pieces):
+    encoder = encoding.encoder
+    assert not isinstance(encoder, ChatEncoder), "examples are no documents"
+    read = read_token_documents if isinstance(encoder, TokenFileEncoder) else read_documents
+    for text in read(encoding.source, encoding.field, pieces):
         for split, part in zip(SPLITS, encoding.holdout.divide(text)):
             if part:
-                size = len(part.encode("utf-8"))
+                size = encoder.utf8_length(part)
                 yield _Piece(split, part, size, size)
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from moe_llm.config import SourceConfig
 from moe_llm.data.pieces import Piece, Place
 from moe_llm.data.shapes import renamed, shape_of, turns_of, wanted_columns
-from moe_llm.data.sources import read_documents, read_records
+from moe_llm.data.sources import holds_tokens, read_documents, read_records, read_token_documents
 from moe_llm.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -87,7 +87,9 @@ def read_examples(source: SourceConfig, field: str, pieces: Sequence[Piece] | No
 
 
 def read_texts(source: SourceConfig, field: str) -> Iterator[str]:
-    """What a source's documents are told apart by: text itself, or an example's `text`."""
+    """What a source's documents are told apart by: text itself, or an example's `text`, or token ids as text."""
+    if holds_tokens(source, field):
+        return read_token_documents(source, field)
     if source.content == "text":
         return read_documents(source, field)
     return (found.text for found in read_examples(source, field))

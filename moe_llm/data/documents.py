@@ -61,6 +61,10 @@ class DocumentEncoder:
         vars(self).update(state)
         self._backend.encode_special_tokens = not self._parsed
 
+    def utf8_length(self, text: str) -> int:
+        """Bytes that a document's tokens stand for."""
+        return len(text.encode("utf-8"))
+
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(self._framed(encoding.ids), dtype=self.dtype) for encoding in encodings]

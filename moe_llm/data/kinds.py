@@ -20,15 +20,38 @@ _BY_SUFFIX = {
     ".tsv": "tsv",
     ".parquet": "parquet",
 }
+TOKEN_KINDS = ("megatron", "datatrove")
 _PEEKED = 1 << 16  # bytes by which a file's content is recognised
 _NAME = re.compile(r"[A-Za-z_][\w .-]{0,39}")  # of a column
 
 
-def file_kind(path: Path, format: str = "auto") -> str:
-    """text, jsonl, json (an array of rows), csv, tsv or parquet: as `data.sources.N.format` says, or by content and
-    ending (in any case)."""
+def token_kind(path: Path, format: str = "auto") -> str | None:
+    """megatron or datatrove for a file of tokens; None for one of text or rows."""
     if format != "auto":
-        return format
+        return format if format in TOKEN_KINDS else None
+    if path.suffix == ".ds":
+        return "datatrove"
+    return "megatron" if path.suffix == ".bin" and companion(path, "megatron").is_file() else None
+
+
+def companion(path: Path, kind: str) -> Path:
+    """The index beside a file of tokens."""
+    return path.with_suffix(".idx") if kind == "megatron" else path.with_name(f"{path.name}.index")
+
+
+def beside_tokens(path: Path) -> list[Path]:
+    """What stands beside a file of tokens and is no source: index, metadata and mask of the loss."""
+    if path.suffix == ".ds":
+        return [path.with_name(f"{path.name}.{ending}") for ending in ("index", "metadata", "loss")]
+    return [path.with_suffix(".idx")] if path.suffix == ".bin" else []
+
+
+def file_kind(path: Path, format: str = "auto") -> str:
+    """text, jsonl, json (an array of rows), csv, tsv, parquet or a kind of token files: as `data.sources.N.format` says, or
+    by content and ending (in any case)."""
+    tokens = token_kind(path, format)
+    if format != "auto" or tokens is not None:
+        return tokens or format
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _PACKINGS:
         suffixes.pop()

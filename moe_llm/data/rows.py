@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_llm.config import SourceConfig
-from moe_llm.data.kinds import file_kind, looks_like_rows, open_unpacked, packing_of
+from moe_llm.data.kinds import TOKEN_KINDS, file_kind, looks_like_rows, open_unpacked, packing_of, token_kind
 from moe_llm.data.pieces import Piece, Place, bounds, by_bytes, by_items
+from moe_llm.data.token_files import divided_tokens, token_documents
 from moe_llm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ def records_of(
     kind = file_kind(path, source.format)
     if kind == "text" and source.format == "auto" and (rows := looks_like_rows(path)):
         kind, _ = rows
-    if kind == "text":
+    if kind == "text" or kind in TOKEN_KINDS:
         raise UserError(f"{field}: {path} holds no rows: set {field}.format to jsonl, json, csv or parquet")
     return _rows(piece, kind, columns, field)
 
@@ -39,6 +40,10 @@ def documents_of(piece: Piece, source: SourceConfig, field: str) -> Iterator[str
     """The documents of a piece."""
     path = piece.path
     kind, column = file_kind(path, source.format), source.text_field
+    if kind in TOKEN_KINDS:
+        raise UserError(
+            f"{field}: {path} holds tokens, and text is needed here: name the text that they were made from"
+        )
     if source.type == "python_stdlib":
         return _segments(piece)
     if kind == "text":
@@ -56,6 +61,11 @@ def documents_of(piece: Piece, source: SourceConfig, field: str) -> Iterator[str
         return _lines(piece) if source.document == "line" else _segments(piece)
     found = _rows(piece, kind, [column], field)
     return (text_of(record, column, where, field) for where, record in found)
+
+
+def tokens_of(piece: Piece, source: SourceConfig, field: str) -> Iterator[str]:
+    """The documents of a piece of a token file, as text of ids."""
+    return token_documents(piece, file_kind(piece.path, source.format), field)
 
 
 def _rows(piece: Piece, kind: str, columns: Sequence[str], field: str) -> Iterator[tuple[Place | str, dict[str, Any]]]:
@@ -236,9 +246,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or ["no reason given"])[0]
 
 
-def divided(path: Path, source: SourceConfig, most: int) -> list[Piece]:
+def divided(path: Path, source: SourceConfig, most: int, field: str) -> list[Piece]:
     """A file in pieces of about `most` bytes, as far as it can be read from another place than its begin."""
     size = path.stat().st_size
+    if token_kind(path, source.format) is not None:
+        return divided_tokens(path, file_kind(path, source.format), most, field)
     if size <= most + most // 2 or packing_of(path) is not None or source.type == "python_stdlib":
         return [Piece(path, size)]
     kind = file_kind(path, source.format)

@@ -47,8 +47,9 @@ from moe_llm.data.documents import DocumentEncoder, SpecialText
 from moe_llm.data.files import building, user_error_on_disk
 from moe_llm.data.pieces import Piece
 from moe_llm.data.shard_worker import ShardTask, make_shard
-from moe_llm.data.sources import fingerprint, no_text, shards_of, source_bytes
+from moe_llm.data.sources import fingerprint, holds_tokens, no_text, shards_of, source_bytes
 from moe_llm.data.split import HoldOut
+from moe_llm.data.token_files import TokenFileEncoder
 from moe_llm.data.tokenizer import content_hash
 from moe_llm.errors import TrainingFailure, UserError
 from moe_llm.locks import tell
@@ -146,7 +147,7 @@ def _entry(
     parse_special_tokens: bool,
 ) -> "_Entry":
     inputs = [_VERSION, fingerprint(source, field, cache), holdout.key(), content_hash(tokenizer), len(tokenizer)]
-    encoder: DocumentEncoder | ChatEncoder
+    encoder: DocumentEncoder | ChatEncoder | TokenFileEncoder
     special = None
     if source.content == "chat":
         encoder = ChatEncoder(tokenizer, field, train_on)
@@ -155,6 +156,8 @@ def _entry(
         encoder = DocumentEncoder(tokenizer, parse_special_tokens)
         special = None if parse_special_tokens else SpecialText(tokenizer)
         inputs += ["parse_special_tokens"] if parse_special_tokens else []
+        if holds_tokens(source, field):
+            encoder, special = TokenFileEncoder(tokenizer, field, encoder.bos, encoder.eos, encoder.dtype), None
     name = f"tokens-{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]}"
     return _Entry(cache, name, Encoding(source, field, holdout, encoder, special))
 

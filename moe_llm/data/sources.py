@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 
 from moe_llm.config import Config, SourceConfig
 from moe_llm.data.hashes import file_hashes
-from moe_llm.data.kinds import file_kind, looks_like_rows
+from moe_llm.data.kinds import beside_tokens, companion, file_kind, looks_like_rows, token_kind
 from moe_llm.data.pieces import Piece, Place, grouped, shard_bytes
-from moe_llm.data.rows import divided, documents_of, first_line, records_of, text_key, text_of
+from moe_llm.data.rows import divided, documents_of, first_line, records_of, text_key, text_of, tokens_of
 from moe_llm.errors import UserError
 
 T = TypeVar("T")
@@ -37,7 +37,8 @@ def named_validation_sources(config: Config) -> list[tuple[str, SourceConfig]]:
 
 
 def check_sources(config: Config) -> None:
-    """Refuse sources whose files do not exist or are all empty; reads no text, so it is instant.
+    """Refuse sources whose files do not exist or are all empty, and tokens of an unknown tokenizer; reads no text, so it
+    is instant.
 
     Raises:
         UserError: names field, path and remedy.
@@ -45,6 +46,11 @@ def check_sources(config: Config) -> None:
     for field, source in named_sources(config) + named_validation_sources(config):
         if source.type != "hub":
             list_files(source, field)
+        if holds_tokens(source, field) and config.tokenizer.path is None:
+            raise UserError(
+                f"{field} holds tokens, and their tokenizer is not known: set tokenizer.path to the one that they were made "
+                "with"
+            )
 
 
 def _path_key(field: str) -> str:
@@ -60,7 +66,8 @@ def list_files(source: SourceConfig, field: str) -> list[Path]:
     found: dict[Path, None] = {}
     for pattern in patterns:
         found.update(dict.fromkeys(_expand(pattern, field)))
-    files = list(found)
+    beside = {file for path in found for file in beside_tokens(path)}
+    files = [path for path in found if path not in beside]
     try:
         empty = not any(path.stat().st_size for path in files)
     except OSError as error:
@@ -86,6 +93,22 @@ def _expand(pattern: str, field: str) -> list[Path]:
             f"{_path_key(field)}={pattern} matches no file: check the pattern (** goes into subdirectories)"
         )
     return files
+
+
+def holds_tokens(source: SourceConfig, field: str) -> bool:
+    """Whether a source's files are tokens already.
+
+    Raises:
+        UserError: some are, and others hold text.
+    """
+    if source.type != "files":
+        return False
+    files = list_files(source, field)
+    kinds = {token_kind(path, source.format) for path in files}
+    if len(kinds) > 1 and None in kinds:
+        text = next(path for path in files if token_kind(path, source.format) is None)
+        raise UserError(f"{field} has files of tokens and others, such as {text}: give each kind a source of its own")
+    return None not in kinds
 
 
 def _stdlib_files() -> list[Path]:
@@ -131,6 +154,10 @@ def fingerprint(source: SourceConfig, field: str, cache: Path) -> list:
 def file_records(source: SourceConfig, field: str, cache: Path) -> list[tuple[str, int, str]]:
     """Name, size and SHA-256 of each file of a source."""
     files = list_files(source, field)
+    if holds_tokens(source, field):
+        files = [
+            file for path in files for file in (path, companion(path, file_kind(path, source.format))) if file.is_file()
+        ]
     hashes = file_hashes(files, field, cache)
     return [(path.name, path.stat().st_size, digest) for path, digest in zip(files, hashes)]
 
@@ -142,7 +169,7 @@ def shards_of(source: SourceConfig, field: str) -> list[list[Piece]]:
     files = list_files(source, field)
     most = shard_bytes(sum(path.stat().st_size for path in files))
     with _reading(field):
-        return grouped((piece for path in files for piece in divided(path, source, most)), most)
+        return grouped((piece for path in files for piece in divided(path, source, most, field)), most)
 
 
 def read_documents(source: SourceConfig, field: str, pieces: Sequence[Piece] | None = None) -> Iterator[str]:
@@ -177,6 +204,12 @@ def read_documents(source: SourceConfig, field: str, pieces: Sequence[Piece] | N
         yield text
     if not count and pieces is None:
         raise no_text(source, field)
+
+
+def read_token_documents(source: SourceConfig, field: str, pieces: Sequence[Piece] | None = None) -> Iterator[str]:
+    """The documents of a source of token files, as text of ids (`moe_llm.data.token_files`); none is empty."""
+    found = _from_pieces(source, field, pieces, lambda piece: tokens_of(piece, source, field))
+    return (text for text in found if text)
 
 
 def no_text(source: SourceConfig, field: str) -> UserError:
