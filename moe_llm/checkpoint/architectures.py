@@ -69,6 +69,9 @@ CODED = (
     "multi_head",
     "lory",
     "expert_choice",
+    "attention",
+    "transformer",
+    "reinforce",
 )
 _CODED_PARTS = ("routing", "shared", "windows")  # what it knows beside a plain decoder
 _UNUSED = {"noisy_top_k": ("noise_weight",)}

@@ -224,6 +224,7 @@ TOP_K_OF_SOFTMAX: dict[str, Callable[[ModelConfig], bool]] = {
     "switch": lambda model: False,
     "batch_prioritised": lambda model: False,
     "deepseek_moe": lambda model: model.router.norm_topk_prob,
+    "em": lambda model: True,
 }
 RENORMALISED, AS_THEY_ARE, SIGMOID_BIAS = "renormalised", "as they are", "sigmoid with bias"
 SCALED, IN_GROUPS = "scaled", "of groups"

@@ -118,6 +118,9 @@ class RouterSettings(Section):
         """Whether the weights of a token's experts sum to 1 whatever the logits are."""
         return False
 
+    # why the language-model loss cannot move those of `unweighed`
+    weighs: ClassVar[str] = "where a token takes one of several, it has the weight 1 whatever its logit"
+
     def unweighed(self, model: ModelSizes) -> list[str]:
         """The router's parameters that the language-model loss cannot move: of a single expert the weight is 1."""
         return ["weight"] if self.normalized and model.num_experts_per_tok == 1 else []

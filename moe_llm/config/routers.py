@@ -22,6 +22,7 @@ from moe_llm.config.router_base import (
     RouterSettings,
     Shapes,
 )
+from moe_llm.config.routers_learned import AttentionSettings, EMSettings, ReinforceSettings, TransformerSettings
 from moe_llm.config.routers_mixed import MultiHeadSettings, SoftMoESettings, check_second_segment
 
 __all__ = [
@@ -450,6 +451,10 @@ ROUTER_SETTINGS: dict[str, type[RouterSettings]] = {
     "multi_head": MultiHeadSettings,
     "lory": LorySettings,
     "expert_choice": ExpertChoiceSettings,
+    "attention": AttentionSettings,
+    "transformer": TransformerSettings,
+    "reinforce": ReinforceSettings,
+    "em": EMSettings,
 }
 
 

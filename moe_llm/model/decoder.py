@@ -15,16 +15,18 @@ from moe_llm.config import ModelConfig
 from moe_llm.model.attention import Attention, LatentAttention
 from moe_llm.model.linear import Linear
 from moe_llm.model.moe.balance import balance_loss, z_loss
+from moe_llm.model.moe.capacity import Groups
+from moe_llm.model.moe.feedback import TokenLosses
 from moe_llm.model.moe.layer import MoELayer
 from moe_llm.model.moe.losses import router_loss_values
-from moe_llm.model.moe.routers import router_losses
+from moe_llm.model.moe.routers import ROUTERS, router_losses
 from moe_llm.model.moe.routing import RoutingStatistics
 from moe_llm.model.norm import RMSNorm
 from moe_llm.model.recomputation import keep_exchanges, keep_routing
 from moe_llm.model.sequence_parts import own, whole
 from moe_llm.model.swiglu import SwiGLU
 from moe_llm.ops.attention import AttentionPattern
-from moe_llm.ops.cross_entropy import linear_cross_entropy
+from moe_llm.ops.cross_entropy import linear_cross_entropy, token_losses
 from moe_llm.ops.distillation import Distillation, DistillationSums, linear_distillation
 from moe_llm.ops.rope import document_lengths, rotary_cos_sin
 
@@ -105,7 +107,8 @@ class Decoder(nn.Module):
         mask_BS: Tensor,
         document_BS: Tensor | None = None,
         perturbation_BSD: Tensor | None = None,
-    ) -> tuple[Tensor, RoutingStatistics]:
+    ) -> tuple[Tensor, Tensor, list[RoutingStatistics]]:
+        """Hidden states before and behind the final norm, and each layer's statistics."""
         x_BSD = self.embed_tokens(input_ids_BS)
         if perturbation_BSD is not None:
             x_BSD = (x_BSD + perturbation_BSD).to(x_BSD.dtype)
@@ -137,8 +140,8 @@ class Decoder(nn.Module):
                 x_BSD, delta_BSD, layer_statistics = layer(*arguments)
             if layer_statistics is not None:
                 statistics.append(layer_statistics)
-        _, normed_BSD = self.norm.after_adding(x_BSD, delta_BSD)
-        return normed_BSD, RoutingStatistics.stack(statistics)
+        x_BSD, normed_BSD = self.norm.after_adding(x_BSD, delta_BSD)
+        return x_BSD, normed_BSD, statistics
 
     @property
     def moe_layers(self) -> list[DecoderLayer]:
@@ -161,10 +164,17 @@ class LanguageModelHead(Linear):
         super().__init__(config.hidden_size, config.resolved_vocab_size)
 
     def forward(  # type: ignore[override]  # the loss is computed here, see above
-        self, x_BSD: Tensor, targets_BS: Tensor | None = None, teacher: Distillation | None = None
+        self,
+        x_BSD: Tensor,
+        targets_BS: Tensor | None = None,
+        teacher: Distillation | None = None,
+        each: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor] | DistillationSums:
+        """each: the losses of all tokens apart, (B * S,)."""
         if targets_BS is None:
             return super().forward(x_BSD)
+        if each:
+            return token_losses(x_BSD.flatten(0, -2), self.weight, targets_BS.flatten())
         if teacher is not None:
             return linear_distillation(x_BSD.flatten(0, 1), self.weight, targets_BS.flatten(), teacher)
         return linear_cross_entropy(x_BSD.flatten(0, 1), self.weight, targets_BS.flatten())
@@ -180,6 +190,8 @@ class MoEDecoder(nn.Module):
         self.router_losses = router_losses(config)
         self.model = Decoder(config)
         self.lm_head = LanguageModelHead(config)
+        if self.model.moe_layers[-1:] == [self.model.layers[-1]]:
+            self.model.layers[-1].mlp.gate.last = True
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -229,7 +241,11 @@ class MoEDecoder(nn.Module):
         patterns = self.model.attention_patterns(
             input_ids, attention_mask=attention_mask, document_ids=document_ids, runs=runs
         )
-        x_BSD, routing = self.model(input_ids, position_ids, patterns, mask_BS, document_ids, perturbation)
+        stream_BSD, x_BSD, layers = self.model(input_ids, position_ids, patterns, mask_BS, document_ids, perturbation)
+        if self.training and targets is not None and ROUTERS[self.config.router.type].learns_from_loss:
+            groups = Groups.of(mask_BS, document_ids)
+            layers = self._with_feedback(layers, stream_BSD.flatten(0, 1), targets.flatten(), groups)
+        routing = RoutingStatistics.stack([layer._replace(handed_TX=layer.own_X[:0]) for layer in layers])
 
         logits = self.lm_head(x_BSD) if return_logits else None
         aux = balance_loss(routing, self.config.router_aux_loss_scope)
@@ -246,3 +262,20 @@ class MoEDecoder(nn.Module):
                 values = router_loss_values(self.router_losses, routing)
                 loss = loss + sum(own.coefficient * value for own, value in zip(self.router_losses, values))
         return MoEOutput(loss, logits, loss_sum, num_targets, aux, z, routing, objective_sum, soft_sum)
+
+    def _with_feedback(
+        self, layers: list[RoutingStatistics], x_TD: Tensor, targets_T: Tensor, groups: Groups
+    ) -> list[RoutingStatistics]:
+        """Each layer's statistics with what its router learns from the tokens' losses, where it does."""
+        losses = TokenLosses(
+            lambda x_ND, labels_N: self.lm_head(self.model.norm(x_ND), labels_N, each=True),
+            x_TD,
+            targets_T,
+            groups,
+            len(layers),
+        )
+        routers = [layer.mlp.gate for layer in self.model.moe_layers]
+        return [
+            router.feedback(layer, losses) if router.learns_from_loss and layer.handed_TX.numel() else layer
+            for router, layer in zip(routers, layers)
+        ]

@@ -4,8 +4,10 @@ Dimensions: T tokens (C: of one chunk), D hidden, V vocabulary.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from moe_llm.ops import native, triton
 from moe_llm.ops.graph import graph_is_kept
@@ -56,6 +58,20 @@ def linear_cross_entropy(
     accumulate_dtype = torch.promote_types(accumulate_dtype, weight_VD.dtype)
     loss = _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, chunk_tokens, accumulate_dtype)
     return loss, num_targets
+
+
+def token_losses(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """The same of each token, (T,), 0 where the label is ignored, with gradient. No more than a chunk's logits exist at
+    once: the backward pass forms them again."""
+    chunk_tokens = max(1, _CHUNK_ELEMENTS // len(weight_VD))
+
+    def of_chunk(hidden_CD: Tensor, labels_C: Tensor) -> Tensor:
+        logits_CV = F.linear(hidden_CD, weight_VD)
+        wide = torch.promote_types(logits_CV.dtype, torch.float32)
+        return F.cross_entropy(logits_CV.to(wide), labels_C, ignore_index=ignore_index, reduction="none")
+
+    parts = zip(hidden_TD.split(chunk_tokens), labels_T.split(chunk_tokens))
+    return torch.cat([checkpoint(of_chunk, *part, use_reentrant=False) for part in parts])
 
 
 def _kept_rows(targets_T: Tensor, num_targets: int, hidden_TD: Tensor) -> Tensor | None:

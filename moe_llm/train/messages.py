@@ -78,9 +78,8 @@ def announce(run: "Trainer") -> None:
     unweighed = router.unweighed(config.model)
     if unweighed:
         run.say(
-            f"the language-model loss does not reach the routers' {' and '.join(unweighed)}: where a token takes one "
-            f"of several, model.router.type={router.type} gives it the weight 1 whatever its logit, so that only "
-            "the routers' own losses move that"
+            f"the language-model loss does not reach the routers' {' and '.join(unweighed)}: with model.router.type="
+            f"{router.type}, {router.weighs}, so that only the routers' own losses move that"
         )
     if config.distill.teachers:
         teachers, distill = ", ".join(teacher.path for teacher in config.distill.teachers), config.distill

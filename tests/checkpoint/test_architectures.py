@@ -70,6 +70,13 @@ CASES = [
     ("lory", {}, {}, "moe_llm"),
     ("lory", {"segment_length": 5}, {**GATED, "sliding_window": 5}, "moe_llm"),
     ("expert_choice", {}, {}, "moe_llm"),
+    ("attention", {"heads": 2, "key_size": 4, "temperature": 0.5}, {}, "moe_llm"),
+    ("transformer", {"width": 8, "heads": 2, "window": 4}, SHARED, "moe_llm"),
+    ("transformer", {"width": 8, "heads": 2}, {"sliding_window": 5}, "moe_llm"),
+    ("reinforce", {"load_coef": 0.1}, {}, "moe_llm"),
+    ("reinforce", {"baseline": "leave_one_out"}, SHARED, "moe_llm"),
+    ("em", {}, {}, "mixtral"),
+    ("em", {}, GATED, "qwen2_moe"),
     ("expert_choice", {"capacity_factor": 0.5}, SHARED, "moe_llm"),
 ]
 

@@ -39,6 +39,10 @@ ROUTER = {
     "tilted": {},
     "lory": {"num_experts_per_tok": 1, "segment_length": 5, "local_entropy_coef": 0.1},
     "expert_choice": {"capacity_factor": 0.8},
+    "attention": {"heads": 2, "key_size": 4, "capacity_factor": 0.9},
+    "transformer": {"width": 8, "heads": 2},
+    "reinforce": {"sample": False, "load_coef": 0.3},
+    "em": {"form": "hard"},
 }
 
 

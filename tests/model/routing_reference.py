@@ -67,6 +67,53 @@ def noisy_top_k(x_TD, p, real, top_k, noise_TE, **settings):
     return keep_top_k(h_TE, top_k).softmax(-1), None
 
 
+em = mixtral
+
+
+def attention(x_TD, p, real, top_k, heads, temperature=1.0, **settings):
+    """Each head's softmax over the keys of the experts, their mean, the top k of it, renormalised."""
+    out_TE = 0
+    for query_KD, key_EK in zip(p["query_weight"].chunk(heads), p["weight"].chunk(heads, dim=1)):
+        scores_TE = (x_TD @ query_KD.T) @ key_EK.T / (math.sqrt(len(query_KD)) * temperature)
+        out_TE = out_TE + scores_TE.softmax(-1) / heads
+    return keep_top_k(out_TE.log(), top_k).softmax(-1), None
+
+
+def transformer(x_TD, p, real, top_k, heads, window=None, **settings):
+    """A pre-norm block, position by position over the real tokens before it; then the top k, renormalised."""
+
+    def norm(h_W, scale):
+        return h_W / (h_W.square().mean() + 1e-6).sqrt() * scale
+
+    rows, length = [], len(real[0])
+    for b, mask in enumerate(real):
+        h = [p["input_weight"] @ x_D for x_D in x_TD[b * length : (b + 1) * length]]
+        q, k, v = zip(*((p["qkv_weight"] @ norm(h_W, p["attention_norm"])).chunk(3) for h_W in h))
+        for s in range(length):
+            seen = [t for t in range(s + 1) if mask[t]] if mask[s] else [s]
+            seen = seen[-window:] if window else seen
+            parts = []
+            for head in range(heads):
+                size = len(q[s]) // heads
+                cut = slice(head * size, (head + 1) * size)
+                share = torch.stack([q[s][cut] @ k[t][cut] / math.sqrt(size) for t in seen]).softmax(0)
+                parts.append(sum(a * v[t][cut] for a, t in zip(share, seen)))
+            h_W = h[s] + p["output_weight"] @ torch.cat(parts)
+            up = p["up_weight"] @ norm(h_W, p["mlp_norm"])
+            h_W = h_W + p["down_weight"] @ (up * 0.5 * (1 + torch.erf(up / math.sqrt(2))))
+            rows.append(p["weight"] @ norm(h_W, p["norm"]))
+    return keep_top_k(torch.stack(rows), top_k).softmax(-1), None
+
+
+def reinforce(x_TD, p, real, top_k, noise_TE, **settings):
+    """The largest of logits with Gumbel noise, all of the same weight; nothing of it has a gradient."""
+    drawn = (x_TD @ p["weight"].T + noise_TE).tolist()
+    out = torch.zeros(len(drawn), len(drawn[0]))
+    for t, row in enumerate(drawn):
+        out[t, best(row, top_k)] = 1 / top_k
+    return out, None
+
+
 def noisy_losses(x_TD, p, real_T, top_k, noise_TE):
     """Equations 6, 7 and 8 to 11: CV^2 of importance and of load, over real tokens."""
     gates_TE, _ = noisy_top_k(x_TD, p, None, top_k, noise_TE)

@@ -31,6 +31,11 @@ CASES = {
     "multi_head": (2, {"heads": 3, "capacity_factor": 0.7}),
     "lory": (1, {"segment_length": 4}),
     "expert_choice": (2, {}),
+    "attention": (2, {"heads": 3, "key_size": 4, "capacity_factor": 0.8}),
+    "transformer": (2, {"width": 8, "heads": 2}),
+    "transformer, window": (2, {"width": 8, "heads": 2, "window": 3, "capacity_factor": 0.8, "overflow": "next"}),
+    "reinforce": (2, {"sample": False}),
+    "em": (2, {}),
 }
 
 

@@ -108,8 +108,8 @@ def test_names_shapes_and_sizes_are_those_of_the_module(kind):
     assert len(routers_of(built)) == 2
     gates = [name for name in parameter_shapes(cfg.model) if part_of(name) == "router"]
     assert sum(built.get_parameter(name).numel() for name in gates) == cfg.model.parameter_counts()["router"]
-    native = kind in ("mixtral", "dense", "gshard", "noisy_top_k")
+    native = kind in ("mixtral", "dense", "gshard", "noisy_top_k", "em")
     note = export_note(cfg.model)
-    assert (note is None) == (kind in ("mixtral", "dense", "gshard"))
+    assert (note is None) == (kind in ("mixtral", "dense", "gshard", "em"))
     assert native or f"model.router.type={kind}" in note
     assert kind in ROUTER_SETTINGS

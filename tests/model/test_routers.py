@@ -56,6 +56,14 @@ CASES = {
         {"n_group": 3, "topk_group": 2, "score": "softmax", "norm_topk_prob": False},
         {"scale": 1.0, "share": False, "groups": 3, "groups_per_token": 2, "score": "softmax"},
     ),
+    "attention": ("attention", 2, {"heads": 3, "key_size": 5}, {"heads": 3}),
+    "attention, sharp": ("attention", 3, {"heads": 1, "key_size": 4, "temperature": 0.5}, {"heads": 1, "temperature": 0.5}),
+    "transformer": ("transformer", 2, {"width": 8, "heads": 2}, {"heads": 2}),
+    "transformer, window": ("transformer", 3, {"width": 6, "heads": 1, "window": 3}, {"heads": 1, "window": 3}),
+    "reinforce": ("reinforce", 2, {}, {"draws": "gumbel"}),
+    "reinforce, likeliest": ("reinforce", 3, {"sample": False, "baseline": "leave_one_out"}, {}),
+    "em": ("em", 2, {}, {}),
+    "em, all": ("em", E, {"form": "hard"}, {}),
     # these put something else in the tokens' place: files of their own have their references
     "soft_moe": ("soft_moe", 3, {"slots_per_expert": 2, "segment_length": 4}, None),
     "multi_head": ("multi_head", 2, {"heads": 3}, None),
@@ -137,6 +145,8 @@ def draws(kind: str | None) -> dict[str, torch.Tensor | None]:
     torch.manual_seed(9)
     if kind == "normal":
         return {"noise_TE": torch.randn(T, E)}
+    if kind == "gumbel":
+        return {"noise_TE": -(-torch.rand(T, E).log()).log()}
     return {"noise_TE": torch.zeros(T, E), "drawn_T": torch.rand(T) if kind == "uniform" else None}
 
 

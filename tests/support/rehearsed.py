@@ -32,6 +32,10 @@ ROUTERS: dict[str, tuple[dict[str, Any], int]] = {
     "multi_head": ({"heads": 2}, 2),
     "lory": ({"segment_length": 512}, 1),
     "expert_choice": ({}, 2),
+    "attention": ({}, 2),
+    "transformer": ({}, 2),
+    "reinforce": ({}, 2),
+    "em": ({}, 2),
 }
 
 

@@ -27,6 +27,10 @@ SETTINGS = {
     "multi_head": {"heads": 2},
     "lory": {"segment_length": 4},
     "expert_choice": {},
+    "attention": {"heads": 2, "key_size": 4},
+    "transformer": {"width": 8, "heads": 2, "capacity_factor": 1.0},
+    "reinforce": {"load_coef": 0.1},
+    "em": {},
     "mixtral, residual": {"capacity_factor": 0.7, "overflow": "residual"},
 }
 

@@ -27,7 +27,7 @@ from transformers.models.mixtral.modeling_mixtral import (
 
 from .configuration_moe_llm import MoELLMConfig
 
-RENORMALISED = ("mixtral", "dense", "gshard", "noisy_top_k")
+RENORMALISED = ("mixtral", "dense", "gshard", "noisy_top_k", "attention", "transformer", "em")
 AS_THEY_ARE = ("switch", "batch_prioritised")
 EITHER = ("deepseek_moe", "multi_head")
 
@@ -42,8 +42,27 @@ class MoELLMRouter(nn.Module):
         experts, hidden = config.num_local_experts, config.hidden_size
         self.heads = self.settings.get("heads", 1)  # parts of a token that are routed apart
         rows = experts * self.settings.get("slots_per_expert", 1)
-        self.weight = nn.Parameter(torch.empty(rows, hidden // self.heads))
-        if self.heads > 1:
+        width = {
+            "attention": lambda: self.heads * self.settings["key_size"],
+            "transformer": lambda: self.settings["width"],
+        }.get(self.kind, lambda: hidden // self.heads)()
+        self.weight = nn.Parameter(torch.empty(rows, width))
+        if self.kind == "attention":
+            self.query_weight = nn.Parameter(torch.empty(width, hidden))
+        if self.kind == "transformer":
+            self.input_weight = nn.Parameter(torch.empty(width, hidden))
+            self.qkv_weight = nn.Parameter(torch.empty(3 * width, width))
+            self.output_weight = nn.Parameter(torch.empty(width, width))
+            self.up_weight = nn.Parameter(torch.empty(2 * width, width))
+            self.down_weight = nn.Parameter(torch.empty(width, 2 * width))
+            for name in ("attention_norm", "mlp_norm", "norm"):
+                self.register_parameter(name, nn.Parameter(torch.ones(width)))
+        if self.kind == "reinforce":  # of no use outside training
+            if self.settings["baseline"] == "learned":
+                self.baseline_weight = nn.Parameter(torch.zeros(1, hidden), requires_grad=False)
+            if self.settings["load_coef"]:
+                self.register_buffer("load", torch.zeros(experts, dtype=torch.float32))
+        if self.kind == "multi_head":
             self.head_proj = nn.Linear(hidden, hidden, bias=False)
             self.merge_proj = nn.Linear(hidden, hidden, bias=False)
         if self.kind == "soft_moe" and self.settings["normalize"]:
@@ -70,6 +89,17 @@ class MoELLMRouter(nn.Module):
                 x_TD, phi_RD = F.normalize(x_TD, dim=-1), self.scale.float() * F.normalize(phi_RD, dim=-1)
             logits_TR = F.linear(x_TD, phi_RD)
             return logits_TR.unflatten(-1, (-1, self.settings["slots_per_expert"])).logsumexp(-1), logits_TR, None
+        if self.kind == "attention":
+            query_THK, key_EHK = (
+                part.float().unflatten(-1, (self.heads, -1))
+                for part in (F.linear(x_TD.float(), self.query_weight.float()), self.weight)
+            )
+            scores_THE = torch.einsum("thk,ehk->the", query_THK, key_EHK)
+            scores_THE = scores_THE / (key_EHK.shape[-1] ** 0.5 * self.settings["temperature"])
+            logits_TE = scores_THE.softmax(-1).mean(1).log()
+            return logits_TE, *self._choose(logits_TE, position_T)
+        if self.kind == "transformer":
+            x_TD = self._block(x_TD, position_T, real_BA)
         logits_TE = F.linear(x_TD.float(), self.weight.float())
         if self.kind == "hierarchical":
             group_TG = F.linear(x_TD.float(), self.group_weight.float())
@@ -90,6 +120,8 @@ class MoELLMRouter(nn.Module):
             every_TE = torch.arange(score_TE.shape[-1], device=score_TE.device).expand_as(score_TE)
             return every_TE, score_TE * (score_TE >= self.threshold)
         weight_TK, expert_TK = logits_TE.softmax(-1).topk(self.top_k, dim=-1)
+        if self.kind == "reinforce":
+            return expert_TK, torch.full_like(weight_TK, 1 / self.top_k)
         if self.kind == "top_p":
             taken_TK = weight_TK.cumsum(-1) - weight_TK < self.settings["p"]
             taken_TK[:, 0] = True
@@ -114,6 +146,29 @@ class MoELLMRouter(nn.Module):
         if settings["norm_topk_prob"]:
             weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
         return expert_TK, weight_TK * settings["routed_scaling_factor"]
+
+    def _block(self, x_TD: Tensor, position_T: Tensor, real_BA: Tensor) -> Tensor:
+        """What the gate's own transformer block makes of the texts, which end where positions do not go on."""
+        W, heads = self.weight.shape[1], self.settings["heads"]
+        rms = lambda x, scale: F.rms_norm(x, (W,), scale.float(), 1e-6)  # noqa: E731
+        h_BAW = F.linear(x_TD.float(), self.input_weight.float()).view(*real_BA.shape, W)
+        position_BA, real_BA = position_T.view(real_BA.shape), real_BA.bool()
+        number_BA = torch.zeros_like(position_BA)
+        nth_BA = real_BA.cumsum(1)
+        for number_A, position_A, real_A in zip(number_BA, position_BA, real_BA):
+            ends = (position_A[real_A].diff(prepend=position_A[real_A][:1] - 1) != 1).cumsum(0)
+            number_A[real_A] = ends
+        gap_BAA = nth_BA[:, :, None] - nth_BA[:, None, :]
+        seen_BAA = (number_BA[:, :, None] == number_BA[:, None, :]) & real_BA[:, None, :] & (gap_BAA >= 0)
+        if self.settings["window"] is not None:
+            seen_BAA &= gap_BAA < self.settings["window"]
+        seen_BAA |= torch.eye(real_BA.shape[1], dtype=torch.bool, device=x_TD.device)
+        qkv = F.linear(rms(h_BAW, self.attention_norm), self.qkv_weight.float()).chunk(3, -1)
+        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv)
+        attended_BAW = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_BAA[:, None]).transpose(1, 2).flatten(2)
+        h_BAW = h_BAW + F.linear(attended_BAW, self.output_weight.float())
+        up = F.gelu(F.linear(rms(h_BAW, self.mlp_norm), self.up_weight.float()))
+        return rms(h_BAW + F.linear(up, self.down_weight.float()), self.norm).flatten(0, 1)
 
     def _by_group(self, within_TGM: Tensor, group_TG: Tensor) -> tuple[Tensor, Tensor]:
         chosen, size = self.settings["groups_per_token"], within_TGM.shape[-1]
@@ -160,7 +215,7 @@ class MoELLMSparseBlock(nn.Module):
         hidden, width, own = config.hidden_size, config.intermediate_size, config.moe_llm
         shared = own.get("num_shared_experts", 0)
         self.gate = MoELLMRouter(config)
-        part = hidden // self.gate.heads
+        part = hidden // self.gate.heads if self.gate.kind == "multi_head" else hidden
         self.experts = nn.ModuleList(MoELLMExpert(part, width) for _ in range(config.num_local_experts))
         self.shared_experts = MoELLMExpert(hidden, shared * width) if shared else None
         self.shared_expert_gate = nn.Linear(hidden, 1, bias=False) if own.get("shared_expert_gate") else None
@@ -174,11 +229,11 @@ class MoELLMSparseBlock(nn.Module):
             y_TD = self._soft(x_TD, logits_TR, _segments(position_T, real_BA.flatten(), len(x_BSD), self.gate.settings))
         elif self.gate.kind == "lory":
             y_TD = self._mixed(x_BSD, self._with_earlier(x_BSD, cache), position_T, real_BA)
-        elif self.gate.heads > 1:
+        elif self.gate.kind == "multi_head":
             parts = self.gate.head_proj(x_TD).chunk(self.gate.heads, -1)
             y_TD = self.gate.merge_proj(torch.cat([self._routed(part_TP, position_T) for part_TP in parts], -1))
         else:
-            y_TD = self._routed(x_TD, position_T)
+            y_TD = self._routed(x_TD, position_T, real_BA)
         if self.shared_experts is not None:
             shared_TD = self.shared_experts(x_TD)
             if self.shared_expert_gate is not None:
@@ -186,8 +241,8 @@ class MoELLMSparseBlock(nn.Module):
             y_TD = y_TD + shared_TD
         return y_TD.view_as(x_BSD)
 
-    def _routed(self, x_TD: Tensor, position_T: Tensor) -> Tensor:
-        _, expert_TK, weight_TK = self.gate(x_TD, position_T)
+    def _routed(self, x_TD: Tensor, position_T: Tensor, real_BA: Tensor | None = None) -> Tensor:
+        _, expert_TK, weight_TK = self.gate(x_TD, position_T, real_BA)
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
         for e, expert in enumerate(self.experts):
             token_N, choice_N = torch.where((expert_TK == e) & (weight_TK != 0))
@@ -268,7 +323,7 @@ class MoELLMPreTrainedModel(MixtralPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, MoELLMRouter):
-            for name in ("weight", "group_weight"):
+            for name in ("weight", "group_weight", *(n for n, p in module.named_parameters() if n.endswith("_weight"))):
                 if getattr(module, name, None) is not None:
                     init.normal_(getattr(module, name), std=self.config.initializer_range)
             if hasattr(module, "scale"):
@@ -287,15 +342,17 @@ class MoELLMModel(MoELLMPreTrainedModel, MixtralModel):
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs):
         kind, cache, like = self.config.moe_llm["router"]["type"], kwargs.get("past_key_values"), input_ids
-        if kind == "soft_moe":
+        if kind in ("soft_moe", "transformer"):
             if kwargs.get("use_cache") or cache is not None:
-                raise ValueError("slots are formed of earlier tokens, which no cache holds: set use_cache=False")
+                raise ValueError(
+                    f"routers of type {kind} read earlier tokens, which no cache holds: set use_cache=False"
+                )
             if attention_mask is not None and attention_mask.dim() != 2:
-                raise ValueError("slots are formed of tokens that are no padding: give a mask of (batch, length)")
+                raise ValueError(f"routers of type {kind} leave padding out: give a mask of (batch, length)")
             kwargs["use_cache"] = False
         if kind == "lory" and cache is not None and not isinstance(cache, DynamicCache):
             raise ValueError(f"moe_llm.router.type='lory' needs a DynamicCache, not a {type(cache).__name__}")
-        if kind in ("soft_moe", "lory"):
+        if kind in ("soft_moe", "lory", "transformer"):
             if like is None:
                 like = kwargs["inputs_embeds"][..., 0]
             tokens = like.shape[1] + (0 if cache is None else cache.get_seq_length())

@@ -35,19 +35,22 @@ class MoELayer(nn.Module):
         routing = self.gate(x_BSD, mask_BS, *([document_BS] if self.gate.by_document else []))
         x_TD = x_BSD.flatten(0, 1)
         if isinstance(routing, WeightMixture):
-            y_TD = self.dispatcher.merge(x_TD, routing, self.experts)
+            y_TD, statistics = self.dispatcher.merge(x_TD, routing, self.experts), routing.statistics
         else:
-            y_TD = self._routed(x_TD, routing)
+            y_TD, statistics = self._routed(x_TD, routing)
         if self.shared_experts is not None:
             y_TD = y_TD + self._shared(x_TD)
-        return y_TD.view_as(x_BSD), routing.statistics
+        return y_TD.view_as(x_BSD), statistics
 
-    def _routed(self, x_TD: Tensor, routing: Routing) -> Tensor:
+    def _routed(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, RoutingStatistics]:
         entered_RW = x_TD if routing.entered_RW is None else routing.entered_RW
         y_TD = self.dispatcher(entered_RW, routing, self.experts)
         if routing.kept_R is not None:
             y_TD = (y_TD + routing.kept_R[:, None] * entered_RW).to(x_TD.dtype)
-        return y_TD if routing.combine_fn is None else routing.combine_fn(y_TD)
+        statistics = routing.statistics
+        if routing.hand_on is not None:
+            statistics = statistics._replace(handed_TX=routing.hand_on(y_TD))
+        return y_TD if routing.combine_fn is None else routing.combine_fn(y_TD), statistics
 
     def _shared(self, x_TD: Tensor) -> Tensor:
         assert self.shared_experts is not None

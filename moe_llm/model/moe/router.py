@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moe_llm.config import ModelConfig
 from moe_llm.config.routers import RouterSettings
 from moe_llm.model.linear import Linear
+from moe_llm.model.moe.feedback import TokenLosses
 from moe_llm.model.moe.losses import RouterLoss, entropy_losses
 from moe_llm.model.moe.routing import Routing, RoutingStatistics, WeightMixture, router_statistics
 from moe_llm.model.sequence_parts import SequenceParts, own, whole
@@ -33,6 +34,9 @@ class Router(nn.Module):
 
     by_document: `forward` takes the documents' ids (B, S) too, None where they are not isolated.
 
+    learns_from_loss: the router hands something on while training (`RoutingStatistics.handed_TX`) of which `feedback`
+    makes the sums for its losses, once the tokens' losses are known. last: whether this is the last layer's.
+
     step: the optimizer step that is being computed, counted from 0; set by the training loop.
 
     parts: set by sequence parallelism, under which inputs are this rank's positions. What a router does by documents or
@@ -43,6 +47,7 @@ class Router(nn.Module):
     zero_parameters: ClassVar[tuple[str, ...]] = ()
     gains: ClassVar[dict[str, float]] = {}
     by_document: ClassVar[bool] = False
+    learns_from_loss: ClassVar[bool] = False
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -52,6 +57,7 @@ class Router(nn.Module):
         self.jitter = config.router_jitter_noise
         self.per_sequence = config.router_aux_loss_scope == "sequence"
         self.step = 0
+        self.last = False
         self.parts: SequenceParts | None = None
         self.left_out: int | None = None  # an expert that no token is to have
         self.low_rank: tuple[float, float] | None = None  # scale and dropout of adapters
@@ -73,6 +79,10 @@ class Router(nn.Module):
     def losses(cls, settings: RouterSettings) -> list[RouterLoss]:
         """Beside the balance and the z-loss."""
         return entropy_losses(settings)
+
+    def feedback(self, statistics: RoutingStatistics, losses: TokenLosses) -> RoutingStatistics:
+        """The statistics with what the tokens' losses add to `own_X`, with gradient through what was handed on."""
+        return statistics
 
     def after_step(self, total: RoutingStatistics) -> None:
         """Change buffers after an optimizer step. `total`: this layer's statistics of the whole step, without
@@ -104,7 +114,10 @@ class Router(nn.Module):
         """Their map by `weight`, and by `bias` where the router has one, (T, E)."""
         logits_TE = self.linear(self.input(x_BSD), "weight")
         bias_E = getattr(self, "bias", None)
-        logits_TE = logits_TE if bias_E is None else logits_TE + bias_E.float()
+        return self.without_left_out(logits_TE if bias_E is None else logits_TE + bias_E.float())
+
+    def without_left_out(self, logits_TE: Tensor) -> Tensor:
+        """The same, in place, but for the expert that no token is to have."""
         if self.left_out is not None:
             logits_TE[:, self.left_out] = torch.finfo(logits_TE.dtype).min / 4
         return logits_TE

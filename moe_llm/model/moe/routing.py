@@ -31,6 +31,9 @@ class RoutingStatistics(NamedTuple):
     num_tokens: Tensor
     num_sequences: Tensor  # that have a real token
     own_X: Tensor  # whatever else the router's own losses and updates need, with gradient; X is 0 for most
+    handed_TX: (
+        Tensor  # no sum: what `Router.feedback` makes `own_X` of, a row for each token; empty but between the two
+    )
 
     @staticmethod
     def stack(layers: "list[RoutingStatistics]") -> "RoutingStatistics":
@@ -53,7 +56,8 @@ class Routing(NamedTuple):
 
     A router may put something else in the tokens' place, such as slots or parts of tokens: the experts then work on
     `entered_RW`, to which the rows refer, and `combine_fn` makes the tokens' outputs of theirs. What `combine_fn` needs of the
-    router's parameters it reaches through a module, whose call gathers them where they are spread over ranks.
+    router's parameters it reaches through a module, whose call gathers them where they are spread over ranks. `hand_on`
+    is for routers that learn from the tokens' losses and need the experts' outputs for it.
     """
 
     token_index_N: Tensor  # int64, the token of each row
@@ -65,6 +69,7 @@ class Routing(NamedTuple):
     entered_RW: Tensor | None = None
     combine_fn: Callable[[Tensor], Tensor] | None = None  # (R, W) to (T, D)
     kept_R: Tensor | None = None  # fp32, with gradient
+    hand_on: Callable[[Tensor], Tensor] | None = None  # (R, W) to the statistics' `handed_TX`
 
 
 class WeightMixture(NamedTuple):
@@ -135,4 +140,5 @@ def router_statistics(
         num_tokens=weight_T.sum(),
         num_sequences=(tokens_B > 0).sum().to(logits_TE.dtype) * (parts is None or parts.index == 0),
         own_X=logits_TE.new_zeros(0) if own_X is None else own_X,
+        handed_TX=logits_TE.new_zeros(0),
     )

@@ -8,11 +8,13 @@ from moe_llm.config import ModelConfig
 from moe_llm.config.routers import ROUTER_SETTINGS
 from moe_llm.model.moe.losses import RouterLoss
 from moe_llm.model.moe.router import Router
+from moe_llm.model.moe.routers.attention import AttentionRouter
 from moe_llm.model.moe.routers.balanced import BalancedRouter
 from moe_llm.model.moe.routers.batch_prioritised import BatchPrioritisedRouter
 from moe_llm.model.moe.routers.bias_balanced import BiasBalancedRouter
 from moe_llm.model.moe.routers.deepseek_moe import DeepSeekMoERouter
 from moe_llm.model.moe.routers.dense import DenseRouter
+from moe_llm.model.moe.routers.em import EMRouter
 from moe_llm.model.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_llm.model.moe.routers.gshard import GShardRouter
 from moe_llm.model.moe.routers.hierarchical import HierarchicalRouter
@@ -20,9 +22,11 @@ from moe_llm.model.moe.routers.lory import LoryRouter
 from moe_llm.model.moe.routers.mixtral import MixtralRouter
 from moe_llm.model.moe.routers.multi_head import MultiHeadRouter
 from moe_llm.model.moe.routers.noisy_top_k import NoisyTopKRouter
+from moe_llm.model.moe.routers.reinforce import ReinforceRouter
 from moe_llm.model.moe.routers.soft_moe import SoftMoERouter
 from moe_llm.model.moe.routers.switch import SwitchRouter
 from moe_llm.model.moe.routers.top_p import TopPRouter
+from moe_llm.model.moe.routers.transformer import TransformerRouter
 from moe_llm.model.moe.routing import RoutingStatistics
 
 ROUTERS: dict[str, type[Router]] = {
@@ -41,6 +45,10 @@ ROUTERS: dict[str, type[Router]] = {
     "multi_head": MultiHeadRouter,
     "lory": LoryRouter,
     "expert_choice": ExpertChoiceRouter,
+    "attention": AttentionRouter,
+    "transformer": TransformerRouter,
+    "reinforce": ReinforceRouter,
+    "em": EMRouter,
 }
 
 R = TypeVar("R", bound=type[Router])
