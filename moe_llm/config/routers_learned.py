@@ -44,6 +44,7 @@ class TransformerSettings(OverflowSettings):
         None, ge=1, description="tokens of its document that a token's gate sees, itself included; null: all before it"
     )
     needs_past: ClassVar[bool] = True
+    spreads: ClassVar[bool] = False
 
     @property
     def normalized(self) -> bool:
@@ -103,6 +104,7 @@ class ReinforceSettings(RouterSettings):
     entropy_bonus_coef: float = Field(
         0.01, ge=0, description="weight of minus the mean entropy of a token's distribution: keeps the policy exploring"
     )
+    spreads: ClassVar[bool] = False
     weighs: ClassVar[str] = "all experts of a token weigh the same"
 
     def unweighed(self, model: ModelSizes) -> list[str]:
@@ -137,6 +139,10 @@ class EMSettings(RouterSettings):
         ge=0,
         description="weight of the M-step of its experts: each one's own loss on a token, times its responsibility",
     )
+
+    def check(self, model: ModelSizes) -> None:
+        if model.num_hidden_layers - 1 not in model.moe_layers:
+            invalid("router.type", self.type, "needs experts in the last block, which is dense", "give it experts")
 
     @property
     def normalized(self) -> bool:

@@ -118,6 +118,7 @@ def refusal(*overrides: str) -> str:
         (["model.router={type: reinforce, baseline: mean}"], "baseline"),
         (["model.router={type: reinforce, capacity_factor: 1.0}"], "capacity_factor"),
         (["model.router={type: em, form: softer}"], "form"),
+        (["model.router={type: em}", "model.mlp_only_layers=[3]"], "needs experts in the last block, which is dense"),
     ],
 )
 def test_bad_settings_are_refused_in_one_sentence(overrides, named):
