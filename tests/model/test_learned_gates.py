@@ -84,7 +84,8 @@ def test_experts_are_drawn_in_proportion_and_evaluation_takes_the_likeliest():
         share = (drawn_TK == torch.tensor(pair)).all(1).double().mean().item()
         assert share == pytest.approx(log_probability(logits_E[None], torch.tensor([pair])).exp().item(), abs=0.01)
     total = sum(
-        log_probability(logits_E[None], torch.tensor([pair])).exp() for pair in itertools.permutations(range(EXPERTS), 2)
+        log_probability(logits_E[None], torch.tensor([pair])).exp()
+        for pair in itertools.permutations(range(EXPERTS), 2)
     )
     assert total.item() == pytest.approx(1, abs=1e-6)
     assert gate.eval()._draw(logits_E[None]).tolist() == [[0, 3]]
@@ -95,7 +96,9 @@ def test_the_baseline_is_fitted_to_the_loss_and_a_load_penalty_counts():
     gate = model.model.layers[0].mlp.gate
     gate.baseline_weight.data.zero_()
     plain_T = token_losses(model, of)
-    assert own_loss(model, "baseline_loss", model(**of)).item() == pytest.approx(plain_T.square().mean().item(), rel=1e-5)
+    assert own_loss(model, "baseline_loss", model(**of)).item() == pytest.approx(
+        plain_T.square().mean().item(), rel=1e-5
+    )
     gate.load.copy_(torch.tensor([0.7, 0.1, 0.1, 0.1]))
     seen = {}
     gate.register_forward_hook(lambda _, __, routing: seen.update(logits_TE=routing.logits_TE))
@@ -178,7 +181,9 @@ def test_soft_ems_gradient_is_that_of_the_mixtures_likelihood(recompute):
 def test_the_last_gate_learns_by_em_alone_and_its_output_is_mixtrals():
     em, of = model_of("em", layers=2), batch(7)
     found = em(**of)
-    slopes = torch.autograd.grad(found.loss_sum, [layer.mlp.gate.weight for layer in em.model.layers], allow_unused=True)
+    slopes = torch.autograd.grad(
+        found.loss_sum, [layer.mlp.gate.weight for layer in em.model.layers], allow_unused=True
+    )
     assert slopes[0].any()
     assert slopes[1] is None or not slopes[1].any()
     torch.testing.assert_close(found.logits, em.eval()(of["input_ids"]).logits)

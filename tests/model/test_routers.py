@@ -57,7 +57,12 @@ CASES = {
         {"scale": 1.0, "share": False, "groups": 3, "groups_per_token": 2, "score": "softmax"},
     ),
     "attention": ("attention", 2, {"heads": 3, "key_size": 5}, {"heads": 3}),
-    "attention, sharp": ("attention", 3, {"heads": 1, "key_size": 4, "temperature": 0.5}, {"heads": 1, "temperature": 0.5}),
+    "attention, sharp": (
+        "attention",
+        3,
+        {"heads": 1, "key_size": 4, "temperature": 0.5},
+        {"heads": 1, "temperature": 0.5},
+    ),
     "transformer": ("transformer", 2, {"width": 8, "heads": 2}, {"heads": 2}),
     "transformer, window": ("transformer", 3, {"width": 6, "heads": 1, "window": 3}, {"heads": 1, "window": 3}),
     "reinforce": ("reinforce", 2, {}, {"draws": "gumbel"}),
