@@ -107,6 +107,7 @@ _NOT_BESIDE = (
     "num_local_experts",
     "rope_theta",
     "rope_parameters",
+    "resize_embeddings",
 )  # of the model's section, under the key of our own
 
 

@@ -83,9 +83,10 @@ def check_same_run(old_config_text: str, new: Config) -> None:
     except UserError as error:
         raise UserError(f"{origin} cannot be read by this version ({error}): set another run.dir") from error
     before, now = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    if new.model.vocab_size is None:  # to be taken from the tokenizer, which is compared itself
+    # to be taken from the tokenizer, which is compared itself
+    if new.model.vocab_size is None or new.model.resize_embeddings:
         before.pop("model.vocab_size", None)
-        now.pop("model.vocab_size")
+        now.pop("model.vocab_size", None)
     for key in _differing(before, now):
         if new.data.allow_changed and _within(key, ("data",)):
             continue

@@ -25,6 +25,11 @@ class ModelConfig(Section):
         description="family of the decoder, by transformers' model_type: keys of this section that are not given, or given "
         "by the names in that family's config.json, mean what they mean there; checkpoints are of its class",
     )
+    resize_embeddings: bool = Field(
+        False,
+        description="with init_from: rows that the tokenizer, or vocab_size, has beyond those of the checkpoint are added to "
+        "its embedding and head, each the mean of the rows that are there; false: such a tokenizer is refused",
+    )
     vocab_size: int | None = Field(None, ge=1, description="null: taken from the tokenizer")
     hidden_size: int = Field(4096, ge=1, description="width of the residual stream")
     intermediate_size: int = Field(14336, ge=1, description="width of one expert")
@@ -324,6 +329,8 @@ class ModelConfig(Section):
                 f"is not mixed by model.router.type={self.router.type}",
                 "remove it, or use another router",
             )
+        if self.resize_embeddings and self.init_from is None:
+            invalid("resize_embeddings", True, "applies to model.init_from, which is not set", "set it, or remove this")
         self.router.check(self)
         return self
 

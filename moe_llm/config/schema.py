@@ -36,6 +36,12 @@ class TokenizerConfig(Section):
     path: str | None = Field(
         None, description="tokenizer directory, sentencepiece .model file or hub name; null: train one"
     )
+    end_tokens: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="tokens at which the exported model stops (eos_token_id of generation_config.json); null: those of "
+        "model.init_from or, without it, the end of text and the token that ends the assistant's turn",
+    )
     train_bytes: int = Field(
         20_000_000, ge=1000, description="text sampled from the sources for training the tokenizer, bytes"
     )

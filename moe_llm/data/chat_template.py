@@ -5,9 +5,11 @@ give other tokens. What the assistant says is known in characters, and a token i
 is: from the template's own {% generation %} marks, or else from how the text grows when a turn is added.
 """
 
+import copy
 import logging
 import re
 import threading
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -188,24 +190,53 @@ class ChatEncoder:
         return len(before), len(ended if ended.endswith(self._special) else after)
 
     def _span_of_content(self, found: Example, text: str, turn: int) -> tuple[int, int]:
-        """The same for templates that write a turn in another way when others follow it, as DeepSeek-R1's drops the
-        reasoning: what is around the turn is found by another content in its place."""
-        mark = "qXzq7Jvw"
-        turns = [dict(message) for message in found.messages]
-        turns[turn]["content"] = mark
-        other, _ = self._call(found, turns)
-        before, found_mark, behind = other.partition(mark)
-        if not found_mark or mark in behind or not (text.startswith(before) and text.endswith(behind)):
+        """The same for templates that write a turn in another way when others follow it: DeepSeek-R1's drops the reasoning,
+        Mistral's puts the tools before the last question. The turn is found by other words in its place; it begins behind
+        what the template asks an answer with, and ends as it does where it is the last one."""
+        place = self._place(found, text, found.messages, turn)
+        if place is None:
             raise self._refusal(
                 found,
                 f"writes turn {turn + 1} otherwise when other turns follow it",
                 "mark what the assistant says with {% generation %} in a template of your own",
             )
-        end = len(text) - len(behind)
-        for token in self._special:
-            if text.startswith(token, end):
-                return len(before), end + len(token)
-        return len(before), end
+        begin, end = place
+        asked = self._place(found, text, found.messages, turn - 1) if turn else None
+        if asked is not None:
+            before, _ = self._call(found, found.messages[:turn], prompt=True)
+            place = self._place(found, before, found.messages[:turn], turn - 1, prompt=True)
+            if (
+                place is not None
+                and asked[1] + len(before) - place[1] <= begin
+                and text.startswith(before[place[1] :], asked[1])
+            ):
+                begin = asked[1] + len(before) - place[1]
+        last, _ = self._call(found, found.messages[: turn + 1])
+        place = self._place(found, last, found.messages[: turn + 1], turn)
+        if place is not None:
+            end += sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(last[place[1] :], text[end:])))
+        ended = text[begin:end].rstrip()
+        return begin, begin + len(ended) if ended.endswith(self._special) else end
+
+    def _place(
+        self, found: Example, text: str, messages: list[Message], turn: int, prompt: bool = False
+    ) -> tuple[int, int] | None:
+        """Where the words of a turn, or the name of its first call, stand in the text that a conversation is written as;
+        None if they cannot be told."""
+        mark = "qXzq7Jvw"
+        turns = [copy.deepcopy(message) for message in messages]
+        if turns[turn]["content"]:
+            turns[turn]["content"] = mark
+        else:
+            calls = turns[turn].get("tool_calls")
+            if not calls or not isinstance(calls[0], dict) or not isinstance(calls[0].get("function"), dict):
+                return None
+            calls[0]["function"]["name"] = mark
+        other, _ = self._call(found, turns, prompt=prompt)
+        before, found_mark, behind = other.partition(mark)
+        if not found_mark or mark in behind or not (text.startswith(before) and text.endswith(behind)):
+            return None
+        return len(before), len(text) - len(behind)
 
     def _call(
         self, found: Example, messages: list[Message], *, prompt: bool = False, marks: bool = False

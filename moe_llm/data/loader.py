@@ -368,8 +368,8 @@ def _report_turns_without_end(
     if not np.isin(learned, ends).any():
         logger.warning(
             "%s: no learned turn holds an end token of the model (eos_token_id=%s), so that it will not learn to stop: "
-            "use a chat template that ends the assistant's turn with one of them, or add the token that ends it to "
-            "eos_token_id in the generation_config.json of model.init_from",
+            "use a chat template that ends the assistant's turn with one of them, or name the token that ends it in "
+            "tokenizer.end_tokens",
             name,
             ends,
         )

@@ -1,5 +1,6 @@
 """The run's tokenizer: built once, saved where `AutoTokenizer` finds it, and used from there."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -69,6 +70,7 @@ def build_tokenizer(config: Config, directory: Path) -> "PreTrainedTokenizerFast
                 tokenizer = load_tokenizer(temporary)
                 check_vocab(config, tokenizer)  # a refused one leaves no directory behind
                 write_template(config, tokenizer, temporary)
+                _write_ends(config, tokenizer, temporary)
                 (temporary / _KEY_FILE).write_text(json.dumps(key, indent=1) + "\n")
     return load_tokenizer(directory)
 
@@ -277,12 +279,13 @@ def _settings(config: Config) -> dict:
 
 def _model_settings(config: Config) -> dict:
     """What decides the tokens, apart from the chat template."""
+    ends = {} if config.tokenizer.end_tokens is None else {"end_tokens": config.tokenizer.end_tokens}
     if config.tokenizer.path is not None:
-        return {"version": _VERSION, "path": config.tokenizer.path}
+        return {"version": _VERSION, "path": config.tokenizer.path, **ends}
     return {
         "version": _VERSION,
         "vocab_size": config.model.vocab_size,
-        "tokenizer": config.tokenizer.model_dump(mode="json"),
+        "tokenizer": config.tokenizer.model_dump(mode="json", exclude=set() if ends else {"end_tokens"}),
         "sources": [source_settings(source, "weight") for source in config.data.sources],
         "seed": config.run.seed,
     }
@@ -334,6 +337,26 @@ def _build(config: Config, cache: Path, target: Path) -> None:
         shutil.copyfile(local / GENERATION_FILE, target / GENERATION_FILE)
 
 
+def _write_ends(config: Config, tokenizer: "PreTrainedTokenizerFast", directory: Path) -> None:
+    """Put beside a run's tokenizer at which tokens its model stops, where that is configured, or where the checkpoint that
+    the run begins with says it in its config.json alone: where transformers, too, looks then.
+
+    Raises:
+        UserError: `tokenizer.end_tokens` names none of the tokenizer's tokens.
+    """
+    file, ends = directory / GENERATION_FILE, None
+    if config.tokenizer.end_tokens is not None:
+        vocabulary = tokenizer.get_vocab()
+        for token in config.tokenizer.end_tokens:
+            if token not in vocabulary:
+                raise UserError(f"tokenizer.end_tokens: {token!r} is no token of the tokenizer: name one of its tokens")
+        ends = [vocabulary[token] for token in config.tokenizer.end_tokens]
+    elif config.model.init_from is not None and not file.is_file():
+        ends = _json_of(Path(config.model.init_from).expanduser() / "config.json").get("eos_token_id")
+    if ends is not None:
+        file.write_text(json.dumps(_json_of(file) | {"eos_token_id": ends}, indent=2) + "\n", encoding="utf-8")
+
+
 def _save_model(model: bytes, target: Path, origin: str, exact: bool, length: int | None = None) -> None:
     from transformers import PreTrainedTokenizerFast
 
@@ -347,14 +370,22 @@ def _save_model(model: bytes, target: Path, origin: str, exact: bool, length: in
     (target / "tokenizer.model").write_bytes(model)
 
 
+@functools.lru_cache(maxsize=4)
+def _converted_json(model: bytes, exact: bool) -> str:
+    """The conversion takes most of a second, and commands read the same folder several times."""
+    return spm.convert(model, exact).to_str()
+
+
 def _converted(model: bytes, origin: str, exact: bool) -> "Tokenizer":
     """A sentencepiece model as a backend of `tokenizers` with the same ids.
 
     Raises:
         UserError: it cannot be one.
     """
+    from tokenizers import Tokenizer
+
     try:
-        backend = spm.convert(model, exact)
+        backend = Tokenizer.from_str(_converted_json(model, exact))
     except ValueError as error:
         raise UserError(
             f"tokenizer.path={origin} is not a usable sentencepiece model: {error}, give another model or "
@@ -422,13 +453,20 @@ def check_vocab(config: Config, tokenizer: "PreTrainedTokenizerFast") -> None:
     """Refuse a `model.vocab_size` that the tokenizer does not fit, or that leaves much of it unused.
 
     Raises:
-        UserError: below the tokenizer's size, or above it rounded up to a multiple of 256, where no checkpoint brings
-            its own number of rows.
+        UserError: below the tokenizer's size, unless `model.resize_embeddings` adds rows, or above it rounded up to a
+            multiple of 256, where no checkpoint brings its own number of rows.
     """
     size, given = vocabulary_size(tokenizer), config.model.vocab_size
     most = -(-size // _PADDING) * _PADDING
     if config.model.init_from is not None and given is not None:
         most = max(most, given)  # the rows that a checkpoint has stay
+    if given is not None and given < size and config.model.init_from is not None:
+        if config.model.resize_embeddings:
+            return
+        raise UserError(
+            f"the tokenizer has {size} tokens, and model.init_from={config.model.init_from!r} {given} rows of embeddings: "
+            "set model.resize_embeddings=true, which adds rows, each the mean of those that are there, or use its tokenizer"
+        )
     if given is not None and not size <= given <= most:
         raise UserError(
             f"model.vocab_size={given} does not match the tokenizer of {size} tokens: "
@@ -437,13 +475,13 @@ def check_vocab(config: Config, tokenizer: "PreTrainedTokenizerFast") -> None:
 
 
 def resolve_vocab(config: Config, tokenizer: "PreTrainedTokenizerFast") -> Config:
-    """The configuration with `model.vocab_size` set; from the tokenizer where it was null."""
+    """The configuration with `model.vocab_size` set; from the tokenizer where it was null, or has more tokens and
+    `model.resize_embeddings` adds rows."""
     check_vocab(config, tokenizer)
-    if config.model.vocab_size is not None:
+    size = max(vocabulary_size(tokenizer), config.model.vocab_size or 0)
+    if config.model.vocab_size == size:
         return config
-    return config.model_copy(
-        update={"model": config.model.model_copy(update={"vocab_size": vocabulary_size(tokenizer)})}
-    )
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _OPEN = frozenset(
     {
         "init_from",
+        "resize_embeddings",
         "router",
         "router_aux_loss_coef",
         "router_aux_loss_scope",
@@ -63,7 +64,7 @@ def complete(raw: dict[str, Any]) -> None:
     there, model = _described(directory), _one_spelling(model)
     # null means "not said", but for the window, of which it says that there is none
     said = {key: value for key, value in model.items() if value is not None or key == "sliding_window"}
-    _check_agrees({key: said[key] for key in _DECISIVE if key in said}, there, directory)
+    _check_agrees(_without_resized({key: said[key] for key in _DECISIVE if key in said}, said, there), there, directory)
     found = there.model_dump(mode="json")
     if isinstance(said.get("router"), dict) and said["router"].get("type", DEFAULT_TYPE) == found["router"]["type"]:
         said["router"] = {**found["router"], **said["router"]}
@@ -85,7 +86,8 @@ def check_origin(config: Config) -> None:
     """
     directory, weights = config.model.init_from, None
     if directory is not None:
-        _check_agrees(_decisive(config.model), _described(directory), directory)
+        there = _described(directory)
+        _check_agrees(_without_resized(_decisive(config.model), config.model.model_dump(), there), there, directory)
         weights = _open(config.model)
     router = config.model.router
     if not router.evaluates_by_buffers or any(map(hf.is_router, trained_names(config))):
@@ -131,9 +133,12 @@ def _open(model: ModelConfig) -> "Weights":
     from moe_llm.checkpoint.pretrained import check_weights
     from moe_llm.checkpoint.safetensors_io import TensorFiles
     from moe_llm.checkpoint.weights import Weights
+    from moe_llm.finetune.resize import with_more_rows
 
-    weights = Weights(TensorFiles(Path(model.init_from).expanduser(), MODEL))
-    check_weights(weights, hf.parameter_shapes(model), optional=map(hf.published_name, hf.buffer_shapes(model)))
+    files = TensorFiles(Path(model.init_from).expanduser(), MODEL)
+    stored = model.model_copy(update={"vocab_size": rows_there(model)}) if model.resize_embeddings else model
+    weights = Weights(files) if stored.vocab_size == model.vocab_size else with_more_rows(files, model.vocab_size)
+    check_weights(weights, hf.parameter_shapes(stored), optional=map(hf.published_name, hf.buffer_shapes(model)))
     return weights
 
 
@@ -143,6 +148,19 @@ def _one_spelling(model: dict[str, Any]) -> dict[str, Any]:
         return with_one_spelling(model)
     except PydanticCustomError:
         return model
+
+
+def rows_there(model: ModelConfig) -> int | None:
+    """Rows of the embedding of `model.init_from`, by its config.json; None without one."""
+    return None if model.init_from is None else _described(model.init_from).vocab_size
+
+
+def _without_resized(given: dict[str, Any], said: dict[str, Any], there: ModelConfig) -> dict[str, Any]:
+    """What has to agree with the checkpoint: not a larger number of rows, where rows may be added."""
+    rows = given.get("vocab_size")
+    if said.get("resize_embeddings") is True and isinstance(rows, int) and rows >= (there.vocab_size or 0):
+        return {key: value for key, value in given.items() if key != "vocab_size"}
+    return given
 
 
 def _described(directory: str) -> ModelConfig:

@@ -15,7 +15,7 @@ import torch
 
 from moe_llm.errors import UserError
 from moe_llm.merge.job import SPAN, Copy, seeded
-from moe_llm.merge.models import ATTENTION, DENSE, EMBEDDING, HEAD, NORM, Model, check_alike, layer_tensor
+from moe_llm.merge.models import ATTENTION, DENSE, EMBEDDING, HEAD, NORM, Model, check_alike, layer_tensor, window
 from moe_llm.merge.plan import Plan, common_dtype, read_dtype
 from moe_llm.merge.recipe import Expert, MixtureRecipe
 from moe_llm.merge.rows import gather
@@ -68,14 +68,14 @@ def _check(base: Model, models: list[Model]) -> None:
 
 
 def _changes(recipe: MixtureRecipe, base: Model) -> dict[str, Any]:
-    """Of the base's config.json, to one of a Mixtral; a window of attention is dropped, as mergekit drops it."""
+    """Of the base's config.json, to one of a Mixtral; a window of attention stays, which mergekit drops."""
     heads = base.content["num_attention_heads"]
     return {
         "architectures": ["MixtralForCausalLM"], "model_type": "mixtral",
         "num_local_experts": len(recipe.experts), "num_experts_per_tok": recipe.experts_per_token,
         "num_key_value_heads": base.content.get("num_key_value_heads") or heads,
         "head_dim": base.content.get("head_dim") or base.content["hidden_size"] // heads,
-        "sliding_window": None, "output_router_logits": False,
+        "sliding_window": window(base.content), "output_router_logits": False,
         # what leaving these out means differs between the two configurations
         "rms_norm_eps": base.content.get("rms_norm_eps", 1e-6),
         "max_position_embeddings": base.content.get("max_position_embeddings", 2048),

@@ -261,8 +261,10 @@ def check_alike(models: list[Model]) -> list[str]:
                     f"{key} is {theirs} in {other.reference} and {ours} in {first.reference}: "
                     "give models of one architecture"
                 )
-        for key in _FUNCTION if first.config else ("rms_norm_eps", "rope_theta", "sliding_window"):
+        for key in _FUNCTION if first.config else ("rms_norm_eps", "rope_theta", "rope_parameters", "sliding_window"):
             ours, theirs = (getattr(m.config, key) if m.config else _setting(m.content, key) for m in (first, other))
+            if key == "rope_parameters" and ours != theirs:
+                key, ours, theirs = "rope scaling", *(_scaling(model.content) for model in (first, other))
             if ours != theirs:
                 notes.append(f"{key} is {theirs} in {other.reference}; {ours} of {first.reference} is kept")
     return notes
@@ -281,16 +283,42 @@ _FUNCTION = (
     "router",
 )
 
+# What the config.json of a dense model means by leaving a key out.
+_MEANT: dict[str, dict[str, Any]] = {
+    "mistral": {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "sliding_window": 4096},
+    "llama": {"rms_norm_eps": 1e-6, "rope_theta": 1e4},
+}
+
 
 def _setting(content: dict[str, Any], key: str) -> Any:
     """A setting of a config.json, where leaving it out means the same as saying it."""
-    value = content.get(key)
+    kind, value = str(content.get("model_type")), content.get(key)
     if key == "num_key_value_heads" and value is None:
         return content.get("num_attention_heads")
     if key == "head_dim" and value is None:
         return content.get("hidden_size", 0) // max(1, content.get("num_attention_heads") or 1)
+    if key == "rope_parameters":
+        return _scaling(content)
     if key == "rope_theta" and value is None:
-        return (content.get("rope_parameters") or {}).get("rope_theta")
+        value = (content.get("rope_parameters") or {}).get("rope_theta")
+    if key == "sliding_window":
+        return window(content)
     if key == "hidden_act":
         return {"swish": "silu", None: "silu"}.get(value, value)
-    return value
+    return _MEANT.get(kind, {}).get(key) if value is None else value
+
+
+def window(content: dict[str, Any]) -> int | None:
+    """`sliding_window` as the config.json of a dense model means it; Llama has none, whatever its file says."""
+    kind = content["model_type"]
+    return None if kind == "llama" else content.get("sliding_window", _MEANT[kind]["sliding_window"])
+
+
+def _scaling(content: dict[str, Any]) -> str:
+    """Of the rotary embeddings, in words that are the same for the same scaling in either version's keys."""
+    given = content.get("rope_scaling") or content.get("rope_parameters") or {}
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind == "default":
+        return "none"
+    rest = {key: given[key] for key in sorted(given) if key not in ("type", "rope_type", "rope_theta")}
+    return f"{kind} ({', '.join(f'{key}={value}' for key, value in rest.items())})"

@@ -116,7 +116,7 @@ def _write_beside(plan: Plan, directory: Path) -> None:
     tokenizer = None
     if plan.vocabulary is not None:
         tokenizer = plan.vocabulary.tokenizer
-        content |= _token_ids(content, tokenizer)
+        content |= _token_ids(plan, content)
     elif plan.chat_template is not None:
         tokenizer = load_tokenizer(plan.donor.directory)
     if tokenizer is not None:
@@ -125,20 +125,25 @@ def _write_beside(plan: Plan, directory: Path) -> None:
         save_tokenizer(tokenizer, directory)
     if plan.vocabulary is not None and (directory / "generation_config.json").is_file():
         generation = json.loads((directory / "generation_config.json").read_text(encoding="utf-8"))
-        ids = _token_ids(generation, tokenizer)
-        if isinstance(generation.get("eos_token_id"), list):  # its other ends, where the new vocabulary has them
-            old = load_tokenizer(plan.donor.directory)
-            tokens = old.convert_ids_to_tokens(generation["eos_token_id"])
-            vocabulary = tokenizer.get_vocab()
-            ends = [vocabulary[token] for token in tokens if token in vocabulary]
-            ids["eos_token_id"] = ends or ids.get("eos_token_id")
-        write_json(directory / "generation_config.json", generation | ids)
+        write_json(directory / "generation_config.json", generation | _token_ids(plan, generation))
     write_json(directory / "config.json", content)
 
 
-def _token_ids(content: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """The special tokens' ids in the output's vocabulary, where the tokenizer knows them."""
+def _token_ids(plan: Plan, content: dict[str, Any]) -> dict[str, Any]:
+    """The ids of special tokens in the output's vocabulary, where its tokenizer knows them. Where the donor ends at other
+    tokens than its tokenizer's end of text, or at several, these stay ends, as far as the vocabulary has them."""
+    assert plan.vocabulary is not None
+    tokenizer = plan.vocabulary.tokenizer
     ids = {key: getattr(tokenizer, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    given = content.get("eos_token_id")
+    if given is not None:
+        tokens = load_tokenizer(plan.donor.directory).convert_ids_to_tokens(
+            given if isinstance(given, list) else [given]
+        )
+        vocabulary = tokenizer.get_vocab()
+        ends = [vocabulary[token] for token in tokens if token in vocabulary]
+        if ends:
+            ids["eos_token_id"] = ends if isinstance(given, list) else ends[0]
     return {key: value for key, value in ids.items() if value is not None}
 
 

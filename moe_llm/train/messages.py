@@ -8,6 +8,7 @@ from moe_llm.checkpoint.architectures import export_note
 from moe_llm.checkpoint.state import read_trainer_state
 from moe_llm.config import Config, ModelConfig
 from moe_llm.data.shapes import describe_shapes
+from moe_llm.finetune.init_from import rows_there
 from moe_llm.finetune.selection import describe
 from moe_llm.model.moe.routers import router_losses
 from moe_llm.train.metrics import read_metrics
@@ -49,6 +50,14 @@ def announce(run: "Trainer") -> None:
                 f"{part.name} ({part.split}): of {part.documents} examples {part.dropped} are left out and "
                 f"{part.truncated} cut, because a block has {config.data.sequence_length} tokens"
             )
+    if source is None and config.model.resize_embeddings:
+        before, now = rows_there(config.model), config.model.vocab_size
+        run.say(
+            f"model.resize_embeddings: the {before:,} rows of the embedding and the head become {now:,}, each new one the "
+            "mean of those that are there"
+            if now != before
+            else f"model.resize_embeddings: the {before:,} rows are enough, and none is added"
+        )
     if not config.finetune.whole:
         run.say(describe(config))
     losses = {"load balance": config.model.router_aux_loss_coef, "z-loss": config.model.router_z_loss_coef}

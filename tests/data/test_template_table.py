@@ -1,0 +1,265 @@
+"""Ids and masks of training are those of `apply_chat_template(return_assistant_tokens_mask=True)`, with the template's
+{% generation %} marks and without them, and mistral-common's own ids for Mistral's formats."""
+
+import json
+import re
+import shutil
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from moe_llm.data.chat import example
+from moe_llm.data.chat_template import MIXTRAL, ChatEncoder
+from moe_llm.data.tokenizer import load_tokenizer
+from moe_llm.errors import UserError
+
+common = pytest.importorskip("mistral_common")
+
+# Mistral's third format: tools stand before the last question, calls and results have tokens of their own.
+MISTRAL_V3 = """\
+{%- if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set turns = messages[1:] %}
+{%- else %}{% set turns = messages %}{% endif %}
+{%- set ns = namespace(last=0) %}
+{%- for m in turns %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{{- bos_token }}
+{%- for m in turns %}
+    {%- if m.role == 'user' %}
+        {%- if tools and loop.index0 == ns.last %}{{- '[AVAILABLE_TOOLS] ' + tools | tojson + '[/AVAILABLE_TOOLS]' }}{% endif %}
+        {{- '[INST] ' + (system + '\\n\\n' if system is defined and loop.index0 == ns.last else '') + m.content + '[/INST]' }}
+    {%- elif m.role == 'tool' %}
+        {{- '[TOOL_RESULTS] {"content": ' + m.content + ', "call_id": "' + m.tool_call_id + '"}[/TOOL_RESULTS]' }}
+    {%- elif m.tool_calls %}{% generation %}{{- '[TOOL_CALLS] [' }}
+        {%- for call in m.tool_calls %}
+            {{- '{"name": ' + call.function.name | tojson + ', "arguments": ' + call.function.arguments + ', "id": "' }}
+            {{- call.id + '"}' + (', ' if not loop.last else '') }}
+        {%- endfor %}{{- ']' + eos_token }}{% endgeneration %}
+    {%- else %}{% generation %}{{- ' ' + m.content + eos_token }}{% endgeneration %}
+    {%- endif %}
+{%- endfor %}
+"""
+MISTRAL_V7 = """\
+{{- bos_token }}{%- for m in messages %}
+    {%- if m.role == 'system' %}{{- '[SYSTEM_PROMPT] ' + m.content + '[/SYSTEM_PROMPT]' }}
+    {%- elif m.role == 'user' %}{{- '[INST] ' + m.content + '[/INST]' }}
+    {%- else %}{% generation %}{{- ' ' + m.content + eos_token }}{% endgeneration %}{% endif %}
+{%- endfor %}
+"""
+# ChatML as Qwen writes it: tools in the system turn, calls in tags, reasoning of the last answer alone.
+CHATML = """\
+{%- if tools %}{{- '<|im_start|>system\\n' }}{% if messages[0].role == 'system' %}{{- messages[0].content + '\\n' }}{% endif %}
+{%- for tool in tools %}{{- tool | tojson + '\\n' }}{% endfor %}{{- '<|im_end|>\\n' }}
+{%- elif messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{% endif %}
+{%- for m in messages %}
+    {%- if m.role == 'user' or m.role == 'tool' %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
+    {%- elif m.role == 'assistant' %}
+        {{- '<|im_start|>assistant\\n' }}{% generation %}
+        {%- if m.reasoning_content and loop.last %}{{- '<think>\\n' + m.reasoning_content + '\\n</think>\\n\\n' }}{% endif %}
+        {{- m.content }}
+        {%- for call in m.tool_calls or [] %}{{- '\\n<tool_call>\\n' + call.function | tojson + '\\n</tool_call>' }}{% endfor %}
+        {{- '<|im_end|>' }}{% endgeneration %}{{- '\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}
+"""
+LLAMA_3 = """\
+{{- bos_token }}{%- for m in messages %}
+    {{- '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' }}
+    {%- if m.role == 'assistant' %}{% generation %}{{- m.content | trim + '<|eot_id|>' }}{% endgeneration %}
+    {%- else %}{{- m.content | trim + '<|eot_id|>' }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}
+"""
+# DeepSeek-R1's drops the reasoning of every turn but the last.
+DEEPSEEK_R1 = """\
+{{- bos_token }}{%- for m in messages %}
+    {%- if m.role == 'user' %}{{- '<|User|>' + m.content }}
+    {%- elif m.role == 'system' %}{{- m.content }}
+    {%- else %}{%- set said = m.content.split('</think>')[-1] if not loop.last else m.content %}
+        {{- '<|Assistant|>' }}{% generation %}{{- said + eos_token }}{% endgeneration %}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|Assistant|>' }}{% endif %}
+"""
+# As transformers' own tests of the mask have it.
+TRANSFORMERS = """\
+{% for message in messages %}{% if message.role != 'assistant' %}\
+{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% else %}\
+{{ '<|im_start|>' + message.role + '\\n' }}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}\
+{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+
+def turns(*contents: str, system: str | None = None) -> list[dict]:
+    made = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    return ([{"role": "system", "content": system}] if system else []) + made
+
+
+CALL = {"type": "function", "id": "abcd12345", "function": {"name": "lookup", "arguments": '{"word": "router"}'}}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "lookup",
+        "description": "Find a word",
+        "parameters": {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]},
+    },
+}
+CALLED = [
+    *turns("What is a router?"), {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": '"sends tokens"', "tool_call_id": "abcd12345", "name": "lookup"},
+    *turns("", "It sends tokens.")[1:],
+]  # fmt: skip
+PLAIN = turns("Hello, who are you?", "I am a model.\n  Indented.")
+LONG = turns("Hello", "naïve 漢字 😀", "Twice 2?", "4, of course", "Thanks", "Any time.")
+SYSTEM = turns("def f(x):", "It returns x.", "And then?", "Nothing.", system="Be brief.")
+REASONED = turns("a", "<think>x</think>one", "b", "<think>y</think>two")
+SEPARATE = [
+    *PLAIN,
+    {"role": "user", "content": "And?"},
+    {"role": "assistant", "content": "so", "reasoning_content": "hm"},
+]
+AGAIN = [*CALLED, *turns("And an expert?", "It takes them.")]
+
+TABLE = {
+    "mixtral": (MIXTRAL, "v1", [PLAIN, LONG, SYSTEM]),
+    "mistral v3": (MISTRAL_V3, "v3", [PLAIN, LONG, SYSTEM, CALLED, AGAIN]),
+    "mistral v7": (MISTRAL_V7, "v7", [PLAIN, LONG, SYSTEM]),
+    "chatml": (CHATML, "bytes", [PLAIN, LONG, SYSTEM, CALLED, AGAIN, SEPARATE]),
+    "llama 3": (LLAMA_3, "bytes", [PLAIN, LONG, SYSTEM]),
+    "deepseek r1": (DEEPSEEK_R1, "bytes", [PLAIN, LONG, REASONED]),
+    "transformers": (TRANSFORMERS, "bytes", [PLAIN, LONG, SYSTEM]),
+}
+SPECIAL = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|User|>",
+    "<|Assistant|>",
+]
+
+
+def mistrals(version: str, directory: Path) -> PreTrainedTokenizerFast:
+    [file] = Path(common.__file__).parent.glob(f"data/*.model.{version}")
+    directory.mkdir()
+    shutil.copy(file, directory / "tokenizer.model")
+    return load_tokenizer(directory)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    """Mistral's sentencepiece models, as folders with tokenizer.model alone, and a byte-level BPE."""
+    root = tmp_path_factory.mktemp("folders")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|begin|>", eos_token="<|end|>")
+    made.add_special_tokens({"additional_special_tokens": SPECIAL})
+    return {version: mistrals(version, root / version) for version in ("v1", "v3", "v7")} | {"bytes": made}
+
+
+def without_marks(template: str) -> str:
+    return re.sub(
+        r"\{%-?\s*(end)?generation\s*-?%\}", lambda mark: "{%- if 1 %}{% endif %}" if "%-" in mark[0] else "", template
+    )
+
+
+def tools_of(messages: list[dict]) -> list[dict] | None:
+    return [TOOL] if any(message.get("tool_calls") for message in messages) else None
+
+
+@pytest.mark.parametrize("marked", [True, False], ids=["marked", "unmarked"])
+@pytest.mark.parametrize("name", TABLE)
+def test_ids_and_masks_are_those_of_the_template(tokenizers, name, marked):
+    template, kind, conversations = TABLE[name]
+    reference, tokenizer = deepcopy(tokenizers[kind]), deepcopy(tokenizers[kind])
+    reference.chat_template = template
+    tokenizer.chat_template = template if marked else without_marks(template)
+    encoder = ChatEncoder(tokenizer, "data.sources.0")
+    for messages in conversations:
+        tools = tools_of(messages)
+        expected = reference.apply_chat_template(
+            messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True, add_special_tokens=False
+        )
+        [(ids, targets)] = encoder.encode([example(messages, "row 1", tools)])
+        assert ids.tolist() == expected["input_ids"], messages
+        assert targets.tolist() == expected["assistant_masks"], messages
+        assert targets.any()
+        assert not targets.all()
+
+
+def test_a_table_by_hand(tokenizers):
+    """What is learned of each conversation, a text for each span, without marks."""
+    expected = {
+        "mistral v3": ['[TOOL_CALLS] [{"name": "lookup", "arguments": {"word": "router"}, "id": "abcd12345"}]</s>',
+                       "It sends tokens.</s>", "It takes them.</s>"],
+        "chatml": ['\n<tool_call>\n{"name": "lookup", "arguments": "{\\"word\\": \\"router\\"}"}\n</tool_call><|im_end|>',
+                   "It sends tokens.<|im_end|>", "It takes them.<|im_end|>"],
+    }  # fmt: skip
+    for name, texts in expected.items():
+        template, kind, _ = TABLE[name]
+        tokenizer = deepcopy(tokenizers[kind])
+        tokenizer.chat_template = without_marks(template)
+        [(ids, targets)] = ChatEncoder(tokenizer, "s").encode([example(AGAIN, "row 1", [TOOL])])
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], targets, [0]]))).reshape(-1, 2)
+        assert [tokenizer.decode(ids[a:b].tolist()).removeprefix(" ") for a, b in edges] == texts
+
+
+@pytest.mark.parametrize("name", ["mixtral", "mistral v3", "mistral v7"])
+def test_ids_are_mistral_commons(tokenizers, name):
+    from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, ToolMessage, UserMessage
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+    from mistral_common.protocol.instruct.tool_calls import Function, FunctionCall, Tool, ToolCall
+    from mistral_common.protocol.instruct.validator import ValidationMode
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    template, kind, conversations = TABLE[name]
+    [file] = Path(common.__file__).parent.glob(f"data/*.model.{kind}")
+    theirs = MistralTokenizer.from_file(str(file), mode=ValidationMode.finetuning)
+    tokenizer = deepcopy(tokenizers[kind])
+    tokenizer.chat_template = template
+    roles = {"system": SystemMessage, "user": UserMessage}
+
+    def as_theirs(message: dict):
+        if message["role"] == "tool":
+            return ToolMessage(**{k: message[k] for k in ("content", "tool_call_id", "name")})
+        if message["role"] == "assistant":
+            calls = [
+                ToolCall(id=c["id"], function=FunctionCall(**c["function"])) for c in message.get("tool_calls") or []
+            ]
+            return AssistantMessage(content=message["content"] or None, tool_calls=calls or None)
+        return roles[message["role"]](content=message["content"])
+
+    for messages in conversations:
+        tools = tools_of(messages)
+        request = ChatCompletionRequest(
+            messages=[as_theirs(message) for message in messages],
+            tools=[Tool(function=Function(**tool["function"])) for tool in tools] if tools else None,
+        )
+        expected = theirs.encode_chat_completion(request).tokens
+        [(ids, _)] = ChatEncoder(tokenizer, "s").encode([example(messages, "row 1", tools)])
+        if tools:  # of calls and results alone: the schema's keys may be written in another order
+            begin = [t.index(tokenizer.convert_tokens_to_ids("[/AVAILABLE_TOOLS]")) for t in (expected, ids.tolist())]
+            assert ids.tolist()[begin[1] :] == expected[begin[0] :]
+        else:
+            assert ids.tolist() == expected
+
+
+def test_a_turn_that_cannot_be_told_apart_is_refused_with_the_remedy(tokenizers):
+    tokenizer = deepcopy(tokenizers["bytes"])
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content | length }}{% endfor %}"
+    with pytest.raises(UserError, match=r"\{% generation %\}"):
+        ChatEncoder(tokenizer, "s").encode([example(LONG, "row 1")])
+
+
+@pytest.mark.parametrize("version", ["v1", "v3", "v7"])
+def test_every_sentencepiece_model_has_its_own_ids(tokenizers, version):
+    import sentencepiece
+
+    [file] = Path(common.__file__).parent.glob(f"data/*.model.{version}")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    for messages in (PLAIN, LONG, SYSTEM):
+        text = json.dumps(messages, ensure_ascii=False, indent=1)
+        assert tokenizers[version].encode(text, add_special_tokens=False) == processor.encode(text)
