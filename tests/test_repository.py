@@ -149,7 +149,9 @@ def test_launcher_files_start_plain_ranks(path):
 
 def test_two_ranks_start_on_a_cpu(tmp_path):
     script = tmp_path / "rank.py"
-    script.write_text("import os\nprint('RANK', os.environ['RANK'], 'OF', os.environ['WORLD_SIZE'])\n")
+    script.write_text(
+        "import os\nprint(f\"RANK {os.environ['RANK']} OF {os.environ['WORLD_SIZE']}\\n\", end='', flush=True)\n"
+    )
     config = ROOT / "configs/accelerate/cpu_2.yaml"
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, script],
