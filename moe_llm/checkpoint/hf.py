@@ -27,6 +27,7 @@ from moe_llm.checkpoint.family import OURS, SAME
 from moe_llm.config import ModelConfig
 from moe_llm.config.shapes import buffer_shapes as buffer_shapes
 from moe_llm.config.shapes import parameter_shapes as parameter_shapes
+from moe_llm.errors import UserError
 
 EXPERT_PARAMETER = re.compile(
     r"(?P<layer>.*)\.mlp\.experts\.(?P<kind>gate_up_proj|down_proj)(?P<factor>_lora_[AB]|_bias)?"
@@ -185,6 +186,13 @@ def from_transformers_config(content: Mapping[str, Any], origin: str = "config.j
     Raises:
         UserError: another family, or a feature that this model does not have.
     """
+    quantized = content.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method", "unknown") if isinstance(quantized, Mapping) else quantized
+        raise UserError(
+            f"{origin}: quantization_config is set: the weights are quantised ({method}), give a checkpoint in fp32, bf16 or "
+            "fp16"
+        )
     model = from_content(content, origin)
     if content.get("attention_dropout"):
         warnings.warn(

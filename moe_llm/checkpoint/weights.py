@@ -12,6 +12,7 @@ from moe_llm.checkpoint import hf, layout
 from moe_llm.checkpoint.safetensors_io import TensorFiles
 from moe_llm.errors import UserError
 
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # whose values bf16 holds exactly
 Index = tuple[int, slice] | tuple[int] | EllipsisType
 
 
@@ -103,6 +104,7 @@ class Weights:
         without: published names of tensors that have a dtype of their own.
         """
         dtypes = {self.files.dtype(stored) for name, stored in self._stored.items() if name not in without}
+        dtypes = {torch.bfloat16 if dtype in _FLOAT8 else dtype for dtype in dtypes}  # torch promotes none of 8 bits
         return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32
 
     def parts(
@@ -175,7 +177,7 @@ def check_finite(tensor: torch.Tensor, name: str, file: Path) -> None:
     Raises:
         UserError: it names the tensor and its file.
     """
-    if not torch.isfinite(tensor).all():
+    if not torch.isfinite(tensor.float() if tensor.dtype in _FLOAT8 else tensor).all():
         raise UserError(f"tensor {name} of {file} holds NaN or infinity: use another checkpoint")
 
 

@@ -71,6 +71,7 @@ def build_tokenizer(config: Config, directory: Path) -> "PreTrainedTokenizerFast
                 check_vocab(config, tokenizer)  # a refused one leaves no directory behind
                 write_template(config, tokenizer, temporary)
                 _write_ends(config, tokenizer, temporary)
+                _settle_class(temporary, tokenizer)
                 (temporary / _KEY_FILE).write_text(json.dumps(key, indent=1) + "\n")
     return load_tokenizer(directory)
 
@@ -154,14 +155,7 @@ def _from_sentencepiece(directory: Path) -> "PreTrainedTokenizerFast":
             flag: bool(spec.get(flag, False)) for flag in ("single_word", "lstrip", "rstrip", "normalized", "special")
         }
         listed[int(number)] = AddedToken(spec["content"], **flags)
-    for number, token in sorted(listed.items()):
-        known, size = backend.token_to_id(token.content), backend.get_vocab_size()
-        if (known is None and number != size) or (known is not None and known != number):
-            raise UserError(
-                f"tokenizer {str(directory)!r}: the added token {token.content!r} has the id {number}, and the next free "
-                f"one is {size if known is None else known}: correct its added_tokens"
-            )
-        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+    backend = _with_added(backend, listed, str(directory))
     more = {
         key: settings[key]
         for key in ("model_max_length", "padding_side", "truncation_side")
@@ -174,6 +168,34 @@ def _from_sentencepiece(directory: Path) -> "PreTrainedTokenizerFast":
     if templates is not None:
         tokenizer.chat_template = templates
     return tokenizer
+
+
+def _with_added(backend: "Tokenizer", listed: dict[int, Any], origin: str) -> "Tokenizer":
+    """A backend with tokens added at the ids that they are to have; ids may have holes.
+
+    Raises:
+        UserError: an id or a text that the vocabulary has otherwise.
+    """
+    from tokenizers import Tokenizer
+
+    tokens = {number: token for token, number in backend.get_vocab().items()}
+    content = json.loads(backend.to_str())
+    added = {entry["id"]: entry for entry in content["added_tokens"]}
+    for number, token in sorted(listed.items()):
+        known = backend.token_to_id(token.content)
+        if known != number if known is not None else number in tokens:
+            there = tokens.get(number, f"no token, and {token.content!r} has the id {known}")
+            raise UserError(
+                f"tokenizer {origin!r}: the added token {token.content!r} has the id {number}, at which its model has "
+                f"{there!r}: correct its added_tokens"
+            )
+        content["model"]["vocab"][token.content] = number
+        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        added[number] = {
+            "id": number, "content": token.content, **{flag: getattr(token, flag) for flag in flags},
+        }  # fmt: skip
+    content["added_tokens"] = [added[number] for number in sorted(added)]
+    return Tokenizer.from_str(json.dumps(content)) if listed else backend
 
 
 def _chat_templates(directory: Path, settings: dict) -> str | dict[str, str] | None:
@@ -225,19 +247,50 @@ def save_tokenizer(tokenizer: Any, directory: Path) -> None:
     """Write a tokenizer's files so that its neighbours read them too.
 
     With it goes the sentencepiece model that it was made from, where there is one: llama.cpp's converter takes the
-    pieces' scores from there. A class that transformers 4 does not know gets the name of the one that it does, which
-    reads the same ids from the same tokenizer.json.
+    pieces' scores from there. What transformers drops of its tokenizer_config.json stays, the class above all; a class
+    that transformers 4 does not know gets the name of the one that it does, which reads the same ids from the same
+    tokenizer.json.
     """
     tokenizer.save_pretrained(str(directory))
-    file = directory / "tokenizer_config.json"
+    file, origin = directory / _SETTINGS_FILE, tokenizer_directory(tokenizer)
     if file.is_file():
         settings = json.loads(file.read_text(encoding="utf-8"))
-        if settings.get("tokenizer_class") == "TokenizersBackend":
-            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-            file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    origin = tokenizer_directory(tokenizer)
+        given = {} if origin is None else _json_of(origin / _SETTINGS_FILE)
+        _write_settings(directory, settings | {key: given[key] for key in _DROPPED if key in given})
     if origin is not None and (origin / "tokenizer.model").is_file() and not (directory / "tokenizer.model").exists():
         shutil.copyfile(origin / "tokenizer.model", directory / "tokenizer.model")
+
+
+_SETTINGS_FILE = "tokenizer_config.json"
+# Of tokenizer_config.json, what transformers 5 does not write again.
+_DROPPED = ("tokenizer_class", "add_bos_token", "add_eos_token", "legacy", "spaces_between_special_tokens")
+_PLAIN_CLASS = "PreTrainedTokenizerFast"
+
+
+def _write_settings(directory: Path, settings: dict[str, Any]) -> None:
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings = settings | {"tokenizer_class": _PLAIN_CLASS}
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    (directory / _SETTINGS_FILE).write_text(text, encoding="utf-8")
+
+
+def _settle_class(directory: Path, tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Leave a folder the class that it names only where transformers reads this tokenizer's ids by it: some classes build
+    rules of their own in place of those in tokenizer.json."""
+    from transformers import AutoTokenizer
+
+    settings = _json_of(directory / _SETTINGS_FILE)
+    if settings.get("tokenizer_class") in (None, _PLAIN_CLASS):
+        return
+    try:
+        named = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+        same = all(
+            named.encode(t, add_special_tokens=False) == tokenizer.encode(t, add_special_tokens=False) for t in _PROBES
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
+        same = False  # a class that is not there, or cannot be built from these files
+    if not same:
+        _write_settings(directory, settings | {"tokenizer_class": _PLAIN_CLASS})
 
 
 def tokenizer_directory(tokenizer: Any) -> Path | None:

@@ -29,6 +29,7 @@ def load_causal_lm(checkpoint: str | Path, dtype: torch.dtype | str = "auto", ca
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
     from transformers.utils import logging
 
+    _check_not_quantized(checkpoint, called)
     logging.disable_progress_bar()
     unset_hf_deepspeed_config()  # under ZeRO-3 transformers would cut the model up among the ranks
     verbosity = logging.get_verbosity()
@@ -71,6 +72,18 @@ def _class_of(checkpoint: str | Path, called: str) -> Any:
     from moe_llm.checkpoint.remote_code.modeling_moe_llm import MoELLMForCausalLM
 
     return MoELLMForCausalLM
+
+
+def _check_not_quantized(checkpoint: str | Path, called: str) -> None:
+    """Refuse weights in 8 bits or fewer: the kernels for them are a GPU's."""
+    file = Path(checkpoint) / "config.json"
+    content = read_json(file) if file.is_file() else {}
+    method = (content.get("quantization_config") or {}).get("quant_method")
+    if method is not None and not torch.cuda.is_available():
+        raise UserError(
+            f"{called}={str(checkpoint)!r} is quantised ({method}), which needs a GPU: give a checkpoint in fp32, bf16 or "
+            "fp16"
+        )
 
 
 def _config_of(checkpoint: str | Path) -> Any:

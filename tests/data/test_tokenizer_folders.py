@@ -1,6 +1,7 @@
 """Every kind of tokenizer folder gives the same ids in every command, and checkpoints carry what neighbours read."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,12 +9,13 @@ import numpy as np
 import pytest
 import sentencepiece
 from support.training import MODEL
+from transformers import AutoTokenizer
 
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.config import ModelConfig
 from moe_llm.config.load import validate
-from moe_llm.data.cache import DocumentEncoder
 from moe_llm.data.chat_template import own_template
+from moe_llm.data.documents import DocumentEncoder, vocabulary_size
 from moe_llm.data.tokenizer import build_tokenizer, end_token_ids, load_tokenizer, save_tokenizer
 from moe_llm.ensemble.causal_lm import read_prompt
 from moe_llm.errors import UserError
@@ -80,10 +82,40 @@ def _through_a_run(folder: Path, tmp_path: Path):
     return build_tokenizer(validate(raw), tmp_path / "run/tokenizer")
 
 
-def test_a_gap_before_an_added_token_is_refused_by_its_name(bare):
+def test_an_added_token_behind_a_gap_has_its_own_id(bare, tmp_path):
     settings(bare, "added_tokens.json", {"<|im_end|>": 32007})
-    with pytest.raises(UserError, match=r"'<\|im_end\|>' has the id 32007, and the next free one is 32000"):
+    for tokenizer in (load_tokenizer(bare), _through_a_run(bare, tmp_path)):
+        assert tokenizer.encode("hello world<|im_end|>", add_special_tokens=False) == [6312, 28709, 1526, 32007]
+        assert (vocabulary_size(tokenizer), len(tokenizer)) == (32008, 32001)
+        assert tokenizer.decode([32007]) == "<|im_end|>"
+
+
+@pytest.mark.parametrize(("token", "number"), [("<|im_end|>", 17), ("<s>", 32000)])
+def test_an_added_token_in_the_place_of_another_is_refused_by_its_name(bare, token, number):
+    settings(bare, "added_tokens.json", {token: number})
+    with pytest.raises(UserError, match=rf"the added token '{re.escape(token)}' has the id {number}, at which"):
         load_tokenizer(bare)
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "GPT2Tokenizer"])
+def test_the_class_of_the_base_stays_where_it_reads_the_same_ids(bare, tmp_path, name):
+    base = tmp_path / "base"
+    save_tokenizer(load_tokenizer(bare), base)
+    file = base / "tokenizer_config.json"
+    more = {"tokenizer_class": name, "legacy": True, "add_eos_token": True}
+    settings(base, file.name, json.loads(file.read_text()) | more)
+    tokenizer = _through_a_run(base, tmp_path)
+    MoEForCausalLM(ModelConfig(**{**MODEL, "vocab_size": 32000})).save_pretrained(tmp_path / "out", tokenizer)
+    written = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    named = AutoTokenizer.from_pretrained(base)
+    kept = all(
+        named.encode(t, add_special_tokens=False) == tokenizer.encode(t, add_special_tokens=False) for t in TEXTS
+    )
+    assert written["tokenizer_class"] == (name if kept else "PreTrainedTokenizerFast")
+    assert (written["legacy"], written["add_eos_token"]) == (True, True)
+    served, trained = AutoTokenizer.from_pretrained(tmp_path / "out"), load_tokenizer(tmp_path / "out")
+    for text in TEXTS:
+        assert served.encode(text, add_special_tokens=False) == trained.encode(text, add_special_tokens=False)
 
 
 @pytest.mark.parametrize("kind", ["folder of templates", "list in tokenizer_config.json"])

@@ -134,6 +134,14 @@ BASES = {
 DEAR = ("padded rows", "a head with ends by default", "norms over the projection")
 
 
+def test_experts_only_tuning_keeps_every_end(byte_level, text, tmp_path):
+    make, _, generation = BASES["byte-level without bos"]
+    base = write_base(tmp_path / "base", make(vocabulary_size(byte_level)), byte_level, generation)
+    assert main(tune(base, text, tmp_path / "run", "finetune.trainable=experts")) == 0
+    written = json.loads((tmp_path / "run/checkpoints/latest/generation_config.json").read_text())
+    assert {key: written[key] for key in generation} == generation
+
+
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.grid if k in DEAR else ()) for k in BASES])
 def test_one_step_at_no_rate_answers_and_stops_as_the_base(kind, request, text, tmp_path):
     make, name, generation = BASES[kind]
