@@ -141,7 +141,8 @@ def with_one_spelling(given: dict[str, Any]) -> dict[str, Any]:
     for name, place in (("rope_scaling", scaling), ("rope_parameters", rope)):
         if place is not None and not isinstance(place, dict):
             invalid(name, place, "is no mapping", "give rope_type and the keys of that type")
-        if layered := [key for key, value in (place or {}).items() if isinstance(value, dict)]:
+        place = place or {}
+        if layered := [key for key, value in place.items() if isinstance(value, dict)]:
             invalid(
                 f"{name}.{layered[0]}",
                 place[layered[0]],

@@ -84,7 +84,7 @@ def dense_shapes(model: ModelConfig) -> Shapes:
 def _block_parts(model: ModelConfig, experts: bool) -> dict[str, Shapes]:
     """A block's parameters by part, with or without experts."""
     D = model.hidden_size
-    norms = {"input_layernorm.weight": (D,), "post_attention_layernorm.weight": (D,)}
+    norms: Shapes = {"input_layernorm.weight": (D,), "post_attention_layernorm.weight": (D,)}
     attention = {f"self_attn.{name}": shape for name, shape in attention_shapes(model).items()}
     if not experts:
         return {
@@ -109,7 +109,8 @@ def parameter_shapes(model: ModelConfig) -> Shapes:
         experts: {name: shape for part in _block_parts(model, experts).values() for name, shape in part.items()}
         for experts in (False, True)
     }
-    sparse, found = set(model.moe_layers), {"model.embed_tokens.weight": (V, D)}
+    sparse = set(model.moe_layers)
+    found: Shapes = {"model.embed_tokens.weight": (V, D)}
     for i in range(model.num_hidden_layers):
         found |= {f"model.layers.{i}.{name}": shape for name, shape in blocks[i in sparse].items()}
     found["model.norm.weight"] = (D,)

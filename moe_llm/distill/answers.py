@@ -215,7 +215,7 @@ def _generate(
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in read], device=model.device)
     digest = hashlib.sha256(f"{options.seed}/{start}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    how = {"do_sample": False, "num_beams": options.beams, "early_stopping": options.beams > 1}
+    how: dict[str, Any] = {"do_sample": False, "num_beams": options.beams, "early_stopping": options.beams > 1}
     if options.temperature is not None:
         how = {"do_sample": True, "num_beams": 1, "temperature": options.temperature, "top_k": 0, "top_p": 1.0}
     output = model.generate(
@@ -236,7 +236,7 @@ def _generate(
 def _said(tokenizer: "PreTrainedTokenizerFast", read: list[int], new: list[int]) -> str:
     """New tokens as the text that they add: a tokenizer may write a first token otherwise than a later one."""
     before = tokenizer.decode(read, skip_special_tokens=True)
-    after = tokenizer.decode([*read, *new], skip_special_tokens=True)
+    after = str(tokenizer.decode([*read, *new], skip_special_tokens=True))
     return after[len(before) :].rstrip("\ufffd")  # of a character that was cut in the middle
 
 

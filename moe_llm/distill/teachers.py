@@ -7,11 +7,11 @@ D hidden, V vocabulary, G documents that are read together, L the longest of the
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_llm.checkpoint import hf
 from moe_llm.checkpoint.architectures import OWN
@@ -46,7 +46,7 @@ class OwnTeacher:
     """A Mixtral checkpoint in this package's model, which reads packed blocks as they are."""
 
     def __init__(self, model: MoEForCausalLM):
-        self._model, self.width = model.eval().requires_grad_(False), model.config.vocab_size
+        self._model, self.width = model.eval().requires_grad_(False), model.config.resolved_vocab_size
 
     @torch.no_grad()
     def hidden(self, batch: Batch) -> Tensor:
@@ -76,14 +76,17 @@ class ForeignTeacher:
         UserError: what stands later changes what the model says of earlier positions.
     """
 
-    def __init__(self, model: nn.Module, field: str):
+    _base: Any  # transformers' modules, whose attributes have no types
+    _head: Any
+
+    def __init__(self, model: Any, field: str):
         self._model = model.eval().requires_grad_(False)
         base, head = getattr(model, model.base_model_prefix, None), model.get_output_embeddings()
         self.width, chunked = self._probe(base, head, field)
         self._base, self._head = (base, head) if chunked else (None, None)
 
     @torch.no_grad()
-    def _probe(self, base: nn.Module | None, head: nn.Module | None, field: str) -> tuple[int, bool]:
+    def _probe(self, base: Any, head: Any, field: str) -> tuple[int, bool]:
         """Width of the logits, and whether they are the head's of the base's hidden states, and no more."""
         first = torch.tensor([[0, 1, 2, 3]], device=self._model.device)
         other = torch.tensor([[0, 1, 2, 4]], device=self._model.device)
@@ -169,6 +172,7 @@ class Ensemble:
             logits_CV = teacher.logits(rows[start:stop])[:, : self.width].to(device, torch.float32)
             log_p_CV = logits_CV.log_softmax(-1) + log_weight
             mixed = log_p_CV if mixed is None else torch.logaddexp(mixed, log_p_CV)
+        assert mixed is not None, "there is a teacher"
         return mixed if self._temperature == 1 else (mixed / self._temperature).log_softmax(-1)
 
 
@@ -237,7 +241,7 @@ def load_ensemble(config: Config, device: torch.device) -> Ensemble:
             loaded[key] = load_teacher(
                 teacher, device if teacher.device == "auto" else torch.device(teacher.device), field
             )
-        if loaded[key].width < config.model.vocab_size:
+        if loaded[key].width < config.model.resolved_vocab_size:
             raise UserError(
                 f"{field}.path={teacher.path!r} has {loaded[key].width} logits, fewer than model.vocab_size="
                 f"{config.model.vocab_size}: set model.vocab_size={loaded[key].width}"
@@ -246,7 +250,7 @@ def load_ensemble(config: Config, device: torch.device) -> Ensemble:
     return Ensemble(
         [loaded[t.path, t.dtype, t.device] for t in teachers],
         [t.weight for t in teachers],
-        config.model.vocab_size,
+        config.model.resolved_vocab_size,
         config.distill.temperature,
     )
 

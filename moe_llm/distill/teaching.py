@@ -51,7 +51,10 @@ class CachedTeachers:
     block that a run comes to which has gone on behind a bad batch."""
 
     def __init__(self, config: Config, runtime: Runtime, tokenizer: "PreTrainedTokenizerFast"):
-        self._config, self._runtime, self._loaded = config, runtime, None
+        self._config, self._runtime = config, runtime
+        self._loaded: Ensemble | None = None
+        assert config.distill.cache_top_k is not None, "without it nothing is kept"
+        self._top_k = config.distill.cache_top_k
         # one rank hashes the teachers, for all
         directory = together(runtime, lambda: open_cache(config, tokenizer), only=0)
         self._cache = TeacherCache(runtime.gather(directory)[0])
@@ -63,13 +66,13 @@ class CachedTeachers:
 
     def fill(self, blocks: TrainBlocks, start: int, samples: int, say: Callable[[str], None]) -> None:
         """See to it that `samples` samples from `start` on are on disk; the ranks share what is missing. Collective."""
-        runtime, k, width = self._runtime, self._config.distill.cache_top_k, self._config.train.micro_batch_size
+        runtime, k, width = self._runtime, self._top_k, self._config.train.micro_batch_size
         missing = runtime.gather(self._missing(blocks, start, samples) if runtime.is_main else None)[0]
         if not missing:
             return
         say(f"teachers read {len(missing)} blocks, of which there is nothing yet in {self._cache.directory}")
         length = blocks.rows(missing[0], 1).input_ids_BS.shape[1]
-        size = max(1, _PART_BYTES // (length * (min(k, self._config.model.vocab_size) + 1) * 8))
+        size = max(1, _PART_BYTES // (length * (min(k, self._config.model.resolved_vocab_size) + 1) * 8))
         parts = [missing[i : i + size] for i in range(0, len(missing), size)]
 
         def work() -> None:
@@ -103,8 +106,7 @@ class CachedTeachers:
         found = self._cache.read(digest)
         if found is not None:
             return found
-        config, device = self._config, self._runtime.device
-        return name_successors(batch.rows(row, row + 1), self._ensemble(), config.distill.cache_top_k, device)
+        return name_successors(batch.rows(row, row + 1), self._ensemble(), self._top_k, self._runtime.device)
 
 
 def build_teaching(
@@ -143,6 +145,7 @@ def _distillation(distill: Any, outcomes: Callable[[int, int], Outcomes]) -> Dis
 def _joined(rows: list[Batch]) -> Batch:
     names = ("input_ids_BS", "labels_BS", "position_ids_BS", "document_ids_BS", "attention_mask_BS")
     values = {name: [getattr(row, name) for row in rows] for name in names}
-    joined = Batch(**{name: None if parts[0] is None else torch.cat(parts) for name, parts in values.items()})
+    whole: dict[str, Any] = {name: None if p[0] is None else torch.cat(p) for name, p in values.items()}
+    joined = Batch(**whole)
     known = [row.runs_B for row in rows if row.runs_B is not None]
     return replace(joined, runs_B=sum(known, ())) if len(known) == len(rows) else joined

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +51,7 @@ def on_gpus(allowed: Tolerances) -> Tolerances:
     """In fp32, ten times as much: sums over atomics have no order there, and transformers' are formed on the CPU."""
     if allowed.in_bf16:
         return allowed
-    ten = {name: tuple(10 * x for x in getattr(allowed, name)) for name in ("loss", "norm")}
+    ten: dict[str, Any] = {name: tuple(10 * x for x in getattr(allowed, name)) for name in ("loss", "norm")}
     return replace(
         allowed,
         **ten,
@@ -90,7 +91,7 @@ def whole(ranks: Sequence[Tensors]) -> Whole:
             result[name] = held.value
             continue
         parts = {tensors[name].first: tensors[name].value for tensors in ranks}
-        result[name] = np.concatenate([parts[first] for first in sorted(parts)])
+        result[name] = np.concatenate([parts[first] for first in sorted(parts, key=lambda first: first or 0)])
     return result
 
 

@@ -3,6 +3,7 @@
 import traceback
 from collections.abc import Container, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ def check_export(
 
     disable_progress_bar()
     try:
-        theirs, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=torch.float32,
             output_loading_info=True,
@@ -73,6 +74,7 @@ def check_export(
                 evidence={"trace": traceback.format_exc()},
             )
         ]
+    theirs, report = loaded
     wrong = [
         f"{kind.replace('_', ' ')}: {name}"
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")

@@ -32,8 +32,8 @@ def judge_text(config: Config) -> list[Finding]:
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(Path(config.run.dir) / "tokenizer")
     data = read_data(config)
-    texts = [Text(documents([Path(source.path)], tokenizer)) for source in config.data.sources]
-    held_out = [Text(documents([Path(source.path)], tokenizer)) for source in config.data.validation_sources]
+    texts = [Text(documents([Path(str(source.path))], tokenizer)) for source in config.data.sources]
+    held_out = [Text(documents([Path(str(source.path))], tokenizer)) for source in config.data.validation_sources]
     samples, epoch, wrong, judged = _read_epochs(config, data, texts)
     wrong_held_out, twice = _judge_held_out(config, data, held_out or texts, None if held_out else judged)
     for number, (text, found) in enumerate(zip(texts, judged)):
@@ -156,7 +156,7 @@ def judge_average(config: Config, one: Observation) -> list[Finding]:
     ema = config.checkpoint.ema
     if ema.decay is None or EMA not in one.at_save:
         return []
-    steps = [step for step in range(config.checkpoint.every_steps) if ema.due(step + 1)]
+    steps = [step for step in range(config.checkpoint.every_steps or 0) if ema.due(step + 1)]
     found = whole([one.at_save[EMA]])
     past = [{name: whole([one.weights[step]])[name] for name in found} for step in steps]
     start = whole([one.start["weight"]])
@@ -190,7 +190,7 @@ def judge_optimizer(config: Config, one: Observation) -> list[Finding]:
         within("oracle_updates", "updates, as torch's optimizer makes them of the gradients", compared),
     ]
     if config.optim.name == "adamw" and one.at_save:
-        last = config.checkpoint.every_steps - 1
+        last = (config.checkpoint.every_steps or 1) - 1
         findings.append(_moments(one, due.moments[last]))
     if any(finding.failed for finding in findings[1:]):
         why = _explain(config, one, start, gradients, rates, rules)
@@ -255,7 +255,8 @@ def _explain(
         due = optimizer.replay(start, gradients, at, other)
         departs = [difference / tolerance for difference, tolerance, _ in _weights_apart(one, start, due)]
         if config.optim.name == other.kind == "adamw" and one.at_save:
-            departs.append(_moments(one, due.moments[config.checkpoint.every_steps - 1]).difference / _MOMENTS)
+            moments = _moments(one, due.moments[(config.checkpoint.every_steps or 1) - 1])
+            departs.append((moments.difference or 0.0) / _MOMENTS)
         worst = max(departs)
         if worst <= 1:
             best = sentence

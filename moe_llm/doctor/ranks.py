@@ -166,6 +166,7 @@ class LocalRanks:
         }
 
     def _print_file(self, rank: int) -> str:
+        assert self._prints is not None, "the ranks are started first"
         return str(Path(self._prints.name) / f"rank_{rank}.txt")
 
     def _last_words(self, rank: int) -> str:

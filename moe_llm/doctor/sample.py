@@ -48,17 +48,17 @@ def small_data(user: Config, small: Config, directory: Path) -> tuple[Config, li
     shares = [1.0 if source.weight is None else source.weight for source in user.data.sources]
     length = config.data.sequence_length
 
-    def small(name: str, source: SourceConfig, texts: list[str], tokens: float, weight: float | None) -> dict:
+    def shortened(name: str, source: SourceConfig, texts: list[str], tokens: float, weight: float | None) -> dict:
         if source.content == "chat":
             return _chat_source(directory / name, cut(texts, encoder, length // 2, tokens), weight)
         return _source(directory / name, cut(texts, encoder, length, tokens), weight)
 
     sources = [
-        small(f"train_{i}.jsonl", source, texts, tokens * share / sum(shares), source.weight)
+        shortened(f"train_{i}.jsonl", source, texts, tokens * share / sum(shares), source.weight)
         for i, (texts, share, source) in enumerate(zip(train, shares, user.data.sources))
     ]
     validation = [
-        small(f"held_out_{i}.jsonl", source, texts, tokens / 4, None)
+        shortened(f"held_out_{i}.jsonl", source, texts, tokens / 4, None)
         for i, (texts, source) in enumerate(zip(held_out, user.data.validation_sources))
     ]
     return replace(config, data={"sources": sources, "validation_sources": validation}), notes
@@ -123,7 +123,7 @@ def _read(user: Config, notes: list[str]) -> tuple[list[list[str]], list[list[st
 
 
 def _documents(field: str, source: SourceConfig, budget: int) -> list[str]:
-    if source.type == "hub" and not Path(source.path).expanduser().is_dir():
+    if source.type == "hub" and not Path(str(source.path)).expanduser().is_dir():
         return _within_time(field, source, budget)
     return _take(_texts(source, field), budget)
 

@@ -8,6 +8,7 @@ cannot cut by rows; and it takes no dropout. The maths is the same (a test compa
 
 import hashlib
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,7 +38,8 @@ def add_adapters(model: nn.Module, config: Config) -> None:
     for name in names:
         if not is_attention(name):
             owner, _, leaf = name.rpartition(".")
-            model.get_submodule(owner).adapt(leaf, lora.rank, lora.scale, lora.dropout)
+            adapted: Any = model.get_submodule(owner)
+            adapted.adapt(leaf, lora.rank, lora.scale, lora.dropout)
     _fill(model, names, config.run.seed)
 
 
@@ -46,9 +48,9 @@ def _wrap(model: nn.Module, modules: list[str], config: Config) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     lora = config.finetune.lora
-    settings = LoraConfig(
-        r=lora.rank, lora_alpha=lora.scale * lora.rank, lora_dropout=lora.dropout, target_modules=modules, bias="none"
-    )
+    assert lora.rank is not None, "only a run with adapters is asked"
+    alpha: Any = lora.scale * lora.rank  # PEFT takes fractions too
+    settings = LoraConfig(r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=modules, bias="none")
     inject_adapter_in_model(settings, model)
 
 

@@ -82,6 +82,7 @@ def adapted_names(config: Config) -> list[str]:
 
 def _check_fit(config: Config, shapes: dict[str, tuple[int, ...]]) -> None:
     rank, routers = config.finetune.lora.rank, [name for name in shapes if is_router(name)]
+    assert rank is not None, "only a run with adapters is asked"
     for name, shape in shapes.items():
         if rank > min(shape[-2:]):
             raise UserError(
@@ -112,7 +113,9 @@ def adapter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     Raises:
         UserError: as `adapted_names`.
     """
-    shapes, rank, factors = whole_shapes(config), config.finetune.lora.rank, {}
+    shapes, rank = whole_shapes(config), config.finetune.lora.rank
+    assert rank is not None, "only a run with adapters is asked"
+    factors: dict[str, tuple[int, ...]] = {}
     for name in adapted_names(config):
         *experts, rows, columns = shapes[name]
         a, b = factors_of(name)

@@ -108,7 +108,7 @@ def upcycled_config(content: Mapping[str, Any], recipe: Recipe, origin: str) -> 
     Raises:
         UserError: names what Mixtral does not have, or what does not divide.
     """
-    kind = content.get("model_type")
+    kind = str(content.get("model_type"))
     architectures = content.get("architectures") or [_ARCHITECTURES.get(kind)]
     if kind not in _ARCHITECTURES or architectures != [_ARCHITECTURES[kind]]:
         raise UserError(

@@ -242,7 +242,7 @@ def recorded_choices(model: MoEForCausalLM) -> Iterator[list[np.ndarray]]:
         order_TK = routing.weight_N[routing.slot_TK].argsort(dim=-1, descending=True, stable=True)
         choices.append(expert_N[routing.slot_TK].gather(-1, order_TK).cpu().numpy())
 
-    handles = [layer.mlp.gate.register_forward_hook(record) for layer in model.model.moe_layers]
+    handles = [gate.register_forward_hook(record) for gate in model.model.routers]
     try:
         yield choices
     finally:
@@ -254,7 +254,7 @@ def recorded_choices(model: MoEForCausalLM) -> Iterator[list[np.ndarray]]:
 def without_expert(model: MoEForCausalLM, layer: int, expert: int) -> Iterator[None]:
     """Meanwhile no token goes to an expert of the layer-th of the layers that have experts: each goes to the best of the
     others, with weights as the router makes them."""
-    gate = model.model.moe_layers[layer].mlp.gate
+    gate = model.model.routers[layer]
     gate.left_out = expert
     try:
         yield

@@ -49,7 +49,7 @@ class Attention(nn.Module):
             for project, norm in ((self.q_proj, self.q_norm), (self.k_proj, self.k_norm), (self.v_proj, None))
         )
         q_BHSd, k_BGSd = apply_rotary(q_BHSd, k_BGSd, cos_BSd, sin_BSd)
-        sinks_H = self.sinks
+        sinks_H: Tensor | None = self.sinks
         if self.parts is not None:
             q_BHSd, k_BGSd, v_BGSd = self.parts.heads_for_positions(q_BHSd, k_BGSd, v_BGSd)
             sinks_H = None if sinks_H is None else sinks_H.chunk(self.parts.size)[self.parts.index]
@@ -94,7 +94,7 @@ class LatentAttention(nn.Module):
         self.padded = max(self.head_dim, self.value_dim)  # `attention` takes one width
         self.query_scale = scale * math.sqrt(self.padded / self.head_dim)
         if config.q_lora_rank is None:
-            self.q_proj = Linear(hidden, heads * self.head_dim)
+            self.q_proj: Linear | None = Linear(hidden, heads * self.head_dim)
         else:
             self.q_proj = None
             self.q_a_proj = Linear(hidden, config.q_lora_rank, bias)

@@ -5,7 +5,7 @@ Dimensions: B batch, S sequence, T = B*S tokens, D hidden, V vocabulary, L layer
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from moe_llm.model.moe.capacity import Groups
 from moe_llm.model.moe.feedback import TokenLosses
 from moe_llm.model.moe.layer import MoELayer
 from moe_llm.model.moe.losses import router_loss_values
+from moe_llm.model.moe.router import Router
 from moe_llm.model.moe.routers import ROUTERS, router_losses
 from moe_llm.model.moe.routing import RoutingStatistics
 from moe_llm.model.norm import RMSNorm
@@ -114,7 +115,7 @@ class Decoder(nn.Module):
             x_BSD = (x_BSD + perturbation_BSD).to(x_BSD.dtype)
         config, length_BS = self.config, None
         if config.rope_parameters.rope_type == "dynamic":
-            parts = self.layers[0].self_attn.parts
+            parts = self.blocks[0].self_attn.parts
             documents = None if document_BS is None else whole(parts, document_BS)
             length_BS = own(parts, document_lengths(whole(parts, position_ids_BS), whole(parts, mask_BS), documents))
         cos_BSd, sin_BSd = rotary_cos_sin(
@@ -127,7 +128,7 @@ class Decoder(nn.Module):
             length_BS=length_BS,
         )
         statistics, delta_BSD = [], None
-        for layer in self.layers:
+        for layer in self.blocks:
             arguments = (x_BSD, delta_BSD, cos_BSd, sin_BSd, patterns[layer.window], mask_BS, document_BS)
             if self.recompute and torch.is_grad_enabled():
                 x_BSD, delta_BSD, layer_statistics = checkpoint(
@@ -144,9 +145,19 @@ class Decoder(nn.Module):
         return x_BSD, normed_BSD, statistics
 
     @property
+    def blocks(self) -> list[DecoderLayer]:
+        """`layers`, by their type."""
+        return cast(list[DecoderLayer], list(self.layers))
+
+    @property
     def moe_layers(self) -> list[DecoderLayer]:
         """The layers that have experts, in order: those that statistics are of."""
-        return [layer for layer in self.layers if isinstance(layer.mlp, MoELayer)]
+        return [layer for layer in self.blocks if isinstance(layer.mlp, MoELayer)]
+
+    @property
+    def routers(self) -> list[Router]:
+        """Those of `moe_layers`."""
+        return [layer.mlp.gate for layer in self.blocks if isinstance(layer.mlp, MoELayer)]
 
     def attention_patterns(self, like_BS: Tensor, **narrowed: Any) -> AttentionPatterns:
         """The patterns of the layers' windows; `narrowed` as `AttentionPattern.build` takes it."""
@@ -236,8 +247,9 @@ class MoEDecoder(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         mask_BS = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
-        first: Any = self.model.layers[0]
-        assert runs is not None or first.self_attn.parts is None, "parts of sequences need `runs` of the whole"
+        assert runs is not None or self.model.blocks[0].self_attn.parts is None, (
+            "parts of sequences need `runs` of the whole"
+        )
         patterns = self.model.attention_patterns(
             input_ids, attention_mask=attention_mask, document_ids=document_ids, runs=runs
         )

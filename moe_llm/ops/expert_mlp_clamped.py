@@ -25,8 +25,8 @@ class ExpertForm(NamedTuple):
 
     def held(self, own: slice) -> "ExpertForm":
         """That of some of the experts."""
-        biases = (None if bias is None else bias[own] for bias in self[:2])
-        return ExpertForm(*biases, self.limit, self.alpha)
+        gate_up, down = (None if bias is None else bias[own] for bias in self[:2])
+        return self._replace(gate_up_bias_EG=gate_up, down_bias_ED=down)
 
 
 def formed_expert_mlp(

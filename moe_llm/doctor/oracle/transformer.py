@@ -139,8 +139,8 @@ def documents_of(batch: "Batch") -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     pieces, rows = [], []
     for row in range(len(batch.input_ids_BS)):
         real_S = batch.attention_mask_BS[row]
-        together = batch.document_ids_BS is None
-        owner_S = torch.zeros_like(batch.labels_BS[row]) if together else batch.document_ids_BS[row]
+        owners_BS = batch.document_ids_BS
+        owner_S = torch.zeros_like(batch.labels_BS[row]) if owners_BS is None else owners_BS[row]
         for document in owner_S[real_S].unique():
             mine_S = real_S & (owner_S == document)
             pieces.append((batch.input_ids_BS[row][mine_S], batch.labels_BS[row][mine_S]))

@@ -65,6 +65,7 @@ class Experts(nn.Module):
             )
             return merging.segments.join(y_NLD.unflatten(0, merging.segments.real_BGL.shape[:2]))
         if not self.plain:
+            assert counts_E is not None, "rows come with the counts of their experts"
             return self._formed(x, counts_E, routing, slice(None) if own is None else own, dropout, host_counts_E)
         if self.low_rank is not None:
             rows = () if routing is None else (routing.weight_N, routing.token_index_N, routing.slot_TK)

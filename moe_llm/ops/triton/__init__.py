@@ -31,9 +31,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _enabled: frozenset[str] | None = None
 
 
-def use(part: str, *tensors: Tensor | None) -> bool:
+def use(part: str, first: Tensor, *tensors: Tensor | None) -> bool:
     """Whether `part` is on and these can go to its kernel: see `fits`."""
-    return part in (enabled() if _enabled is None else _enabled) and fits(*tensors)
+    return part in (enabled() if _enabled is None else _enabled) and fits(first, *tensors)
 
 
 def chosen(part: str, device: torch.device, dtype: torch.dtype) -> bool:
@@ -41,10 +41,9 @@ def chosen(part: str, device: torch.device, dtype: torch.dtype) -> bool:
     return part in enabled() and _fits(device, dtype)
 
 
-def fits(*tensors: Tensor | None) -> bool:
+def fits(first: Tensor, *tensors: Tensor | None) -> bool:
     """Whether these can go to a kernel: on the current CUDA device (or on the CPU under TRITON_INTERPRET=1), all of one
     dtype, fp32, bf16 or fp16, and Triton is there."""
-    first = tensors[0]
     return all(t is None or t.dtype == first.dtype for t in tensors) and _fits(first.device, first.dtype)
 
 

@@ -226,10 +226,10 @@ def _router_outputs(model: MoEDecoder) -> Iterator[list[Tensor]]:
     backward pass, and adds nothing."""
     found: list[Tensor] = []
     hooks = [
-        layer.mlp.gate.register_forward_hook(
+        gate.register_forward_hook(
             lambda module, inputs, routing: found.append(module.log_probabilities(routing.logits_TE))
         )
-        for layer in model.model.moe_layers
+        for gate in model.model.routers
     ]
     try:
         yield found
