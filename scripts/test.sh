@@ -8,6 +8,7 @@ install_package dev
 ruff check .
 ruff format --check --quiet .  # where this fails: ruff format .
 lint-imports
+mypy
 # Two processes of one thread each: threads of several processes that share cores wait for one another.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 python -m pytest -n 2 --dist loadfile "$@"
