@@ -90,18 +90,18 @@ def run_script(directory: Path, name: str, *arguments: str, **env: str) -> tuple
 
 
 def test_the_test_script_installs_once_and_fails_with_any_of_its_steps(tmp_path):
-    clone = stubbed(tmp_path, "python", "ruff", "lint-imports")
+    clone = stubbed(tmp_path, "python", "ruff", "lint-imports", "mypy")
     code, calls = run_script(clone, "test.sh", "-x", "tests/config")
     assert code == 0
     assert "python -m pip install --quiet -c .venv/constraints.txt -e .[dev]" in calls
-    checks = ["ruff check .", "ruff format --check --quiet .", "lint-imports "]
-    assert calls[-4:] == [*checks, "python -m pytest -n 2 --dist loadfile -x tests/config"]
+    checks = ["ruff check .", "ruff format --check --quiet .", "lint-imports ", "mypy "]
+    assert calls[-5:] == [*checks, "python -m pytest -n 2 --dist loadfile -x tests/config"]
     pinned = (clone / ".venv/constraints.txt").read_text()
     assert re.findall(r"^torch==.*", pinned, re.M) == ["torch==2.13.0+cpu"]  # what is installed stays
 
     code, calls = run_script(clone, "test.sh")
     assert (code, [call for call in calls if "install" in call]) == (0, [])
-    for step in ("ruff", "lint-imports", "python -m pytest"):
+    for step in ("ruff", "lint-imports", "mypy", "python -m pytest"):
         assert run_script(clone, "test.sh", FAIL=step)[0] == 3
 
     (clone / "pyproject.toml").write_text("[project]\nname = 'changed'\n")
