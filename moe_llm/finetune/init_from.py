@@ -137,7 +137,9 @@ def _open(model: ModelConfig) -> "Weights":
 
     files = TensorFiles(Path(str(model.init_from)).expanduser(), MODEL)
     stored = model.model_copy(update={"vocab_size": rows_there(model)}) if model.resize_embeddings else model
-    weights = Weights(files) if stored.vocab_size == model.vocab_size else with_more_rows(files, model.resolved_vocab_size)
+    weights = (
+        Weights(files) if stored.vocab_size == model.vocab_size else with_more_rows(files, model.resolved_vocab_size)
+    )
     check_weights(weights, hf.parameter_shapes(stored), optional=map(hf.published_name, hf.buffer_shapes(model)))
     return weights
 

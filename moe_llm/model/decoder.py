@@ -201,8 +201,8 @@ class MoEDecoder(nn.Module):
         self.router_losses = router_losses(config)
         self.model = Decoder(config)
         self.lm_head = LanguageModelHead(config)
-        if self.model.moe_layers[-1:] == [self.model.layers[-1]]:
-            self.model.layers[-1].mlp.gate.last = True
+        if self.model.moe_layers[-1:] == self.model.blocks[-1:]:
+            self.model.routers[-1].last = True
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -286,8 +286,7 @@ class MoEDecoder(nn.Module):
             groups,
             len(layers),
         )
-        routers = [layer.mlp.gate for layer in self.model.moe_layers]
         return [
             router.feedback(layer, losses) if router.learns_from_loss and layer.handed_TX.numel() else layer
-            for router, layer in zip(routers, layers)
+            for router, layer in zip(self.model.routers, layers)
         ]

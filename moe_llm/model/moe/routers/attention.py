@@ -24,6 +24,7 @@ class AttentionRouter(TokenChoiceRouter):
 
     Settings = AttentionSettings
     settings: AttentionSettings
+    weight: Tensor
     gains: ClassVar[dict[str, float]] = {"weight": 1.0, "query_weight": 1.0}
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor, document_BS: Tensor | None = None) -> Routing:

@@ -30,6 +30,7 @@ class ReinforceRouter(Router):
 
     Settings = ReinforceSettings
     settings: ReinforceSettings
+    load: Tensor
     zero_parameters = ("baseline_weight",)
     learns_from_loss: ClassVar[bool] = True
 

@@ -26,6 +26,9 @@ class TransformerRouter(TokenChoiceRouter):
 
     Settings = TransformerSettings
     settings: TransformerSettings
+    attention_norm: Tensor
+    mlp_norm: Tensor
+    norm: Tensor
     gains: ClassVar[dict[str, float]] = dict.fromkeys(
         ("weight", "input_weight", "qkv_weight", "output_weight", "up_weight", "down_weight"), 1.0
     )
