@@ -141,7 +141,7 @@ def _example(record: dict[str, Any], where: Place | str, field: str) -> Example 
 def _parsed_tools(text: str, origin: _Origin) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter where it is nested too deeply
         raise UserError(f"{origin}: tools is {_short(text)}, which is no JSON: give it a list of tools") from error
 
 

@@ -227,8 +227,9 @@ def _generate(
         **how,
     )
     answers = iter(
-        _said(tokenizer, ids, new) if options.continued or not set(ends).isdisjoint(new) else ""
+        _said(tokenizer, ids, new[:end]) if options.continued or end < len(new) else ""
         for ids, new in zip(read, output[:, width:].tolist())
+        for end in [next((at for at, token in enumerate(new) if token in ends), len(new))]
     )
     return [next(answers) if fit else "" for fit in fits]
 
