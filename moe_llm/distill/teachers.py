@@ -187,7 +187,7 @@ def check_teachers(config: Config) -> None:
         if config.distill.cache_top_k is not None and not Path(teacher.path).expanduser().exists():
             continue  # what it said may be on disk
         content = _described(teacher, field)
-        longest = content.get("max_position_embeddings") or content.get("n_positions")
+        longest = _longest(content)
         if isinstance(longest, int) and longest < config.data.sequence_length:
             raise UserError(
                 f"{field}.path={teacher.path!r} reads {longest} positions, fewer than data.sequence_length="
@@ -294,6 +294,14 @@ def _described(teacher: TeacherConfig, field: str) -> dict:
             "causal language model: use another teacher"
         )
     return content
+
+
+def _longest(content: dict[str, Any]) -> Any:
+    """Tokens that a model is meant for, as far as its config.json says it; more where its rotary embeddings are scaled."""
+    try:
+        return hf.from_transformers_config(content).longest_text
+    except UserError:  # no family of ours
+        return content.get("max_position_embeddings") or content.get("n_positions")
 
 
 def _check_device(teacher: TeacherConfig, field: str) -> None:

@@ -270,7 +270,7 @@ class LocalEngine(_NamedState):
                 parameter.copy_(master)
 
     def _row_squares(self, parameter: nn.Parameter) -> Tensor:
-        return torch.linalg.vector_norm(_gradient(self._masters[parameter]), dim=(1, 2)).square()
+        return _gradient(self._masters[parameter]).flatten(1).square().sum(1)
 
     def gradient(self, name: str) -> Tensor:
         return _gradient(self._masters[self._parameters[name]]).cpu()

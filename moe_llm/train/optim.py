@@ -12,12 +12,15 @@ from moe_llm.config.schema import OptimConfig
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices decay, vectors (norms) do not; frozen parameters are in no group."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    """Matrices decay, vectors (norms and biases, those of stacked experts too) do not; frozen parameters are in no
+    group."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    decaying = {name for name, p in trained.items() if p.dim() > 1 and not name.endswith("_bias")}
     groups = [
-        {"name": "matrices", "params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
-        {"name": "vectors", "params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        {"name": "matrices", "params": [trained[name] for name in trained if name in decaying]},
+        {"name": "vectors", "params": [trained[name] for name in trained if name not in decaying]},
     ]
+    groups[0]["weight_decay"], groups[1]["weight_decay"] = weight_decay, 0.0
     return [group for group in groups if group["params"]]
 
 

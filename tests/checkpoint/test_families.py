@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from families_support import CASES, GLM, MIXTRAL, OLMOE, QWEN
+from support.families import CASES, GLM, MIXTRAL, OLMOE, QWEN
 from transformers import AutoModelForCausalLM, Glm4MoeConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 from moe_llm.checkpoint import hf

@@ -55,7 +55,7 @@ def part_of(name: str) -> int:
 
 def is_vector(name: str, value: np.ndarray) -> bool:
     """Norms and biases by name, and whatever has one dimension."""
-    return name.endswith(("norm.weight", ".bias")) or value.ndim <= 1
+    return name.endswith(("norm.weight", ".bias", "_bias")) or value.ndim <= 1
 
 
 def gradient_norm(gradients: Tensors) -> float:
