@@ -52,7 +52,16 @@ def load_causal_lm(checkpoint: str | Path, dtype: torch.dtype | str = "auto", ca
             f"{called}={str(checkpoint)!r} lacks {lost[0]}, or has it in another shape: "
             "use a causal language model's checkpoint"
         )
+    _take_any_width(model)
     return model.eval()
+
+
+def _take_any_width(model: Any) -> None:
+    """Have transformers compute experts one by one where its grouped products, which take rows of multiples of 16 bytes
+    alone, would fail."""
+    stacked = [p for name, p in model.named_parameters() if ".experts." in name and p.dim() == 3]
+    if any(size * p.element_size() % 16 for p in stacked for size in p.shape[1:]):
+        model.set_experts_implementation("eager")
 
 
 def _class_of(checkpoint: str | Path, called: str) -> Any:

@@ -70,7 +70,7 @@ def test_trained_evaluated_generated_and_compared(base, tmp_path, capsys):
     assert main(["params", file]) == 0
     assert main(["train", file]) == 0
     saved = str(tmp_path / "run/checkpoints/latest")
-    theirs = AutoModelForCausalLM.from_pretrained(saved)
+    theirs = AutoModelForCausalLM.from_pretrained(saved, experts_implementation="eager")
     assert type(theirs) is type(AutoModelForCausalLM.from_pretrained(base[1] / "a"))
     capsys.readouterr()
     assert main(["evaluate", saved, "--data", str(base[0]), "--max-blocks", "2", "--json"]) == 0
@@ -83,9 +83,8 @@ def test_trained_evaluated_generated_and_compared(base, tmp_path, capsys):
         ids = torch.cat([ids, ours(ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
     assert ids.tolist() == expected.tolist()
     assert main(["diff", str(base[1] / "a"), saved]) == 0
-    assert (
-        main(["inspect", saved, "--data", str(base[0]), "--out", str(tmp_path / "inspect"), "--permutations", "2"]) == 0
-    )
+    few = ["--max-tokens", "100", "--removal-rows", "1"]
+    assert main(["inspect", saved, "--data", str(base[0]), *few]) == 0
 
 
 def test_merged_with_its_experts_aligned(base, tmp_path):
