@@ -82,6 +82,12 @@ class FinetuneConfig(Section):
         description="train these experts of each layer alone, counted from 0, where experts are trained; null: all",
     )
 
+    expert_sources: list[list[int] | None] | None = Field(
+        None,
+        min_length=1,
+        description="for each of data.sources, in order, the experts of each layer that its tokens may go to while training, "
+        "null: all; for experts that are to begin with data of their own. Evaluation and generation route freely",
+    )
     router_guard: RouterGuardConfig = Field(RouterGuardConfig(), description="a watch over the routers")
     lora: LoraConfig = Field(LoraConfig(), description="low-rank adapters in place of whole tensors")
 

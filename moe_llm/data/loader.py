@@ -7,7 +7,7 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -75,9 +75,10 @@ class TrainBlocks:
     def rows(self, start: int, count: int) -> Batch:
         """Samples start .. start + count as one batch."""
         arrays = self.sources[0].empty_arrays(count)
-        for row, (source, block) in enumerate(zip(*self.locate(start, count))):
+        source_B, block_B = self.locate(start, count)
+        for row, (source, block) in enumerate(zip(source_B, block_B)):
             self.sources[source].write(int(block), row, arrays)
-        return as_batch(arrays)
+        return replace(as_batch(arrays), sources_B=torch.from_numpy(np.array(source_B, np.int64)))
 
 
 class TrainLoader:

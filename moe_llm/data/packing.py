@@ -27,6 +27,7 @@ class Batch:
     attention_mask_BS: bool, False on padding.
     runs_B: of each block the lengths of its documents, and of its padding, in order, known on the host so that attention
         need not ask the device for them; None where they are not known.
+    sources_B: int64, of each block the index of its source in `data.sources`; None where it is not known.
     part: which of how many consecutive parts of each block the tensors hold; `runs_B` is always of the whole blocks.
     """
 
@@ -36,6 +37,7 @@ class Batch:
     document_ids_BS: torch.Tensor | None
     attention_mask_BS: torch.Tensor
     runs_B: tuple[tuple[int, ...], ...] | None = None
+    sources_B: torch.Tensor | None = None
     part: tuple[int, int] = (0, 1)
 
     @property
@@ -62,7 +64,8 @@ class Batch:
         if parts == 1:
             return self
         assert self.part == (0, 1), "this is a part already"
-        return replace(self._map(lambda tensor: own_part(tensor, index, parts)), part=(index, parts))
+        own = self._map(lambda tensor: own_part(tensor, index, parts) if tensor.dim() > 1 else tensor)
+        return replace(own, part=(index, parts))
 
     @staticmethod
     def of_parts(parts: "Sequence[Batch]") -> "Batch":
@@ -70,7 +73,8 @@ class Batch:
 
         def joined(name: str) -> Any:
             values = [getattr(part, name) for part in parts]
-            return torch.cat(values, 1) if isinstance(values[0], torch.Tensor) else values[0]
+            cut = isinstance(values[0], torch.Tensor) and values[0].dim() > 1
+            return torch.cat(values, 1) if cut else values[0]
 
         return replace(Batch(**{field.name: joined(field.name) for field in fields(Batch)}), part=(0, 1))
 
@@ -199,5 +203,6 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
         "position_ids": batch.position_ids_BS,
         "document_ids": batch.document_ids_BS,
         "runs": batch.runs_B,
+        **({} if batch.sources_B is None else {"sources": batch.sources_B}),
         "return_logits": False,
     }

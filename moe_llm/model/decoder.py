@@ -199,6 +199,7 @@ class MoEDecoder(nn.Module):
         assert config.vocab_size is not None, "vocab_size is resolved from the tokenizer first"
         self.config = config
         self.router_losses = router_losses(config)
+        self.source_experts_XE: Tensor | None = None  # bool, see `finetune.expert_sources`
         self.model = Decoder(config)
         self.lm_head = LanguageModelHead(config)
         if self.model.moe_layers[-1:] == self.model.blocks[-1:]:
@@ -223,6 +224,7 @@ class MoEDecoder(nn.Module):
         return_logits: bool = True,
         teacher: Distillation | None = None,
         perturbation: Tensor | None = None,
+        sources: Tensor | None = None,
     ) -> MoEOutput:
         """Logits and losses of a batch.
 
@@ -240,6 +242,7 @@ class MoEDecoder(nn.Module):
             return_logits: without them only the loss is computed, in less memory.
             teacher: what the targets' distributions are drawn to, beside the targets themselves.
             perturbation: (B, S, D), added to the embeddings of the input.
+            sources: (B,) int64, which row of `source_experts_XE` says where each sequence's tokens may go in training.
         """
         if labels is not None:
             assert targets is None, "labels are shifted here, targets are shifted already: give one of them"
@@ -250,6 +253,10 @@ class MoEDecoder(nn.Module):
         assert runs is not None or self.model.blocks[0].self_attn.parts is None, (
             "parts of sequences need `runs` of the whole"
         )
+        if self.source_experts_XE is not None:
+            allowed_BE = None if sources is None else self.source_experts_XE.to(input_ids.device)[sources]
+            for router in self.model.routers:
+                router.allowed_BE = allowed_BE
         patterns = self.model.attention_patterns(
             input_ids, attention_mask=attention_mask, document_ids=document_ids, runs=runs
         )

@@ -60,6 +60,7 @@ class Router(nn.Module):
         self.last = False
         self.parts: SequenceParts | None = None
         self.left_out: int | None = None  # an expert that no token is to have
+        self.allowed_BE: Tensor | None = None  # those that the tokens of each sequence may have in training; all
         self.low_rank: tuple[float, float] | None = None  # scale and dropout of adapters
         for name, shape in self.settings.parameter_shapes(config).items():
             module, _, leaf = name.rpartition(".")
@@ -114,13 +115,20 @@ class Router(nn.Module):
         """Their map by `weight`, and by `bias` where the router has one, (T, E)."""
         logits_TE = self.linear(self.input(x_BSD), "weight")
         bias_E = getattr(self, "bias", None)
-        return self.without_left_out(logits_TE if bias_E is None else logits_TE + bias_E.float())
+        return self.without_closed(logits_TE if bias_E is None else logits_TE + bias_E.float())
 
-    def without_left_out(self, logits_TE: Tensor) -> Tensor:
-        """The same, in place, but for the expert that no token is to have."""
+    def without_closed(self, logits_TE: Tensor) -> Tensor:
+        """The same but for the experts that tokens are not to have."""
+        closed_TE = self.closed(logits_TE)
+        return logits_TE if closed_TE is None else logits_TE.masked_fill(closed_TE, torch.finfo(torch.float32).min / 4)
+
+    def closed(self, scores_TE: Tensor) -> Tensor | None:
+        """Which experts which tokens are not to have, bool, of the scores' shape or one that expands to it; None: none."""
         if self.left_out is not None:
-            logits_TE[:, self.left_out] = torch.finfo(logits_TE.dtype).min / 4
-        return logits_TE
+            return torch.arange(self.num_experts, device=scores_TE.device) == self.left_out
+        if self.allowed_BE is None or not self.training:
+            return None
+        return (~self.allowed_BE).repeat_interleave(len(scores_TE) // len(self.allowed_BE), 0)
 
     def log_probabilities(self, logits_TE: Tensor) -> Tensor:
         """Of the experts, as the router shares its scores out, (T, E)."""

@@ -126,7 +126,7 @@ class TokenChoiceRouter(Router):
         if self.training and self.step < self.settings.warmup_steps:
             drawn_T = torch.rand(len(probability_TE), device=probability_TE.device)
             learned_T = decided(drawn_T < self.step / self.settings.warmup_steps)
-            random_TE = torch.rand_like(probability_TE)
+            random_TE = torch.rand_like(probability_TE).masked_fill(probability_TE == 0, -1.0)  # closed ones stay so
             probability_TE = torch.where(learned_T[:, None], probability_TE, random_TE)
         return probability_TE.topk(choices, dim=-1).indices
 

@@ -33,7 +33,7 @@ class AttentionRouter(TokenChoiceRouter):
         key_EHK = self.weight.to(query_THK.dtype).unflatten(-1, (heads, size))
         scores_THE = torch.einsum("thk,ehk->the", query_THK, key_EHK) / (size**0.5 * self.settings.temperature)
         log_THE = scores_THE.log_softmax(-1)
-        logits_TE = self.without_left_out(log_THE.logsumexp(1) - math.log(heads))
+        logits_TE = self.without_closed(log_THE.logsumexp(1) - math.log(heads))
         routing = self.route(logits_TE, logits_TE.exp(), self.groups(mask_BS, document_BS))
         z_T = scores_THE.logsumexp(-1).square().mean(-1)
         z_sum = mask_BS.flatten().to(z_T.dtype) @ z_T

@@ -11,6 +11,8 @@ from moe_llm.model.moe.router import Router, rows_by_token
 from moe_llm.model.moe.routing import Routing, RoutingStatistics
 from moe_llm.model.moe.token_choice import close_groups
 
+_LAST = -1e9  # finite, so that a group with one expert that is open is better than one with none
+
 
 class BiasBalancedRouter(Router):
     """A token takes the experts of the highest score + bias, weighted by their scores without it.
@@ -28,7 +30,7 @@ class BiasBalancedRouter(Router):
         logits_TE = self.logits(x_BSD)
         score_TE = logits_TE.sigmoid() if self.settings.score == "sigmoid" else logits_TE.softmax(-1)
         share_TE = score_TE / score_TE.sum(-1, keepdim=True)
-        expert_TK = self._choose(score_TE.detach() + self.selection_bias())
+        expert_TK = self._choose(score_TE.detach() + self.e_score_correction_bias)
         weight_TK = score_TE.gather(-1, expert_TK)
         if self.settings.norm_topk_prob:
             weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
@@ -46,18 +48,12 @@ class BiasBalancedRouter(Router):
         score_TE = torch.nn.functional.logsigmoid(logits_TE)
         return score_TE - score_TE.logsumexp(-1, keepdim=True)
 
-    def selection_bias(self) -> Tensor:
-        """What is added to the scores in selection, (E,): an expert that is out is behind all others, whose scores are at
-        most 1."""
-        if self.left_out is None:
-            return self.e_score_correction_bias
-        bias_E = self.e_score_correction_bias.clone()
-        bias_E[self.left_out] = bias_E.min() - 2
-        return bias_E
-
     def _choose(self, biased_TE: Tensor) -> Tensor:
         """The best K experts of the best P groups, (T, K); a group is as good as its two best experts."""
         groups, allowed = self.settings.n_group, self.settings.topk_group
+        closed_TE = self.closed(biased_TE)
+        if closed_TE is not None:  # behind all others, whatever their bias
+            biased_TE = biased_TE.masked_fill(closed_TE, _LAST)
         if allowed < groups:
             best_TG = biased_TE.unflatten(-1, (groups, -1)).topk(2, dim=-1).values.sum(-1)
             biased_TE = close_groups(biased_TE, best_TG, allowed)

@@ -44,7 +44,7 @@ class TransformerRouter(TokenChoiceRouter):
         attended_BHSw = F.scaled_dot_product_attention(query, key, value, attn_mask=seen_B1SS)
         h_TW = h_TW + self.linear(attended_BHSw.transpose(1, 2).flatten(2).flatten(0, 1), "output_weight")
         h_TW = h_TW + self.linear(F.gelu(self.linear(_rms(h_TW, self.mlp_norm), "up_weight")), "down_weight")
-        logits_TE = self.without_left_out(self.linear(_rms(h_TW, self.norm), "weight"))
+        logits_TE = self.without_closed(self.linear(_rms(h_TW, self.norm), "weight"))
         return self.route(logits_TE, logits_TE.softmax(-1), self.groups(mask_BS, document_BS))
 
     def _seen(self, mask_BS: Tensor, document_BS: Tensor | None) -> Tensor:
