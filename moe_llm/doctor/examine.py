@@ -355,7 +355,7 @@ class _Case:
                 "gradients of step 1",
             ),
             compare.norms(ranks, one, allowed, self.config.optim.grad_clip),
-            compare.weights(ranks, one, allowed),
+            compare.weights(ranks, one, allowed, compare.without_effect(self.config.model)),
             *compare.trained(ranks, self.config),
             *([] if self.config.finetune.whole else [compare.frozen(ranks, self.config)]),
         ]
