@@ -121,8 +121,12 @@ def check_weights(weights: Weights, shapes: Mapping[str, tuple[int, ...]], optio
 def _fill(model: nn.Module, weights: Weights, experts: range | None) -> None:
     parameters = dict(model.named_parameters()) | dict(model.named_buffers())
     shapes = {name: _whole_shape(name, parameter, model) for name, parameter in parameters.items()}
-    check_weights(weights, shapes)
+    stored = weights.without_unused(shapes, architecture_of(model.config).unused)
+    check_weights(weights, stored)
     for name, parameter in parameters.items():
+        if name not in stored:  # what only training needs begins where a new model's does
+            parameter.zero_()
+            continue
         held = experts if hf.is_expert(name) and experts is not None else range(shapes[name][0])
         assert len(held) == parameter.shape[0], f"{name} holds {parameter.shape[0]} experts, not {held}"
         for index, part in weights.parts(name, tuple(parameter.shape), held.start):

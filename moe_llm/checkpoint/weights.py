@@ -93,6 +93,16 @@ class Weights:
         """Whether a dense parameter of this in-memory name is stored."""
         return hf.published_name(name) in self._stored
 
+    def without_unused(
+        self, shapes: Mapping[str, tuple[int, ...]], unused: tuple[str, ...]
+    ) -> dict[str, tuple[int, ...]]:
+        """`shapes` without the parameters named in `unused` where none of these is stored, as transformers leaves a
+        model's files that it has read and written again."""
+        named = [name for name in shapes if unused and name.endswith(unused)]
+        if any(map(self.has, named)):
+            return dict(shapes)
+        return {name: shape for name, shape in shapes.items() if name not in named}
+
     def dtype(self, name: str) -> torch.dtype:
         """Stored dtype of a dense parameter; fp32 where it is not stored."""
         stored = self._stored.get(hf.published_name(name))

@@ -3,6 +3,7 @@
 Shapes: N positions, U models, V vocabulary, K numbers that are fitted.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -18,12 +19,17 @@ from moe_llm.errors import UserError
 CACHE_BYTES = 1 << 30  # of distributions kept for a log-linear fit; beyond it, positions are thinned out evenly
 _CHUNK_BYTES = 32 << 20
 _LEAST = -1e4  # as in a rule
+_ROUNDING = 1e-7  # nats a token: what the distributions' fp32 can hide
+_FIRST_STEPS = 8
+_SHORT = "the fit ended about %.1e nats a token from the optimum, where %.0e is wanted: give more text or other members"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Fitted:
     """A recipe with its numbers. tokens: that they were fitted on. loss: on those, nats a token; before: that of the
-    numbers that the recipe had, where it had any. alone: each member's. asked: a cascade's share for the large one."""
+    numbers that the recipe had, where it had any. alone: each member's. asked: a cascade's share for the large one. excluded:
+    tokens that no member gives a probability, which were left out."""
 
     recipe: FittedRecipe
     tokens: int
@@ -31,6 +37,7 @@ class Fitted:
     before: float | None = None
     alone: tuple[float, ...] = ()
     asked: float | None = None
+    excluded: int = 0
 
 
 def fit(ensemble: Ensemble, data: list[str], *, max_blocks: int | None = None, batch_size: int = 8) -> Fitted:
@@ -80,31 +87,66 @@ def threshold_for(budget: float, confidence_N: Tensor) -> float:
 def mixture_weights(
     log_probs_NU: Tensor, tolerance: float = 1e-7, max_iterations: int = 10_000
 ) -> tuple[Tensor, list[float]]:
-    """Weights of the mixture that gives the targets the highest likelihood, by expectation maximisation.
+    """Weights of the mixture that gives the targets the highest likelihood.
 
-    The likelihood is concave, so that it lies below its tangents: with g_u the mean of p_u / mixture, the best one is
-    at most max g - 1 nats a token above the present one, which ends the iteration.
+    A few steps of expectation maximisation, and then projected Newton steps on `sum(w) - mean log(p @ w)`, w >= 0, whose
+    optimum sums to 1 (Bertsekas 1982; Kim et al. 2020, "mixsqp"); where one gains nothing, another of the former, which
+    always does: by themselves they need thousands where members are alike. The likelihood is
+    concave, so that it lies below its tangents: with g_u the mean of p_u / mixture, the best one is at most max g - 1
+    nats a token above the present one, which ends the iteration.
 
     Args:
-        log_probs_NU: of each target, by each model.
-        tolerance: nats a token from the optimum.
+        log_probs_NU: of each target, by each model. Targets that all of them exclude say nothing and are left out.
+        tolerance: nats a token from the optimum; where it is not reached, that is reported.
 
     Returns:
         (U,) weights that sum to 1, and the mean log-likelihood before each step, which never falls.
+
+    Raises:
+        UserError: every model excludes every target.
     """
-    top_N = log_probs_NU.double().amax(1)
-    p_NU = (log_probs_NU.double() - top_N[:, None]).exp()
+    log_probs_NU = log_probs_NU.double()[said_by_any(log_probs_NU)]
+    if not len(log_probs_NU):
+        raise UserError("every member excludes every token of the text: give other members or another text")
+    top_N = log_probs_NU.amax(1)
+    p_NU = (log_probs_NU - top_N[:, None]).exp()
     weights_U = p_NU.new_full(p_NU.shape[1:], 1 / p_NU.shape[1])
-    likelihoods = []
-    for _ in range(max_iterations):
-        mixed_N = p_NU @ weights_U
-        likelihoods.append(float((mixed_N.log() + top_N).mean()))
-        gain_U = (p_NU / mixed_N[:, None]).mean(0)
-        if float(gain_U.max()) - 1 <= tolerance:
-            break
-        weights_U = weights_U * gain_U
-        weights_U = weights_U / weights_U.sum()
+    mixed_N = p_NU @ weights_U
+    likelihoods = [float((mixed_N.log() + top_N).mean())]
+    for iteration in range(max_iterations):
+        ratio_NU = p_NU / mixed_N[:, None]
+        gain_U = ratio_NU.mean(0)
+        gap = float(gain_U.max()) - 1
+        if gap <= tolerance:
+            return weights_U, likelihoods
+        newton_U = _newton_step(weights_U, 1 - gain_U, ratio_NU.T @ ratio_NU / len(ratio_NU))
+        for length in (1.0, 0.5, 0.25, 0.125, None) if iteration >= _FIRST_STEPS else (None,):
+            tried_U = weights_U * gain_U if length is None else (weights_U + length * newton_U).clamp(min=0)
+            tried_U = tried_U / tried_U.sum()
+            mixed_N = p_NU @ tried_U
+            likelihood = float((mixed_N.log() + top_N).mean())  # -inf or NaN where a target's last weight went
+            if likelihood > likelihoods[-1]:
+                break
+        else:  # rounding hides what is left to gain
+            likelihood = max(likelihoods[-1], likelihood)
+        weights_U = tried_U
+        likelihoods.append(likelihood)
+    logger.warning(_SHORT, gap, tolerance)
     return weights_U, likelihoods
+
+
+def said_by_any(log_probs_NU: Tensor) -> Tensor:
+    """(N,) bool: the targets to which some model gives a probability."""
+    return (log_probs_NU > -torch.inf).any(1)
+
+
+def _newton_step(weights_U: Tensor, gradient_U: Tensor, hessian_UU: Tensor) -> Tensor:
+    """Of those weights that are not held at 0 by the bound."""
+    free = (weights_U > 1e-12) | (gradient_U < 0)
+    step_U = -weights_U * ~free
+    inverse = torch.linalg.pinv(hessian_UU[free][:, free], hermitian=True, rtol=1e-12)
+    step_U[free] = -inverse @ gradient_U[free]
+    return step_U
 
 
 def log_linear_weights(
@@ -119,7 +161,7 @@ def log_linear_weights(
         tolerance: half of Newton's decrement, nats a token.
 
     Returns:
-        theta, and the loss at each step, which never rises.
+        theta, and the loss at each step, which never rises; where the tolerance is not reached, that is reported.
     """
     theta_K = torch.zeros(len(directions_KU), dtype=torch.float64)
     loss, gradient_K, hessian_KK = _objective(kept, base_U, directions_KU)
@@ -138,9 +180,13 @@ def log_linear_weights(
                 break
             length /= 2
             if length < 1e-6:  # rounding hides what is left to gain
+                if decrement / 2 > _ROUNDING:
+                    logger.warning(_SHORT, decrement / 2, tolerance)
                 return theta_K, losses
         theta_K, (loss, gradient_K, hessian_KK) = tried_K, found
         losses.append(loss)
+    else:
+        logger.warning(_SHORT, decrement / 2, tolerance)
     return theta_K, losses
 
 
@@ -183,11 +229,14 @@ def _fit_linear(ensemble: Ensemble, recipe: LinearRecipe, scores: Iterable[Score
         ]
     )
     weights_U, likelihoods = mixture_weights(log_probs_NU)
+    said = said_by_any(log_probs_NU)
+    excluded = int((~said).sum())
+    log_probs_NU = log_probs_NU[said]
     before = None if recipe.to_fit else _mixture_loss(log_probs_NU, ensemble.rule.weights)
     alone_U = -log_probs_NU.mean(0)
     return Fitted(
         recipe.with_shares(_divided(weights_U, ensemble.index)), len(log_probs_NU), -likelihoods[-1], before,
-        tuple(alone_U[ensemble.index].tolist()),
+        tuple(alone_U[ensemble.index].tolist()), excluded=excluded,
     )  # fmt: skip
 
 

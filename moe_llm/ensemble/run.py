@@ -147,6 +147,8 @@ def report(fitted: Fitted) -> list[str]:
         what = "requests" if recipe.per == "request" else "tokens"
         return [f"threshold {recipe.threshold:.6g}: the large model for {fitted.asked:.2%} of {fitted.tokens:,} {what}"]
     lines = [f"loss {fitted.loss:.4f} nats a token, on the {fitted.tokens:,} tokens that were fitted on"]
+    if fitted.excluded:
+        lines.append(f"{fitted.excluded:,} more tokens, to which no member gives a probability, were left out")
     if fitted.before is not None:
         lines.append(f"loss {fitted.before:.4f} with the numbers given before")
     shares = getattr(recipe, "shares", None)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_llm.checkpoint import hf
+from moe_llm.checkpoint.architectures import architecture_of
 from moe_llm.checkpoint.folder import check_checkpoint_directory
 from moe_llm.checkpoint.plan import MODEL
 from moe_llm.checkpoint.pretrained import check_weights
@@ -64,6 +65,8 @@ def diff(base: str | Path, tuned: str | Path, *, layers: bool = False, experts: 
     (config, before), (_, after) = _open_both(base, tuned)
     rows: dict[tuple, Change] = {}
     for name, shape in _shapes(config).items():
+        if not hf.is_expert(name) and not (before.has(name) and after.has(name)):
+            continue  # needed in training alone, and left out by transformers
         part, layer = part_of(name), int(name.split(".")[2]) if ".layers." in name else None
         for expert, change in _changes(name, shape, before, after):
             key = (part, layer if layers else None, expert if experts else None)
@@ -89,8 +92,8 @@ def _open_both(base: str | Path, tuned: str | Path) -> list[tuple[ModelConfig, W
                 "give two checkpoints of one model"
             )
     opened = [Weights(TensorFiles(Path(directory), MODEL)) for directory in (base, tuned)]
-    for weights in opened:
-        check_weights(weights, shapes[0])
+    for weights, config in zip(opened, configs):
+        check_weights(weights, weights.without_unused(shapes[0], architecture_of(config).unused))
     return list(zip(configs, opened))
 
 

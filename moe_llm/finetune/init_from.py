@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic_core import PydanticCustomError
 
 from moe_llm.checkpoint import hf
-from moe_llm.checkpoint.architectures import complete_section
+from moe_llm.checkpoint.architectures import architecture_of, complete_section
 from moe_llm.config import Config, ModelConfig
 from moe_llm.config.base import fields_by_key
 from moe_llm.config.rope import with_one_spelling
@@ -118,8 +118,10 @@ def load_origin(state: "TrainedState", model: ModelConfig) -> None:
 
     weights, adapted = together(state, lambda: _open(model)), False
     for entry in state.entries():
-        absent = entry.buffer and not weights.has(entry.name)  # another router's checkpoint has none of this one's
-        if not entry.adapter and not absent:
+        absent = not (entry.adapter or hf.is_expert(entry.name) or weights.has(entry.name))
+        if absent and not entry.buffer:  # transformers leaves out what only training needs, which begins at zero
+            state.write(entry.name, "weight", torch.zeros(entry.shape))
+        elif not entry.adapter and not absent:  # another router's checkpoint has none of this one's buffers
             write_weight(state, entry, weights, weights)
         if entry.adapted is not None:
             state.write(entry.adapted.b, "weight", torch.zeros_like(state.read(entry.adapted.b, "weight")))
@@ -140,7 +142,8 @@ def _open(model: ModelConfig) -> "Weights":
     weights = (
         Weights(files) if stored.vocab_size == model.vocab_size else with_more_rows(files, model.resolved_vocab_size)
     )
-    check_weights(weights, hf.parameter_shapes(stored), optional=map(hf.published_name, hf.buffer_shapes(model)))
+    shapes = weights.without_unused(hf.parameter_shapes(stored), architecture_of(model).unused)
+    check_weights(weights, shapes, optional=map(hf.published_name, hf.buffer_shapes(model)))
     return weights
 
 

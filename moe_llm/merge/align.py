@@ -44,6 +44,12 @@ class Aligner:
             raise UserError(
                 f"align_experts={self.by!r} needs mixtures, and {reference.reference} is dense: set align_experts: none"
             )
+        parts = [suffix for suffix in reference.layer_shapes(layer) if suffix.startswith(("mlp.gate.", "mlp.experts."))]
+        if others := [suffix for suffix in parts if suffix not in MIXTURE]:
+            raise UserError(
+                f"align_experts={self.by!r} moves experts and rows of {ROUTER} alone, and {reference.reference} has "
+                f"{others[0]}: set align_experts: none"
+            )
         return _Aligned(other, partial(self._match, reference, layer, other, other_layer))
 
     def report(self) -> list[str]:

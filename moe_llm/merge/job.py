@@ -13,7 +13,10 @@ from typing import Any, Protocol
 
 import torch
 
+from moe_llm.errors import UserError
+
 SPAN = 1 << 18  # elements
+OPPOSED = "the models point opposite ways, between which no turn is the shortest: they are averaged, which shrinks them"
 
 Combine = Callable[[int, list[torch.Tensor]], torch.Tensor]
 """From where a span starts and its part of every input to its part of the result; called in order, once a span."""
@@ -47,6 +50,7 @@ class Job:
     base: index of the input that task vectors are differences from; None: there is none.
     shared: parameters that are no input's own.
     cast: dtype that inputs are rounded to before anything is computed; None: as stored.
+    notes: sentences about this tensor that a method adds while it works.
     """
 
     name: str
@@ -58,6 +62,7 @@ class Job:
     shared: dict[str, Any] = field(default_factory=dict)
     cast: torch.dtype | None = None
     seed: int = 0
+    notes: list[str] = field(default_factory=list, compare=False)
 
     @property
     def tasks(self) -> list[int]:
@@ -77,7 +82,7 @@ class Job:
         for start, parts in self.spans():
             merged = combine(start, parts)
             # computed in fp32, rounded where the recipe's dtype says so, and then to that of the file
-            yield (merged if self.cast is None else merged.to(self.cast)).to(self.out_dtype)
+            yield finite(merged if self.cast is None else merged.to(self.cast), self.out_dtype, self.name)
 
     def generator(self, index: int, start: int) -> torch.Generator:
         """Random numbers of one input in one span: they depend on the seed, the tensor and the place alone."""
@@ -88,8 +93,39 @@ class Job:
         return self._read(self.inputs[index], start, stop)
 
     def _read(self, item: Input, start: int, stop: int) -> torch.Tensor:
+        if item.parameters.get("weight") == 0:  # it is left out: no result depends on what it holds
+            return torch.zeros(stop - start)
         part = item.reader.read(item.name, start, stop)
         return (part if self.cast is None else part.to(self.cast)).float()
+
+
+def finite(part: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """A part of an output's tensor in the dtype of its file.
+
+    Raises:
+        UserError: it has NaN or infinity there.
+    """
+    rounded = part.to(dtype)
+    if not rounded.isfinite().all():
+        largest = f" (the largest number of {str(dtype).removeprefix('torch.')} is {torch.finfo(dtype).max:.5g})"
+        raise UserError(
+            f"{name} of the output would hold NaN or infinity{largest}: set dtype or out_dtype to bfloat16 or "
+            "float32, or smaller weights"
+        )
+    return rounded
+
+
+def check_sum(job: Job, weights: list[float]) -> None:
+    """Refuse weights that cannot be normalised, since nothing is left of their sum but rounding.
+
+    Raises:
+        UserError: their sum is near 0.
+    """
+    if abs(sum(weights)) <= 1e-6 * sum(map(abs, weights)):
+        raise UserError(
+            f"weight adds up to {sum(weights):.3g} for {job.name}, by which nothing can be divided: change the "
+            "weights or set normalize: false"
+        )
 
 
 def seeded(*key: int | str) -> torch.Generator:
@@ -109,4 +145,4 @@ class Copy:
 
     def result(self) -> Iterator[torch.Tensor]:
         for part in self.parts():
-            yield part.to(self.out_dtype)
+            yield finite(part, self.out_dtype, self.name)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from moe_llm.checkpoint import hf
-from moe_llm.checkpoint.architectures import FAMILIES
+from moe_llm.checkpoint.architectures import FAMILIES, architecture_of
 from moe_llm.checkpoint.folder import check_checkpoint_directory
 from moe_llm.checkpoint.plan import MODEL
 from moe_llm.checkpoint.safetensors_io import TensorFiles, read_json
@@ -92,7 +92,11 @@ class Model:
         self.files = TensorFiles(self.directory, MODEL)
         self._segments: dict[str, list[_Segment]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._index(Weights(self.files))
+        weights, self._parameters = Weights(self.files), dict[str, tuple[int, ...]]()
+        if self.config is not None:
+            shapes, unused = hf.parameter_shapes(self.config), architecture_of(self.config).unused
+            self._parameters = weights.without_unused(shapes, unused)
+        self._index(weights)
         self.tied = bool(self.content.get("tie_word_embeddings"))
         if self.tied and EMBEDDING in self.shapes:
             self.shapes[HEAD], self._segments[HEAD] = self.shapes[EMBEDDING], self._segments[EMBEDDING]
@@ -132,7 +136,7 @@ class Model:
         if self.config is None:
             return [*ATTENTION, *DENSE, *BIASES]
         prefix = layer_tensor(layer, "")
-        names = hf.parameter_shapes(self.config) | self._buffers
+        names = [*self._parameters, *self._buffers]
         return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
     def _number(self, key: str) -> int:
@@ -261,7 +265,7 @@ def check_alike(models: list[Model]) -> list[str]:
                     f"{key} is {theirs} in {other.reference} and {ours} in {first.reference}: "
                     "give models of one architecture"
                 )
-        for key in _FUNCTION if first.config else ("rms_norm_eps", "rope_theta", "rope_parameters", "sliding_window"):
+        for key in _FUNCTION if first.config else _FUNCTION_OF_DENSE:
             ours, theirs = (getattr(m.config, key) if m.config else _setting(m.content, key) for m in (first, other))
             if key == "rope_parameters" and ours != theirs:
                 key, ours, theirs = "rope scaling", *(_scaling(model.content) for model in (first, other))
@@ -270,9 +274,11 @@ def check_alike(models: list[Model]) -> list[str]:
     return notes
 
 
-# Settings of a mixture that change its function and no tensor's shape.
+# Settings that change a model's function and no tensor's shape: of dense models, and of mixtures.
+_FUNCTION_OF_DENSE = ("rms_norm_eps", "rope_theta", "rope_parameters", "max_position_embeddings", "sliding_window")
 _FUNCTION = (
     "num_experts_per_tok",
+    "max_position_embeddings",
     "rms_norm_eps",
     "rope_theta",
     "rope_parameters",
@@ -288,6 +294,31 @@ _MEANT: dict[str, dict[str, Any]] = {
     "mistral": {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "sliding_window": 4096},
     "llama": {"rms_norm_eps": 1e-6, "rope_theta": 1e4},
 }
+
+
+def other_tokens(models: list[Model]) -> list[str]:
+    """One sentence for each model whose embeddings are as many as the first one's and mean other tokens."""
+    first = models[0]
+    ours, notes = _tokens(first.directory), []
+    for other in models[1:]:
+        theirs = _tokens(other.directory)
+        if None not in (ours, theirs) and ours != theirs and first.shapes[EMBEDDING] == other.shapes[EMBEDDING]:
+            notes.append(
+                f"{other.reference} and {first.reference} have vocabularies of one size with other tokens, so rows of "
+                "their embeddings that mean different tokens are merged: set tokenizer_source: union"
+            )
+    return notes
+
+
+def _tokens(directory: Path) -> Any:
+    """What tells a tokenizer's vocabulary from another one's; None where no file does."""
+    if (directory / "tokenizer.json").is_file():
+        content = read_json(directory / "tokenizer.json")
+        model = content.get("model") or {}
+        added = [(token.get("id"), token.get("content")) for token in content.get("added_tokens") or []]
+        return model.get("vocab"), sorted(added, key=str)
+    file = directory / "tokenizer.model"
+    return file.read_bytes() if file.is_file() else None
 
 
 def _setting(content: dict[str, Any], key: str) -> Any:

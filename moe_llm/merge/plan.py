@@ -16,7 +16,7 @@ from moe_llm.merge.activations import check_text
 from moe_llm.merge.align import Aligner
 from moe_llm.merge.job import Copy, Input, Job, Reader
 from moe_llm.merge.methods import METHODS, Method
-from moe_llm.merge.models import EMBEDDING, HEAD, NORM, Model, check_alike, layer_tensor
+from moe_llm.merge.models import EMBEDDING, HEAD, NORM, Model, check_alike, layer_tensor, other_tokens
 from moe_llm.merge.parameters import filters, matches, resolve
 from moe_llm.merge.recipe import OutputSlice, Recipe, SliceSource
 from moe_llm.merge.vocabulary import Vocabulary, build_vocabulary
@@ -80,6 +80,8 @@ class _Planner:
         first.sort(key=lambda model: model is not self.donor)
         self.notes = check_alike(first) + _check_parameters(recipe, self.slices, self.method)
         self.vocabulary = self._vocabulary(first)
+        if self.vocabulary is None:
+            self.notes += other_tokens(first)
         self.aligner = None
         if recipe.align_experts == "activations":
             check_text(recipe.align_text, first)
@@ -245,9 +247,10 @@ class _Planner:
             key: resolve(key, parameter, scopes, name, depth, "")
             for key, parameter in self.method.parameters.items() if parameter.scope == "shared"
         }  # fmt: skip
-        kept = torch.float32 if self.donor.is_buffer(name) else self.out
-        dtype = kept or common_dtype([reader.dtype(own) for reader, own in named])
-        job = Job(name, shapes[0], dtype, inputs, self.method.start, base, shared, self.cast, self.recipe.seed)
+        buffer = self.donor.is_buffer(name)  # in fp32 throughout, as models hold it
+        dtype = (torch.float32 if buffer else self.out) or common_dtype([reader.dtype(own) for reader, own in named])
+        cast = None if buffer else self.cast
+        job = Job(name, shapes[0], dtype, inputs, self.method.start, base, shared, cast, self.recipe.seed)
         if self.method.check is not None:
             self.method.check(job)
         return job

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moe_llm.errors import UserError
 from moe_llm.merge.checkpoints import averaged
+from moe_llm.merge.job import Job
 from moe_llm.merge.mixture import make_mixture_plan
 from moe_llm.merge.plan import Plan, make_plan
 from moe_llm.merge.recipe import AnyRecipe, CheckpointRecipe, MixtureRecipe, SoupRecipe, load_recipe, recipe_text
@@ -43,8 +44,20 @@ def merge_recipe(
     for note in plan.notes:
         say(note)
     write(plan, out, recipe_text(recipe), max_shard_size)
-    for sentence in plan.aligner.report() if plan.aligner else ():
+    for sentence in [*_told(plan), *(plan.aligner.report() if plan.aligner else ())]:
         say(sentence)
+
+
+def _told(plan: Plan) -> list[str]:
+    """What methods have noted of tensors, each sentence once."""
+    names: dict[str, list[str]] = {}
+    for job in plan.tensors:
+        for note in job.notes if isinstance(job, Job) else ():
+            names.setdefault(note, []).append(job.name)
+    return [
+        f"{found[0]}{f' and {len(found) - 1} more tensors' if found[1:] else ''}: {note}"
+        for note, found in names.items()
+    ]
 
 
 def plan_of(recipe: AnyRecipe) -> Plan:

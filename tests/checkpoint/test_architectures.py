@@ -119,7 +119,7 @@ def test_transformers_logits_are_ours_and_its_files_come_back(saved, tmp_path_fa
     again = MoEForCausalLM.from_pretrained(directory)
     assert again.config == model.config
     assert torch.equal(again(TOKENS).logits, logits)
-    if not unused and architecture != "mixtral":
+    if unused or architecture != "mixtral":
         back = tmp_path_factory.mktemp("back")
         theirs.save_pretrained(back)
         again = MoEForCausalLM.from_pretrained(back)

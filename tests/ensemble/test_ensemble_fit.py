@@ -9,6 +9,7 @@ import torch
 from moe_llm.ensemble.fit import _thinned, log_linear_weights, mixture_weights, threshold_for
 from moe_llm.ensemble.rules import Cascade, Linear, LogLinear
 from moe_llm.ensemble.scores import Scored
+from moe_llm.errors import UserError
 
 
 def random_log_probs(positions: int, vocabulary: int, seed: int, scale: float = 1.5) -> torch.Tensor:
@@ -64,6 +65,59 @@ def test_em_gives_a_useless_member_nothing_and_stands_extremes():
     weights, likelihoods = mixture_weights(log_probs)
     torch.testing.assert_close(weights, torch.tensor([1.0, 0.0], dtype=torch.float64), atol=1e-6, rtol=0)
     assert likelihoods[-1] == pytest.approx(-1.5, abs=1e-6)
+
+
+def gap_of(log_probs: torch.Tensor, weights: torch.Tensor) -> float:
+    """Nats a token that the likelihood is below the best one, at most."""
+    p = (log_probs.double() - log_probs.double().amax(1, keepdim=True)).exp()
+    return float((p / (p @ weights)[:, None]).mean(0).max()) - 1
+
+
+@pytest.mark.parametrize("difference", [1e-1, 1e-3, 1e-5])
+@pytest.mark.parametrize("members", [2, 5])
+def test_weights_of_members_that_are_nearly_alike_are_within_the_tolerance(members, difference, caplog):
+    """Expectation maximisation alone has not converged after 10,000 steps."""
+    generator = torch.Generator().manual_seed(members)
+    first = random_log_probs(2000, 30, 0)
+    others = [
+        (first + difference * torch.randn(first.shape, generator=generator)).log_softmax(-1) for _ in range(members)
+    ]
+    targets = drawn_from(first)
+    log_probs = torch.stack([m.gather(1, targets[:, None])[:, 0] for m in others], 1).double()
+    weights, likelihoods = mixture_weights(log_probs)
+    assert gap_of(log_probs, weights) <= 1e-7
+    assert len(likelihoods) < 60
+    assert all(after >= before for before, after in pairwise(likelihoods))
+    assert not caplog.records
+
+
+def test_a_fit_that_ends_short_of_the_optimum_says_so(caplog):
+    log_probs = torch.stack([random_log_probs(500, 2, seed)[:, 0] for seed in (0, 1, 2)], 1)
+    mixture_weights(log_probs, max_iterations=2)
+    assert "nats a token from the optimum" in caplog.text
+    caplog.clear()
+    kept = kept_scores((1.3, -0.5), positions=200)
+    log_linear_weights(kept, torch.zeros(2).double(), torch.eye(2).double(), max_iterations=1)
+    assert "nats a token from the optimum" in caplog.text
+
+
+def test_targets_that_every_member_excludes_change_no_weight():
+    log_probs = torch.stack([random_log_probs(500, 2, seed)[:, 0] for seed in (0, 1)], 1)
+    excluded = torch.full((3, 2), -torch.inf)
+    expected, _ = mixture_weights(log_probs)
+    weights, likelihoods = mixture_weights(torch.cat([log_probs, excluded]))
+    assert torch.equal(weights, expected)
+    assert math.isfinite(likelihoods[-1])
+    with pytest.raises(UserError, match="every member excludes"):
+        mixture_weights(excluded)
+
+
+def test_a_target_that_only_one_member_allows_keeps_its_weight_above_zero():
+    log_probs = torch.tensor([[-1.0, -0.1]] * 50 + [[-3.0, -torch.inf]])
+    weights, likelihoods = mixture_weights(log_probs)
+    assert weights[0] > 0
+    assert math.isfinite(likelihoods[-1])
+    assert gap_of(log_probs, weights) <= 1e-7
 
 
 def kept_scores(weights: tuple[float, ...], positions: int = 20_000, members: int = 2) -> list[Scored]:

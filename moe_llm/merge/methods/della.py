@@ -27,7 +27,8 @@ def start_linear(job: Job) -> Combine:
 
 
 def check(job: Job) -> None:
-    """Probabilities outside of 0 to 1 are refused before anything is written."""
+    """Probabilities outside of 0 to 1, and weights that cannot be normalised, are refused before anything is written."""
+    deltas.check(job)
     for i in job.tasks:
         density, epsilon = (job.inputs[i].parameters[name] for name in ("density", "epsilon"))
         if 0 < density < 1 and not epsilon < density < 1 - epsilon:

@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 import torch
 
-from moe_llm.merge.job import Combine, Job
+from moe_llm.merge.job import Combine, Job, check_sum
 from moe_llm.merge.parameters import Parameter
 
 Thin = Callable[[int, int, torch.Tensor], torch.Tensor]
-_TINY = 1e-8
+_TINY = 1e-6  # of the sum of the weights' magnitudes
 
 
 def parameters(*, normalize: bool, density: bool = True, rescale: bool | None = None) -> dict[str, Parameter]:
@@ -35,6 +35,7 @@ def parameters(*, normalize: bool, density: bool = True, rescale: bool | None = 
 def mix(job: Job, thin: Thin | None, *, elect: bool) -> Combine:
     """The method that thins task vectors by `thin` (None: leaves them) and adds them, after an election or not."""
     weights = [job.inputs[i].parameters["weight"] for i in job.tasks]
+    least = _TINY * sum(map(abs, weights))
 
     def combine(start: int, parts: list[torch.Tensor]) -> torch.Tensor:
         base = parts[job.base]
@@ -46,10 +47,18 @@ def mix(job: Job, thin: Thin | None, *, elect: bool) -> Combine:
             return base
         total, divisor = _elected(deltas, weights) if elect else (_sum(deltas), torch.tensor(float(sum(weights))))
         if job.shared["normalize"]:
-            total = total / torch.where(divisor.abs() < _TINY, 1.0, divisor)
+            # winners whose weights cancel are not divided: nothing is left of their sum but rounding
+            total = total / torch.where(divisor.abs() <= least, 1.0, divisor)
         return base + total * job.shared["lambda"]
 
     return combine
+
+
+def check(job: Job) -> None:
+    """Weights that cannot be normalised are refused before anything is written."""
+    weights = [job.inputs[i].parameters["weight"] for i in job.tasks]
+    if job.shared["normalize"] and any(weights):
+        check_sum(job, weights)
 
 
 def rescaled(job: Job, thin: Thin) -> Thin:

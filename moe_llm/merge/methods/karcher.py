@@ -18,6 +18,8 @@ def start(job: Job) -> Combine:
         return lambda _, parts: parts[0]
     gram_kk = gram(job, lambda parts: parts, None)[0]
     norm_k = gram_kk.diagonal().sqrt()
+    if _opposed(gram_kk, norm_k, job.shared["tol"]):
+        job.notes.append("the models' directions cancel, and have no mean: the first one's is taken")
     share_k = _directions(gram_kk, norm_k, int(job.shared["max_iter"]), job.shared["tol"]) * norm_k.mean()
     shares = share_k.tolist()
 
@@ -25,6 +27,13 @@ def start(job: Job) -> Combine:
         return sum((part * share for part, share in zip(parts, shares)), torch.zeros_like(parts[0]))
 
     return combine
+
+
+def _opposed(gram_kk: torch.Tensor, norm_k: torch.Tensor, tol: float) -> bool:
+    """Whether the mean of the directions is nearly nothing."""
+    valid_k = norm_k > tol
+    cosine_nn = gram_kk[valid_k][:, valid_k] / (norm_k[valid_k][:, None] * norm_k[valid_k])
+    return bool(valid_k.any()) and float(cosine_nn.mean().clamp(min=0).sqrt()) < tol
 
 
 def _directions(gram_kk: torch.Tensor, norm_k: torch.Tensor, steps: int, tol: float) -> torch.Tensor:

@@ -5,8 +5,7 @@ theta = sum_i w_i theta_i, divided by sum_i w_i unless `normalize` is false.
 
 import torch
 
-from moe_llm.errors import UserError
-from moe_llm.merge.job import Combine, Job
+from moe_llm.merge.job import Combine, Job, check_sum
 from moe_llm.merge.parameters import Parameter
 
 PARAMETERS = {"weight": Parameter("input"), "normalize": Parameter(default=True, kind=bool)}
@@ -27,5 +26,5 @@ def start(job: Job) -> Combine:
 
 def check(job: Job) -> None:
     """Weights that cannot be normalised are refused before anything is written."""
-    if job.shared["normalize"] and sum(item.parameters["weight"] for item in job.inputs) == 0:
-        raise UserError(f"weight adds up to 0 for {job.name}: change the weights or set normalize: false")
+    if job.shared["normalize"]:
+        check_sum(job, [item.parameters["weight"] for item in job.inputs])

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from moe_llm.errors import UserError
-from moe_llm.merge.job import Combine, Job
+from moe_llm.merge.job import OPPOSED, Combine, Job, check_sum
 from moe_llm.merge.methods.rows import gram, rows_of
 from moe_llm.merge.parameters import Parameter
 
@@ -21,13 +21,13 @@ PARAMETERS = {
     "nuslerp_flatten": Parameter(default=True, kind=bool),
     "nuslerp_row_wise": Parameter(default=False, kind=bool),
 }
-_TINY, _IN_LINE = 1e-6, 1e-8
+_IN_LINE = 1e-8
 
 
 def start(job: Job) -> Combine:
     first, second = job.tasks
     weights = [job.inputs[i].parameters["weight"] for i in job.tasks]
-    t = 0.5 if abs(sum(weights)) < _TINY else weights[1] / sum(weights)
+    t = weights[1] / sum(weights)
     lines = _Lines(job)
 
     def vectors(parts: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -37,6 +37,8 @@ def start(job: Job) -> Combine:
     norm_R2 = gram_R22.diagonal(dim1=1, dim2=2).sqrt().clamp(min=1e-7)
     cosine_R = (gram_R22[:, 0, 1] / norm_R2.prod(1)).clamp(-1, 1)
     in_line_R = 1 - cosine_R.square() <= _IN_LINE**2
+    if (in_line_R & (cosine_R < 0)).any():
+        job.notes.append(OPPOSED)
     angle_R = torch.where(in_line_R, 0.0, cosine_R).arccos()
     share_R2 = torch.stack([((1 - t) * angle_R).sin(), (t * angle_R).sin()], 1) / angle_R.sin()[:, None]
     share_R2 = torch.where(in_line_R[:, None], share_R2.new_tensor([1 - t, t]), share_R2).float()
@@ -56,6 +58,7 @@ def check(job: Job) -> None:
         raise UserError("nuslerp_row_wise=true does nothing with nuslerp_flatten=true: set nuslerp_flatten: false")
     if len(job.tasks) != 2:
         raise UserError(f"nuslerp interpolates between two models, and {len(job.tasks)} are not the base: give two")
+    check_sum(job, [job.inputs[i].parameters["weight"] for i in job.tasks])
 
 
 class _Lines:

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from moe_llm.merge.job import Combine, Job
+from moe_llm.merge.job import OPPOSED, Combine, Job
 from moe_llm.merge.parameters import Parameter
 
 PARAMETERS = {"t": Parameter()}
@@ -28,6 +28,8 @@ def start(job: Job) -> Combine:
     cosine = product / math.prod(norm if norm > _TINY else 1.0 for norm in norms)
     if abs(cosine) > _IN_LINE:
         shares = 1 - t, t
+        if cosine < 0:
+            job.notes.append(OPPOSED)
     else:
         angle = math.acos(cosine)
         shares = math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
