@@ -4,6 +4,8 @@ A directory written here, by transformers or by Mistral AI loads alike; tensors 
 """
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +16,7 @@ from torch import nn
 from moe_llm.checkpoint import hf, layout
 from moe_llm.checkpoint.architectures import architecture_of
 from moe_llm.checkpoint.export import DTYPES, token_ids, write_model_files
+from moe_llm.checkpoint.folder import sync_directory
 from moe_llm.checkpoint.manifest import write_json
 from moe_llm.checkpoint.plan import MODEL, file_set
 from moe_llm.checkpoint.safetensors_io import ShardWriter, Spec, TensorFiles, parse_size, read_json
@@ -70,7 +73,10 @@ class MoEForCausalLM(MoEDecoder):
         dtype: torch.dtype | str | None = None,
         max_shard_size: str = "5GB",
     ) -> None:
-        """Write a checkpoint directory that transformers loads; weights that are there are replaced.
+        """Write a checkpoint directory that transformers loads; a model that is there is replaced.
+
+        Everything is complete under other names before anything is replaced. Then config.json goes first and comes
+        last, so that what a crash leaves in between is refused, and never read as a mixture of two models.
 
         Args:
             tokenizer: anything with transformers' `save_pretrained` and token ids; None: the model's own ids.
@@ -83,8 +89,11 @@ class MoEForCausalLM(MoEDecoder):
         directory.mkdir(parents=True, exist_ok=True)
         dtype = _as_dtype(dtype or self.lm_head.weight.dtype)
         ids = self.token_ids if tokenizer is None else token_ids(tokenizer)
-        _write_weights(self, directory, dtype, parse_size(max_shard_size))
-        write_model_files(directory, self.config, ids, _WORDS[dtype], tokenizer)
+        with tempfile.TemporaryDirectory(prefix=".tmp-save-", dir=directory) as folder:
+            new = Path(folder)
+            _write_weights(self, new, dtype, parse_size(max_shard_size))
+            write_model_files(new, self.config, ids, _WORDS[dtype], tokenizer)
+            _replace_files(directory, new)
 
 
 def load_weights(model: nn.Module, directory: str | Path, experts: range | None = None) -> None:
@@ -147,8 +156,24 @@ def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return DTYPES[dtype]
 
 
+def _replace_files(directory: Path, new: Path) -> None:
+    """Move what is in `new` into `directory`, in place of the model there."""
+    config = "config.json"
+    (directory / config).unlink(missing_ok=True)
+    sync_directory(directory)
+    for file in directory.glob(f"{MODEL}*.safetensors*"):  # loaders would take those of an earlier save for this one's
+        file.unlink()
+    for path in sorted(new.iterdir(), key=lambda path: path.name == config):
+        target = directory / path.name
+        if path.name == config:
+            sync_directory(directory)
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(path, target)
+    sync_directory(directory)
+
+
 def _write_weights(model: nn.Module, directory: Path, dtype: torch.dtype, max_bytes: int) -> None:
-    """Under temporary names first: the directory may hold the very weights that are being replaced."""
     family = architecture_of(model.config)
     buffers = {name for name, _ in model.named_buffers()}
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -160,16 +185,9 @@ def _write_weights(model: nn.Module, directory: Path, dtype: torch.dtype, max_by
     contents = (part for name, tensor in tensors.items() for part in layout.stored_tensors(family, name, tensor))
     files = file_set(MODEL, [specs], 0, max_bytes)
     for file, shard in files.mine.items():
-        writer = ShardWriter(directory / f".tmp-{file}", shard)
+        writer = ShardWriter(directory / file, shard)
         for spec in shard:
             writer.write(spec.name, next(contents))
         writer.close()
-    kept = set(files.mine)
-    for file in files.mine:
-        os.replace(directory / f".tmp-{file}", directory / file)
     if files.index is not None:
-        kept.add(f"{MODEL}.safetensors.index.json")
         write_json(directory / f"{MODEL}.safetensors.index.json", files.index)
-    for file in directory.glob(f"{MODEL}*.safetensors*"):
-        if file.name not in kept:  # of an earlier save: loaders would take it for this one's
-            file.unlink()

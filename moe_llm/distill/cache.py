@@ -16,6 +16,7 @@ Dimensions: N positions, K named tokens, V vocabulary, C positions of a chunk.
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _VERSION = 1
+_COARSE_NS = 2 * 10**9
 _CHUNK_ELEMENTS = 4 * 2**20
 _FIELD = "data.cache_dir"
 
@@ -200,17 +202,28 @@ def _recorded(root: Path, said: dict[str, Any], field: str, teacher: TeacherConf
 
 
 def teacher_hash(directory: Path, root: Path) -> str:
-    """SHA-256 over config.json and the weights; of files that have not changed since, as it was computed then."""
+    """SHA-256 over config.json and the weights; of files that have not changed since, as it was computed then.
+
+    A program can set a file's time of modification back, but not the time of its last change (ctime), which the file
+    system keeps; a file that has changed within the last seconds is read again, since that clock may be coarse.
+    """
     memory = root / "teacher-hashes.json"
     known = json.loads(memory.read_text()) if memory.exists() else {}
     files = sorted([directory / "config.json", *directory.glob("*.safetensors"), *directory.glob("*.bin")])
     digests = []
     for file in files:
         status = file.stat()
-        name, stamp = str(file.resolve()), [status.st_size, status.st_mtime_ns]
-        if known.get(name, [None])[:2] != stamp:
+        name = str(file.resolve())
+        stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+        recent = time.time_ns() - status.st_ctime_ns < _COARSE_NS
+        found = known.get(name, [])
+        if found[:-1] != stamp:
             with file.open("rb") as stream:
-                known[name] = [*stamp, hashlib.file_digest(stream, "sha256").hexdigest()]
-        digests.append([file.name, known[name][2]])
+                found = [*stamp, hashlib.file_digest(stream, "sha256").hexdigest()]
+        if recent:
+            known.pop(name, None)
+        else:
+            known[name] = found
+        digests.append([file.name, found[-1]])
     replace_file(memory, json.dumps(known).encode())
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()

@@ -1,6 +1,7 @@
 """Checkpoints to and from transformers: identical tensors, and the same logits."""
 
 import json
+import os
 
 import pytest
 import safetensors.torch
@@ -238,3 +239,55 @@ def test_the_decoder_has_the_shapes_of_the_table(tied):
     with torch.device("meta"):
         model = MoEDecoder(config)
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == hf.parameter_shapes(config)
+
+
+def test_a_crash_at_any_moment_of_a_save_over_a_model_leaves_one_whole_model_or_a_refusal(tmp_path, monkeypatch):
+    """The old and the new one have the same shapes and other weights and another configuration."""
+    models = [MoEForCausalLM(small_config(num_experts_per_tok=k)) for k in (1, 2)]
+    for model in models:
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter)
+    states = [model.state_dict() for model in models]
+
+    class Crash(Exception):
+        pass
+
+    def dying(name, left):
+        real = getattr(os, name)
+
+        def wrapped(*args, **options):
+            if not left:
+                raise Crash
+            left.pop()
+            return real(*args, **options)
+
+        monkeypatch.setattr(os, name, wrapped)
+
+    outcomes = []
+    for point in range(40):
+        directory = tmp_path / str(point)
+        models[0].save_pretrained(directory, max_shard_size="4KB")
+        with monkeypatch.context() as planted:
+            left = [None] * point
+            for name in ("replace", "unlink"):
+                dying(name, left)
+            try:
+                models[1].save_pretrained(directory, max_shard_size="3KB")
+                ended = True
+            except Crash:
+                ended = False
+            planted.undo()
+        try:
+            found = MoEForCausalLM.from_pretrained(directory)
+        except UserError:
+            outcomes.append("refused")
+            continue
+        which = found.config.num_experts_per_tok - 1
+        assert all(torch.equal(tensor, states[which][name]) for name, tensor in found.state_dict().items())
+        outcomes.append(("old", "new")[which])
+        if ended:
+            break
+    assert outcomes[0] == "old"
+    assert outcomes[-1] == "new"
+    assert ended
+    assert not list(directory.glob(".tmp*"))
