@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -252,8 +253,8 @@ def test_a_crash_at_any_moment_of_a_save_over_a_model_leaves_one_whole_model_or_
     class Crash(Exception):
         pass
 
-    def dying(name, left):
-        real = getattr(os, name)
+    def dying(planted, owner, name, left):
+        real = getattr(owner, name)
 
         def wrapped(*args, **options):
             if not left:
@@ -261,7 +262,7 @@ def test_a_crash_at_any_moment_of_a_save_over_a_model_leaves_one_whole_model_or_
             left.pop()
             return real(*args, **options)
 
-        monkeypatch.setattr(os, name, wrapped)
+        planted.setattr(owner, name, wrapped)
 
     outcomes = []
     for point in range(40):
@@ -269,14 +270,13 @@ def test_a_crash_at_any_moment_of_a_save_over_a_model_leaves_one_whole_model_or_
         models[0].save_pretrained(directory, max_shard_size="4KB")
         with monkeypatch.context() as planted:
             left = [None] * point
-            for name in ("replace", "unlink"):
-                dying(name, left)
+            dying(planted, os, "replace", left)
+            dying(planted, Path, "unlink", left)
             try:
                 models[1].save_pretrained(directory, max_shard_size="3KB")
                 ended = True
             except Crash:
                 ended = False
-            planted.undo()
         try:
             found = MoEForCausalLM.from_pretrained(directory)
         except UserError:
