@@ -283,6 +283,16 @@ class TrainConfig(Section):
         description="recompute each layer in the backward pass, with the same routing: full: all of it; selective: all but "
         "attention and what the experts' exchanges brought, which are kept; true and false are full and off",
     )
+    kernels: Literal["auto", "torch", "liger"] = Field(
+        "auto",
+        description="norms, rotary embeddings, shared experts' activations and the loss on a GPU: torch's operations, or the "
+        "package liger-kernel's (extra `liger`); auto: liger-kernel's where it is installed",
+    )
+    compile: bool = Field(
+        False,
+        description="torch.compile of what lies between products: routers' statistics, rotary embeddings, the loss, experts' "
+        "activations; a minute at the start, fewer and larger kernels on a GPU",
+    )
     deterministic: bool = Field(
         False,
         description="on a GPU, bit-reproducible sums in place of faster ones (torch.use_deterministic_algorithms); see "
@@ -316,6 +326,17 @@ class TrainConfig(Section):
     @classmethod
     def _switch_is_a_choice(cls, value: object) -> object:
         return {True: "full", False: "off"}[value] if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _compiled_layers_run_whole(self):
+        if self.compile and self.recomputes:
+            invalid(
+                "compile",
+                True,
+                "does not act with activation_checkpointing, whose passes torch.compile does not enter",
+                "set one of them to false",
+            )
+        return self
 
     @property
     def recomputes(self) -> bool:

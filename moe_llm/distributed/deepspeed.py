@@ -9,7 +9,7 @@ tests/distributed/test_deepspeed_contract.py says at once when a version of Deep
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from moe_llm.config import Config
 from moe_llm.distributed.dispatch import AllToAllDispatcher
 from moe_llm.model.decoder import MoEDecoder
+from moe_llm.model.init import give_buffers_storage, give_storage
 from moe_llm.model.moe.layer import MoELayer
 
 _LAUNCHERS = (
@@ -145,6 +146,39 @@ def adopt_layers(
             parameter.group_name = group_name
             parameter.ds_zero_placement_family = "autoep_expert"
             parameter.ds_zero_partition_group_name = group_name
+
+
+@torch.no_grad()
+def share_out(
+    model: MoEDecoder, config: Config, world_size: int, fill: Callable[[str, torch.Tensor], None] | None
+) -> None:
+    """ZeRO-3: cut each parameter into the ranks' slices before the next one comes to the device. Collective.
+
+    DeepSpeed itself would first move the whole model there. Parameters without storage get it here, and their values by
+    `fill`: beyond its slices a rank then holds one whole parameter at a time, on the host and on the device.
+    """
+    import deepspeed
+    from deepspeed.utils import groups
+
+    size = config.parallel.expert_parallel_size
+    if f"ep_size_{size}" not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(size)
+    give_buffers_storage(model)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    # of a module without parameters: what makes linear maps forget the weights that are gathered for them
+    sharing = deepspeed.zero.Init(
+        module=torch.nn.Module(), dtype=dtype, config_dict_or_path=engine_config(config, world_size)
+    )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            assert fill is not None, f"{name} has neither storage nor values"
+            give_storage(parameter)
+            fill(name, parameter)
+        if parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+        if getattr(parameter, "ds_zero_placement_family", None) == "autoep_expert":
+            parameter.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(f"ep_size_{size}")
+        sharing._convert_to_zero_parameters([parameter])
 
 
 class _EngineContract:

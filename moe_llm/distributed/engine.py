@@ -24,6 +24,7 @@ from moe_llm.model.decoder import MoEDecoder, MoEOutput
 from moe_llm.model.moe.experts import Experts
 
 OptimizerFactory = Callable[[list[dict]], torch.optim.Optimizer]
+Fill = Callable[[str, Tensor], None]  # gives a parameter of this name its initial values
 
 
 class Engine(TrainedState, Protocol):
@@ -330,6 +331,7 @@ class DeepSpeedEngine(_NamedState):
         groups: list[dict],
         build_optimizer: OptimizerFactory,
         kinds: tuple[str, ...],
+        fill: Fill | None = None,
     ):
         ep = config.parallel.expert_parallel_size
         self.accumulation = config.accumulation_steps(runtime.world_size)
@@ -340,6 +342,8 @@ class DeepSpeedEngine(_NamedState):
             chunks = 2 if runtime.device.type == "cuda" else 1
         share_sequences(model, config.parallel.sequence_parallel_size, runtime)
         contract.adopt_layers(model, ep, runtime.rank, config.parallel.zero_stage, chunks)
+        if config.parallel.zero_stage == 3:
+            contract.share_out(model, config, runtime.world_size, fill)
         optimizer = build_optimizer(contract.split_groups(groups))
         self.engine, _ = runtime.accelerator.prepare(model, optimizer)
         trained = any(model.get_parameter(name).requires_grad for name in first_experts(model))
@@ -414,9 +418,12 @@ def build_engine(
     groups: list[dict],
     build_optimizer: OptimizerFactory,
     kinds: tuple[str, ...],
+    fill: Fill | None = None,
 ) -> "LocalEngine | DeepSpeedEngine":
-    """The engine for this run; `model` is fp32, on the CPU, and holds this rank's experts only."""
+    """The engine for this run; `model` is on the CPU and holds this rank's experts only. fill: gives a parameter its
+    values, where ZeRO-3 shares out a model without storage."""
     tell("building the engine and its optimizer, which may compile an extension")
     model.model.recompute = config.train.activation_checkpointing if config.train.recomputes else False
-    engine = DeepSpeedEngine if runtime.deepspeed else LocalEngine
-    return engine(model, runtime, config, groups, build_optimizer, kinds)
+    if runtime.deepspeed:
+        return DeepSpeedEngine(model, runtime, config, groups, build_optimizer, kinds, fill)
+    return LocalEngine(model, runtime, config, groups, build_optimizer, kinds)

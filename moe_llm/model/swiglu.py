@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_llm.model.linear import Linear
+from moe_llm.ops import liger
 
 
 class SwiGLU(nn.Module):
@@ -22,5 +23,6 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """x of any leading shape, and the result of the same."""
-        hidden_TW = F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD)
+        gate_TW, up_TW = self.gate_proj(x_TD), self.up_proj(x_TD)
+        hidden_TW = liger.silu_mul(gate_TW, up_TW) if liger.use("swiglu", gate_TW, up_TW) else F.silu(gate_TW) * up_TW
         return self.down_proj(F.dropout(hidden_TW, self.dropout, self.training))

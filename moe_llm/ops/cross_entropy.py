@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from moe_llm.ops import native, triton
+from moe_llm.ops import liger, native
+from moe_llm.ops.compiled import region
 from moe_llm.ops.graph import graph_is_kept
 from moe_llm.ops.products import compiled_by_shape, mm
 from moe_llm.ops.shapes import round_up
@@ -48,6 +49,8 @@ def linear_cross_entropy(
     hidden_TD = hidden_TD if torch.is_grad_enabled() else hidden_TD.detach()
     targets = labels_T != ignore_index
     num_targets = targets.sum()
+    if liger.use("cross_entropy", hidden_TD, weight_VD):
+        return liger.linear_cross_entropy(hidden_TD, weight_VD, labels_T, ignore_index), num_targets
     # On a GPU nothing waits for their number: rows without a target go through the head, and count for nothing.
     kept = _kept_rows(targets, int(num_targets), hidden_TD) if hidden_TD.device.type == "cpu" else None
     if kept is not None:
@@ -143,20 +146,20 @@ def _loss_and_gradient_(logits_CV: Tensor, labels_C: Tensor, needs_gradient: boo
         loss_C, labels_C = torch.empty(len(labels_C)), labels_C.contiguous()
         native.call("cross_entropy", logits_CV.dtype, logits_CV, labels_C, loss_C, *logits_CV.shape, needs_gradient)
         return loss_C.sum()
-    if triton.use("cross_entropy", logits_CV) and logits_CV.is_contiguous():
-        from moe_llm.ops.triton import elementwise
-
-        return elementwise.cross_entropy_(logits_CV, labels_C.contiguous(), needs_gradient).sum()
-    wide = torch.promote_types(logits_CV.dtype, torch.float32)
     rows = max(1, _SLAB_ELEMENTS // logits_CV.shape[1]) if logits_CV.device.type == "cpu" else len(logits_CV)
-    losses = []
-    for logits_cV, label_c in zip(logits_CV.split(rows), labels_C.split(rows), strict=True):
-        ignored_c1 = label_c[:, None] == _NO_LABEL
-        label_c1 = label_c[:, None].clamp(min=0)
-        probability_cV = logits_cV.softmax(1, dtype=wide)
-        log_sum_c1 = logits_cV.amax(1, keepdim=True) - probability_cV.amax(1, keepdim=True).log()
-        losses.append((log_sum_c1 - logits_cV.gather(1, label_c1)).masked_fill(ignored_c1, 0).sum())
-        if needs_gradient:
-            probability_cV.scatter_add_(1, label_c1, probability_cV.new_full((1, 1), -1).expand_as(label_c1))
-            logits_cV.copy_(probability_cV.masked_fill_(ignored_c1, 0))
-    return torch.stack(losses).sum()
+    slabs = zip(logits_CV.split(rows), labels_C.split(rows), strict=True)
+    return torch.stack([_slab_loss_(logits_cV, label_c, needs_gradient) for logits_cV, label_c in slabs]).sum()
+
+
+@region
+def _slab_loss_(logits_cV: Tensor, label_c: Tensor, needs_gradient: bool) -> Tensor:
+    wide = torch.promote_types(logits_cV.dtype, torch.float32)
+    ignored_c1 = label_c[:, None] == _NO_LABEL
+    label_c1 = label_c[:, None].clamp(min=0)
+    probability_cV = logits_cV.softmax(1, dtype=wide)
+    log_sum_c1 = logits_cV.amax(1, keepdim=True) - probability_cV.amax(1, keepdim=True).log()
+    loss = (log_sum_c1 - logits_cV.gather(1, label_c1)).masked_fill(ignored_c1, 0).sum()
+    if needs_gradient:
+        probability_cV.scatter_add_(1, label_c1, probability_cV.new_full((1, 1), -1).expand_as(label_c1))
+        logits_cV.copy_(probability_cV.masked_fill_(ignored_c1, 0))
+    return loss

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_llm.errors import UserError
-from moe_llm.ops import host, triton
+from moe_llm.ops import host
 from moe_llm.ops.expert_mlp_fused import fused_expert_mlp
 from moe_llm.ops.expert_mlp_grouped import grouped_expert_mlp, grouped_mm_fits
 
-BACKENDS = ("auto", "loop", "fused", "grouped", "triton")
+BACKENDS = ("auto", "loop", "fused", "grouped")
 
 
 def expert_mlp(
@@ -36,8 +36,8 @@ def expert_mlp(
         gate_up_proj_EGD, down_proj_EDF: the stacked weights, of x's dtype.
         counts_E: integer rows per expert, zeros allowed.
         backend: `loop` plain autograd, expert by expert; `fused` one autograd function, expert by expert;
-            `grouped` torch's grouped matrix product, without host synchronisation on Hopper and later GPUs; `triton`
-            our own kernels on CUDA, without it on any; `auto` see `choose_backend`.
+            `grouped` torch's grouped matrix product, without host synchronisation on Hopper and later GPUs; `auto` see
+            `choose_backend`.
         weight_N: routing weights, any floating dtype. Weighting here rather than in `combine` saves the
             memory of the unweighted rows, since their gradient is formed from the hidden activations.
         dropout: share of the hidden activations silu(gate(x)) * up(x) that is set to zero, the others being divided by
@@ -59,8 +59,6 @@ def expert_mlp(
         return _loop_expert_mlp(x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, dropout)
     if backend == "fused":
         return fused_expert_mlp(x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N)
-    if backend == "triton":
-        return triton_kernels(x_ND).triton_expert_mlp(x_ND, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N)
     if backend != "grouped":
         raise UserError(f"expert backend {backend!r} does not exist; use one of {', '.join(BACKENDS)}.")
     if not grouped_mm_fits(x_ND.device, x_ND.dtype, *down_proj_EDF.shape[1:]):
@@ -79,28 +77,13 @@ def choose_backend(device: torch.device, dtype: torch.dtype, shape: tuple[int, i
     with skewed routing as well (scripts/benchmarks/ops.py, one thread of a Xeon with AMX, torch 2.13, counts
     that change with every call). CUDA, none of it measured: grouped where torch's kernel takes the dtype
     and shape and does not wait for the counts, which is from Hopper on (before, it is a loop over the experts that
-    reads them in each product, where fused reads them once in each pass); triton, which never waits, where
-    `moe_llm.ops.triton` has it on.
+    reads them in each product, where fused reads them once in each pass).
     """
     _, _, hidden, width = shape
     if device.type != "cuda":
         return "fused"
-    if triton.chosen("experts", device, dtype):
-        return "triton"
     never_waits = torch.cuda.get_device_capability(device) >= (9, 0)
     return "grouped" if never_waits and grouped_mm_fits(device, dtype, hidden, width) else "fused"
-
-
-def triton_kernels(x: Tensor):
-    """The module of our own kernels, where they take rows like these."""
-    if not triton.fits(x):
-        raise UserError(
-            f"expert backend 'triton' does not take {x.dtype} on {x.device} here: it needs a CUDA device, Triton, and "
-            f"fp32, bf16 or fp16; use 'auto'."
-        )
-    from moe_llm.ops.triton import experts
-
-    return experts
 
 
 def _loop_expert_mlp(

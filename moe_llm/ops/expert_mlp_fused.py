@@ -17,10 +17,11 @@ Dimensions: N routed rows (n: of one expert), D hidden, F expert width, G = 2F, 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_llm.ops import host, native, triton
+from moe_llm.ops import compiled, host, native
 from moe_llm.ops.graph import graph_is_kept
 from moe_llm.ops.permutation import gather_sum, row_dot
 from moe_llm.ops.products import compiled_by_shape, fused_experts_fit, mm
@@ -306,10 +307,8 @@ def weighted_swiglu(gate_up_nG: Tensor, weight_m: Tensor | None, out_nF: Tensor)
         if rows < len(out_nF):
             out_nF[rows:].zero_()
         return
-    if triton.use("swiglu", gate_up_nG) and (weight_m is None or len(weight_m) == len(gate_up_nG)):
-        from moe_llm.ops.triton import elementwise
-
-        elementwise.swiglu_forward(gate_up_nG, None if weight_m is None else weight_m.contiguous(), out_nF)
+    if compiled.enabled():
+        _weighted_swiglu_compiled(gate_up_nG, weight_m, out_nF)
         return
     swiglu(gate_up_nG, out_nF)
     if weight_m is not None:
@@ -328,11 +327,8 @@ def weighted_swiglu_backward(
         tensors = gate_up_nG, grad_nF, wide_m, out_nF, grad_nG, grad_weight_m
         native.call("swiglu_backward", gate_up_nG.dtype, *tensors, rows, width)
         return grad_weight_m
-    if triton.use("swiglu", gate_up_nG) and (weight_m is None or len(weight_m) == len(gate_up_nG)):
-        from moe_llm.ops.triton import elementwise
-
-        weight_m = None if weight_m is None else weight_m.contiguous()
-        return elementwise.swiglu_backward(gate_up_nG, grad_nF, weight_m, out_nF, grad_nG)
+    if compiled.enabled():
+        return _weighted_swiglu_backward_compiled(gate_up_nG, grad_nF, weight_m, out_nF, grad_nG)
     swiglu_again(gate_up_nG, out_nF=out_nF, silu_nG=grad_nG)
     grad_weight_m = None
     if weight_m is not None:
@@ -341,4 +337,37 @@ def weighted_swiglu_backward(
         out_nF[:m].mul_(weight_m[:, None])
         grad_nF[:m].mul_(weight_m[:, None])
     swiglu_backward_(gate_up_nG, grad_nF, grad_nG)
+    return grad_weight_m
+
+
+# The same two as graphs, which a compiler makes one kernel of: nothing is used up, and what is between is in registers.
+
+
+def _padded(weight_m: Tensor, rows: int) -> Tensor:
+    return F.pad(weight_m, (0, rows - weight_m.shape[0]))[:, None]
+
+
+@compiled.region
+def _weighted_swiglu_compiled(gate_up_nG: Tensor, weight_m: Tensor | None, out_nF: Tensor) -> None:
+    gate_nF, up_nF = gate_up_nG.chunk(2, dim=-1)
+    hidden_nF = F.silu(gate_nF) * up_nF
+    out_nF.copy_(hidden_nF if weight_m is None else hidden_nF * _padded(weight_m, len(out_nF)))
+
+
+@compiled.region
+def _weighted_swiglu_backward_compiled(
+    gate_up_nG: Tensor, grad_nF: Tensor, weight_m: Tensor | None, out_nF: Tensor, grad_nG: Tensor
+) -> Tensor | None:
+    gate_nF, up_nF = gate_up_nG.chunk(2, dim=-1)
+    silu_nF = F.silu(gate_nF)
+    hidden_nF, grad_weight_m = silu_nF * up_nF, None
+    if weight_m is not None:
+        weight_n1 = _padded(weight_m, len(out_nF))
+        wide = torch.promote_types(grad_nF.dtype, torch.float32)
+        grad_weight_m = (grad_nF * hidden_nF).sum(-1, dtype=wide)[: weight_m.shape[0]]
+        hidden_nF, grad_nF = hidden_nF * weight_n1, grad_nF * weight_n1
+    sigmoid_nF = torch.sigmoid(gate_nF)
+    out_nF.copy_(hidden_nF)
+    grad_gate_nF = grad_nF * up_nF * sigmoid_nF * (1 + gate_nF * (1 - sigmoid_nF))
+    grad_nG.copy_(torch.cat((grad_gate_nF, grad_nF * silu_nF), -1))
     return grad_weight_m

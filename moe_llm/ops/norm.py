@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_llm.ops import native, triton
+from moe_llm.ops import liger, native
 
 _FUSED = "_fused_rms_norm_backward"
 
@@ -15,11 +15,16 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     Statistics in fp32 at least, and the quotient rounded to x's dtype before the weight, as in transformers'
     Mixtral. Only x and one number a row are kept for the backward pass.
     """
+    if liger.use("norm", x, weight_D):
+        return liger.rms_norm(x, weight_D, eps)
     return _RMSNorm.apply(x, weight_D, eps)
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(x + delta, rms_norm(x + delta)): of one pass, and so is the sum of the two results' gradients."""
+    if liger.use("norm", x, weight_D):
+        total = x + delta
+        return total, liger.rms_norm(total, weight_D, eps)
     return _AddRMSNorm.apply(x, delta, weight_D, eps)
 
 
@@ -44,12 +49,6 @@ class _AddRMSNorm(torch.autograd.Function):
             total, y, scale = torch.empty_like(x), torch.empty_like(x), _scale_like(x)
             rows, width = _rows(x)
             native.call("norm_forward", x.dtype, x, delta, weight_D, total, y, scale, rows, width, eps)
-        elif triton.use("norm", x, delta, weight_D):
-            from moe_llm.ops.triton import elementwise
-
-            x, delta = x.contiguous(), delta.contiguous()
-            total, y, scale = torch.empty_like(x), torch.empty_like(x), _scale_like(x)
-            elementwise.norm_forward(x, delta, weight_D.contiguous(), total, y, scale, eps)
         else:
             total = x + delta
             y, scale = _forward(total, weight_D, eps)
@@ -76,13 +75,6 @@ def _forward(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         y, scale = torch.empty_like(x), _scale_like(x)
         native.call("norm_forward", x.dtype, x, None, weight_D, None, y, scale, *_rows(x), eps)
         return y, scale
-    if triton.use("norm", x, weight_D):
-        from moe_llm.ops.triton import elementwise
-
-        x = x.contiguous()
-        y, scale = torch.empty_like(x), _scale_like(x)
-        elementwise.norm_forward(x, None, weight_D.contiguous(), None, y, scale, eps)
-        return y, scale
     if fused_on_cuda(x, weight_D):
         return torch.ops.aten._fused_rms_norm(x, weight_D.shape, weight_D, eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -104,14 +96,6 @@ def _backward(
         kept = [grad.contiguous(), x.contiguous(), None if grad_sum is None else grad_sum.contiguous()]
         native.call("norm_backward", x.dtype, kept[0], kept[1], weight_D, scale, kept[2], grad_x, partial, rows, width)
         return grad_x if needs_x else None, partial.sum(0).to(weight_D.dtype) if needs_weight else None
-    if triton.use("norm", x, grad, weight_D, grad_sum):
-        from moe_llm.ops.triton import elementwise
-
-        x, grad = x.contiguous(), grad.contiguous()
-        grad_sum = None if grad_sum is None else grad_sum.contiguous()
-        grad_x = torch.empty_like(x)
-        grad_weight = elementwise.norm_backward(grad, x, weight_D.contiguous(), scale, grad_sum, grad_x)
-        return grad_x if needs_x else None, grad_weight.to(weight_D.dtype) if needs_weight else None
     if fused_on_cuda(x, grad, weight_D):
         grad_x, grad_weight = torch.ops.aten._fused_rms_norm_backward(
             grad.contiguous(), x, weight_D.shape, scale, weight_D, [needs_x, needs_weight]

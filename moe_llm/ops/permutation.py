@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_llm.ops import native, triton
+from moe_llm.ops import native
 
 
 def sort_by_expert(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -114,10 +114,6 @@ def gather_sum(x_RD: Tensor, index_MK: Tensor, weight_MK: Tensor | None) -> Tens
         out_MD = x_RD.new_empty(len(index_MK), x_RD.shape[1])
         native.call("gather_sum", x_RD.dtype, x_RD, index_MK, weight_MK, out_MD, *index_MK.shape, x_RD.shape[1])
         return out_MD
-    if triton.use("gather_sum", x_RD):
-        from moe_llm.ops.triton import elementwise
-
-        return elementwise.gather_sum(x_RD, index_MK, weight_MK)
     if weight_MK is not None and weight_MK.dtype != x_RD.dtype:
         high_MK = weight_MK.to(x_RD.dtype)
         low_MK = (weight_MK - high_MK).to(x_RD.dtype)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_llm.config.rope import RopeParameters
-from moe_llm.ops import native, triton
+from moe_llm.ops import liger, native
+from moe_llm.ops.compiled import region
 
 _UNSCALED = RopeParameters()
 
@@ -105,6 +106,8 @@ def apply_rotary(q_BHSd: Tensor, k_BGSd: Tensor, cos_BSd: Tensor, sin_BSd: Tenso
     Where these are narrower than a head, its first elements are turned and the others stay. The results have the memory
     layout of their inputs, so that what is a view of (B, S, H, d) stays one.
     """
+    if cos_BSd.shape[-1] == q_BHSd.shape[-1] and liger.use("rope", q_BHSd, k_BGSd, cos_BSd, sin_BSd):
+        return liger.rotate(q_BHSd, k_BGSd, cos_BSd, sin_BSd)
     cos_B1Sd, sin_B1Sd = cos_BSd.unsqueeze(1), sin_BSd.unsqueeze(1)
     return _turned(q_BHSd, cos_B1Sd, sin_B1Sd), _turned(k_BGSd, cos_B1Sd, sin_B1Sd)
 
@@ -136,10 +139,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
     """(x1 cos - x2 sin, x2 cos + x1 sin), or the transposed rotation, without building rotate_half(x)."""
     if native.fits(x, cos, sin) and x.dim() == 4 and cos.shape[0] == x.shape[0] and cos.shape[2] == x.shape[2]:
         return _rotate_natively(x, cos.contiguous(), sin.contiguous(), transposed)
-    if triton.use("rope", x, cos, sin) and x.dim() == 4 and cos.shape[0] == x.shape[0] and cos.shape[2] == x.shape[2]:
-        from moe_llm.ops.triton import elementwise
+    return _rotate_by_torch(x, cos, sin, transposed)
 
-        return elementwise.rotate(x, cos.contiguous(), sin.contiguous(), transposed)
+
+@region
+def _rotate_by_torch(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     sin_first, sin_second = sin.chunk(2, dim=-1)
     out = x * cos

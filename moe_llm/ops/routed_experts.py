@@ -5,7 +5,7 @@ Dimensions: T tokens, D hidden, F expert width, G = 2F, E experts, K experts per
 
 from torch import Tensor
 
-from moe_llm.ops.expert_mlp import choose_backend, expert_mlp, triton_kernels
+from moe_llm.ops.expert_mlp import choose_backend, expert_mlp
 from moe_llm.ops.expert_mlp_fused import fused_routed_expert_mlp
 from moe_llm.ops.permutation import combine, permute
 
@@ -32,10 +32,6 @@ def routed_expert_mlp(
     shape = (len(token_index_N), *down_proj_EDF.shape)
     if backend == "auto":
         backend = "loop" if dropout else choose_backend(x_TD.device, x_TD.dtype, shape)
-    if slot_TK is not None and backend == "triton" and not dropout:
-        return triton_kernels(x_TD).triton_routed_expert_mlp(
-            x_TD, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N, slot_TK
-        )
     if slot_TK is not None and num_tokens and backend == "fused" and not dropout:
         return fused_routed_expert_mlp(
             x_TD, gate_up_proj_EGD, down_proj_EDF, counts_E, weight_N, token_index_N, slot_TK

@@ -6,25 +6,25 @@ import torch
 
 from moe_llm.checkpoint.state import load_checkpoint, read_trainer_state
 from moe_llm.config import Config
-from moe_llm.distributed.engine import Engine, build_engine, shard_experts
+from moe_llm.distributed.engine import Engine, Fill, build_engine, shard_experts
 from moe_llm.distributed.runtime import Runtime
 from moe_llm.finetune.freeze import freeze
 from moe_llm.finetune.init_from import load_origin
 from moe_llm.finetune.lora import add_adapters
 from moe_llm.model.decoder import MoEDecoder
-from moe_llm.model.init import build_blank, build_model
+from moe_llm.model.init import build_blank, build_model, build_without_storage, initialiser
 from moe_llm.train.optim import build_optimizer, groups_by_part, optimizer_kinds, parameter_groups
 from moe_llm.train.position import Position
 
 
 def build_trained(config: Config, runtime: Runtime, source: Path | None) -> tuple[Engine, Position]:
     """The model under its engine, initialised from the seed or restored from a checkpoint at any layout."""
-    model = _build_model(config, runtime)
+    model, fill = _build_model(config, runtime)
     add_adapters(model, config)
     freeze(model, config)
     groups = groups_by_part(model, parameter_groups(model, config.optim.weight_decay), config)
     engine = build_engine(
-        model, runtime, config, groups, lambda g: build_optimizer(g, config.optim), optimizer_kinds(config.optim)
+        model, runtime, config, groups, lambda g: build_optimizer(g, config.optim), optimizer_kinds(config.optim), fill
     )
     if config.model.init_from is not None and (source is None or config.finetune.lora.rank is not None):
         load_origin(engine, config.model)
@@ -35,17 +35,22 @@ def build_trained(config: Config, runtime: Runtime, source: Path | None) -> tupl
     return engine, Position()
 
 
-def _build_model(config: Config, runtime: Runtime) -> MoEDecoder:
-    """With this rank's experts; where its weights are to come from elsewhere, it has none yet, and no dtype wider than
-    it will need."""
+def _build_model(config: Config, runtime: Runtime) -> tuple[MoEDecoder, Fill | None]:
+    """With this rank's experts, in the dtype that it will be held in; without values where these are to come from
+    elsewhere. Where ZeRO-3 shares the parameters out, it has no storage, and with it comes what fills one of them."""
 
     def keep_own(model: MoEDecoder) -> None:
         shard_experts(model, config.expert_range(runtime.rank))
 
-    if config.model.init_from is None:
-        return build_model(config.model, config.run.seed, prepare=keep_own)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    return build_blank(config.model, dtype, prepare=keep_own)
+    # adapters are put into a model that has storage
+    if runtime.deepspeed and config.parallel.zero_stage == 3 and config.finetune.lora.rank is None:
+        model = build_without_storage(config.model, dtype, prepare=keep_own)
+        seeded = config.model.init_from is None
+        return model, initialiser(model, config.run.seed) if seeded else lambda name, parameter: None
+    if config.model.init_from is None:
+        return build_model(config.model, config.run.seed, dtype=dtype, prepare=keep_own), None
+    return build_blank(config.model, dtype, prepare=keep_own), None
 
 
 def restore(engine: Engine, source: Path, *, hashes: bool) -> Position:

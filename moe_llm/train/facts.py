@@ -16,7 +16,7 @@ from moe_llm.config import Config
 from moe_llm.data.loader import Data
 from moe_llm.distributed.runtime import Runtime
 from moe_llm.model.flops import train_flops_per_token
-from moe_llm.ops import native
+from moe_llm.ops import compiled, liger, native
 from moe_llm.ops.attention import variable_length_fits, variable_length_kernel
 from moe_llm.ops.expert_mlp import choose_backend
 from moe_llm.ops.norm import fused_on_cuda
@@ -63,18 +63,22 @@ def gather_facts(config: Config, runtime: Runtime, data: Data, step: int) -> dic
 
 
 def _kernels(config: Config, device: torch.device) -> dict[str, str]:
-    """What computes experts, norms and attention of documents in this run."""
+    """What computes experts, norms, rotary embeddings, the loss and attention of documents in this run, as chosen at its start."""
     model, dtype = config.model, torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     tokens = config.train.micro_batch_size * config.data.sequence_length * model.num_experts_per_tok
     shape = tokens, model.num_local_experts, model.expert_hidden_size, model.intermediate_size
     like = torch.empty(1, dtype=dtype, device=device)
     ours = "our own for CPUs" if native.fits(like) else "torch's elementwise operations"
+    norm = "torch's fused" if fused_on_cuda(like) else ours
     query = torch.empty(1, 1, 1, model.attention_head_dim, dtype=dtype, device=device)
     runs = f"{variable_length_kernel()}'s, of variable length" if variable_length_fits(query) else "one call a document"
     return {
         "experts": choose_backend(device, dtype, shape),
-        "norm": "torch's fused" if fused_on_cuda(like) else ours,
+        "norm": "liger-kernel's" if liger.use("norm", like) else norm,
+        "rotary": "liger-kernel's" if liger.use("rope", like) else ours,
+        "loss": "liger-kernel's" if liger.use("cross_entropy", like) else ours,
         "documents": ours if native.fits(query) else runs,
+        "compiled": "between products" if compiled.enabled() else "nothing",
     }
 
 

@@ -58,6 +58,8 @@ def announce(run: "Trainer") -> None:
             if now != before
             else f"model.resize_embeddings: the {before:,} rows are enough, and none is added"
         )
+    if run.facts is not None:
+        run.say("kernels: " + ", ".join(f"{part}: {name}" for part, name in run.facts["start"]["kernels"].items()))
     if not config.finetune.whole:
         run.say(describe(config))
     losses = {"load balance": config.model.router_aux_loss_coef, "z-loss": config.model.router_z_loss_coef}

@@ -9,14 +9,19 @@ from torch import Tensor, nn
 
 from moe_llm.config import ModelConfig
 from moe_llm.model.decoder import MoEDecoder
-from moe_llm.ops import triton
+from moe_llm.ops import kernels
 
 # transformers' experts that hold a copy of the weights for every routed row: 15 GB a layer at the main shape
 _COPIES_WEIGHTS = "batched_mm"
 # contender -> what it cannot do without; transformers fetches kernels by the package of that name
-_NEEDS = {**{name: name for name in LAYERS}, "transformers:deepgemm": "kernels", "transformers:sonicmoe": "kernels"}
-# `ours:NAME` on CUDA: which of our Triton kernels are on
-OUR_KERNELS = {"triton": list(triton.DEFAULT), "elementwise": [part for part in triton.DEFAULT if part != "experts"]}
+_NEEDS = {
+    **{name: name for name in LAYERS},
+    "transformers:deepgemm": "kernels",
+    "transformers:sonicmoe": "kernels",
+    "ours:liger": "liger_kernel",
+}
+# `ours:NAME` on CUDA: (train.kernels, train.compile); plain `ours` is torch's operations as they are
+OUR_KERNELS = {"liger": ("liger", False), "compiled": ("torch", True)}
 
 
 @dataclass(frozen=True)
@@ -113,16 +118,16 @@ class Ours(nn.Module):
     """This package's decoder, as the training loop calls it."""
 
     def __init__(self, shape: Shape, state: dict[str, Tensor], dtype: torch.dtype, parts: str | None = None):
-        """parts: of `OUR_KERNELS`; None: the default."""
+        """parts: of `OUR_KERNELS`; None: torch's operations."""
         super().__init__()
-        self.parts = [part for part, on in triton.DEFAULT.items() if on] if parts is None else OUR_KERNELS[parts]
+        self.kernels = ("torch", False) if parts is None else OUR_KERNELS[parts]
         with torch.device("meta"):
             self.model = MoEDecoder(shape.config).to(dtype)
         self.model.to_empty(device="cpu")
         self.model.load_state_dict(state)
 
     def forward(self, ids: Tensor) -> Tensor:
-        triton.enable(self.parts)  # and they stay on for the backward pass that follows
+        kernels.choose(*self.kernels, ids.device)  # and they stay on for the backward pass that follows
         return self.model(ids, labels=ids, return_logits=False).loss
 
     def gradients(self) -> dict[str, Tensor]:
@@ -221,7 +226,7 @@ def contender(
 
 
 def contender_names(shape: Shape, memory_bytes: float = 4e9, device: str = "cpu") -> list[str]:
-    """Ours (on CUDA also with our own kernels), transformers' model with the layers of each package, and with each of
+    """Ours (on CUDA also with liger-kernel's kernels and compiled), transformers' model with the layers of each package, and with each of
     transformers' implementations that the shape leaves room for; whether they are installed or not."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -229,7 +234,7 @@ def contender_names(shape: Shape, memory_bytes: float = 4e9, device: str = "cpu"
     copied = shape.tokens * shape.top_k * 3 * shape.hidden * shape.width * 4.0
     if copied > memory_bytes and _COPIES_WEIGHTS in names:
         names.remove(_COPIES_WEIGHTS)
-    ours = ["ours", *(f"ours:{parts}" for parts in OUR_KERNELS if device == "cuda" and triton.available())]
+    ours = ["ours", *(f"ours:{parts}" for parts in OUR_KERNELS if device == "cuda")]
     return [*ours, *LAYERS, *(f"transformers:{name}" for name in dict.fromkeys(names))]
 
 

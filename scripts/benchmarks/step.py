@@ -15,8 +15,7 @@ by more than transformers' own rounding explains is reported and not timed. Peak
 the median of several. On a CPU malloc keeps what is freed, for all contenders, as in training.
 
 On CUDA, `cuda` is Mixtral 8x7B's true shape at 4096 tokens, with as many layers as leave room for all contenders at
-once, and a fine-grained shape; `ours:triton` and `ours:elementwise` are ours with our own kernels on (see
-moe_llm/ops/triton). Each contender's first steps, which compile and tune kernels, are not timed.
+once, and a fine-grained shape; `ours:liger` and `ours:compiled` are ours with train.kernels=liger and train.compile. Each contender's first steps, which compile and tune kernels, are not timed.
 """
 
 import argparse

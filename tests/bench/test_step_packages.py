@@ -143,7 +143,7 @@ def test_only_what_is_installed_takes_room_from_the_layers(step, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in here else None)
     names = [
         "ours",
-        "ours:triton",
+        "ours:liger",
         "deepspeed",
         *PACKAGES,
         "transformers:eager",
@@ -152,6 +152,7 @@ def test_only_what_is_installed_takes_room_from_the_layers(step, monkeypatch):
         "transformers:sonicmoe",
     ]
     assert [n for n in names if not step.installed(n)] == [
+        "ours:liger",
         "scattermoe",
         "sonicmoe",
         "transformers:deepgemm",

@@ -90,19 +90,22 @@ def test_the_cuda_suite_without_a_device_is_refused_in_a_sentence(step, monkeypa
 
 
 def test_our_variants_turn_their_own_kernels_on(step, monkeypatch):
-    from moe_llm.ops import triton
+    from moe_llm.ops import compiled, kernels, liger
 
-    monkeypatch.setattr(triton, "_enabled", None)
-    monkeypatch.setattr(triton, "available", lambda: True)
     shape = tiny(step)
     assert not [n for n in step.contender_names(shape) if n.startswith("ours:")]
     names = [n for n in step.contender_names(shape, device="cuda") if n.startswith("ours")]
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
     on = {}
     for name in names:
-        step.contender(name, shape, step.weights(shape), torch.float32)(step.batches(shape, 1)[0])
-        on[name] = triton.enabled()
-    every = frozenset(triton.DEFAULT)
-    assert on == {"ours": frozenset(), "ours:triton": every, "ours:elementwise": every - {"experts"}}
+        model = step.contender(name, shape, step.weights(shape), torch.float32)
+        with monkeypatch.context() as patch:
+            patch.setattr(liger, "available", lambda device: True)
+            patch.setattr(liger, "use", lambda *_: False)
+            model(step.batches(shape, 1)[0])
+        on[name] = (liger._enabled, compiled.enabled())
+    kernels.choose("torch", False, torch.device("cpu"))
+    assert on == {"ours": (False, False), "ours:liger": (True, False), "ours:compiled": (False, True)}
 
 
 def test_a_compiled_contender_is_compared_like_any_other(step, tmp_path, monkeypatch, capsys):

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from moe_llm.config import ModelConfig
 from moe_llm.distributed.rehearsal import rehearse
 from moe_llm.model.moe.layer import MoELayer
-from moe_llm.ops import native, triton
+from moe_llm.ops import kernels, native
 
 CONFIG = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -74,11 +74,11 @@ def test_the_dispatcher_waits_for_sizes_alone(capability):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("parts", [[], list(triton.DEFAULT), [p for p in triton.DEFAULT if p != "experts"]])
-def test_no_synchronisation_on_cuda(monkeypatch, parts):
-    if "experts" not in parts and torch.cuda.get_device_capability() < (9, 0):
+@pytest.mark.parametrize(("chosen", "compiled"), [("torch", False), ("auto", False), ("torch", True)])
+def test_no_synchronisation_on_cuda(chosen, compiled):
+    if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("torch's grouped product waits before Hopper")
-    monkeypatch.setattr(triton, "_enabled", frozenset(parts))
+    kernels.choose(chosen, compiled, torch.device("cuda"))
     run = step("cuda")
     run()  # compiles and tunes, which does wait
     torch.cuda.synchronize()
@@ -87,4 +87,5 @@ def test_no_synchronisation_on_cuda(monkeypatch, parts):
         grad = run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+        kernels.choose("torch", False, torch.device("cuda"))
     assert grad.isfinite().all()

@@ -134,7 +134,14 @@ def test_facts_of_each_start_are_kept(train):
     assert facts["starts"][0]["peak_flops_per_second"] > 0
     assert facts["starts"][0]["versions"]["torch"]
     assert facts["starts"][0]["kernels"]["experts"] == "fused"
-    assert facts["starts"][0]["kernels"].keys() == {"experts", "norm", "documents"}
+    assert facts["starts"][0]["kernels"].keys() == {
+        "experts",
+        "norm",
+        "rotary",
+        "loss",
+        "documents",
+        "compiled",
+    }
     assert facts["parameters"] == sum(facts["parts"].values())
     assert facts["data"][0]["tokens"] > 1000
 

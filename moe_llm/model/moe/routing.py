@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_llm.model.moe.segments import Segments
 from moe_llm.model.sequence_parts import SequenceParts
+from moe_llm.ops.compiled import region
 
 
 class RoutingStatistics(NamedTuple):
@@ -80,6 +81,7 @@ class WeightMixture(NamedTuple):
     statistics: RoutingStatistics
 
 
+@region
 def router_statistics(
     logits_TE: Tensor,
     probability_TE: Tensor,
