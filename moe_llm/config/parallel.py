@@ -69,18 +69,23 @@ class ParallelConfig(Section):
 
 def check_sequence_parts(config: "Config") -> None:
     """Refuse what cannot be spread over the ranks that share a sequence."""
-    size, model = config.parallel.sequence_parallel_size, config.model
+    size = config.parallel.sequence_parallel_size
+    conflict = sequence_parts_conflict(config, size)
+    if conflict is not None:
+        invalid("parallel.sequence_parallel_size", size, *conflict)
+
+
+def sequence_parts_conflict(config: "Config", size: int) -> tuple[str, str] | None:
+    """What keeps `size` ranks from sharing each sequence, and what to do about it; None if nothing does."""
+    model = config.model
     if size == 1:
-        return
-    where, heads, kv = "parallel.sequence_parallel_size", model.num_attention_heads, model.kv_heads
+        return None
+    heads, kv = model.num_attention_heads, model.kv_heads
     if config.data.sequence_length % size:
-        invalid(where, size, f"does not divide data.sequence_length={config.data.sequence_length}", "use a divisor")
+        return f"does not divide data.sequence_length={config.data.sequence_length}", "use a divisor"
     if heads % size or (kv % size and size % kv):
-        invalid(
-            where,
-            size,
-            f"does not spread {heads} query heads with {kv} key-value heads evenly: attention works on a part of the "
-            "heads",
+        return (
+            f"does not spread {heads} query heads with {kv} key-value heads evenly: attention works on a part of the heads",
             f"use a divisor of {heads} that divides {kv}, or is a multiple of it",
         )
     for key, conflicts, why in (
@@ -103,4 +108,5 @@ def check_sequence_parts(config: "Config") -> None:
         ),
     ):
         if conflicts:
-            invalid(where, size, f"does not go with {key}={conflicts}, which {why}", "set it to 1")
+            return f"does not go with {key}={conflicts}, which {why}", "set it to 1"
+    return None

@@ -340,7 +340,7 @@ class DeepSpeedEngine(_NamedState):
         chunks = config.parallel.all_to_all_chunks
         if chunks == "auto":
             chunks = 2 if runtime.device.type == "cuda" else 1
-        share_sequences(model, config.parallel.sequence_parallel_size, runtime)
+        share_sequences(model, config.parallel.sequence_parallel_size, runtime.rank, runtime.world_size)
         contract.adopt_layers(model, ep, runtime.rank, config.parallel.zero_stage, chunks)
         if config.parallel.zero_stage == 3:
             contract.share_out(model, config, runtime.world_size, fill)

@@ -16,19 +16,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_llm.distributed.runtime import Runtime
 from moe_llm.model.attention import Attention, LatentAttention
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.moe.router import Router
 from moe_llm.model.recomputation import exchanged
 
 
-def share_sequences(model: MoEDecoder, size: int, runtime: Runtime) -> None:
+def share_sequences(model: MoEDecoder, size: int, rank: int, world_size: int) -> None:
     """Give attention and routers the group of this rank's neighbours that share its sequences. Collective."""
     if size == 1:
         return
-    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, runtime.world_size, size)]
-    parts = UlyssesParts(groups[runtime.rank // size], runtime.rank % size, size)
+    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world_size, size)]
+    parts = UlyssesParts(groups[rank // size], rank % size, size)
     for module in model.modules():
         if isinstance(module, Attention | LatentAttention | Router):
             module.parts = parts

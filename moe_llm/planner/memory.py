@@ -33,17 +33,19 @@ class Kernels:
     fused_experts: experts gather their own rows (`ops.expert_mlp_fused`), so that of the routed rows only the gate and
     up projections are kept; otherwise the rows themselves are too (`ops.expert_mlp_grouped`).
     wide_softmax: the loss turns a chunk's logits into fp32 probabilities (without the C++ kernels).
-    attention_mask: packed documents need a mask of S x S for each sequence (GPUs), not runs of positions (CPUs).
+    chunks: `parallel.all_to_all_chunks: auto`.
+    keeps_attention: `selective` recomputation keeps attention's output (by the names of CUDA's kernels).
     """
 
     fused_experts: bool
     wide_softmax: bool
-    attention_mask: bool
+    keeps_attention: bool
+    chunks: int
 
 
 KERNELS = {
-    "cpu": Kernels(fused_experts=True, wide_softmax=False, attention_mask=False),
-    "cuda": Kernels(fused_experts=False, wide_softmax=True, attention_mask=True),
+    "cpu": Kernels(fused_experts=True, wide_softmax=False, keeps_attention=False, chunks=1),
+    "cuda": Kernels(fused_experts=False, wide_softmax=True, keeps_attention=True, chunks=2),
 }
 
 
@@ -57,6 +59,13 @@ class Layout:
     micro_batch: int
     recompute: bool
     offload: bool = False  # the optimizer's tensors in host memory
+    selective: bool = False  # with recompute: all but attention and what exchanges brought
+    sequence_parallel: int = 1  # ranks that share each sequence
+
+    @property
+    def readers(self) -> int:
+        """Ranks, or groups of them, that read blocks of their own."""
+        return self.ranks // self.sequence_parallel
 
     @property
     def replicas(self) -> int:
@@ -73,6 +82,8 @@ def layout_of(config: Config, ranks: int) -> Layout:
         config.train.micro_batch_size,
         config.train.recomputes,
         config.parallel.offload_optimizer == "cpu",
+        config.train.activation_checkpointing == "selective",
+        config.parallel.sequence_parallel_size,
     )
 
 
@@ -83,10 +94,16 @@ class Memory:
     parts: dict[str, float]
     phase: str
     host: float = 0.0  # bytes of host memory that the rank's optimizer takes, with offload
+    host_at_start: float = 0.0  # bytes of host memory in which the rank's weights are made before the device has them
 
     @property
     def total(self) -> float:
         return sum(self.parts.values())
+
+    @property
+    def host_needed(self) -> float:
+        """Bytes of host memory that the rank needs at one time or another."""
+        return max(self.host, self.host_at_start)
 
 
 def held_parameters(config: Config, layout: Layout) -> tuple[int, int]:
@@ -157,7 +174,7 @@ class _Walk:
         self.config, self.model, self.layout, self.kernels = config, config.model, layout, kernels
         self.imbalance = imbalance
         self.size = 4 if config.train.precision == "fp32" else 2  # bytes of a weight or activation
-        self.tokens = layout.micro_batch * config.data.sequence_length
+        self.tokens = layout.micro_batch * config.data.sequence_length / layout.sequence_parallel
         self.rows = self.tokens * self.model.router.active_experts(self.model)
         self.elsewhere = layout.expert_parallel > 1
         # where tokens have different numbers of rows, the fused gather does not take them
@@ -165,9 +182,11 @@ class _Walk:
         self.autograd = bool(self.model.expert_dropout)  # then torch's own operations compute the experts
         self.fused = kernels.fused_experts and not self.elsewhere and even and not self.autograd
         self.received = self.rows * (imbalance if self.elsewhere else 1)
+        chunks = config.parallel.all_to_all_chunks
+        self.parts = (kernels.chunks if chunks == "auto" else chunks) if self.elsewhere else 1
         self.local_experts = self.model.num_local_experts // layout.expert_parallel
         self.engine = layout.ranks > 1 or config.parallel.engine == "deepspeed"
-        self.rounds = max(1, config.train.global_batch_size // (layout.micro_batch * layout.ranks))
+        self.rounds = max(1, config.train.global_batch_size // (layout.micro_batch * layout.readers))
         self.trained = trained_parameters(config, layout)
         dense, expert = held_parameters(config, layout)
         self.dense, self.expert = dense + self.trained.adapters[0], expert + self.trained.adapters[1]
@@ -232,9 +251,6 @@ class _Walk:
         hidden = tokens * m.hidden_size * size
         heads, groups, d = m.num_attention_heads, m.kv_heads, m.attention_head_dim
         attention = hidden + 2 * tokens * (heads + groups) * d * size + 4 * tokens * heads
-        if self.kernels.attention_mask and self.config.data.isolate_documents:
-            # scaled_dot_product_attention turns a boolean mask into an additive one, in each layer
-            attention += self.layout.micro_batch * self.config.data.sequence_length**2 * size
         norms = 2 * hidden + 8 * tokens
         # logits and probabilities of the router; indices and weights of the choices
         router = tokens * (8 * m.num_local_experts * m.router.parts_per_token + 60 * m.router.active_experts(m))
@@ -269,15 +285,24 @@ class _Walk:
         """What stays of a layer until the backward pass comes to it."""
         if not self.layout.recompute:
             return self.layer()
-        choices = 12 * self.rows  # top-k is kept (`model.recomputation`)
-        return {"activations": 2 * self.tokens * self.model.hidden_size * self.size + choices, "all_to_all": 0.0}
+        m, size = self.model, self.size
+        kept = 2 * self.tokens * m.hidden_size * size + 12 * self.rows  # top-k is kept (`model.recomputation`)
+        exchanged = 0.0
+        if self.layout.selective:
+            kept += (
+                self.tokens * m.num_attention_heads * (m.attention_head_dim * size + 4) * self.kernels.keeps_attention
+            )
+            if self.elsewhere and not m.router.merges:
+                exchanged = (self.received + self.rows) * m.expert_hidden_size * size
+            if self.layout.sequence_parallel > 1:  # heads for positions, and back
+                groups = max(m.kv_heads, self.layout.sequence_parallel)
+                exchanged += 2 * self.tokens * (m.num_attention_heads + groups) * m.attention_head_dim * size
+        return {"activations": kept, "all_to_all": exchanged}
 
     def shared(self) -> float:
         """Kept once: token ids, labels, positions, documents and mask, cosines and sines, the last norm."""
         m, tokens = self.model, self.tokens
         ids = 8 * 4 * tokens + tokens + (4 * tokens if self.config.data.isolate_documents else 0)
-        if self.kernels.attention_mask and self.config.data.isolate_documents:
-            ids += self.layout.micro_batch * self.config.data.sequence_length**2
         return ids + 2 * tokens * m.attention_head_dim * self.size + 2 * tokens * m.hidden_size * self.size
 
     # what operations need while they run
@@ -321,7 +346,8 @@ class _Walk:
             # hidden activations and their gradient have one buffer, the projections' gradients take the place of these
             work = size * busy * (m.intermediate_size + (2 * m.expert_hidden_size if self.fused else 0))
         else:
-            work = size * self.received * (4 * m.intermediate_size + m.expert_hidden_size)
+            # rows travel and are worked on in parts
+            work = size * self.received / self.parts * (4 * m.intermediate_size + m.expert_hidden_size)
         exchanged = 2 * rows if self.elsewhere else 0.0
         return {"activations": flowing + work, "all_to_all": exchanged}
 
@@ -375,8 +401,8 @@ class _Walk:
             return {part: count * value for part, value in parts.items()}
 
         if self.engine and self.layout.zero_stage == 3:
-            # each rank is given whole weights before DeepSpeed shares them out
-            self.at("start, before ZeRO-3 shares the weights out", {"weights": size * (self.dense + self.expert)})
+            # a parameter is shared out before the next one comes (`distributed.deepspeed.share_out`)
+            self.at("start, weights made and shared out", {"weights": size * (self.shard + self.largest_parameter)})
         all_kept = times(layers, kept)
         self.at("forward, last layer", static, base, times(layers - 1, kept), layer, self.experts_forward())
         loss = {"loss": 2 * hidden + self.head_gradient}  # the rows that have a target, the gradient of these
@@ -405,7 +431,19 @@ class _Walk:
             {"gradients": self.left_behind(whole - trained.embeddings) + self.new_gradient(trained.embeddings)},
         )
         self.at("optimizer", static, {"gradients": self.left_behind(whole)}, self.optimizer_step())
-        return replace(max(self.moments, key=lambda moment: moment.total), host=self.host)
+        return replace(
+            max(self.moments, key=lambda moment: moment.total), host=self.host, host_at_start=self.made_on_host()
+        )
+
+    @property
+    def largest_parameter(self) -> float:
+        m = self.model
+        return max(2 * self.local_experts * m.expert_parameters / 3, m.vocab_size * m.hidden_size)
+
+    def made_on_host(self) -> float:
+        """Weights are made in host memory: one parameter at a time under ZeRO-3, but all of them where adapters go in."""
+        one_by_one = self.engine and self.layout.zero_stage == 3 and not any(self.trained.adapters)
+        return self.size * (self.largest_parameter if one_by_one else self.dense + self.expert)
 
     def new_gradient(self, parameters: float) -> float:
         """Of an operation's weights, when it has just been computed and, where it is summed in fp32, copied."""

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from moe_llm.config import Config
+from moe_llm.config.parallel import sequence_parts_conflict
 from moe_llm.errors import UserError
 from moe_llm.finetune.selection import trained_names
 from moe_llm.planner.hardware import ACCELERATORS, FRAGMENTS, MFU, RESERVED_BYTES, Accelerator
@@ -17,6 +18,7 @@ from moe_llm.planner.time import StepTime, Traffic, accumulation, step_time, tra
 IMBALANCE = 1.5
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 _MOST_GPUS = 4096
+_LONG = 16384  # tokens of a sequence from which on ranks may share it
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,8 @@ def _check(config: Config, request: Request) -> None:
         raise UserError(
             f"--gpus {request.gpus} does not divide over --nodes {request.nodes}: give as many GPUs on every node"
         )
-    batch = config.train.global_batch_size
-    if batch % request.gpus:
+    batch, most = config.train.global_batch_size, max(_sequence_parallel_sizes(config, request.gpus))
+    if batch % (request.gpus // most):
         above = -(-batch // request.gpus) * request.gpus
         raise UserError(
             f"train.global_batch_size={batch} does not divide over --gpus {request.gpus}: "
@@ -113,16 +115,25 @@ def _check(config: Config, request: Request) -> None:
 
 def layouts(config: Config, gpus: int) -> Iterator[Layout]:
     """What can be launched on so many ranks: each expert-parallel size, ZeRO stage (one, where there is nothing to
-    divide), micro-batch that divides the batch, with recomputation and without, the optimizer's tensors on the GPU or in
-    host memory."""
+    divide), micro-batch that divides the batch, with recomputation, whole or selective, and without, the optimizer's
+    tensors on the GPU or in host memory; long sequences whole or shared by ranks."""
     experts, batch = config.model.num_local_experts, config.train.global_batch_size
     for size in (n for n in range(1, experts + 1) if experts % n == 0 and gpus % n == 0):
         for stage in (1, 2, 3) if gpus > 1 else (config.parallel.zero_stage,):
-            for micro in (m for m in _MICRO_BATCHES if batch % (m * gpus) == 0):
-                for recompute in (False, True):
-                    # ZeRO-1 would hold whole gradients beside what is offloaded
-                    for offload in (False, True) if stage > 1 or gpus == 1 else (False,):
-                        yield Layout(gpus, size, stage, micro, recompute, offload)
+            for shared in _sequence_parallel_sizes(config, gpus):
+                for micro in (m for m in _MICRO_BATCHES if batch % (m * (gpus // shared)) == 0):
+                    for recompute, selective in ((False, False), (True, False), (True, True)):
+                        # ZeRO-1 would hold whole gradients beside what is offloaded
+                        for offload in (False, True) if stage > 1 or gpus == 1 else (False,):
+                            yield Layout(gpus, size, stage, micro, recompute, offload, selective, shared)
+
+
+def _sequence_parallel_sizes(config: Config, gpus: int) -> list[int]:
+    """As configured; for long sequences each size that fits, where none is."""
+    asked = config.parallel.sequence_parallel_size
+    if asked > 1 or config.data.sequence_length < _LONG:
+        return [asked] if gpus % asked == 0 else [1]
+    return [size for size in (1, 2, 4, 8, 16, 32) if gpus % size == 0 and sequence_parts_conflict(config, size) is None]
 
 
 def _candidate(config: Config, request: Request, layout: Layout) -> Candidate:
@@ -133,26 +144,29 @@ def _candidate(config: Config, request: Request, layout: Layout) -> Candidate:
 
 
 def _host_fits(memory: Memory, request: Request) -> bool:
-    return request.host_memory is None or memory.host * request.ranks_per_node <= request.host_memory
+    return request.host_memory is None or memory.host_needed * request.ranks_per_node <= request.host_memory
 
 
 def _needed(config: Config, request: Request, candidates: list[Candidate]) -> list[str]:
     """What would make it possible: larger GPUs, more of them, more host memory, or fewer layers."""
     gib = 2**30
-    least = min((c for c in candidates if _host_fits(c.memory, request)), key=lambda c: c.memory.total)
-    memory = (least.memory.total + RESERVED_BYTES) / (1 - FRAGMENTS)
-    found = [f"{request.gpus} GPUs of {memory / gib:.0f} GiB each ({words(least.layout)})"]
+    held = [c for c in candidates if _host_fits(c.memory, request)]
+    found = []
+    if held:
+        least = min(held, key=lambda c: c.memory.total)
+        memory = (least.memory.total + RESERVED_BYTES) / (1 - FRAGMENTS)
+        found.append(f"{request.gpus} GPUs of {memory / gib:.0f} GiB each ({words(least.layout)})")
     more = _more_gpus(config, request)
     if more is not None:
         found.append(
             f"{more.layout.ranks} GPUs of {request.memory / gib:.0f} GiB ({words(more.layout)}: "
             f"{more.memory.total / gib:.1f} GiB)"
         )
-    offloaded = [c for c in candidates if c.layout.offload and c.memory.total <= request.usable]
-    if offloaded:
-        host = min(offloaded, key=lambda c: c.memory.host)
+    fitting = [c for c in candidates if c.memory.total <= request.usable]
+    if fitting:
+        host = min(fitting, key=lambda c: c.memory.host_needed)
         found.append(
-            f"{host.memory.host * request.ranks_per_node / gib:.0f} GiB of host memory in each machine "
+            f"{host.memory.host_needed * request.ranks_per_node / gib:.0f} GiB of host memory in each machine "
             f"({words(host.layout)}: {host.memory.total / gib:.1f} GiB of each GPU)"
         )
     layers = _fewer_layers(config, request)
@@ -193,7 +207,8 @@ def _fewer_layers(config: Config, request: Request) -> int:
 
 
 def words(layout: Layout) -> str:
-    again = ", recomputation" if layout.recompute else ""
+    again = f", sequences shared by {layout.sequence_parallel}" if layout.sequence_parallel > 1 else ""
+    again += (", selective recomputation" if layout.selective else ", recomputation") if layout.recompute else ""
     again += ", optimizer on the host" if layout.offload else ""
     return f"EP {layout.expert_parallel}, ZeRO-{layout.zero_stage}, micro-batch {layout.micro_batch}{again}"
 
@@ -205,12 +220,13 @@ def planned_config(config: Config, layout: Layout) -> Config:
             "expert_parallel_size": layout.expert_parallel,
             "zero_stage": layout.zero_stage,
             "offload_optimizer": "cpu" if layout.offload else "none",
+            "sequence_parallel_size": layout.sequence_parallel,
         }
     )
     train = config.train.model_copy(
         update={
             "micro_batch_size": layout.micro_batch,
-            "activation_checkpointing": "full" if layout.recompute else "off",
+            "activation_checkpointing": ("selective" if layout.selective else "full") if layout.recompute else "off",
         }
     )
     return config.model_copy(update={"parallel": parallel, "train": train})
@@ -231,6 +247,7 @@ def as_json(found: Plan) -> dict[str, Any]:
             "accumulation_steps": accumulation(found.config, candidate.layout),
             "memory": {**candidate.memory.parts, "total": candidate.memory.total, "when": candidate.memory.phase},
             "host_memory": candidate.memory.host,
+            "host_memory_at_start": candidate.memory.host_at_start,
             "traffic": {**asdict(candidate.traffic), "total": candidate.traffic.total},
             "seconds": {**asdict(candidate.time), "step": candidate.time.total},
             "days": days(found, candidate),

@@ -58,7 +58,7 @@ def _row(found: Plan, candidate: Candidate) -> str:
     sizes = " ".join(f"{memory.parts[part] / GIB:>11.1f}" for part in PARTS)
     return (
         f"{'*' if candidate.fits else ' '} {layout.expert_parallel:>2} {layout.zero_stage:>4} {layout.micro_batch:>5} "
-        f"{'yes' if layout.recompute else 'no':>10} {'yes' if layout.offload else 'no':>4} {sizes} {memory.total / GIB:>6.1f} {candidate.time.total:>9.2f} "
+        f"{('selective' if layout.selective else 'yes') if layout.recompute else 'no':>10} {'yes' if layout.offload else 'no':>4} {sizes} {memory.total / GIB:>6.1f} {candidate.time.total:>9.2f} "
         f"{days(found, candidate):>8.1f}"
     )
 
@@ -88,6 +88,8 @@ def _arithmetic(found: Plan, best: Candidate) -> list[str]:
             if layout.offload
             else []
         ),
+        f"  at the start a machine holds {best.memory.host_at_start * min(found.request.ranks_per_node, layout.ranks) / GIB:.1f} GiB "
+        "of weights that are not on their GPUs yet",
         "  memory, GiB: "
         + ", ".join(f"{part} {best.memory.parts[part] / GIB:.1f}" for part in PARTS)
         + f"; in all {best.memory.total / GIB:.1f}",

@@ -41,7 +41,7 @@ class StepTime:
 
 def accumulation(config: Config, layout: Layout) -> int:
     """Micro-batches that a rank takes in a step."""
-    return config.train.global_batch_size // (layout.micro_batch * layout.ranks)
+    return config.train.global_batch_size // (layout.micro_batch * layout.readers)
 
 
 def traffic(config: Config, layout: Layout) -> Traffic:
@@ -64,6 +64,21 @@ def _exchanged(config: Config, layout: Layout) -> float:
     """Rows to their experts and back: twice in the forward pass, twice in the backward pass, and twice more where the
     forward pass is recomputed; of evenly spread rows the share that is for other ranks. Where weights are mixed, these
     instead: to every rank once for each of those passes, and their gradients back, in every micro-batch."""
+    return _rows_exchanged(config, layout) + _heads_exchanged(config, layout)
+
+
+def _heads_exchanged(config: Config, layout: Layout) -> float:
+    """Where ranks share sequences: queries, keys and values to the ranks of their heads and attention's outputs back, in
+    each pass."""
+    shared, m = layout.sequence_parallel, config.model
+    groups = max(m.kv_heads, shared)
+    elements = 2 * (m.num_attention_heads + groups) * m.attention_head_dim
+    tokens, size = config.tokens_per_step / layout.ranks, 4 if config.train.precision == "fp32" else 2
+    passes = 3 if layout.recompute and not layout.selective else 2
+    return passes * m.num_hidden_layers * tokens * elements * size * (1 - 1 / shared)
+
+
+def _rows_exchanged(config: Config, layout: Layout) -> float:
     if layout.expert_parallel == 1:
         return 0.0
     if config.model.router.merges:
@@ -73,7 +88,7 @@ def _exchanged(config: Config, layout: Layout) -> float:
     m, tokens = config.model, config.tokens_per_step / layout.ranks
     row = m.hidden_size * (4 if config.train.precision == "fp32" else 2)
     elsewhere = 1 - 1 / layout.expert_parallel
-    times = 6 if layout.recompute else 4
+    times = 6 if layout.recompute and not layout.selective else 4
     return times * m.num_moe_layers * tokens * m.num_experts_per_tok * row * elsewhere
 
 
@@ -118,7 +133,7 @@ def step_time(
         seconds["gradients"] += gradients / rate
         seconds["weights"] += weights / rate
     outside = max(0.0, 1 - ranks_per_node / layout.expert_parallel)
-    exchanged = _exchanged(config, layout) * busiest
+    exchanged = _rows_exchanged(config, layout) * busiest + _heads_exchanged(config, layout)
     return StepTime(
         products=(dense + experts * busiest) * tokens / (peak * mfu),
         all_to_all=exchanged * outside / _rate(hardware, True) + exchanged * (1 - outside) / _rate(hardware, False),

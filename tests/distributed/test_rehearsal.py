@@ -16,12 +16,14 @@ from moe_llm.model.moe import routers
 from moe_llm.model.moe.experts import Experts
 from moe_llm.model.moe.layer import MoELayer
 from moe_llm.ops import attention, host
+from moe_llm.planner.memory import KERNELS, layout_of, step_memory, without_bucket
 
 SIZES, ROWS, COUNTS = "rows that each rank sends and receives", "rows of all tokens", "rows of each expert"
 SEGMENTS = "segments of a block"
 # Routers whose number of rows depends on values: it has to be known before the rows can be gathered.
 VARYING = {"gshard", "switch", "batch_prioritised", "top_p", "expert_choice"}
 # What a layer of 8x7B may wait for in a step without recomputation. Before Hopper experts are a loop that reads its counts.
+CLUSTERS = [("8x7b", 8), ("8x22b", 64), ("8x7b", 512)]
 BUDGET_OPERATIONS = {  # device operations a layer, forward and backward, of Mixtral's router: may only fall
     (1, (9, 0)): (86, 96),
     (8, (9, 0)): (132, 121),
@@ -89,8 +91,9 @@ def test_selective_recomputation_exchanges_and_waits_once():
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("ep", [1, 8])
 @pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize(("shape", "ranks"), [("8x7b", 8), ("8x22b", 64), ("8x7b", 512)])
-def test_the_whole_grid(shape, ranks, router, ep, stage, capability):
+def test_the_whole_grid(router, ep, stage, capability):
+    """Each in one of three clusters, which take turns."""
+    shape, ranks = CLUSTERS[(list(ROUTERS).index(router) + stage + capability[0]) % len(CLUSTERS)]
     config = cluster_config(router, shape=shape, ranks=ranks, ep=ep, stage=stage, layers=1)
     check(rehearse(config, ranks, capability=capability), router, ep, capability)
 
@@ -115,6 +118,35 @@ def test_operations_of_a_layer_stay_within_their_budget(ep, capability):
     one, two = (rehearse(cluster_config(ep=ep, layers=layers), 8, capability=capability) for layers in (1, 2))
     used = tuple(two.operations[phase] - one.operations[phase] for phase in ("forward", "backward"))
     assert all(u <= b for u, b in zip(used, BUDGET_OPERATIONS[ep, capability])), used
+
+
+@pytest.mark.parametrize(("router", "ep", "sp"), [("mixtral", 8, 8), ("gshard", 8, 2), ("expert_choice", 1, 4)])
+def test_ranks_that_share_sequences_wait_no_more_and_agree(router, ep, sp):
+    """Attention exchanges heads and positions there and back, forward and backward."""
+    config = cluster_config(router, layers=1, ep=ep, sp=sp, length=8192)
+    of_ranks = [rehearse(config, 8, rank=rank) for rank in (0, 1)]
+    check(of_ranks[0], router, ep)
+    assert not disagreements(of_ranks, (0, 1))
+    neighbours = [e for e in of_ranks[0].exchanges if e.name == "all_to_all_single" and len(e.sent) == 5]
+    assert len(neighbours) == 4
+
+
+def test_128k_tokens_of_mixtral_8x7b_run_on_8_gpus_that_share_sequences():
+    """A layer's activations are an eighth of those of a rank that has the sequence to itself."""
+    shared = rehearse(cluster_config(layers=1, ep=8, sp=8, stage=2, length=131072), 8)
+    check(shared, "mixtral", 8)
+    alone = rehearse(cluster_config(layers=1, ep=8, stage=2, length=131072), 8)
+    static = shared.memory.parts["weights"] + shared.memory.parts["optimizer"]
+    assert shared.memory.peak - static < (alone.memory.peak - static) / 4
+
+
+@pytest.mark.parametrize("ranks", [8, 64, 512])
+def test_the_plan_is_near_the_rehearsal(ranks):
+    """ZeRO-2 with recomputation, the layout that plans prefer; DeepSpeed's bucket is not rehearsed."""
+    config = cluster_config(layers=4, ranks=ranks, stage=2, activation_checkpointing="full")
+    layout = layout_of(config, ranks)
+    planned = without_bucket(step_memory(config, layout, KERNELS["cuda"]), layout, config)
+    assert planned.total == pytest.approx(rehearse(config, ranks).memory.peak, rel=0.05)
 
 
 def test_stages_hold_what_they_say():

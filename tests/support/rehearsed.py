@@ -49,11 +49,13 @@ def cluster_config(
     stage: int = 1,
     length: int = 4096,
     micro: int = 1,
+    sp: int = 1,
     **train: Any,
 ) -> Config:
     """A bf16 run of `ranks` GPUs on `layers` layers of a true shape."""
     settings, top_k = ROUTERS[router]
-    model = SHAPES[shape] | {"num_hidden_layers": layers, "num_experts_per_tok": top_k}
+    sizes = SHAPES[shape] | {"max_position_embeddings": max(length, SHAPES[shape]["max_position_embeddings"])}
+    model = sizes | {"num_hidden_layers": layers, "num_experts_per_tok": top_k}
     return validate(
         {
             "run": {"dir": "unused"},
@@ -62,10 +64,10 @@ def cluster_config(
             "train": {
                 "max_steps": 1,
                 "micro_batch_size": micro,
-                "global_batch_size": micro * ranks,
+                "global_batch_size": micro * ranks // sp,
                 "precision": "bf16",
                 **train,
             },
-            "parallel": {"expert_parallel_size": ep, "zero_stage": stage},
+            "parallel": {"expert_parallel_size": ep, "zero_stage": stage, "sequence_parallel_size": sp},
         }
     )

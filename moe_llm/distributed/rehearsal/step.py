@@ -22,6 +22,7 @@ from moe_llm.distributed.rehearsal.device import TimingEvent, cuda_without_value
 from moe_llm.distributed.rehearsal.record import Exchange, Memory, Recorder, Values, Wait
 from moe_llm.distributed.rehearsal.zero import ShardedAdamW
 from moe_llm.distributed.runtime import Runtime
+from moe_llm.distributed.sequence import share_sequences
 from moe_llm.distributed.step_loss import StepLoss
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.moe.layer import MoELayer
@@ -77,7 +78,8 @@ def rehearse(
         # torch 2.13 renames what torch 2.11 knows by these names alone
         warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
         recorder = Recorder()
-        tokens = config.train.micro_batch_size * config.data.sequence_length * config.model.num_experts_per_tok
+        places = config.train.micro_batch_size * config.data.sequence_length // config.parallel.sequence_parallel_size
+        tokens = places * config.model.num_experts_per_tok
         values = Values(rank, world_size, tokens, skew)
         with recorder, recorder.exchanging(), host.reading_with(lambda *asked: recorder.read(values, *asked)):
             model, optimizer = _build(config, world_size, rank, recorder)
@@ -162,6 +164,7 @@ def _build(config: Config, world_size: int, rank: int, recorder: Recorder) -> tu
     for layer in model.modules():
         if isinstance(layer, MoELayer) and ep > 1:
             layer.dispatcher = AllToAllDispatcher(neighbours, ep, 2 if chunks == "auto" else chunks)
+    share_sequences(model, config.parallel.sequence_parallel_size, rank, world_size)
     model.model.recompute = config.train.activation_checkpointing if config.train.recomputes else False
     everyone = dist.group.WORLD
     assert everyone is not None
@@ -171,9 +174,14 @@ def _build(config: Config, world_size: int, rank: int, recorder: Recorder) -> tu
 
 
 def _batch(config: Config, runs: Sequence[Sequence[int]] | None) -> Batch:
-    shape = config.train.micro_batch_size, config.data.sequence_length
+    micro, length, parts = (
+        config.train.micro_batch_size,
+        config.data.sequence_length,
+        config.parallel.sequence_parallel_size,
+    )
+    shape = micro, length // parts
     ids, positions, labels, documents = (torch.zeros(shape, dtype=torch.int64, device="cuda") for _ in range(4))
-    known = runs if runs is not None else [[shape[1]]] * shape[0]
+    known = runs if runs is not None else [[length]] * micro
     return Batch(
         ids,
         labels,

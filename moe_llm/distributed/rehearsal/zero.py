@@ -103,6 +103,10 @@ class ShardedAdamW:
         gradient, p.grad = p.grad.float(), None
         if self.stage > 1:
             gradient = self._reduced(p, gradient)
+            if not self._gradients:  # DeepSpeed has one buffer for all of them
+                self._gradients = {
+                    q: torch.zeros(self._share(q), device=q.device) for q in self._masters if q.requires_grad
+                }
         held = self._gradients.get(p)
         self._gradients[p] = gradient if held is None else held.add_(gradient)
         if p in self._spread:
