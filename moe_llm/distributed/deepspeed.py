@@ -177,7 +177,8 @@ def share_out(
         if parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
         if getattr(parameter, "ds_zero_placement_family", None) == "autoep_expert":
-            parameter.ds_zero_partition_process_group = groups._get_expert_data_parallel_group(f"ep_size_{size}")
+            replicas = groups._get_expert_data_parallel_group(f"ep_size_{size}")
+            setattr(parameter, "ds_zero_partition_process_group", replicas)  # noqa: B010 (no attribute of torch's)
         sharing._convert_to_zero_parameters([parameter])
 
 

@@ -438,6 +438,7 @@ class _Walk:
     @property
     def largest_parameter(self) -> float:
         m = self.model
+        assert m.vocab_size is not None, "plans know the vocabulary"
         return max(2 * self.local_experts * m.expert_parameters / 3, m.vocab_size * m.hidden_size)
 
     def made_on_host(self) -> float:
