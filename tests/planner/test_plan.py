@@ -160,7 +160,7 @@ def test_selective_recomputation_is_a_layout_of_its_own():
     """It keeps more than full recomputation and exchanges less."""
     config = load_config(MIXTRAL, NODE)
     full, selective, off = (
-        Layout(8, 8, 2, 1, recompute, True, kind) for recompute, kind in ((True, False), (True, True), (False, False))
+        Layout(8, 8, 2, 8, recompute, True, kind) for recompute, kind in ((True, False), (True, True), (False, False))
     )
     held = [step_memory(config, layout, KERNELS["cuda"]).total for layout in (full, selective, off)]
     assert held[0] < held[1] < held[2]
