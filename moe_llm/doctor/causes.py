@@ -42,6 +42,8 @@ def _gradient(finding: Finding, failed: Failed, ranks: int) -> str:
         return "gradients of the routers alone depart: look at the balance and z-loss and at the rows' weights"
     if "aux_loss" in failed or "reference_aux" in failed:
         return "follows from the balance loss"
+    if "reference_own" in failed:
+        return "follows from a loss of the router's own"
     return ""
 
 
@@ -134,6 +136,12 @@ def _optimizer(finding: Finding, failed: Failed, ranks: int) -> str:
     )
 
 
+def _resumed_state(finding: Finding, failed: Failed, ranks: int) -> str:
+    if finding.evidence.get("loaded_in"):
+        return f"the checkpoint is loaded in {finding.evidence['loaded_in']}, to which values are rounded"
+    return "the checkpoint misses or misplaces state at another layout"
+
+
 def _as_found(finding: Finding, failed: Failed, ranks: int) -> str:
     """What the oracle has to say needs no guess."""
     return finding.where.partition(": ")[2] or finding.where
@@ -146,7 +154,7 @@ _RULES: list[tuple[set[str], Callable[[Finding, Failed, int], str]]] = [
     ({"export_config", "export_tokens", "export_dtype"}, lambda finding, failed, ranks: finding.where),
     ({"oracle_schedule"}, _says("the learning rate is not its formula's: look at warm-up, schedule and step count")),
     ({"oracle_norm"}, _says("the norm that is recorded, and clipped by, is not that of all gradients")),
-    ({"oracle_text", "oracle_order", "oracle_held_out"}, _as_found),
+    ({"oracle_text", "oracle_order", "oracle_held_out", "oracle_chat"}, _as_found),
     (
         {"cut", "cut_gradients"},
         _says(
@@ -212,6 +220,9 @@ _RULES: list[tuple[set[str], Callable[[Finding, Failed, int], str]]] = [
     ({"reference_aux"}, _reference_aux),
     ({"reference_norm"}, _says("follows from the gradients", if_failed="reference_gradients")),
     ({"reference_norm"}, _says("gradients are right, so their norm is not taken over all parameters")),
+    ({"reference_own"}, lambda finding, failed, ranks: _padding(finding)),
+    ({"reference_own"}, _says("follows from the forward pass", if_failed="reference_lm")),
+    ({"reference_own"}, _says("a loss of the router's own has another formula than in its paper")),
     ({"reference_z"}, lambda finding, failed, ranks: _padding(finding)),
     ({"reference_z"}, _says("follows from the forward pass", if_failed="reference_lm")),
     ({"reference_z"}, _says("the z-loss has another formula than in the paper")),
@@ -233,10 +244,12 @@ _RULES: list[tuple[set[str], Callable[[Finding, Failed, int], str]]] = [
             "missing, doubled or in another's place"
         ),
     ),
+    ({"export_loaded"}, _says("follows from config.json", if_failed="export_config")),
+    ({"export_loaded"}, _as_found),
     ({"export_logits"}, _says("follows from the exported weights", if_failed="export")),
     ({"export_logits"}, _says("config.json does not describe the model that was trained")),
     ({"resume_one_data", "resume_ranks_data"}, _says("the data position in the checkpoint is not that of its step")),
-    ({"resume_one_state", "resume_ranks_state"}, _says("the checkpoint misses or misplaces state at another layout")),
+    ({"resume_one_state", "resume_ranks_state"}, _resumed_state),
     ({"resume_one_loss"}, _says("follows from the data position", if_failed="resume_one_data")),
     ({"resume_ranks_loss"}, _says("follows from the data position", if_failed="resume_ranks_data")),
     ({"resume_one_loss"}, _says("follows from the restored state", if_failed="resume_one_state")),

@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 
-from moe_llm.checkpoint.architectures import MIXTRAL, architecture_of
-from moe_llm.config import Config, ModelConfig
+from moe_llm.config import Config
 from moe_llm.config.adversarial import AdversarialConfig
-from moe_llm.config.routers import ENTROPY_COEFFICIENTS
 from moe_llm.distributed.runtime import rank_from_environment, world_size_from_environment
 from moe_llm.doctor import adapters, compare, judge
 from moe_llm.doctor.causes import diagnose
@@ -23,12 +21,12 @@ from moe_llm.doctor.exported import check_export, check_files
 from moe_llm.doctor.findings import FAIL, Finding, exact, note
 from moe_llm.doctor.launched import LaunchedRanks, take_part
 from moe_llm.doctor.observe import Observation, expected_samples, made_ready, observe
+from moe_llm.doctor.oracle.family import comparable
 from moe_llm.doctor.oracle.transformer import Reference
 from moe_llm.doctor.ranks import LocalRanks, Plant, RankError, no_plant
 from moe_llm.doctor.sample import small_data
 from moe_llm.doctor.shrink import ALONE, one_process, replace, shrink
 from moe_llm.errors import UserError
-from moe_llm.model.moe.losses import entropy_losses
 from moe_llm.model.moe.routers import router_losses
 
 STEPS = 4
@@ -259,10 +257,9 @@ class _Case:
         return replace(self.config, train={"precision": "fp32"})
 
     def _as_transformers(self, precise: Observation) -> Observation:
-        """One process in fp32 without what transformers has not: limits of capacity, losses of the router's own,
-        perturbations and turns."""
+        """One process in fp32 without what transformers has not: limits of capacity, perturbations and turns."""
         router = self.config.model.router
-        without = {**router.unlimited(), **dict.fromkeys(ENTROPY_COEFFICIENTS, 0.0), "global_entropy_threshold": None}
+        without = router.unlimited()
         changed = {key: value for key, value in without.items() if getattr(router, key) != value}
         adversarial = self.config.train.adversarial != AdversarialConfig()
         if not changed and not adversarial:
@@ -317,6 +314,7 @@ class _Case:
         """One process beside the oracle: data, schedule and optimizer."""
         with self.plant(None):
             self.findings += judge.judge_text(self.config)
+            self.findings += judge.judge_conversations(self.config, one.saved[0])
             self.findings += judge.judge_schedule(self.user, self.config, one)
         self.findings += judge.judge_optimizer(one_process(self.config, self.ranks), one)
         self.findings += judge.judge_average(self.config, one)
@@ -391,13 +389,6 @@ def on_gpu(config: Config) -> bool:
     """Whether training would take place on GPUs here."""
     asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
     return config.train.device != "cpu" and not asked_for_cpu and torch.cuda.is_available()
-
-
-def comparable(config: ModelConfig) -> bool:
-    """Whether transformers trains such a model, capacity and entropies set aside: routers that choose as Mixtral's does
-    while nothing is random, and have no parameters or losses of their own."""
-    own = {loss.name for loss in router_losses(config)} - {loss.name for loss in entropy_losses(config.router)}
-    return architecture_of(config) == MIXTRAL and not own
 
 
 def _observe_from(config: Config, source: str) -> Observation:

@@ -58,7 +58,7 @@ def check_export(
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
-            dtype=torch.float32,
+            dtype="auto",
             output_loading_info=True,
             experts_implementation="eager",
             trust_remote_code=architecture.code,  # this package's own, written a moment ago
@@ -83,6 +83,14 @@ def check_export(
     ]
     keys = exact("export_keys", "checkpoint in transformers: all tensors, no others", wrong)
 
+    due = DTYPES[config.checkpoint.dtype]
+    other = [
+        f"{name} is {parameter.dtype} in memory, trained and stored as {due}"
+        for name, parameter in theirs.named_parameters()
+        if parameter.dtype != due
+    ]
+    loaded = exact("export_loaded", f"checkpoint in transformers: loads in {config.checkpoint.dtype} by itself", other)
+    theirs = theirs.float()
     held = {hf.published_name(name): tensor for name, tensor in [*theirs.named_parameters(), *theirs.named_buffers()]}
     for name in weights:
         if in_one(architecture, name) and hf.published_name(name) in held:
@@ -110,6 +118,7 @@ def check_export(
     apart = float(np.abs(a - b).max() / np.abs(a).max())
     return [
         keys,
+        loaded,
         tensors,
         within("export_logits", "checkpoint in transformers: logits", [(apart, allowed.logits, "the largest logit")]),
     ]

@@ -13,7 +13,7 @@ from moe_llm.distributed.state import EMA
 from moe_llm.doctor.compare import Whole, apart, relative, whole
 from moe_llm.doctor.findings import Finding, exact, note, within
 from moe_llm.doctor.observe import Observation, digests, read_data
-from moe_llm.doctor.oracle import average, optimizer, order, schedule
+from moe_llm.doctor.oracle import average, chat, optimizer, order, schedule
 from moe_llm.doctor.oracle.text import Judged, Text, documents
 from moe_llm.doctor.shrink import replace
 from moe_llm.train import trainer
@@ -21,11 +21,12 @@ from moe_llm.train import trainer
 _UPDATES = 2e-4  # of what training has changed so far: rounding of torch's fused and plain optimizers
 _MOMENTS = 1e-4
 _MAX_SAMPLES = 4096
+_CHAT = "chat: the answer and the end of its turn are learned, the question is not"
 _TEXT = "blocks are the raw text: targets, borders, padding, every token once"
 
 
 def judge_text(config: Config) -> list[Finding]:
-    """Blocks of the small run's text, and their order. Chat is not judged here."""
+    """Blocks of the small run's text, and their order. Chat is judged by `judge_conversations`."""
     if config.data.has_chat:
         return []
     from transformers import PreTrainedTokenizerFast  # the Auto class would build LlamaTokenizer by rules of its own
@@ -63,6 +64,25 @@ def judge_text(config: Config) -> list[Finding]:
         exact("oracle_order", "each block once an epoch, shuffled by seed and epoch, sources by weight", disorder),
         exact("oracle_held_out", "no document is both trained on and held out", twice),
     ]
+
+
+def judge_conversations(config: Config, checkpoint: str) -> list[Finding]:
+    """Blocks of chat beside what the tokenizer and the template of a checkpoint make of the rows."""
+    files = [Path(source.path) for source in config.data.sources if source.content == "chat"]
+    if not files:
+        return []
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
+    if not tokenizer.chat_template:
+        return [exact("oracle_chat", _CHAT, ["the checkpoint's tokenizer has no chat template"])]
+    data = read_data(config)
+    batch = data.train.rows(0, min(2 * len(data.train), _MAX_SAMPLES))
+    told = chat.conversations(files, tokenizer)
+    wrong, judged = chat.judge_chat(batch, told, config.data.sequence_length)
+    if not judged and not wrong:
+        return [note(f"none of {len(told)} conversations fits into a block: what of them is learned is not judged")]
+    return [exact("oracle_chat", f"{_CHAT} ({judged} conversations)", wrong)]
 
 
 def _orders_of_seeds(config: Config, count: int) -> list[list[str]]:

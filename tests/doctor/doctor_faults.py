@@ -581,3 +581,106 @@ def norms_have_another_epsilon(rank):
 
     real = decoder.RMSNorm
     return mock.patch.object(decoder, "RMSNorm", lambda size, eps: real(size, 100 * eps + 1e-3))
+
+
+# Chat, and dtypes of checkpoints.
+
+
+def the_end_of_the_turn_is_not_learned(rank):
+    """The answer alone is, so that a model never stops."""
+    from moe_llm.data.chat_template import ChatEncoder
+
+    real = ChatEncoder._span
+
+    def span(self, found, text, turn):
+        begin, _ = real(self, found, text, turn)
+        said = found.messages[turn]["content"].strip()
+        return begin, text.index(said, begin) + len(said)
+
+    return mock.patch.object(ChatEncoder, "_span", span)
+
+
+def the_question_is_learned_too(rank):
+    from moe_llm.data.chat_template import ChatEncoder
+
+    real = ChatEncoder._span
+    return mock.patch.object(ChatEncoder, "_span", lambda self, *a: (0, real(self, *a)[1]))
+
+
+def the_end_of_the_turn_is_cut_off(rank):
+    """It is not even in the tokens."""
+    from moe_llm.data.chat_template import ChatEncoder
+
+    real = ChatEncoder.encode
+
+    def encode(self, examples):
+        return [(ids[: (last := targets.nonzero()[0][-1])], targets[:last]) for ids, targets in real(self, examples)]
+
+    return mock.patch.object(ChatEncoder, "encode", encode)
+
+
+def checkpoints_are_loaded_in_another_dtype(rank):
+    from moe_llm.distributed.engine import DeepSpeedEngine, LocalEngine
+
+    stack = contextlib.ExitStack()
+    for engine in (LocalEngine, DeepSpeedEngine):
+
+        def write(self, name, kind, tensor, real=engine.write):
+            real(self, name, kind, tensor.bfloat16().float() if kind == "weight" else tensor)
+
+        stack.enter_context(mock.patch.object(engine, "write", write))
+    return stack
+
+
+# Losses of routers of their own.
+
+
+def a_variation_is_not_squared(rank):
+    from moe_llm.model.moe.routers import noisy_top_k
+
+    real = noisy_top_k.cv_squared
+    return mock.patch.object(noisy_top_k, "cv_squared", lambda x_E: (real(x_E) + 1e-12).sqrt())
+
+
+def groups_of_experts_are_summed_in_place_of_averaged(rank):
+    from moe_llm.model.moe.routers import deepseek_moe
+
+    real = deepseek_moe._balance
+    return mock.patch.object(
+        deepseek_moe, "_balance", lambda s, groups: real(s, groups) * (1 if groups is None else groups)
+    )
+
+
+def entropy_has_another_base(rank):
+    from moe_llm.model.moe import losses
+
+    real = losses.mean_entropy
+    return mock.patch.object(losses, "mean_entropy", lambda s: real(s) / 0.6931)
+
+
+def norms_of_heads_are_left_out(rank):
+    from moe_llm.model.attention import Attention
+
+    real = Attention.forward
+
+    def forward(self, *arguments):
+        norm, self.q_norm = self.q_norm, torch.nn.Identity()
+        try:
+            return real(self, *arguments) + 0 * norm.weight.sum()
+        finally:
+            self.q_norm = norm
+
+    return mock.patch.object(Attention, "forward", forward)
+
+
+def gates_of_shared_experts_stay_open(rank):
+    from moe_llm.model.moe.layer import MoELayer
+
+    real = MoELayer.__init__
+
+    def init(self, *arguments, **named):
+        real(self, *arguments, **named)
+        if self.shared_expert_gate is not None:
+            self.shared_expert_gate.register_forward_hook(lambda module, inputs, output: output * 0)
+
+    return mock.patch.object(MoELayer, "__init__", init)

@@ -79,6 +79,21 @@ PRACTICE = [
     (faults.rope_has_another_base, "reference_lm", "forward pass", ["model.rope_theta=500"]),
     (faults.window_is_a_token_too_long, "reference_lm", "forward pass", ["model.sliding_window=64"]),
     (faults.norms_have_another_epsilon, "reference_lm", "forward pass", []),
+    (faults.the_end_of_the_turn_is_not_learned, "oracle_chat", "ends the assistant's turn is not learned", [CHAT]),
+    (faults.the_question_is_learned_too, "oracle_chat", "what the user says is learned", [CHAT]),
+    (faults.the_end_of_the_turn_is_cut_off, "oracle_chat", "", [CHAT]),
+    (faults.checkpoints_are_loaded_in_another_dtype, "resume_one_state", "is loaded in bfloat16", []),
+]
+NOISY = "model.router.type=noisy_top_k"
+GROUPS = "model.router={type: deepseek_moe, device_balance_coef: 0.1, device_groups: 2}"
+ENTROPY = "model.router={type: top_p, local_entropy_coef: 0.1}"
+GATE = ["model.num_shared_experts=1", "model.shared_expert_gate=true"]
+ROUTERS_AND_FAMILIES = [
+    (faults.a_variation_is_not_squared, "reference_own", "another formula", [NOISY]),
+    (faults.groups_of_experts_are_summed_in_place_of_averaged, "reference_own", "another formula", [GROUPS]),
+    (faults.entropy_has_another_base, "reference_own", "another formula", [ENTROPY]),
+    (faults.norms_of_heads_are_left_out, "reference_lm", "forward pass", ["model.qk_norm=head"]),
+    (faults.gates_of_shared_experts_stay_open, "reference_lm", "forward pass", GATE),
 ]
 
 
@@ -92,7 +107,23 @@ def test_what_goes_wrong_in_practice_is_found_and_named(doctor_ranks, conversati
     assert words in failed[key].cause
 
 
+@pytest.mark.grid
+@pytest.mark.parametrize(
+    ("fault", "key", "words", "overrides"), ROUTERS_AND_FAMILIES, ids=[f[0].__name__ for f in ROUTERS_AND_FAMILIES]
+)
+def test_faults_of_routers_losses_and_of_families_are_found_and_named(doctor_ranks, fault, key, words, overrides):
+    failed = failures(doctor_ranks, fault, overrides)
+    assert key in failed, failed
+    assert words in failed[key].cause
+
+
 SOUND = {
+    "Qwen2-MoE": [*GATE, "model.attention_bias=qkv"],
+    "Qwen3-MoE": ["model.qk_norm=head"],
+    "OLMoE": ["model.qk_norm=projection"],
+    "noisy top-k, accumulation": [NOISY, "train.global_batch_size=64"],
+    "balanced devices": [GROUPS],
+    "as many experts as a token needs": [ENTROPY],
     "as shipped": [],
     "low-rank adapters": [LORA, "optim.lr=0.02"],
     "an average of the weights": ["checkpoint.ema.decay=0.9"],
