@@ -275,6 +275,12 @@ class TrainConfig(Section):
     max_tokens: int | None = Field(None, ge=1, description="training tokens without padding, rounded up to whole steps")
     micro_batch_size: int = Field(1, ge=1, description="blocks a rank takes through the model at once")
     global_batch_size: int = Field(1, ge=1, description="blocks an optimizer step, over all ranks")
+    held_micro_batches: int = Field(
+        1,
+        ge=1,
+        description="with model.balance_over: step, micro-batches of a step whose activations are held at the same time; "
+        "the others pass through the model once more",
+    )
     precision: Literal["fp32", "bf16"] = Field(
         "bf16", description="bf16 keeps fp32 master weights; unset: bf16, or fp32 on a CPU that emulates bf16"
     )
@@ -454,6 +460,20 @@ class Config(Section):
     @model_validator(mode="after")
     def _sections_fit(self):
         model, data, train, ep = self.model, self.data, self.train, self.parallel.expert_parallel_size
+        if train.held_micro_batches > 1 and model.balance_over != "step":
+            invalid(
+                "train.held_micro_batches",
+                train.held_micro_batches,
+                f"is for model.balance_over=step, and that is {model.balance_over}",
+                "remove it, or set model.balance_over: step",
+            )
+        if train.held_micro_batches > 1 and self.parallel.zero_stage == 3:
+            invalid(
+                "train.held_micro_batches",
+                train.held_micro_batches,
+                "needs ZeRO stage 2 or below: with 3, a backward pass has to follow its own forward pass",
+                "remove it, or set parallel.zero_stage to 1 or 2",
+            )
         if model.num_local_experts % ep:
             invalid(
                 "parallel.expert_parallel_size",

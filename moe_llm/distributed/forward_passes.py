@@ -3,7 +3,8 @@
 With `model.balance_over: step` the routers' losses need the choices of all micro-batches before the first backward pass.
 So all but the last go through the model once without gradient and without the head, and their choices are counted; the
 last one follows with gradient and comes first in the backward passes, so that nothing is computed twice for it. A
-micro-batch's second pass draws the random numbers of its first.
+micro-batch's second pass draws the random numbers of its first. Where memory has room for the activations of several
+(`train.held_micro_batches`), so many of the last ones are computed once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ def forward_passes(
     step_loss: StepLoss,
     batches: Sequence[Batch],
     *,
+    held: int = 1,
     teach: Callable[[Batch], dict[str, Any]] = lambda batch: {},
     perturb: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     heartbeat: Callable[[str], None] = lambda phase: None,
@@ -33,6 +35,7 @@ def forward_passes(
 
     Args:
         step_loss: of these micro-batches; what it needs to know of the whole step it is told here.
+        held: micro-batches whose activations are kept at the same time where their choices are counted first.
         teach: a micro-batch's teacher, as arguments of the model. perturb: what is added to given arguments.
     """
 
@@ -47,7 +50,8 @@ def forward_passes(
             yield engine.forward(**arguments(batch))
         return
     device, before, perturbations = batches[0].input_ids_BS.device, [], []
-    for i, batch in enumerate(batches[:-1]):
+    counted_first = max(0, total - held)
+    for i, batch in enumerate(batches[:counted_first]):
         heartbeat(f"counting, micro-batch {i + 1} of {total}")
         inputs = model_inputs(batch) if perturb is None else arguments(batch)
         perturbations.append({"perturbation": inputs["perturbation"]} if "perturbation" in inputs else {})
@@ -55,10 +59,13 @@ def forward_passes(
         with torch.no_grad():
             counted = engine.forward(**{name: value for name, value in inputs.items() if name not in _FOR_THE_LOSS})
         step_loss.count(counted.routing)
-    heartbeat(f"micro-batch {total} of {total}")
-    output = engine.forward(**arguments(batches[-1]))
-    step_loss.count(output.routing)
-    yield output
+    outputs = []
+    for i, batch in enumerate(batches[counted_first:], counted_first):
+        heartbeat(f"micro-batch {i + 1} of {total}")
+        outputs.append(engine.forward(**arguments(batch)))
+        step_loss.count(outputs[-1].routing)
+    while outputs:
+        yield outputs.pop()  # the newest first, whose memory is the first to be freed
     for i, (batch, state, perturbation) in enumerate(zip(batches, before, perturbations)):
         heartbeat(f"micro-batch {i + 1} of {total}")
         inputs = model_inputs(batch) | teach(batch) | perturbation

@@ -181,6 +181,7 @@ class Trainer:
             self.engine,
             step_loss,
             batches,
+            held=self.config.train.held_micro_batches,
             teach=self._extra_inputs,
             perturb=self._perturbation if self._with("perturb") else None,
             heartbeat=lambda phase: self.heartbeat(f"{name}, {phase}"),

@@ -18,7 +18,17 @@ GLOBAL, STEPS, TOLERANCE = 8, 20, 1e-5
 FLOOR = 1e-5
 
 
-def run_of(kind: str, micro: int, world: int = 1, *, ep: int = 1, stage: int = 1, recompute: bool = False, **model):
+def run_of(
+    kind: str,
+    micro: int,
+    world: int = 1,
+    *,
+    ep: int = 1,
+    stage: int = 1,
+    recompute: bool = False,
+    held: int = 1,
+    **model,
+):
     """A run of 8 rows a step. The router's settings are those of the layouts' test."""
     settings = dict(ROUTER.get(kind, {}))
     of_model = ("num_experts_per_tok", "num_shared_experts", "shared_expert_gate")
@@ -39,7 +49,13 @@ def run_of(kind: str, micro: int, world: int = 1, *, ep: int = 1, stage: int = 1
         },
     ).model_dump(mode="json")
     changed = {"router_aux_loss_coef": 0.05, "balance_over": "step", **moved, "router": {"type": kind, **settings}}
-    return validate({**raw, "model": {**raw["model"], **changed, **model}})
+    return validate(
+        {
+            **raw,
+            "model": {**raw["model"], **changed, **model},
+            "train": {**raw["train"], "held_micro_batches": held},
+        }
+    )
 
 
 def largest(found: list[float], expected: list[float]) -> float:
@@ -80,6 +96,19 @@ def test_for_every_router(kind):
     assert_same([train_steps(run_of(kind, 2), steps)], train_steps(run_of(kind, 8), steps))
 
 
+@pytest.mark.parametrize(("held", "forward"), [(1, 15), (3, 13), (8, 8), (20, 8)])
+def test_activations_may_be_held_so_that_fewer_micro_batches_are_computed_twice(monkeypatch, held, forward):
+    """Held or not, recomputation and noise of the router included, the step is the same."""
+    from moe_llm.distributed.engine import LocalEngine
+
+    calls, real = [], LocalEngine.forward
+    monkeypatch.setattr(LocalEngine, "forward", lambda self, **inputs: calls.append(1) or real(self, **inputs))
+    settings = {"recompute": True, "router_jitter_noise": 0.3}
+    found = train_steps(run_of("mixtral", 1, held=held, **settings), 3)
+    assert len(calls) == 3 * forward
+    assert_same([found], train_steps(run_of("mixtral", 1, **settings), 3))
+
+
 def on_ranks(layouts: list[tuple]) -> list[dict]:
     return [train_steps(run_of(kind, micro, world, **more), STEPS) for kind, micro, world, more in layouts]
 
@@ -89,6 +118,7 @@ TWO_RANKS = [
     for kind in ("mixtral", "noisy_top_k")
     for micro, ep, stage, recompute in ((1, 1, 1, False), (1, 2, 2, True), (2, 2, 3, False), (1, 2, 3, True))
 ]
+TWO_RANKS += [("mixtral", 1, 2, {"ep": 2, "stage": stage, "held": 3, "recompute": stage == 2}) for stage in (1, 2)]
 
 
 def test_two_ranks_under_every_zero_stage_equal_one_batch_of_one_process(two_ranks: Ranks):
@@ -171,6 +201,15 @@ def test_noise_is_drawn_once_and_counted_as_it_is_used():
 def test_contradictions_are_refused(model, words):
     with pytest.raises(UserError, match=words):
         config(1, 1, 1, model=MODEL | model)
+
+
+@pytest.mark.parametrize(
+    ("over", "stage", "words"),
+    [("micro_batches", 1, "is for model.balance_over=step"), ("step", 3, "needs ZeRO stage 2")],
+)
+def test_held_micro_batches_where_they_would_do_nothing_or_cannot_be_are_refused(over, stage, words):
+    with pytest.raises(UserError, match=words):
+        run_of("mixtral", 1, 2, stage=stage, held=2, balance_over=over)
 
 
 def test_by_sequence_either_key_says_the_other():

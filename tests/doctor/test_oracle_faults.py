@@ -84,6 +84,7 @@ PRACTICE = [
     (faults.the_end_of_the_turn_is_cut_off, "oracle_chat", "", [CHAT]),
     (faults.checkpoints_are_loaded_in_another_dtype, "resume_one_state", "is loaded in bfloat16", []),
 ]
+ENDLESS = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] | trim }}\n{% endfor %}"
 NOISY = "model.router.type=noisy_top_k"
 GROUPS = "model.router={type: deepseek_moe, device_balance_coef: 0.1, device_groups: 2}"
 ENTROPY = "model.router={type: top_p, local_entropy_coef: 0.1}"
@@ -115,6 +116,15 @@ def test_faults_of_routers_losses_and_of_families_are_found_and_named(doctor_ran
     failed = failures(doctor_ranks, fault, overrides)
     assert key in failed, failed
     assert words in failed[key].cause
+
+
+@pytest.mark.grid
+def test_a_template_that_writes_no_end_of_the_turn_is_found(doctor_ranks, conversations, tmp_path):
+    (tmp_path / "endless.jinja").write_text(ENDLESS)
+    chosen = [CHAT.format(conversations=conversations), f"data.chat_template={tmp_path}/endless.jinja"]
+    failed = failures(doctor_ranks, no_plant, chosen)
+    assert set(failed) == {"oracle_chat"}
+    assert "writes nothing after the assistant's turn" in failed["oracle_chat"].cause
 
 
 SOUND = {

@@ -116,7 +116,8 @@ def train_steps(
         batches = read(cfg, runtime, step, rounds)
         step_loss = StepLoss(cfg.model, runtime, batches)
         shares = torch.zeros(2)
-        for j, output in enumerate(forward_passes(engine, step_loss, batches, perturb=perturb)):
+        passes = forward_passes(engine, step_loss, batches, held=cfg.train.held_micro_batches, perturb=perturb)
+        for j, output in enumerate(passes):
             losses = step_loss(output)
             engine.backward(losses.total, last=j == rounds - 1)
             shares += torch.stack([losses.total.detach(), losses.aux])

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -33,6 +34,16 @@ class Shifted:
         return Batch(ids, (ids + self.shift) % TOKENS, torch.zeros_like(ids), places, torch.ones_like(ids).bool())
 
 
+class ShiftedRows(Shifted):
+    """The same with a document a row: experts that choose take the even share of a document, rounded up, which is every
+    token where a document is one."""
+
+    def rows(self, start: int, count: int) -> Batch:
+        batch = super().rows(start, count)
+        places = torch.arange(LENGTH).expand(count, LENGTH)
+        return replace(batch, document_ids_BS=torch.zeros_like(places), position_ids_BS=places)
+
+
 PLAIN = {
     "vocab_size": TOKENS,
     "hidden_size": 16,
@@ -53,10 +64,13 @@ def plain_model():
 def test_routers_buffers_are_those_of_the_meta_trained_weights():
     """Thresholds that stayed zero would send every token to every expert in evaluation."""
     model = build_model(ModelConfig(**{**PLAIN, "num_local_experts": 4, "router": {"type": "expert_choice"}}), seed=0)
-    meta_train(model, [Shifted(shift) for shift in range(3)], OPTIM, MetaOptions("reptile", 30, 2, 2), blocks=8)
+    tasks = [ShiftedRows(shift) for shift in range(3)]
+    meta_train(model, tasks, OPTIM, MetaOptions("reptile", 30, 2, 2), blocks=8)
     routing = model.eval()(torch.arange(96).view(12, 8) % TOKENS).routing
-    # thresholds are means over documents, so that as many experts as in training are met about, not exactly
-    assert 0.6 < (routing.tokens_per_expert_E.sum() / routing.num_tokens.sum()).item() < 2.0
+    # One expert a token in training. Thresholds are means over documents, so evaluation meets that about: 0.7 to 1.0 for
+    # the first seeds. (Documents of one token have four experts a token in training and about two in evaluation, those
+    # whose probability is above its mean: that is no property of the thresholds.)
+    assert 0.6 < (routing.tokens_per_expert_E.sum() / routing.num_tokens.sum()).item() < 1.3
 
 
 def adapted(model, task, steps: int = 4) -> tuple[float, float]:

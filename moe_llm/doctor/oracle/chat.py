@@ -72,10 +72,10 @@ def judge_chat(batch: Any, of_conversations: Sequence[Conversation], length: int
         real = int(batch.attention_mask_BS[row].sum())
         ids, labels = (part[row, :real].numpy().astype(np.int32) for part in (batch.input_ids_BS, batch.labels_BS))
         for conversation in of_conversations:
-            at = _find(ids, conversation.ids)
+            at = _find(ids, conversation.ids[:-1])  # nothing is predicted from the last token
             if at is not None:
                 judged += 1
-                reason = _judge(labels[at : at + len(conversation.ids)], conversation)
+                reason = _judge(labels[at : at + len(conversation.ids) - 1], conversation)
                 wrong += [f"block {row}: {reason}"] if reason else []
     fitting = sum(len(conversation.ids) <= length for conversation in of_conversations)
     if fitting and not judged:

@@ -21,7 +21,6 @@ def family_of(model: ModelConfig) -> str | None:
         model.swiglu_limit is not None,
         model.attention_sinks,
         model.kv_lora_rank is not None,
-        model.rope_interleave,
         model.layer_types is not None,
         model.rope_parameters.partial_rotary_factor != 1.0,
     )
