@@ -588,23 +588,28 @@ def norms_have_another_epsilon(rank):
 
 def the_end_of_the_turn_is_not_learned(rank):
     """The answer alone is, so that a model never stops."""
-    from moe_llm.data.chat_template import ChatEncoder
 
-    real = ChatEncoder._span
+    def answer_alone(found, text, span):
+        said = found.messages[1]["content"].strip()
+        return span[0], text.rindex(said) + len(said)
 
-    def span(self, found, text, turn):
-        begin, _ = real(self, found, text, turn)
-        said = found.messages[turn]["content"].strip()
-        return begin, text.index(said, begin) + len(said)
-
-    return mock.patch.object(ChatEncoder, "_span", span)
+    return _learned(answer_alone)
 
 
 def the_question_is_learned_too(rank):
+    return _learned(lambda found, text, span: (0, span[1]))
+
+
+def _learned(changed):
     from moe_llm.data.chat_template import ChatEncoder
 
-    real = ChatEncoder._span
-    return mock.patch.object(ChatEncoder, "_span", lambda self, *a: (0, real(self, *a)[1]))
+    real = ChatEncoder.render
+
+    def render(self, found):
+        text, spans = real(self, found)
+        return text, [changed(found, text, span) for span in spans]
+
+    return mock.patch.object(ChatEncoder, "render", render)
 
 
 def the_end_of_the_turn_is_cut_off(rank):
