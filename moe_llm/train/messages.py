@@ -79,7 +79,8 @@ def announce(run: "Trainer") -> None:
     if config.model.balance_over == "micro_batches" and rounds > 1 and _balances(config.model):
         run.say(
             f"model.balance_over=micro_batches: the routers' losses of a micro-batch go by the choices of the step's "
-            f"{rounds} micro-batches so far, so they depend on train.micro_batch_size; step makes them exact"
+            f"{rounds} micro-batches so far, so they depend on train.micro_batch_size: moe-llm doctor says by how much, "
+            "and step makes them exact"
         )
     if not router.causal:
         run.say(

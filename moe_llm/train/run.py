@@ -63,6 +63,11 @@ def train(config: Config) -> Path:
         UserError: bad input, found before any training and before anything is overwritten.
         Stopped: a signal has ended the run early; it is saved.
     """
+    with StartWatch(config.train.hang_timeout_seconds):
+        return _check_and_train(config)
+
+
+def _check_and_train(config: Config) -> Path:
     complain = _complain if rank_from_environment() == 0 else lambda sentence: None
     config = settle_precision(config, complain)
     check_launcher(config, complain)
@@ -77,7 +82,7 @@ def train(config: Config) -> Path:
     if config.checkpoint.resume in ("auto", "never") and not any((run_dir / "checkpoints").glob("step-*")):
         check_origin(config)
     try:
-        with StartWatch(config.train.hang_timeout_seconds), StopRequest() as stop:
+        with StopRequest() as stop:
             runtime = start(config)
             try:
                 with on_main_locked(runtime, run_dir):

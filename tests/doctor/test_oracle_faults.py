@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 import doctor_faults as faults
+import practice_faults as practice
 import pytest
 
 from moe_llm.config import load_config
@@ -57,32 +58,32 @@ OTHERS = [
 LORA = "finetune.lora={rank: 8, alpha: 16, targets: [attention, experts]}"
 CHAT = "data.sources=[{{type: files, path: {conversations}, content: chat}}]"
 PRACTICE = [
-    (faults.rope_base_lost_on_export, "export_config", "has the base", ["model.rope_theta=500"]),
-    (faults.window_lost_on_export, "export_config", "sliding_window is None", ["model.sliding_window=64"]),
-    (faults.eos_is_another_token_in_the_model, "export_tokens", "eos_token_id is", []),
-    (faults.dtype_of_the_checkpoint_is_misnamed, "export_config", "dtype is 'float16'", []),
-    (faults.checkpoint_is_stored_in_another_dtype, "export_dtype", "is stored as BF16, not F32", []),
-    (faults.adapters_are_merged_twice, "export", "does not hold what was trained", [LORA, "optim.lr=0.02"]),
-    (faults.the_average_lags_a_step, "oracle_average", "lags behind the weights", ["checkpoint.ema.decay=0.9"]),
+    (practice.rope_base_lost_on_export, "export_config", "has the base", ["model.rope_theta=500"]),
+    (practice.window_lost_on_export, "export_config", "sliding_window is None", ["model.sliding_window=64"]),
+    (practice.eos_is_another_token_in_the_model, "export_tokens", "eos_token_id is", []),
+    (practice.dtype_of_the_checkpoint_is_misnamed, "export_config", "dtype is 'float16'", []),
+    (practice.checkpoint_is_stored_in_another_dtype, "export_dtype", "is stored as BF16, not F32", []),
+    (practice.adapters_are_merged_twice, "export", "does not hold what was trained", [LORA, "optim.lr=0.02"]),
+    (practice.the_average_lags_a_step, "oracle_average", "lags behind the weights", ["checkpoint.ema.decay=0.9"]),
     (
-        faults.loss_is_averaged_over_micro_batches,
+        practice.loss_is_averaged_over_micro_batches,
         "cut",
         "averaged over micro-batches in place of tokens",
         ["train.global_batch_size=64"],
     ),
-    (faults.experts_in_no_group_of_any_layout, "run", "not in the optimizer", []),
-    (faults.norms_in_no_group_of_any_layout, "run", "not in the optimizer", []),
-    (faults.a_frozen_part_moves, "weights", "optimizer's step is not", ["finetune.trainable=experts"]),
-    (faults.balance_loss_without_the_number_of_experts, "reference_aux", "another formula than in the paper", []),
-    (faults.z_loss_without_its_square, "reference_z", "another formula", []),
-    (faults.weights_of_experts_do_not_sum_to_one, "reference_lm", "forward pass", []),
-    (faults.rope_has_another_base, "reference_lm", "forward pass", ["model.rope_theta=500"]),
-    (faults.window_is_a_token_too_long, "reference_lm", "forward pass", ["model.sliding_window=64"]),
-    (faults.norms_have_another_epsilon, "reference_lm", "forward pass", []),
-    (faults.the_end_of_the_turn_is_not_learned, "oracle_chat", "ends the assistant's turn is not learned", [CHAT]),
-    (faults.the_question_is_learned_too, "oracle_chat", "what the user says is learned", [CHAT]),
-    (faults.the_end_of_the_turn_is_cut_off, "oracle_chat", "", [CHAT]),
-    (faults.checkpoints_are_loaded_in_another_dtype, "resume_one_state", "is loaded in bfloat16", []),
+    (practice.experts_in_no_group_of_any_layout, "run", "not in the optimizer", []),
+    (practice.norms_in_no_group_of_any_layout, "run", "not in the optimizer", []),
+    (practice.a_frozen_part_moves, "weights", "optimizer's step is not", ["finetune.trainable=experts"]),
+    (practice.balance_loss_without_the_number_of_experts, "reference_aux", "another formula than in the paper", []),
+    (practice.z_loss_without_its_square, "reference_z", "another formula", []),
+    (practice.weights_of_experts_do_not_sum_to_one, "reference_lm", "forward pass", []),
+    (practice.rope_has_another_base, "reference_lm", "forward pass", ["model.rope_theta=500"]),
+    (practice.window_is_a_token_too_long, "reference_lm", "forward pass", ["model.sliding_window=64"]),
+    (practice.norms_have_another_epsilon, "reference_lm", "forward pass", []),
+    (practice.the_end_of_the_turn_is_not_learned, "oracle_chat", "ends the assistant's turn is not learned", [CHAT]),
+    (practice.the_question_is_learned_too, "oracle_chat", "what the user says is learned", [CHAT]),
+    (practice.the_end_of_the_turn_is_cut_off, "oracle_chat", "", [CHAT]),
+    (practice.checkpoints_are_loaded_in_another_dtype, "resume_one_state", "is loaded in bfloat16", []),
 ]
 ENDLESS = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] | trim }}\n{% endfor %}"
 NOISY = "model.router.type=noisy_top_k"
@@ -90,11 +91,11 @@ GROUPS = "model.router={type: deepseek_moe, device_balance_coef: 0.1, device_gro
 ENTROPY = "model.router={type: top_p, local_entropy_coef: 0.1}"
 GATE = ["model.num_shared_experts=1", "model.shared_expert_gate=true"]
 ROUTERS_AND_FAMILIES = [
-    (faults.a_variation_is_not_squared, "reference_own", "another formula", [NOISY]),
-    (faults.groups_of_experts_are_summed_in_place_of_averaged, "reference_own", "another formula", [GROUPS]),
-    (faults.entropy_has_another_base, "reference_own", "another formula", [ENTROPY]),
-    (faults.norms_of_heads_are_left_out, "reference_lm", "forward pass", ["model.qk_norm=head"]),
-    (faults.gates_of_shared_experts_stay_open, "reference_lm", "forward pass", GATE),
+    (practice.a_variation_is_not_squared, "reference_own", "another formula", [NOISY]),
+    (practice.groups_of_experts_are_summed_in_place_of_averaged, "reference_own", "another formula", [GROUPS]),
+    (practice.entropy_has_another_base, "reference_own", "another formula", [ENTROPY]),
+    (practice.norms_of_heads_are_left_out, "reference_lm", "forward pass", ["model.qk_norm=head"]),
+    (practice.gates_of_shared_experts_stay_open, "reference_lm", "forward pass", GATE),
 ]
 
 

@@ -63,6 +63,23 @@ def test_the_watchdog_takes_over_and_nothing_listens_afterwards(ended):
     assert ended == []
 
 
+def test_it_watches_from_the_first_check_on(ended, capfd, monkeypatch, make_config):
+    """Looking for the data may hang too, on a file system that does not answer."""
+    from moe_llm.config import load_config
+    from moe_llm.errors import UserError
+    from moe_llm.train import run
+
+    def slow(config):
+        time.sleep(0.8)
+        raise UserError("no data")
+
+    monkeypatch.setattr(run, "check_sources", slow)
+    with pytest.raises(UserError, match="no data"):
+        run.train(load_config(make_config("watched")))
+    assert "still starting, for 0 s in: reading the configuration" in capfd.readouterr().err
+    assert locks.listeners == []
+
+
 def test_a_rank_without_the_others_ends_and_says_what_it_waited_for(tmp_path):
     raw = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
     raw |= {"run": {"dir": str(tmp_path / "run")}}

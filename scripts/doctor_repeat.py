@@ -1,0 +1,91 @@
+"""Examine sound configurations again and again, each time with another seed: the doctor must never cry wolf.
+
+python scripts/doctor_repeat.py --times 50
+python scripts/doctor_repeat.py --times 50 --only chat --only mixtral
+
+A line for each examination that fails, and one for each kind at the end; exit code 1 where any has failed.
+"""
+
+import argparse
+import inspect
+import json
+import os
+import sys
+import tempfile
+import textwrap
+import time
+from collections import Counter
+from pathlib import Path
+
+from moe_llm.config import load_config
+from moe_llm.doctor.examine import examine
+from moe_llm.doctor.ranks import LocalRanks
+
+QUICKSTART = Path(__file__).parents[1] / "configs/quickstart.yaml"
+CHAT = "data.sources=[{{type: files, path: {conversations}, content: chat}}]"
+KINDS: dict[str, list[str]] = {
+    "mixtral": ["parallel.expert_parallel_size=2"],
+    "bf16": ["train.precision=bf16", "checkpoint.dtype=bf16", "parallel.zero_stage=3"],
+    "accumulation": ["train.global_batch_size=64", "train.activation_checkpointing=full"],
+    "exact balance": ["model.balance_over=step", "train.global_batch_size=64"],
+    "sgd, window": ["optim.name=sgd", "optim.lr=0.1", "model.sliding_window=64", "data.isolate_documents=false"],
+    "adapters": ["finetune.lora={rank: 8, alpha: 16, targets: [attention, experts]}", "optim.lr=0.02"],
+    "experts alone": ["finetune.trainable=experts", "finetune.experts=[1,6]", "parallel.expert_parallel_size=2"],
+    "average": ["checkpoint.ema.decay=0.9"],
+    "best fit": ["data.packing=best_fit"],
+    "chat": [CHAT],
+    "adversarial": ["train.adversarial={epsilon: 0.05, steps: 2, router_every: 3}"],
+    "noise": ["model.router_jitter_noise=0.1"],
+    "qwen2_moe": ["model.num_shared_experts=1", "model.shared_expert_gate=true", "model.attention_bias=qkv"],
+    "qwen3_moe": ["model.qk_norm=head"],
+    "olmoe": ["model.qk_norm=projection"],
+    "switch": ["model.router.type=switch", "model.num_experts_per_tok=1"],
+    "noisy top-k": ["model.router.type=noisy_top_k", "parallel.expert_parallel_size=2"],
+    "deepseek_moe": ["model.router.type=deepseek_moe", "model.num_shared_experts=1"],
+    "bias_balanced": ["model.router.type=bias_balanced"],
+    "top_p": ["model.router={type: top_p, local_entropy_coef: 0.1}"],
+    "expert_choice": ["model.router.type=expert_choice"],
+}
+
+
+def conversations(directory: Path) -> Path:
+    """Rows of chat from the standard library's own documentation."""
+    path, rows = directory / "rows.jsonl", []
+    for module in (json, os, textwrap, argparse):
+        for name, value in vars(module).items():
+            told = inspect.getdoc(value) if callable(value) else None
+            if told:
+                rows.append({"prompt": f"What does {module.__name__}.{name} do?", "completion": told})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--times", type=int, default=50, help="examinations of each kind")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of each")
+    parser.add_argument("--only", action="append", choices=KINDS, help="this kind; several may be given")
+    parser.add_argument("--minutes", type=float, help="begin no further examination after so long")
+    args = parser.parse_args()
+    begin, passed, failed = time.monotonic(), Counter(), Counter()
+    with tempfile.TemporaryDirectory() as directory, LocalRanks(2) as ranks:
+        path = conversations(Path(directory))
+        for seed in range(args.times):
+            for kind in args.only or KINDS:
+                if args.minutes is not None and time.monotonic() - begin > 60 * args.minutes:
+                    break
+                overrides = [word.format(conversations=path) if word == CHAT else word for word in KINDS[kind]]
+                report = examine(
+                    load_config(QUICKSTART, [*overrides, f"run.seed={seed}"]), steps=args.steps, processes=ranks
+                )
+                (passed if report.passed else failed)[kind] += 1
+                for finding in report.findings:
+                    if finding.failed:
+                        print(f"{kind}, seed {seed}: {finding.key}: {finding.where} {finding.difference}", flush=True)
+    for kind in args.only or KINDS:
+        print(f"{kind}: {passed[kind]} of {passed[kind] + failed[kind]} passed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
