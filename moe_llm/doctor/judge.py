@@ -68,7 +68,7 @@ def judge_text(config: Config) -> list[Finding]:
 
 def judge_conversations(config: Config, checkpoint: str) -> list[Finding]:
     """Blocks of chat beside what the tokenizer and the template of a checkpoint make of the rows."""
-    files = [Path(source.path) for source in config.data.sources if source.content == "chat"]
+    files = [Path(str(source.path)) for source in config.data.sources if source.content == "chat"]
     if not files:
         return []
     from transformers import PreTrainedTokenizerFast

@@ -48,6 +48,7 @@ def family_config(model: ModelConfig) -> Any:
 
     assert model.vocab_size is not None, "vocab_size is resolved from the tokenizer first"
     family = family_of(model)
+    assert family is not None, f"transformers has no such model of model.router.type={model.router.type}"
     experts, width = model.num_local_experts, model.intermediate_size
     bias = model.attention_bias == "all"
     window = {"sliding_window": model.sliding_window, "use_sliding_window": model.sliding_window is not None}
@@ -59,7 +60,7 @@ def family_config(model: ModelConfig) -> Any:
         "norm_topk_prob": True,
     }
     kind = "sliding_attention" if model.sliding_window else "full_attention"
-    special: dict[str, Any] = {
+    families: dict[str, dict[str, Any]] = {
         "mixtral": {"num_local_experts": experts, "sliding_window": model.sliding_window},
         "qwen2_moe": {
             **sparse,
@@ -72,7 +73,7 @@ def family_config(model: ModelConfig) -> Any:
         },
         "qwen3_moe": {**sparse, **window, "attention_bias": bias},
         "olmoe": {"num_experts": experts, "attention_bias": bias, "clip_qkv": None, "norm_topk_prob": True},
-    }[family or ""]
+    }
     return AutoConfig.for_model(
         family,
         vocab_size=model.vocab_size,
@@ -90,7 +91,7 @@ def family_config(model: ModelConfig) -> Any:
         attention_dropout=0.0,
         hidden_act="silu",
         pad_token_id=None,  # its embedding would have no gradient
-        **special,
+        **families[family],
     )
 
 

@@ -111,6 +111,7 @@ class Reference:
             total = parts_3 @ torch.tensor([1.0, self.config.router_aux_loss_coef, self.config.router_z_loss_coef])
             sums += parts_3.detach()
             if self.own:
+                assert own_seen is not None
                 own = self._own(part, own_seen, tokens)
                 total = total + own @ torch.tensor([loss.coefficient for loss in self.own])
                 own_values = own.detach()  # those of all that has been seen
