@@ -1,9 +1,10 @@
 """Documents of text as tokens, and where the text of special tokens stands in them.
 
-One rule holds for every command. A text begins with the start of text, bos, once, if the tokenizer puts it there: as
-`add_bos_token` says or, where that is not said, as tokenizer.json's post-processor does (`begins_with_bos`). A document that is trained on or scored also ends with the end of text, eos, once, whatever
-`add_eos_token` says, and without bos it begins with eos, which separates it from the one before. A prompt never ends
-with eos that it does not hold itself, since it is to be continued.
+One rule holds for every command. A document that is trained on or scored begins with the start of text, bos, once, and ends
+with the end of text, eos, once, whatever `add_eos_token` says; where the tokenizer has no bos, or `add_bos_token` is false,
+it begins with eos, which separates it from the document before. A prompt begins with bos, once, if the tokenizer puts it
+there: as `add_bos_token` says or, where that is not said, as tokenizer.json's post-processor does. It never ends with an eos
+that it does not spell out itself, since it is to be continued.
 """
 
 import json
@@ -53,7 +54,7 @@ class DocumentEncoder:
         self._backend = plain_backend(tokenizer, parse_special_tokens)
         self._parsed = parse_special_tokens
         self.eos = tokenizer.eos_token_id
-        self.bos = tokenizer.bos_token_id if begins_with_bos(tokenizer) else self.eos
+        self.bos = self.eos if has_no_bos(tokenizer) else tokenizer.bos_token_id
         self.dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -89,9 +90,14 @@ def plain_backend(tokenizer: "PreTrainedTokenizerFast", parse_special_tokens: bo
 
 
 def begins_with_bos(tokenizer: "PreTrainedTokenizerFast") -> bool:
-    """Whether a text begins with bos, as the tokenizer's post-processor does it (`obey_add_bos_token` has made it so)."""
+    """Whether a prompt begins with bos, as the tokenizer's post-processor does it (`obey_add_bos_token` has made it so)."""
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer.backend_tokenizer.encode("a").ids[:1] == [bos]
+
+
+def has_no_bos(tokenizer: "PreTrainedTokenizerFast") -> bool:
+    """Whether nothing begins with bos: there is none, or `add_bos_token` is false."""
+    return tokenizer.bos_token_id is None or getattr(tokenizer, "init_kwargs", {}).get("add_bos_token") is False
 
 
 def obey_add_bos_token(tokenizer: "PreTrainedTokenizerFast", said: object) -> None:
@@ -102,6 +108,8 @@ def obey_add_bos_token(tokenizer: "PreTrainedTokenizerFast", said: object) -> No
         said: the key's value; other than true and false, it says nothing.
     """
     bos = tokenizer.bos_token_id
+    if isinstance(said, bool):
+        tokenizer.init_kwargs["add_bos_token"] = said
     if not isinstance(said, bool) or bos is None or said == begins_with_bos(tokenizer):
         return
     from tokenizers import processors

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moe_llm.config import Config
 from moe_llm.data import spm
 from moe_llm.data.chat_template import template_setting, turn_end_id, write_template
-from moe_llm.data.documents import begins_with_bos, obey_add_bos_token, vocabulary_size
+from moe_llm.data.documents import has_no_bos, obey_add_bos_token, vocabulary_size
 from moe_llm.data.files import building, publish, replace_file
 from moe_llm.data.sources import (
     fingerprint,
@@ -550,6 +550,6 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 def content_hash(tokenizer: "PreTrainedTokenizerFast") -> str:
     """Identifies what a tokenizer does to corpus documents: its tokenizer.json, bos and eos."""
     parts = [tokenizer.backend_tokenizer.to_str(), str(tokenizer.bos_token_id), str(tokenizer.eos_token_id)]
-    if tokenizer.bos_token_id is not None and not begins_with_bos(tokenizer):
+    if tokenizer.bos_token_id is not None and has_no_bos(tokenizer):
         parts.append("no bos")
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()

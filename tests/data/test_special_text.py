@@ -112,7 +112,7 @@ def test_documents_and_prompts_begin_alike_and_documents_alone_end(folder, add_b
     assert bos not in ids
     assert eos not in ids
     [document] = DocumentEncoder(tokenizer).encode(["to experts"])
-    assert document.tolist() == [bos if begins else eos, *ids, eos]
+    assert document.tolist() == [eos if add_bos is False else bos, *ids, eos]
     prompt = read_prompt(tokenizer, "to experts")["input_ids"][0].tolist()
     assert prompt == ([bos] if begins else []) + ids
     assert read_prompt(tokenizer, tokenizer.bos_token + "to")["input_ids"][0].tolist().count(bos) == 1

@@ -27,7 +27,9 @@ def documents(files: Sequence[Path], tokenizer: Any) -> list[np.ndarray]:
     """
     end = tokenizer.eos_token_id
     begin = tokenizer.bos_token_id
-    if begin is None or begin not in tokenizer.encode("a"):
+    settings = Path(tokenizer.name_or_path) / "tokenizer_config.json"
+    said = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    if begin is None or said.get("add_bos_token") is False:
         begin = end
     texts = [json.loads(line)["text"] for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     encoded = [tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts]
