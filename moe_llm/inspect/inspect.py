@@ -173,7 +173,7 @@ class _Inspection:
         """Of the last layer, (B, S, D): the head is applied row by row, so that each row has a loss of its own."""
         position_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device).expand_as(ids_BS)
         patterns = self.model.model.attention_patterns(ids_BS, attention_mask=mask_BS)
-        return self.model.model(ids_BS, position_BS, patterns, mask_BS)[0]
+        return self.model.model(ids_BS, position_BS, patterns, mask_BS)[1]
 
     def check(self, data: list[str]) -> None:
         for path, tokens in zip(data, self.counts.tokens_S):
