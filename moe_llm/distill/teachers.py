@@ -58,7 +58,7 @@ class OwnTeacher:
             document_ids=batch.document_ids_BS,
             runs=batch.runs_B,
         )
-        x_BSD, _ = model.model(
+        _, x_BSD, _ = model.model(
             batch.input_ids_BS, batch.position_ids_BS, patterns, batch.attention_mask_BS, batch.document_ids_BS
         )
         return x_BSD[batch.labels_BS != IGNORED]
