@@ -119,3 +119,12 @@ def test_adapters_of_attention_and_experts_are_trained_and_merged(base, tmp_path
 def test_a_student_of_a_teacher_of_each_family(base, tmp_path):
     file = run_file(base, tmp_path, distill={"teachers": [{"path": str(base[1] / "b")}]}, train={"max_steps": 1})
     assert main(["train", file]) == 0
+
+
+def test_two_of_a_family_answer_together(base, tmp_path, capsys):
+    members = [{"model": str(base[1] / name), "weight": 0.5} for name in ("a", "b")]
+    recipe = str(runs.write_yaml(tmp_path / "ensemble.yaml", {"method": "linear", "members": members}))
+    assert (
+        main(["generate", "--ensemble", recipe, "--prompt", "the", "--max-new-tokens", "3", "--temperature", "0"]) == 0
+    )
+    assert capsys.readouterr().out.strip()
