@@ -1,14 +1,11 @@
 """How ranks share the work: the `parallel` section."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from moe_llm.config.base import Section, invalid
-
-if TYPE_CHECKING:
-    from moe_llm.config.schema import Config
 
 
 class ParallelConfig(Section):
@@ -67,15 +64,19 @@ class ParallelConfig(Section):
         return self
 
 
-def check_sequence_parts(config: "Config") -> None:
-    """Refuse what cannot be spread over the ranks that share a sequence."""
+def check_sequence_parts(config: Any) -> None:
+    """Refuse what cannot be spread over the ranks that share a sequence.
+
+    Args:
+        config: the whole `Config`, whose module imports this one.
+    """
     size = config.parallel.sequence_parallel_size
     conflict = sequence_parts_conflict(config, size)
     if conflict is not None:
         invalid("parallel.sequence_parallel_size", size, *conflict)
 
 
-def sequence_parts_conflict(config: "Config", size: int) -> tuple[str, str] | None:
+def sequence_parts_conflict(config: Any, size: int) -> tuple[str, str] | None:
     """What keeps `size` ranks from sharing each sequence, and what to do about it; None if nothing does."""
     model = config.model
     if size == 1:

@@ -22,7 +22,7 @@ from moe_llm.distributed.engine import Engine
 from moe_llm.distributed.runtime import Runtime, start
 from moe_llm.distributed.state import EMA
 from moe_llm.train.build import build_trained
-from moe_llm.train.callbacks import Callback
+from moe_llm.train.callbacks import Callback, TrainingRun
 from moe_llm.train.callbacks.registry import own_callbacks
 from moe_llm.train.callbacks.step_guard import StepGuardCallback
 from moe_llm.train.trainer import Trainer
@@ -102,14 +102,14 @@ class _Observer(Callback):
     def __init__(self, seen: Observation):
         self._seen = seen
 
-    def on_record(self, run: Trainer, record: dict[str, Any]) -> None:
+    def on_record(self, run: TrainingRun, record: dict[str, Any]) -> None:
         self._seen.records.append(record)
 
-    def on_save_begin(self, run: Trainer) -> None:
+    def on_save_begin(self, run: TrainingRun) -> None:
         if not self._seen.saved:
             self._seen.at_save = _state(run.engine, with_optimizer=True)
 
-    def on_save(self, run: Trainer, checkpoint: Path) -> None:
+    def on_save(self, run: TrainingRun, checkpoint: Path) -> None:
         self._seen.saved.append(str(checkpoint))
 
 

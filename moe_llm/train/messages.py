@@ -1,7 +1,6 @@
 """First and last words of a run."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from moe_llm.checkpoint import folder
 from moe_llm.checkpoint.architectures import export_note
@@ -11,10 +10,8 @@ from moe_llm.data.shapes import describe_shapes
 from moe_llm.finetune.init_from import rows_there
 from moe_llm.finetune.selection import describe
 from moe_llm.model.moe.routers import router_losses
+from moe_llm.train.callbacks.base import TrainingRun
 from moe_llm.train.metrics import read_metrics
-
-if TYPE_CHECKING:
-    from moe_llm.train.trainer import Trainer
 
 
 def _balances(model: ModelConfig) -> bool:
@@ -22,7 +19,7 @@ def _balances(model: ModelConfig) -> bool:
     return bool(model.router_aux_loss_coef or router_losses(model))
 
 
-def announce(run: "Trainer") -> None:
+def announce(run: TrainingRun) -> None:
     """First words: how large the model is, in which layout, on how much text, and from where."""
     config, data, position, source = run.config, run.data, run.position, run.source
     parallel, world = config.parallel, run.runtime.world_size

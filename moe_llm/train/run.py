@@ -13,7 +13,7 @@ from moe_llm.checkpoint.manifest import verify
 from moe_llm.checkpoint.ranks import is_disk_full, together
 from moe_llm.checkpoint.resume import check_same_run, find_resumable
 from moe_llm.checkpoint.state import check_space, read_trainer_state
-from moe_llm.config import Config, dump_config
+from moe_llm.config import Config
 from moe_llm.data.loader import load_data
 from moe_llm.data.sources import check_sources
 from moe_llm.data.tokenizer import build_tokenizer, check_vocab, resolve_vocab
@@ -49,6 +49,7 @@ _OF_A_RUN = {
     "facts.json",
     "wandb",
     "wandb_id",
+    "router_base.safetensors",
     *LOCK_FILES,
 }
 
@@ -140,8 +141,6 @@ def _set_up(
     if position.step < config.max_steps:
         storage = {"dtype": config.checkpoint.dtype, "max_shard_size": config.checkpoint.max_shard_size}
         check_space(run_dir / "checkpoints", engine, **storage)
-    if runtime.is_main:
-        _write_config(config, run_dir)
     return Trainer(
         config,
         runtime,
@@ -229,14 +228,6 @@ def _resume_source(config: Config, run_dir: Path, runtime: Runtime) -> Path | No
         return None
     verify(Path(resume), runtime)
     return Path(resume)
-
-
-def _write_config(config: Config, run_dir: Path) -> None:
-    """In one step: a file cut short by a crash would shut its owner out of the run."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    temporary = run_dir / "config.yaml.tmp"
-    temporary.write_text(dump_config(config), encoding="utf-8")
-    os.replace(temporary, run_dir / "config.yaml")
 
 
 def _complain(sentence: str) -> None:

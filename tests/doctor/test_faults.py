@@ -112,5 +112,5 @@ def test_a_fault_in_one_process_is_found_and_leaves_no_rank_at_work(doctor_ranks
     report = examine(load_config(QUICKSTART), steps=2, plant=faults.one_process_raises, processes=doctor_ranks)
     (failed,) = [finding for finding in report.findings if finding.failed]
     assert (failed.key, failed.where) == ("run", "one process: RuntimeError: no step today")
-    assert "in train_loop" in failed.evidence["trace"]
+    assert "in train_step" in failed.evidence["trace"]
     assert doctor_ranks.run(os.getpid), "the next examination finds ranks"

@@ -5,23 +5,20 @@ Dimensions: B sequences, S positions, D hidden.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from moe_llm.config.adversarial import AdversarialConfig
 from moe_llm.model.decoder import MoEDecoder
-from moe_llm.train.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from moe_llm.train.trainer import Trainer
+from moe_llm.train.callbacks.base import Callback, TrainingRun
 
 
 class AdversarialTraining(Callback):
     """Gives each micro-batch the perturbation of its embeddings (`train.adversarial.epsilon`)."""
 
-    def perturb(self, run: "Trainer", inputs: dict[str, Any]) -> dict[str, Any]:
+    def perturb(self, run: TrainingRun, inputs: dict[str, Any]) -> dict[str, Any]:
         return {"perturbation": find_perturbation(run.engine.model, inputs, run.config.train.adversarial)}
 
 

@@ -1,15 +1,10 @@
 """Routers and the rest, trained in alternating steps (`train.adversarial.router_every`)."""
 
-from typing import TYPE_CHECKING
-
 from moe_llm.checkpoint.hf import is_router
 from moe_llm.config import Config
 from moe_llm.errors import UserError
 from moe_llm.finetune.selection import trained_names
-from moe_llm.train.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from moe_llm.train.trainer import Trainer
+from moe_llm.train.callbacks.base import Callback, TrainingRun
 
 
 class AlternatingUpdates(Callback):
@@ -31,6 +26,6 @@ class AlternatingUpdates(Callback):
                 f"train.adversarial.router_every={every} leaves no step of {config.max_steps} to the routers: lower it"
             )
 
-    def on_step_begin(self, run: "Trainer") -> None:
+    def on_step_begin(self, run: TrainingRun) -> None:
         run.update_phase = run.config.train.adversarial.turn(run.position.updates)
         run.engine.set_phase(run.update_phase)

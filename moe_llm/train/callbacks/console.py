@@ -1,13 +1,10 @@
 """What a person sees while a run trains: a live bar on a terminal, plain lines elsewhere."""
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moe_llm.config import Config
-from moe_llm.train.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from moe_llm.train.trainer import Trainer
+from moe_llm.train.callbacks.base import Callback, TrainingRun
 
 
 def duration(seconds: float) -> str:
@@ -146,20 +143,20 @@ class ConsoleCallback(Callback):
 
     _console: Console | None = None
 
-    def on_setup(self, run: "Trainer") -> None:
+    def on_setup(self, run: TrainingRun) -> None:
         if run.runtime.is_main:
             self._console = Console(run.config, run.position.step, rate_limit(run.facts, run.config))
 
-    def on_record(self, run: "Trainer", record: dict[str, Any]) -> None:
+    def on_record(self, run: TrainingRun, record: dict[str, Any]) -> None:
         if self._console is not None:
             tokens_left = (run.config.max_steps - record["step"]) * run.config.tokens_per_step * record["fill"]
             self._console.update(record, tokens_left / record["tokens_per_second"])
 
-    def on_message(self, run: "Trainer", sentence: str) -> None:
+    def on_message(self, run: TrainingRun, sentence: str) -> None:
         if self._console is not None:
             self._console.say(sentence)
 
-    def on_close(self, run: "Trainer") -> None:
+    def on_close(self, run: TrainingRun) -> None:
         if self._console is not None:
             self._console.close()
 

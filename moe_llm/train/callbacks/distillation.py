@@ -6,12 +6,10 @@ from moe_llm.config import Config
 from moe_llm.data.packing import Batch
 from moe_llm.distill.teachers import check_teachers, check_vocabularies
 from moe_llm.distill.teaching import Teaching, build_teaching
-from moe_llm.train.callbacks.base import Callback
+from moe_llm.train.callbacks.base import Callback, TrainingRun
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-    from moe_llm.train.trainer import Trainer
 
 
 class Distillation(Callback):
@@ -25,7 +23,7 @@ class Distillation(Callback):
     def validate_tokenizer(self, config: Config, tokenizer: "PreTrainedTokenizerFast") -> None:
         check_vocabularies(config, tokenizer)
 
-    def on_setup(self, run: "Trainer") -> None:
+    def on_setup(self, run: TrainingRun) -> None:
         steps_left = run.config.max_steps - run.position.step
         self._teach = build_teaching(
             run.config,
@@ -37,5 +35,5 @@ class Distillation(Callback):
             say=run.say,
         )
 
-    def extra_inputs(self, run: "Trainer", batch: Batch) -> dict[str, Any]:
+    def extra_inputs(self, run: TrainingRun, batch: Batch) -> dict[str, Any]:
         return self._teach(batch)

@@ -2,34 +2,31 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moe_llm.checkpoint import folder
 from moe_llm.config import Config
-from moe_llm.train.callbacks.base import Callback
+from moe_llm.train.callbacks.base import Callback, TrainingRun
 from moe_llm.train.position import Position
-
-if TYPE_CHECKING:
-    from moe_llm.train.trainer import Trainer
 
 
 class EarlyStopping(Callback):
     """Follows the validation loss from evaluation to evaluation, in the run's `Position`, which checkpoints hold: so a
     resumed run waits as long as one that was never stopped. The best weights so far are saved."""
 
-    def on_train_begin(self, run: "Trainer") -> None:
+    def on_train_begin(self, run: TrainingRun) -> None:
         self.on_rollback(run)
         ended = why_ended(run.config, run.position)
         if ended is not None and run.position.step < run.config.max_steps:
             run.say(ended)
             run.end(ended)
 
-    def on_rollback(self, run: "Trainer") -> None:
+    def on_rollback(self, run: TrainingRun) -> None:
         lost = forget_lost_best(run.position, run.run_dir / "checkpoints")
         if lost is not None:
             run.say(lost)
 
-    def on_evaluate(self, run: "Trainer", metrics: dict[str, Any]) -> None:
+    def on_evaluate(self, run: TrainingRun, metrics: dict[str, Any]) -> None:
         if "val_loss" not in metrics:
             return
         if judge(run.config, metrics["val_loss"], run.position):

@@ -2,16 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moe_llm.config import Config
 from moe_llm.distributed.engine import Engine
 from moe_llm.distributed.state import EMA
 from moe_llm.errors import UserError
-from moe_llm.train.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from moe_llm.train.trainer import Trainer
+from moe_llm.train.callbacks.base import Callback, TrainingRun
 
 
 class WeightAverage(Callback):
@@ -32,17 +29,17 @@ class WeightAverage(Callback):
                 f"after the run's {config.max_steps} steps: lower one of them"
             )
 
-    def on_train_begin(self, run: "Trainer") -> None:
+    def on_train_begin(self, run: TrainingRun) -> None:
         """Report it where the run was resumed from a checkpoint without the average that it might have."""
         missed = sum(run.config.checkpoint.ema.due(step + 1) for step in range(run.position.step))
         if run.engine.averages and not run.engine.averaged and missed:
             run.say(f"checkpoint.ema: the checkpoint of step {run.position.step} holds no average: a new one begins")
 
-    def on_step_end(self, run: "Trainer") -> None:
+    def on_step_end(self, run: TrainingRun) -> None:
         if not run.skip_update and run.config.checkpoint.ema.due(run.position.step):
             run.engine.update_average()
 
-    def on_evaluate(self, run: "Trainer", metrics: dict[str, Any]) -> None:
+    def on_evaluate(self, run: TrainingRun, metrics: dict[str, Any]) -> None:
         if not run.config.evaluate.ema or not run.engine.averaged:
             return
         with averaged_weights(run.engine, run.heartbeat):

@@ -1,16 +1,15 @@
-"""Records of a run: metrics.jsonl, facts.json, trackers, and the alarms that records raise."""
+"""Records of a run: config.yaml, metrics.jsonl, facts.json, trackers, and the alarms that records raise."""
 
-from typing import TYPE_CHECKING, Any
+import os
+from pathlib import Path
+from typing import Any
 
-from moe_llm.config import Config
+from moe_llm.config import Config, dump_config
 from moe_llm.train.callbacks.alarms import Alarms
-from moe_llm.train.callbacks.base import Callback
+from moe_llm.train.callbacks.base import Callback, TrainingRun
 from moe_llm.train.facts import write_facts
 from moe_llm.train.metrics import MetricsFile, read_metrics
 from moe_llm.train.trackers import Tracker, build_trackers, check_trackers
-
-if TYPE_CHECKING:
-    from moe_llm.train.trainer import Trainer
 
 
 class Recorder(Callback):
@@ -22,22 +21,23 @@ class Recorder(Callback):
     def validate(self, config: Config) -> None:
         check_trackers(config)
 
-    def on_train_begin(self, run: "Trainer") -> None:
+    def on_train_begin(self, run: TrainingRun) -> None:
         if not run.runtime.is_main:
             return
         config, step = run.config, run.position.step
+        _write_config(config, run.run_dir)
         self._sinks.append(MetricsFile(run.run_dir / "metrics.jsonl", step))
         self._sinks += build_trackers(config, run.run_dir, step)
         if run.facts is not None and step < config.max_steps:  # a start that trains nothing is none to report
             write_facts(run.run_dir / "facts.json", run.facts)
         self._replay(run)
 
-    def _replay(self, run: "Trainer") -> None:
+    def _replay(self, run: TrainingRun) -> None:
         """Bring the alarms to where the records end, so that none is raised twice."""
         self._alarms = Alarms(run.config)
         self._alarms.replay(read_metrics(run.run_dir / "metrics.jsonl"))
 
-    def on_record(self, run: "Trainer", record: dict[str, Any]) -> None:
+    def on_record(self, run: TrainingRun, record: dict[str, Any]) -> None:
         if not self._sinks:
             return
         alarms = self._alarms.look(record)
@@ -48,12 +48,20 @@ class Recorder(Callback):
         for alarm in alarms:
             run.say(f"alarm at step {record['step']}: {alarm.sentence}")
 
-    def on_rollback(self, run: "Trainer") -> None:
+    def on_rollback(self, run: TrainingRun) -> None:
         for sink in self._sinks:
             sink.rewind(run.position.step)
         if self._sinks:
             self._replay(run)
 
-    def on_close(self, run: "Trainer") -> None:
+    def on_close(self, run: TrainingRun) -> None:
         for sink in self._sinks:
             sink.close()
+
+
+def _write_config(config: Config, run_dir: Path) -> None:
+    """In one step: a file cut short by a crash would shut its owner out of the run."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    temporary = run_dir / "config.yaml.tmp"
+    temporary.write_text(dump_config(config), encoding="utf-8")
+    os.replace(temporary, run_dir / "config.yaml")

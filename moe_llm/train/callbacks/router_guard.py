@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,10 +28,7 @@ from moe_llm.errors import TrainingFailure, UserError
 from moe_llm.finetune.init_from import load_origin
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.train.build import restore
-from moe_llm.train.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from moe_llm.train.trainer import Trainer
+from moe_llm.train.callbacks.base import Callback, TrainingRun
 
 FILE = "router_base.safetensors"
 _NAME = "log_probabilities"
@@ -59,7 +56,7 @@ class RouterGuardCallback(Callback):
                 "finetune.router_guard.action=stop has no evaluations at which to stop: set evaluate.every_steps"
             )
 
-    def on_setup(self, run: "Trainer") -> None:
+    def on_setup(self, run: TrainingRun) -> None:
         """Compute or read the base's routing; the engine is unchanged afterwards. Collective.
 
         Raises:
@@ -77,10 +74,10 @@ class RouterGuardCallback(Callback):
         if failure is not None:
             raise TrainingFailure(f"{failure}: nothing is changed")
 
-    def on_step_begin(self, run: "Trainer") -> None:
+    def on_step_begin(self, run: TrainingRun) -> None:
         self.guard.add_gradients()
 
-    def on_evaluate(self, run: "Trainer", metrics: dict[str, Any]) -> None:
+    def on_evaluate(self, run: TrainingRun, metrics: dict[str, Any]) -> None:
         metrics |= self.guard.measure()
         failure = self.guard.why_failed(metrics)
         if failure is not None:
@@ -183,11 +180,12 @@ class RouterGuard:
     def _log_probabilities(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(L, B, S, E) of the routers now, (B, S) real tokens, and the batch's loss, summed."""
         batch = batch.to(self._runtime.device)
-        with _evaluating(self._engine.model), _router_outputs(self._engine.model) as found:
+        with _evaluating(self._engine.model), _router_logits(self._engine.model) as found:
             output = self._engine.forward(**model_inputs(batch))
         assert len(found) == self._shape[1], "each layer routes once"
         assert output.loss_sum is not None, "the probe has labels"
-        now_LTE = torch.stack(found)
+        gates = self._engine.model.model.routers
+        now_LTE = torch.stack([gate.log_probabilities(logits_TE) for gate, logits_TE in zip(gates, found)])
         return now_LTE.unflatten(1, batch.input_ids_BS.shape), batch.attention_mask_BS, output.loss_sum
 
     def _base(self, rows: list[int], now_LBSE: Tensor) -> Tensor:
@@ -221,14 +219,12 @@ def _evaluating(model: MoEDecoder) -> Iterator[None]:
 
 
 @contextmanager
-def _router_outputs(model: MoEDecoder) -> Iterator[list[Tensor]]:
-    """A list that fills with each layer's log-probabilities (T, E) of a forward pass inside. A recomputation comes later, in the
-    backward pass, and adds nothing."""
+def _router_logits(model: MoEDecoder) -> Iterator[list[Tensor]]:
+    """A list that fills with each layer's logits (T, E) of a forward pass inside. The hooks compute nothing: a
+    recomputation comes later, in the backward pass, without them, and must save the same tensors."""
     found: list[Tensor] = []
     hooks = [
-        gate.register_forward_hook(
-            lambda module, inputs, routing: found.append(module.log_probabilities(routing.logits_TE))
-        )
+        gate.register_forward_hook(lambda module, inputs, routing: found.append(routing.logits_TE))
         for gate in model.model.routers
     ]
     try:

@@ -8,7 +8,7 @@ import statistics
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,10 +17,7 @@ from moe_llm.config import Config
 from moe_llm.distributed.engine import Engine
 from moe_llm.distributed.runtime import Runtime
 from moe_llm.errors import TrainingFailure
-from moe_llm.train.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from moe_llm.train.trainer import Trainer
+from moe_llm.train.callbacks.base import Callback, TrainingRun
 
 Response = Literal["stop", "skip", "rollback"]
 
@@ -206,10 +203,10 @@ class StepGuardCallback(Callback):
 
     _guard: StepGuard
 
-    def on_setup(self, run: "Trainer") -> None:
+    def on_setup(self, run: TrainingRun) -> None:
         self._guard = StepGuard(run.config, run.engine, run.runtime)
 
-    def on_backward_end(self, run: "Trainer") -> None:
+    def on_backward_end(self, run: TrainingRun) -> None:
         guard, step = self._guard, run.position.step + 1
         trouble = guard.inspect(step, run.position.samples, run.window.step_losses)
         if trouble is None:
@@ -232,7 +229,7 @@ class StepGuardCallback(Callback):
         run.skip_update = True
         run.window.remarks |= {"skipped": True, "trouble": trouble.record()}
 
-    def on_save_begin(self, run: "Trainer") -> None:
+    def on_save_begin(self, run: TrainingRun) -> None:
         """Refuse a checkpoint that no run can go on from."""
         if not self._guard.weights_finite():
             raise TrainingFailure(
@@ -240,11 +237,11 @@ class StepGuardCallback(Callback):
                 "go on from the newest checkpoint with a lower optim.lr or a larger optim.eps"
             )
 
-    def on_save(self, run: "Trainer", checkpoint: Path) -> None:
+    def on_save(self, run: TrainingRun, checkpoint: Path) -> None:
         self._guard.saved()
 
 
-def _last_words(trouble: NonFiniteStep, run: "Trainer") -> str:
+def _last_words(trouble: NonFiniteStep, run: TrainingRun) -> str:
     """Save what was before the bad step, if it is sound and new, and say how to go on."""
     if not trouble.weights_finite:
         return "go on from an older checkpoint (checkpoint.resume=PATH) with a lower optim.lr"

@@ -12,15 +12,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from moe_llm.distributed.runtime import Runtime
 from moe_llm.distributed.store import connect
-from moe_llm.train.callbacks.base import Callback
+from moe_llm.train.callbacks.base import Callback, TrainingRun
 from moe_llm.train.start_watch import EXIT_HUNG, watchdog_takes_over
-
-if TYPE_CHECKING:
-    from moe_llm.train.trainer import Trainer
 
 # A live process answers within seconds, whatever its training does
 SILENCE_SECONDS = 25.0
@@ -146,14 +142,14 @@ class WatchdogCallback(Callback):
 
     _watchdog: Watchdog | None = None
 
-    def on_train_begin(self, run: "Trainer") -> None:
+    def on_train_begin(self, run: TrainingRun) -> None:
         self._watchdog = Watchdog(run.runtime, run.config.train.hang_timeout_seconds)
         self._watchdog.__enter__()
 
-    def on_heartbeat(self, run: "Trainer", phase: str) -> None:
+    def on_heartbeat(self, run: TrainingRun, phase: str) -> None:
         if self._watchdog is not None:
             self._watchdog.heartbeat(phase)
 
-    def on_close(self, run: "Trainer") -> None:
+    def on_close(self, run: TrainingRun) -> None:
         if self._watchdog is not None:
             self._watchdog.__exit__()
