@@ -7,11 +7,9 @@ D hidden, F expert width, E experts, V vocabulary.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from moe_llm.config.model import ModelConfig
-
+ModelConfig = Any  # the configuration of a model, whose module imports this one
 Shapes = dict[str, tuple[int, ...]]
 
 

@@ -110,7 +110,7 @@ def test_the_cost_of_removal_is_that_of_transformers_with_the_expert_masked(tmp_
     theirs = MixtralForCausalLM.from_pretrained(saved, experts_implementation="eager").eval()
     words = tokenizer()
     rows = [
-        [*words(json.loads(line)["text"], add_special_tokens=False)["input_ids"], 2]
+        [1, *words(json.loads(line)["text"], add_special_tokens=False)["input_ids"], 2]
         for path in data
         for line in Path(path).read_text().splitlines()[:3]
     ]
