@@ -15,6 +15,7 @@ from moe_llm.config.ema import EmaConfig
 from moe_llm.config.finetune import FinetuneConfig
 from moe_llm.config.model import ModelConfig
 from moe_llm.config.parallel import ParallelConfig, check_sequence_parts
+from moe_llm.config.preference import PreferenceConfig
 from moe_llm.errors import UserError
 
 
@@ -70,9 +71,10 @@ class SourceConfig(Section):
         description="files: auto goes by ending and content; json is an array of rows; gz, bz2, xz and zst are unpacked; "
         "megatron (.bin with .idx) and datatrove (.ds with .ds.index, as nanotron reads) hold tokens",
     )
-    content: Literal["text", "chat"] = Field(
+    content: Literal["text", "chat", "preference"] = Field(
         "text",
-        description="chat: rows with `messages`, or `prompt` and `completion`; the assistant's turns are learned",
+        description="chat: rows with `messages`, or `prompt` and `completion`; the assistant's turns are learned; preference: "
+        "rows with `chosen` and `rejected`, with or without `prompt`, as messages or text; see section preference",
     )
     name: str | None = Field(None, description="hub: configuration name")
     split: str = Field("train", description="hub: split")
@@ -95,11 +97,11 @@ class SourceConfig(Section):
             invalid("path", self.path, "does not apply to python_stdlib", "remove it or use type: files")
         if self.type == "hub" and isinstance(self.path, list):
             invalid("path", self.path, "names several datasets", "use one source for each")
-        if self.content == "chat" and self.type == "python_stdlib":
-            invalid("content", self.content, "does not apply to python_stdlib", "use content: text, or name chat data")
-        if self.content == "chat" and self.format in ("text", "megatron", "datatrove"):
-            invalid("format", self.format, "has no rows, and content is chat", "use jsonl or parquet")
-        if self.content == "text" and self.columns is not None:
+        if self.content != "text" and self.type == "python_stdlib":
+            invalid("content", self.content, "does not apply to python_stdlib", "use content: text, or name other data")
+        if self.content != "text" and self.format in ("text", "megatron", "datatrove"):
+            invalid("format", self.format, f"has no rows, and content is {self.content}", "use jsonl or parquet")
+        if self.content != "chat" and self.columns is not None:
             invalid("columns", self.columns, "applies to content: chat", "use text_field for the column of text")
         return self
 
@@ -178,13 +180,31 @@ class DataConfig(Section):
 
     @property
     def has_chat(self) -> bool:
-        return any(source.content == "chat" for source in [*self.sources, *self.validation_sources])
+        """Whether any source has conversations, or preferences, which may be between conversations."""
+        return any(source.content != "text" for source in [*self.sources, *self.validation_sources])
+
+    @property
+    def has_preference(self) -> bool:
+        return any(source.content == "preference" for source in self.sources)
+
+    @model_validator(mode="after")
+    def _preferences_stand_alone(self):
+        for name in ("sources", "validation_sources"):
+            for index, source in enumerate(getattr(self, name)):
+                if (source.content == "preference") != self.has_preference:
+                    invalid(
+                        f"{name}.{index}.content",
+                        source.content,
+                        "stands beside preferences, which have a loss of their own",
+                        "give every source content: preference, or none",
+                    )
+        return self
 
     @model_validator(mode="after")
     def _chat_settings_apply(self):
         if self.has_chat and not self.isolate_documents:
             invalid("isolate_documents", False, "would let chat examples attend to each other", "leave it true")
-        if self.order != "source" and any(source.content == "chat" for source in self.sources):
+        if self.order != "source" and any(source.content != "text" for source in self.sources):
             invalid(
                 "order",
                 self.order,
@@ -196,6 +216,8 @@ class DataConfig(Section):
         for name in ("chat_template", "overlong", "train_on"):
             if not self.has_chat and getattr(self, name) != type(self).model_fields[name].default:
                 invalid(name, getattr(self, name), "applies to no source", "set content: chat on one, or remove it")
+        if self.has_preference and self.train_on != "all":
+            invalid("train_on", self.train_on, "does not apply to preferences, whose answers are learned", "remove it")
         return self
 
 
@@ -445,6 +467,7 @@ class Config(Section):
     data: DataConfig
     optim: OptimConfig = OptimConfig()
     finetune: FinetuneConfig = FinetuneConfig()
+    preference: PreferenceConfig = PreferenceConfig()
     distill: DistillConfig = DistillConfig()
     train: TrainConfig
     parallel: ParallelConfig = ParallelConfig()
@@ -498,6 +521,7 @@ class Config(Section):
                 f"is not a multiple of train.micro_batch_size={train.micro_batch_size}",
                 "change one of them",
             )
+        self._check_preference()
         if train.on_nan == "rollback" and self.checkpoint.every_steps is None:
             invalid(
                 "train.on_nan",
@@ -522,6 +546,44 @@ class Config(Section):
                 "set model.vocab_size, or tokenizer.path to an existing tokenizer",
             )
         return self
+
+    def _check_preference(self) -> None:
+        preference, other = self.preference, PreferenceConfig()
+        if not self.data.has_preference:
+            for name in PreferenceConfig.model_fields:
+                if getattr(preference, name) != getattr(other, name):
+                    invalid(
+                        f"preference.{name}",
+                        getattr(preference, name),
+                        "applies to no source",
+                        "set data.sources.0.content=preference, or remove it",
+                    )
+            return
+        if preference.needs_reference and self.model.init_from is None:
+            invalid(
+                "preference.loss",
+                preference.loss,
+                "compares with the model that the run starts from, and model.init_from names none",
+                "set model.init_from, or use simpo or orpo",
+            )
+        if preference.gamma and preference.loss != "simpo":
+            invalid(
+                "preference.gamma", preference.gamma, f"does not apply to {preference.loss}", "use simpo, or remove it"
+            )
+        if preference.label_smoothing and preference.loss in ("ipo", "orpo"):
+            invalid(
+                "preference.label_smoothing",
+                preference.label_smoothing,
+                f"does not apply to {preference.loss}",
+                "remove it",
+            )
+        if self.parallel.sequence_parallel_size > 1:
+            size = self.parallel.sequence_parallel_size
+            invalid("parallel.sequence_parallel_size", size, "would cut pairs of answers between ranks", "set it to 1")
+        if self.distill.teachers:
+            invalid(
+                "distill.teachers", "given", "stand beside preferences, which have a loss of their own", "remove them"
+            )
 
     @property
     def tokens_per_step(self) -> int:

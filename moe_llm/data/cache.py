@@ -35,6 +35,7 @@ from moe_llm.data.documents import DocumentEncoder, SpecialText
 from moe_llm.data.files import publish_resumable, replace_file, user_error_on_disk
 from moe_llm.data.pieces import Piece
 from moe_llm.data.portions import JOURNAL, Kept, Portion, append_portion, recover
+from moe_llm.data.preference import Continuation, Side, SideEncoder, read_pairs
 from moe_llm.data.sharded_array import ShardedArray
 from moe_llm.data.sources import read_documents, read_token_documents
 from moe_llm.data.split import HoldOut
@@ -91,7 +92,7 @@ class _Piece(NamedTuple):
     """What is encoded at once: text, or an example; and how much it is. read: characters; size: UTF-8 bytes learned."""
 
     split: str
-    content: str | Example
+    content: str | Side
     read: int
     size: int
 
@@ -111,12 +112,13 @@ class Encoding:
     source: SourceConfig
     field: str
     holdout: HoldOut
-    encoder: DocumentEncoder | ChatEncoder | TokenFileEncoder
+    encoder: DocumentEncoder | ChatEncoder | SideEncoder | TokenFileEncoder
     special: SpecialText | None = None
 
     @property
     def chat(self) -> bool:
-        return isinstance(self.encoder, ChatEncoder)
+        """Whether its tokens have targets of their own."""
+        return isinstance(self.encoder, ChatEncoder | SideEncoder)
 
     def write(
         self,
@@ -137,7 +139,7 @@ class Encoding:
         Raises:
             UserError: unreadable text, or no space left; nothing of the directory remains then.
         """
-        read = _examples if self.chat else _texts
+        read = _sides if isinstance(self.encoder, SideEncoder) else _examples if self.chat else _texts
         with publish_resumable(directory, "data.cache_dir", JOURNAL, owner) as temporary:
             _build(
                 read(self, pieces),
@@ -152,7 +154,7 @@ class Encoding:
 
     def _encode(self, batch: list[_Piece]) -> list[Tokens]:
         content: list[Any] = [piece.content for piece in batch]
-        if isinstance(self.encoder, ChatEncoder):
+        if isinstance(self.encoder, ChatEncoder | SideEncoder):
             return [Tokens(*both) for both in self.encoder.encode(content)]
         return [Tokens(ids, None) for ids in self.encoder.encode(content)]
 
@@ -160,7 +162,11 @@ class Encoding:
         """What is counted of a document: the shape of a row, or special tokens whose text it holds."""
         if isinstance(piece.content, Example):
             return [piece.content.shape]
-        return () if self.special is None else self.special.within(piece.content)
+        return (
+            ()
+            if self.special is None or isinstance(piece.content, Continuation)
+            else self.special.within(piece.content)
+        )
 
 
 def is_whole(directory: Path, report: Callable[[str], None] = logger.warning) -> bool:
@@ -389,7 +395,7 @@ def put_meta(directory: Path, meta: dict[str, Any]) -> None:
 def _texts(encoding: Encoding, pieces: Sequence[Piece]) -> Iterator[_Piece]:
     """Each part of each document."""
     encoder = encoding.encoder
-    assert not isinstance(encoder, ChatEncoder), "examples are no documents"
+    assert not isinstance(encoder, ChatEncoder | SideEncoder), "examples are no documents"
     read = read_token_documents if isinstance(encoder, TokenFileEncoder) else read_documents
     for text in read(encoding.source, encoding.field, pieces):
         for split, part in zip(SPLITS, encoding.holdout.divide(text)):
@@ -402,6 +408,14 @@ def _examples(encoding: Encoding, pieces: Sequence[Piece]) -> Iterator[_Piece]:
     for found in read_examples(encoding.source, encoding.field, pieces):
         training, _ = encoding.holdout.divide(found.text)
         yield _Piece(SPLITS[0 if training else 1], found, len(found.text), found.answer_bytes)
+
+
+def _sides(encoding: Encoding, pieces: Sequence[Piece]) -> Iterator[_Piece]:
+    """The chosen and the rejected answer of each pair, one behind the other, in the same split."""
+    for pair in read_pairs(encoding.source, encoding.field, pieces):
+        training, _ = encoding.holdout.divide(pair.text)
+        for side in pair:
+            yield _Piece(SPLITS[0 if training else 1], side, len(side.text), side.answer_bytes)
 
 
 def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:

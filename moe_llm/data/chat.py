@@ -79,7 +79,7 @@ def read_examples(source: SourceConfig, field: str, pieces: Sequence[Piece] | No
     count = 0
     for where, record in read_records(source, field, wanted_columns(source.columns), pieces):
         count += 1
-        found = _example(renamed(record, source.columns, _Origin(field, where), field), where, field)
+        found = to_example(renamed(record, source.columns, _Origin(field, where), field), where, field)
         if found is not None:
             yield found
     if not count and pieces is None:
@@ -92,6 +92,10 @@ def read_texts(source: SourceConfig, field: str) -> Iterator[str]:
         return read_token_documents(source, field)
     if source.content == "text":
         return read_documents(source, field)
+    if source.content == "preference":
+        from moe_llm.data.preference import read_pairs
+
+        return (pair.text for pair in read_pairs(source, field))
     return (found.text for found in read_examples(source, field))
 
 
@@ -110,8 +114,12 @@ class _Origin(NamedTuple):
         return format(str(self), spec)
 
 
-def _example(record: dict[str, Any], where: Place | str, field: str) -> Example | None:
-    """A row as an example; None where its weight is 0."""
+def to_example(record: dict[str, Any], where: Place | str, field: str) -> Example | None:
+    """A row as an example; None where its weight is 0.
+
+    Raises:
+        UserError: the row is broken, by file and line.
+    """
     origin, shape = _Origin(field, where), shape_of(record)
     if shape is None:
         raise UserError(
@@ -123,12 +131,12 @@ def _example(record: dict[str, Any], where: Place | str, field: str) -> Example 
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{origin}: messages is {_short(turns)}: give it a list of turns, each with role and content")
     messages = [_message(turn, number, origin) for number, turn in enumerate(turns, start=1)]
-    masked = frozenset(i for i, turn in enumerate(turns) if not _is_learned(turn, origin._replace(turn=i + 1)))
+    masked = frozenset(i for i, turn in enumerate(turns) if not is_learned(turn, origin._replace(turn=i + 1)))
     assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not assistants:
         raise UserError(f"{origin} has no turn of the assistant, so there is nothing to learn: remove that row")
     unwanted = shape == "prompt and completion" and record.get("label") is False  # TRL's unpaired preferences
-    if unwanted or not _is_learned(record, origin) or masked.issuperset(assistants):
+    if unwanted or not is_learned(record, origin) or masked.issuperset(assistants):
         return None
     tools = record.get("tools")
     if isinstance(tools, str):
@@ -145,7 +153,7 @@ def _parsed_tools(text: str, origin: _Origin) -> Any:
         raise UserError(f"{origin}: tools is {_short(text)}, which is no JSON: give it a list of tools") from error
 
 
-def _is_learned(given: dict[str, Any], where: _Origin) -> bool:
+def is_learned(given: dict[str, Any], where: object) -> bool:
     """By `weight` (0 or 1) and `train`, of a row or of a turn."""
     weight, train = given.get("weight"), given.get("train", given.get("training"))
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):

@@ -70,6 +70,17 @@ class DocumentEncoder:
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(self._framed(encoding.ids), dtype=self.dtype) for encoding in encodings]
 
+    def encode_continuations(self, parts: list[tuple[str, str]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The tokens of each (prompt, answer), one behind the other, and uint8 targets: 1 for those with a character of the
+        answer, and for eos."""
+        encodings = self._backend.encode_batch([prompt + answer for prompt, answer in parts], add_special_tokens=False)
+        encoded = []
+        for (prompt, _), encoding in zip(parts, encodings):
+            learned = [end > len(prompt) for _, end in encoding.offsets]
+            ids = np.array([self.bos, *encoding.ids, self.eos], dtype=self.dtype)
+            encoded.append((ids, np.array([False, *learned, True], np.uint8)))
+        return encoded
+
     def _framed(self, ids: list[int]) -> list[int]:
         if self._parsed and ids[:1] == [self.bos]:
             ids = ids[1:]

@@ -22,6 +22,7 @@ from moe_llm.data.documents import DocumentEncoder, SpecialText, check_rows
 from moe_llm.data.examples import PackedExamples
 from moe_llm.data.order import Mixture, shuffled
 from moe_llm.data.packing import Batch, PackedBlocks, as_batch
+from moe_llm.data.pairs import PackedPairs
 from moe_llm.data.shards import cached_tokens, settings_of
 from moe_llm.data.similar import in_similar_order
 from moe_llm.data.sources import check_sources, named_sources, named_validation_sources, read_documents
@@ -317,6 +318,8 @@ def load_data(
         return cached_tokens(source, field, divide, tokenizer, **settings_of(data), show_progress=shown)
 
     def packed(text: TokenizedText) -> PackedBlocks:
+        if data.has_preference:
+            return PackedPairs(text, data.sequence_length, data.overlong, tokenizer.eos_token_id)
         if text.targets_N is not None:
             return PackedExamples(text, data.sequence_length, data.overlong, tokenizer.eos_token_id)
         if data.packing == "best_fit":

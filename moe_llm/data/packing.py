@@ -25,6 +25,8 @@ class Batch:
     position_ids_BS: int64, from 0 in every document of a block, or, not isolated, 0 to S-1.
     document_ids_BS: int64 index of the document within its block, -1 on padding; None if not isolated.
     attention_mask_BS: bool, False on padding.
+    reference_BS: of pairs of answers, fp32, at each document's first place the reference's log-probability of its answer;
+        None for other data.
     runs_B: of each block the lengths of its documents, and of its padding, in order, known on the host so that attention
         need not ask the device for them; None where they are not known.
     sources_B: int64, of each block the index of its source in `data.sources`; None where it is not known.
@@ -36,6 +38,7 @@ class Batch:
     position_ids_BS: torch.Tensor
     document_ids_BS: torch.Tensor | None
     attention_mask_BS: torch.Tensor
+    reference_BS: torch.Tensor | None = None
     runs_B: tuple[tuple[int, ...], ...] | None = None
     sources_B: torch.Tensor | None = None
     part: tuple[int, int] = (0, 1)

@@ -42,10 +42,11 @@ from moe_llm.data.cache import (
     read_meta,
     remove_damaged,
 )
-from moe_llm.data.chat_template import ChatEncoder
+from moe_llm.data.chat_template import ChatEncoder, own_template
 from moe_llm.data.documents import DocumentEncoder, SpecialText
 from moe_llm.data.files import building, user_error_on_disk
 from moe_llm.data.pieces import Piece
+from moe_llm.data.preference import SideEncoder
 from moe_llm.data.shard_worker import ShardTask, make_shard
 from moe_llm.data.sources import fingerprint, holds_tokens, no_text, shards_of, source_bytes
 from moe_llm.data.split import HoldOut
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_VERSION, _CHAT_VERSION = 2, 2
+_VERSION, _CHAT_VERSION, _PREFERENCE_VERSION = 2, 2, 1
 _LOG_SECONDS = 30.0
 _WAIT_SECONDS = 0.2
 
@@ -147,9 +148,12 @@ def _entry(
     parse_special_tokens: bool,
 ) -> "_Entry":
     inputs = [_VERSION, fingerprint(source, field, cache), holdout.key(), content_hash(tokenizer), len(tokenizer)]
-    encoder: DocumentEncoder | ChatEncoder | TokenFileEncoder
+    encoder: DocumentEncoder | ChatEncoder | SideEncoder | TokenFileEncoder
     special = None
-    if source.content == "chat":
+    if source.content == "preference":
+        encoder = SideEncoder(tokenizer, field)
+        inputs += ["preference", _PREFERENCE_VERSION, own_template(tokenizer), tokenizer.special_tokens_map]
+    elif source.content == "chat":
         encoder = ChatEncoder(tokenizer, field, train_on)
         inputs += ["chat", _CHAT_VERSION, train_on, encoder.template, tokenizer.special_tokens_map]
     else:

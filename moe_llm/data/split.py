@@ -16,6 +16,7 @@ from pathlib import Path
 from moe_llm.config import Config, SourceConfig
 from moe_llm.data.chat import read_examples, read_texts
 from moe_llm.data.files import replace_file
+from moe_llm.data.preference import read_pairs
 from moe_llm.data.sources import fingerprint, named_sources, named_validation_sources, read_documents
 from moe_llm.errors import UserError
 
@@ -60,6 +61,10 @@ class HoldOut:
 
 def training_texts(field: str, source: SourceConfig, holdout: HoldOut) -> Iterator[str]:
     """Training text of a source's documents, in order; of chat, what is said in it."""
+    if source.content == "preference":
+        pairs = read_pairs(source, field)
+        yield from (side.plain for pair in pairs if holdout.divide(pair.text)[0] for side in pair)
+        return
     if source.content == "chat":
         yield from (found.plain for found in read_examples(source, field) if holdout.divide(found.text)[0])
         return

@@ -18,7 +18,7 @@ from moe_llm.distributed.engine import Engine
 from moe_llm.distributed.step_loss import StepLoss
 from moe_llm.model.decoder import MoEOutput
 
-_FOR_THE_LOSS = ("targets", "teacher")
+_FOR_THE_LOSS = ("targets", "teacher", "preference")
 
 
 def forward_passes(

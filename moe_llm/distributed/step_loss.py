@@ -2,10 +2,10 @@
 
 The whole is the cross-entropy averaged over all targets of the step, and the routers' losses over all of its real
 tokens: ranks and micro-batches are cuts that change nothing. With a teacher, its objective takes the cross-entropy's
-place, averaged over the same targets. One exception: with `model.balance_over: micro_batches`, the fractions in the
-global balance loss, and the sums in a router's own losses, are those of the micro-batches up to the present one, because
-the later ones are not known yet (Qiu et al. 2025). With one micro-batch a step they are exact; with `balance_over: step`
-they are counted first (`forward_passes`). Engines average gradients over the ranks, so each share is multiplied by their
+place, averaged over the same targets; with pairs of answers, their loss, averaged over the pairs of the step. One
+exception: with `model.balance_over: micro_batches`, the fractions in the global balance loss, and the sums in a router's
+own losses, are those of the micro-batches up to the present one, because the later ones are not known yet (Qiu et al.
+2025). With one micro-batch a step they are exact; with `balance_over: step` they are counted first (`forward_passes`). Engines average gradients over the ranks, so each share is multiplied by their
 number.
 """
 
@@ -35,6 +35,7 @@ class StepLosses(NamedTuple):
     z: Tensor
     distill: Tensor  # a teacher's divergence, beside which `lm` is no more than measured; 0 without one
     own: Tensor
+    preference: Tensor | None = None  # of pairs of answers: `ops.preference.MEASURED`, of which the first is their loss
 
 
 class StepLoss:
@@ -52,7 +53,7 @@ class StepLoss:
         self.counts_first = model.balance_over == "step" and self.rounds > 1
         self._counted: list[RoutingStatistics] = []
         counts = torch.stack([_counts(batch) for batch in batches]).sum(0)
-        self.targets, self.tokens, self.sequences = runtime.sum(counts)
+        self.targets, self.tokens, self.sequences, self.pairs = runtime.sum(counts)
         self.routed = self.tokens * model.router.parts_per_token
 
     def count(self, statistics: RoutingStatistics) -> None:
@@ -84,7 +85,9 @@ class StepLoss:
         z = ranks * z_loss(own, total=total)
         assert output.loss_sum is not None, "a batch that is trained on has labels"
         lm = ranks * output.loss_sum / self.targets
-        objective = lm if output.objective_sum is None else ranks * output.objective_sum / self.targets
+        units = self.targets if output.preference is None else self.pairs
+        objective = lm if output.objective_sum is None else ranks * output.objective_sum / units
+        measured = None if output.preference is None else ranks * output.preference.measured / units
         whole = objective + model.router_aux_loss_coef * aux + model.router_z_loss_coef * z
         distill = torch.zeros_like(z) if output.soft_sum is None else ranks * output.soft_sum / self.targets
         values = router_loss_values(self.own_losses, own, total=total, seen=self.routing)
@@ -94,15 +97,21 @@ class StepLoss:
         if self.own_losses:
             coefficients = values.new_tensor([loss.coefficient for loss in self.own_losses])
             whole = whole + coefficients @ (ranks * (values - values.detach()) + added)
-        return StepLosses(whole, lm.detach(), aux.detach(), z.detach(), distill.detach(), added)
+        return StepLosses(whole, lm.detach(), aux.detach(), z.detach(), distill.detach(), added, measured)
 
 
 def _counts(batch: Batch) -> Tensor:
-    """Targets, real tokens, and sequences that have one: fp32, exact up to 2^24 a batch."""
-    mask_BS = batch.attention_mask_BS
+    """Targets, real tokens, sequences that have one, and pairs of answers, of which the targets are those of the chosen
+    ones: fp32, exact up to 2^24 a batch."""
+    mask_BS, targets_BS = batch.attention_mask_BS, batch.labels_BS != IGNORED
+    pairs = mask_BS.new_zeros((), dtype=torch.int64)
+    if batch.reference_BS is not None:
+        assert batch.document_ids_BS is not None, "pairs of answers are documents"
+        targets_BS = targets_BS & (batch.document_ids_BS % 2 == 0)
+        pairs = (batch.document_ids_BS.amax(1) + 1).sum() // 2
     # of the ranks that share a sequence the first one counts it: padding comes last
     sequences = mask_BS.any(1).sum() * (batch.part[0] == 0)
-    return torch.stack([(batch.labels_BS != IGNORED).sum(), mask_BS.sum(), sequences]).float()
+    return torch.stack([targets_BS.sum(), mask_BS.sum(), sequences, pairs]).float()
 
 
 def sum_over_ranks(statistics: RoutingStatistics, runtime: Runtime) -> RoutingStatistics:

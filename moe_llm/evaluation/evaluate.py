@@ -3,39 +3,64 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from moe_llm.checkpoint.folder import check_checkpoint_directory
 from moe_llm.config import Config
 from moe_llm.data.loader import Data, load_evaluation
-from moe_llm.data.packing import model_inputs
+from moe_llm.data.packing import Batch, model_inputs
 from moe_llm.data.tokenizer import load_tokenizer
 from moe_llm.distributed.engine import Engine
 from moe_llm.distributed.runtime import Runtime
 from moe_llm.errors import UserError
+from moe_llm.ops.preference import MEASURED, Preference
+
+
+def preference_inputs(config: Config, batch: Batch) -> dict[str, Any]:
+    """What the model's forward pass takes beside a batch of pairs of answers; nothing for other data."""
+    if batch.reference_BS is None:
+        return {}
+    settings = config.preference
+    return {
+        "preference": Preference(
+            settings.loss, settings.beta, settings.gamma, settings.label_smoothing, batch.reference_BS
+        )
+    }
 
 
 @torch.no_grad()
 def validation_loss(
     config: Config, engine: Engine, runtime: Runtime, data: Data, heartbeat: Callable[[str], None] = lambda phase: None
 ) -> dict[str, float]:
-    """Cross-entropy over the held-out blocks (nats a token) and bits per byte; the same on every rank.
+    """Cross-entropy over the held-out blocks (nats a token) and bits per byte; the same on every rank. Of pairs of answers
+    `val_loss` is their loss, and there are `val_accuracy` (share of pairs whose chosen answer is ahead), `val_margin` and
+    the answers' mean log-probabilities in place of bits per byte.
 
     Args:
         heartbeat: called before each batch.
     """
     engine.model.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=runtime.device)
+    totals = torch.zeros(2 + len(MEASURED), dtype=torch.float64, device=runtime.device)
     batches = data.validation.batches(micro_batch_size=config.train.micro_batch_size, **runtime.reads)
     for i, batch in enumerate(batches):
         heartbeat(f"validation, batch {i + 1} of {len(batches)}")
-        output = engine.forward(**model_inputs(batch.to(runtime.device)))
+        batch = batch.to(runtime.device)
+        output = engine.forward(**model_inputs(batch), **preference_inputs(config, batch))
         assert output.loss_sum is not None, "held-out batches have labels"
         assert output.num_targets is not None
-        totals += torch.stack([output.loss_sum.double(), output.num_targets.double()])
+        if output.preference is None:
+            totals[:2] += torch.stack([output.loss_sum.double(), output.num_targets.double()])
+        else:
+            totals[1:] += torch.cat([output.preference.pairs[None], output.preference.measured]).double()
     engine.model.train()
-    loss_sum, targets = runtime.sum(totals).tolist()
+    loss_sum, targets, *pairs = runtime.sum(totals).tolist()
+    if config.data.has_preference:
+        measured = dict(zip(MEASURED, (value / targets for value in pairs)))
+        return {"val_loss": measured.pop("preference_loss")} | {
+            f"val_{name}": value for name, value in measured.items()
+        }
     loss = loss_sum / targets
     return {"val_loss": loss, "val_bits_per_byte": data.validation.bits_per_byte(loss)}
 

@@ -29,6 +29,7 @@ from moe_llm.model.swiglu import SwiGLU
 from moe_llm.ops.attention import AttentionPattern
 from moe_llm.ops.cross_entropy import linear_cross_entropy, token_losses
 from moe_llm.ops.distillation import Distillation, DistillationSums, linear_distillation
+from moe_llm.ops.preference import Preference, PreferenceSums, preference_sums
 from moe_llm.ops.rope import document_lengths, rotary_cos_sin
 
 AttentionPatterns = dict[int | None, AttentionPattern]  # by sliding window, None where there is none
@@ -40,6 +41,8 @@ class MoEOutput(NamedTuple):
     aux_loss, z_loss: before their coefficients. routing: statistics stacked over the layers.
     objective_sum, soft_sum: with a teacher, what takes the cross-entropy's place in training, and its divergence
     (`DistillationSums`); `loss_sum` then has no gradient.
+    preference: of pairs of answers, whose loss is `objective_sum` too; `loss_sum` and `num_targets` then are those of the
+    chosen answers.
     """
 
     loss: Tensor | None
@@ -51,6 +54,7 @@ class MoEOutput(NamedTuple):
     routing: RoutingStatistics
     objective_sum: Tensor | None = None
     soft_sum: Tensor | None = None
+    preference: PreferenceSums | None = None
 
 
 class DecoderLayer(nn.Module):
@@ -225,6 +229,7 @@ class MoEDecoder(nn.Module):
         teacher: Distillation | None = None,
         perturbation: Tensor | None = None,
         sources: Tensor | None = None,
+        preference: Preference | None = None,
     ) -> MoEOutput:
         """Logits and losses of a batch.
 
@@ -241,6 +246,7 @@ class MoEDecoder(nn.Module):
                 sequences, where these are spread over ranks and all else is this rank's part.
             return_logits: without them only the loss is computed, in less memory.
             teacher: what the targets' distributions are drawn to, beside the targets themselves.
+            preference: the documents are pairs of answers, which have this loss in place of the targets'.
             perturbation: (B, S, D), added to the embeddings of the input.
             sources: (B,) int64, which row of `source_experts_XE` says where each sequence's tokens may go in training.
         """
@@ -269,18 +275,26 @@ class MoEDecoder(nn.Module):
         logits = self.lm_head(x_BSD) if return_logits else None
         aux = balance_loss(routing, self.config.router_aux_loss_scope)
         z = z_loss(routing)
-        loss = loss_sum = num_targets = objective_sum = soft_sum = None
+        loss = loss_sum = num_targets = objective_sum = soft_sum = pairs = None
         if targets is not None:
-            if teacher is None:
+            if preference is not None:
+                assert document_ids is not None, "pairs of answers are documents"
+                nll_BS = self.lm_head(x_BSD, targets, each=True).view_as(targets)
+                pairs = preference_sums(nll_BS, targets != -100, document_ids, preference)
+                objective_sum, (loss_sum, num_targets) = pairs.objective, pairs.chosen
+            elif teacher is None:
                 loss_sum, num_targets = self.lm_head(x_BSD, targets)
             else:
                 objective_sum, loss_sum, soft_sum, num_targets = self.lm_head(x_BSD, targets, teacher)
-            loss = (loss_sum if objective_sum is None else objective_sum) / num_targets
+            if pairs is not None:
+                loss = pairs.objective / pairs.pairs
+            else:
+                loss = (loss_sum if objective_sum is None else objective_sum) / num_targets
             loss = loss + self.config.router_aux_loss_coef * aux + self.config.router_z_loss_coef * z
             if self.router_losses:
                 values = router_loss_values(self.router_losses, routing)
                 loss = loss + sum(own.coefficient * value for own, value in zip(self.router_losses, values))
-        return MoEOutput(loss, logits, loss_sum, num_targets, aux, z, routing, objective_sum, soft_sum)
+        return MoEOutput(loss, logits, loss_sum, num_targets, aux, z, routing, objective_sum, soft_sum, pairs)
 
     def _with_feedback(
         self, layers: list[RoutingStatistics], x_TD: Tensor, targets_T: Tensor, groups: Groups

@@ -88,7 +88,7 @@ def _summary(run: Run) -> dict[str, str]:
     rate = speed * run.flops_per_token
     return {
         "validation loss": f"{measured[-1]['val_loss']:.4f}" if measured else "not measured",
-        "bits per byte": f"{measured[-1]['val_bits_per_byte']:.4f}" if measured else "not measured",
+        "bits per byte": _bits(measured),
         "training loss, last record": "not a number" if last.get("lm_loss") is None else f"{last['lm_loss']:.4f}",
         "parameters": count(model.num_params()),
         "active a token": count(model.num_params(active=True)),
@@ -101,6 +101,12 @@ def _summary(run: Run) -> dict[str, str]:
         "of the hardware's limit": f"{rate / run.peak:.1%}" if run.peak else "not known",
         "alarms": str(sum(len(record.get("alarms", [])) for record in run.records)),
     }
+
+
+def _bits(measured: list[dict[str, Any]]) -> str:
+    """Of the last evaluation; runs on pairs of answers measure none."""
+    found = measured[-1].get("val_bits_per_byte") if measured else None
+    return "not measured" if found is None else f"{found:.4f}"
 
 
 def _cards(run: Run) -> str:

@@ -96,6 +96,11 @@ def announce(run: TrainingRun) -> None:
             f"learns from {teachers} by {distill.divergence}, {distill.alpha:g} of the loss, at temperature "
             f"{distill.temperature:g}"
         )
+    if config.data.has_preference:
+        compared = f"against {config.model.init_from}" if config.preference.needs_reference else "without a reference"
+        run.say(
+            f"learns from pairs of answers by {config.preference.loss}, {compared}, beta {config.preference.beta:g}"
+        )
     adversarial = config.train.adversarial
     if adversarial.epsilon is not None:
         run.say(
@@ -139,7 +144,11 @@ def farewell(config: Config, run_dir: Path, checkpoint: Path | None, finished: b
     if measured:
         values = [f"{r['val_loss']:.4f} at step {r['step']}" for r in (measured[0], measured[-1])]
         told = ", ".join(dict.fromkeys(values))  # once, if it was measured once
-        print(f"validation loss {told}: {measured[-1]['val_bits_per_byte']:.4f} bits per byte")
+        last = measured[-1]
+        if "val_accuracy" in last:
+            print(f"validation loss {told}: the chosen answer is ahead in {last['val_accuracy']:.1%} of the pairs")
+        else:
+            print(f"validation loss {told}: {last['val_bits_per_byte']:.4f} bits per byte")
     best = _describe_best(config, run_dir, checkpoint)
     if best is not None:
         print(best)

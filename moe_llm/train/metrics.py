@@ -19,6 +19,7 @@ from moe_llm.distributed.step_loss import StepLosses
 from moe_llm.errors import UserError
 from moe_llm.model.moe.routers import router_losses
 from moe_llm.model.moe.routing import RoutingStatistics
+from moe_llm.ops.preference import MEASURED
 
 
 def routing_metrics(statistics: RoutingStatistics) -> dict[str, list]:
@@ -76,7 +77,8 @@ class StepWindow:
 
     def add(self, losses: StepLosses) -> None:
         self.step_losses.append(losses.total.detach())
-        values = torch.cat([torch.stack([losses.lm, losses.aux, losses.z, losses.distill]), losses.own])
+        parts = [torch.stack([losses.lm, losses.aux, losses.z, losses.distill]), losses.own]
+        values = torch.cat(parts if losses.preference is None else [*parts, losses.preference])
         self.losses = values if self.losses is None else self.losses + values
 
     def end_step(self, routing: RoutingStatistics, tokens: torch.Tensor) -> None:
@@ -97,10 +99,11 @@ class StepWindow:
         assert self.losses is not None
         summed = self.runtime.sum(self.losses.clone()) / self.runtime.world_size / self.steps
         lm, aux, z, distill, *values = summed.tolist()
-        own = dict(zip(router_losses(config.model), values, strict=True))
+        own = dict(zip(router_losses(config.model), values))
+        pairs = dict(zip(MEASURED, values[len(own) :]))
         tokens = self.read_tokens()
         share = config.distill.alpha if config.distill.teachers else 0.0
-        learned = (1 - share) * lm + share * distill if share else lm
+        learned = (1 - share) * lm + share * distill if share else pairs.get("preference_loss", lm)
         total = learned + config.model.router_aux_loss_coef * aux + config.model.router_z_loss_coef * z
         total += sum(loss.coefficient * value for loss, value in own.items())
         return {
@@ -110,6 +113,7 @@ class StepWindow:
             "z_loss": z,
             **{loss.name: value for loss, value in own.items()},
             **({"distill_loss": distill} if share else {}),
+            **pairs,
             "tokens_per_second": tokens / self.seconds,
             "fill": tokens / (config.tokens_per_step * self.steps),
         }

@@ -47,6 +47,7 @@ _OF_A_RUN = {
     "checkpoints",
     "metrics.jsonl",
     "facts.json",
+    "reference.safetensors",
     "wandb",
     "wandb_id",
     "router_base.safetensors",
@@ -137,6 +138,10 @@ def _set_up(
     step = 0 if source is None else read_trainer_state(source).get("step", 0)
     provenance = provenance_of(config, runtime, data, tokenizer, source, step)
     engine, position = build_trained(config, runtime, source)
+    if config.data.has_preference:
+        from moe_llm.train.callbacks.preference import prepare_reference
+
+        prepare_reference(config, engine, runtime, data, run_dir, source)
     host_memory.trim()  # of what steps will not need: ranks that load in turns would each keep the most
     if position.step < config.max_steps:
         storage = {"dtype": config.checkpoint.dtype, "max_shard_size": config.checkpoint.max_shard_size}

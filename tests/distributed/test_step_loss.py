@@ -47,7 +47,7 @@ def step_of(split: list[int], rounds: int = 1, scope: str = "global", alike: boo
     batches = [[whole.rows(j * size + s, j * size + s + n) for j in range(rounds)] for s, n in zip(starts, split)]
     outputs = [[model(**model_inputs(batch)) for batch in mine] for mine in batches]
     real = whole.attention_mask_BS
-    counts = torch.tensor([float(whole.num_targets), float(real.sum()), float(real.any(1).sum())])
+    counts = torch.tensor([float(whole.num_targets), float(real.sum()), float(real.any(1).sum()), 0.0])  # no pairs
     totals = [torch.stack([flat(mine[j].routing) for mine in outputs]).sum(0) for j in range(rounds)]
     values, step_losses = torch.zeros(5), []
     for mine, their_outputs in zip(batches, outputs):
@@ -136,7 +136,7 @@ def test_padding_counts_in_nothing():
         model = build_model(cfg.model, seed=3)
         ids = batch.input_ids_BS.masked_fill(~real, filler)
         output = model(**{**model_inputs(batch), "input_ids": ids})
-        counts = torch.tensor([float(batch.num_targets), float(real.sum()), float(real.any(1).sum())])
+        counts = torch.tensor([float(batch.num_targets), float(real.sum()), float(real.any(1).sum()), 0.0])
         step_loss = StepLoss(cfg.model, Split(1, [counts, flat(output.routing)]), [batch])
         losses, summed = step_loss(output), step_loss.routing
         assert summed.num_tokens.tolist() == [real.sum().item()] * 2

@@ -20,6 +20,7 @@ _OWN: list[tuple[str, str, Callable[[Config], bool]]] = [
     ("recorder", "Recorder", lambda config: True),
     ("alternating_updates", "AlternatingUpdates", lambda config: config.train.adversarial.router_every is not None),
     ("expert_sources", "ExpertSources", lambda config: config.finetune.expert_sources is not None),
+    ("preference", "PreferenceTuning", lambda config: config.data.has_preference),
     ("distillation", "Distillation", lambda config: bool(config.distill.teachers)),
     ("adversarial", "AdversarialTraining", lambda config: config.train.adversarial.epsilon is not None),
     ("ema", "WeightAverage", lambda config: config.checkpoint.ema.decay is not None),
