@@ -8,6 +8,7 @@ import torch
 
 from moe_llm.checkpoint import hf
 from moe_llm.checkpoint.architectures import architecture_of
+from moe_llm.checkpoint.card import CARD, model_card
 from moe_llm.checkpoint.digests import FileRecord
 from moe_llm.checkpoint.manifest import adopt_file, write_file, write_json
 from moe_llm.config import ModelConfig
@@ -34,14 +35,20 @@ def _write_code(directory: Path) -> dict[str, FileRecord]:
 
 
 def write_model_files(
-    directory: Path, model: ModelConfig, ids: Mapping[str, Any], dtype: str, tokenizer: Any = None
+    directory: Path,
+    model: ModelConfig,
+    ids: Mapping[str, Any],
+    dtype: str,
+    tokenizer: Any = None,
+    card: str | None = None,
 ) -> dict[str, FileRecord]:
-    """config.json, generation_config.json and the tokenizer's files; records by relative path.
+    """config.json, generation_config.json, the model card and the tokenizer's files; records by relative path.
 
     Args:
         ids: from `token_ids`.
         dtype: of the stored weights, a key of `DTYPES`.
         tokenizer: anything with transformers' `save_pretrained`; None: none.
+        card: the model card; None: one that knows of no run.
     """
     before = set(directory.rglob("*"))
     if tokenizer is not None:
@@ -50,6 +57,7 @@ def write_model_files(
     return {
         **{str(path.relative_to(directory)): adopt_file(path) for path in written},
         **(_write_code(directory) if architecture_of(model).code else {}),
+        CARD: write_file(directory / CARD, card or model_card(model)),
         "config.json": write_json(directory / "config.json", hf.to_transformers_config(model, dtype=dtype, **ids)),
         GENERATION_FILE: write_json(directory / GENERATION_FILE, _generation(model, ids, tokenizer)),
     }

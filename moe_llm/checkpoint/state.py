@@ -32,11 +32,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from moe_llm.checkpoint import folder, hf
 from moe_llm.checkpoint.adapters import adapter_shapes, check_base, has_adapters
 from moe_llm.checkpoint.architectures import architecture_of
 from moe_llm.checkpoint.background import Background
+from moe_llm.checkpoint.card import model_card, newest_record
 from moe_llm.checkpoint.digests import FileRecord
 from moe_llm.checkpoint.export import DTYPES, token_ids, write_model_files
 from moe_llm.checkpoint.frozen import read_average, read_trained, write_weight
@@ -121,8 +123,12 @@ def save_checkpoint(
 
     def complete(records: dict[str, FileRecord]) -> None:
         small = _write_small_files(tmp, plan, head, run_config_text)
+        run, record = yaml.safe_load(run_config_text), newest_record(root.parent / "metrics.jsonl", step)
+        card = model_card(
+            model_config, run=run if isinstance(run, dict) else None, provenance=provenance, record=record
+        )
         for directory in (tmp / EMA, tmp) if average else (tmp,):
-            model = write_model_files(directory, model_config, token_ids(tokenizer), dtype, tokenizer)
+            model = write_model_files(directory, model_config, token_ids(tokenizer), dtype, tokenizer, card)
             small |= {str((directory / name).relative_to(tmp)): record for name, record in model.items()}
         for link, file in plan.average.linked.items() if average else ():
             folder.link_or_copy(tmp / file, tmp / link)

@@ -5,6 +5,7 @@ import sys
 
 from moe_llm.cli.arguments import add_json, add_model, at_least, check_one_model, print_json, print_table, share
 from moe_llm.cli.parser import CommandParser
+from moe_llm.errors import UserError
 
 
 def add_generate(parser: CommandParser) -> CommandParser:
@@ -45,7 +46,11 @@ def add_evaluate(parser: CommandParser) -> CommandParser:
     example = "moe-llm evaluate runs/quickstart/checkpoints/latest --data 'texts/*.txt'"
     command = parser.add_command("evaluate", "loss, perplexity and bits per byte on text", example, _evaluate)
     add_model(command)
-    command.add_argument("--data", required=True, nargs="+", metavar="FILE_OR_GLOB", help="text, jsonl or parquet")
+    command.add_argument("--data", nargs="+", metavar="FILE_OR_GLOB", help="text, jsonl or parquet")
+    command.add_argument("--tasks", nargs="+", metavar="NAME", help="tasks of lm_eval, with or without --data")
+    command.add_argument("--tasks-path", metavar="DIR", help="task files of your own")
+    command.add_argument("--num-fewshot", type=at_least(int, 0), metavar="N", help="examples before each question")
+    command.add_argument("--limit", type=at_least(int, 1), metavar="N", help="documents of each task")
     command.add_argument("--batch-size", type=at_least(int, 1), default=8, metavar="N", help="blocks a batch")
     command.add_argument("--chat", action="store_true", help="the files hold chat: score the assistant's turns")
     command.add_argument("--text-field", metavar="COLUMN", help="of files with rows: the text's column (text)")
@@ -59,6 +64,10 @@ def add_evaluate(parser: CommandParser) -> CommandParser:
 
 def _evaluate(args: argparse.Namespace) -> None:
     check_one_model(args)
+    if not args.data and not args.tasks:
+        raise UserError("neither --data nor --tasks is given: name files or tasks to evaluate on")
+    if args.tasks and args.ensemble is not None:
+        raise UserError("--tasks takes one checkpoint, and --ensemble is given: name a CHECKPOINT")
     options = {"batch_size": args.batch_size, "max_blocks": args.max_blocks, "chat": args.chat}
     if args.text_field is not None:
         options["text_field"] = args.text_field
@@ -71,9 +80,23 @@ def _evaluate(args: argparse.Namespace) -> None:
         table = evaluate_command(args.ensemble, args.data, **options)
         print_json(table) if args.json else print(format_table(table))
         return
-    from moe_llm.evaluation.evaluate import evaluate_files
+    result: dict[str, float] = {}
+    if args.data:
+        from moe_llm.evaluation.evaluate import evaluate_files
 
-    result = evaluate_files(args.checkpoint, args.data, **options)
+        result |= evaluate_files(args.checkpoint, args.data, **options)
+    if args.tasks:
+        from moe_llm.evaluation.tasks import evaluate_tasks
+
+        result |= evaluate_tasks(
+            args.checkpoint,
+            args.tasks,
+            path=args.tasks_path,
+            num_fewshot=args.num_fewshot,
+            limit=args.limit,
+            batch_size=args.batch_size,
+            chat=args.chat,
+        )
     if args.json:
         print_json(result)
     else:
@@ -150,3 +173,19 @@ def _report(args: argparse.Namespace) -> None:
 
     page, *pictures = report(args.runs, args.out)
     print(f"{page}, and {len(pictures)} plots in {pictures[0].parent}")
+
+
+def add_push(parser: CommandParser) -> CommandParser:
+    summary = "upload a checkpoint to the Hugging Face hub, without trainer state"
+    example = "moe-llm push runs/quickstart/checkpoints/latest OWNER/NAME"
+    command = parser.add_command("push", summary, example, _push)
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint directory")
+    command.add_argument("repository", metavar="REPO", help="OWNER/NAME; it is made where there is none")
+    command.add_argument("--private", action="store_true", help="make a new repository private")
+    return command
+
+
+def _push(args: argparse.Namespace) -> None:
+    from moe_llm.checkpoint.hub import push
+
+    print(push(args.checkpoint, args.repository, private=args.private))

@@ -22,6 +22,7 @@ GROUPS: dict[str, tuple[Callable[[CommandParser], CommandParser], ...]] = {
         look.add_inspect,
         look.add_diff,
         look.add_report,
+        look.add_push,
     ),
     "combine models": (
         combine.add_merge,

@@ -402,6 +402,15 @@ class CheckpointConfig(Section):
         "5GB", description="size above which the weights are split over files: a number and KB, MB or GB"
     )
     ema: EmaConfig = Field(EmaConfig(), description="an average of the weights, kept while they are trained")
+    license: str | None = Field(
+        None, min_length=1, description="the model card's licence, as hubs name it (apache-2.0); null: unknown"
+    )
+    push_to_hub: str | None = Field(
+        None,
+        min_length=1,
+        description="OWNER/NAME of a repository on the Hugging Face hub to which the last checkpoint of a complete run goes, "
+        "without trainer state; a new one is private",
+    )
 
     @field_validator("max_shard_size", mode="before")
     @classmethod
@@ -424,8 +433,21 @@ class EvaluateConfig(Section):
     ema: bool = Field(
         False, description="also measure the average of `checkpoint.ema`: ema_val_loss and ema_val_bits_per_byte"
     )
+    tasks: list[str] = Field(
+        [],
+        description="tasks of lm_eval that are measured too, such as hellaswag; needs `pip install 'moe_llm[tasks]'`",
+    )
+    tasks_path: str | None = Field(None, min_length=1, description="a directory of task files of your own")
+    tasks_limit: int | None = Field(None, ge=1, description="documents of each task; null: all")
     sample_prompt: str | None = Field(None, description="text continued and printed at the end of a run")
     sample_tokens: int = Field(128, ge=1, description="tokens of that sample")
+
+    @model_validator(mode="after")
+    def _tasks_settings_apply(self):
+        for name in ("tasks_path", "tasks_limit"):
+            if getattr(self, name) is not None and not self.tasks:
+                invalid(name, getattr(self, name), "applies to no task", "set evaluate.tasks, or remove it")
+        return self
 
 
 class LoggingConfig(Section):

@@ -138,6 +138,11 @@ class Trainer:
             self._loader.close()
             self._each("on_close")
 
+    @property
+    def complete(self) -> bool:
+        """Whether the run has come to its end, by its last step or because a callback has ended it."""
+        return self._failure is None and (self.position.step >= self.config.max_steps or self._ending is not None)
+
     # -------------------------------------------------------------------------------------------------------- one step
 
     def train_step(self) -> None:

@@ -45,6 +45,7 @@ def test_every_documented_file_and_no_other(finished_run):
     assert (finished_run / "checkpoints/latest").resolve().name == "step-00000006"
     names = {path.name for path in (finished_run / "checkpoints/latest").iterdir()}
     assert names == {
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",

@@ -23,8 +23,10 @@ _OWN: list[tuple[str, str, Callable[[Config], bool]]] = [
     ("preference", "PreferenceTuning", lambda config: config.data.has_preference),
     ("distillation", "Distillation", lambda config: bool(config.distill.teachers)),
     ("adversarial", "AdversarialTraining", lambda config: config.train.adversarial.epsilon is not None),
+    ("task_evaluation", "TaskEvaluation", lambda config: bool(config.evaluate.tasks)),
     ("ema", "WeightAverage", lambda config: config.checkpoint.ema.decay is not None),
     ("router_guard", "RouterGuardCallback", lambda config: config.finetune.router_guard.action != "off"),
+    ("push_to_hub", "PushToHub", lambda config: config.checkpoint.push_to_hub is not None),
     ("early_stopping", "EarlyStopping", lambda config: config.train.early_stopping.patience is not None),
 ]
 """The package's own: module and class, in the order in which they are called, and whether a configuration wants them."""

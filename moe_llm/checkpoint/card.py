@@ -1,0 +1,148 @@
+"""The model card of a checkpoint, README.md: what the model is, what it was made from, and what loads it.
+
+It names no directory of the machine that trained it. This file needs no torch.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moe_llm.checkpoint.architectures import architecture_of
+from moe_llm.config import ModelConfig
+
+CARD = "README.md"
+_LOSSES = {
+    "loss": "training loss",
+    "lm_loss": "language-model loss",
+    "val_loss": "validation loss, nats a token",
+    "val_bits_per_byte": "validation bits per byte",
+    "val_accuracy": "share of held-out pairs whose chosen answer is ahead",
+}
+
+
+def model_card(
+    model: ModelConfig,
+    *,
+    run: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> str:
+    """The text of a card: YAML metadata, then Markdown.
+
+    Args:
+        run: the run's configuration as nested dictionaries. provenance: as in `read_provenance`. record: of metrics.jsonl,
+            with the losses of the saved step.
+    """
+    run = run if run is not None and "train" in run else {}
+    base = _hub_name(run.get("model", {}).get("init_from"))
+    license = run.get("checkpoint", {}).get("license") or "unknown"
+    metadata: dict[str, Any] = {
+        "license": license,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["moe", "mixture-of-experts", "moe_llm", f"router-{model.router.type}"],
+    }
+    metadata |= {} if base is None else {"base_model": base}
+    total, active = model.num_params(), model.num_params(active=True)
+    parts = [
+        f"# {architecture_of(model).architecture} with {model.num_local_experts} experts",
+        f"A mixture-of-experts language model of {total:,} parameters, about {active:,} of which work on a token, trained with moe_llm.",
+        *_section("Routing", _routing(model)),
+        *_section("Loading", [_loading(model)]),
+        *_section("Base", [_base(run, base)] if run else []),
+        *_section("Data", _data(run, provenance or {})),
+        *_section("Training", _training(run)),
+        *_section(
+            "Losses",
+            [f"{label}: {record[name]:.4f}" for name, label in _LOSSES.items() if _is(record, name)] if record else [],
+        ),
+        "## Licence",
+        f"{license}" if license != "unknown" else "Not stated; that of the base and of the data apply.",
+    ]
+    head = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+    return f"---\n{head}---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def newest_record(metrics: Path, step: int) -> dict[str, Any]:
+    """The record of a step with the newest evaluation before it; empty where there is none."""
+    found: dict[str, Any] = {}
+    if not metrics.is_file():
+        return found
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break  # a line that is being written, or was cut short
+        if record["step"] <= step:
+            found |= {name: value for name, value in record.items() if name in _LOSSES and value is not None}
+    return found
+
+
+def _is(record: Mapping[str, Any], name: str) -> bool:
+    return isinstance(record.get(name), int | float)
+
+
+def _section(title: str, lines: Iterable[str]) -> list[str]:
+    listed = [f"- {line}" for line in lines]
+    return [f"## {title}", "\n".join(listed)] if listed else []
+
+
+def _routing(model: ModelConfig) -> list[str]:
+    losses = {"balance loss": model.router_aux_loss_coef, "z-loss": model.router_z_loss_coef}
+    weighed = ", ".join(f"{coefficient:g} x {name}" for name, coefficient in losses.items() if coefficient)
+    return [
+        f"router: {model.router.type}, {model.num_experts_per_tok} of {model.num_local_experts} experts a token",
+        f"layers: {model.num_hidden_layers}, expert width {model.intermediate_size}, hidden size {model.hidden_size}",
+        f"losses of the router in training: {weighed or 'none of the two that Mixtral has'}",
+    ]
+
+
+def _loading(model: ModelConfig) -> str:
+    family = architecture_of(model)
+    if family.code:
+        return "transformers 5.17 or newer, with `trust_remote_code=True`: the modelling code is beside the weights"
+    return "transformers, 4.57 and 5, without remote code" if family.native else "moe_llm alone"
+
+
+def _hub_name(name: Any) -> str | None:
+    """A name that a hub would know; None for a directory of this machine."""
+    if not isinstance(name, str) or name.count("/") > 1 or name.startswith((".", "~", "/")) or Path(name).exists():
+        return None
+    return name
+
+
+def _base(run: Mapping[str, Any], base: str | None) -> str:
+    if run.get("model", {}).get("init_from") is None:
+        return "trained from scratch"
+    return base or "a checkpoint that has no name on a hub"
+
+
+def _data(run: Mapping[str, Any], provenance: Mapping[str, Any]) -> list[str]:
+    counted = {
+        f"{source}": f"{documents:,} documents, {tokens:,} tokens, SHA-256 {digest[:12]}"
+        for source, split, documents, tokens, digest in provenance.get("data", [])
+        if split == "train"
+    }
+    lines = []
+    for i, source in enumerate(run.get("data", {}).get("sources", [])):
+        path = source.get("path")
+        names = [path] if isinstance(path, str) else path or [source["type"]]
+        shown = ", ".join(name if source["type"] == "hub" and _hub_name(name) else Path(name).name for name in names)
+        lines.append(": ".join(filter(None, [shown, counted.get(f"data.sources.{i}", "")])))
+    return lines
+
+
+def _training(run: Mapping[str, Any]) -> list[str]:
+    if not run:
+        return []
+    data, train, optim = run["data"], run["train"], run["optim"]
+    length = f"{train['max_steps']:,} steps" if train["max_steps"] else f"{train['max_tokens']:,} tokens"
+    tuned = {key: value for key, value in run.get("finetune", {}).items() if key == "trainable" and value}
+    return [
+        f"{length}, {train['global_batch_size']} blocks of {data['sequence_length']} tokens a step, {train['precision']}",
+        f"{optim['name']}, learning rate {optim['lr']:g}, {optim['schedule']}, weight decay {optim['weight_decay']:g}",
+        *(f"trained parts: {value}" for value in tuned.values()),
+    ]

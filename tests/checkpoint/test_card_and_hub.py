@@ -1,0 +1,108 @@
+"""Every checkpoint has a model card that huggingface_hub reads; what is pushed holds no trainer state and no local path."""
+
+import fnmatch
+
+import pytest
+from support import runs
+
+from moe_llm.checkpoint import hub
+from moe_llm.checkpoint.card import model_card
+from moe_llm.cli import main
+from moe_llm.config import ModelConfig
+from moe_llm.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def checkpoint(finished_run):
+    return finished_run / "checkpoints/step-00000006"
+
+
+def test_the_card_is_read_by_the_hubs_library_and_says_what_the_run_was(checkpoint, finished_run):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(checkpoint / "README.md")
+    data = card.data.to_dict()
+    assert (data["license"], data["library_name"], data["pipeline_tag"]) == (
+        "unknown",
+        "transformers",
+        "text-generation",
+    )
+    last = runs.records(finished_run)[-1]
+    for words in (
+        "MixtralForCausalLM with 4 experts",
+        "router: mixtral, 2 of 4 experts a token",
+        "trained from scratch",
+        "text.txt: ",
+        "6 steps, 4 blocks of 32 tokens a step, fp32",
+        f"validation loss, nats a token: {last['val_loss']:.4f}",
+        "4.57 and 5, without remote code",
+    ):
+        assert words in card.text, words
+
+
+def test_cards_of_other_routers_name_the_versions_and_the_code_that_they_need():
+    model = ModelConfig(vocab_size=64, router={"type": "top_p"})
+    assert "transformers 5.17 or newer, with `trust_remote_code=True`" in model_card(model)
+
+
+def test_a_base_with_a_name_on_the_hub_and_a_licence_are_metadata_and_paths_are_not(tmp_path):
+    run = {
+        "model": {"init_from": "mistralai/Mixtral-8x7B-v0.1"},
+        "checkpoint": {"license": "apache-2.0"},
+        "data": {"sources": [{"type": "files", "path": f"{tmp_path}/a/b.jsonl"}], "sequence_length": 8},
+        "train": {"max_steps": None, "max_tokens": 1000, "global_batch_size": 2, "precision": "bf16"},
+        "optim": {"name": "adamw", "lr": 1e-3, "schedule": "wsd", "weight_decay": 0.1},
+    }
+    text = model_card(ModelConfig(vocab_size=64), run=run)
+    assert "base_model: mistralai/Mixtral-8x7B-v0.1" in text
+    assert "license: apache-2.0" in text
+    assert "- b.jsonl" in text
+    run["model"]["init_from"] = str(tmp_path)
+    text = model_card(ModelConfig(vocab_size=64), run=run)
+    assert "base_model" not in text
+    assert str(tmp_path) not in text
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    """What would have been uploaded: (repository, relative paths)."""
+    sent: list[tuple[str, dict[str, bytes]]] = []
+
+    class Api:
+        def create_repo(self, repository, private, exist_ok):
+            assert exist_ok
+            return f"https://hub/{repository}"
+
+        def upload_folder(self, *, folder_path, repo_id, ignore_patterns, commit_message):
+            names = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
+            kept = [n for n in names if not any(fnmatch.fnmatch(n, pattern) for pattern in ignore_patterns)]
+            sent.append((repo_id, {name: (folder_path / name).read_bytes() for name in kept}))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    return sent
+
+
+def test_push_uploads_what_loads_and_nothing_of_the_training(checkpoint, finished_run, uploads, capsys):
+    assert main(["push", str(checkpoint), "me/tiny"]) == 0
+    [(repository, files)] = uploads
+    assert repository == "me/tiny"
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= files.keys()
+    assert not [name for name in files if name.startswith("trainer")]
+    assert not [name for name, content in files.items() if str(finished_run.parent).encode() in content]
+    assert "https://hub/me/tiny" in capsys.readouterr().out
+
+
+def test_a_complete_run_is_pushed_and_one_that_goes_on_is_not(make_config, uploads):
+    path = make_config(checkpoint={"every_steps": 1, "push_to_hub": "me/run"}, train={"max_steps": 2, "device": "cpu"})
+    assert main(["train", str(path)]) == 0
+    assert [repository for repository, _ in uploads] == ["me/run"]
+
+
+def test_without_a_login_or_with_a_bad_name_it_is_refused_before_training(make_config, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    assert main(["train", str(make_config(checkpoint={"push_to_hub": "me/run"}))]) == 2
+    assert "needs a login: run `hf auth login`, or set HF_TOKEN" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="write it as OWNER/NAME"):
+        hub.check_hub("a/b/c", "REPO")
