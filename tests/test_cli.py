@@ -105,7 +105,6 @@ def test_interrupts_exit_quietly_and_faults_do_not():
         (["generate", "c", "--prompt", "p", "--temperature", "-1"], "from 0 upwards"),
         (["generate", "c", "--prompt", "p", "--temperature", "inf"], "from 0 upwards"),
         (["generate", "c", "--prompt", "p", "--max-new-tokens", "1.5"], "'1.5' is not a whole number"),
-        (["evaluate", "c"], "required: --data"),
         (["evaluate", "c", "--data", "x", "--batch-size", "0"], "from 1 upwards"),
     ],
 )
@@ -114,6 +113,13 @@ def test_wrong_arguments_exit_with_2(argv, words, capsys):
         cli.main(argv)
     assert done.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_evaluate_needs_text_or_tasks_and_tasks_a_single_model(capsys):
+    assert cli.main(["evaluate", "c"]) == 2
+    assert "neither --data nor --tasks is given" in capsys.readouterr().err
+    assert cli.main(["evaluate", "--ensemble", "e.yaml", "--tasks", "t"]) == 2
+    assert "--tasks takes one checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

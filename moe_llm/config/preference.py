@@ -1,10 +1,13 @@
 """The preference section of a run: how pairs of answers are learned from."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from moe_llm.config.base import Section
+from moe_llm.config.base import Section, invalid
+
+if TYPE_CHECKING:
+    from moe_llm.config.schema import Config
 
 WITH_REFERENCE = ("dpo", "dpo_norm", "ipo")
 
@@ -35,3 +38,39 @@ class PreferenceConfig(Section):
     @property
     def needs_reference(self) -> bool:
         return self.loss in WITH_REFERENCE
+
+
+def check_preference(config: "Config") -> None:
+    """Refuse what does not fit the data, the model or each other, from a validator of the whole configuration."""
+    preference, other = config.preference, PreferenceConfig()
+    if not config.data.has_preference:
+        for name in PreferenceConfig.model_fields:
+            if getattr(preference, name) != getattr(other, name):
+                invalid(
+                    f"preference.{name}",
+                    getattr(preference, name),
+                    "applies to no source",
+                    "set data.sources.0.content=preference, or remove it",
+                )
+        return
+    if preference.needs_reference and config.model.init_from is None:
+        invalid(
+            "preference.loss",
+            preference.loss,
+            "compares with the model that the run starts from, and model.init_from names none",
+            "set model.init_from, or use simpo or orpo",
+        )
+    if preference.gamma and preference.loss != "simpo":
+        invalid("preference.gamma", preference.gamma, f"does not apply to {preference.loss}", "use simpo, or remove it")
+    if preference.label_smoothing and preference.loss in ("ipo", "orpo"):
+        invalid(
+            "preference.label_smoothing",
+            preference.label_smoothing,
+            f"does not apply to {preference.loss}",
+            "remove it",
+        )
+    if config.parallel.sequence_parallel_size > 1:
+        size = config.parallel.sequence_parallel_size
+        invalid("parallel.sequence_parallel_size", size, "would cut pairs of answers between ranks", "set it to 1")
+    if config.distill.teachers:
+        invalid("distill.teachers", "given", "stand beside preferences, which have a loss of their own", "remove them")

@@ -12,10 +12,11 @@ from moe_llm.config.alarms import AlarmsConfig
 from moe_llm.config.base import Section, invalid
 from moe_llm.config.distill import DistillConfig, with_teachers_tokenizer
 from moe_llm.config.ema import EmaConfig
+from moe_llm.config.evaluate import EvaluateConfig
 from moe_llm.config.finetune import FinetuneConfig
 from moe_llm.config.model import ModelConfig
 from moe_llm.config.parallel import ParallelConfig, check_sequence_parts
-from moe_llm.config.preference import PreferenceConfig
+from moe_llm.config.preference import PreferenceConfig, check_preference
 from moe_llm.errors import UserError
 
 
@@ -425,31 +426,6 @@ class CheckpointConfig(Section):
         return self
 
 
-class EvaluateConfig(Section):
-    """What is measured on held-out text, and when."""
-
-    every_steps: int | None = Field(None, ge=1, description="null: at the end only")
-    max_blocks: int | None = Field(None, ge=1, description="validation blocks used; null: all")
-    ema: bool = Field(
-        False, description="also measure the average of `checkpoint.ema`: ema_val_loss and ema_val_bits_per_byte"
-    )
-    tasks: list[str] = Field(
-        [],
-        description="tasks of lm_eval that are measured too, such as hellaswag; needs `pip install 'moe_llm[tasks]'`",
-    )
-    tasks_path: str | None = Field(None, min_length=1, description="a directory of task files of your own")
-    tasks_limit: int | None = Field(None, ge=1, description="documents of each task; null: all")
-    sample_prompt: str | None = Field(None, description="text continued and printed at the end of a run")
-    sample_tokens: int = Field(128, ge=1, description="tokens of that sample")
-
-    @model_validator(mode="after")
-    def _tasks_settings_apply(self):
-        for name in ("tasks_path", "tasks_limit"):
-            if getattr(self, name) is not None and not self.tasks:
-                invalid(name, getattr(self, name), "applies to no task", "set evaluate.tasks, or remove it")
-        return self
-
-
 class LoggingConfig(Section):
     """What is shown and recorded."""
 
@@ -543,7 +519,7 @@ class Config(Section):
                 f"is not a multiple of train.micro_batch_size={train.micro_batch_size}",
                 "change one of them",
             )
-        self._check_preference()
+        check_preference(self)
         if train.on_nan == "rollback" and self.checkpoint.every_steps is None:
             invalid(
                 "train.on_nan",
@@ -568,44 +544,6 @@ class Config(Section):
                 "set model.vocab_size, or tokenizer.path to an existing tokenizer",
             )
         return self
-
-    def _check_preference(self) -> None:
-        preference, other = self.preference, PreferenceConfig()
-        if not self.data.has_preference:
-            for name in PreferenceConfig.model_fields:
-                if getattr(preference, name) != getattr(other, name):
-                    invalid(
-                        f"preference.{name}",
-                        getattr(preference, name),
-                        "applies to no source",
-                        "set data.sources.0.content=preference, or remove it",
-                    )
-            return
-        if preference.needs_reference and self.model.init_from is None:
-            invalid(
-                "preference.loss",
-                preference.loss,
-                "compares with the model that the run starts from, and model.init_from names none",
-                "set model.init_from, or use simpo or orpo",
-            )
-        if preference.gamma and preference.loss != "simpo":
-            invalid(
-                "preference.gamma", preference.gamma, f"does not apply to {preference.loss}", "use simpo, or remove it"
-            )
-        if preference.label_smoothing and preference.loss in ("ipo", "orpo"):
-            invalid(
-                "preference.label_smoothing",
-                preference.label_smoothing,
-                f"does not apply to {preference.loss}",
-                "remove it",
-            )
-        if self.parallel.sequence_parallel_size > 1:
-            size = self.parallel.sequence_parallel_size
-            invalid("parallel.sequence_parallel_size", size, "would cut pairs of answers between ranks", "set it to 1")
-        if self.distill.teachers:
-            invalid(
-                "distill.teachers", "given", "stand beside preferences, which have a loss of their own", "remove them"
-            )
 
     @property
     def tokens_per_step(self) -> int:
