@@ -62,10 +62,7 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
             "of a run's checkpoints"
         )
     try:
-        records = {
-            name: FileRecord(int(r["size"]), str(r["sha256"]), tuple(wrap(r.get("blocks", ""), _DIGITS)))
-            for name, r in read_json(path)["files"].items()
-        }
+        records = {name: _record(**r) for name, r in read_json(path)["files"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
@@ -73,6 +70,11 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
     if "config.json" not in records or any(Path(name).is_absolute() or ".." in Path(name).parts for name in records):
         raise UserError(f"file {path} is damaged: it is not the list of a checkpoint's files: use another checkpoint")
     return records
+
+
+def _record(size: Any, sha256: Any, blocks: str = "") -> FileRecord:
+    """A file's record; a key that none has, as a flipped bit makes one, is a `TypeError`."""
+    return FileRecord(int(size), str(sha256), tuple(wrap(blocks, _DIGITS)))
 
 
 def verify(directory: Path, ranks: Ranks = ALONE, *, hashes: bool = True) -> None:
