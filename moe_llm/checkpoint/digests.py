@@ -150,7 +150,11 @@ def _fill(file: io.FileIO, offset: int, view: memoryview) -> None:
         done += got
 
 
-class DamagedFile(UserError):
+class DamagedCheckpoint(UserError):
+    """A file of a checkpoint holds other bytes than were written to it, or numbers that are none."""
+
+
+class DamagedFile(DamagedCheckpoint):
     """A file holds other bytes than were written to it."""
 
     def __init__(self, path: Path):

@@ -23,6 +23,16 @@ def read_trained(entry: ParameterShard, source: Weights) -> torch.Tensor:
     return whole
 
 
+def write_trained(state: TrainedState, entry: ParameterShard, kind: str, source: Weights) -> None:
+    """Give a model in training one tensor of the optimizer, or a weight that is trained; of what other ranks hold nothing
+    is read. Collective."""
+    span = state.share(entry.name, kind)
+    if span is None or entry.trained_experts is not None:
+        state.write(entry.name, kind, read_trained(entry, source))
+    else:
+        state.write_share(entry.name, kind, source.read_span(entry.name, entry.shape, entry.first_expert, span))
+
+
 def read_average(state: TrainedState, entry: ParameterShard, source: Weights) -> torch.Tensor:
     """The average of a parameter as this rank holds it, fp32, once the weights are there: of experts that are not
     trained it is the weights. Collective."""
@@ -45,7 +55,7 @@ def write_weight(state: TrainedState, entry: ParameterShard, model: Weights, mas
         state.write(entry.name, "weight", model.read(entry.name, entry.shape))
         return
     if not entry.frozen:
-        state.write(entry.name, "weight", masters.read(entry.name, entry.shape, entry.first_expert))
+        write_trained(state, entry, "weight", masters)
         return
     weight = model.read(entry.name, entry.shape, entry.first_expert)
     for row, expert in enumerate(entry.experts or ()):

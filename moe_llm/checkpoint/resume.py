@@ -44,25 +44,38 @@ _DATA_PATH = re.compile(r"data\.(validation_)?sources\.\d+\.path(\.\d+)?")
 
 
 def find_resumable(
-    root: str | Path, *, report: Callable[[str], None], ranks: Ranks = ALONE, hashes: bool = True
+    root: str | Path,
+    *,
+    report: Callable[[str], None],
+    ranks: Ranks = ALONE,
+    hashes: bool = True,
+    before: Path | None = None,
 ) -> Path | None:
     """The newest sound checkpoint of a run; None where there is none. Collective over `ranks`.
 
     Args:
         root: the run's `checkpoints` directory.
         report: told on rank 0, in one sentence, of each newer one that is unsound, and why.
-        hashes: compare every file's SHA-256, shared out among the ranks; False: sizes alone.
+        hashes: compare every file's SHA-256, shared out among the ranks; False: not those of tensors, whose blocks
+            `load_checkpoint` compares while it reads them.
+        before: only checkpoints that are older than this one.
     """
     candidates = ranks.gather(folder.complete_checkpoints(Path(root)))[0]  # all ranks go by one listing
+    if before in candidates:
+        candidates = candidates[candidates.index(before) + 1 :]
     for path in candidates:
         try:
             verify(path, ranks, hashes=hashes)
         except UserError as error:
             if ranks.rank == 0:
-                report(f"checkpoint {path.name} is passed over: {str(error).removesuffix(': use another checkpoint')}")
+                report(passed_over(path, error))
         else:
             return path
     return None
+
+
+def passed_over(path: Path, why: UserError) -> str:
+    return f"checkpoint {path.name} is passed over: {str(why).removesuffix(': use another checkpoint')}"
 
 
 def check_same_run(old_config_text: str, new: Config) -> None:

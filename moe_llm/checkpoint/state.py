@@ -39,11 +39,11 @@ from moe_llm.checkpoint.adapters import adapter_shapes, check_base, has_adapters
 from moe_llm.checkpoint.architectures import architecture_of
 from moe_llm.checkpoint.background import Background
 from moe_llm.checkpoint.card import model_card, newest_record
-from moe_llm.checkpoint.digests import FileRecord
+from moe_llm.checkpoint.digests import DamagedCheckpoint, FileRecord
 from moe_llm.checkpoint.export import DTYPES, token_ids, write_model_files
-from moe_llm.checkpoint.frozen import read_average, read_trained, write_weight
+from moe_llm.checkpoint.frozen import read_average, write_trained, write_weight
 from moe_llm.checkpoint.layout import stored_shapes
-from moe_llm.checkpoint.manifest import verify, write_file, write_json, write_manifest
+from moe_llm.checkpoint.manifest import read_manifest, verify, write_file, write_json, write_manifest
 from moe_llm.checkpoint.plan import MASTER, MODEL, OPTIMIZER, Named, Plan, ShardSet, make_plan, stream
 from moe_llm.checkpoint.ranks import Ranks, together
 from moe_llm.checkpoint.resume import check_same_run, find_resumable
@@ -274,8 +274,8 @@ def load_checkpoint(path: str | Path, state: TrainedState, *, hashes: bool = Tru
 
     Args:
         path: a step directory.
-        hashes: compare every file's SHA-256 first, shared out among the ranks; False where `find_resumable`
-            has just done so. Sizes are always compared.
+        hashes: compare every file's SHA-256 first, shared out among the ranks, so that nothing is changed by a damaged
+            checkpoint. False: read each file once, and compare its blocks with their digests on the way.
 
     Returns:
         The `trainer_state` that was saved.
@@ -283,21 +283,26 @@ def load_checkpoint(path: str | Path, state: TrainedState, *, hashes: bool = Tru
     Raises:
         UserError: on every rank, before anything is changed: a missing, truncated or damaged file, another
             format, another architecture or another optimizer.
+        DamagedCheckpoint: on every rank, with `hashes=False`, when all is read: a file holds other bytes than were
+            written. The state is of no use until another checkpoint has been loaded.
     """
-    path = Path(path)
+    path, failures = Path(path), list[UserError]()
     verify(path, state, hashes=hashes)
-    head, sources = together(state, lambda: _open(path, state))
+    head, sources = together(state, lambda: _open(path, state, failures))
     adapted = has_adapters(state)
     state.make_average(head["ema_updates"] if EMA in sources else 0)
     for entry in state.entries():
         if entry.adapter:
-            state.write(entry.name, "weight", read_trained(entry, sources[MASTER]))
+            write_trained(state, entry, "weight", sources[MASTER])
         elif not adapted:
             write_weight(state, entry, sources[MODEL], sources[MASTER])
         for kind in state.kinds if entry.trainable else ():
-            state.write(entry.name, kind, read_trained(entry, sources[kind]))
+            write_trained(state, entry, kind, sources[kind])
         if EMA in sources and entry.trainable:
             state.write(entry.name, EMA, read_average(state, entry, sources[EMA]))
+    found = [sentence for sentence in state.gather(str(failures[0]) if failures else None) if sentence]
+    if found:  # told now: reading is collective, and other ranks would have waited for one that had stopped
+        raise DamagedCheckpoint(found[0])
     return head["trainer"]
 
 
@@ -336,7 +341,7 @@ def _read_head(path: Path) -> dict[str, Any]:
     return head
 
 
-def _open(path: Path, state: TrainedState) -> tuple[dict[str, Any], dict[str, Weights]]:
+def _open(path: Path, state: TrainedState, failures: list[UserError]) -> tuple[dict[str, Any], dict[str, Weights]]:
     """state.json and, by kind, the tensors; everything that can be refused is refused here."""
     head = _read_head(path)
     stored = head["optimizer_tensors"]
@@ -347,7 +352,8 @@ def _open(path: Path, state: TrainedState) -> tuple[dict[str, Any], dict[str, We
         )
     shapes = _stored_shapes(path, state)
     check_base(path, head, state)
-    model = Weights(TensorFiles(path, MODEL))
+    records = {path / name: record for name, record in read_manifest(path).items()}
+    model = Weights(TensorFiles(path, MODEL, records), "", failures)
     model.check(shapes)
     shapes |= adapter_shapes(path, state)
     sources = {MODEL: model, MASTER: model}
@@ -358,12 +364,12 @@ def _open(path: Path, state: TrainedState) -> tuple[dict[str, Any], dict[str, We
     masters = head["masters"] or has_adapters(state)
     beside = ([MASTER] + [EMA] * average) if masters else []
     if average and not masters:
-        sources[EMA] = Weights(TensorFiles(path / EMA, MODEL))
+        sources[EMA] = Weights(TensorFiles(path / EMA, MODEL, records), "", failures)
         sources[EMA].check(shapes)
     if trainable and (beside or state.kinds):
-        files = TensorFiles(path / "trainer", Path(OPTIMIZER).name)
+        files = TensorFiles(path / "trainer", Path(OPTIMIZER).name, records)
         for kind in [*beside, *state.kinds]:
-            sources[kind] = Weights(files, f"{kind}.")
+            sources[kind] = Weights(files, f"{kind}.", failures)
             sources[kind].check(trainable, experts=experts)
     return head, sources
 

@@ -1,8 +1,9 @@
 """The tensors of a directory under the model's names: in whatever style stored, checked, in parts."""
 
 import functools
+import math
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import EllipsisType
 
@@ -20,10 +21,12 @@ class Weights:
     """The tensors of `files` whose names begin with `prefix`, by in-memory names.
 
     Per-expert and stacked experts are understood, under `block_sparse_moe` and under `mlp`.
+
+    failures: collects what is wrong with tensors that are read, in whose place zeros are given; None: it is raised.
     """
 
-    def __init__(self, files: TensorFiles, prefix: str = ""):
-        self.files, self.prefix = files, prefix
+    def __init__(self, files: TensorFiles, prefix: str = "", failures: list[UserError] | None = None):
+        self.files, self.prefix, self._failures = files, prefix, failures
         self._stored: dict[str, str] = {}  # published name -> name in the files
         for stored in files.names():
             name = hf.published_name(stored.removeprefix(prefix))
@@ -137,15 +140,43 @@ class Weights:
             yield (e,), (layout.from_stacked(name, one) if self.interleaved else one)[0]
 
     def _finite(self, stored: str, rows: slice | None = None) -> torch.Tensor:
-        """A tensor, or rows of it.
+        """A tensor, or rows of it."""
+        shape = self.files.shape(stored)
+        count = shape[0] if rows is None else rows.stop - rows.start
+        return self._sound(stored, lambda: self.files.read(stored, rows), (count, *shape[1:]) if shape else shape)
+
+    def _sound(self, stored: str, read: Callable[[], torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+        """What `read` gives of a tensor; zeros of this shape where it fails and `failures` are collected.
 
         Raises:
-            UserError: a weight holds NaN or infinity, from which nothing sound can be computed.
+            UserError: a damaged file, or a weight that holds NaN or infinity, from which nothing sound can be computed.
         """
-        tensor = self.files.read(stored, rows)
-        if self.prefix == "" and tensor.is_floating_point():
-            check_finite(tensor, stored, self.files.file(stored))
+        try:
+            tensor = read()
+            if self.prefix == "" and tensor.is_floating_point():
+                check_finite(tensor, stored, self.files.file(stored))
+        except UserError as failure:
+            if self._failures is None:
+                raise
+            self._failures.append(failure)
+            return torch.zeros(shape, dtype=self.files.dtype(stored))
         return tensor
+
+    def read_span(self, name: str, shape: tuple[int, ...], first_expert: int | None, span: range) -> torch.Tensor:
+        """The elements `span` of a parameter as held here, counted in the order in which they lie: (len(span),) fp32.
+        No others are read."""
+        if self._stacked(name) is not None:
+            return self.read(name, shape, first_expert).flatten()[span.start : span.stop]
+        flat, begin = torch.empty(len(span), dtype=torch.float32), 0
+        for piece in hf.pieces(name, shape, first_expert):
+            count = math.prod(piece.shape)
+            first, last = max(begin, span.start), min(begin + count, span.stop)
+            if first < last:
+                stored = self._stored[piece.name]
+                read = functools.partial(self.files.read_span, stored, first - begin, last - first)
+                flat[first - span.start : last - span.start] = self._sound(stored, read, (last - first,))
+            begin += count
+        return flat
 
     def read(self, name: str, shape: tuple[int, ...], first_expert: int | None = None) -> torch.Tensor:
         """A parameter as held here, fp32."""

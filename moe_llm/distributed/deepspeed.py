@@ -302,6 +302,34 @@ def write_full(parameter: Any, kind: str, value: torch.Tensor) -> None:
         parameter.data.copy_(value.view_as(parameter))
 
 
+def held_span(parameter: torch.nn.Parameter, kind: str, optimizer: Any) -> range | None:
+    """The elements of a trained parameter's fp32 weight or optimizer tensor that this rank keeps; None: with ZeRO-1 and 2
+    every rank has the model's own copy of the weight, and needs all of it."""
+    if hasattr(parameter, "ds_id"):  # ZeRO-3: equal slices, the last one padded
+        size, count = parameter.ds_tensor.numel(), parameter.ds_numel
+        start = min(optimizer._get_param_partition_rank(parameter) * size, count)
+        return range(start, min(start + size, count))
+    if kind == "weight":
+        return None
+    if parameter._hp_mapping is None:  # all of it is on other ranks
+        return range(0)
+    address = parameter._hp_mapping.lp_fragment_address
+    return range(address.start, address.start + address.numel)
+
+
+@torch.no_grad()
+def write_span(parameter: torch.nn.Parameter, kind: str, flat: torch.Tensor) -> None:
+    """Set what this rank keeps of a trained parameter: see `held_span`."""
+    key = None if kind == "weight" else kind
+    if hasattr(parameter, "ds_id"):
+        piece = torch.nn.functional.pad(flat, (0, parameter.ds_tensor.numel() - flat.numel()))
+        parameter._z3_optimizer.set_local_hp_param(piece, parameter, key)
+        if key is None:
+            parameter.ds_tensor.data.copy_(piece)
+    elif parameter._hp_mapping is not None:
+        parameter._hp_mapping.get_hp_fragment(optim_state_key=key).view(-1).copy_(flat)
+
+
 def flat_parameters(optimizer: Any) -> list[torch.Tensor]:
     """The fp32 slices that the torch optimizer behind the engine's optimizer steps on."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3

@@ -282,6 +282,12 @@ class LocalEngine(_NamedState):
         value = master if kind == "weight" else self.optimizer.state[master][kind]
         return value.detach().float().cpu()
 
+    def share(self, name: str, kind: str) -> range | None:
+        return None
+
+    def write_share(self, name: str, kind: str, flat: Tensor) -> None:
+        raise AssertionError("one process holds all of a tensor")
+
     @torch.no_grad()
     def write(self, name: str, kind: str, tensor: Tensor) -> None:
         parameter = self._parameters[name]
@@ -396,6 +402,12 @@ class DeepSpeedEngine(_NamedState):
 
     def write(self, name: str, kind: str, tensor: Tensor) -> None:
         contract.write_full(self._parameters[name], kind, tensor.to(self._runtime.device))
+
+    def share(self, name: str, kind: str) -> range | None:
+        return contract.held_span(self._parameters[name], kind, self.engine.optimizer)
+
+    def write_share(self, name: str, kind: str, flat: Tensor) -> None:
+        contract.write_span(self._parameters[name], kind, flat.to(self._runtime.device))
 
     def _stepped(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
         optimizer = self.engine.optimizer

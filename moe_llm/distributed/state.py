@@ -106,6 +106,13 @@ class TrainedState(Protocol):
     def write(self, name: str, kind: str, tensor: torch.Tensor) -> None:
         """Set what `read` reads; setting "weight" also sets the model's own copy. Collective."""
 
+    def share(self, name: str, kind: str) -> range | None:
+        """The elements, in the order in which they lie in the tensor that `read` gives, that this rank keeps of it and
+        `write_share` sets; None: `write` is to be used, since all of them are needed here."""
+
+    def write_share(self, name: str, kind: str, flat: torch.Tensor) -> None:
+        """Set the elements `share`, (len(share),) fp32; other ranks set theirs. For trainable parameters. Collective."""
+
     def make_average(self, updates: int) -> None:
         """Set `averaged`; where it is not 0 the average is there to be written, and else it is forgotten."""
 

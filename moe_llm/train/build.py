@@ -1,9 +1,11 @@
 """The model under its engine, initialised from the seed, from `model.init_from` or from a checkpoint."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from moe_llm.checkpoint.digests import DamagedCheckpoint
 from moe_llm.checkpoint.state import load_checkpoint, read_trainer_state
 from moe_llm.config import Config
 from moe_llm.distributed.engine import Engine, Fill, build_engine, shard_experts
@@ -17,8 +19,16 @@ from moe_llm.train.optim import build_optimizer, groups_by_part, optimizer_kinds
 from moe_llm.train.position import Position
 
 
-def build_trained(config: Config, runtime: Runtime, source: Path | None) -> tuple[Engine, Position]:
-    """The model under its engine, initialised from the seed or restored from a checkpoint at any layout."""
+def build_trained(
+    config: Config,
+    runtime: Runtime,
+    source: Path | None,
+    instead: Callable[[Path, DamagedCheckpoint], Path] | None = None,
+) -> tuple[Engine, Position]:
+    """The model under its engine, initialised from the seed or restored from a checkpoint at any layout.
+
+    instead: gives another checkpoint in place of one that was found to be damaged; None: that is raised.
+    """
     model, fill = _build_model(config, runtime)
     add_adapters(model, config)
     freeze(model, config)
@@ -28,8 +38,13 @@ def build_trained(config: Config, runtime: Runtime, source: Path | None) -> tupl
     )
     if config.model.init_from is not None and (source is None or config.finetune.lora.rank is not None):
         load_origin(engine, config.model)
-    if source is not None:
-        return engine, restore(engine, source, hashes=False)  # `resume_source` has compared them
+    while source is not None:
+        try:
+            return engine, restore(engine, source, hashes=False)
+        except DamagedCheckpoint as error:
+            if instead is None:
+                raise
+            source = instead(source, error)
     if config.train.adversarial.router_every is not None:
         engine.make_optimizer_state(0)  # what has to wait for its turn has it in checkpoints before that
     return engine, Position()

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from moe_llm.checkpoint.digests import DamagedCheckpoint
 from moe_llm.checkpoint.folder import complete_checkpoints
 from moe_llm.checkpoint.manifest import verify
 from moe_llm.checkpoint.ranks import is_disk_full, together
-from moe_llm.checkpoint.resume import check_same_run, find_resumable
+from moe_llm.checkpoint.resume import check_same_run, find_resumable, passed_over
 from moe_llm.checkpoint.state import check_space, read_trainer_state
 from moe_llm.config import Config
 from moe_llm.data.loader import load_data
@@ -30,7 +31,7 @@ from moe_llm.train.facts import gather_facts
 from moe_llm.train.messages import farewell
 from moe_llm.train.metrics import read_metrics
 from moe_llm.train.precision import settle_precision
-from moe_llm.train.provenance import provenance_of
+from moe_llm.train.provenance import Provenance, provenance_of
 from moe_llm.train.run_lock import LOCK_FILES, RunLock
 from moe_llm.train.signals import StoppedEarly, StopRequest
 from moe_llm.train.start_watch import StartWatch
@@ -135,9 +136,24 @@ def _set_up(
     place = {"rank": runtime.rank, "world_size": runtime.world_size}
     data = together(runtime, lambda: load_data(config, tokenizer, **place, show_progress=show_progress))
     config = config.with_fill(data.train.fill)
-    step = 0 if source is None else read_trainer_state(source).get("step", 0)
-    provenance = provenance_of(config, runtime, data, tokenizer, source, step)
-    engine, position = build_trained(config, runtime, source)
+
+    def provenance_from(path: Path | None) -> Provenance:
+        step = 0 if path is None else read_trainer_state(path).get("step", 0)
+        return provenance_of(config, runtime, data, tokenizer, path, step)
+
+    def instead(damaged: Path, error: DamagedCheckpoint) -> Path:
+        nonlocal source, provenance
+        if config.checkpoint.resume != "auto":
+            raise error
+        if runtime.is_main:
+            _complain(passed_over(damaged, error))
+        source = _newest(run_dir, runtime, before=damaged)
+        assert source is not None, "a run with checkpoints has a sound one or is refused"
+        provenance = provenance_from(source)
+        return source
+
+    provenance = provenance_from(source)
+    engine, position = build_trained(config, runtime, source, instead)
     if config.data.has_preference:
         from moe_llm.train.callbacks.preference import prepare_reference
 
@@ -218,21 +234,25 @@ def _check_resume(run_dir: Path, config: Config) -> None:
 
 
 def _resume_source(config: Config, run_dir: Path, runtime: Runtime) -> Path | None:
-    """The checkpoint to start from, if any, every file of it compared with its hash. Collective."""
+    """The checkpoint to start from, if any; its tensors are compared with their digests when they are read. Collective."""
     resume = config.checkpoint.resume
     if resume == "auto":
-        root = run_dir / "checkpoints"
-        source = find_resumable(root, report=_complain, ranks=runtime)
-        if source is None and on_main(runtime, lambda: bool(complete_checkpoints(root))):
-            raise UserError(
-                f"run.dir={str(run_dir)!r} has checkpoints and none is sound: bring one back, name one elsewhere with "
-                "checkpoint.resume=PATH, or set another run.dir to start anew"
-            )
-        return source
+        return _newest(run_dir, runtime)
     if resume == "never":
         return None
-    verify(Path(resume), runtime)
+    verify(Path(resume), runtime, hashes=False)
     return Path(resume)
+
+
+def _newest(run_dir: Path, runtime: Runtime, before: Path | None = None) -> Path | None:
+    root = run_dir / "checkpoints"
+    source = find_resumable(root, report=_complain, ranks=runtime, hashes=False, before=before)
+    if source is None and on_main(runtime, lambda: bool(complete_checkpoints(root))):
+        raise UserError(
+            f"run.dir={str(run_dir)!r} has checkpoints and none is sound: bring one back, name one elsewhere with "
+            "checkpoint.resume=PATH, or set another run.dir to start anew"
+        )
+    return source
 
 
 def _complain(sentence: str) -> None:

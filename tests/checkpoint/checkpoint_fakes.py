@@ -89,9 +89,11 @@ class ThreadRank:
 class FakeState:
     """A `TrainedState`: dense tensors whole, experts shared out over `ep` neighbouring ranks.
 
-    Collective calls are checked to be the same on all ranks. With tensors of kind `EMA` there is an average, of as many
+    Collective calls are checked to be the same on all ranks. `sliced`: it needs only a slice of each optimizer tensor. With tensors of kind `EMA` there is an average, of as many
     updates as `averaged`.
     """
+
+    sliced = False
 
     def __init__(
         self,
@@ -132,6 +134,20 @@ class FakeState:
         assert len(set(self.gather((name, kind)))) == 1, "the ranks write different tensors"
         assert tensor.dtype == torch.float32
         self.held[name, kind].copy_(tensor)
+
+    def share(self, name, kind):
+        """As under ZeRO: of a tensor that all ranks hold, each keeps an equal slice; the last one's may be short."""
+        if not self.sliced or kind == "weight":
+            return None
+        count = self.held[name, kind].numel()
+        size = -(-count // self.world_size)
+        return range(min(self.rank * size, count), min((self.rank + 1) * size, count))
+
+    def write_share(self, name, kind, flat):
+        assert len(set(self.gather((name, kind)))) == 1, "the ranks write different tensors"
+        span = self.share(name, kind)
+        assert (flat.shape, flat.dtype) == ((len(span),), torch.float32)
+        self.held[name, kind].view(-1)[span.start : span.stop] = flat
 
     def make_average(self, updates):
         self.averaged = updates

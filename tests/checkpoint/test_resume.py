@@ -1,6 +1,7 @@
 """Which checkpoint a run goes on from, and which configurations are the same run."""
 
 import os
+import random
 
 import pytest
 import torch
@@ -15,8 +16,11 @@ from checkpoint_fakes import (
     zeros_like,
 )
 
+from moe_llm.checkpoint import digests
+from moe_llm.checkpoint.digests import DamagedCheckpoint
 from moe_llm.checkpoint.manifest import read_manifest
 from moe_llm.checkpoint.resume import check_same_run, find_resumable
+from moe_llm.checkpoint.safetensors_io import TensorFiles
 from moe_llm.checkpoint.state import load_checkpoint, save_checkpoint
 from moe_llm.config import dump_config
 from moe_llm.errors import UserError
@@ -115,16 +119,91 @@ def test_ranks_share_the_reading_and_agree(tmp_path):
     assert all(isinstance(error, UserError) for _, error in outcomes)
 
 
-def test_sizes_alone_on_request(tmp_path):
+def test_tensors_are_compared_as_they_are_read(tmp_path):
     older, newest = save_steps(tmp_path, 1, 2)
-    model = sorted(newest.glob("model-*.safetensors"))[0]
+    model = sorted(newest.glob("trainer/optimizer-*.safetensors"))[0]
     flip(model, -1)
     assert find_resumable(tmp_path, report=silent, hashes=False) == newest
-    load_checkpoint(newest, FakeState(random_tensors(CONFIG)), hashes=False)
+    with pytest.raises(DamagedCheckpoint, match=model.name):
+        load_checkpoint(newest, FakeState(random_tensors(CONFIG)), hashes=False)
+    assert find_resumable(tmp_path, report=silent, hashes=False, before=newest) == older
     os.truncate(model, 100)
     said = []
     assert find_resumable(tmp_path, report=said.append, hashes=False) == older
     assert "truncated" in said[0]
+
+
+def test_any_flipped_bit_of_a_tensor_is_found_by_a_load_on_every_rank(tmp_path):
+    tensors, rng = random_tensors(CONFIG), random.Random(0)
+    path = save_checkpoint(tmp_path, FakeState(tensors), **save_arguments(CONFIG, max_shard_size="8KB"))
+    for file in sorted(path.rglob("*.safetensors")):
+        whole = file.read_bytes()
+        flip(file, rng.randrange(-min(200, len(whole) // 2), 0))
+        ranks = ThreadRanks(2)
+        outcomes = ranks.run(
+            lambda rank, ranks=ranks: load_checkpoint(path, FakeState(tensors, 2, rank, ranks), hashes=False)
+        )
+        assert all(isinstance(error, DamagedCheckpoint) and file.name in str(error) for _, error in outcomes), outcomes
+        file.write_bytes(whole)
+
+
+def bytes_read(monkeypatch) -> list[int]:
+    """How many bytes of tensors' files come from the disk, reading by reading."""
+    found, true_fill = [], digests._fill
+    monkeypatch.setattr(
+        digests, "_fill", lambda file, offset, view: found.append(len(view)) or true_fill(file, offset, view)
+    )
+    return found
+
+
+def test_a_resume_reads_every_file_once(tmp_path, monkeypatch):
+    config = small_config(hidden_size=64, intermediate_size=64, vocab_size=512)
+    tensors = random_tensors(config)
+    path = save_checkpoint(tmp_path, FakeState(tensors), **save_arguments(config))
+    total = sum(file.stat().st_size for file in path.rglob("*.safetensors"))
+    hashed, true_digest = [], digests.digest_file
+    monkeypatch.setattr("moe_llm.checkpoint.manifest.digest_file", lambda p: hashed.append(p) or true_digest(p))
+    monkeypatch.setattr(digests, "BLOCK", 1 << 12)  # those of the manifest are larger: none is compared here
+    read, state = bytes_read(monkeypatch), FakeState(zeros_like(tensors))
+    monkeypatch.setattr(
+        digests.CheckedFile, "_read_block", lambda self, file, start, part: digests._fill(file, start, part)
+    )
+    assert find_resumable(tmp_path, report=silent, hashes=False) == path
+    load_checkpoint(path, state, hashes=False)
+    assert not [file for file in hashed if file.suffix == ".safetensors"]
+    assert 0.95 * total <= sum(read) <= total
+    for key, tensor in tensors.items():
+        assert torch.equal(state.held[key], tensor)
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+def test_ranks_that_keep_slices_read_slices(tmp_path, monkeypatch, ep):
+    """And the slices of all of them are the tensors."""
+    tensors = random_tensors(CONFIG)
+    path = save_checkpoint(tmp_path, FakeState(tensors), **save_arguments(CONFIG))
+    monkeypatch.setattr(FakeState, "sliced", True)
+    asked, true_read = [], TensorFiles.read_span
+    monkeypatch.setattr(
+        TensorFiles,
+        "read_span",
+        lambda self, name, start, count: asked.append((name, count)) or true_read(self, name, start, count),
+    )
+    ranks = ThreadRanks(2)
+    states = [FakeState(zeros_like(tensors), ep, rank, ranks) for rank in range(2)]
+    outcomes = ranks.run(lambda rank: load_checkpoint(path, states[rank], hashes=False))
+    assert [error for _, error in outcomes] == [None, None]
+    moments = sum(count for name, count in asked if name.startswith("exp_avg"))
+    whole = sum(t.numel() for (_, kind), t in tensors.items() if kind != "weight")
+    assert moments <= whole, "every element of a moment is read by one rank"
+    for (name, kind), tensor in tensors.items():
+        if kind != "weight":
+            held = [state.held[name, kind].flatten() for state in states]
+            spans = [state.share(name, kind) for state in states]
+            for part, span, state in zip(held, spans, states):
+                rows = tensor if state.held[name, kind].shape == tensor.shape else tensor.chunk(2)[state.rank]
+                expected = torch.zeros_like(part)
+                expected[span.start : span.stop] = rows.flatten()[span.start : span.stop]
+                assert torch.equal(part, expected), (name, kind)
 
 
 def test_a_directory_without_trainer_state_is_named(tmp_path):
