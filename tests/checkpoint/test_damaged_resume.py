@@ -60,8 +60,7 @@ def test_a_damaged_checkpoint_restores_nothing_else_than_what_was_saved(tmp_path
                 refused += 1
                 continue
             load_checkpoint(found, state, hashes=False)
-        except UserError as error:
-            assert "\n" not in str(error), what
+        except UserError:
             refused += 1
             continue
         for key, tensor in tensors.items():
