@@ -23,6 +23,13 @@ class ParallelConfig(Section):
         description="parts in which rows travel to their experts and back, so that the next part travels while "
         "one is computed; auto: 2 on CUDA, 1 on a CPU",
     )
+    placement: Literal["static", "dynamic"] = Field(
+        "static",
+        description="which rank has which experts. static: neighbours stay together; dynamic: every "
+        "placement_every_steps steps experts exchange ranks, with their optimizer tensors, so that the busiest rank has "
+        "fewer rows; results and checkpoints are the same",
+    )
+    placement_every_steps: int = Field(100, ge=1, description="steps between such exchanges")
     zero_stage: Literal[1, 2, 3] = Field(
         1, description="DeepSpeed ZeRO stage (0 clips wrongly under expert parallelism)"
     )
@@ -56,6 +63,12 @@ class ParallelConfig(Section):
                 "DeepSpeed swaps optimizer tensors to NVMe under ZeRO-3 only, and checkpoints no experts there: use cpu",
             )
         return value
+
+    @model_validator(mode="after")
+    def _placement_is_dynamic(self):
+        if self.placement == "static" and self.placement_every_steps != 100:
+            invalid("placement_every_steps", self.placement_every_steps, "moves nothing", "set placement: dynamic")
+        return self
 
     @model_validator(mode="after")
     def _overlap_applies(self):

@@ -235,17 +235,27 @@ class LimitedSettings(RouterSettings):
 class OverflowSettings(LimitedSettings):
     """Those of them that may pass a token on, or hold what it is denied."""
 
-    overflow: Literal["drop", "next", "residual"] = Field(
+    overflow: Literal["drop", "next", "residual", "queue"] = Field(
         "drop",
         description="beyond the capacity: drop; next: pass on to the next expert that has room; residual: the "
-        "token itself takes the place of the expert's output, times the weight that this would have had",
+        "token itself takes the place of the expert's output, times the weight that this would have had; queue: the same "
+        "expert takes it in a second round of the layer, as far as queue_depth goes",
+    )
+    queue_depth: float | None = Field(
+        None,
+        gt=0,
+        description="with overflow: queue, what the second round takes at most, times the even share, as capacity_factor "
+        "is for the first",
     )
 
     @model_validator(mode="after")
     def _there_is_overflow(self):
         if self.overflow != "drop" and self.capacity_factor is None:
             invalid("overflow", self.overflow, "never comes about without a limit", "set capacity_factor, or remove it")
+        if (self.overflow == "queue") != (self.queue_depth is not None):
+            missing = "is missing for overflow=queue" if self.queue_depth is None else "needs overflow=queue"
+            invalid("queue_depth", self.queue_depth, missing, "set both, or neither")
         return self
 
     def unlimited(self) -> dict[str, Any]:
-        return {**super().unlimited(), "overflow": "drop"}
+        return {**super().unlimited(), "overflow": "drop", "queue_depth": None}

@@ -151,6 +151,12 @@ class DataConfig(Section):
         description="content text: the text of a special token, such as <s> or [INST], becomes that token, for text that a "
         "chat template has rendered; false: it is learned as the text it is",
     )
+    bootstrap_seed: int | None = Field(
+        None,
+        ge=0,
+        description="training blocks are drawn with replacement, as many as there are, by this seed: members for bagging "
+        "differ in it (Breiman 1996); held-out text is not resampled. null: every block once an epoch",
+    )
     cache_dir: str = Field("~/.cache/moe_llm", description="tokenised data, keyed by its inputs; safe to delete")
     num_workers: int | None = Field(None, ge=1, description="tokenisation threads; null: all cores")
     allow_changed: bool = Field(

@@ -20,7 +20,7 @@ from moe_llm.data.chat import read_examples
 from moe_llm.data.chat_template import ChatEncoder
 from moe_llm.data.documents import DocumentEncoder, SpecialText, check_rows
 from moe_llm.data.examples import PackedExamples
-from moe_llm.data.order import Mixture, shuffled
+from moe_llm.data.order import Mixture, drawn, shuffled
 from moe_llm.data.packing import Batch, PackedBlocks, as_batch
 from moe_llm.data.pairs import PackedPairs
 from moe_llm.data.shards import cached_tokens, settings_of
@@ -40,11 +40,18 @@ class TrainBlocks:
     """The endless sequence of training samples; sample g is a pure function of (seed, g).
 
     Without weights an epoch is every block of every source once, shuffled together. With weights, sources
-    are mixed by them, each going through its own blocks epoch after epoch.
+    are mixed by them, each going through its own blocks epoch after epoch. With a bootstrap seed an epoch is as many
+    draws from those blocks with replacement, the same ones in every epoch (Breiman 1996, "Bagging Predictors").
     """
 
-    def __init__(self, sources: Sequence[PackedBlocks], weights: Sequence[float] | None, seed: int):
-        self.sources, self.seed = list(sources), seed
+    def __init__(
+        self,
+        sources: Sequence[PackedBlocks],
+        weights: Sequence[float] | None,
+        seed: int,
+        bootstrap_seed: int | None = None,
+    ):
+        self.sources, self.seed, self.bootstrap_seed = list(sources), seed, bootstrap_seed
         self._ends = np.cumsum([len(source) for source in sources])
         self._mixture = None if weights is None or len(sources) == 1 else Mixture(list(weights), seed)
 
@@ -64,14 +71,19 @@ class TrainBlocks:
         """(source, block of that source) of samples start .. start + count, (count,) int64 both."""
         position = np.arange(start, start + count, dtype=np.int64)
         if self._mixture is None:
-            flat = shuffled(position, len(self), self.seed, 0)
+            flat = self._drawn(shuffled(position, len(self), self.seed, 0), len(self), 0)
             source = np.searchsorted(self._ends, flat, side="right")
             return source, flat - (self._ends[source] - [len(self.sources[s]) for s in source])
         source, nth = self._mixture(position)
         block = np.empty_like(nth)
         for s in np.unique(source):
-            block[source == s] = shuffled(nth[source == s], len(self.sources[s]), self.seed, int(s) + 1)
+            length, stream = len(self.sources[s]), int(s) + 1
+            block[source == s] = self._drawn(shuffled(nth[source == s], length, self.seed, stream), length, stream)
         return source, block
+
+    def _drawn(self, index: np.ndarray, length: int, stream: int) -> np.ndarray:
+        """What stands in each block's place."""
+        return index if self.bootstrap_seed is None else drawn(index, length, self.bootstrap_seed, stream)
 
     def rows(self, start: int, count: int) -> Batch:
         """Samples start .. start + count as one batch."""
@@ -356,7 +368,7 @@ def load_data(
                 _check_not_all_dropped(part, field, config)
     validation = ValidationBlocks(held_out, config.evaluate.max_blocks)
     weights = [source.weight for source in data.sources]
-    order = TrainBlocks(train, None if None in weights else weights, config.run.seed)
+    order = TrainBlocks(train, None if None in weights else weights, config.run.seed, data.bootstrap_seed)
     return Data(order, validation, [_statistics(*named) for named in blocks], prints)
 
 

@@ -53,6 +53,13 @@ def shuffled(position: np.ndarray, length: int, seed: int, stream: int) -> np.nd
     return permute(index, length, key)
 
 
+def drawn(index: np.ndarray, length: int, seed: int, stream: int) -> np.ndarray:
+    """A draw from range(length) with replacement for each index: the same for the same seed, stream and index."""
+    root = np.array([seed, stream], dtype=np.uint64)
+    key = mix(mix(mix(root[:1] + np.uint64(0x626F6F74)) + root[1:]) + index.astype(np.uint64))
+    return (key % np.uint64(length)).astype(np.int64)
+
+
 class Mixture:
     """Which source each sample comes from, by weight, and how many of that source came before.
 

@@ -36,8 +36,11 @@ class AllToAllDispatcher:
         self.chunks = chunks
         self.rank = dist.get_rank(group)
         self.traffic = Traffic()
+        self.expert_of_slot: list[int] | None = None  # where experts have changed ranks; None: they are at home
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+        if self.expert_of_slot is not None:
+            routing = _to_slots(routing, self.expert_of_slot)
         # The rows are sorted while the sizes travel.
         received_E, sizes = torch.empty_like(routing.counts_E), None
         if not is_second_pass():
@@ -176,11 +179,24 @@ def _in_chunks(routing: Routing, ranks: int, chunks: int, by_expert: bool) -> Ro
     else:  # expert e's rows from floor(count * c / chunks) on are in part c
         place_N = torch.arange(num_rows, device=device) - (counts_E.cumsum(0) - counts_E)[expert_N]
         chunk_N = ((place_N + 1) * chunks - 1) // counts_E[expert_N]
-    order_N = chunk_N.argsort(stable=True)
+    return _reordered(routing, chunk_N.argsort(stable=True))
+
+
+def _to_slots(routing: Routing, expert_of_slot: list[int]) -> Routing:
+    """The rows by the slots that their experts lie in, and the slots' counts."""
+    expert_S = torch.tensor(expert_of_slot, device=routing.counts_E.device)
+    slot_E = torch.empty_like(expert_S)
+    slot_E[expert_S] = torch.arange(len(expert_S), device=expert_S.device)
+    slot_N = slot_E.repeat_interleave(routing.counts_E, output_size=len(routing.token_index_N))
+    return _reordered(routing, slot_N.argsort(stable=True))._replace(counts_E=routing.counts_E[expert_S])
+
+
+def _reordered(routing: Routing, order_N: Tensor) -> Routing:
+    """The same rows in another order."""
     slot_TK = routing.slot_TK
     if slot_TK is not None:
         slot_N = torch.empty_like(order_N)
-        slot_N[order_N] = torch.arange(num_rows, device=device)
+        slot_N[order_N] = torch.arange(len(order_N), device=order_N.device)
         slot_TK = slot_N[slot_TK]
     return routing._replace(
         token_index_N=routing.token_index_N[order_N], weight_N=routing.weight_N[order_N], slot_TK=slot_TK

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_llm.ensemble.dropout import with_dropout
 from moe_llm.ensemble.models import Model, load_models
-from moe_llm.ensemble.recipe import CascadeRecipe, ExpertsRecipe, FittedRecipe, LinearRecipe, by_role
+from moe_llm.ensemble.recipe import CascadeRecipe, ExpertsRecipe, FittedRecipe, LinearRecipe, McDropoutRecipe, by_role
 from moe_llm.ensemble.rules import Cascade, Linear, LogLinear, Rule
 from moe_llm.ensemble.vocabulary import Translator, same_vocabulary
 from moe_llm.errors import UserError
@@ -47,6 +48,8 @@ class Ensemble:
 
     def __init__(self, recipe: FittedRecipe, members: list[Model] | None = None):
         members = load_models(recipe.members) if members is None else members
+        if isinstance(recipe, McDropoutRecipe):
+            members = with_dropout(members[0], recipe.passes, recipe.dropout, recipe.seed)
         main = members[_main_member(recipe)]
         self.models = list(dict.fromkeys([main, *members]))
         if isinstance(recipe, CascadeRecipe) and len(self.models) == 1:
@@ -120,7 +123,7 @@ def make_rule(recipe: FittedRecipe, index: list[int], models: int) -> Rule:
     weights = torch.zeros(models, dtype=torch.float64)
     for u, share in zip(index, recipe.shares):
         weights[u] += share
-    return (Linear if isinstance(recipe, LinearRecipe) else LogLinear)(tuple(weights.tolist()))
+    return (Linear if isinstance(recipe, (LinearRecipe, McDropoutRecipe)) else LogLinear)(tuple(weights.tolist()))
 
 
 def expert_directions(recipe: ExpertsRecipe, index: list[int], models: int) -> tuple[Tensor, Tensor]:

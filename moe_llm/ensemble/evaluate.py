@@ -10,7 +10,7 @@ import torch
 
 from moe_llm.ensemble.ensemble import Ensemble
 from moe_llm.ensemble.recipe import CascadeRecipe, ExpertsRecipe
-from moe_llm.ensemble.rules import Cascade
+from moe_llm.ensemble.rules import Cascade, Linear
 from moe_llm.ensemble.scores import load_text, score
 
 
@@ -28,7 +28,8 @@ def evaluate(
 
     Returns:
         loss (nats a token of the main model), perplexity, bits_per_byte, tokens, active_parameters of a token, of a
-        cascade asked (share of the tokens for which the large model is), members (the same of each, with its role or
+        cascade asked (share of the tokens for which the large model is), of mixed members disagreement (nats a token,
+        `Linear.disagreement`), members (the same of each, with its role or
         weight), and vocabularies of members whose tokens differ, if any. Their losses are those of their
         distributions over the main model's tokens.
 
@@ -39,9 +40,13 @@ def evaluate(
     text = load_text(ensemble, files, max_blocks, chat, text_field, parse_special_tokens)
     losses = torch.zeros(1 + len(ensemble.models), dtype=torch.float64)
     tokens = asked = 0
+    disagreement = 0.0
     for scored in score(ensemble, text, batch_size):
         at = scored.targets_N[:, None]
-        for i, log_probs_NV in enumerate([rule(scored.log_probs), *scored.log_probs]):
+        together_NV = rule(scored.log_probs)
+        if isinstance(rule, Linear):
+            disagreement += float(rule.disagreement(scored.log_probs, together_NV).double().sum())
+        for i, log_probs_NV in enumerate([together_NV, *scored.log_probs]):
             losses[i] -= log_probs_NV.gather(1, at).double().sum().cpu()
         asked += int(rule.asks(scored.log_probs[0]).sum())
         tokens += len(scored.targets_N)
@@ -59,6 +64,8 @@ def evaluate(
     result |= {"tokens": tokens, "active_parameters": ensemble.active_parameters(share)}
     if isinstance(rule, Cascade):
         result["asked"] = share
+    if isinstance(rule, Linear):
+        result["disagreement"] = disagreement / tokens
     members = [
         {"model": member.model} | part | figures(float(losses[1 + u]))
         | {"active_parameters": ensemble.models[u].active}
@@ -91,4 +98,6 @@ def format_table(result: dict[str, Any]) -> str:
         "  ".join(cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))
         for row in rows
     ]
+    if "disagreement" in result:
+        lines.append(f"the members disagree by {result['disagreement']:.4f} nats a token")
     return "\n".join([*lines, f"on {result['tokens']:,} tokens"])

@@ -18,6 +18,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from moe_llm.ensemble.ensemble import Ensemble
 from moe_llm.ensemble.kv_cache import CachedMember
+from moe_llm.ensemble.rules import Linear
 
 
 class EnsembleLogitsProcessor(LogitsProcessor):
@@ -28,7 +29,8 @@ class EnsembleLogitsProcessor(LogitsProcessor):
 
     A row for which nobody else is asked keeps its scores as they came.
 
-    rows, asked: next tokens so far, and for how many of them the others were asked.
+    rows, asked: next tokens so far, and for how many of them the others were asked. disagreement: nats, summed over
+    them, of members that are mixed (`Linear.disagreement`).
 
     Args:
         attention_mask: of the prompts, (prompts, tokens); None: no padding.
@@ -38,6 +40,7 @@ class EnsembleLogitsProcessor(LogitsProcessor):
     def __init__(self, ensemble: Ensemble, attention_mask: Tensor | None = None, use_cache: bool = True):
         self.ensemble, self.rule = ensemble, ensemble.rule
         self.rows = self.asked = 0
+        self.disagreement = 0.0
         self._followers = {
             u: CachedMember(ensemble.models[u], ensemble.translators[u], attention_mask, use_cache)
             for u in self.rule.needed
@@ -55,7 +58,10 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         found: list[Tensor | None] = [main_RV, *[None] * (len(self.ensemble.models) - 1)]
         for u, logits_RW in logits.items():
             found[u] = self.ensemble.over_main(u, logits_RW, main_RV)
-        combined_RV = self.rule(found).masked_fill(scores == -torch.inf, -torch.inf)
+        combined_RV = self.rule(found)
+        if isinstance(self.rule, Linear):
+            self.disagreement += float(self.rule.disagreement(found, combined_RV).sum())
+        combined_RV = combined_RV.masked_fill(scores == -torch.inf, -torch.inf)
         return torch.where(asked_R[:, None], combined_RV, scores.float())
 
 

@@ -1,6 +1,6 @@
 """What an ensemble's file may say.
 
-    method: linear                     # log_linear, experts, cascade, stacking, self_refine
+    method: linear                     # log_linear, experts, cascade, mc_dropout, stacking, self_refine
     members:
       - {model: runs/a/checkpoints/latest, weight: 0.7}
       - {model: runs/b/checkpoints/latest, weight: 0.3, device: cuda:1}
@@ -186,6 +186,25 @@ class CascadeRecipe(_Fitted):
         return self.model_copy(update={"threshold": float(threshold), "budget": None, "data": None, "max_blocks": None})
 
 
+class McDropoutRecipe(Section):
+    """One checkpoint, run several times with dropout on, whose mean distribution answers (Gal and Ghahramani 2016)."""
+
+    method: Literal["mc_dropout"]
+    members: list[Member] = Field(min_length=1, max_length=1, description="the checkpoint")
+    passes: int = Field(8, ge=2, description="times that it is run for each token, each with draws of its own")
+    dropout: float = Field(0.1, gt=0, lt=1, description="share of the feed-forward layers' outputs that is set to zero")
+    seed: int = Field(0, ge=0, description="of the draws")
+
+    @property
+    def to_fit(self) -> str | None:
+        return None
+
+    @property
+    def shares(self) -> list[float]:
+        """Of the passes."""
+        return [1 / self.passes] * self.passes
+
+
 class StackingRecipe(Section):
     """The second model sees the input and what the first one made of it (after Wolpert 1992)."""
 
@@ -228,13 +247,14 @@ class SelfRefineRecipe(Section):
         return self
 
 
-AnyRecipe = LinearRecipe | LogLinearRecipe | ExpertsRecipe | CascadeRecipe | StackingRecipe | SelfRefineRecipe
-FittedRecipe = LinearRecipe | LogLinearRecipe | ExpertsRecipe | CascadeRecipe
+FittedRecipe = LinearRecipe | LogLinearRecipe | ExpertsRecipe | CascadeRecipe | McDropoutRecipe
+AnyRecipe = FittedRecipe | StackingRecipe | SelfRefineRecipe
 METHODS: dict[str, type[Section]] = {
     "linear": LinearRecipe,
     "log_linear": LogLinearRecipe,
     "experts": ExpertsRecipe,
     "cascade": CascadeRecipe,
+    "mc_dropout": McDropoutRecipe,
     "stacking": StackingRecipe,
     "self_refine": SelfRefineRecipe,
 }

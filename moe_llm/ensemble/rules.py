@@ -54,6 +54,15 @@ class Linear(_Weighted):
         parts = [log_probs[m] + math.log(weight) for m, weight in enumerate(self.weights) if weight]
         return parts[0] if len(parts) == 1 else torch.stack(parts).logsumexp(0)
 
+    def disagreement(self, log_probs: Sequence[Tensor | None], mixed_NV: Tensor) -> Tensor:
+        """(N,) nats: the entropy of the mixture beyond the members' mean one, which is the mutual information of token
+        and member (Houlsby et al. 2011); 0 where all say the same."""
+        entropy_N = _entropy(mixed_NV)
+        for weight, part_NV in zip(self.weights, log_probs):
+            if weight:
+                entropy_N = entropy_N - weight * _entropy(part_NV)
+        return entropy_N.clamp(min=0)
+
 
 class LogLinear(_Weighted):
     """log of prod_m p_m^w_m, renormalised; DExperts' sum of logits is the same, since softmax takes no constants."""
@@ -82,6 +91,10 @@ class Cascade:
     def __call__(self, log_probs: Sequence[Tensor | None]) -> Tensor:
         small_NV, large_NV = log_probs
         return torch.where(self.asks(small_NV)[:, None], large_NV, small_NV)
+
+
+def _entropy(log_probs_NV: Tensor) -> Tensor:
+    return -(log_probs_NV.exp() * log_probs_NV.clamp(min=_LEAST)).sum(-1)
 
 
 def confidence(log_probs_NV: Tensor) -> Tensor:

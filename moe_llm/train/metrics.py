@@ -65,6 +65,7 @@ class StepWindow:
         self.steps = 0
         self.losses: torch.Tensor | None = None
         self.routing: RoutingStatistics | None = None
+        self.step_routing: RoutingStatistics | None = None  # of the newest step
         self.expert_norms: list[list[float | None]] | None = None  # of the newest step that has them
         self.step_losses: list[torch.Tensor] = []
         self.tokens: torch.Tensor | None = None  # that are no padding, of all ranks, on the device
@@ -83,6 +84,7 @@ class StepWindow:
 
     def end_step(self, routing: RoutingStatistics, tokens: torch.Tensor) -> None:
         self.tokens = tokens.double() if self.tokens is None else self.tokens + tokens
+        self.step_routing = routing
         self.routing = routing.plus(self.routing)
         now = time.perf_counter()
         self.seconds += now - self.clock

@@ -112,6 +112,8 @@ def refusal(*overrides: str) -> str:
         (["model.router={type: expert_choice, threshold_rate: 0}"], "model.router.threshold_rate=0"),
         (["model.shared_expert_gate=true"], "has nothing to gate with num_shared_experts=0"),
         (["model.router=switch"], "model.router=switch is not a section"),
+        (["model.router={capacity_factor: 1.0, overflow: queue}"], "queue_depth=null is missing for overflow=queue"),
+        (["model.router={capacity_factor: 1.0, queue_depth: 1.0}"], "queue_depth=1.0 needs overflow=queue"),
         (["model.router={type: attention, temperature: 0}"], "temperature"),
         (["model.router={type: attention, heads: 0}"], "heads"),
         (["model.router={type: transformer, width: 10, heads: 4}"], "does not divide model.router.width=10"),

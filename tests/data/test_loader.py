@@ -19,7 +19,7 @@ from moe_llm.data.loader import (
     load_evaluation,
     validation_batches,
 )
-from moe_llm.data.order import Mixture, permute, shuffled
+from moe_llm.data.order import Mixture, drawn, permute, shuffled
 from moe_llm.errors import UserError
 
 
@@ -84,6 +84,30 @@ def test_an_epoch_without_weights_is_every_block_once(random_blocks):
     assert first != second
     targets = blocks.rows(0, len(blocks)).num_targets
     assert targets == sum(source.text.targets for source in blocks.sources)
+
+
+def test_a_bootstrap_draws_blocks_with_replacement_and_the_same_ones_in_every_epoch(random_blocks):
+    plain = train_blocks(random_blocks)
+    size, drawn = len(plain), {}
+    for seed in (0, 1, None):
+        blocks = TrainBlocks(plain.sources, None, 0, seed)
+        epochs = [sorted(zip(*map(list, blocks.locate(start, size)))) for start in (0, size)]
+        assert epochs[0] == epochs[1]
+        drawn[seed] = epochs[0]
+    assert len(set(drawn[None])) == size
+    assert len(set(drawn[0])) < size
+    assert drawn[0] != drawn[1]
+    weighted = TrainBlocks(plain.sources, [1.0] * len(plain.sources), 0, 0)
+    assert len(set(zip(*map(list, weighted.locate(0, size))))) < size
+
+
+def test_a_large_bootstrap_leaves_out_as_many_as_chance_does():
+    """1/e of them (Breiman 1996), by another draw for each seed and stream."""
+    index = np.arange(20000)
+    left_out = 1 - len(np.unique(drawn(index, 20000, 3, 0))) / 20000
+    assert left_out == pytest.approx(np.exp(-1), abs=0.01)
+    assert (drawn(index, 20000, 3, 0) == drawn(index, 20000, 4, 0)).mean() < 0.01
+    assert (drawn(index, 20000, 3, 0) == drawn(index, 20000, 3, 1)).mean() < 0.01
 
 
 def test_weighted_sources_each_go_through_their_own_epochs(random_blocks):

@@ -14,6 +14,8 @@ CASES = {
     "switch": (1, {}, {"factor": 100.0}),
     "batch_prioritised": (2, {"noise": False}, {"factor": 100.0, "noise_TE": torch.zeros(T, E), "score": "max"}),
     "multi_head": (2, {"heads": 2}, {}),
+    "attention": (2, {"heads": 3, "key_size": 5}, {"heads": 3}),
+    "transformer": (2, {"width": 8, "heads": 2}, {"heads": 2}),
     "deepseek_moe": (3, {"routed_scaling_factor": 1.5}, {"scale": 1.5, "share": False}),
 }
 FACTOR = 0.7
@@ -96,3 +98,32 @@ def test_weights_still_sum_to_one():
 
 def test_every_router_that_may_pass_on_has_a_case():
     assert set(CASES) == {name for name, router in ROUTERS.items() if "overflow" in router.Settings.model_fields}
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_a_queue_is_served_by_the_same_experts_in_a_second_round(kind):
+    """Outputs, gradients and what is dropped are those of the room of both rounds, and no round takes more than its own."""
+    top_k, settings, _ = CASES[kind]
+    found = {}
+    for name, more in {
+        "queue": {"capacity_factor": 0.4, "overflow": "queue", "queue_depth": 0.3},
+        "wide": {"capacity_factor": FACTOR},
+        "narrow": {"capacity_factor": 0.4},
+    }.items():
+        layer, (x_BSD, mask_BS) = layer_of(config_of(kind, top_k, {**settings, **more})), inputs()
+        rows: list[torch.Tensor] = []
+        layer.experts.register_forward_pre_hook(lambda _, inputs, rows=rows: rows.append(inputs[1]))
+        y_BSD, statistics = layer(x_BSD, mask_BS)
+        leaves = [x_BSD, *layer.parameters()]
+        slopes = torch.autograd.grad(y_BSD[mask_BS].square().sum(), leaves, allow_unused=True)
+        found[name] = y_BSD[mask_BS], statistics.dropped, slopes, rows
+    torch.testing.assert_close(found["queue"][0], found["wide"][0], rtol=1e-5, atol=1e-5)
+    assert found["queue"][1] == found["wide"][1] < found["narrow"][1]
+    for ours, theirs in zip(found["queue"][2], found["wide"][2], strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    first_E, second_E = found["queue"][3]
+    assert torch.equal(first_E, found["narrow"][3][0])
+    assert torch.equal(first_E + second_E, found["wide"][3][0])
+    assert second_E.sum() > 0

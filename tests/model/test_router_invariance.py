@@ -15,6 +15,7 @@ CASES = {
     "mixtral, drop": (2, {"capacity_factor": 0.7}),
     "mixtral, next": (2, {"capacity_factor": 0.7, "overflow": "next"}),
     "mixtral, residual": (2, {"capacity_factor": 0.7, "overflow": "residual"}),
+    "mixtral, queue": (2, {"capacity_factor": 0.5, "overflow": "queue", "queue_depth": 0.3}),
     "mixtral, choice": (2, {"capacity_factor": 0.7, "capacity_order": "choice"}),
     "dense": (6, {}),
     "noisy_top_k": (2, {"noise": False, "capacity_factor": 0.7}),

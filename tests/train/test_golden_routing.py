@@ -31,6 +31,7 @@ SETTINGS = {
     "transformer": {"width": 8, "heads": 2, "capacity_factor": 1.0},
     "reinforce": {"load_coef": 0.1},
     "em": {},
+    "switch, queue": {"capacity_factor": 0.5, "overflow": "queue", "queue_depth": 0.3},
     "mixtral, residual": {"capacity_factor": 0.7, "overflow": "residual"},
 }
 

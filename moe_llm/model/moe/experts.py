@@ -23,6 +23,7 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         experts, width, hidden = config.num_local_experts, config.intermediate_size, config.expert_hidden_size
+        self.held: list[int] | None = None  # where they are no neighbours: the expert of each row
         self.first_expert, self.dropout = 0, config.expert_dropout
         self.low_rank: tuple[float, float] | None = None  # scale and dropout of adapters
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))

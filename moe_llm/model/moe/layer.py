@@ -45,6 +45,8 @@ class MoELayer(nn.Module):
     def _routed(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, RoutingStatistics]:
         entered_RW = x_TD if routing.entered_RW is None else routing.entered_RW
         y_TD = self.dispatcher(entered_RW, routing, self.experts)
+        if routing.queued is not None:
+            y_TD = y_TD + self.dispatcher(entered_RW, routing.queued, self.experts)
         if routing.kept_R is not None:
             y_TD = (y_TD + routing.kept_R[:, None] * entered_RW).to(x_TD.dtype)
         statistics = routing.statistics

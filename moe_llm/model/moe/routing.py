@@ -70,6 +70,7 @@ class Routing(NamedTuple):
     entered_RW: Tensor | None = None
     combine_fn: Callable[[Tensor], Tensor] | None = None  # (R, W) to (T, D)
     kept_R: Tensor | None = None  # fp32, with gradient
+    queued: "Routing | None" = None  # rows that the same experts take in a second round; of it the rows alone are read
     hand_on: Callable[[Tensor], Tensor] | None = None  # (R, W) to the statistics' `handed_TX`
 
 

@@ -22,7 +22,7 @@ class TokenChoiceRouter(Router):
     With `router.capacity_factor`, and in training, an expert takes a limited number of tokens from each document
     or sequence (see `capacity`), and padding gets no expert; in evaluation none is dropped, so that the model computes what its
     export does. With `router.overflow: residual` the token itself stands in for experts that had no room, times their
-    weights. With `router.warmup_steps`, tokens are drawn in training that take experts at random instead.
+    weights; with `router.overflow: queue` the same experts take it in a second round. With `router.warmup_steps`, tokens are drawn in training that take experts at random instead.
 
     What a subclass may say otherwise: `preferred`, `weights`, `wanted` and `assign`.
     """
@@ -76,10 +76,15 @@ class TokenChoiceRouter(Router):
         expert_TR = self.preferred(probability_TE, self.num_experts if pass_on else self.top_k)
         value_TR = probability_TE.gather(-1, expert_TR)
         wanted_TR = self.wanted(value_TR)
-        granted_TR, dropped, kept_R = wanted_TR, None, None
+        granted_TR, dropped, kept_R, queued_TR, served_TR = wanted_TR, None, None, None, None
         if factor is not None:
             capacity_BS = groups.capacity(factor, self.top_k, self.num_experts)
             granted_TR = decided(self._assigned(expert_TR, value_TR, wanted_TR, groups, capacity_BS))
+            if overflow == "queue":
+                first_TR, deeper = granted_TR, factor + self.settings.queue_depth
+                capacity_BS = groups.capacity(deeper, self.top_k, self.num_experts)
+                granted_TR = first_TR | decided(self._assigned(expert_TR, value_TR, wanted_TR, groups, capacity_BS))
+                queued_TR, served_TR = granted_TR & ~first_TR, first_TR
             asked = (
                 mask_BS.sum() * self.top_k
                 if wanted_TR is None
@@ -92,8 +97,8 @@ class TokenChoiceRouter(Router):
             denied_TR = mask_BS.flatten()[:, None] & ~granted_TR
             denied_TR = denied_TR if wanted_TR is None else denied_TR & wanted_TR
             kept_R = (weight_TR * denied_TR).sum(-1)
-        return Routing(
-            **rows_by_token(expert_TR, weight_TR, self.num_experts, granted_TR),
+        routing = Routing(
+            **rows_by_token(expert_TR, weight_TR, self.num_experts, granted_TR if served_TR is None else served_TR),
             logits_TE=logits_TE,
             statistics=self.statistics(
                 logits_TE,
@@ -106,6 +111,10 @@ class TokenChoiceRouter(Router):
             ),
             kept_R=kept_R,
         )
+        if queued_TR is None:
+            return routing
+        queued = routing._replace(**rows_by_token(expert_TR, weight_TR, self.num_experts, queued_TR))
+        return routing._replace(queued=queued)
 
     def _assigned(
         self, expert_TR: Tensor, value_TR: Tensor, wanted_TR: Tensor | None, groups: Groups, capacity_BS: Tensor

@@ -24,6 +24,7 @@ _OWN: list[tuple[str, str, Callable[[Config], bool]]] = [
     ("distillation", "Distillation", lambda config: bool(config.distill.teachers)),
     ("adversarial", "AdversarialTraining", lambda config: config.train.adversarial.epsilon is not None),
     ("task_evaluation", "TaskEvaluation", lambda config: bool(config.evaluate.tasks)),
+    ("expert_placement", "ExpertPlacementCallback", lambda config: config.parallel.placement == "dynamic"),
     ("ema", "WeightAverage", lambda config: config.checkpoint.ema.decay is not None),
     ("router_guard", "RouterGuardCallback", lambda config: config.finetune.router_guard.action != "off"),
     ("push_to_hub", "PushToHub", lambda config: config.checkpoint.push_to_hub is not None),
