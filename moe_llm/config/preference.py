@@ -1,13 +1,10 @@
 """The preference section of a run: how pairs of answers are learned from."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from moe_llm.config.base import Section, invalid
-
-if TYPE_CHECKING:
-    from moe_llm.config.schema import Config
 
 WITH_REFERENCE = ("dpo", "dpo_norm", "ipo")
 
@@ -40,8 +37,12 @@ class PreferenceConfig(Section):
         return self.loss in WITH_REFERENCE
 
 
-def check_preference(config: "Config") -> None:
-    """Refuse what does not fit the data, the model or each other, from a validator of the whole configuration."""
+def check_preference(config: Any) -> None:
+    """Refuse what does not fit the data, the model or each other, from a validator of the whole configuration.
+
+    Args:
+        config: the whole `Config`, whose module imports this one.
+    """
     preference, other = config.preference, PreferenceConfig()
     if not config.data.has_preference:
         for name in PreferenceConfig.model_fields:
