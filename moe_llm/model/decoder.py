@@ -270,7 +270,9 @@ class MoEDecoder(nn.Module):
         if self.training and targets is not None and ROUTERS[self.config.router.type].learns_from_loss:
             groups = Groups.of(mask_BS, document_ids)
             layers = self._with_feedback(layers, stream_BSD.flatten(0, 1), targets.flatten(), groups)
-        routing = RoutingStatistics.stack([layer._replace(handed_TX=layer.own_X[:0]) for layer in layers])
+        # read by now, and of as many rows as there are tokens
+        layers = [layer._replace(handed_TX=layer.own_X[:0]) if layer.handed_TX.numel() else layer for layer in layers]
+        routing = RoutingStatistics.stack(layers)
 
         logits = self.lm_head(x_BSD) if return_logits else None
         aux = balance_loss(routing, self.config.router_aux_loss_scope)

@@ -133,6 +133,8 @@ def router_statistics(
             "bs,bse->be", weight_T.view(sequences, length), probability_TE.view(sequences, length, experts)
         )
         sequence_balance = experts * ((whole_RE * probability_BE).sum(-1) / tokens_B.clamp(min=1).square()).sum()
+    nothing_X = logits_TE.new_zeros(0)
+    num_sequences = (tokens_B > 0).sum().to(logits_TE.dtype)
     return RoutingStatistics(
         tokens_per_expert_E=count_RE.sum(0),
         probability_sum_E=weight_T @ probability_TE,
@@ -141,7 +143,7 @@ def router_statistics(
         entropy_sum=weight_T @ entropy_T,
         dropped=logits_TE.new_zeros(()) if dropped is None else dropped.to(logits_TE.dtype),
         num_tokens=weight_T.sum(),
-        num_sequences=(tokens_B > 0).sum().to(logits_TE.dtype) * (parts is None or parts.index == 0),
-        own_X=logits_TE.new_zeros(0) if own_X is None else own_X,
-        handed_TX=logits_TE.new_zeros(0),
+        num_sequences=num_sequences if parts is None or parts.index == 0 else torch.zeros_like(num_sequences),
+        own_X=nothing_X if own_X is None else own_X,
+        handed_TX=nothing_X,
     )
