@@ -302,7 +302,7 @@ def write_full(parameter: Any, kind: str, value: torch.Tensor) -> None:
         parameter.data.copy_(value.view_as(parameter))
 
 
-def held_span(parameter: torch.nn.Parameter, kind: str, optimizer: Any) -> range | None:
+def held_span(parameter: Any, kind: str, optimizer: Any) -> range | None:
     """The elements of a trained parameter's fp32 weight or optimizer tensor that this rank keeps; None: with ZeRO-1 and 2
     every rank has the model's own copy of the weight, and needs all of it."""
     if hasattr(parameter, "ds_id"):  # ZeRO-3: equal slices, the last one padded
@@ -318,7 +318,7 @@ def held_span(parameter: torch.nn.Parameter, kind: str, optimizer: Any) -> range
 
 
 @torch.no_grad()
-def write_span(parameter: torch.nn.Parameter, kind: str, flat: torch.Tensor) -> None:
+def write_span(parameter: Any, kind: str, flat: torch.Tensor) -> None:
     """Set what this rank keeps of a trained parameter: see `held_span`."""
     key = None if kind == "weight" else kind
     if hasattr(parameter, "ds_id"):

@@ -169,7 +169,8 @@ class _NamedState(Averaging, Turns):
         for entry in self._entries:
             if entry.experts is not None and entry.trainable:
                 layer = int(entry.name.partition("layers.")[2].partition(".")[0])
-                moved = self.model.get_submodule(entry.name.rpartition(".")[0]).held
+                experts: Any = self.model.get_submodule(entry.name.rpartition(".")[0])
+                moved = experts.held
                 held = list(entry.experts) if moved is None else moved
                 squares_LE[rows[layer], held] += self._row_squares(self._parameters[entry.name]).to(squares_LE.device)
         return squares_LE

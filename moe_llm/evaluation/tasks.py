@@ -92,7 +92,7 @@ def evaluate_tasks_of_engine(
     # the harness reads its length and kind; it computes nothing
     stand_in = MixtralForCausalLM(
         MixtralConfig(
-            vocab_size=settings.vocab_size, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+            vocab_size=settings.resolved_vocab_size, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
             num_attention_heads=1, num_key_value_heads=1, num_local_experts=1, num_experts_per_tok=1,
             max_position_embeddings=settings.max_position_embeddings,
         )
@@ -111,7 +111,9 @@ def evaluate_tasks_of_engine(
             share = -(-rows // ranks)
             padded_BS = inps.repeat(-(-share * ranks // rows), 1)[: share * ranks]  # as many rows on every rank
             mine_BS = padded_BS[runtime.rank * share : (runtime.rank + 1) * share].to(runtime.device)
-            logits_BSV = engine.forward(input_ids=mine_BS).logits.float()
+            output = engine.forward(input_ids=mine_BS)
+            assert output.logits is not None, "no targets were given"
+            logits_BSV = output.logits.float()
             if ranks == 1:
                 return logits_BSV
             whole = logits_BSV.new_empty(share * ranks, *logits_BSV.shape[1:])

@@ -16,7 +16,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     group."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     decaying = {name for name, p in trained.items() if p.dim() > 1 and not name.endswith("_bias")}
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"name": "matrices", "params": [trained[name] for name in trained if name in decaying]},
         {"name": "vectors", "params": [trained[name] for name in trained if name not in decaying]},
     ]

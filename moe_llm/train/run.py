@@ -141,6 +141,8 @@ def _set_up(
         step = 0 if path is None else read_trainer_state(path).get("step", 0)
         return provenance_of(config, runtime, data, tokenizer, path, step)
 
+    provenance = provenance_from(source)
+
     def instead(damaged: Path, error: DamagedCheckpoint) -> Path:
         nonlocal source, provenance
         if config.checkpoint.resume != "auto":
@@ -152,7 +154,6 @@ def _set_up(
         provenance = provenance_from(source)
         return source
 
-    provenance = provenance_from(source)
     engine, position = build_trained(config, runtime, source, instead)
     if config.data.has_preference:
         from moe_llm.train.callbacks.preference import prepare_reference

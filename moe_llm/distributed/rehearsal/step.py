@@ -188,7 +188,7 @@ def _batch(config: Config, runs: Sequence[Sequence[int]] | None) -> Batch:
         positions,
         documents,
         torch.ones(shape, dtype=torch.bool, device="cuda"),
-        tuple(tuple(row) for row in known),
+        runs_B=tuple(tuple(row) for row in known),
     )
 
 

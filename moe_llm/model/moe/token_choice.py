@@ -81,7 +81,7 @@ class TokenChoiceRouter(Router):
             capacity_BS = groups.capacity(factor, self.top_k, self.num_experts)
             granted_TR = decided(self._assigned(expert_TR, value_TR, wanted_TR, groups, capacity_BS))
             if overflow == "queue":
-                first_TR, deeper = granted_TR, factor + self.settings.queue_depth
+                first_TR, deeper = granted_TR, factor + (getattr(self.settings, "queue_depth", None) or 0.0)
                 capacity_BS = groups.capacity(deeper, self.top_k, self.num_experts)
                 granted_TR = first_TR | decided(self._assigned(expert_TR, value_TR, wanted_TR, groups, capacity_BS))
                 queued_TR, served_TR = granted_TR & ~first_TR, first_TR

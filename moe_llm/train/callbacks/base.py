@@ -35,6 +35,10 @@ class TrainingRun(Protocol):
     update_phase: "UpdatePhase"
     skip_update: bool
     saved_step: int
+    saved: list[Path]
+
+    @property
+    def complete(self) -> bool: ...
 
     def say(self, sentence: str) -> None: ...
 

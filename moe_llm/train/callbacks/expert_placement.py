@@ -1,7 +1,6 @@
 """Experts exchange ranks every n steps, by the loads of the steps since the last time: `parallel.placement: dynamic`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -9,10 +8,7 @@ from moe_llm.config import Config
 from moe_llm.distributed.placement import ExpertPlacement, Placement
 from moe_llm.errors import UserError
 from moe_llm.model.moe.routing import RoutingStatistics
-from moe_llm.train.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from moe_llm.train.trainer import Trainer
+from moe_llm.train.callbacks.base import Callback, TrainingRun
 
 
 class ExpertPlacementCallback(Callback):
@@ -40,10 +36,10 @@ class ExpertPlacementCallback(Callback):
             if is_so:
                 raise UserError(f"parallel.placement=dynamic {why}")
 
-    def on_setup(self, run: "Trainer") -> None:
+    def on_setup(self, run: TrainingRun) -> None:
         self.placement = ExpertPlacement(run.engine)
 
-    def on_step_end(self, run: "Trainer") -> None:
+    def on_step_end(self, run: TrainingRun) -> None:
         """Loads are of all ranks, so every rank plans alike."""
         routing: RoutingStatistics | None = run.window.step_routing
         if routing is not None:
@@ -59,15 +55,15 @@ class ExpertPlacementCallback(Callback):
             run.window.remarks["placement"] = {"experts_moved": moved, "busiest_before": before, "busiest_after": after}
             run.window.restart_clock()
 
-    def on_save_begin(self, run: "Trainer") -> None:
+    def on_save_begin(self, run: TrainingRun) -> None:
         self._away = self.placement.placements.copy()
         self.placement.go_home()
 
-    def on_save(self, run: "Trainer", checkpoint: Path) -> None:
+    def on_save(self, run: TrainingRun, checkpoint: Path) -> None:
         if self._away is not None and run.position.step < run.config.max_steps:
             self.placement.move(self._away)
         self._away = None
 
-    def on_rollback(self, run: "Trainer") -> None:
+    def on_rollback(self, run: TrainingRun) -> None:
         self.placement.forget()
         self.load_LE = None

@@ -1,16 +1,11 @@
 """Tokens of given sources to given experts while training (`finetune.expert_sources`)."""
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from moe_llm.checkpoint.architectures import takes_top_k
 from moe_llm.config import Config
 from moe_llm.errors import UserError
-from moe_llm.train.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from moe_llm.train.trainer import Trainer
+from moe_llm.train.callbacks.base import Callback, TrainingRun
 
 
 class ExpertSources(Callback):
@@ -45,7 +40,7 @@ class ExpertSources(Callback):
                     f"{key} names fewer than model.num_experts_per_tok={model.num_experts_per_tok} experts: name more"
                 )
 
-    def on_setup(self, run: "Trainer") -> None:
+    def on_setup(self, run: TrainingRun) -> None:
         given, experts = run.config.finetune.expert_sources, run.config.model.num_local_experts
         assert given is not None
         allowed_XE = torch.zeros(len(given), experts, dtype=torch.bool)

@@ -6,7 +6,7 @@ the first step, and stored in the run directory.
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +25,7 @@ from moe_llm.evaluation.evaluate import preference_inputs
 from moe_llm.finetune.init_from import load_origin
 from moe_llm.locks import tell
 from moe_llm.train.build import restore
-from moe_llm.train.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from moe_llm.train.trainer import Trainer
+from moe_llm.train.callbacks.base import Callback, TrainingRun
 
 FILE = "reference.safetensors"
 
@@ -36,7 +33,7 @@ FILE = "reference.safetensors"
 class PreferenceTuning(Callback):
     """Gives each forward pass its pairs, with what the reference says of them."""
 
-    def extra_inputs(self, run: "Trainer", batch: Batch) -> dict[str, Any]:
+    def extra_inputs(self, run: TrainingRun, batch: Batch) -> dict[str, Any]:
         return preference_inputs(run.config, batch)
 
 
@@ -87,6 +84,7 @@ def remember_reference(config: Config, engine: Engine, runtime: Runtime, data: D
             tell(f"reference, batch {i + 1} of {len(batches)}")
             batch = batch.to(runtime.device)
             output = engine.forward(**model_inputs(batch), **preference_inputs(config, batch))
+            assert output.preference is not None, "asked for just now"
             logp_BD = output.preference.logp_BD.float().cpu().numpy()
             for row, block in enumerate(mine[i * width : (i + 1) * width]):
                 documents = part.documents_of(block)

@@ -1,15 +1,11 @@
 """`checkpoint.push_to_hub`: the run's last checkpoint goes to a hub when the run is complete."""
 
 import os
-from typing import TYPE_CHECKING
 
 from moe_llm.checkpoint.hub import check_hub, push
 from moe_llm.config import Config
 from moe_llm.errors import UserError
-from moe_llm.train.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from moe_llm.train.trainer import Trainer
+from moe_llm.train.callbacks.base import Callback, TrainingRun
 
 
 class PushToHub(Callback):
@@ -19,7 +15,7 @@ class PushToHub(Callback):
         if os.environ.get("RANK", "0") == "0":  # nobody need have logged in where other ranks are
             check_hub(str(config.checkpoint.push_to_hub), "checkpoint.push_to_hub")
 
-    def on_train_end(self, run: "Trainer") -> None:
+    def on_train_end(self, run: TrainingRun) -> None:
         if not run.runtime.is_main or not run.saved or run.saved_step != run.position.step or not run.complete:
             return
         try:

@@ -1,13 +1,10 @@
 """`evaluate.tasks`: tasks of lm_eval at each evaluation; their metrics go into its record."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moe_llm.config import Config
 from moe_llm.evaluation.tasks import check_tasks, evaluate_tasks_of_engine
-from moe_llm.train.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from moe_llm.train.trainer import Trainer
+from moe_llm.train.callbacks.base import Callback, TrainingRun
 
 
 class TaskEvaluation(Callback):
@@ -16,7 +13,7 @@ class TaskEvaluation(Callback):
     def validate(self, config: Config) -> None:
         check_tasks(config.evaluate.tasks, config.evaluate.tasks_path, "evaluate.tasks")
 
-    def on_evaluate(self, run: "Trainer", metrics: dict[str, Any]) -> None:
+    def on_evaluate(self, run: TrainingRun, metrics: dict[str, Any]) -> None:
         settings = run.config.evaluate
         found = evaluate_tasks_of_engine(
             run.engine,
