@@ -17,6 +17,7 @@ from moe_llm.data.packing import Batch, model_inputs
 from moe_llm.distributed.engine import Engine
 from moe_llm.distributed.step_loss import StepLoss
 from moe_llm.model.decoder import MoEOutput
+from moe_llm.model.moe.routers import ROUTERS
 
 _FOR_THE_LOSS = ("targets", "teacher", "preference")
 
@@ -44,6 +45,8 @@ def forward_passes(
         return inputs if perturb is None else inputs | perturb(inputs)
 
     total = len(batches)
+    # routers that learn from the tokens' losses have sums of these in their statistics
+    unread = () if ROUTERS[engine.model.config.router.type].learns_from_loss else _FOR_THE_LOSS
     if not step_loss.counts_first:
         for i, batch in enumerate(batches):
             heartbeat(f"micro-batch {i + 1} of {total}")
@@ -57,7 +60,7 @@ def forward_passes(
         perturbations.append({"perturbation": inputs["perturbation"]} if "perturbation" in inputs else {})
         before.append(_random_state(device))
         with torch.no_grad():
-            counted = engine.forward(**{name: value for name, value in inputs.items() if name not in _FOR_THE_LOSS})
+            counted = engine.forward(**{name: value for name, value in inputs.items() if name not in unread})
         step_loss.count(counted.routing)
     outputs = []
     for i, batch in enumerate(batches[counted_first:], counted_first):
