@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from moe_llm.config import SourceConfig
 from moe_llm.data.pieces import Piece, Place
 from moe_llm.data.shapes import renamed, shape_of, turns_of, wanted_columns
-from moe_llm.data.sources import holds_tokens, read_documents, read_records, read_token_documents
+from moe_llm.data.sources import read_records
 from moe_llm.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -84,19 +84,6 @@ def read_examples(source: SourceConfig, field: str, pieces: Sequence[Piece] | No
             yield found
     if not count and pieces is None:
         raise UserError(f"{field}: {source.path} holds no rows: name files that hold some")
-
-
-def read_texts(source: SourceConfig, field: str) -> Iterator[str]:
-    """What a source's documents are told apart by: text itself, or an example's `text`, or token ids as text."""
-    if holds_tokens(source, field):
-        return read_token_documents(source, field)
-    if source.content == "text":
-        return read_documents(source, field)
-    if source.content == "preference":
-        from moe_llm.data.preference import read_pairs
-
-        return (pair.text for pair in read_pairs(source, field))
-    return (found.text for found in read_examples(source, field))
 
 
 class _Origin(NamedTuple):

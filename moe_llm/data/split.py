@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_llm.config import Config, SourceConfig
-from moe_llm.data.chat import read_examples, read_texts
+from moe_llm.data.chat import read_examples
 from moe_llm.data.files import replace_file
 from moe_llm.data.preference import read_pairs
 from moe_llm.data.sources import fingerprint, named_sources, named_validation_sources, read_documents
+from moe_llm.data.texts import read_texts
 from moe_llm.errors import UserError
 
 logger = logging.getLogger(__name__)
