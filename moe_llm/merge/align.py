@@ -26,6 +26,15 @@ GATE_UP, DOWN, ROUTER = MIXTURE
 MARGIN = 1e-3  # of similarity, which is at most 2: the experts' cosine plus the router rows'
 _PROBES = 256
 
+# what follows the experts' order: stacked matrices and vectors with an element or a row for each
+_MOVED = (
+    *MIXTURE,
+    "mlp.gate.bias",
+    "mlp.gate.e_score_correction_bias",
+    "mlp.experts.gate_up_proj_bias",
+    "mlp.experts.down_proj_bias",
+)
+
 
 class Aligner:
     """Matches experts for one recipe; readers are matched when they are first read from.
@@ -45,7 +54,7 @@ class Aligner:
                 f"align_experts={self.by!r} needs mixtures, and {reference.reference} is dense: set align_experts: none"
             )
         parts = [suffix for suffix in reference.layer_shapes(layer) if suffix.startswith(("mlp.gate.", "mlp.experts."))]
-        if others := [suffix for suffix in parts if suffix not in MIXTURE]:
+        if others := [suffix for suffix in parts if suffix not in _MOVED]:
             raise UserError(
                 f"align_experts={self.by!r} moves experts and rows of {ROUTER} alone, and {reference.reference} has "
                 f"{others[0]}: set align_experts: none"
