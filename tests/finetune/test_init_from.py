@@ -97,23 +97,23 @@ def test_some_experts_in_another_dtype_than_the_others_load_in_transformers(tmp_
 
 def _on_ranks(stage: int, directory: str, save: str) -> dict:
     """Some steps; with the bytes read of the checkpoint that it begins with, of experts and of the rest."""
-    read, count = TensorFiles.read, {"experts": 0, "rest": 0}
+    read, count = TensorFiles.read_span, {"experts": 0, "rest": 0}
 
-    def counted(self, name, rows=None):
-        tensor = read(self, name, rows)
+    def counted(self, name, start, elements):
+        tensor = read(self, name, start, elements)
         if str(self.directory) == directory and not counted.over:
             count["experts" if EXPERT in name else "rest"] += tensor.nbytes
         return tensor
 
     counted.over = False
-    TensorFiles.read = counted
+    TensorFiles.read_span = counted
     try:
         cfg = config(2, 2, 2, ep=2, stage=stage, **sections(directory, 2))
         train_steps(cfg, 0)
         counted.over = True
         return train_steps(cfg, 3, save=save) | {"read": count}
     finally:
-        TensorFiles.read = read
+        TensorFiles.read_span = read
 
 
 def test_experts_under_expert_parallelism_and_zero(two_ranks, tmp_path, bases):
