@@ -4,6 +4,7 @@
 and ZeRO. Both keep fp32 master weights, clip by the true global norm and implement `TrainedState`.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Container, Sequence
 from typing import Any, Protocol
 
@@ -157,9 +158,9 @@ class _NamedState(Averaging, Turns):
         for parameter, decay, multiplier in self._decays:
             self._decay_rows(parameter, self._trained_rows[parameter], 1 - lr * multiplier * decay)
 
+    @abstractmethod
     def _decay_rows(self, parameter: nn.Parameter, rows: list[int], factor: float) -> None:
         """Multiply some rows of a parameter's fp32 weight."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def expert_gradient_squares(self) -> Tensor:
@@ -175,9 +176,9 @@ class _NamedState(Averaging, Turns):
                 squares_LE[rows[layer], held] += self._row_squares(self._parameters[entry.name]).to(squares_LE.device)
         return squares_LE
 
+    @abstractmethod
     def _row_squares(self, parameter: nn.Parameter) -> Tensor:
         """The square of the gradient's norm for each row of a stacked parameter, as far as this rank holds it."""
-        raise NotImplementedError
 
     def entries(self) -> list[ParameterShard]:
         return self._entries

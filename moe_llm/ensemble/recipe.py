@@ -10,6 +10,7 @@ have roles, the core, the small or the first one.
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -55,9 +56,9 @@ class _Fitted(Section):
     max_blocks: int | None = Field(None, ge=1, description="blocks of data used; null: all")
 
     @property
+    @abstractmethod
     def to_fit(self) -> str | None:
         """The key that is to be fitted before the ensemble can be used."""
-        raise NotImplementedError
 
     @model_validator(mode="after")
     def _data_has_a_use(self):

@@ -5,6 +5,7 @@ dispatch, experts, combine and statistics know of it.
 Dimensions: B sequences, S positions, T = B*S tokens, D hidden, E experts, R choices of a token, N routed rows.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ from moe_llm.ops.permutation import sort_by_expert
 from moe_llm.ops.wide_linear import wide_linear
 
 
-class Router(nn.Module):
+class Router(nn.Module, ABC):
     """Base of all routers. A subclass names its settings, writes `forward`, and may have losses and an update.
 
     Parameters and buffers are those that the settings name; `NAME.weight` is that of a linear map `NAME`. Parameters
@@ -72,9 +73,9 @@ class Router(nn.Module):
         for name, shape in self.settings.buffer_shapes(config).items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float32))
 
+    @abstractmethod
     def forward(self, x_BSD: Tensor, mask_BS: Tensor) -> Routing | WeightMixture:
         """The routing of hidden states (B, S, D), of which those where `mask_BS` (bool) holds are no padding."""
-        raise NotImplementedError
 
     @classmethod
     def losses(cls, settings: RouterSettings) -> list[RouterLoss]:
