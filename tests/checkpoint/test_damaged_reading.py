@@ -1,13 +1,13 @@
 """Damaged weights are refused by their tensor, or their file, by every command that reads them."""
 
 import json
-import random
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.damage import damage
 
 from moe_llm.cli import main
 
@@ -77,34 +77,13 @@ def test_a_loss_that_is_not_finite_is_no_result(finished_run, text, tmp_path, ca
     assert "no finite loss" in err
 
 
-def damage(copy: Path, other: Path, seed: int) -> None:
-    rng = random.Random(seed)
-    files = sorted(path for path in copy.rglob("*") if path.is_file() and path.suffix in (".safetensors", ".json"))
-    file = rng.choice(files)
-    content = bytearray(file.read_bytes())
-    kind = rng.choice(["flip", "truncate", "remove", "zero", "other run", "duplicate"])
-    if kind == "flip":
-        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-        file.write_bytes(content)
-    elif kind == "truncate":
-        file.write_bytes(content[: rng.randrange(len(content))])
-    elif kind == "remove":
-        file.unlink()
-    elif kind == "zero":
-        file.write_bytes(b"\0" * len(content))
-    elif kind == "other run":
-        shutil.copy(other / "model.safetensors", copy / "model.safetensors")
-    else:
-        shutil.copy(rng.choice(files), file.with_name(f"copy-{file.name}"))
-
-
 @pytest.mark.parametrize("seeds", [range(12), pytest.param(range(12, 200), marks=pytest.mark.grid)])
 def test_damaged_checkpoints_end_in_one_sentence_or_are_harmless(finished_run, text, tmp_path, capsys, seeds):
     """No traceback, no NaN written: every command answers 0 or 2, and 2 with one sentence."""
     good = finished_run / "checkpoints/latest"
     for seed in seeds:
         copy = Path(shutil.copytree(good, tmp_path / f"copy{seed}"))
-        damage(copy, finished_run / "checkpoints/step-00000003", seed)
+        damage(copy, finished_run / "checkpoints/step-00000003", seed, (".safetensors", ".json"))
         shutil.rmtree(tmp_path / "merged", ignore_errors=True)
         for name, command in commands(copy, good, text, tmp_path).items():
             code = main(command)

@@ -1,44 +1,17 @@
 """Damaged checkpoints are refused by a resume, or what it restores is what was saved, to the last bit."""
 
-import random
 import shutil
 
 import pytest
 import torch
 from checkpoint_fakes import FakeState, random_tensors, save_arguments, small_config, zeros_like
+from support.damage import damage
 
 from moe_llm.checkpoint.resume import find_resumable
 from moe_llm.checkpoint.state import load_checkpoint, save_checkpoint
 from moe_llm.errors import UserError
 
 CONFIG = small_config()
-KINDS = ["flip", "flip", "truncate", "remove", "zero", "other run", "duplicate", "swap"]
-
-
-def damage(checkpoint, other, seed: int) -> str:
-    rng = random.Random(seed)
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    file, kind = rng.choice(files), rng.choice(KINDS)
-    content = bytearray(file.read_bytes())
-    if kind == "flip":
-        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-        file.write_bytes(content)
-    elif kind == "truncate":
-        file.write_bytes(content[: rng.randrange(len(content))])
-    elif kind == "remove":
-        file.unlink()
-    elif kind == "zero":
-        file.write_bytes(b"\0" * len(content))
-    elif kind == "other run":
-        shutil.copy(other / file.relative_to(checkpoint), file)
-    elif kind == "duplicate":
-        shutil.copy(file, file.with_name(f"copy-{file.name}"))
-    else:
-        partner = rng.choice(files)
-        swapped = partner.read_bytes()
-        partner.write_bytes(content)
-        file.write_bytes(swapped)
-    return f"seed {seed}: {kind} {file.relative_to(checkpoint)}"
 
 
 @pytest.mark.parametrize("seeds", [range(25), pytest.param(range(25, 200), marks=pytest.mark.grid)])
