@@ -56,7 +56,7 @@ class Aligner:
         parts = [suffix for suffix in reference.layer_shapes(layer) if suffix.startswith(("mlp.gate.", "mlp.experts."))]
         if others := [suffix for suffix in parts if suffix not in _MOVED]:
             raise UserError(
-                f"align_experts={self.by!r} moves experts and rows of {ROUTER} alone, and {reference.reference} has "
+                f"align_experts={self.by!r} moves experts, rows of {ROUTER} and biases alone, and {reference.reference} has "
                 f"{others[0]}: set align_experts: none"
             )
         return _Aligned(other, partial(self._match, reference, layer, other, other_layer))
