@@ -53,6 +53,9 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _MAX_SHARD_SIZE = "5GB"
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
+# of a dense config.json: the first three are looked at by themselves, the last one splits products and changes none
+_WITHOUT_EFFECT = ("attention_bias", "mlp_bias", "layer_types", "pretraining_tp")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -120,7 +123,7 @@ def upcycled_config(content: Mapping[str, Any], recipe: Recipe, origin: str) -> 
             raise UserError(f"{origin}: {key}=true cannot be upcycled: Mixtral has no biases, give another checkpoint")
     if content.get("layer_types") and len(set(content["layer_types"])) > 1:
         raise UserError(f"{origin}: layer_types differ, which Mixtral cannot express: give another checkpoint")
-    filled = {**_DEFAULTS[kind], **content}
+    filled = {**_DEFAULTS[kind], **{key: value for key, value in content.items() if key not in _WITHOUT_EFFECT}}
     if kind == "llama":
         filled["sliding_window"] = None  # Llama has none, whatever its file says
     width, m = filled.get("intermediate_size", 14336), recipe.granularity
