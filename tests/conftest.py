@@ -30,6 +30,16 @@ def two_ranks():
     ranks.close()
 
 
+@pytest.fixture
+def two_ranks_of_a_run():
+    """Two ranks for one test: a whole run ends by taking down the process group, which others would still need."""
+    from support.ranks import Ranks
+
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
 @pytest.fixture(scope="session")
 def four_ranks():
     from support.ranks import Ranks

@@ -185,12 +185,12 @@ def _whole_run(config_path: str) -> list[dict]:
     return read_metrics(Path(cfg.run.dir) / "metrics.jsonl")
 
 
-def test_a_whole_run_trains_and_evaluates_as_one_process_does(two_ranks, make_config):
+def test_a_whole_run_trains_and_evaluates_as_one_process_does(two_ranks_of_a_run, make_config):
     """Loader, evaluation, checkpoint; and goes on from there in the other layout."""
     common = {"train": {"max_steps": 4, "micro_batch_size": 2}, "evaluate": {"every_steps": 2, "max_blocks": 5}}
     expected = _whole_run(str(make_config("one", **common)))
     shared = {"sequence_parallel_size": 2, "expert_parallel_size": 2}
-    found = two_ranks.run(_whole_run, str(make_config("shared", **common, parallel=shared)))
+    found = two_ranks_of_a_run.run(_whole_run, str(make_config("shared", **common, parallel=shared)))
     for line, other in zip(expected, found[0], strict=True):
         for key in ("tokens", "loss", "aux_loss", "grad_norm", *(["val_loss"] if "val_loss" in line else [])):
             assert other[key] == pytest.approx(line[key], rel=1e-4), (line["step"], key)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from support import runs
-from support.ranks import Ranks, fresh_accelerate
+from support.ranks import fresh_accelerate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_llm.cli import main
@@ -103,20 +103,16 @@ def test_a_resumed_run_goes_on_exactly(root, trained):
     assert runs.timeless(resumed) == runs.timeless(trained)
 
 
-def test_two_ranks_equal_one_and_what_is_left_out_is_told(root, trained):
-    ranks = Ranks(2)
-    try:
-        arguments = overrides(
-            root,
-            "ranks",
-            "train.micro_batch_size=2",
-            "train.max_steps=4",
-            "checkpoint.every_steps=4",
-            "parallel.expert_parallel_size=2",
-        )
-        codes, told = zip(*ranks.run(train_on_rank, arguments))
-    finally:
-        ranks.close()
+def test_two_ranks_equal_one_and_what_is_left_out_is_told(root, trained, two_ranks_of_a_run):
+    arguments = overrides(
+        root,
+        "ranks",
+        "train.micro_batch_size=2",
+        "train.max_steps=4",
+        "checkpoint.every_steps=4",
+        "parallel.expert_parallel_size=2",
+    )
+    codes, told = zip(*two_ranks_of_a_run.run(train_on_rank, arguments))
     assert codes == (0, 0)
     # the rows that are held out are not learned
     assert "data.sources.0 (train): of 28 examples 1 are left out and 0 cut" in told[0]

@@ -8,7 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from support import runs
-from support.ranks import Ranks, fresh_accelerate
+from support.ranks import fresh_accelerate
 from support.training import difference
 
 from moe_llm.cli import main
@@ -147,13 +147,9 @@ def test_settings_that_do_not_fit_are_refused(settings, capsys, changes, why):
     assert why in capsys.readouterr().err
 
 
-def test_two_ranks_with_shared_experts_equal_one_process(settings, tmp_path):
+def test_two_ranks_with_shared_experts_equal_one_process(settings, tmp_path, two_ranks_of_a_run):
     one = _weights(str(settings("one")))
-    ranks = Ranks(2)  # of its own: a run's end takes down the process group
-    try:
-        two = ranks.run(_weights, str(settings("two", parallel={"expert_parallel_size": 2})))
-    finally:
-        ranks.close()
+    two = two_ranks_of_a_run.run(_weights, str(settings("two", parallel={"expert_parallel_size": 2})))
     for name in ("loss", "margin", "accuracy", "grad_norm", "val_loss"):
         expected = [record[name] for record in runs.records(tmp_path / "one")]
         assert [record[name] for record in runs.records(tmp_path / "two")] == pytest.approx(
