@@ -295,6 +295,13 @@ class BiasBalancedSettings(RouterSettings):
         description="what an expert's bias is raised or lowered by after a step in which it had less or "
         "more than its even share",
     )
+    loss_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="of an expert's load, the part that goes by its tokens' share of all tokens' losses; the rest goes by "
+        "their number. Above 0 the bias moves in proportion to what the load is beyond the even one, by at most update_rate",
+    )
     norm_topk_prob: bool = Field(True, description="weights of a token's experts are divided by their sum")
     routed_scaling_factor: float = Field(1.0, gt=0, description="what weights are multiplied by then")
     n_group: int = Field(1, ge=1, description="groups of neighbouring experts, of equal size")
@@ -305,6 +312,14 @@ class BiasBalancedSettings(RouterSettings):
     @property
     def normalized(self) -> bool:
         return self.norm_topk_prob
+
+    @property
+    def learns_from_loss(self) -> bool:  # type: ignore[override]
+        return self.loss_share > 0
+
+    @property
+    def spreads(self) -> bool:  # type: ignore[override]
+        return not self.learns_from_loss
 
     def buffer_shapes(self, model: ModelSizes) -> Shapes:
         return {"e_score_correction_bias": (model.num_local_experts,)}

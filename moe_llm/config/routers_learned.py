@@ -105,6 +105,7 @@ class ReinforceSettings(RouterSettings):
         0.01, ge=0, description="weight of minus the mean entropy of a token's distribution: keeps the policy exploring"
     )
     spreads: ClassVar[bool] = False
+    learns_from_loss: ClassVar[bool] = True
     weighs: ClassVar[str] = "all experts of a token weigh the same"
 
     def unweighed(self, model: ModelSizes) -> list[str]:
@@ -127,6 +128,7 @@ class EMSettings(RouterSettings):
 
     type: Literal["em"] = "em"
     aux_loss_coef: ClassVar[float] = 0.0
+    learns_from_loss: ClassVar[bool] = True
     form: Literal["soft", "hard"] = Field(
         "soft",
         description="of the E-step. soft: experts are responsible as the posterior says; hard: the likeliest one alone",

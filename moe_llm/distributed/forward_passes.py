@@ -17,7 +17,6 @@ from moe_llm.data.packing import Batch, model_inputs
 from moe_llm.distributed.engine import Engine
 from moe_llm.distributed.step_loss import StepLoss
 from moe_llm.model.decoder import MoEOutput
-from moe_llm.model.moe.routers import ROUTERS
 
 _FOR_THE_LOSS = ("targets", "teacher", "preference")
 
@@ -46,7 +45,7 @@ def forward_passes(
 
     total = len(batches)
     # routers that learn from the tokens' losses have sums of these in their statistics
-    unread = () if ROUTERS[engine.model.config.router.type].learns_from_loss else _FOR_THE_LOSS
+    unread = () if engine.model.config.router.learns_from_loss else _FOR_THE_LOSS
     if not step_loss.counts_first:
         for i, batch in enumerate(batches):
             heartbeat(f"micro-batch {i + 1} of {total}")

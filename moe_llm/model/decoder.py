@@ -20,7 +20,7 @@ from moe_llm.model.moe.feedback import TokenLosses
 from moe_llm.model.moe.layer import MoELayer
 from moe_llm.model.moe.losses import router_loss_values
 from moe_llm.model.moe.router import Router
-from moe_llm.model.moe.routers import ROUTERS, router_losses
+from moe_llm.model.moe.routers import router_losses
 from moe_llm.model.moe.routing import RoutingStatistics
 from moe_llm.model.norm import RMSNorm
 from moe_llm.model.recomputation import keep_exchanges, keep_routing
@@ -267,7 +267,7 @@ class MoEDecoder(nn.Module):
             input_ids, attention_mask=attention_mask, document_ids=document_ids, runs=runs
         )
         stream_BSD, x_BSD, layers = self.model(input_ids, position_ids, patterns, mask_BS, document_ids, perturbation)
-        if self.training and targets is not None and ROUTERS[self.config.router.type].learns_from_loss:
+        if self.training and targets is not None and self.config.router.learns_from_loss:
             groups = Groups.of(mask_BS, document_ids)
             layers = self._with_feedback(layers, stream_BSD.flatten(0, 1), targets.flatten(), groups)
         # read by now, and of as many rows as there are tokens
@@ -310,6 +310,6 @@ class MoEDecoder(nn.Module):
             len(layers),
         )
         return [
-            router.feedback(layer, losses) if router.learns_from_loss and layer.handed_TX.numel() else layer
+            router.feedback(layer, losses) if layer.handed_TX.numel() else layer
             for router, layer in zip(self.model.routers, layers)
         ]

@@ -33,7 +33,7 @@ ROUTER = {
         "num_shared_experts": 2,
         "shared_expert_gate": True,
     },
-    "bias_balanced": {"update_rate": 0.05, "n_group": 2, "topk_group": 1, "num_shared_experts": 1},
+    "bias_balanced": {"update_rate": 0.05, "loss_share": 0.5, "n_group": 2, "topk_group": 1, "num_shared_experts": 1},
     "multi_head": {"heads": 3, "capacity_factor": 0.9, "overflow": "next", "global_entropy_coef": 0.1},
     "soft_moe": {"slots_per_expert": 2, "segment_length": 4, "entropy_bonus_coef": 0.1},
     "tilted": {},

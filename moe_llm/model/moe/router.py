@@ -35,8 +35,8 @@ class Router(nn.Module, ABC):
 
     by_document: `forward` takes the documents' ids (B, S) too, None where they are not isolated.
 
-    learns_from_loss: the router hands something on while training (`RoutingStatistics.handed_TX`) of which `feedback`
-    makes the sums for its losses, once the tokens' losses are known. last: whether this is the last layer's.
+    A router whose settings have `learns_from_loss` hands something on while training (`RoutingStatistics.handed_TX`) of
+    which `feedback` makes sums, once the tokens' losses are known. last: whether this is the last layer's.
 
     step: the optimizer step that is being computed, counted from 0; set by the training loop.
 
@@ -48,7 +48,6 @@ class Router(nn.Module, ABC):
     zero_parameters: ClassVar[tuple[str, ...]] = ()
     gains: ClassVar[dict[str, float]] = {}
     by_document: ClassVar[bool] = False
-    learns_from_loss: ClassVar[bool] = False
 
     def __init__(self, config: ModelConfig):
         super().__init__()

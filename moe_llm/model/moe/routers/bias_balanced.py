@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_llm.config.routers import BiasBalancedSettings
+from moe_llm.model.moe.feedback import TokenLosses
 from moe_llm.model.moe.router import Router, rows_by_token
 from moe_llm.model.moe.routing import Routing, RoutingStatistics
 from moe_llm.model.moe.token_choice import close_groups
@@ -18,7 +19,8 @@ class BiasBalancedRouter(Router):
     """A token takes the experts of the highest score + bias, weighted by their scores without it.
 
     After each step an expert that had less than its even share of all tokens gets a higher bias, one that had more a
-    lower one. For the entropies and the balance loss (DeepSeek-V3's complementary one is scope `sequence`), the
+    lower one. With `loss_share` its load is not how many tokens it had alone, but how large a part of the losses too: an
+    expert of difficult tokens gets fewer of them. For the entropies and the balance loss (DeepSeek-V3's complementary one is scope `sequence`), the
     distribution is the scores' shares.
     """
 
@@ -34,12 +36,15 @@ class BiasBalancedRouter(Router):
         weight_TK = score_TE.gather(-1, expert_TK)
         if self.settings.norm_topk_prob:
             weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
+        told = {"own_X": torch.zeros_like(logits_TE[0])} if self.settings.learns_from_loss else {}
+        entropy_T = torch.special.entr(share_TE).sum(-1)
+        statistics = self.statistics(logits_TE, share_TE, expert_TK, mask_BS, entropy_T=entropy_T, **told)
+        if self.settings.learns_from_loss and self.training:
+            statistics = statistics._replace(handed_TX=expert_TK.to(logits_TE.dtype))
         return Routing(
             **rows_by_token(expert_TK, weight_TK * self.settings.routed_scaling_factor, self.num_experts),
             logits_TE=logits_TE,
-            statistics=self.statistics(
-                logits_TE, share_TE, expert_TK, mask_BS, entropy_T=torch.special.entr(share_TE).sum(-1)
-            ),
+            statistics=statistics,
         )
 
     def log_probabilities(self, logits_TE: Tensor) -> Tensor:
@@ -59,6 +64,26 @@ class BiasBalancedRouter(Router):
             biased_TE = close_groups(biased_TE, best_TG, allowed)
         return biased_TE.topk(self.top_k, dim=-1).indices
 
+    def feedback(self, statistics: RoutingStatistics, losses: TokenLosses) -> RoutingStatistics:
+        """With the sum of its tokens' losses for each expert."""
+        expert_TK = statistics.handed_TX.long()
+        loss_TK = torch.where(losses.targets_T, losses.of_tokens(), 0.0)[:, None].expand(expert_TK.shape)
+        sum_E = torch.zeros_like(statistics.own_X).index_add(
+            0, expert_TK.flatten(), loss_TK.flatten().to(statistics.own_X)
+        )
+        return statistics._replace(own_X=sum_E)
+
     def after_step(self, total: RoutingStatistics) -> None:
-        counts_E = total.tokens_per_expert_E
-        self.e_score_correction_bias += self.settings.update_rate * (counts_E.mean() - counts_E).sign()
+        counts_E, rate = total.tokens_per_expert_E, self.settings.update_rate
+        if not self.settings.learns_from_loss:
+            self.e_score_correction_bias += rate * (counts_E.mean() - counts_E).sign()
+            return
+        part = self.settings.loss_share
+        load_E = (1 - part) * _relative(counts_E) + part * _relative(total.own_X)
+        self.e_score_correction_bias += rate * (1 - load_E).clamp(-1, 1)
+
+
+def _relative(amount_E: Tensor) -> Tensor:
+    """Over the even share; 1 of nothing."""
+    mean = amount_E.mean()
+    return torch.where(mean > 0, amount_E / mean.clamp(min=torch.finfo(amount_E.dtype).tiny), 1.0)

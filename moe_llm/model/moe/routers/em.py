@@ -3,8 +3,6 @@
 Dimensions: T tokens, D hidden, E experts, K experts per token, R = T*E rows, one for each expert of each token.
 """
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,7 +30,6 @@ class EMRouter(Router):
 
     Settings = EMSettings
     settings: EMSettings
-    learns_from_loss: ClassVar[bool] = True
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor) -> Routing:
         logits_TE = self.logits(x_BSD)

@@ -5,8 +5,6 @@ Neural Networks for faster models"; Rosenbaum et al. 2018): the experts are samp
 Dimensions: B sequences, S positions, T = B*S tokens, D hidden, E experts, K experts per token.
 """
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -32,7 +30,6 @@ class ReinforceRouter(Router):
     settings: ReinforceSettings
     load: Tensor
     zero_parameters = ("baseline_weight",)
-    learns_from_loss: ClassVar[bool] = True
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor) -> Routing:
         logits_TE = self.logits(x_BSD)
