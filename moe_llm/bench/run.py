@@ -19,8 +19,9 @@ from moe_llm.bench.parts import PARTS, marked, seconds_by_part, span
 from moe_llm.bench.products import measure_products, peak_rate, step_products, synchronize
 from moe_llm.config import Config
 from moe_llm.config.adversarial import AdversarialConfig
+from moe_llm.data.blocks import TrainBlocks
 from moe_llm.data.cache import TokenizedText
-from moe_llm.data.loader import TrainBlocks, TrainLoader
+from moe_llm.data.loader import TrainLoader
 from moe_llm.data.packing import Batch, PackedBlocks, model_inputs
 from moe_llm.distributed.engine import Engine
 from moe_llm.distributed.forward_passes import forward_passes

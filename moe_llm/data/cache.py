@@ -141,16 +141,19 @@ class Encoding:
         """
         read = _sides if isinstance(self.encoder, SideEncoder) else _examples if self.chat else _texts
         with publish_resumable(directory, "data.cache_dir", JOURNAL, owner) as temporary:
-            _build(
-                read(self, pieces),
-                self._encode,
-                self._look,
-                self.encoder.dtype,
-                self.chat,
-                temporary,
-                threads,
-                advance,
-            )
+            self.build(read(self, pieces), temporary, threads, advance)
+
+    def build(self, pieces: Iterable["_Piece"], directory: Path, threads: int, advance: Callable[[int], None]) -> None:
+        """Tokenise into a directory that is there."""
+        _build(pieces, self._encode, self._look, self.encoder.dtype, self.chat, directory, threads, advance)
+
+    def pieces_of(self, text: str) -> Iterator["_Piece"]:
+        """Each part of a document."""
+        assert not isinstance(self.encoder, ChatEncoder | SideEncoder), "examples are no documents"
+        for split, part in zip(SPLITS, self.holdout.divide(text)):
+            if part:
+                size = self.encoder.utf8_length(part)
+                yield _Piece(split, part, size, size)
 
     def _encode(self, batch: list[_Piece]) -> list[Tokens]:
         content: list[Any] = [piece.content for piece in batch]
@@ -394,14 +397,9 @@ def put_meta(directory: Path, meta: dict[str, Any]) -> None:
 
 def _texts(encoding: Encoding, pieces: Sequence[Piece]) -> Iterator[_Piece]:
     """Each part of each document."""
-    encoder = encoding.encoder
-    assert not isinstance(encoder, ChatEncoder | SideEncoder), "examples are no documents"
-    read = read_token_documents if isinstance(encoder, TokenFileEncoder) else read_documents
+    read = read_token_documents if isinstance(encoding.encoder, TokenFileEncoder) else read_documents
     for text in read(encoding.source, encoding.field, pieces):
-        for split, part in zip(SPLITS, encoding.holdout.divide(text)):
-            if part:
-                size = encoder.utf8_length(part)
-                yield _Piece(split, part, size, size)
+        yield from encoding.pieces_of(text)
 
 
 def _examples(encoding: Encoding, pieces: Sequence[Piece]) -> Iterator[_Piece]:

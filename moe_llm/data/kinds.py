@@ -52,13 +52,18 @@ def file_kind(path: Path, format: str = "auto") -> str:
     tokens = token_kind(path, format)
     if format != "auto" or tokens is not None:
         return tokens or format
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _PACKINGS:
-        suffixes.pop()
-    kind = _BY_SUFFIX.get(suffixes[-1] if suffixes else "", "text")
+    kind = kind_by_name(path.name)
     if kind in ("json", "jsonl"):  # an array of rows or lines of them, whatever its name says
         return "json" if _begin(path).startswith(b"[") else "jsonl"
     return "parquet" if kind == "text" and _peek(path).startswith(b"PAR1") else kind
+
+
+def kind_by_name(name: str) -> str:
+    """The kind that a file's ending says."""
+    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
+    if suffixes and suffixes[-1] in _PACKINGS:
+        suffixes.pop()
+    return _BY_SUFFIX.get(suffixes[-1] if suffixes else "", "text")
 
 
 def _peek(path: Path) -> bytes:

@@ -7,26 +7,29 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from moe_llm.config import Config, SourceConfig
 from moe_llm.data.best_fit import PackedDocuments
-from moe_llm.data.cache import SPLITS, TokenizedText
+from moe_llm.data.blocks import TrainBlocks, ValidationBlocks
+from moe_llm.data.cache import SPLITS, TokenizedText, available_cores
 from moe_llm.data.chat import read_examples
 from moe_llm.data.chat_template import ChatEncoder
 from moe_llm.data.documents import DocumentEncoder, SpecialText, check_rows
 from moe_llm.data.examples import PackedExamples
-from moe_llm.data.order import Mixture, drawn, shuffled
-from moe_llm.data.packing import Batch, PackedBlocks, as_batch
+from moe_llm.data.packing import Batch, PackedBlocks
 from moe_llm.data.pairs import PackedPairs
-from moe_llm.data.shards import cached_tokens, settings_of
+from moe_llm.data.shards import cached_tokens, entry_of, settings_of
 from moe_llm.data.similar import in_similar_order
 from moe_llm.data.sources import check_sources, named_sources, named_validation_sources, read_documents
 from moe_llm.data.split import HoldOut, find_holdout
+from moe_llm.data.stream import Cursor
+from moe_llm.data.streamed_blocks import StreamedBlocks, Windows
 from moe_llm.data.tokenizer import end_token_ids
 from moe_llm.errors import UserError
 
@@ -34,64 +37,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
-
-
-class TrainBlocks:
-    """The endless sequence of training samples; sample g is a pure function of (seed, g).
-
-    Without weights an epoch is every block of every source once, shuffled together. With weights, sources
-    are mixed by them, each going through its own blocks epoch after epoch. With a bootstrap seed an epoch is as many
-    draws from those blocks with replacement, the same ones in every epoch (Breiman 1996, "Bagging Predictors").
-    """
-
-    def __init__(
-        self,
-        sources: Sequence[PackedBlocks],
-        weights: Sequence[float] | None,
-        seed: int,
-        bootstrap_seed: int | None = None,
-    ):
-        self.sources, self.seed, self.bootstrap_seed = list(sources), seed, bootstrap_seed
-        self._ends = np.cumsum([len(source) for source in sources])
-        self._mixture = None if weights is None or len(sources) == 1 else Mixture(list(weights), seed)
-
-    def __len__(self) -> int:
-        """Blocks of all sources; without weights, the samples of an epoch."""
-        return int(self._ends[-1])
-
-    @property
-    def fill(self) -> float:
-        """Share of the samples' places that hold a token and no padding, over an epoch or by the weights."""
-        length = self.sources[0].sequence_length
-        shares = [len(source) for source in self.sources] if self._mixture is None else self._mixture.quota.tolist()
-        filled = sum(share * s.places / max(len(s) * length, 1) for share, s in zip(shares, self.sources))
-        return filled / sum(shares)
-
-    def locate(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """(source, block of that source) of samples start .. start + count, (count,) int64 both."""
-        position = np.arange(start, start + count, dtype=np.int64)
-        if self._mixture is None:
-            flat = self._drawn(shuffled(position, len(self), self.seed, 0), len(self), 0)
-            source = np.searchsorted(self._ends, flat, side="right")
-            return source, flat - (self._ends[source] - [len(self.sources[s]) for s in source])
-        source, nth = self._mixture(position)
-        block = np.empty_like(nth)
-        for s in np.unique(source):
-            length, stream = len(self.sources[s]), int(s) + 1
-            block[source == s] = self._drawn(shuffled(nth[source == s], length, self.seed, stream), length, stream)
-        return source, block
-
-    def _drawn(self, index: np.ndarray, length: int, stream: int) -> np.ndarray:
-        """What stands in each block's place."""
-        return index if self.bootstrap_seed is None else drawn(index, length, self.bootstrap_seed, stream)
-
-    def rows(self, start: int, count: int) -> Batch:
-        """Samples start .. start + count as one batch."""
-        arrays = self.sources[0].empty_arrays(count)
-        source_B, block_B = self.locate(start, count)
-        for row, (source, block) in enumerate(zip(source_B, block_B)):
-            self.sources[source].write(int(block), row, arrays)
-        return replace(as_batch(arrays), sources_B=torch.from_numpy(np.array(source_B, np.int64)))
 
 
 class TrainLoader:
@@ -184,76 +129,6 @@ class TrainLoader:
             self._queue.put(error)
 
 
-class ValidationBlocks:
-    """Held-out blocks.
-
-    Args:
-        max_blocks: as many, evenly spread over all; None for all.
-    """
-
-    def __init__(self, sources: Sequence[PackedBlocks], max_blocks: int | None = None):
-        self.sources = list(sources)
-        every = [(s, b) for s, source in enumerate(self.sources) for b in range(len(source))]
-        count = len(every) if max_blocks is None else min(max_blocks, len(every))
-        self.blocks = [every[i * len(every) // count] for i in range(count)]
-        if count == len(every):
-            held = sum(source.bytes for source in self.sources)
-            targets = sum(source.targets for source in self.sources)
-        else:
-            held = sum(self.sources[s].bytes_of(b) for s, b in self.blocks)
-            targets = sum(self._rows([block]).num_targets for block in self.blocks)
-        assert targets, "a document has at least one target"
-        self.num_targets = targets
-        self.bytes_per_token = held / targets
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def bits_per_byte(self, loss: float) -> float:
-        """A mean loss in nats a target token, as bits for each UTF-8 byte of held-out text."""
-        return loss / math.log(2) / self.bytes_per_token
-
-    def _rows(self, blocks: list[tuple[int, int]], rows: int | None = None) -> Batch:
-        arrays = self.sources[0].empty_arrays(rows or len(blocks))
-        for row, (source, block) in enumerate(blocks):
-            self.sources[source].write(block, row, arrays)
-        return as_batch(arrays)
-
-    def batches(
-        self, *, micro_batch_size: int, rank: int = 0, world_size: int = 1, part: tuple[int, int] = (0, 1)
-    ) -> Sequence[Batch]:
-        """This rank's batches: as many on every rank and of the same shape; some rows may be all padding."""
-        return _ValidationBatches(self, micro_batch_size, rank, world_size, part)
-
-
-class _ValidationBatches(Sequence):
-    """Batches made when asked for: a large held-out split is not held in memory."""
-
-    def __init__(
-        self, blocks: ValidationBlocks, micro_batch_size: int, rank: int, world_size: int, part: tuple[int, int]
-    ):
-        self._source, self._m, self._part = blocks, micro_batch_size, part
-        self._mine = blocks.blocks[rank::world_size]
-        self._count = -(-len(blocks) // (micro_batch_size * world_size))
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> Batch:
-        if not -self._count <= index < self._count:
-            raise IndexError(index)
-        index %= self._count
-        rows = self._source._rows(self._mine[index * self._m : (index + 1) * self._m], self._m)
-        return rows.take_part(*self._part)
-
-
-def validation_batches(
-    validation: ValidationBlocks, *, micro_batch_size: int, rank: int = 0, world_size: int = 1
-) -> Sequence[Batch]:
-    """`ValidationBlocks.batches`, as a function."""
-    return validation.batches(micro_batch_size=micro_batch_size, rank=rank, world_size=world_size)
-
-
 @dataclass(frozen=True)
 class SourceStatistics:
     """One source's share of a split. tokens: with bos and eos; blocks: of the sequence length; dropped, truncated:
@@ -305,6 +180,21 @@ class Data:
     statistics: list[SourceStatistics]
     fingerprint: Sequence[SourceFingerprint] = ()
 
+    def streams(self, samples: int) -> dict[str, dict[str, Any]] | None:
+        """Where the sources that stream are behind the first samples, for a checkpoint; None where none does."""
+        return {str(number): state for number, state in self.train.streams(samples).items()} or None
+
+    def resume_streams(self, streams: Mapping[str, dict[str, Any]] | None) -> None:
+        """Go on from what `streams` has returned, before a loader reads; None: from the begin."""
+        for number, source in enumerate(self.train.sources):
+            if isinstance(source, StreamedBlocks):
+                source.resume((streams or {}).get(str(number)))
+
+    def progress(self, samples: int) -> dict[str, dict[str, float]]:
+        """Of each training source, by name, tokens and epochs of the first samples."""
+        names = [part.name for part in self.statistics if part.split == "train"]
+        return dict(zip(names, self.train.progress(samples)))
+
 
 def load_data(
     config: Config,
@@ -313,10 +203,14 @@ def load_data(
     rank: int = 0,
     world_size: int = 1,
     show_progress: bool = True,
+    streams: Mapping[str, dict[str, Any]] | None = None,
 ) -> Data:
     """Everything a run reads: from the cache, which is built first where it is missing.
 
     Every rank calls it: one rank of a host builds while the others wait. Rank 0 alone shows progress.
+
+    Args:
+        streams: `Data.streams` of the checkpoint that the run resumes from.
 
     Raises:
         UserError: unusable sources, or nothing left to train on or to hold out.
@@ -325,7 +219,15 @@ def load_data(
     check_sources(config)
     holdout = find_holdout(config)
 
+    windows: dict[str, Windows] = {}
+
     def tokens(field: str, source: SourceConfig, divide: HoldOut) -> dict[str, TokenizedText]:
+        if source.streaming:
+            cache = Path(data.cache_dir).expanduser()
+            entry = entry_of(source, field, divide, tokenizer, cache, data.train_on, data.parse_special_tokens)
+            threads = data.num_workers or available_cores()
+            windows[field] = Windows(cache, entry.name, entry.encoding, threads)
+            return windows[field].open(0, Cursor()).text
         shown = show_progress and rank == 0
         return cached_tokens(source, field, divide, tokenizer, **settings_of(data), show_progress=shown)
 
@@ -351,7 +253,14 @@ def load_data(
             for field, source in named_validation_sources(config)
         ]
         prints += [_fingerprint(*part) for part in parts if part[0].startswith("data.validation_sources")]
-    blocks = [(field, split, packed(text)) for field, split, text in parts]
+
+    def blocks_of(field: str, split: str, text: TokenizedText) -> PackedBlocks:
+        if split == "validation" or field not in windows:
+            return packed(text)
+        number = int(field.rpartition(".")[2])
+        return StreamedBlocks(windows[field], packed(text), packed, config.run.seed, number + 1)
+
+    blocks = [(field, split, blocks_of(field, split, text)) for field, split, text in parts]
     if rank == 0:
         for name, split, text in parts:
             _report_turns_without_end(name, split, text, tokenizer)
@@ -359,17 +268,44 @@ def load_data(
     train = [part for _, split, part in blocks if split == "train"]
     for (field, source), part in zip(named_sources(config), train):
         _check_not_all_dropped(part, field, config)
-        if not len(part) and (source.weight is not None or not any(map(len, train))):
+        mixed = source.weight is not None or data.stages
+        if not len(part) and (mixed or not any(map(len, train))):
             raise UserError(f"{field} has no text left to train on, all is held out: add text to it or remove it")
     held_out = [part for _, split, part in blocks if split == "validation"]
     if not any(map(len, held_out)):
         for field, split, part in blocks:
             if split == "validation":
                 _check_not_all_dropped(part, field, config)
-    validation = ValidationBlocks(held_out, config.evaluate.max_blocks)
-    weights = [source.weight for source in data.sources]
-    order = TrainBlocks(train, None if None in weights else weights, config.run.seed, data.bootstrap_seed)
-    return Data(order, validation, [_statistics(*named) for named in blocks], prints)
+    if windows and not any(map(len, held_out)):
+        raise UserError(
+            f"the first 16 MiB of {', '.join(windows)} hold no document that is held out: set data.validation_sources, or "
+            "raise data.validation_fraction"
+        )
+    names = [name for name, split, _ in blocks if split == "validation"]
+    validation = ValidationBlocks(held_out, config.evaluate.max_blocks, names)
+    order = _mixed(config, train)
+    found = Data(order, validation, [_statistics(*named) for named in blocks], prints)
+    found.resume_streams(streams)
+    return found
+
+
+def _mixed(config: Config, train: list[PackedBlocks]) -> TrainBlocks:
+    """The training samples in their order."""
+    seed, bootstrap_seed = config.run.seed, config.data.bootstrap_seed
+    weights = [source.weight for source in config.data.sources if source.weight is not None]
+    batch = config.train.global_batch_size
+    stages = [(stage.from_step * batch, stage.weights) for stage in config.data.stages]
+    if not stages:
+        return TrainBlocks(train, weights or None, seed, bootstrap_seed)
+    mixed = TrainBlocks(train, weights or None, seed, bootstrap_seed, stages)
+    samples = math.ceil((config.train.max_steps or 0) * batch)
+    if not samples:  # as many as it takes to read max_tokens, whose share of padding depends on how many
+        assert config.train.max_tokens is not None, "one of the two is given"
+        wanted = config.train.max_tokens / config.data.sequence_length
+        samples = math.ceil(wanted)
+        for _ in range(8):
+            samples = math.ceil(wanted / mixed.fill_of(samples))
+    return TrainBlocks(train, weights or None, seed, bootstrap_seed, stages, samples)
 
 
 def _report_turns_without_end(

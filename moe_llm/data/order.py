@@ -3,10 +3,12 @@
 Nothing is drawn from a generator with a state: any process can ask for any sample.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 _ROUNDS = 6
-_PERIOD = 2**16  # samples after which a mixture repeats its pattern: the resolution of weights
+PERIOD = 2**16  # samples after which a mixture repeats its pattern: the resolution of weights
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -68,21 +70,66 @@ class Mixture:
     """
 
     def __init__(self, weights: list[float], seed: int):
-        share = np.array(weights, np.float64) / sum(weights) * _PERIOD
+        share = np.array(weights, np.float64) / sum(weights) * PERIOD
         self.quota = np.maximum(1, np.floor(share).astype(np.int64))
-        while (missing := _PERIOD - int(self.quota.sum())) > 0:
+        while (missing := PERIOD - int(self.quota.sum())) > 0:
             self.quota[np.argsort(self.quota - share, kind="stable")[:missing]] += 1
         self.quota[np.argmax(self.quota)] += missing  # what the smallest got beyond their share, if anything
         random = np.random.Generator(np.random.PCG64([seed, 0x6D6978]))
         source = np.repeat(np.arange(len(weights)), self.quota)
         # One sample in each of a source's equal stretches of the period, at a random place in it.
         rank = np.concatenate([np.arange(q) for q in self.quota])
-        when = (rank + random.random(_PERIOD)) / self.quota[source]
+        when = (rank + random.random(PERIOD)) / self.quota[source]
         order = np.argsort(when, kind="stable")
         self._source, self._rank = source[order], rank[order]
 
+    def taken(self, samples: int) -> np.ndarray:
+        """(sources,) how many of the first samples are of each source."""
+        periods, slot = divmod(samples, PERIOD)
+        return periods * self.quota + np.bincount(self._source[:slot], minlength=len(self.quota))
+
     def __call__(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(source, its samples so far) of each sample, (R,) int64 both."""
-        period, slot = np.divmod(position, _PERIOD)
+        period, slot = np.divmod(position, PERIOD)
         source = self._source[slot]
         return source, period * self.quota[source] + self._rank[slot]
+
+
+class StagedMixture:
+    """Mixtures that follow each other; each source goes on where the stage before has left it.
+
+    Args:
+        stages: (first sample, weights) of each, the first from sample 0; a source of weight 0 has no sample.
+    """
+
+    def __init__(self, stages: Sequence[tuple[int, Sequence[float]]], seed: int):
+        assert stages[0][0] == 0, "every sample has a stage"
+        self._begins = np.array([begin for begin, _ in stages], np.int64)
+        self._members = [np.flatnonzero(weights) for _, weights in stages]
+        self._mixtures = [Mixture([weight for weight in weights if weight], seed) for _, weights in stages]
+        self._sources = len(stages[0][1])
+        self._before = [np.zeros(self._sources, np.int64)]  # of each stage: samples of each source before it
+        for stage in range(len(stages) - 1):
+            length = int(self._begins[stage + 1] - self._begins[stage])
+            self._before.append(self._before[stage] + self._taken_of(stage, length))
+
+    def _taken_of(self, stage: int, samples: int) -> np.ndarray:
+        found = np.zeros(self._sources, np.int64)
+        found[self._members[stage]] = self._mixtures[stage].taken(samples)
+        return found
+
+    def taken(self, samples: int) -> np.ndarray:
+        """(sources,) how many of the first samples are of each source."""
+        stage = int(np.searchsorted(self._begins, samples, side="right")) - 1
+        return self._before[stage] + self._taken_of(stage, samples - int(self._begins[stage]))
+
+    def __call__(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(source, its samples so far) of each sample, (R,) int64 both."""
+        source, nth = np.empty_like(position), np.empty_like(position)
+        stages = np.searchsorted(self._begins, position, side="right") - 1
+        for stage in np.unique(stages).tolist():
+            here = stages == stage
+            member, count = self._mixtures[stage](position[here] - self._begins[stage])
+            source[here] = self._members[stage][member]
+            nth[here] = self._before[stage][source[here]] + count
+        return source, nth

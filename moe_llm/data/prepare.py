@@ -55,6 +55,8 @@ def prepare_share(config: Config, share: tuple[int, int]) -> list[dict[str, Any]
     parts += [(field, source, HoldOut()) for field, source in named_validation_sources(config)]
     told = []
     for field, source, divide in parts:
+        if source.streaming:  # it is tokenised while it is trained on
+            continue
         mine, shards, where = tokenise_share(
             source, field, divide, tokenizer, share=Share(*share), show_progress=True, **settings_of(config.data)
         )
@@ -89,7 +91,7 @@ def manifest(config: Config, data: Data, tokenizer_hash: str) -> dict[str, Any]:
                 for name, size, digest in file_records(source, field, Path(config.data.cache_dir).expanduser())
             ]
             for field, source in sources
-            if source.type != "hub"
+            if source.type != "hub" and not source.streaming
         },
     }
 

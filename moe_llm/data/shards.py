@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from moe_llm.config import SourceConfig
-from moe_llm.config.schema import DataConfig
+from moe_llm.config.data import DataConfig
 from moe_llm.data.cache import (
     SPLITS,
     Encoding,
@@ -97,7 +97,7 @@ def cached_tokens(
     Raises:
         UserError: unreadable text, or no space left; nothing of the cache entry remains then.
     """
-    entry = _entry(source, field, holdout, tokenizer, Path(cache_dir).expanduser(), train_on, parse_special_tokens)
+    entry = entry_of(source, field, holdout, tokenizer, Path(cache_dir).expanduser(), train_on, parse_special_tokens)
     if not is_whole(entry.directory):
         entry.build(num_workers or available_cores(), show_progress)
     return {split: open_split(entry.directory, split) for split in SPLITS}
@@ -124,7 +124,7 @@ def tokenise_share(
 ) -> tuple[int, int, Path]:
     """Make one machine's share of a source's shards, as `cached_tokens` would: (shards of the share, shards of the source,
     where they are)."""
-    entry = _entry(source, field, holdout, tokenizer, Path(cache_dir).expanduser(), train_on, parse_special_tokens)
+    entry = entry_of(source, field, holdout, tokenizer, Path(cache_dir).expanduser(), train_on, parse_special_tokens)
     shards = shards_of(source, field)
     mine = range(share.number, len(shards), share.machines)
     if is_whole(entry.directory):
@@ -138,7 +138,7 @@ def tokenise_share(
     return len(mine), len(shards), entry.unfinished
 
 
-def _entry(
+def entry_of(
     source: SourceConfig,
     field: str,
     holdout: HoldOut,
@@ -146,7 +146,8 @@ def _entry(
     cache: Path,
     train_on: str,
     parse_special_tokens: bool,
-) -> "_Entry":
+) -> "Entry":
+    """Where a source's tokens are, or will be, and what makes them."""
     inputs = [_VERSION, fingerprint(source, field, cache), holdout.key(), content_hash(tokenizer), len(tokenizer)]
     encoder: DocumentEncoder | ChatEncoder | SideEncoder | TokenFileEncoder
     special = None
@@ -162,11 +163,12 @@ def _entry(
         inputs += ["parse_special_tokens"] if parse_special_tokens else []
         if holds_tokens(source, field):
             encoder, special = TokenFileEncoder(tokenizer, field, encoder.bos, encoder.eos, encoder.dtype), None
-    name = f"tokens-{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]}"
-    return _Entry(cache, name, Encoding(source, field, holdout, encoder, special))
+    kind = "stream" if source.streaming else "tokens"
+    name = f"{kind}-{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]}"
+    return Entry(cache, name, Encoding(source, field, holdout, encoder, special))
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
     """A source's place in the cache."""
 
     cache: Path
@@ -354,7 +356,7 @@ class _Process:
                 stream.close()
 
 
-def _assemble(entry: _Entry, count: int) -> None:
+def _assemble(entry: Entry, count: int) -> None:
     """Make a whole entry of whole shards: their documents' begins and lengths in one file each, and what they are."""
     folder, names = entry.unfinished, [_shard_name(k) for k in range(count)]
     metas = [read_meta(folder / name) for name in names]

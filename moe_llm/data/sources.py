@@ -19,6 +19,7 @@ from moe_llm.data.hashes import file_hashes
 from moe_llm.data.kinds import beside_tokens, companion, file_kind, looks_like_rows, token_kind
 from moe_llm.data.pieces import Piece, Place, grouped, shard_bytes
 from moe_llm.data.rows import divided, documents_of, first_line, records_of, text_key, text_of, tokens_of
+from moe_llm.data.stream import DocumentStream, stream_files
 from moe_llm.errors import UserError
 
 T = TypeVar("T")
@@ -44,7 +45,9 @@ def check_sources(config: Config) -> None:
         UserError: names field, path and remedy.
     """
     for field, source in named_sources(config) + named_validation_sources(config):
-        if source.type != "hub":
+        if source.streaming and source.type == "files":
+            stream_files(source, field)
+        elif source.type != "hub":
             list_files(source, field)
         if holds_tokens(source, field) and config.tokenizer.path is None:
             raise UserError(
@@ -101,7 +104,7 @@ def holds_tokens(source: SourceConfig, field: str) -> bool:
     Raises:
         UserError: some are, and others hold text.
     """
-    if source.type != "files":
+    if source.type != "files" or source.streaming:
         return False
     files = list_files(source, field)
     kinds = {token_kind(path, source.format) for path in files}
@@ -124,13 +127,18 @@ def _stdlib_files() -> list[Path]:
 
 def source_bytes(source: SourceConfig, field: str) -> int | None:
     """Size of a source's files in bytes, None where it is unknown (hub); for progress bars."""
-    return None if source.type == "hub" else sum(path.stat().st_size for path in list_files(source, field))
+    return (
+        None
+        if source.type == "hub" or source.streaming
+        else sum(path.stat().st_size for path in list_files(source, field))
+    )
 
 
 def source_settings(source: SourceConfig, *left_out: str) -> dict[str, Any]:
     """What a source says, as JSON values. Keys that came later are left out where they say nothing, so that what was made
     of a source before is found again."""
     later = (["content"] if source.content == "text" else []) + (["columns"] if source.columns is None else [])
+    later += [] if source.streaming else ["streaming"]
     return source.model_dump(mode="json", exclude={*left_out, *later})
 
 
@@ -144,6 +152,8 @@ def fingerprint(source: SourceConfig, field: str, cache: Path) -> list:
         cache: where the hashes of large files are remembered.
     """
     settings = source_settings(source, "weight", "path")
+    if source.streaming and source.type == "files":
+        return [settings, [list(file) for file in stream_files(source, field)]]
     if source.type == "hub":
         local = Path(source.path).expanduser()
         found = sorted(p for p in local.rglob("*") if p.is_file()) if local.is_dir() else []
@@ -183,7 +193,9 @@ def read_documents(source: SourceConfig, field: str, pieces: Sequence[Piece] | N
         UserError: unreadable, undecodable or malformed text, by file and line or byte; no text at all.
     """
     count = 0
-    if source.type == "hub":
+    if source.streaming:
+        documents = stream_texts(DocumentStream(source, field), source, field)
+    elif source.type == "hub":
         documents = _hub_documents(source, field, pieces)
     else:
         if pieces is None:
@@ -210,6 +222,19 @@ def read_token_documents(source: SourceConfig, field: str, pieces: Sequence[Piec
     """The documents of a source of token files, as text of ids (`moe_llm.data.token_files`); none is empty."""
     found = _from_pieces(source, field, pieces, lambda piece: tokens_of(piece, source, field))
     return (text for text in found if text)
+
+
+def stream_texts(stream: DocumentStream, source: SourceConfig, field: str) -> Iterator[str]:
+    """The texts that are left of an epoch of a stream; none is empty.
+
+    Raises:
+        UserError: rows without text, or a stream that cannot be read.
+    """
+    with _loading(source, field):
+        for row, record in enumerate(stream.read_epoch()):
+            text = text_of(record, source.text_field, f"{source.path}, row {row} of those read here", field)
+            if text:
+                yield text
 
 
 def no_text(source: SourceConfig, field: str) -> UserError:

@@ -9,13 +9,14 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moe_llm.config import Config, SourceConfig
 from moe_llm.data.chat import read_examples
 from moe_llm.data.files import replace_file
+from moe_llm.data.pieces import Piece
 from moe_llm.data.preference import read_pairs
 from moe_llm.data.sources import fingerprint, named_sources, named_validation_sources, read_documents
 from moe_llm.data.texts import read_texts
@@ -60,16 +61,22 @@ class HoldOut:
         return [_VERSION, self.below, sorted(self.listed), list(self.tail) if self.tail else None]
 
 
-def training_texts(field: str, source: SourceConfig, holdout: HoldOut) -> Iterator[str]:
-    """Training text of a source's documents, in order; of chat, what is said in it."""
+def training_texts(
+    field: str, source: SourceConfig, holdout: HoldOut, pieces: Sequence[Piece] | None = None
+) -> Iterator[str]:
+    """Training text of a source's documents, in order; of chat, what is said in it.
+
+    Args:
+        pieces: those that are read; None: all.
+    """
     if source.content == "preference":
-        pairs = read_pairs(source, field)
+        pairs = read_pairs(source, field, pieces)
         yield from (side.plain for pair in pairs if holdout.divide(pair.text)[0] for side in pair)
         return
     if source.content == "chat":
-        yield from (found.plain for found in read_examples(source, field) if holdout.divide(found.text)[0])
+        yield from (found.plain for found in read_examples(source, field, pieces) if holdout.divide(found.text)[0])
         return
-    for text in read_documents(source, field):
+    for text in read_documents(source, field, pieces):
         train, _ = holdout.divide(text)
         if train:
             yield train

@@ -4,21 +4,24 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_llm.config import Config
+from moe_llm.config import Config, SourceConfig
 from moe_llm.data import spm
 from moe_llm.data.chat_template import template_setting, turn_end_id, write_template
 from moe_llm.data.documents import has_no_bos, obey_add_bos_token, vocabulary_size
 from moe_llm.data.files import building, publish, replace_file
+from moe_llm.data.pieces import Piece
 from moe_llm.data.sources import (
     fingerprint,
     named_sources,
     named_validation_sources,
+    shards_of,
     source_bytes,
     source_settings,
 )
@@ -34,6 +37,8 @@ logger = logging.getLogger(__name__)
 _KEY_FILE = "built_from.json"
 _VERSION = 1
 _PADDING = 256  # a vocabulary may be rounded up to a multiple of this
+READ_WHOLE_BYTES = 256 * 2**20  # of a source; of a larger one, some shards are read for the sample
+_SPREAD_SHARDS = 16
 _LONG_TEXT = 65536  # characters; longer documents are sampled in part, shorter ones whole or not at all
 _PROBES = [
     "",
@@ -488,9 +493,12 @@ def _sampled(config: Config) -> Iterator[str]:
     chosen = random.Random(config.run.seed)
     for (field, source), size, weight in zip(sources, sizes, weights):
         budget = config.tokenizer.train_bytes * weight / sum(weights)
+        pieces = None
+        if size is not None and size > READ_WHOLE_BYTES:
+            pieces, size = _spread(source, field, budget)
         # Spread over the source; a fifth more than the budget, because a draw can fall short of it.
         share = 1.0 if size is None else min(1.0, 1.2 * budget / size)
-        for text in training_texts(field, source, holdout):
+        for text in training_texts(field, source, holdout, pieces):
             if len(text) > _LONG_TEXT:
                 text = text[: max(_LONG_TEXT, int(share * len(text)))]
             elif chosen.random() >= share:
@@ -500,6 +508,17 @@ def _sampled(config: Config) -> Iterator[str]:
             budget -= len(text.encode("utf-8"))
             if budget <= 0:
                 break
+
+
+def _spread(source: SourceConfig, field: str, budget: float) -> tuple[list[Piece], int]:
+    """Shards of a large source, evenly spread over it, and their bytes: what the sample is drawn from."""
+    shards = shards_of(source, field)
+    total = sum(piece.size for shard in shards for piece in shard)
+    count = min(len(shards), max(_SPREAD_SHARDS, math.ceil(4 * budget * len(shards) / max(total, 1))))
+    pieces = [piece for i in range(count) for piece in shards[i * len(shards) // count]]
+    read = sum(piece.size for piece in pieces)
+    logger.info("%s: the tokenizer's sample is drawn from %.0f of %.0f MB", field, read / 1e6, total / 1e6)
+    return pieces, read
 
 
 def check_vocab(config: Config, tokenizer: "PreTrainedTokenizerFast") -> None:

@@ -12,7 +12,7 @@ import torch
 
 from moe_llm.checkpoint.ranks import together
 from moe_llm.config import Config
-from moe_llm.data.loader import TrainBlocks
+from moe_llm.data.blocks import TrainBlocks
 from moe_llm.data.packing import Batch
 from moe_llm.distill.cache import Named, TeacherCache, block_digests, name_successors, open_cache
 from moe_llm.distill.teachers import Ensemble, load_ensemble

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_llm.data.loader import ValidationBlocks, load_evaluation
+from moe_llm.data.blocks import ValidationBlocks
+from moe_llm.data.loader import load_evaluation
 from moe_llm.data.packing import IGNORED, Batch
 from moe_llm.ensemble.ensemble import Ensemble
 from moe_llm.ensemble.kv_cache import check_length, translate

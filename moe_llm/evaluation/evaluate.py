@@ -33,36 +33,43 @@ def preference_inputs(config: Config, batch: Batch) -> dict[str, Any]:
 @torch.no_grad()
 def validation_loss(
     config: Config, engine: Engine, runtime: Runtime, data: Data, heartbeat: Callable[[str], None] = lambda phase: None
-) -> dict[str, float]:
-    """Cross-entropy over the held-out blocks (nats a token) and bits per byte; the same on every rank. Of pairs of answers
-    `val_loss` is their loss, and there are `val_accuracy` (share of pairs whose chosen answer is ahead), `val_margin` and
-    the answers' mean log-probabilities in place of bits per byte.
+) -> dict[str, Any]:
+    """Cross-entropy over the held-out blocks (nats a token) and bits per byte, and, where there are several sources, that
+    of each; the same on every rank. Of pairs of answers `val_loss` is their loss, and there are `val_accuracy` (share of
+    pairs whose chosen answer is ahead), `val_margin` and the answers' mean log-probabilities in place of bits per byte.
 
     Args:
         heartbeat: called before each batch.
     """
     engine.model.eval()
-    totals = torch.zeros(2 + len(MEASURED), dtype=torch.float64, device=runtime.device)
-    batches = data.validation.batches(micro_batch_size=config.train.micro_batch_size, **runtime.reads)
-    for i, batch in enumerate(batches):
-        heartbeat(f"validation, batch {i + 1} of {len(batches)}")
-        batch = batch.to(runtime.device)
-        output = engine.forward(**model_inputs(batch), **preference_inputs(config, batch))
-        assert output.loss_sum is not None, "held-out batches have labels"
-        assert output.num_targets is not None
-        if output.preference is None:
-            totals[:2] += torch.stack([output.loss_sum.double(), output.num_targets.double()])
-        else:
-            totals[1:] += torch.cat([output.preference.pairs[None], output.preference.measured]).double()
+    sources = data.validation.by_source(micro_batch_size=config.train.micro_batch_size, **runtime.reads)
+    totals = torch.zeros(len(sources), 2 + len(MEASURED), dtype=torch.float64, device=runtime.device)
+    for s, (name, batches) in enumerate(sources.items()):
+        for i, batch in enumerate(batches):
+            heartbeat(f"validation, batch {i + 1} of {len(batches)} of {name}")
+            batch = batch.to(runtime.device)
+            output = engine.forward(**model_inputs(batch), **preference_inputs(config, batch))
+            assert output.loss_sum is not None, "held-out batches have labels"
+            assert output.num_targets is not None
+            if output.preference is None:
+                totals[s, :2] += torch.stack([output.loss_sum.double(), output.num_targets.double()])
+            else:
+                totals[s, 1:] += torch.cat([output.preference.pairs[None], output.preference.measured]).double()
     engine.model.train()
-    loss_sum, targets, *pairs = runtime.sum(totals).tolist()
+    found = runtime.sum(totals)
+    loss_sum, targets, *pairs = found.sum(0).tolist()
+    losses = found[:, 0]
     if config.data.has_preference:
-        measured = dict(zip(MEASURED, (value / targets for value in pairs)))
-        return {"val_loss": measured.pop("preference_loss")} | {
-            f"val_{name}": value for name, value in measured.items()
-        }
-    loss = loss_sum / targets
-    return {"val_loss": loss, "val_bits_per_byte": data.validation.bits_per_byte(loss)}
+        of_pairs = dict(zip(MEASURED, (value / targets for value in pairs)))
+        measured = {"val_loss": of_pairs.pop("preference_loss")} | {f"val_{k}": value for k, value in of_pairs.items()}
+        losses = found[:, 2 + MEASURED.index("preference_loss")]
+    else:
+        loss = loss_sum / targets
+        measured = {"val_loss": loss, "val_bits_per_byte": data.validation.bits_per_byte(loss)}
+    if len(sources) > 1:
+        by_source = (losses / found[:, 1].clamp(min=1)).tolist()
+        measured["val_loss_by_source"] = dict(zip(sources, by_source))
+    return measured
 
 
 @torch.no_grad()

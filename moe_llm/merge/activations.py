@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from moe_llm.config.schema import SourceConfig
+from moe_llm.config.data import SourceConfig
 from moe_llm.data.sources import list_files, read_documents
 from moe_llm.errors import UserError
 from moe_llm.merge.models import Model

@@ -21,7 +21,7 @@ from moe_llm.checkpoint.plan import MODEL
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.checkpoint.safetensors_io import TensorFiles
 from moe_llm.checkpoint.weights import Weights
-from moe_llm.config.schema import SourceConfig
+from moe_llm.config.data import SourceConfig
 from moe_llm.data.loader import load_evaluation
 from moe_llm.data.packing import Batch, model_inputs
 from moe_llm.data.sources import list_files

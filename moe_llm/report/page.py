@@ -23,6 +23,7 @@ def page(runs: list[Run], charts: list[dict[str, Any]], loads: list[dict[str, An
             _cards(runs[0]) if len(runs) == 1 else _legend(runs),
             _alarms(runs),
             _comparison(runs) if len(runs) > 1 else "",
+            *map(_sources, runs),
             "<h2>Curves</h2>",
             '<div class="charts">',
             *map(_figure, range(len(charts)), charts),
@@ -150,6 +151,34 @@ def _table(head: str, rows: list[tuple[str, list[str]]]) -> str:
         for label, values in rows
     )
     return f"<table><tr><th></th>{head}</tr>{lines}</table>"
+
+
+def _sources(run: Run) -> str:
+    """Of each source what has been read, its held-out loss, and what packing has done to it; nothing for older runs."""
+    read, measured = run.last.get("sources"), run.validation()
+    if not read:
+        return ""
+    losses = measured[-1].get("val_loss_by_source", {}) if measured else {}
+    packed = {part["name"]: part for part in run.facts.get("data", []) if part["split"] == "train"}
+    labels = ("tokens", "epochs", "held-out loss", "padding", "documents cut")
+    rows = []
+    for name in dict.fromkeys([*read, *losses]):
+        had, part = read.get(name, {}), packed.get(name, {})
+        cut = part["cut"] / max(part["documents"], 1) if "cut" in part else None
+        rows.append(
+            (
+                name,
+                [
+                    count(had["tokens"]) if had else "",
+                    f"{had['epochs']:.2f}" if had else "",
+                    f"{losses[name]:.4f}" if losses.get(name) is not None else "",
+                    f"{part['padding']:.1%}" if "padding" in part else "",
+                    f"{cut:.1%}" if cut is not None else "",
+                ],
+            )
+        )
+    head = "".join(f'<th class="number">{label}</th>' for label in labels)
+    return f'<h2>What was read: {escape(run.name)}</h2><div class="panel scroll">{_table(head, rows)}</div>'
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

@@ -19,8 +19,9 @@ from torch import Tensor
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.config import Config
 from moe_llm.config.schema import OptimConfig
+from moe_llm.data.blocks import TrainBlocks
 from moe_llm.data.files import publish
-from moe_llm.data.loader import TrainBlocks, load_data
+from moe_llm.data.loader import load_data
 from moe_llm.data.packing import Batch, model_inputs
 from moe_llm.data.tokenizer import build_tokenizer, check_vocab, resolve_vocab
 from moe_llm.errors import TrainingFailure, UserError

@@ -16,6 +16,7 @@ class Position:
     best_step: int | None = None
     waited: int | None = None  # evaluations since the best one
     callbacks: dict[str, dict[str, Any]] | None = None  # states of `train.callbacks` as of the newest checkpoint
+    streams: dict[str, dict[str, Any]] | None = None  # where the sources that stream are, as of the newest checkpoint
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""

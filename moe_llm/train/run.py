@@ -132,9 +132,13 @@ def _set_up(
     check_vocab(config, tokenizer)
     for callback in callbacks.values():
         callback.validate_tokenizer(config, tokenizer)
+    saved = {} if source is None else read_trainer_state(source)
     show_progress = runtime.is_main and config.logging.console != "off"
     place = {"rank": runtime.rank, "world_size": runtime.world_size}
-    data = together(runtime, lambda: load_data(config, tokenizer, **place, show_progress=show_progress))
+    data = together(
+        runtime,
+        lambda: load_data(config, tokenizer, **place, show_progress=show_progress, streams=saved.get("streams")),
+    )
     config = config.with_fill(data.train.fill)
 
     def provenance_from(path: Path | None) -> Provenance:
@@ -152,6 +156,7 @@ def _set_up(
         source = _newest(run_dir, runtime, before=damaged)
         assert source is not None, "a run with checkpoints has a sound one or is refused"
         provenance = provenance_from(source)
+        data.resume_streams(read_trainer_state(source).get("streams"))
         return source
 
     engine, position = build_trained(config, runtime, source, instead)

@@ -93,6 +93,9 @@ def grouped(name: str) -> str:
 def scalars(record: dict[str, Any]) -> dict[str, float]:
     """The numbers of a record by name; those of layers apart."""
     found = {grouped(key): value for key, value in record.items() if isinstance(value, (int, float))}
+    for source, read in record.get("sources", {}).items():
+        found |= {f"data/{name}/{source}": value for name, value in read.items()}
+    found |= {f"eval/loss/{source}": loss for source, loss in record.get("val_loss_by_source", {}).items()}
     moe = record.get("moe", {})
     for name in _PER_LAYER:
         found |= {f"moe/{name}/layer_{i}": value for i, value in enumerate(moe.get(name, []))}

@@ -230,6 +230,7 @@ class Trainer:
             "grad_norm": window.grad_norm,
             "lr": window.lr,
             **window.remarks,
+            "sources": self.data.progress(position.samples),
             "moe": routing_metrics(window.routing) | traffic(self.engine.model),
         }
         if window.expert_norms is not None:
@@ -254,7 +255,7 @@ class Trainer:
         host_memory.trim()
         return measured
 
-    def validation_loss(self) -> dict[str, float]:
+    def validation_loss(self) -> dict[str, Any]:
         """The held-out loss of the engine's present weights. Collective."""
         return validation_loss(self.config, self.engine, self.runtime, self.data, self.heartbeat)
 
@@ -263,6 +264,7 @@ class Trainer:
         config, position = self.config, self.position
         self._each("on_save_begin")
         position.callbacks = collect_states(self.callbacks) or None
+        position.streams = self.data.streams(position.samples)
         checkpoint = save_checkpoint(
             self.run_dir / "checkpoints",
             HeartbeatEngine(self.engine, self),

@@ -12,8 +12,9 @@ import torch
 
 from moe_llm.config import load_config
 from moe_llm.config.load import validate
+from moe_llm.data.blocks import TrainBlocks
 from moe_llm.data.cache import TokenizedText
-from moe_llm.data.loader import TrainBlocks, TrainLoader
+from moe_llm.data.loader import TrainLoader
 from moe_llm.data.packing import PackedBlocks
 from moe_llm.distributed.forward_passes import forward_passes
 from moe_llm.distributed.runtime import start

@@ -134,6 +134,7 @@ def sections(model: type[BaseModel] = Config, path: tuple[str, ...] = ()):
 
 EMPTY = {
     ("data", "validation_sources", "0"),
+    ("data", "stages", "0"),
     ("distill", "teachers", "0"),
     ("train", "callbacks", "0"),
 }  # lists without a first item

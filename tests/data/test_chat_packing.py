@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_llm.data.blocks import TrainBlocks, ValidationBlocks
 from moe_llm.data.cache import TokenizedText
 from moe_llm.data.examples import PackedExamples, best_fit
-from moe_llm.data.loader import TrainBlocks, ValidationBlocks, load_data, load_evaluation
+from moe_llm.data.loader import load_data, load_evaluation
 from moe_llm.data.packing import IGNORED, as_batch
 from moe_llm.data.tokenizer import build_tokenizer
 from moe_llm.errors import UserError

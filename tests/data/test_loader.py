@@ -10,15 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_llm.data.blocks import TrainBlocks, ValidationBlocks, validation_batches
 from moe_llm.data.cache import DocumentEncoder
-from moe_llm.data.loader import (
-    TrainBlocks,
-    TrainLoader,
-    ValidationBlocks,
-    load_data,
-    load_evaluation,
-    validation_batches,
-)
+from moe_llm.data.loader import TrainLoader, load_data, load_evaluation
 from moe_llm.data.order import Mixture, drawn, permute, shuffled
 from moe_llm.errors import UserError
 

@@ -211,7 +211,7 @@ def test_two_machines_that_share_nothing_make_one_entry(
 def test_a_shard_that_another_machine_is_at_is_left_to_it(source, tokenizer, tmp_path, small_shards):
     from filelock import FileLock
 
-    entry = shards._entry(source, FIELD, DIVIDE, tokenizer, tmp_path / "c", "all", False)
+    entry = shards.entry_of(source, FIELD, DIVIDE, tokenizer, tmp_path / "c", "all", False)
     entry.unfinished.mkdir(parents=True)
     task = shard_worker.ShardTask(
         0, shards_of(source, FIELD)[0], entry.unfinished / "00000", entry._lock_of(0), entry.directory

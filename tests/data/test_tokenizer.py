@@ -243,3 +243,27 @@ def test_vocab_size_must_fit_the_tokenizer(make_config, tokenizer):
         with pytest.raises(UserError, match=rf"model\.vocab_size={size} .* 330 tokens: use 330, or up to 512"):
             check_vocab(config(size), tokenizer)
     assert resolve_vocab(config(None), tokenizer).model.vocab_size == 330
+
+
+def test_a_large_source_is_sampled_from_shards_spread_over_it(tmp_path, make_config, make_text, monkeypatch):
+    from moe_llm.data import pieces, rows
+    from moe_llm.data import tokenizer as tokenizer_module
+
+    lines = [make_text(seed, 20).replace("\n", " ") for seed in range(2000)]
+    (tmp_path / "large.txt").write_text("\n".join(lines), encoding="utf-8")
+    config = make_config(
+        [{"type": "files", "path": str(tmp_path / "large.txt"), "document": "line"}], tokenizer={"train_bytes": 4000}
+    )
+    monkeypatch.setattr(pieces, "SHARD_BYTES", 2000)
+    monkeypatch.setattr(tokenizer_module, "READ_WHOLE_BYTES", 10_000)
+    whole = set(lines)
+    read, original = [], rows._lines
+    monkeypatch.setattr(rows, "_lines", lambda piece: (read.append(piece), original(piece))[1])
+    tokenizer_module.find_holdout(config)  # which reads for itself
+    read.clear()
+    sample = list(tokenizer_module._sampled(config))
+    assert set(sample[:-1]) <= whole, "the last one is cut to the size"
+    assert 3000 < sum(len(text.encode()) for text in sample) < 5000
+    assert sum(piece.size for piece in read) < 0.4 * sum(map(len, lines))
+    begins = [piece.begin for piece in read]
+    assert max(begins) > 0.5 * sum(len(line.encode()) for line in lines), "the sample is from all of the source"

@@ -51,7 +51,7 @@ def generated(teacher, prompt_ids, **how):
 
 def test_no_character_is_cut(mixtures, tmp_path):
     """Prompts end between characters, of which one that the tokenizer lacks takes a token for each of its bytes."""
-    from moe_llm.config.schema import SourceConfig
+    from moe_llm.config.data import SourceConfig
     from moe_llm.data.tokenizer import load_tokenizer
 
     text, tokenizer = "a \U00010348\U00010348 b\U0001f422c", load_tokenizer(mixtures[0])

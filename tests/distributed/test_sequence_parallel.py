@@ -8,9 +8,10 @@ import torch
 from support.training import MODEL, config, difference, train_steps
 
 from moe_llm.config.load import validate
+from moe_llm.data.blocks import TrainBlocks, ValidationBlocks
 from moe_llm.data.cache import TokenizedText
 from moe_llm.data.examples import PackedExamples
-from moe_llm.data.loader import TrainBlocks, TrainLoader, ValidationBlocks
+from moe_llm.data.loader import TrainLoader
 from moe_llm.data.packing import PackedBlocks
 from moe_llm.errors import UserError
 

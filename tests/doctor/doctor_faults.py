@@ -361,7 +361,7 @@ def _written(change):
 
 
 def every_sample_is_the_same_block(rank):
-    from moe_llm.data.loader import TrainBlocks
+    from moe_llm.data.blocks import TrainBlocks
 
     def locate(self, start, count):
         return (torch.zeros(count, dtype=torch.int64).numpy(),) * 2

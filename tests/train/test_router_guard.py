@@ -59,7 +59,8 @@ def reference_drift(base: Path, tuned: Path, config: Path) -> dict:
     """As transformers' model routes, one block at a time, without this package's model."""
     from transformers import AutoModelForCausalLM
 
-    from moe_llm.data.loader import ValidationBlocks, load_data
+    from moe_llm.data.blocks import ValidationBlocks
+    from moe_llm.data.loader import load_data
     from moe_llm.data.tokenizer import load_tokenizer
 
     loaded = load_config(config, [], complete)

@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from moe_llm.config import Config
+from moe_llm.data.blocks import ValidationBlocks
 from moe_llm.data.files import replace_file
-from moe_llm.data.loader import Data, ValidationBlocks
+from moe_llm.data.loader import Data
 from moe_llm.data.packing import Batch, model_inputs
 from moe_llm.data.pairs import PackedPairs
 from moe_llm.distributed.engine import Engine

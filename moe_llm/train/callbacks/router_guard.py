@@ -19,8 +19,8 @@ from torch import Tensor
 
 from moe_llm.checkpoint.architectures import takes_top_k
 from moe_llm.config import Config
+from moe_llm.data.blocks import ValidationBlocks
 from moe_llm.data.files import replace_file
-from moe_llm.data.loader import ValidationBlocks
 from moe_llm.data.packing import Batch, model_inputs
 from moe_llm.distributed.engine import Engine
 from moe_llm.distributed.runtime import Runtime
