@@ -14,10 +14,9 @@ from torch.profiler import record_function
 
 from moe_llm.model.attention import Attention
 from moe_llm.model.decoder import LanguageModelHead, MoEDecoder
-from moe_llm.model.moe.experts import Experts
-from moe_llm.model.moe.layer import MoELayer
+from moe_llm.model.layers import RMSNorm
+from moe_llm.model.moe.experts import Experts, MoELayer
 from moe_llm.model.moe.routers import ROUTERS
-from moe_llm.model.norm import RMSNorm
 
 PARTS = (
     "attention",

@@ -24,9 +24,8 @@ from moe_llm.data.cache import TokenizedText
 from moe_llm.data.loader import TrainLoader
 from moe_llm.data.packing import Batch, PackedBlocks, model_inputs
 from moe_llm.distributed.engine import Engine
-from moe_llm.distributed.forward_passes import forward_passes
 from moe_llm.distributed.runtime import Runtime, start
-from moe_llm.distributed.step_loss import StepLoss
+from moe_llm.distributed.step_loss import StepLoss, forward_passes
 from moe_llm.errors import UserError
 from moe_llm.model.flops import train_flops_per_token
 from moe_llm.ops import native

@@ -37,7 +37,12 @@ class ModelSizes(Protocol):
 
 
 class RouterSettings(Section):
-    """How tokens choose experts. Each type has settings of its own besides these."""
+    """How tokens choose experts. Each type has settings of its own besides these.
+
+    parts_per_token: how many parts of a token are routed apart, each of an equal share of its width.
+    """
+
+    parts_per_token: ClassVar[int] = 1
 
     type: str = Field(DEFAULT_TYPE, description="which router; the types and their settings are below")
     entropy_bonus_coef: float = Field(
@@ -138,11 +143,6 @@ class RouterSettings(Section):
         """How many values a token keeps for the backward pass, beside logits and experts, of what is put in its place
         and taken back."""
         return 0
-
-    @property
-    def parts_per_token(self) -> int:
-        """How many parts of a token are routed apart, each of an equal share of its width."""
-        return 1
 
     @property
     def even(self) -> bool:

@@ -102,7 +102,7 @@ class MultiHeadSettings(OverflowSettings):
         return self.norm_topk_prob
 
     @property
-    def parts_per_token(self) -> int:
+    def parts_per_token(self) -> int:  # type: ignore[override]
         return self.heads
 
     def parameter_shapes(self, model: ModelSizes) -> Shapes:

@@ -18,7 +18,7 @@ from moe_llm.config import Config
 from moe_llm.distributed.dispatch import AllToAllDispatcher
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.init import give_buffers_storage, give_storage
-from moe_llm.model.moe.layer import MoELayer
+from moe_llm.model.moe.experts import MoELayer
 
 _LAUNCHERS = (
     "ACCELERATE_CONFIG_DS_FIELDS",

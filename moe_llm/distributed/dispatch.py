@@ -14,8 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_llm.distributed.traffic import Traffic
 from moe_llm.distributed.weights import GroupWeights
-from moe_llm.model.moe.experts import Experts
-from moe_llm.model.moe.layer import MoELayer
+from moe_llm.model.moe.experts import Experts, MoELayer
 from moe_llm.model.moe.routing import Routing, WeightMixture
 from moe_llm.model.recomputation import exchanged, is_second_pass
 from moe_llm.ops import host

@@ -32,6 +32,7 @@ class Engine(TrainedState, Protocol):
     """A `TrainedState` that can be trained."""
 
     model: MoEDecoder
+    trained_experts: frozenset[int] | None  # of each layer, by their indices over all ranks; None: none
 
     def forward(self, **inputs: Any) -> MoEOutput: ...
 
@@ -139,7 +140,9 @@ class _NamedState(Averaging, Turns):
                 self._trained_rows[parameter] = [row for row, trained in enumerate(rows) if trained]
                 others = [row for row, trained in enumerate(rows) if not trained]
                 parameter.register_hook(_clear_rows(torch.tensor(others, device=runtime.device)))
+        self._in_turns = any("routers" in group for group in groups)
         self._set_up_turns(config.train.adversarial, groups)
+        self._trained_stacks = self._find_trained_stacks()
         self._decays = [
             (p, group["row_weight_decay"], group.get("lr_multiplier", 1.0))
             for group in groups
@@ -152,9 +155,10 @@ class _NamedState(Averaging, Turns):
         it)."""
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_multiplier", 1.0)
-        self._mark_idle(optimizer.param_groups)
-        if self._idle(routers=False):
-            return
+        if self._in_turns:
+            self._mark_idle(optimizer.param_groups)
+            if self._idle(routers=False):
+                return
         for parameter, decay, multiplier in self._decays:
             self._decay_rows(parameter, self._trained_rows[parameter], 1 - lr * multiplier * decay)
 
@@ -164,17 +168,27 @@ class _NamedState(Averaging, Turns):
 
     @torch.no_grad()
     def expert_gradient_squares(self) -> Tensor:
-        model = self.model.config
-        rows = {layer: row for row, layer in enumerate(model.moe_layers)}
-        squares_LE = torch.zeros(len(rows), model.num_local_experts, device=self._runtime.device)
+        squares_LE = torch.zeros(self._num_moe_layers, self.model.config.num_local_experts, device=self._runtime.device)
+        for row, experts, home, parameter in self._trained_stacks:
+            held = home if experts.held is None else experts.held
+            squares_LE[row, held] += self._row_squares(parameter).to(squares_LE.device)
+        return squares_LE
+
+    def _find_trained_stacks(self) -> list[tuple[int, Experts, list[int], nn.Parameter]]:
+        """Each trained parameter of experts: the row of its layer among those with experts, its module, and which
+        experts its rows are of while none has moved. Sets `trained_experts`."""
+        layers = self.model.config.moe_layers
+        self._num_moe_layers = len(layers)
+        found, self.trained_experts = [], None
         for entry in self._entries:
             if entry.experts is not None and entry.trainable:
                 layer = int(entry.name.partition("layers.")[2].partition(".")[0])
-                experts: Any = self.model.get_submodule(entry.name.rpartition(".")[0])
-                moved = experts.held
-                held = list(entry.experts) if moved is None else moved
-                squares_LE[rows[layer], held] += self._row_squares(self._parameters[entry.name]).to(squares_LE.device)
-        return squares_LE
+                experts = self.model.get_submodule(entry.name.rpartition(".")[0])
+                assert isinstance(experts, Experts)
+                found.append((layers.index(layer), experts, list(entry.experts), self._parameters[entry.name]))
+                every = range(self.model.config.num_local_experts)
+                self.trained_experts = frozenset(entry.trained_experts or every)
+        return found
 
     @abstractmethod
     def _row_squares(self, parameter: nn.Parameter) -> Tensor:

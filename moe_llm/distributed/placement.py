@@ -15,8 +15,7 @@ from torch import Tensor
 from moe_llm.distributed.dispatch import AllToAllDispatcher
 from moe_llm.distributed.engine import Engine
 from moe_llm.distributed.state import EMA
-from moe_llm.model.moe.experts import Experts
-from moe_llm.model.moe.layer import MoELayer
+from moe_llm.model.moe.experts import Experts, MoELayer
 
 Placement = list[int]  # the expert in each slot, rank after rank
 

@@ -9,18 +9,18 @@ own losses, are those of the micro-batches up to the present one, because the la
 number.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe_llm.config import ModelConfig
-from moe_llm.data.packing import IGNORED, Batch
+from moe_llm.data.packing import IGNORED, Batch, model_inputs
+from moe_llm.distributed.engine import Engine
 from moe_llm.distributed.runtime import Runtime
 from moe_llm.model.decoder import MoEOutput
-from moe_llm.model.moe.balance import balance_loss, z_loss
-from moe_llm.model.moe.losses import router_loss_values
+from moe_llm.model.moe.losses import RouterLoss, balance_loss, router_loss_values, z_loss
 from moe_llm.model.moe.routers import router_losses
 from moe_llm.model.moe.routing import RoutingStatistics
 
@@ -43,11 +43,20 @@ class StepLoss:
 
     tokens: of the whole step that are no padding, a scalar. routing: statistics of the micro-batches so far, or of the whole step where they are counted first; summed over the
     ranks, without gradient. counts_first: whether `count` has to be given all micro-batches' before the first share.
+
+    Args:
+        own_losses: `router_losses` of the model, where the caller has them.
     """
 
-    def __init__(self, model: ModelConfig, runtime: Runtime, batches: Sequence[Batch]):
+    def __init__(
+        self,
+        model: ModelConfig,
+        runtime: Runtime,
+        batches: Sequence[Batch],
+        own_losses: Sequence[RouterLoss] | None = None,
+    ):
         self.model, self.runtime, self.rounds = model, runtime, len(batches)
-        self.own_losses = router_losses(model)
+        self.own_losses = router_losses(model) if own_losses is None else own_losses
         self._own_before: Tensor | None = None
         self.routing: RoutingStatistics | None = None
         self.counts_first = model.balance_over == "step" and self.rounds > 1
@@ -120,3 +129,71 @@ def sum_over_ranks(statistics: RoutingStatistics, runtime: Runtime) -> RoutingSt
     flat = runtime.sum(torch.cat([part.flatten() for part in parts]))
     pieces = flat.split([part.numel() for part in parts])
     return RoutingStatistics(*(piece.view_as(part) for piece, part in zip(pieces, parts)))
+
+
+_FOR_THE_LOSS = ("targets", "teacher", "preference")
+
+
+def forward_passes(
+    engine: Engine,
+    step_loss: StepLoss,
+    batches: Sequence[Batch],
+    *,
+    held: int = 1,
+    teach: Callable[[Batch], dict[str, Any]] = lambda batch: {},
+    perturb: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    heartbeat: Callable[[str], None] = lambda phase: None,
+) -> Iterator[MoEOutput]:
+    """The output of each micro-batch, with gradient; the caller computes its backward pass before it asks for the next.
+
+    Args:
+        step_loss: of these micro-batches; what it needs to know of the whole step it is told here.
+        held: micro-batches whose activations are kept at the same time where their choices are counted first.
+        teach: a micro-batch's teacher, as arguments of the model. perturb: what is added to given arguments.
+    """
+
+    def arguments(batch: Batch) -> dict[str, Any]:
+        inputs = model_inputs(batch) | teach(batch)
+        return inputs if perturb is None else inputs | perturb(inputs)
+
+    total = len(batches)
+    # routers that learn from the tokens' losses have sums of these in their statistics
+    unread = () if engine.model.learns_from_loss else _FOR_THE_LOSS
+    if not step_loss.counts_first:
+        for i, batch in enumerate(batches):
+            heartbeat(f"micro-batch {i + 1} of {total}")
+            yield engine.forward(**arguments(batch))
+        return
+    device, before, perturbations = batches[0].input_ids_BS.device, [], []
+    counted_first = max(0, total - held)
+    for i, batch in enumerate(batches[:counted_first]):
+        heartbeat(f"counting, micro-batch {i + 1} of {total}")
+        inputs = model_inputs(batch) if perturb is None else arguments(batch)
+        perturbations.append({"perturbation": inputs["perturbation"]} if "perturbation" in inputs else {})
+        before.append(_random_state(device))
+        with torch.no_grad():
+            counted = engine.forward(**{name: value for name, value in inputs.items() if name not in unread})
+        step_loss.count(counted.routing)
+    outputs = []
+    for i, batch in enumerate(batches[counted_first:], counted_first):
+        heartbeat(f"micro-batch {i + 1} of {total}")
+        outputs.append(engine.forward(**arguments(batch)))
+        step_loss.count(outputs[-1].routing)
+    while outputs:
+        yield outputs.pop()  # the newest first, whose memory is the first to be freed
+    for i, (batch, state, perturbation) in enumerate(zip(batches, before, perturbations)):
+        heartbeat(f"micro-batch {i + 1} of {total}")
+        inputs = model_inputs(batch) | teach(batch) | perturbation
+        _set_random_state(state, device)
+        yield engine.forward(**inputs)
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _set_random_state(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_llm.config import ModelConfig
-from moe_llm.model.linear import Linear
-from moe_llm.model.norm import RMSNorm
+from moe_llm.model.layers import Linear, RMSNorm
 from moe_llm.model.sequence_parts import SequenceParts
 from moe_llm.ops.attention import AttentionPattern, attention
 from moe_llm.ops.attention_sinks import attention_with_sinks

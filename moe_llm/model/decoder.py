@@ -13,19 +13,16 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_llm.config import ModelConfig
 from moe_llm.model.attention import Attention, LatentAttention
-from moe_llm.model.linear import Linear
-from moe_llm.model.moe.balance import balance_loss, z_loss
+from moe_llm.model.layers import Linear, RMSNorm, SwiGLU
 from moe_llm.model.moe.capacity import Groups
+from moe_llm.model.moe.experts import MoELayer
 from moe_llm.model.moe.feedback import TokenLosses
-from moe_llm.model.moe.layer import MoELayer
-from moe_llm.model.moe.losses import router_loss_values
+from moe_llm.model.moe.losses import balance_loss, router_loss_values, z_loss
 from moe_llm.model.moe.router import Router
 from moe_llm.model.moe.routers import router_losses
 from moe_llm.model.moe.routing import RoutingStatistics
-from moe_llm.model.norm import RMSNorm
 from moe_llm.model.recomputation import keep_exchanges, keep_routing
 from moe_llm.model.sequence_parts import own, whole
-from moe_llm.model.swiglu import SwiGLU
 from moe_llm.ops.attention import AttentionPattern
 from moe_llm.ops.cross_entropy import linear_cross_entropy, token_losses
 from moe_llm.ops.distillation import Distillation, DistillationSums, linear_distillation
@@ -103,6 +100,8 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.resolved_vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.windows = tuple(dict.fromkeys(config.windows))  # each one once
+        self.rotary_head_dim = config.rotary_head_dim
 
     def forward(
         self,
@@ -124,7 +123,7 @@ class Decoder(nn.Module):
             length_BS = own(parts, document_lengths(whole(parts, position_ids_BS), whole(parts, mask_BS), documents))
         cos_BSd, sin_BSd = rotary_cos_sin(
             position_ids_BS,
-            config.rotary_head_dim,
+            self.rotary_head_dim,
             config.rope_theta,
             dtype=x_BSD.dtype,
             rope=config.rope_parameters,
@@ -165,8 +164,7 @@ class Decoder(nn.Module):
 
     def attention_patterns(self, like_BS: Tensor, **narrowed: Any) -> AttentionPatterns:
         """The patterns of the layers' windows; `narrowed` as `AttentionPattern.build` takes it."""
-        windows = dict.fromkeys(self.config.windows)
-        return {window: AttentionPattern.build(like_BS, sliding_window=window, **narrowed) for window in windows}
+        return {window: AttentionPattern.build(like_BS, sliding_window=window, **narrowed) for window in self.windows}
 
 
 class LanguageModelHead(Linear):
@@ -203,6 +201,7 @@ class MoEDecoder(nn.Module):
         assert config.vocab_size is not None, "vocab_size is resolved from the tokenizer first"
         self.config = config
         self.router_losses = router_losses(config)
+        self.learns_from_loss = config.router.learns_from_loss
         self.source_experts_XE: Tensor | None = None  # bool, see `finetune.expert_sources`
         self.model = Decoder(config)
         self.lm_head = LanguageModelHead(config)
@@ -267,7 +266,7 @@ class MoEDecoder(nn.Module):
             input_ids, attention_mask=attention_mask, document_ids=document_ids, runs=runs
         )
         stream_BSD, x_BSD, layers = self.model(input_ids, position_ids, patterns, mask_BS, document_ids, perturbation)
-        if self.training and targets is not None and self.config.router.learns_from_loss:
+        if self.training and targets is not None and self.learns_from_loss:
             groups = Groups.of(mask_BS, document_ids)
             layers = self._with_feedback(layers, stream_BSD.flatten(0, 1), targets.flatten(), groups)
         # read by now, and of as many rows as there are tokens

@@ -12,18 +12,14 @@ import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_enabled = False
+on = False  # whether regions are compiled
 BACKEND = "inductor"
 
 
-def enable(on: bool) -> None:
+def enable(enabled: bool) -> None:
     """From now on regions are compiled, or not."""
-    global _enabled
-    _enabled = on
-
-
-def enabled() -> bool:
-    return _enabled
+    global on
+    on = enabled
 
 
 def region(function: Callable[P, R]) -> Callable[P, R]:
@@ -31,7 +27,7 @@ def region(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not _enabled:
+        if not on:
             return function(*args, **kwargs)
         return _compiled(function, BACKEND)(*args, **kwargs)
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_llm.ops import liger, native
 from moe_llm.ops.compiled import region
-from moe_llm.ops.graph import graph_is_kept
+from moe_llm.ops.native import graph_is_kept
 from moe_llm.ops.products import compiled_by_shape, mm
 from moe_llm.ops.shapes import round_up
 
@@ -49,7 +49,7 @@ def linear_cross_entropy(
     hidden_TD = hidden_TD if torch.is_grad_enabled() else hidden_TD.detach()
     targets = labels_T != ignore_index
     num_targets = targets.sum()
-    if liger.use("cross_entropy", hidden_TD, weight_VD):
+    if liger.enabled and liger.use("cross_entropy", hidden_TD, weight_VD):
         return liger.linear_cross_entropy(hidden_TD, weight_VD, labels_T, ignore_index), num_targets
     # On a GPU nothing waits for their number: rows without a target go through the head, and count for nothing.
     kept = _kept_rows(targets, int(num_targets), hidden_TD) if hidden_TD.device.type == "cpu" else None

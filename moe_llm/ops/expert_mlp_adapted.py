@@ -2,7 +2,7 @@
 
 gate_up = W1 x + s B1 A1 x and y = W2 h + s B2 A2 h, expert by expert (Hu et al. 2021): beside the frozen products there
 are two thin ones for each adapter, and gradients of the factors alone, when the weights need none. `loop` is plain
-autograd; `fused` is one autograd function that keeps what `expert_mlp_fused` keeps, and takes the rest again.
+autograd; `fused` is one autograd function that keeps what `expert_mlp` keeps, and takes the rest again.
 Dimensions: T tokens, N routed rows (n: of one expert), D hidden, F expert width, G = 2F, E experts, r rank.
 """
 
@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_llm.ops import host
-from moe_llm.ops.expert_mlp_fused import _Blocks, counts_on_host, weighted_swiglu, weighted_swiglu_backward
+from moe_llm.ops.expert_mlp import _Blocks, counts_on_host
 from moe_llm.ops.permutation import combine, gather_sum, permute
 from moe_llm.ops.products import mm
+from moe_llm.ops.weighted_swiglu import weighted_swiglu, weighted_swiglu_backward
 
 
 class Factors(NamedTuple):
@@ -106,7 +107,7 @@ def _loop(
 
 
 class _FusedAdapted(torch.autograd.Function):
-    """Blocks of rows as in `expert_mlp_fused`: what lies in an expert's rounded block beyond its own rows is written
+    """Blocks of rows as in `expert_mlp`: what lies in an expert's rounded block beyond its own rows is written
     again by the next one, and is zero in all that is summed over rows."""
 
     @staticmethod

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_llm.ops.expert_mlp_fused import weighted_swiglu, weighted_swiglu_backward
+from moe_llm.ops.weighted_swiglu import weighted_swiglu, weighted_swiglu_backward
 
 
 def grouped_mm_fits(device: torch.device, dtype: torch.dtype, hidden: int, width: int) -> bool:

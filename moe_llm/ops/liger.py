@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 PARTS = ("norm", "rope", "swiglu", "cross_entropy")
-_enabled = False
+enabled = False  # whether `use` may say yes
 
 
 def enable(on: bool) -> None:
     """From now on `use` says yes where kernels fit, or never."""
-    global _enabled
-    _enabled = on
+    global enabled
+    enabled = on
 
 
 def use(part: str, *tensors: Tensor) -> bool:
     """Whether `part` of these, all of one dtype, goes to its kernel."""
     assert part in PARTS, f"liger-kernel is not asked for {part}"
     first = tensors[0]
-    return _enabled and available(first.device) and all(t.dtype == first.dtype for t in tensors)
+    return enabled and available(first.device) and all(t.dtype == first.dtype for t in tensors)
 
 
 def available(device: torch.device) -> bool:

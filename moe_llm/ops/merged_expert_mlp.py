@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_llm.ops.expert_mlp_fused import weighted_swiglu, weighted_swiglu_backward
 from moe_llm.ops.products import bmm
+from moe_llm.ops.weighted_swiglu import weighted_swiglu, weighted_swiglu_backward
 
 PORTION = 8  # mixtures that exist at once
 

@@ -15,14 +15,14 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     Statistics in fp32 at least, and the quotient rounded to x's dtype before the weight, as in transformers'
     Mixtral. Only x and one number a row are kept for the backward pass.
     """
-    if liger.use("norm", x, weight_D):
+    if liger.enabled and liger.use("norm", x, weight_D):
         return liger.rms_norm(x, weight_D, eps)
     return _RMSNorm.apply(x, weight_D, eps)
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(x + delta, rms_norm(x + delta)): of one pass, and so is the sum of the two results' gradients."""
-    if liger.use("norm", x, weight_D):
+    if liger.enabled and liger.use("norm", x, weight_D):
         total = x + delta
         return total, liger.rms_norm(total, weight_D, eps)
     return _AddRMSNorm.apply(x, delta, weight_D, eps)

@@ -45,8 +45,8 @@ def rotary_cos_sin(
         frequency = _frequencies(dim, theta, rope, max_position_embeddings, device)
     angle_BSd = (position_ids_BS[..., None].float() * frequency).repeat(1, 1, 2)
     cos_BSd, sin_BSd = angle_BSd.cos(), angle_BSd.sin()
-    amplitude = rope.amplitude(max_position_embeddings)
-    if amplitude != 1.0:
+    if rope.rope_type == "yarn":
+        amplitude = rope.amplitude(max_position_embeddings)
         cos_BSd, sin_BSd = cos_BSd * amplitude, sin_BSd * amplitude
     return cos_BSd.to(dtype), sin_BSd.to(dtype)
 
@@ -106,7 +106,7 @@ def apply_rotary(q_BHSd: Tensor, k_BGSd: Tensor, cos_BSd: Tensor, sin_BSd: Tenso
     Where these are narrower than a head, its first elements are turned and the others stay. The results have the memory
     layout of their inputs, so that what is a view of (B, S, H, d) stays one.
     """
-    if cos_BSd.shape[-1] == q_BHSd.shape[-1] and liger.use("rope", q_BHSd, k_BGSd, cos_BSd, sin_BSd):
+    if cos_BSd.shape[-1] == q_BHSd.shape[-1] and liger.enabled and liger.use("rope", q_BHSd, k_BGSd, cos_BSd, sin_BSd):
         return liger.rotate(q_BHSd, k_BGSd, cos_BSd, sin_BSd)
     cos_B1Sd, sin_B1Sd = cos_BSd.unsqueeze(1), sin_BSd.unsqueeze(1)
     return _turned(q_BHSd, cos_B1Sd, sin_B1Sd), _turned(k_BGSd, cos_B1Sd, sin_B1Sd)

@@ -30,7 +30,7 @@ _PORTION = 8  # moe_llm.ops.merged_expert_mlp: mixtures that exist at once
 class Kernels:
     """Which variant of an operation a device runs, as far as memory differs.
 
-    fused_experts: experts gather their own rows (`ops.expert_mlp_fused`), so that of the routed rows only the gate and
+    fused_experts: experts gather their own rows (`ops.expert_mlp`), so that of the routed rows only the gate and
     up projections are kept; otherwise the rows themselves are too (`ops.expert_mlp_grouped`).
     wide_softmax: the loss turns a chunk's logits into fp32 probabilities (without the C++ kernels).
     chunks: `parallel.all_to_all_chunks: auto`.

@@ -78,7 +78,7 @@ def _kernels(config: Config, device: torch.device) -> dict[str, str]:
         "rotary": "liger-kernel's" if liger.use("rope", like) else ours,
         "loss": "liger-kernel's" if liger.use("cross_entropy", like) else ours,
         "documents": ours if native.fits(query) else runs,
-        "compiled": "between products" if compiled.enabled() else "nothing",
+        "compiled": "between products" if compiled.on else "nothing",
     }
 
 

@@ -27,7 +27,7 @@ from moe_llm.data.tokenizer import build_tokenizer, check_vocab, resolve_vocab
 from moe_llm.errors import TrainingFailure, UserError
 from moe_llm.model.decoder import MoEDecoder, MoEOutput
 from moe_llm.model.init import build_model
-from moe_llm.model.moe.routers import end_step
+from moe_llm.model.moe.router import end_step
 from moe_llm.model.moe.routing import RoutingStatistics
 from moe_llm.train.optim import build_optimizer, parameter_groups
 

@@ -45,11 +45,11 @@ def routing_metrics(statistics: RoutingStatistics) -> dict[str, list]:
 def expert_gradient_norms(engine: Engine, runtime: Runtime) -> list[list[float | None]] | None:
     """Norms of the gradients of single experts, layer by expert, over all ranks and before clipping; None for an
     expert that is not trained, or for all of them. Between backward and step. Collective."""
-    trained = [entry for entry in engine.entries() if entry.experts is not None and entry.trainable]
-    if not trained:
+    trained = engine.trained_experts
+    if trained is None:
         return None
     norms_LE = runtime.sum(engine.expert_gradient_squares()).sqrt().tolist()
-    return [[norm if trained[0].trains(e) else None for e, norm in enumerate(layer)] for layer in norms_LE]
+    return [[norm if e in trained else None for e, norm in enumerate(layer)] for layer in norms_LE]
 
 
 class StepWindow:

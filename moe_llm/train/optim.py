@@ -80,13 +80,15 @@ def optimizer_kinds(config: OptimConfig) -> tuple[str, ...]:
     return ("exp_avg", "exp_avg_sq") if config.name == "adamw" else ()
 
 
-def learning_rate(config: Config, step: int) -> float:
+def learning_rate(config: Config, step: int, total: int | None = None) -> float:
     """The rate of optimizer step `step` (counted from 0): a pure function, so nothing of it needs saving.
 
     Linear warm-up, then: cosine down to min_lr_ratio (Loshchilov and Hutter 2017); wsd: constant, then linear down
     in the last decay_ratio of the steps (Hu et al. 2024); or constant.
+
+    total: steps of the run, where the caller knows them.
     """
-    optim, total = config.optim, config.max_steps
+    optim, total = config.optim, total or config.max_steps
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
     floor = optim.min_lr_ratio

@@ -20,13 +20,12 @@ from moe_llm.data.loader import Data, TrainLoader
 from moe_llm.data.packing import Batch
 from moe_llm.distributed.dispatch import traffic
 from moe_llm.distributed.engine import Engine
-from moe_llm.distributed.forward_passes import forward_passes
 from moe_llm.distributed.runtime import Runtime
 from moe_llm.distributed.side_group import SideGroup
-from moe_llm.distributed.step_loss import StepLoss
+from moe_llm.distributed.step_loss import StepLoss, forward_passes
 from moe_llm.errors import TrainingFailure
 from moe_llm.evaluation.evaluate import validation_loss
-from moe_llm.model.moe.routers import begin_step, end_step
+from moe_llm.model.moe.router import begin_step, end_step
 from moe_llm.ops import host_memory
 from moe_llm.train.build import restore
 from moe_llm.train.callbacks.base import Callback
@@ -81,7 +80,7 @@ class Trainer:
         self.config, self.runtime, self.engine = config, runtime, engine
         self.data, self.tokenizer, self.position = data, tokenizer, position
         self.source, self.provenance, self.facts = source, provenance, facts
-        self.run_dir = Path(config.run.dir)
+        self.run_dir, self.max_steps = Path(config.run.dir), config.max_steps
         self.callbacks = dict(callbacks or {})
         self.saved: list[Path] = []
         self.window = StepWindow(runtime)
@@ -121,7 +120,7 @@ class Trainer:
             self._stop.defer()
             self._each("on_train_begin")
             with self._background or nullcontext():  # the last save is complete before anything is said of it
-                while self.position.step < self.config.max_steps and self._ending is None:
+                while self.position.step < self.max_steps and self._ending is None:
                     self.train_step()
                     if self._rolled_back:
                         self._rolled_back = False
@@ -141,7 +140,7 @@ class Trainer:
     @property
     def complete(self) -> bool:
         """Whether the run has come to its end, by its last step or because a callback has ended it."""
-        return self._failure is None and (self.position.step >= self.config.max_steps or self._ending is not None)
+        return self._failure is None and (self.position.step >= self.max_steps or self._ending is not None)
 
     # -------------------------------------------------------------------------------------------------------- one step
 
@@ -160,7 +159,7 @@ class Trainer:
             position.samples += config.train.global_batch_size
             return
         self.heartbeat(f"step {position.step + 1}, optimizer")
-        window.lr, window.grad_norm = learning_rate(config, position.step), math.nan
+        window.lr, window.grad_norm = learning_rate(config, position.step, self.max_steps), math.nan
         if self.skip_update:
             engine.discard()
             if position.updates == 0:
@@ -181,7 +180,7 @@ class Trainer:
     def _accumulate_gradients(self, batches: list[Batch]) -> StepLoss:
         """All micro-batches' forward and backward passes; the loss's counts of the whole step."""
         name = f"step {self.position.step + 1}"
-        step_loss = StepLoss(self.config.model, self.runtime, batches)
+        step_loss = StepLoss(self.config.model, self.runtime, batches, self.engine.model.router_losses)
         passes = forward_passes(
             self.engine,
             step_loss,
@@ -200,7 +199,7 @@ class Trainer:
     def _finish_step(self) -> bool:
         """Evaluate, record and save where it is due; true where a signal has asked for the end of the run."""
         config, step = self.config, self.position.step
-        last = step == config.max_steps
+        last = step == self.max_steps
         stopping = self.runtime.any(self._stop.requested)
         evaluating = last or _due(config.evaluate.every_steps, step)
         measured = self.evaluate() if evaluating else {}
@@ -244,7 +243,7 @@ class Trainer:
         """Whether the coming step has a line in metrics.jsonl, as far as that is known before its update."""
         config, step = self.config, self.position.step + 1
         every = (config.logging.every_steps, config.evaluate.every_steps, config.checkpoint.every_steps)
-        return step == config.max_steps or any(_due(steps, step) for steps in every)
+        return step == self.max_steps or any(_due(steps, step) for steps in every)
 
     # ------------------------------------------------------------------------------- what callbacks and the loop call
 

@@ -16,9 +16,8 @@ from moe_llm.data.blocks import TrainBlocks
 from moe_llm.data.cache import TokenizedText
 from moe_llm.data.loader import TrainLoader
 from moe_llm.data.packing import PackedBlocks
-from moe_llm.distributed.forward_passes import forward_passes
 from moe_llm.distributed.runtime import start
-from moe_llm.distributed.step_loss import StepLoss
+from moe_llm.distributed.step_loss import StepLoss, forward_passes
 from moe_llm.train.build import build_trained
 
 REPEATS = 7

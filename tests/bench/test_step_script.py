@@ -103,7 +103,7 @@ def test_our_variants_turn_their_own_kernels_on(step, monkeypatch):
             patch.setattr(liger, "available", lambda device: True)
             patch.setattr(liger, "use", lambda *_: False)
             model(step.batches(shape, 1)[0])
-        on[name] = (liger._enabled, compiled.enabled())
+        on[name] = (liger.enabled, compiled.on)
     kernels.choose("torch", False, torch.device("cpu"))
     assert on == {"ours": (False, False), "ours:liger": (True, False), "ours:compiled": (False, True)}
 

@@ -10,7 +10,7 @@ from support.training import config
 from moe_llm.distributed import deepspeed as contract
 from moe_llm.distributed.runtime import start
 from moe_llm.model.init import build_model
-from moe_llm.model.moe.layer import MoELayer
+from moe_llm.model.moe.experts import MoELayer
 from moe_llm.train.build import build_trained
 from moe_llm.train.optim import build_optimizer, parameter_groups
 

@@ -10,8 +10,7 @@ from support.training import config
 from moe_llm.config import ModelConfig
 from moe_llm.distributed.dispatch import AllToAllDispatcher, _Flight, _regroup
 from moe_llm.distributed.runtime import start
-from moe_llm.model.moe.dispatch import LocalDispatcher
-from moe_llm.model.moe.experts import Experts
+from moe_llm.model.moe.experts import Experts, LocalDispatcher
 from moe_llm.model.moe.routing import Routing
 from moe_llm.ops.permutation import sort_by_expert
 

@@ -10,7 +10,7 @@ from moe_llm.config import ModelConfig
 from moe_llm.config.load import validate
 from moe_llm.distributed.dispatch import AllToAllDispatcher
 from moe_llm.distributed.runtime import start
-from moe_llm.model.moe.layer import MoELayer
+from moe_llm.model.moe.experts import MoELayer
 
 LENGTH = 10
 LORY = {**MODEL, "num_experts_per_tok": 1, "router": {"type": "lory", "segment_length": 4}}

@@ -14,13 +14,12 @@ from moe_llm.checkpoint.state import save_checkpoint
 from moe_llm.config import dump_config
 from moe_llm.config.load import validate
 from moe_llm.distributed import placement as module
-from moe_llm.distributed.forward_passes import forward_passes
 from moe_llm.distributed.placement import ExpertPlacement, plan_placement, rank_loads
 from moe_llm.distributed.runtime import start
-from moe_llm.distributed.step_loss import StepLoss
+from moe_llm.distributed.step_loss import StepLoss, forward_passes
 from moe_llm.errors import UserError
-from moe_llm.model.moe.layer import MoELayer
-from moe_llm.model.moe.routers import begin_step, end_step
+from moe_llm.model.moe.experts import MoELayer
+from moe_llm.model.moe.router import begin_step, end_step
 from moe_llm.train.build import build_trained
 from moe_llm.train.callbacks.registry import own_callbacks
 from moe_llm.train.optim import learning_rate

@@ -13,8 +13,7 @@ from moe_llm.distributed import dispatch, traffic
 from moe_llm.distributed.rehearsal import Rehearsal, disagreements, rehearse
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.moe import routers
-from moe_llm.model.moe.experts import Experts
-from moe_llm.model.moe.layer import MoELayer
+from moe_llm.model.moe.experts import Experts, MoELayer
 from moe_llm.ops import attention, host
 from moe_llm.planner.memory import KERNELS, layout_of, step_memory, without_bucket
 

@@ -157,7 +157,7 @@ def recomputation_with_other_noise(rank):
 
 
 def documents_see_each_other(rank):
-    from moe_llm.distributed import forward_passes
+    from moe_llm.distributed import step_loss as forward_passes
 
     real = forward_passes.model_inputs
     return mock.patch.object(
@@ -193,15 +193,15 @@ def noise_without_effect(rank):
 
 def capacity_beyond_a_sequence(rank):
     """Whoever comes first in the micro-batch is served, so that the layout decides."""
-    from moe_llm.model.moe import token_choice
+    from moe_llm.model.moe import router
 
-    real = token_choice.assign_by_position
+    real = router.assign_by_position
 
     def serve(preference_BSR, groups, top_k, num_experts, capacity_BS, wanted_BSR=None):
-        together, every = preference_BSR.flatten(0, 1)[None], token_choice.Groups.of(groups.mask_BS.flatten()[None])
+        together, every = preference_BSR.flatten(0, 1)[None], router.Groups.of(groups.mask_BS.flatten()[None])
         return real(together, every, top_k, num_experts, capacity_BS.flatten()[None]).view_as(preference_BSR)
 
-    return mock.patch.object(token_choice, "assign_by_position", serve)
+    return mock.patch.object(router, "assign_by_position", serve)
 
 
 def one_process_raises(rank):
@@ -247,7 +247,7 @@ def rate_rises_threefold(rank):
     from moe_llm.train import trainer
 
     real = trainer.learning_rate
-    return mock.patch.object(trainer, "learning_rate", lambda config, step: 3 * real(config, step))
+    return mock.patch.object(trainer, "learning_rate", lambda config, step, total=None: 3 * real(config, step, total))
 
 
 def rate_is_multiplied_on_its_way_to_the_optimizer(rank):
@@ -261,7 +261,9 @@ def warm_up_is_a_step_late(rank):
     from moe_llm.train import trainer
 
     real = trainer.learning_rate
-    return mock.patch.object(trainer, "learning_rate", lambda config, step: real(config, max(0, step - 1)))
+    return mock.patch.object(
+        trainer, "learning_rate", lambda config, step, total=None: real(config, max(0, step - 1), total)
+    )
 
 
 def betas_swapped(rank):

@@ -257,7 +257,7 @@ def norms_of_heads_are_left_out(rank):
 
 
 def gates_of_shared_experts_stay_open(rank):
-    from moe_llm.model.moe.layer import MoELayer
+    from moe_llm.model.moe.experts import MoELayer
 
     real = MoELayer.__init__
 

@@ -8,7 +8,7 @@ import torch
 from moe_llm.config import ModelConfig
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.init import build_model
-from moe_llm.model.moe.balance import balance_loss, z_loss
+from moe_llm.model.moe.losses import balance_loss, z_loss
 from moe_llm.model.moe.routing import RoutingStatistics
 
 ROWS, LENGTH = 6, 12

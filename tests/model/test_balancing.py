@@ -11,9 +11,10 @@ from moe_llm.data.packing import model_inputs
 from moe_llm.distributed.runtime import start
 from moe_llm.distributed.step_loss import StepLoss
 from moe_llm.model.init import build_model
-from moe_llm.model.moe.layer import MoELayer
+from moe_llm.model.moe.experts import MoELayer
 from moe_llm.model.moe.losses import router_loss_values
-from moe_llm.model.moe.routers import end_step, router_losses
+from moe_llm.model.moe.router import end_step
+from moe_llm.model.moe.routers import router_losses
 from moe_llm.model.moe.routing import RoutingStatistics
 from moe_llm.train.build import build_trained
 

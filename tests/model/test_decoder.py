@@ -7,7 +7,7 @@ from moe_llm.config import ModelConfig
 from moe_llm.distributed.engine import shard_experts
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.init import build_model
-from moe_llm.model.moe.layer import MoELayer
+from moe_llm.model.moe.experts import MoELayer
 
 CONFIG = ModelConfig(
     vocab_size=97,

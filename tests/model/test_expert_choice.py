@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_routers import by_definition, config_of, inputs, layer_of
 
-from moe_llm.model.moe.layer import MoELayer
+from moe_llm.model.moe.experts import MoELayer
 from moe_llm.model.moe.routers import ROUTERS
 
 E, K = 6, 2

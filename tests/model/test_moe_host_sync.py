@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_llm.config import ModelConfig
 from moe_llm.distributed.rehearsal import rehearse
-from moe_llm.model.moe.layer import MoELayer
+from moe_llm.model.moe.experts import MoELayer
 from moe_llm.ops import kernels, native
 
 CONFIG = {
@@ -52,14 +52,14 @@ def step(device, **changes):
 def test_nothing_depends_on_values(monkeypatch, changes):
     """Tensors without values, on which whatever asks for one raises: the operations are those that CUDA gets."""
     monkeypatch.setattr(native, "fits", lambda *_: False)
-    monkeypatch.setattr("moe_llm.ops.routed_experts.choose_backend", lambda *_: "grouped")
+    monkeypatch.setattr("moe_llm.ops.expert_mlp.choose_backend", lambda *_: "grouped")
     with FakeTensorMode():
         assert step("cpu", **changes)().shape == (2, 24, 32)
 
 
 def test_what_waits_is_noticed(monkeypatch):
     monkeypatch.setattr(native, "fits", lambda *_: False)
-    monkeypatch.setattr("moe_llm.ops.routed_experts.choose_backend", lambda *_: "fused")  # which reads the counts
+    monkeypatch.setattr("moe_llm.ops.expert_mlp.choose_backend", lambda *_: "fused")  # which reads the counts
     with FakeTensorMode(), pytest.raises(Exception, match="_local_scalar_dense"):
         step("cpu")()
 

@@ -12,8 +12,8 @@ from moe_llm.distributed.step_loss import StepLoss
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.flops import train_flops_per_token
 from moe_llm.model.init import build_model, init_weights
-from moe_llm.model.moe.balance import balance_loss
-from moe_llm.model.moe.layer import MoELayer
+from moe_llm.model.moe.experts import MoELayer
+from moe_llm.model.moe.losses import balance_loss
 from moe_llm.model.moe.routing import RoutingStatistics
 
 B, S, D, E, H, K = 3, 7, 12, 6, 3, 2

@@ -15,7 +15,8 @@ from moe_llm.config.load import parse_yaml, validate
 from moe_llm.config.routers import ROUTER_SETTINGS
 from moe_llm.finetune.selection import part_of
 from moe_llm.model.init import build_model
-from moe_llm.model.moe.routers import ROUTERS, routers_of
+from moe_llm.model.moe.router import routers_of
+from moe_llm.model.moe.routers import ROUTERS
 
 NEEDED = {
     "hierarchical": {"groups": 2},

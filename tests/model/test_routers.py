@@ -11,7 +11,7 @@ from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.flops import train_flops_per_token
 from moe_llm.model.init import init_weights
 from moe_llm.model.moe.capacity import Groups
-from moe_llm.model.moe.layer import MoELayer
+from moe_llm.model.moe.experts import MoELayer
 from moe_llm.model.moe.losses import router_loss_values
 from moe_llm.model.moe.router import Router
 from moe_llm.model.moe.routers import ROUTERS, router_losses

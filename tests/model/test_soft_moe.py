@@ -9,8 +9,8 @@ from moe_llm.config import ModelConfig
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.flops import train_flops_per_token
 from moe_llm.model.init import init_weights
-from moe_llm.model.moe.balance import balance_loss, z_loss
-from moe_llm.model.moe.layer import MoELayer
+from moe_llm.model.moe.experts import MoELayer
+from moe_llm.model.moe.losses import balance_loss, z_loss
 from moe_llm.model.moe.routing import RoutingStatistics
 
 B, S, D, E, L, SLOTS = 3, 17, 12, 6, 4, 2

@@ -5,7 +5,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from moe_llm.model.swiglu import SwiGLU
+from moe_llm.model.layers import SwiGLU
 from moe_llm.ops import kernels, native
 from moe_llm.ops.cross_entropy import linear_cross_entropy
 from moe_llm.ops.norm import add_rms_norm, rms_norm

@@ -6,9 +6,8 @@ from support.training import config, train_steps
 
 from moe_llm.config import ModelConfig
 from moe_llm.errors import UserError
-from moe_llm.model.moe.layer import MoELayer
-from moe_llm.ops.expert_mlp import expert_mlp
-from moe_llm.ops.routed_experts import routed_expert_mlp
+from moe_llm.model.moe.experts import MoELayer
+from moe_llm.ops.expert_mlp import expert_mlp, routed_expert_mlp
 
 E, D, F, N = 3, 8, 8, 4000
 COUNTS = torch.tensor([1500, 0, 2500])

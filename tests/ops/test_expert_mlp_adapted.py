@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from moe_llm.ops.expert_mlp import expert_mlp
+from moe_llm.ops.expert_mlp import expert_mlp, routed_expert_mlp
 from moe_llm.ops.expert_mlp_adapted import ExpertAdapters, Factors, adapted_expert_mlp
 from moe_llm.ops.permutation import sort_by_expert
-from moe_llm.ops.routed_experts import routed_expert_mlp
 
 D, WIDTH, E, RANK, SCALE = 12, 10, 4, 3, 1.7
 

@@ -9,7 +9,7 @@ import torch
 from moe_llm.ops import native
 from moe_llm.ops.cross_entropy import linear_cross_entropy
 from moe_llm.ops.expert_mlp import expert_mlp
-from moe_llm.ops.graph import graph_is_kept
+from moe_llm.ops.native import graph_is_kept
 
 
 def seeded(*shape, seed=0, scale=1.0):
@@ -84,7 +84,7 @@ def test_a_torch_that_does_not_tell():
     """Then nothing is written over."""
     program = (
         "import torch; del torch._C._autograd._get_current_graph_task_keep_graph\n"
-        "from moe_llm.ops.graph import graph_is_kept; print(graph_is_kept())"
+        "from moe_llm.ops.native import graph_is_kept; print(graph_is_kept())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.split() == ["True"], done.stderr

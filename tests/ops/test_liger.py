@@ -55,4 +55,4 @@ def test_auto_takes_it_where_it_runs_and_torch_never(monkeypatch):
     assert not liger.use("norm", like, like.bfloat16())  # one dtype alone
     kernels.choose("torch", True, CPU)
     assert not liger.use("norm", like)
-    assert compiled.enabled()
+    assert compiled.on

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from moe_llm.ops import native, reference
-from moe_llm.ops.attention import AttentionPattern, attention
-from moe_llm.ops.attention_blocked import blocked_attention
+from moe_llm.ops.attention import AttentionPattern, attention, blocked_attention
 from moe_llm.ops.cross_entropy import linear_cross_entropy
 from moe_llm.ops.norm import add_rms_norm, rms_norm
 
@@ -144,7 +143,7 @@ def test_attention_over_several_blocks(heads, groups, documents, dtype):
 
 
 def test_long_sequences_take_few_at_a_time(monkeypatch):
-    from moe_llm.ops import attention_blocked
+    from moe_llm.ops import attention as attention_blocked
 
     x = [seeded(5, 150, n, 8, seed=n).transpose(1, 2) for n in (4, 2, 2)]
     expected = blocked_attention(*x, None)

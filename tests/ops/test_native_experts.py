@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from moe_llm.ops import expert_mlp_fused, native, products
-from moe_llm.ops.expert_mlp import expert_mlp
+from moe_llm.ops import expert_mlp as experts_module
+from moe_llm.ops import native, products
+from moe_llm.ops.expert_mlp import expert_mlp, routed_expert_mlp
 from moe_llm.ops.permutation import sort_by_expert
-from moe_llm.ops.routed_experts import routed_expert_mlp
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -92,7 +92,7 @@ def one_call(processor, monkeypatch, request):
     """Experts go to the kernels whatever the processor, in several blocks or one."""
     monkeypatch.setattr(products, "_ours", lambda: True)
     monkeypatch.setattr(products, "_ours_in_bf16", lambda: True)
-    monkeypatch.setattr(expert_mlp_fused, "_NATIVE_ROWS", request.param)
+    monkeypatch.setattr(experts_module, "_NATIVE_ROWS", request.param)
     calls, plain = [], native.call
     monkeypatch.setattr(native, "call", lambda *a: (calls.append(a[0]), plain(*a))[1])
     return calls

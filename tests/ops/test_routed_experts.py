@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from moe_llm.ops import reference
+from moe_llm.ops.expert_mlp import routed_expert_mlp
 from moe_llm.ops.permutation import sort_by_expert
-from moe_llm.ops.routed_experts import routed_expert_mlp
 
 HIDDEN, WIDTH = 24, 40
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}

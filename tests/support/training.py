@@ -7,10 +7,9 @@ from support.ranks import fresh_accelerate
 
 from moe_llm.config.load import validate
 from moe_llm.data.packing import Batch
-from moe_llm.distributed.forward_passes import forward_passes
 from moe_llm.distributed.runtime import start
-from moe_llm.distributed.step_loss import StepLoss
-from moe_llm.model.moe.routers import begin_step, end_step
+from moe_llm.distributed.step_loss import StepLoss, forward_passes
+from moe_llm.model.moe.router import begin_step, end_step
 from moe_llm.train.build import build_trained
 from moe_llm.train.callbacks.adversarial import find_perturbation
 from moe_llm.train.metrics import expert_gradient_norms

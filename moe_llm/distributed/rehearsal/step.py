@@ -25,8 +25,8 @@ from moe_llm.distributed.runtime import Runtime
 from moe_llm.distributed.sequence import share_sequences
 from moe_llm.distributed.step_loss import StepLoss
 from moe_llm.model.decoder import MoEDecoder
-from moe_llm.model.moe.layer import MoELayer
-from moe_llm.model.moe.routers import begin_step, end_step
+from moe_llm.model.moe.experts import MoELayer
+from moe_llm.model.moe.router import begin_step, end_step
 from moe_llm.ops import host
 
 PHASES = ("forward", "backward", "optimizer")

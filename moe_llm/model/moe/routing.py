@@ -13,7 +13,6 @@ from torch import Tensor
 
 from moe_llm.model.moe.segments import Segments
 from moe_llm.model.sequence_parts import SequenceParts
-from moe_llm.ops.compiled import region
 
 
 class RoutingStatistics(NamedTuple):
@@ -82,7 +81,6 @@ class WeightMixture(NamedTuple):
     statistics: RoutingStatistics
 
 
-@region
 def router_statistics(
     logits_TE: Tensor,
     probability_TE: Tensor,

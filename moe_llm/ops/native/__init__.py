@@ -246,3 +246,10 @@ def _cpuinfo() -> list[str]:
         return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:  # not Linux
         return []
+
+
+def graph_is_kept() -> bool:
+    """Whether the running backward pass may be run again (`retain_graph`), and what was saved must stay as it is. To be
+    called within one."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # not in torch's interface
+    return asked is None or asked()

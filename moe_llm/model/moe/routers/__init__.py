@@ -2,8 +2,6 @@
 
 from typing import TypeVar
 
-from torch import nn
-
 from moe_llm.config import ModelConfig
 from moe_llm.config.routers import ROUTER_SETTINGS
 from moe_llm.model.moe.losses import RouterLoss
@@ -27,7 +25,6 @@ from moe_llm.model.moe.routers.soft_moe import SoftMoERouter
 from moe_llm.model.moe.routers.switch import SwitchRouter
 from moe_llm.model.moe.routers.top_p import TopPRouter
 from moe_llm.model.moe.routers.transformer import TransformerRouter
-from moe_llm.model.moe.routing import RoutingStatistics
 
 ROUTERS: dict[str, type[Router]] = {
     "mixtral": MixtralRouter,
@@ -70,24 +67,3 @@ def build_router(config: ModelConfig) -> Router:
 def router_losses(config: ModelConfig) -> list[RouterLoss]:
     """The losses that the router has of its own."""
     return ROUTERS[config.router.type].losses(config.router)
-
-
-def routers_of(model: nn.Module) -> list[Router]:
-    """Of each layer, in order."""
-    return [module for module in model.modules() if isinstance(module, Router)]
-
-
-def begin_step(model: nn.Module, step: int) -> None:
-    """Tell the routers which optimizer step is computed next, counted from 0."""
-    for router in routers_of(model):
-        router.step = step
-
-
-def end_step(model: nn.Module, total: RoutingStatistics) -> None:
-    """Let the routers that are trained change their buffers.
-
-    total: of the step, over ranks and micro-batches, stacked over the layers, without gradient.
-    """
-    for router, layer in zip(routers_of(model), total.layers(), strict=True):
-        if any(parameter.requires_grad for parameter in router.parameters()):
-            router.after_step(layer)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from moe_llm.config.routers_learned import AttentionSettings
+from moe_llm.model.moe.router import TokenChoiceRouter
 from moe_llm.model.moe.routing import Routing
-from moe_llm.model.moe.token_choice import TokenChoiceRouter
 
 
 class AttentionRouter(TokenChoiceRouter):

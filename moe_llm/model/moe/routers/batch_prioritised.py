@@ -8,8 +8,8 @@ from torch import Tensor
 
 from moe_llm.config.routers import BatchPrioritisedSettings
 from moe_llm.model.moe.capacity import Groups, assign_by_choice
+from moe_llm.model.moe.router import TokenChoiceRouter
 from moe_llm.model.moe.routing import Routing
-from moe_llm.model.moe.token_choice import TokenChoiceRouter
 
 
 class BatchPrioritisedRouter(TokenChoiceRouter):

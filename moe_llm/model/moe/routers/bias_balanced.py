@@ -8,9 +8,8 @@ from torch import Tensor
 
 from moe_llm.config.routers import BiasBalancedSettings
 from moe_llm.model.moe.feedback import TokenLosses
-from moe_llm.model.moe.router import Router, rows_by_token
+from moe_llm.model.moe.router import Router, close_groups, rows_by_token
 from moe_llm.model.moe.routing import Routing, RoutingStatistics
-from moe_llm.model.moe.token_choice import close_groups
 
 _LAST = -1e9  # finite, so that a group with one expert that is open is better than one with none
 

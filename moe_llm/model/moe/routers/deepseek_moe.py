@@ -8,8 +8,8 @@ from torch import Tensor
 
 from moe_llm.config.routers import DeepSeekMoESettings, RouterSettings
 from moe_llm.model.moe.losses import RouterLoss
+from moe_llm.model.moe.router import TokenChoiceRouter, close_groups
 from moe_llm.model.moe.routing import RoutingStatistics
-from moe_llm.model.moe.token_choice import TokenChoiceRouter, close_groups
 
 
 class DeepSeekMoERouter(TokenChoiceRouter):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from moe_llm.config.routers import GShardSettings
-from moe_llm.model.moe.token_choice import TokenChoiceRouter
+from moe_llm.model.moe.router import TokenChoiceRouter
 from moe_llm.ops.routing_decision import decided
 
 

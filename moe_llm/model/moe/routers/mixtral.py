@@ -1,7 +1,7 @@
 """Mixtral's router (Jiang et al. 2024, section 2.1): softmax over experts, top-k, renormalised."""
 
 from moe_llm.config.routers import MixtralSettings
-from moe_llm.model.moe.token_choice import TokenChoiceRouter
+from moe_llm.model.moe.router import TokenChoiceRouter
 
 
 class MixtralRouter(TokenChoiceRouter):

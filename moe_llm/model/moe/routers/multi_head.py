@@ -8,9 +8,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from moe_llm.config.routers_mixed import MultiHeadSettings
-from moe_llm.model.linear import Linear
+from moe_llm.model.layers import Linear
+from moe_llm.model.moe.router import TokenChoiceRouter
 from moe_llm.model.moe.routing import Routing
-from moe_llm.model.moe.token_choice import TokenChoiceRouter
 
 
 class MultiHeadRouter(TokenChoiceRouter):

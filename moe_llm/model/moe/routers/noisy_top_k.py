@@ -9,8 +9,8 @@ from torch import Tensor
 
 from moe_llm.config.routers import NoisyTopKSettings, RouterSettings
 from moe_llm.model.moe.losses import RouterLoss, cv_squared
+from moe_llm.model.moe.router import TokenChoiceRouter
 from moe_llm.model.moe.routing import Routing
-from moe_llm.model.moe.token_choice import TokenChoiceRouter
 
 
 class NoisyTopKRouter(TokenChoiceRouter):

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from moe_llm.config.routers import SwitchSettings
-from moe_llm.model.moe.token_choice import TokenChoiceRouter
+from moe_llm.model.moe.router import TokenChoiceRouter
 
 
 class SwitchRouter(TokenChoiceRouter):

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from moe_llm.config.routers_learned import TransformerSettings
 from moe_llm.model.moe.capacity import Groups
+from moe_llm.model.moe.router import TokenChoiceRouter
 from moe_llm.model.moe.routing import Routing
-from moe_llm.model.moe.token_choice import TokenChoiceRouter
 
 
 class TransformerRouter(TokenChoiceRouter):
