@@ -23,6 +23,14 @@ from moe_llm.doctor.ranks import LocalRanks
 
 QUICKSTART = Path(__file__).parents[1] / "configs/quickstart.yaml"
 CHAT = "data.sources=[{{type: files, path: {conversations}, content: chat}}]"
+HALF = "model.rope_parameters.partial_rotary_factor=0.5"
+LATENT = [
+    "model.kv_lora_rank=32",
+    "model.num_key_value_heads=null",
+    "model.qk_nope_head_dim=16",
+    "model.qk_rope_head_dim=16",
+    "model.v_head_dim=32",
+]
 KINDS: dict[str, list[str]] = {
     "mixtral": ["parallel.expert_parallel_size=2"],
     "bf16": ["train.precision=bf16", "checkpoint.dtype=bf16", "parallel.zero_stage=3"],
@@ -45,6 +53,26 @@ KINDS: dict[str, list[str]] = {
     "bias_balanced": ["model.router.type=bias_balanced"],
     "top_p": ["model.router={type: top_p, local_entropy_coef: 0.1}"],
     "expert_choice": ["model.router.type=expert_choice"],
+    "hierarchical": ["model.router={type: hierarchical, groups: 4}", "parallel.expert_parallel_size=2"],
+    "balanced": ["model.router.type=balanced"],
+    "soft_moe": ["model.router={type: soft_moe, slots_per_expert: 4, segment_length: 16}"],
+    "multi_head": ["model.router={type: multi_head, heads: 4}", "parallel.expert_parallel_size=2"],
+    "lory": ["model.router={type: lory, segment_length: 64}", "model.num_experts_per_tok=1"],
+    "attention": ["model.router.type=attention"],
+    "transformer": ["model.router.type=transformer"],
+    "reinforce": ["model.router={type: reinforce, load_coef: 0.1}"],
+    "em": ["model.router.type=em"],
+    "glm4_moe": ["model.router.type=bias_balanced", "model.num_shared_experts=1", "model.qk_norm=head", HALF],
+    "deepseek_v2": ["model.router.type=deepseek_moe", "model.num_shared_experts=1", *LATENT],
+    "deepseek_v3": ["model.router.type=bias_balanced", "model.num_shared_experts=1", *LATENT],
+    "gpt_oss": [
+        "model.router={type: mixtral, bias: true}",
+        "model.attention_bias=all",
+        "model.attention_sinks=true",
+        "model.expert_bias=true",
+        "model.swiglu_limit=7.0",
+        "model.sliding_window=64",
+    ],
 }
 
 

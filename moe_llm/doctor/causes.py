@@ -223,6 +223,8 @@ _RULES: list[tuple[set[str], Callable[[Finding, Failed, int], str]]] = [
     ({"reference_own"}, lambda finding, failed, ranks: _padding(finding)),
     ({"reference_own"}, _says("follows from the forward pass", if_failed="reference_lm")),
     ({"reference_own"}, _says("a loss of the router's own has another formula than in its paper")),
+    ({"reference_buffers"}, _says("follows from the forward pass", if_failed="reference_lm")),
+    ({"reference_buffers"}, _says("a router moves its bias, threshold or load by another rule than its paper's")),
     ({"reference_z"}, lambda finding, failed, ranks: _padding(finding)),
     ({"reference_z"}, _says("follows from the forward pass", if_failed="reference_lm")),
     ({"reference_z"}, _says("the z-loss has another formula than in the paper")),

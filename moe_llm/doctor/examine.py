@@ -27,6 +27,7 @@ from moe_llm.doctor.ranks import LocalRanks, Plant, RankError, no_plant
 from moe_llm.doctor.sample import small_data
 from moe_llm.doctor.shrink import ALONE, one_process, replace, shrink
 from moe_llm.errors import UserError
+from moe_llm.finetune.selection import trained_names
 from moe_llm.model.moe.routers import router_losses
 
 STEPS = 4
@@ -179,7 +180,8 @@ class _Case:
     ):
         self.user, self.directory, self.pool, self.plant, self.ranks = user, directory, pool, plant, ranks
         self.findings, self.say = findings, say
-        self.reference = Reference(config.model) if comparable(config.model) else None
+        trained = any(".mlp.gate." in name for name in trained_names(config))
+        self.reference = Reference(config.model, moves=trained) if comparable(config.model) else None
         self.config = self._with_active_clip(config)
         self.allowed = self._tolerances(self.config)
         self.expected, _ = expected_samples(self.config)
@@ -292,8 +294,8 @@ class _Case:
         if self.reference is None:
             self.findings.append(
                 note(
-                    f"transformers trains no model with model.router.type={self.config.model.router.type}: ranks are "
-                    "compared with one process alone"
+                    "transformers has no decoder with this attention, or there is no second formula of "
+                    f"model.router.type={self.config.model.router.type}: ranks are compared with one process alone"
                 )
             )
             return
@@ -309,6 +311,9 @@ class _Case:
         self.findings += compare.against_transformers(
             one, expected, self._tolerances(self._in_fp32()), self.config.finetune.experts
         )
+        if expected[0].buffers and one.at_save:
+            due = expected[(self.config.checkpoint.every_steps or 1) - 1].buffers
+            self.findings.append(compare.router_buffers(one, due))
 
     def _judge(self, one: Observation) -> None:
         """One process beside the oracle: data, schedule and optimizer."""

@@ -4,8 +4,13 @@ Each file is one subject and short enough to be checked by reading. They may imp
 read the values of a configuration; of the package's own code they may use nothing else (a test of the imports says so).
 
 transformer     transformers' own model: losses and gradients of a step
-family          which of transformers' models that is: Mixtral, Qwen2-MoE, Qwen3-MoE or OLMoE
-router_losses   choices and weights of routers, balance, z-loss and losses of their own, from the papers' formulas
+family          which of transformers' models that is, and its tensors by our names
+documents       documents of packed rows, one by one
+choices         which experts a token has, and with which weights, from the papers' formulas
+blocks          sparse layers that no model of transformers has: slots, merged weights, parts of tokens
+router_losses   balance, z-loss and the routers' own losses
+token_losses    losses of routers that learn from the tokens' losses: REINFORCE and EM
+buffers         what routers move without a gradient after a step
 optimizer       torch's AdamW or SGD with parameters grouped by their names, and the clipping of gradients
 schedule        the learning rate of each step
 low_rank        adapters and their gradients

@@ -3,25 +3,42 @@
 Dimensions: L layers, T real tokens, E experts, K choices of a token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
+
+from moe_llm.doctor.oracle.choices import Choice
 
 
 class Routed(NamedTuple):
-    """What the routers made of real tokens; chosen: 1 for each of a token's experts, else 0; weight: what its output is
-    multiplied by; row_T: the packed row that a token stood in. load: the probability that an expert would be chosen if
-    its noise were drawn again, where routers have noise (Shazeer et al. 2017)."""
+    """What the routers made of real tokens, layer by layer (`choices.Choice`). row_T: the packed row that a token stood
+    in. own_LX: sums for the losses of routers that learn from the tokens' losses, X is 0 for the others."""
 
-    logits_LTE: torch.Tensor
     probability_LTE: torch.Tensor
     chosen_LTE: torch.Tensor
     weight_LTE: torch.Tensor
+    z_LT: torch.Tensor
+    logits_LTE: torch.Tensor
+    load_LTE: torch.Tensor | None
     row_T: torch.Tensor
-    load_LTE: torch.Tensor | None = None
+    own_LX: torch.Tensor
+
+    @classmethod
+    def of(cls, layers: Sequence[Choice], row_T: torch.Tensor, own_LX: torch.Tensor | None = None) -> "Routed":
+        """own_LX: see above; None: there are none."""
+        loads = [choice.load_TE for choice in layers if choice.load_TE is not None]
+        return cls(
+            torch.stack([choice.probability_TE for choice in layers]),
+            torch.stack([choice.chosen_TE for choice in layers]),
+            torch.stack([choice.weight_TE for choice in layers]),
+            torch.stack([choice.z_T for choice in layers]),
+            torch.stack([choice.logits_TE for choice in layers]),
+            torch.stack(loads) if loads else None,
+            row_T,
+            torch.zeros(len(layers), 0) if own_LX is None else own_LX,
+        )
 
     def tied(self, top_k: int) -> bool:
         """Whether some token's last choice and the next expert are equal but for rounding: the gradient through the border
@@ -32,76 +49,10 @@ class Routed(NamedTuple):
         return bool((best_LTK[..., -2] - best_LTK[..., -1] <= 1e-6 * best_LTK.abs().amax(-1)).any())
 
 
-def choice(logits_TE: torch.Tensor, top_k: int, router: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(experts, their weights, whether they are taken at all), each (T, K), by the softmax over the experts.
-
-    The weights are divided by their sum in Mixtral, GShard and noisy top-k gating (Shazeer et al. 2017, equation 3), and
-    taken as they are in Switch (Fedus et al. 2021, equation 2), V-MoE (Riquelme et al. 2021, equation 2) and DeepSeekMoE
-    (Dai et al. 2024, equation 10). With top-p, experts are taken until their probabilities reach p (Huang et al. 2024,
-    equation 5).
-    """
-    value_TK, expert_TK = logits_TE.softmax(-1).topk(top_k, dim=-1)
-    taken_TK = torch.ones_like(expert_TK, dtype=torch.bool)
-    if router.type == "top_p":
-        taken_TK[:, 1:] = value_TK.cumsum(-1)[:, :-1] < router.p
-    divided = {"deepseek_moe": getattr(router, "norm_topk_prob", False)}.get(
-        router.type, router.type in ("mixtral", "dense", "gshard", "noisy_top_k")
-    )
-    weight_TK = value_TK / value_TK.sum(-1, keepdim=True) if divided else value_TK
-    return expert_TK, weight_TK * taken_TK * getattr(router, "routed_scaling_factor", 1.0), taken_TK
-
-
-# The routers whose choice is that of `choice`
-OF_SOFTMAX = (
-    "mixtral",
-    "dense",
-    "gshard",
-    "noisy_top_k",
-    "switch",
-    "batch_prioritised",
-    "deepseek_moe",
-    "top_p",
-)
-
-
-def routed(
-    logits_LTE: torch.Tensor,
-    top_k: int,
-    row_T: torch.Tensor,
-    router: Any,
-    deviation_LTE: torch.Tensor | None = None,
-) -> Routed:
-    """Args:
-    deviation_LTE: of the noise of each expert, where there is some.
-    """
-    experts = logits_LTE.shape[-1]
-    chosen, weights = [], []
-    for logits_TE in logits_LTE:
-        expert_TK, weight_TK, taken_TK = choice(logits_TE, top_k, router)
-        hot_TKE = F.one_hot(expert_TK, experts)
-        chosen.append((hot_TKE * taken_TK[..., None]).sum(1).float())
-        weights.append((hot_TKE * weight_TK[..., None]).sum(1))
-    load_LTE = None if deviation_LTE is None else _load(logits_LTE, deviation_LTE, top_k)
-    return Routed(logits_LTE, logits_LTE.softmax(-1), torch.stack(chosen), torch.stack(weights), row_T, load_LTE)
-
-
-def _load(logits_LTE: torch.Tensor, deviation_LTE: torch.Tensor, top_k: int) -> torch.Tensor:
-    """P(x, e) = Phi((clean_e - kth of the others) / deviation_e), the noise itself being zero
-    (Shazeer et al. 2017, equations 8 and 9)."""
-    experts = logits_LTE.shape[-1]
-    if top_k == experts:
-        return torch.ones_like(logits_LTE)
-    best_LTK = logits_LTE.topk(top_k + 1, dim=-1)
-    chosen = F.one_hot(best_LTK.indices[..., :top_k], experts).sum(-2).bool()
-    # the k-th of the others is the (k + 1)-th of all for those that are among the first k
-    border_LTE = torch.where(chosen, best_LTK.values[..., top_k:], best_LTK.values[..., top_k - 1 : top_k])
-    return torch.distributions.Normal(0.0, 1.0).cdf((logits_LTE - border_LTE) / deviation_LTE)
-
-
 def z_loss_part(part: Routed, tokens: int) -> torch.Tensor:
     """These tokens' summand of the mean over `tokens` and layers of logsumexp(logits)^2
     (Zoph et al. 2022, equation 5)."""
-    return part.logits_LTE.logsumexp(-1).square().sum(1).mean() / tokens
+    return part.z_LT.sum(1).mean() / tokens
 
 
 def balance_part(part: Routed, counted_LTE: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -113,7 +64,7 @@ def balance_part(part: Routed, counted_LTE: torch.Tensor, tokens: int) -> torch.
         tokens: all that share the loss.
     """
     mean_LE = part.probability_LTE.sum(1) / tokens
-    return part.logits_LTE.shape[-1] * (counted_LTE.mean(1) * mean_LE).sum(-1).mean()
+    return part.probability_LTE.shape[-1] * (counted_LTE.mean(1) * mean_LE).sum(-1).mean()
 
 
 def balance_part_by_sequence(part: Routed, rows: int) -> torch.Tensor:
@@ -123,13 +74,13 @@ def balance_part_by_sequence(part: Routed, rows: int) -> torch.Tensor:
         (part.chosen_LTE[:, mine].mean(1) * part.probability_LTE[:, mine].mean(1)).sum(-1).mean()
         for mine in (part.row_T == row for row in part.row_T.unique())
     ]
-    return part.logits_LTE.shape[-1] * torch.stack(products).sum() / rows
+    return part.probability_LTE.shape[-1] * torch.stack(products).sum() / rows
 
 
 def balance_pooled(part: Routed) -> torch.Tensor:
     """The same with the tokens of all layers pooled, as transformers' `load_balancing_loss_func` has it."""
     fraction_E, mean_E = part.chosen_LTE.mean((0, 1)), part.probability_LTE.mean((0, 1))
-    return part.logits_LTE.shape[-1] * (fraction_E * mean_E).sum()
+    return part.probability_LTE.shape[-1] * (fraction_E * mean_E).sum()
 
 
 @dataclass
@@ -142,6 +93,7 @@ class Sums:
     weight_LE: torch.Tensor
     load_LE: torch.Tensor
     entropy_L: torch.Tensor
+    own_LX: torch.Tensor
 
     @classmethod
     def of(cls, part: Routed) -> "Sums":
@@ -153,10 +105,11 @@ class Sums:
             part.weight_LTE.sum(1),
             torch.zeros_like(part.chosen_LTE[:, 0]) if part.load_LTE is None else part.load_LTE.sum(1),
             -(p_LTE * p_LTE.clamp(min=1e-30).log()).sum((1, 2)),
+            part.own_LX,
         )
 
     def each(self, function: Callable[..., torch.Tensor], *others: "Sums", tokens: float) -> "Sums":
-        names = ("chosen_LE", "probability_LE", "weight_LE", "load_LE", "entropy_L")
+        names = ("chosen_LE", "probability_LE", "weight_LE", "load_LE", "entropy_L", "own_LX")
         return Sums(tokens, *(function(*(getattr(sums, name) for sums in (self, *others))) for name in names))
 
 
@@ -218,4 +171,29 @@ def own_losses(router: Any) -> list[OwnLoss]:
                 "device_balance_loss", router.device_balance_coef, lambda sums: balance(sums, router.device_groups)
             ),
         ]
+    if router.type == "reinforce":
+        found.append(OwnLoss("policy_loss", router.policy_coef, lambda sums: sums.own_LX[:, 0] / sums.tokens))
+        if router.baseline == "learned":
+            found.append(OwnLoss("baseline_loss", router.baseline_coef, lambda sums: sums.own_LX[:, 1] / sums.tokens))
+    if router.type == "em":
+        found += [
+            OwnLoss("gate_m_step_loss", router.gate_coef, lambda sums: sums.own_LX[:, 0] / sums.tokens),
+            OwnLoss("expert_m_step_loss", router.expert_coef, lambda sums: sums.own_LX[:, 1] / sums.tokens),
+        ]
     return [loss for loss in found if loss.coefficient]
+
+
+def values_of(losses: Sequence[OwnLoss], part: Routed, seen: Sums, tokens: int) -> torch.Tensor:
+    """The losses of the tokens that have been seen, scaled up to all `tokens`, with the gradient that those of `part` have
+    in it."""
+    whole = seen.each(
+        lambda all_, mine: all_ * tokens / seen.tokens + mine - mine.detach(), Sums.of(part), tokens=tokens
+    )
+    return torch.stack([loss.value(whole).mean() for loss in losses])
+
+
+def added(seen: Sums | None, more: Sums) -> Sums:
+    """Without gradient."""
+    if seen is None:
+        return more.each(lambda mine: mine.detach(), tokens=more.tokens)
+    return seen.each(lambda all_, mine: all_ + mine.detach(), more, tokens=seen.tokens + more.tokens)

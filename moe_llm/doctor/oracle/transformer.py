@@ -5,27 +5,40 @@ losses of routers come from `router_losses`, as functions of sums over the real 
 Dimensions: B documents, S longest of them, T real tokens, E experts, L layers.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from moe_llm.config import ModelConfig
-from moe_llm.doctor.oracle.family import comparable, family_config, gates_of, named_as_ours
+from moe_llm.doctor.oracle.buffers import lowest_taken, move_buffers
+from moe_llm.doctor.oracle.choices import Choice, of_logits, score_shares, spread, top_of_softmax
+from moe_llm.doctor.oracle.documents import documents_of
+from moe_llm.doctor.oracle.family import (
+    Stored,
+    comparable,
+    family_config,
+    gates_of,
+    has_own_layers,
+    named_as_ours,
+    with_blocks,
+)
 from moe_llm.doctor.oracle.router_losses import (
     Routed,
     Sums,
+    added,
     balance_part,
     balance_part_by_sequence,
     balance_pooled,
-    choice,
     own_losses,
-    routed,
+    values_of,
     z_loss_part,
 )
+from moe_llm.doctor.oracle.token_losses import expectation_maximisation, policy
 
 if TYPE_CHECKING:
     from moe_llm.data.packing import Batch
@@ -34,7 +47,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Expected:
     """A step's losses, those of the router's own by name, and the gradient of their weighted sum by parameter name.
-    unsure: parameters whose gradient is not unique, because a loss looks at a border between experts that are tied."""
+    unsure: parameters whose gradient is not unique, because a loss looks at a border between experts that are tied.
+    buffers: those of routers after the step, by name."""
 
     lm: float
     aux: float
@@ -42,38 +56,64 @@ class Expected:
     gradients: dict[str, np.ndarray]
     own: dict[str, float] = field(default_factory=dict)
     unsure: frozenset[str] = frozenset()
+    buffers: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class Reference:
-    """transformers' model of the same shape. Construct once, then `step` with any weights."""
+    """transformers' model of the same shape. Construct once, then `step` with the weights before each step, in turn: the
+    routers' buffers are those of the first step, moved by their own rules from there.
 
-    def __init__(self, config: ModelConfig):
+    moves: whether the routers are trained.
+    """
+
+    def __init__(self, config: ModelConfig, moves: bool = True):
         from transformers import AutoModelForCausalLM
 
-        assert comparable(config), f"transformers has no model of model.router.type={config.router.type}"
-        self.config, self.own = config, own_losses(config.router)
+        assert comparable(config), f"transformers has no decoder for model.router.type={config.router.type}"
+        self.config, self.own, self.moves = config, own_losses(config.router), moves
         # The plain loop over experts takes any width; grouped products want multiples of 16 bytes.
         model = AutoModelForCausalLM.from_config(family_config(config), experts_implementation="eager")
+        self.blocks = [] if has_own_layers(config) else with_blocks(model, config)
         self.model = model.float().eval()
-        self.parameters = named_as_ours(self.model, config)
-        self.gates = gates_of(self.model)
+        self.stored = named_as_ours(self.model)
         self.noise_weights: list[torch.nn.Parameter] = []
-        if config.router.type == "noisy_top_k":
+        gates = [] if self.blocks else gates_of(self.model)
+        if config.router.type == "noisy_top_k" and not self.blocks:
             shape = (config.num_local_experts, config.hidden_size)
-            self.noise_weights = [torch.nn.Parameter(torch.zeros(shape)) for _ in self.gates]
-            for layer, weight in enumerate(self.noise_weights):
-                self.parameters[f"model.layers.{layer}.mlp.gate.noise_weight"] = weight
+            self.noise_weights = [torch.nn.Parameter(torch.zeros(shape)) for _ in gates]
+            for layer, weight in zip(config.moe_layers, self.noise_weights, strict=True):
+                self.stored[f"model.layers.{layer}.mlp.gate.noise_weight"] = Stored(weight)
+        self.begun = False
+        self._seen: list[Choice] = []
+        self._sizes: list[int] = []
         self._inputs: list[torch.Tensor] = []
-        for gate in self.gates:
-            gate.register_forward_hook(self._gate)
+        self._stream_BSD: torch.Tensor | None = None
+        for number, gate in enumerate(gates):
+            gate.register_forward_hook(functools.partial(self._gate, number))
+        for block in self.blocks:
+            block.register_forward_pre_hook(lambda module, inputs: self._inputs.append(inputs[0]))
+        self.model.model.norm.register_forward_pre_hook(self._keep_stream)
 
-    def _gate(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: tuple) -> tuple | None:
-        """The choice and the weights that the router's paper gives, in the place of the model's, from its logits."""
-        self._inputs.append(inputs[0].flatten(0, -2))
-        if self.config.router.type == "mixtral":
-            return None  # transformers' own
-        logits_TE = output[0]
-        expert_TK, weight_TK, _ = choice(logits_TE, self.config.num_experts_per_tok, self.config.router)
+    def _keep_stream(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self._stream_BSD = inputs[0]
+
+    def _gate(
+        self, number: int, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: tuple
+    ) -> tuple | None:
+        """Writes down what transformers' router made of its tokens; where the router's paper has another choice or other
+        weights, these take their place."""
+        top_k = self.config.num_experts_per_tok
+        router: Any = self.config.router
+        logits_TE, weight_TK, expert_TK = output
+        if router.type in ("mixtral", "bias_balanced") or self.model.config.model_type == "deepseek_v2":
+            kind = router.score if router.type == "bias_balanced" else "softmax"
+            self._seen.append(spread(score_shares(logits_TE, kind)[1], expert_TK, weight_TK, logits_TE))
+            return None
+        deviation_TE = None
+        if self.noise_weights:
+            deviation_TE = F.softplus(F.linear(inputs[0].flatten(0, -2), self.noise_weights[number]))
+        self._seen.append(of_logits(logits_TE, top_k, router, deviation_TE))
+        expert_TK, weight_TK, _ = top_of_softmax(logits_TE, top_k, router)
         return logits_TE, weight_TK, expert_TK
 
     def step(self, weights: Mapping[str, np.ndarray], rounds: Sequence["Batch"]) -> Expected:
@@ -85,26 +125,28 @@ class Reference:
         self._load(weights)
         for parameter in [*self.model.parameters(), *self.noise_weights]:
             parameter.grad = None
+        parts_per_token = self.config.router.parts_per_token
         targets = sum(int((batch.labels_BS != -100).sum()) for batch in rounds)
-        tokens = sum(int(batch.attention_mask_BS.sum()) for batch in rounds)
+        tokens = sum(int(batch.attention_mask_BS.sum()) for batch in rounds) * parts_per_token
         rows = sum(int(batch.attention_mask_BS.any(1).sum()) for batch in rounds)
         sums, seen = torch.zeros(3), []
         own_values = torch.zeros(len(self.own))
         own_seen: Sums | None = None
-        tied = False
+        tied, lowest = False, []
         whole_step = self.config.balance_over == "step"
         if whole_step:
             with torch.no_grad():
                 parts = [self._forward(batch)[1] for batch in rounds]
             seen = [part.chosen_LTE for part in parts]
             for part in parts:
-                own_seen = _added(own_seen, Sums.of(part))
+                own_seen = added(own_seen, Sums.of(part))
         for batch in rounds:
             loss_sum, part = self._forward(batch)
+            lowest += lowest_taken(self.config, part, self._sizes)
             tied |= part.load_LTE is not None and part.tied(self.config.num_experts_per_tok)
             if not whole_step:
                 seen.append(part.chosen_LTE)
-                own_seen = _added(own_seen, Sums.of(part))
+                own_seen = added(own_seen, Sums.of(part))
             z = z_loss_part(part, tokens)
             aux = self._balance(part, torch.cat(seen, 1), tokens, rows, len(rounds))
             parts_3 = torch.stack([loss_sum / targets, aux, z])
@@ -112,53 +154,73 @@ class Reference:
             sums += parts_3.detach()
             if self.own:
                 assert own_seen is not None
-                own = self._own(part, own_seen, tokens)
+                own = values_of(self.own, part, own_seen, tokens)
                 total = total + own @ torch.tensor([loss.coefficient for loss in self.own])
                 own_values = own.detach()  # those of all that has been seen
             total.backward()
-        gradients = {
-            name: (torch.zeros_like(p) if p.grad is None else p.grad).numpy().copy()
-            for name, p in self.parameters.items()
-        }
+        gradients = {name: _gradient(stored) for name, stored in self.stored.items()}
         lm, aux, z = sums.tolist()
+        if self.moves:
+            with torch.no_grad():
+                move_buffers(self.config, self._buffers(), torch.cat(seen, 1).sum(1), lowest)
         return Expected(
             lm,
             aux,
             z,
-            gradients,
+            {name: gradient for name, gradient in gradients.items() if gradient is not None},
             {loss.name: value for loss, value in zip(self.own, own_values.tolist())},
             frozenset(name for name in gradients if tied and ".mlp.gate." in name),
+            {name: buffer.numpy().copy() for name, buffer in self._buffers().items()},
         )
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        """Of routers, in the order of the layers."""
+        return {
+            name: stored.tensor
+            for name, stored in self.stored.items()
+            if not isinstance(stored.tensor, torch.nn.Parameter)
+        }
 
     @torch.no_grad()
     def _load(self, weights: Mapping[str, np.ndarray]) -> None:
-        assert self.parameters.keys() == weights.keys(), self.parameters.keys() ^ weights.keys()
-        for name, parameter in self.parameters.items():
-            parameter.copy_(torch.from_numpy(weights[name]))
+        assert self.stored.keys() == weights.keys(), self.stored.keys() ^ weights.keys()
+        for name, stored in self.stored.items():
+            if isinstance(stored.tensor, torch.nn.Parameter) or not self.begun:
+                stored.tensor.copy_(stored.as_theirs(torch.from_numpy(weights[name])))
+        self.begun = True
 
     def _forward(self, batch: "Batch") -> tuple[torch.Tensor, Routed]:
         """Cross-entropy summed over the targets of one round, and what the routers made of its real tokens."""
         ids_BS, labels_BS, mask_BS, row_B = documents_of(batch)
-        self._inputs = []
-        output = self.model(ids_BS, attention_mask=mask_BS.long(), output_router_logits=True, use_cache=False)
-        loss_sum = F.cross_entropy(output.logits.flatten(0, 1), labels_BS.flatten(), ignore_index=-100, reduction="sum")
-        real_T = mask_BS.flatten()
-        logits_LTE = torch.stack([layer[real_T] for layer in output.router_logits]).float()
-        row_T = row_B[:, None].expand_as(mask_BS)[mask_BS]
-        deviation_LTE = None
-        if self.noise_weights:
-            noise = [F.softplus(F.linear(x_TD, weight)) for x_TD, weight in zip(self._inputs, self.noise_weights)]
-            deviation_LTE = torch.stack([layer_TE[real_T] for layer_TE in noise])
-        router = self.config.router
-        return loss_sum, routed(logits_LTE, self.config.num_experts_per_tok, row_T, router, deviation_LTE)
+        self._seen, self._inputs, self._sizes = [], [], mask_BS.sum(1).tolist()
+        for block in self.blocks:
+            block.real_BS = mask_BS
+        output = self.model(ids_BS, attention_mask=mask_BS.long(), use_cache=False)
+        nll_BS = F.cross_entropy(output.logits.transpose(1, 2), labels_BS, ignore_index=-100, reduction="none")
+        row_T = row_B[:, None].expand_as(mask_BS)[mask_BS].repeat_interleave(self.config.router.parts_per_token)
+        if not self.blocks:
+            real_T = mask_BS.flatten()
+            layers = [seen.of(real_T) for seen in self._seen]
+            return nll_BS.sum(), Routed.of(layers, row_T)
+        layers = [block.choice for block in self.blocks if block.choice is not None]
+        return nll_BS.sum(), Routed.of(layers, row_T, self._from_token_losses(nll_BS, labels_BS, mask_BS))
 
-    def _own(self, part: Routed, seen: Sums, tokens: int) -> torch.Tensor:
-        """The router's own losses of the tokens that have been seen, scaled up to all `tokens`, with the gradient that
-        these tokens have in it."""
-        whole = seen.each(
-            lambda all_, mine: all_ * tokens / seen.tokens + mine - mine.detach(), Sums.of(part), tokens=tokens
-        )
-        return torch.stack([loss.value(whole).mean() for loss in self.own])
+    def _from_token_losses(
+        self, nll_BS: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor
+    ) -> torch.Tensor | None:
+        labels_T = labels_BS[mask_BS]
+        if self.config.router.type == "reinforce":
+            inputs = [x_BSD[mask_BS] for x_BSD in self._inputs]
+            return policy(self.blocks, inputs, nll_BS[mask_BS], labels_T != -100, self._sizes)
+        if self.config.router.type == "em":
+            assert self._stream_BSD is not None
+            model, stream_TD = self.model, self._stream_BSD[mask_BS]
+
+            def logits_of(x_TD: torch.Tensor) -> torch.Tensor:
+                return model.lm_head(model.model.norm(x_TD))
+
+            return expectation_maximisation(self.blocks, stream_TD, labels_T, logits_of)
+        return None
 
     def _balance(self, part: Routed, seen_LTE: torch.Tensor, tokens: int, rows: int, rounds: int) -> torch.Tensor:
         """A round's summand of the step's balance loss.
@@ -175,27 +237,9 @@ class Reference:
         return balance_part(part, seen_LTE, tokens)
 
 
-def _added(seen: Sums | None, more: Sums) -> Sums:
-    """Without gradient."""
-    if seen is None:
-        return more.each(lambda mine: mine.detach(), tokens=more.tokens)
-    return seen.each(lambda all_, mine: all_ + mine.detach(), more, tokens=seen.tokens + more.tokens)
-
-
-def documents_of(batch: "Batch") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The isolated documents of packed rows, or the rows where they are not isolated: (ids, labels, real), each
-    padded on the right to (B, S), and the row that each came from."""
-    pieces, rows = [], []
-    for row in range(len(batch.input_ids_BS)):
-        real_S = batch.attention_mask_BS[row]
-        owners_BS = batch.document_ids_BS
-        owner_S = torch.zeros_like(batch.labels_BS[row]) if owners_BS is None else owners_BS[row]
-        for document in owner_S[real_S].unique():
-            mine_S = real_S & (owner_S == document)
-            pieces.append((batch.input_ids_BS[row][mine_S], batch.labels_BS[row][mine_S]))
-            rows.append(row)
-    pad = torch.nn.utils.rnn.pad_sequence
-    ids_BS = pad([ids for ids, _ in pieces], batch_first=True)
-    labels_BS = pad([labels for _, labels in pieces], batch_first=True, padding_value=-100)
-    mask_BS = pad([torch.ones_like(ids, dtype=torch.bool) for ids, _ in pieces], batch_first=True)
-    return ids_BS, labels_BS, mask_BS, torch.tensor(rows)
+def _gradient(stored: Stored) -> np.ndarray | None:
+    """Of a parameter, as ours lies in memory; None of a buffer."""
+    if not isinstance(stored.tensor, torch.nn.Parameter):
+        return None
+    gradient = torch.zeros_like(stored.tensor) if stored.tensor.grad is None else stored.tensor.grad
+    return stored.as_ours(gradient).contiguous().numpy().copy()
