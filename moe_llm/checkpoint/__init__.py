@@ -1,6 +1,5 @@
 """What a training run leaves on disk, and how it comes back.
 
-hf              the one table of names and layouts: in memory <-> Mixtral's published form
 safetensors_io  tensors to and from disk, one at a time
 weights         a directory's tensors under the model's names, checked
 pretrained      MoEForCausalLM: from_pretrained, save_pretrained

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from moe_llm.checkpoint import hf
 from moe_llm.checkpoint.safetensors_io import read_json
 from moe_llm.distributed.state import TrainedState
 from moe_llm.errors import UserError
+from moe_llm.families import hf
 
 
 def has_adapters(state: TrainedState) -> bool:

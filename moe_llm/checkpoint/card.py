@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from moe_llm.checkpoint.architectures import architecture_of
 from moe_llm.config import ModelConfig
+from moe_llm.families.architectures import architecture_of
 
 CARD = "README.md"
 _LOSSES = {

@@ -1,18 +1,19 @@
 """What stands beside the weights in a transformers checkpoint: configurations and the tokenizer."""
 
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moe_llm.checkpoint import hf
-from moe_llm.checkpoint.architectures import architecture_of
 from moe_llm.checkpoint.card import CARD, model_card
 from moe_llm.checkpoint.digests import FileRecord
 from moe_llm.checkpoint.manifest import adopt_file, write_file, write_json
 from moe_llm.config import ModelConfig
 from moe_llm.data.tokenizer import GENERATION_FILE, base_generation, end_token_ids, save_tokenizer
+from moe_llm.families import hf
+from moe_llm.families.architectures import architecture_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -27,7 +28,7 @@ def token_ids(source: Any) -> dict[str, Any]:
 
 def _write_code(directory: Path) -> dict[str, FileRecord]:
     """The modelling code that `auto_map` in config.json names."""
-    source = Path(__file__).with_name("remote_code")
+    source = files("moe_llm.families.remote_code")
     return {
         name: write_file(directory / name, (source / name).read_text(encoding="utf-8"))
         for name in ("configuration_moe_llm.py", "modeling_moe_llm.py")

@@ -8,11 +8,7 @@ from types import MappingProxyType
 
 import torch
 
-from moe_llm.checkpoint import hf
-from moe_llm.checkpoint.architectures import MIXTRAL
 from moe_llm.checkpoint.digests import FileRecord
-from moe_llm.checkpoint.family import Family
-from moe_llm.checkpoint.layout import in_one, stored_shapes, to_stacked
 from moe_llm.checkpoint.safetensors_io import (
     ShardWriter,
     Spec,
@@ -21,6 +17,10 @@ from moe_llm.checkpoint.safetensors_io import (
     split_shards,
 )
 from moe_llm.distributed.state import EMA, ParameterShard, TrainedState
+from moe_llm.families import hf
+from moe_llm.families.architectures import MIXTRAL
+from moe_llm.families.family import Family
+from moe_llm.families.layout import in_one, stored_shapes, to_stacked
 
 MODEL, OPTIMIZER = "model", "trainer/optimizer"  # stems of the files, relative to the checkpoint
 AVERAGE = f"{EMA}/{MODEL}"  # the average of the weights, as a model of its own

@@ -13,8 +13,6 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from moe_llm.checkpoint import hf, layout
-from moe_llm.checkpoint.architectures import architecture_of
 from moe_llm.checkpoint.export import DTYPES, token_ids, write_model_files
 from moe_llm.checkpoint.folder import sync_directory
 from moe_llm.checkpoint.manifest import write_json
@@ -23,6 +21,8 @@ from moe_llm.checkpoint.safetensors_io import ShardWriter, Spec, TensorFiles, pa
 from moe_llm.checkpoint.weights import Weights
 from moe_llm.config import ModelConfig
 from moe_llm.errors import UserError
+from moe_llm.families import hf, layout
+from moe_llm.families.architectures import architecture_of
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.init import materialize
 

@@ -34,15 +34,13 @@ from typing import Any
 import torch
 import yaml
 
-from moe_llm.checkpoint import folder, hf
+from moe_llm.checkpoint import folder
 from moe_llm.checkpoint.adapters import adapter_shapes, check_base, has_adapters
-from moe_llm.checkpoint.architectures import architecture_of
 from moe_llm.checkpoint.background import Background
 from moe_llm.checkpoint.card import model_card, newest_record
 from moe_llm.checkpoint.digests import DamagedCheckpoint, FileRecord
 from moe_llm.checkpoint.export import DTYPES, token_ids, write_model_files
 from moe_llm.checkpoint.frozen import read_average, write_trained, write_weight
-from moe_llm.checkpoint.layout import stored_shapes
 from moe_llm.checkpoint.manifest import read_manifest, verify, write_file, write_json, write_manifest
 from moe_llm.checkpoint.plan import MASTER, MODEL, OPTIMIZER, Named, Plan, ShardSet, make_plan, stream
 from moe_llm.checkpoint.ranks import Ranks, together
@@ -53,6 +51,9 @@ from moe_llm.checkpoint.weights import Weights
 from moe_llm.config import ModelConfig
 from moe_llm.distributed.state import EMA, TrainedState
 from moe_llm.errors import UserError
+from moe_llm.families import hf
+from moe_llm.families.architectures import architecture_of
+from moe_llm.families.layout import stored_shapes
 
 __all__ = [
     "check_same_run",

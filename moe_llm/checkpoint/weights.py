@@ -9,9 +9,9 @@ from types import EllipsisType
 
 import torch
 
-from moe_llm.checkpoint import hf, layout
 from moe_llm.checkpoint.safetensors_io import TensorFiles
 from moe_llm.errors import UserError
+from moe_llm.families import hf, layout
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # whose values bf16 holds exactly
 Index = tuple[int, slice] | tuple[int] | EllipsisType

@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_llm.checkpoint import hf
-from moe_llm.checkpoint.architectures import OWN
 from moe_llm.checkpoint.export import DTYPES
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.checkpoint.safetensors_io import read_json
@@ -24,6 +22,8 @@ from moe_llm.data.packing import IGNORED, Batch
 from moe_llm.data.tokenizer import load_tokenizer
 from moe_llm.ensemble.causal_lm import load_causal_lm
 from moe_llm.errors import UserError
+from moe_llm.families import hf
+from moe_llm.families.architectures import OWN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

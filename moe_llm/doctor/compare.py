@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_llm.checkpoint.hf import buffer_shapes, is_expert
 from moe_llm.config import Config, ModelConfig
 from moe_llm.doctor.findings import Finding, exact, note, within
 from moe_llm.doctor.observe import Observation, Tensors
 from moe_llm.doctor.oracle.transformer import Expected
+from moe_llm.families.hf import buffer_shapes, is_expert
 from moe_llm.finetune.selection import trained_names
 
 Whole = dict[str, np.ndarray]

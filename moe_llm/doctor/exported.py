@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_llm.checkpoint import hf
-from moe_llm.checkpoint.architectures import architecture_of, export_note
 from moe_llm.checkpoint.export import DTYPES
-from moe_llm.checkpoint.layout import from_stacked, in_one
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.config import Config
 from moe_llm.data.packing import Batch
 from moe_llm.doctor.compare import Tolerances, Whole
 from moe_llm.doctor.findings import FAIL, Finding, exact, note, within
 from moe_llm.doctor.oracle import checkpoint as files
+from moe_llm.families import hf
+from moe_llm.families.architectures import architecture_of, export_note
+from moe_llm.families.layout import from_stacked, in_one
 
 
 def check_files(directory: str, config: Config) -> list[Finding]:

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from moe_llm.checkpoint.architectures import OWN
 from moe_llm.checkpoint.safetensors_io import read_json
 from moe_llm.data.chat_template import own_template, render_prompt
 from moe_llm.data.documents import check_rows, prompt_ids
 from moe_llm.data.tokenizer import end_token_ids
 from moe_llm.errors import UserError
+from moe_llm.families.architectures import OWN
 
 
 def load_causal_lm(checkpoint: str | Path, dtype: torch.dtype | str = "auto", called: str = "checkpoint") -> Any:
@@ -78,7 +78,7 @@ def _class_of(checkpoint: str | Path, called: str) -> Any:
             f"{called}={str(checkpoint)!r} has a router that is defined elsewhere, which transformers' models do not "
             "know: use moe-llm generate or evaluate on it alone, or another checkpoint"
         )
-    from moe_llm.checkpoint.remote_code.modeling_moe_llm import MoELLMForCausalLM
+    from moe_llm.families.remote_code.modeling_moe_llm import MoELLMForCausalLM
 
     return MoELLMForCausalLM
 

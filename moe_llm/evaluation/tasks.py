@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_llm.checkpoint.architectures import OWN
 from moe_llm.checkpoint.folder import check_checkpoint_directory
 from moe_llm.checkpoint.safetensors_io import read_json
 from moe_llm.distributed.engine import Engine
 from moe_llm.distributed.runtime import Runtime
 from moe_llm.errors import UserError
+from moe_llm.families.architectures import OWN
 
 
 def check_tasks(tasks: Sequence[str], path: str | None, where: str) -> None:

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_llm.checkpoint import hf
-from moe_llm.checkpoint.architectures import architecture_of
 from moe_llm.checkpoint.folder import check_checkpoint_directory
 from moe_llm.checkpoint.plan import MODEL
 from moe_llm.checkpoint.pretrained import check_weights
@@ -20,6 +18,8 @@ from moe_llm.checkpoint.safetensors_io import TensorFiles, read_json
 from moe_llm.checkpoint.weights import Weights
 from moe_llm.config import ModelConfig
 from moe_llm.errors import UserError
+from moe_llm.families import hf
+from moe_llm.families.architectures import architecture_of
 from moe_llm.finetune.selection import part_of
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """The checkpoint that a run begins with, `model.init_from`: its shape, its tokenizer and its weights.
 
-Any directory that transformers loads as one of the families in `checkpoint/architectures.py`: the published layout,
+Any directory that transformers loads as one of the families in `families/architectures.py`: the published layout,
 transformers' own saves, in one file or many.
 Importing this file loads no torch.
 """
@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic_core import PydanticCustomError
 
-from moe_llm.checkpoint import hf
-from moe_llm.checkpoint.architectures import architecture_of, complete_section
 from moe_llm.config import Config, ModelConfig
 from moe_llm.config.base import fields_by_key
 from moe_llm.config.rope import with_one_spelling
 from moe_llm.config.routers import DEFAULT_TYPE
 from moe_llm.errors import UserError
+from moe_llm.families import hf
+from moe_llm.families.architectures import architecture_of, complete_section
 from moe_llm.finetune.selection import trained_names
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ import math
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 
-from moe_llm.checkpoint.hf import is_expert, is_router
 from moe_llm.config import Config
 from moe_llm.errors import UserError
+from moe_llm.families.hf import is_expert, is_router
 from moe_llm.finetune.targets import adapter_shapes, describe_adapters, is_attention, part_of, whole_shapes
 
 _PARTS: dict[str, Callable[[str], bool]] = {

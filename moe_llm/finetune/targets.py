@@ -4,9 +4,9 @@ import importlib.util
 import math
 from fnmatch import fnmatchcase
 
-from moe_llm.checkpoint.hf import is_expert, is_router, parameter_shapes
 from moe_llm.config import Config
 from moe_llm.errors import UserError
+from moe_llm.families.hf import is_expert, is_router, parameter_shapes
 from moe_llm.model.adapters import factors_of
 
 

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_llm.checkpoint import hf
 from moe_llm.checkpoint.export import DTYPES, token_ids, write_model_files
 from moe_llm.checkpoint.manifest import write_json
 from moe_llm.checkpoint.plan import MODEL, ShardSet, file_set
@@ -34,6 +33,7 @@ from moe_llm.config import ModelConfig
 from moe_llm.data.files import publish
 from moe_llm.data.tokenizer import copy_tokenizer
 from moe_llm.errors import UserError
+from moe_llm.families import hf
 
 _ARCHITECTURES = {"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}
 # What their config.json means by leaving a key out, where it is not what Mixtral's means.

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from moe_llm.checkpoint.architectures import OWN
 from moe_llm.checkpoint.folder import check_checkpoint_directory
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.checkpoint.safetensors_io import read_json
@@ -21,6 +20,7 @@ from moe_llm.ensemble.causal_lm import (
     sampling,
 )
 from moe_llm.errors import UserError
+from moe_llm.families.architectures import OWN
 
 
 def generate(

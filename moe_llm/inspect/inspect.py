@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_llm.checkpoint.architectures import takes_top_k
 from moe_llm.checkpoint.folder import check_checkpoint_directory
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.config import SourceConfig
@@ -25,6 +24,7 @@ from moe_llm.data.packing import IGNORED
 from moe_llm.data.sources import list_files, read_documents
 from moe_llm.data.tokenizer import load_tokenizer
 from moe_llm.errors import UserError
+from moe_llm.families.architectures import takes_top_k
 from moe_llm.inspect.counts import RoutingCounts
 from moe_llm.inspect.measures import agreement, co_selection, repetition, shares, specialisation, top_tokens
 from moe_llm.model.moe.routing import Routing

@@ -16,8 +16,8 @@ from functools import partial
 import torch
 from torch.nn import functional
 
-from moe_llm.checkpoint.architectures import FAMILIES
 from moe_llm.errors import UserError
+from moe_llm.families.architectures import FAMILIES
 from moe_llm.merge.job import SPAN, Reader
 from moe_llm.merge.models import MIXTURE, Model, layer_tensor
 from moe_llm.merge.rows import Move, Moved

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from moe_llm.checkpoint import hf
-from moe_llm.checkpoint.architectures import FAMILIES, architecture_of
 from moe_llm.checkpoint.folder import check_checkpoint_directory
 from moe_llm.checkpoint.plan import MODEL
 from moe_llm.checkpoint.safetensors_io import TensorFiles, read_json
 from moe_llm.checkpoint.weights import Weights, check_finite
 from moe_llm.errors import UserError
+from moe_llm.families import hf
+from moe_llm.families.architectures import FAMILIES, architecture_of
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 KINDS = {

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from moe_llm.checkpoint.hf import published_name
 from moe_llm.config.base import invalid
 from moe_llm.errors import UserError
+from moe_llm.families.hf import published_name
 
 REQUIRED = object()
 Scope = Literal["shared", "input", "task"]  # one value; one for each input; one for each input but the base

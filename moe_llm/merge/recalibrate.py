@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 
-from moe_llm.checkpoint import hf
 from moe_llm.checkpoint.plan import MODEL
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.checkpoint.safetensors_io import TensorFiles
@@ -29,6 +28,7 @@ from moe_llm.data.tokenizer import load_tokenizer
 from moe_llm.distributed.runtime import Runtime
 from moe_llm.distributed.step_loss import StepLoss
 from moe_llm.errors import UserError
+from moe_llm.families import hf
 from moe_llm.merge.recipe import AnyRecipe, Recalibration, recipe_text
 from moe_llm.merge.run import merge_recipe, plan_of
 from moe_llm.merge.write import RECIPE_FILE, check_output

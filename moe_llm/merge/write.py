@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from moe_llm.checkpoint import hf
-from moe_llm.checkpoint.architectures import FAMILIES
 from moe_llm.checkpoint.manifest import write_file, write_json
 from moe_llm.checkpoint.plan import MODEL, FileSet, ShardSet, file_set
 from moe_llm.checkpoint.safetensors_io import Spec, parse_size
 from moe_llm.data.files import publish
 from moe_llm.data.tokenizer import GENERATION_FILE, copy_tokenizer, save_tokenizer
 from moe_llm.errors import UserError
+from moe_llm.families import hf
+from moe_llm.families.architectures import FAMILIES
 from moe_llm.merge.job import Copy, Job
 from moe_llm.merge.models import pieces
 from moe_llm.merge.plan import Plan

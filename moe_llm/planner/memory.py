@@ -12,9 +12,9 @@ K experts per token, H query heads, G key-value heads, d head dimension, V vocab
 import math
 from dataclasses import dataclass, field, replace
 
-from moe_llm.checkpoint.hf import is_expert
 from moe_llm.config import Config
 from moe_llm.config.routers import LorySettings
+from moe_llm.families.hf import is_expert
 from moe_llm.finetune.selection import trained_names
 from moe_llm.finetune.targets import adapter_shapes, part_of, whole_shapes
 

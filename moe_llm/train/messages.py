@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from moe_llm.checkpoint import folder
-from moe_llm.checkpoint.architectures import export_note
 from moe_llm.checkpoint.state import read_trainer_state
 from moe_llm.config import Config, ModelConfig
 from moe_llm.data.shapes import describe_shapes
+from moe_llm.families.architectures import export_note
 from moe_llm.finetune.init_from import rows_there
 from moe_llm.finetune.selection import describe
 from moe_llm.model.moe.routers import router_losses

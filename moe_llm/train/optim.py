@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_llm.checkpoint.hf import is_expert, is_router
 from moe_llm.config import Config
 from moe_llm.config.schema import OptimConfig
+from moe_llm.families.hf import is_expert, is_router
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -5,7 +5,8 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from checkpoint_fakes import (
+from safetensors.torch import load_file
+from support.checkpoints import (
     FakeState,
     ThreadRank,
     ThreadRanks,
@@ -14,15 +15,15 @@ from checkpoint_fakes import (
     small_config,
     zeros_like,
 )
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from moe_llm.checkpoint import hf, state
+from moe_llm.checkpoint import state
 from moe_llm.checkpoint.background import Background
 from moe_llm.checkpoint.manifest import read_manifest, verify
 from moe_llm.checkpoint.state import load_checkpoint, save_checkpoint
 from moe_llm.distributed.state import EMA
 from moe_llm.errors import UserError
+from moe_llm.families import hf
 
 KINDS = ("exp_avg", EMA)
 CONFIG = small_config()

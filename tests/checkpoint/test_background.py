@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from checkpoint_fakes import (
+from support.checkpoints import (
     FakeState,
     ThreadRank,
     ThreadRanks,

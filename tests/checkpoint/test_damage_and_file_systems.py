@@ -7,7 +7,7 @@ import os
 import shutil
 
 import pytest
-from checkpoint_fakes import FakeState, random_tensors, save_arguments
+from support.checkpoints import FakeState, random_tensors, save_arguments
 from support.training import MODEL
 
 from moe_llm.checkpoint import folder

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from checkpoint_fakes import FakeState, random_tensors, save_arguments, small_config, zeros_like
+from support.checkpoints import FakeState, random_tensors, save_arguments, small_config, zeros_like
 from support.damage import damage
 
 from moe_llm.checkpoint.resume import find_resumable

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_fakes import (
+from support.checkpoints import (
     FakeState,
     ThreadRanks,
     random_tensors,
@@ -143,7 +143,7 @@ import os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 import torch
-from checkpoint_fakes import FakeState, random_tensors, save_arguments, small_config, zeros_like
+from support.checkpoints import FakeState, random_tensors, save_arguments, small_config, zeros_like
 from moe_llm.checkpoint import safetensors_io
 from moe_llm.checkpoint.background import Background
 from moe_llm.checkpoint.ranks import ALONE

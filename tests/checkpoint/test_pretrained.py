@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from checkpoint_fakes import FakeState, random_tensors, save_arguments, small_config
+from support.checkpoints import FakeState, random_tensors, save_arguments, small_config
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from moe_llm import MoEForCausalLM
-from moe_llm.checkpoint import hf
 from moe_llm.checkpoint.pretrained import load_weights
 from moe_llm.checkpoint.state import save_checkpoint
 from moe_llm.errors import UserError
+from moe_llm.families import hf
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.moe.experts import Experts
 

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 import yaml
-from checkpoint_fakes import (
+from support.checkpoints import (
     FakeState,
     ThreadRanks,
     random_tensors,

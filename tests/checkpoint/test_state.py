@@ -7,7 +7,8 @@ import weakref
 
 import pytest
 import torch
-from checkpoint_fakes import (
+from safetensors import safe_open
+from support.checkpoints import (
     FakeState,
     ThreadRanks,
     random_tensors,
@@ -15,13 +16,13 @@ from checkpoint_fakes import (
     small_config,
     zeros_like,
 )
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from moe_llm.checkpoint import hf, state
+from moe_llm.checkpoint import state
 from moe_llm.checkpoint.safetensors_io import ShardWriter
 from moe_llm.checkpoint.state import load_checkpoint, read_trainer_state, save_checkpoint
 from moe_llm.errors import UserError
+from moe_llm.families import hf
 
 
 def save_on(world, ep, root, tensors, config, **changes):

@@ -8,11 +8,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_llm.api import load_config
-from moe_llm.checkpoint import hf
-from moe_llm.checkpoint.architectures import architecture_of
 from moe_llm.config import ModelConfig
 from moe_llm.config.load import dump_config, parse_yaml, validate
 from moe_llm.errors import UserError
+from moe_llm.families import hf
+from moe_llm.families.architectures import architecture_of
 
 FOLDER = Path(__file__).parents[2] / "configs/families"
 # Parameters, of which the first is published with Qwen3-30B-A3B as 30.5 billion, and so on.

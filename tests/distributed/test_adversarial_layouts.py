@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.training import config, difference, train_steps
 
-from moe_llm.checkpoint.hf import is_router
+from moe_llm.families.hf import is_router
 
 MICRO = 3
 CASES = {

@@ -129,7 +129,7 @@ def one_ranks_experts_exported(rank):
 
 
 def config_that_transformers_refuses(rank):
-    from moe_llm.checkpoint import hf
+    from moe_llm.families import hf
 
     real = hf.to_transformers_config
     return on_ranks(rank, hf, "to_transformers_config", lambda *a, **k: {**real(*a, **k), "model_type": "unheard_of"})

@@ -9,7 +9,7 @@ import torch
 
 
 def _exported(change):
-    from moe_llm.checkpoint import hf
+    from moe_llm.families import hf
 
     real = hf.to_transformers_config
     return mock.patch.object(hf, "to_transformers_config", lambda *a, **k: change(real(*a, **k)))

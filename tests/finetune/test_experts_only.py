@@ -8,10 +8,10 @@ import torch
 from support import runs
 from support.training import config, train_steps
 
-from moe_llm.checkpoint.hf import is_expert, is_router
 from moe_llm.cli import main
 from moe_llm.config import load_config
 from moe_llm.config.load import validate
+from moe_llm.families.hf import is_expert, is_router
 from moe_llm.finetune.diff import diff
 from moe_llm.finetune.init_from import complete
 

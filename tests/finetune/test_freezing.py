@@ -5,7 +5,7 @@ import pytest
 import torch
 from support.training import config, difference, train_steps
 
-from moe_llm.checkpoint.hf import is_expert
+from moe_llm.families.hf import is_expert
 
 CHOICES = {
     "experts": {"trainable": "experts"},

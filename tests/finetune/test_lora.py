@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 from support.ranks import fresh_accelerate
 from support.training import LENGTH, MODEL, config, difference, rows, train_steps
 
-from moe_llm.checkpoint.hf import is_expert, is_router
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.checkpoint.safetensors_io import TensorFiles
 from moe_llm.config import ModelConfig
@@ -17,6 +16,7 @@ from moe_llm.data.packing import model_inputs
 from moe_llm.distributed import deepspeed
 from moe_llm.distributed.runtime import start
 from moe_llm.errors import UserError
+from moe_llm.families.hf import is_expert, is_router
 from moe_llm.model.adapters import factors_of, is_factor
 from moe_llm.model.init import init_weights
 from moe_llm.train.build import build_trained

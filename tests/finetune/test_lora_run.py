@@ -8,10 +8,10 @@ import torch
 from support import runs
 from support.training import MODEL, config
 
-from moe_llm.checkpoint.hf import parameter_shapes
 from moe_llm.cli import main
 from moe_llm.config import ModelConfig
 from moe_llm.errors import UserError
+from moe_llm.families.hf import parameter_shapes
 from moe_llm.finetune.diff import diff
 from moe_llm.finetune.selection import describe, trained_names
 from moe_llm.finetune.targets import check_lora

@@ -5,9 +5,9 @@ import math
 import pytest
 from support.training import MODEL, config
 
-from moe_llm.checkpoint.hf import parameter_shapes
 from moe_llm.config import ModelConfig
 from moe_llm.errors import UserError
+from moe_llm.families.hf import parameter_shapes
 from moe_llm.finetune.selection import describe, part_of, trained_names
 
 

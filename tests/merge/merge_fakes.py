@@ -8,7 +8,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MixtralConfig
 
-from moe_llm.checkpoint import hf
+from moe_llm.families import hf
 from moe_llm.merge.recipe import parse_recipe
 from moe_llm.merge.run import merge_recipe
 

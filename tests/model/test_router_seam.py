@@ -7,12 +7,12 @@ import torch
 from support.tilted import TiltedRouter, tilted
 from support.training import config, train_steps
 
-from moe_llm.checkpoint.architectures import export_note
-from moe_llm.checkpoint.hf import buffer_shapes, parameter_shapes
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.config import dump_config
 from moe_llm.config.load import parse_yaml, validate
 from moe_llm.config.routers import ROUTER_SETTINGS
+from moe_llm.families.architectures import export_note
+from moe_llm.families.hf import buffer_shapes, parameter_shapes
 from moe_llm.finetune.selection import part_of
 from moe_llm.model.init import build_model
 from moe_llm.model.moe.router import routers_of

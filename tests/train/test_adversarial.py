@@ -7,7 +7,6 @@ import torch
 from support import runs
 from support.training import MODEL, config, rows, train_steps
 
-from moe_llm.checkpoint.hf import is_router
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.cli import main
 from moe_llm.config import load_config
@@ -16,6 +15,7 @@ from moe_llm.config.load import validate
 from moe_llm.data.packing import model_inputs
 from moe_llm.errors import UserError
 from moe_llm.evaluation.evaluate import evaluate_files
+from moe_llm.families.hf import is_router
 from moe_llm.model.init import build_model
 from moe_llm.train.callbacks.adversarial import find_perturbation
 from moe_llm.train.callbacks.alternating_updates import AlternatingUpdates

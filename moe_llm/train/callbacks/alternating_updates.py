@@ -1,8 +1,8 @@
 """Routers and the rest, trained in alternating steps (`train.adversarial.router_every`)."""
 
-from moe_llm.checkpoint.hf import is_router
 from moe_llm.config import Config
 from moe_llm.errors import UserError
+from moe_llm.families.hf import is_router
 from moe_llm.finetune.selection import trained_names
 from moe_llm.train.callbacks.base import Callback, TrainingRun
 

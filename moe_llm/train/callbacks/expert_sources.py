@@ -2,9 +2,9 @@
 
 import torch
 
-from moe_llm.checkpoint.architectures import takes_top_k
 from moe_llm.config import Config
 from moe_llm.errors import UserError
+from moe_llm.families.architectures import takes_top_k
 from moe_llm.train.callbacks.base import Callback, TrainingRun
 
 

@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from moe_llm.checkpoint.architectures import takes_top_k
 from moe_llm.config import Config
 from moe_llm.data.blocks import ValidationBlocks
 from moe_llm.data.files import replace_file
@@ -25,6 +24,7 @@ from moe_llm.data.packing import Batch, model_inputs
 from moe_llm.distributed.engine import Engine
 from moe_llm.distributed.runtime import Runtime
 from moe_llm.errors import TrainingFailure, UserError
+from moe_llm.families.architectures import takes_top_k
 from moe_llm.finetune.init_from import load_origin
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.train.build import restore

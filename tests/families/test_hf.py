@@ -4,13 +4,12 @@ import json
 
 import pytest
 import torch
-from checkpoint_fakes import small_config
+from support.checkpoints import small_config
 from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
 
-from moe_llm.checkpoint import hf
-from moe_llm.checkpoint.families import mixtral
 from moe_llm.config import ModelConfig
 from moe_llm.errors import UserError
+from moe_llm.families import hf, mixtral
 
 MISTRAL = {  # the config.json that Mistral AI published for Mixtral-8x7B-v0.1
     "architectures": ["MixtralForCausalLM"],

@@ -1,6 +1,6 @@
 """The table of the families of decoders, and which of them a model is.
 
-A line here and a file in `families/` add one. What counts is evaluation: noise, capacity and losses are gone then. Read
+A line here and a file beside this one add one. What counts is evaluation: noise, capacity and losses are gone then. Read
 in the sources of transformers 5.23; why others stay out: ERNIE-4.5 and dots3 turn other pairs or parts of a head,
 GraniteMoe scales what it adds, Qwen3-Next and Kimi-Linear have linear attention, and models with images have more than
 text. This file needs no torch.
@@ -12,7 +12,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from moe_llm.checkpoint.families import (
+from moe_llm.config import ModelConfig
+from moe_llm.config.base import fields_by_key
+from moe_llm.errors import UserError
+from moe_llm.families import (
     deepseek_v2,
     deepseek_v3,
     glm4_moe,
@@ -22,10 +25,7 @@ from moe_llm.checkpoint.families import (
     qwen2_moe,
     qwen3_moe,
 )
-from moe_llm.checkpoint.family import BY_PROJECTION, OURS, PLAIN, SAME, TOP_K, TOP_K_OF_SOFTMAX, Family, parts_of
-from moe_llm.config import ModelConfig
-from moe_llm.config.base import fields_by_key
-from moe_llm.errors import UserError
+from moe_llm.families.family import BY_PROJECTION, OURS, PLAIN, SAME, TOP_K, TOP_K_OF_SOFTMAX, Family, parts_of
 
 MIXTRAL = mixtral.FAMILY
 TABLE: tuple[Family, ...] = (

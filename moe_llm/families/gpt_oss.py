@@ -6,8 +6,8 @@ Published in MXFP4; what is read and written here is bf16 or fp32, as transforme
 from collections.abc import Mapping
 from typing import Any
 
-from moe_llm.checkpoint.family import SHARED_DEFAULTS, Family
 from moe_llm.config import ModelConfig
+from moe_llm.families.family import SHARED_DEFAULTS, Family
 
 DEFAULTS: dict[str, Any] = {
     **SHARED_DEFAULTS,

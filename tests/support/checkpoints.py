@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import torch
 
-from moe_llm.checkpoint import hf
 from moe_llm.config import ModelConfig, load_config
 from moe_llm.distributed.state import EMA, ParameterShard
+from moe_llm.families import hf
 
 KINDS = ("exp_avg", "exp_avg_sq")
 

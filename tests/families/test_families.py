@@ -8,9 +8,9 @@ import torch
 from support.families import CASES, GLM, MIXTRAL, OLMOE, QWEN
 from transformers import AutoModelForCausalLM, Glm4MoeConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
-from moe_llm.checkpoint import hf
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.errors import UserError
+from moe_llm.families import hf
 
 TOKENS = torch.randint(0, 24, (3, 17), generator=torch.Generator().manual_seed(1))
 

@@ -1,6 +1,6 @@
 """What a family of decoders is: keys of its config.json both ways, names of its tensors, defaults, and its limits.
 
-One `Family` a file in `families/`, and one line a family in `architectures.py`. This file needs no torch.
+One `Family` a file in this package, and one line a family in `architectures.py`. This file needs no torch.
 """
 
 import re

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moe_llm.checkpoint.family import Family
 from moe_llm.config import ModelConfig
+from moe_llm.families.family import Family
 
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 32000,

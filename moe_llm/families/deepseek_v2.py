@@ -4,7 +4,9 @@ by their sum, perhaps of groups of experts, and shared experts without gate."""
 from collections.abc import Mapping
 from typing import Any
 
-from moe_llm.checkpoint.family import (
+from moe_llm.config import ModelConfig
+from moe_llm.errors import UserError
+from moe_llm.families.family import (
     AS_THEY_ARE,
     BY_PROJECTION,
     IN_GROUPS,
@@ -13,8 +15,6 @@ from moe_llm.checkpoint.family import (
     Family,
     first_dense,
 )
-from moe_llm.config import ModelConfig
-from moe_llm.errors import UserError
 
 _LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 DEFAULTS: dict[str, Any] = {

@@ -22,12 +22,12 @@ from importlib.metadata import version
 from types import EllipsisType
 from typing import Any
 
-from moe_llm.checkpoint.architectures import architecture_of, from_content
-from moe_llm.checkpoint.family import OURS, SAME
 from moe_llm.config import ModelConfig
 from moe_llm.config.shapes import buffer_shapes as buffer_shapes
 from moe_llm.config.shapes import parameter_shapes as parameter_shapes
 from moe_llm.errors import UserError
+from moe_llm.families.architectures import architecture_of, from_content
+from moe_llm.families.family import OURS, SAME
 
 EXPERT_PARAMETER = re.compile(
     r"(?P<layer>.*)\.mlp\.experts\.(?P<kind>gate_up_proj|down_proj)(?P<factor>_lora_[AB]|_bias)?"

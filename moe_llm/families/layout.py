@@ -14,8 +14,8 @@ D hidden, F expert width, E experts.
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from moe_llm.checkpoint import hf
-from moe_llm.checkpoint.family import Family
+from moe_llm.families import hf
+from moe_llm.families.family import Family
 
 if TYPE_CHECKING:
     import torch

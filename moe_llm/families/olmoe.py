@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moe_llm.checkpoint.family import (
+from moe_llm.config import ModelConfig
+from moe_llm.families.family import (
     AS_THEY_ARE,
     BY_PROJECTION,
     RENORMALISED,
@@ -12,7 +13,6 @@ from moe_llm.checkpoint.family import (
     routing_of,
     softmax_router,
 )
-from moe_llm.config import ModelConfig
 
 DEFAULTS: dict[str, Any] = {
     **SHARED_DEFAULTS,

@@ -4,8 +4,8 @@ balances, shared experts without gate; norms of queries and keys in some."""
 from collections.abc import Mapping
 from typing import Any
 
-from moe_llm.checkpoint.family import BY_PROJECTION, SHARED_DEFAULTS, SIGMOID_BIAS, Family, first_dense
 from moe_llm.config import ModelConfig
+from moe_llm.families.family import BY_PROJECTION, SHARED_DEFAULTS, SIGMOID_BIAS, Family, first_dense
 
 DEFAULTS: dict[str, Any] = {
     **SHARED_DEFAULTS,

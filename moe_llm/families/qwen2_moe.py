@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moe_llm.checkpoint.family import (
+from moe_llm.config import ModelConfig
+from moe_llm.errors import UserError
+from moe_llm.families.family import (
     AS_THEY_ARE,
     BY_PROJECTION,
     RENORMALISED,
@@ -14,8 +16,6 @@ from moe_llm.checkpoint.family import (
     softmax_router,
     sparse_step,
 )
-from moe_llm.config import ModelConfig
-from moe_llm.errors import UserError
 
 DEFAULTS: dict[str, Any] = {
     **SHARED_DEFAULTS,

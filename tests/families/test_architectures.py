@@ -8,12 +8,12 @@ import sys
 
 import pytest
 import torch
-from checkpoint_fakes import small_config
+from support.checkpoints import small_config
 from transformers import AutoModelForCausalLM
 
-from moe_llm.checkpoint.architectures import CODED, OWN, architecture_of, export_note, is_mixtral
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.config.routers import ROUTER_SETTINGS
+from moe_llm.families.architectures import CODED, OWN, architecture_of, export_note, is_mixtral
 from moe_llm.model.init import init_weights
 
 TOKENS = torch.randint(0, 24, (3, 17), generator=torch.Generator().manual_seed(1))

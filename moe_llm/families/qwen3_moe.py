@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moe_llm.checkpoint.family import (
+from moe_llm.config import ModelConfig
+from moe_llm.families.family import (
     AS_THEY_ARE,
     BY_PROJECTION,
     RENORMALISED,
@@ -14,7 +15,6 @@ from moe_llm.checkpoint.family import (
     softmax_router,
     sparse_step,
 )
-from moe_llm.config import ModelConfig
 
 DEFAULTS: dict[str, Any] = {
     **SHARED_DEFAULTS,

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moe_llm.checkpoint.families import deepseek_v2
-from moe_llm.checkpoint.families.glm4_moe import lone_experts, sigmoid_router, written_router
-from moe_llm.checkpoint.family import BY_PROJECTION, SIGMOID_BIAS, Family
 from moe_llm.config import ModelConfig
+from moe_llm.families import deepseek_v2
+from moe_llm.families.family import BY_PROJECTION, SIGMOID_BIAS, Family
+from moe_llm.families.glm4_moe import lone_experts, sigmoid_router, written_router
 
 DEFAULTS: dict[str, Any] = {
     **{key: value for key, value in deepseek_v2.DEFAULTS.items() if key != "topk_method"},
