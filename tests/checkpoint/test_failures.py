@@ -214,7 +214,7 @@ while True:
 def test_dying_at_any_moment_of_a_save_loses_nothing_that_was_complete(tmp_path, again, how):
     """The newest complete checkpoint is the previous one or, at the end, the new one; never half a one."""
     done = subprocess.run(
-        [sys.executable, "-c", _DIE, str(tmp_path), str(again), str(Path(__file__).parent), how],
+        [sys.executable, "-c", _DIE, str(tmp_path), str(again), str(Path(__file__).parents[1]), how],
         capture_output=True,
         text=True,
         timeout=120,
