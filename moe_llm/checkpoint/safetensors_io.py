@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from moe_llm.checkpoint import mxfp4
 from moe_llm.checkpoint.digests import REMEDY, CheckedFile, DigestedFile, FileRecord
 from moe_llm.errors import UserError
 
@@ -159,7 +160,8 @@ class _Stored:
 class TensorFiles:
     """The tensors of `{stem}.safetensors`, or of the shards that `{stem}.safetensors.index.json` lists.
 
-    Headers are read and checked against the files' sizes at once; tensors when asked for.
+    Headers are read and checked against the files' sizes at once; tensors when asked for. What is stored in MXFP4 is seen
+    in bf16, under one name (`mxfp4`).
 
     Args:
         records: of files, by path: the blocks of these are compared with their digests as they are read.
@@ -191,6 +193,10 @@ class TensorFiles:
                 f"file {self.directory / weight_map[lost[0]]} lacks the tensor {lost[0]} that its index names: {REMEDY}"
             )
 
+        self._packed = mxfp4.packed({name: (stored.dtype, stored.shape) for name, stored in self._tensors.items()})
+        hidden = {part for name in self._packed for part in mxfp4.stored_names(name)}
+        self._names = [*(name for name in self._tensors if name not in hidden), *self._packed]
+
     def file_names(self) -> set[str]:
         """The files that the tensors are in."""
         return {stored.file.name for stored in self._tensors.values()}
@@ -216,21 +222,20 @@ class TensorFiles:
         return weight_map
 
     def names(self) -> list[str]:
-        return list(self._tensors)
+        return list(self._names)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._tensors[name].shape
+        return self._packed[name] if name in self._packed else self._tensors[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._tensors[name].dtype
+        return torch.bfloat16 if name in self._packed else self._tensors[name].dtype
 
     def file(self, name: str) -> Path:
-        return self._tensors[name].file
+        return self._tensors[mxfp4.stored_names(name)[0] if name in self._packed else name].file
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         """A tensor on the CPU in its stored dtype, or its `rows` (along the first dimension, step 1)."""
-        stored = self._tensors[name]
-        shape, first, width = stored.shape, 0, 1
+        shape, first, width = self.shape(name), 0, 1
         if rows is not None:
             first, last, step = rows.indices(shape[0])
             assert step == 1, rows
@@ -250,8 +255,10 @@ class TensorFiles:
 
     def read_span(self, name: str, start: int, count: int) -> torch.Tensor:
         """`count` elements of a tensor from element `start` on, in the order in which they lie: (count,)."""
+        assert 0 <= start <= start + count <= math.prod(self.shape(name)), f"{name} has no {start}+{count}"
+        if name in self._packed:
+            return self._unpacked(name, start, count)
         stored = self._tensors[name]
-        assert 0 <= start <= start + count <= math.prod(stored.shape), f"{name} has no {start}+{count}"
         tensor = torch.empty(count, dtype=stored.dtype)
         if count:
             if stored.file not in self._opened:
@@ -259,6 +266,13 @@ class TensorFiles:
             view = memoryview(tensor.view(torch.uint8).numpy())
             self._opened[stored.file].read_into(stored.start + start * stored.dtype.itemsize, view)
         return tensor
+
+    def _unpacked(self, name: str, start: int, count: int) -> torch.Tensor:
+        """`read_span` of what is stored in MXFP4: the experts in which these elements lie are read."""
+        width = math.prod(self.shape(name)[1:])
+        experts = slice(start // width, -(-(start + count) // width))
+        values = mxfp4.unpacked(*(self.read(part, experts) for part in mxfp4.stored_names(name)))
+        return values.flatten()[start - experts.start * width :][:count]
 
 
 def _read_header(path: Path) -> dict[str, _Stored]:

@@ -88,7 +88,7 @@ def _check_not_quantized(checkpoint: str | Path, called: str) -> None:
     file = Path(checkpoint) / "config.json"
     content = read_json(file) if file.is_file() else {}
     method = (content.get("quantization_config") or {}).get("quant_method")
-    if method is not None and not torch.cuda.is_available():
+    if method not in (None, "mxfp4") and not torch.cuda.is_available():  # transformers unpacks mxfp4 where it must
         raise UserError(
             f"{called}={str(checkpoint)!r} is quantised ({method}), which needs a GPU: give a checkpoint in fp32, bf16 or "
             "fp16"

@@ -144,8 +144,7 @@ def from_content(content: Mapping[str, Any], origin: str) -> ModelConfig:
     """
     kind = content.get("model_type")
     ours = content.get(OURS)
-    if content.get("quantization_config") and ours is None:
-        raise UserError(f"{origin}: quantization_config is set: give a checkpoint in fp32, bf16 or fp16")
+    check_quantization(content, origin)
     family = OWN if ours is not None and kind == OWN.model_type else family_named(kind, f"{origin}: model_type")
     given = content.get("architectures") or [family.architecture]
     if given != [family.architecture]:
@@ -171,6 +170,21 @@ def from_content(content: Mapping[str, Any], origin: str) -> ModelConfig:
     if ours is None and (missing := family.cannot(model)):
         raise UserError(f"{origin}: {missing[0]} is not what a {family.architecture} computes: correct the file")
     return model
+
+
+def check_quantization(content: Mapping[str, Any], origin: str) -> None:
+    """Refuse weights in 8 bits or fewer, but for MXFP4, which `checkpoint.mxfp4` reads as bf16.
+
+    Raises:
+        UserError: names how they are quantised.
+    """
+    quantized = content.get("quantization_config")
+    method = quantized.get("quant_method", "unknown") if isinstance(quantized, Mapping) else quantized
+    if quantized and not (method == "mxfp4" and content.get("model_type") == gpt_oss.FAMILY.model_type):
+        raise UserError(
+            f"{origin}: quantization_config is set: the weights are quantised ({method}), give a checkpoint in fp32, bf16 or "
+            "fp16"
+        )
 
 
 def _validated(content: Mapping[str, Any], fields: dict[str, Any], origin: str) -> ModelConfig:

@@ -1,6 +1,6 @@
 """GPT-OSS (OpenAI 2025): clamped SwiGLU, biases everywhere, attention sinks, and windows in every other layer.
 
-Published in MXFP4; what is read and written here is bf16 or fp32, as transformers saves it.
+Published in MXFP4, which is read as bf16 (`checkpoint.mxfp4`); what is written is bf16 or fp32, as transformers saves it.
 """
 
 from collections.abc import Mapping
@@ -84,7 +84,7 @@ FAMILY = Family(
         "experts": ("clamped with biases",),
     },
     renamed={"num_experts": "num_local_experts"},
-    harmless=("initial_context_length", "experts_per_token"),
+    harmless=("initial_context_length", "experts_per_token", "quantization_config"),
     names=((r"\.block_sparse_moe\.gate\.", ".mlp.router."), (r"\.block_sparse_moe\.", ".mlp.")),
     theta=150000.0,
     rope=ROPE,

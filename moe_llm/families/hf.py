@@ -25,7 +25,6 @@ from typing import Any
 from moe_llm.config import ModelConfig
 from moe_llm.config.shapes import buffer_shapes as buffer_shapes
 from moe_llm.config.shapes import parameter_shapes as parameter_shapes
-from moe_llm.errors import UserError
 from moe_llm.families.architectures import architecture_of, from_content
 from moe_llm.families.family import OURS, SAME
 
@@ -186,13 +185,6 @@ def from_transformers_config(content: Mapping[str, Any], origin: str = "config.j
     Raises:
         UserError: another family, or a feature that this model does not have.
     """
-    quantized = content.get("quantization_config")
-    if quantized:
-        method = quantized.get("quant_method", "unknown") if isinstance(quantized, Mapping) else quantized
-        raise UserError(
-            f"{origin}: quantization_config is set: the weights are quantised ({method}), give a checkpoint in fp32, bf16 or "
-            "fp16"
-        )
     model = from_content(content, origin)
     if content.get("attention_dropout"):
         warnings.warn(

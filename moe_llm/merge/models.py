@@ -20,7 +20,7 @@ from moe_llm.checkpoint.safetensors_io import TensorFiles, read_json
 from moe_llm.checkpoint.weights import Weights, check_finite
 from moe_llm.errors import UserError
 from moe_llm.families import hf
-from moe_llm.families.architectures import FAMILIES, architecture_of
+from moe_llm.families.architectures import FAMILIES, architecture_of, check_quantization
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 KINDS = {
@@ -154,8 +154,7 @@ class Model:
                 f"{origin}: model_type={kind!r} with architectures={named} cannot be merged: "
                 f"give one of {', '.join(KINDS.values())}"
             )
-        if self.content.get("quantization_config"):
-            raise UserError(f"{origin}: quantization_config is set: give a checkpoint in fp32, bf16 or fp16")
+        check_quantization(self.content, str(origin))
         return kind
 
     def _index(self, weights: Weights) -> None:
