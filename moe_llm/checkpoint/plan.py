@@ -108,7 +108,7 @@ def kinds_of(entry: ParameterShard, kinds: Sequence[str], dtype: torch.dtype, av
     """What of an entry goes into the optimizer's files: of what is never changed, nothing; what is exported in fp32 is
     not here too."""
     exported = [] if dtype == torch.float32 and not entry.adapter else [MASTER, *([EMA] if average else [])]
-    return [*exported, *kinds] if entry.trainable else []
+    return [*exported, *entry.kinds_among(kinds)] if entry.trainable else []
 
 
 def pieces_of(entry: ParameterShard) -> list[hf.Piece]:

@@ -238,6 +238,7 @@ def _trainer_head(
         "trainer": dict(trainer),
         "provenance": dict(provenance),
         "optimizer_tensors": list(state.kinds),
+        **({"optimizer_counters": state.counters} if state.counters else {}),
         "masters": DTYPES[dtype] != torch.float32,
         **({"base": state.base_files} if has_adapters(state) else {}),
         "ema_updates": state.averaged,
@@ -292,12 +293,14 @@ def load_checkpoint(path: str | Path, state: TrainedState, *, hashes: bool = Tru
     head, sources = together(state, lambda: _open(path, state, failures))
     adapted = has_adapters(state)
     state.make_average(head["ema_updates"] if EMA in sources else 0)
+    if state.counters:
+        state.counters = head["optimizer_counters"]
     for entry in state.entries():
         if entry.adapter:
             write_trained(state, entry, "weight", sources[MASTER])
         elif not adapted:
             write_weight(state, entry, sources[MODEL], sources[MASTER])
-        for kind in state.kinds if entry.trainable else ():
+        for kind in entry.kinds_among(state.kinds):
             write_trained(state, entry, kind, sources[kind])
         if EMA in sources and entry.trainable:
             state.write(entry.name, EMA, read_average(state, entry, sources[EMA]))
@@ -351,6 +354,12 @@ def _open(path: Path, state: TrainedState, failures: list[UserError]) -> tuple[d
             f"checkpoint {path} has the optimizer tensors {stored}, and this run's optimizer needs "
             f"{list(state.kinds)}: set optim.name as it was, or start another run.dir"
         )
+    lacking = state.counters.keys() - head.get("optimizer_counters", {}).keys()
+    if lacking:
+        raise UserError(
+            f"checkpoint {path} has no counters of the optimizer for {min(lacking)} times optim.lr: set "
+            "optim.lr_multipliers as they were, or start another run.dir"
+        )
     shapes = _stored_shapes(path, state)
     check_base(path, head, state)
     records = {path / name: record for name, record in read_manifest(path).items()}
@@ -370,8 +379,9 @@ def _open(path: Path, state: TrainedState, failures: list[UserError]) -> tuple[d
     if trainable and (beside or state.kinds):
         files = TensorFiles(path / "trainer", Path(OPTIMIZER).name, records)
         for kind in [*beside, *state.kinds]:
+            having = {e.name for e in entries if kind in beside or e.kinds_among((kind,))}
             sources[kind] = Weights(files, f"{kind}.", failures)
-            sources[kind].check(trainable, experts=experts)
+            sources[kind].check({n: shape for n, shape in trainable.items() if n in having}, experts=experts)
     return head, sources
 
 

@@ -16,6 +16,7 @@ from moe_llm.config.evaluate import EvaluateConfig
 from moe_llm.config.finetune import FinetuneConfig
 from moe_llm.config.log import LoggingConfig
 from moe_llm.config.model import ModelConfig
+from moe_llm.config.optim import OptimConfig, check_optimizer
 from moe_llm.config.parallel import ParallelConfig, check_sequence_parts
 from moe_llm.config.preference import PreferenceConfig, check_preference
 from moe_llm.errors import UserError
@@ -51,40 +52,6 @@ class TokenizerConfig(Section):
     character_coverage: float = Field(
         0.9995, gt=0, le=1, description="share of characters with a token of their own; the rest are bytes"
     )
-
-
-class LrMultipliersConfig(Section):
-    """Factors on `optim.lr` by part of the model."""
-
-    router: float = Field(1.0, gt=0, description="factor on `optim.lr` for the routers")
-    experts: float = Field(1.0, gt=0, description="factor on `optim.lr` for the experts")
-    rest: float = Field(1.0, gt=0, description="factor on `optim.lr` for all else")
-
-
-class OptimConfig(Section):
-    """The optimizer and the schedule of its learning rate."""
-
-    name: Literal["adamw", "sgd"] = Field("adamw", description="sgd: plain, without momentum")
-    lr: float = Field(3e-4, gt=0, description="the highest learning rate")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="adamw: decay rates of the two moments")
-    eps: float = Field(1e-8, gt=0, description="adamw: added to the denominator")
-    weight_decay: float = Field(0.1, ge=0, description="on matrices; norms are never decayed")
-    grad_clip: float = Field(1.0, ge=0, description="bound on the global gradient norm; 0: off")
-    schedule: Literal["cosine", "wsd", "constant"] = Field(
-        "cosine", description="wsd: constant, then a decay at the end"
-    )
-    warmup_steps: int = Field(0, ge=0, description="steps in which the rate rises from 0")
-    decay_ratio: float = Field(
-        0.2, gt=0, le=1, description="wsd: share of the steps, at the end, in which the rate falls"
-    )
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final rate as a share of lr")
-    lr_multipliers: LrMultipliersConfig = Field(LrMultipliersConfig(), description="rates by part of the model")
-
-    @model_validator(mode="after")
-    def _betas_in_range(self):
-        if not all(0 <= b < 1 for b in self.betas):
-            invalid("betas", list(self.betas), "is out of range", "use two numbers in [0, 1)")
-        return self
 
 
 class EarlyStoppingConfig(Section):
@@ -323,6 +290,7 @@ class Config(Section):
                 "change one of them",
             )
         check_preference(self)
+        check_optimizer(self)
         if train.on_nan == "rollback" and self.checkpoint.every_steps is None:
             invalid(
                 "train.on_nan",

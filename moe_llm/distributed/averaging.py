@@ -32,7 +32,8 @@ class Averaging(ABC):
         share = self._ema.share(self.averaged)
         for weight in weights:
             state = optimizer.state[weight]
-            assert all(kind in state for kind in self.kinds), "torch makes its tensors only where there are none"
+            made = not self.kinds or any(kind in state for kind in self.kinds)
+            assert made, "torch makes its tensors only where there are none"
             if EMA in state:
                 state[EMA].lerp_(weight, share)
             else:

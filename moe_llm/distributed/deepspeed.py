@@ -16,6 +16,7 @@ import torch
 
 from moe_llm.config import Config
 from moe_llm.distributed.dispatch import AllToAllDispatcher
+from moe_llm.distributed.muon import Piece, Share
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.init import give_buffers_storage, give_storage
 from moe_llm.model.moe.experts import MoELayer
@@ -345,6 +346,21 @@ def flat_parameters_with_groups(optimizer: Any) -> list[tuple[torch.Tensor, dict
     if hasattr(optimizer, "sub_group_to_group_id"):  # ZeRO-3
         return [(piece, groups[optimizer.sub_group_to_group_id[i]]) for i, piece in enumerate(flat)]
     return list(zip(flat, groups, strict=True))
+
+
+def matrix_shares(optimizer: Any) -> dict[torch.Tensor, Share]:
+    """Of each flat slice that the torch optimizer steps on (ZeRO-1 and 2): which pieces of which parameters it is."""
+    groups = optimizer.bf16_groups if hasattr(optimizer, "bf16_groups") else optimizer.bit16_groups
+    shares = {}
+    for flat, parameters, ranks in zip(flat_parameters(optimizer), groups, optimizer.real_dp_process_group):
+        pieces = [
+            Piece(tuple(p.shape), p._hp_mapping.lp_fragment_address.start, address.start, address.numel)
+            for p in parameters
+            if p._hp_mapping is not None
+            for address in [p._hp_mapping.hp_fragment_address]
+        ]
+        shares[flat] = Share(pieces, ranks)
+    return shares
 
 
 def held_parameters(model: torch.nn.Module) -> list[torch.Tensor]:

@@ -5,7 +5,8 @@ and ZeRO. Both keep fp32 master weights, clip by the true global norm and implem
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 
 from moe_llm.config import Config
 from moe_llm.config.adversarial import UpdatePhase
+from moe_llm.config.optim import OPTIMIZERS
 from moe_llm.distributed import deepspeed as contract
 from moe_llm.distributed.averaging import Averaging
+from moe_llm.distributed.muon import Muon
 from moe_llm.distributed.runtime import Runtime
 from moe_llm.distributed.sequence import share_sequences
 from moe_llm.distributed.state import Adapted, ParameterShard, TrainedState
@@ -55,6 +58,10 @@ class Engine(TrainedState, Protocol):
 
     def update_average(self) -> None:
         """Take the weights as they are into `checkpoint.ema`'s average; after `step`. Exchanges nothing."""
+
+    def weights_for_use(self) -> AbstractContextManager[None]:
+        """Inside it the engine holds the weights that are to be used, where its optimizer trains at others (as
+        schedule-free ones do): for evaluation, saving and restoring. Collective."""
 
     def weights_finite(self) -> bool:
         """Whether this rank's part of the weights is."""
@@ -104,12 +111,13 @@ class _NamedState(Averaging, Turns):
         runtime: Runtime,
         config: Config,
         groups: list[dict],
-        kinds: tuple[str, ...],
         replicas: int,
         replica: int,
     ):
         self.model = model
-        self.kinds = kinds
+        self._optimizer = OPTIMIZERS[config.optim.name]
+        self.kinds, self.starts_as_weight = self._optimizer.tensors, self._optimizer.starts_as_weight
+        own_kinds = {p: tuple(group["kinds"]) for group in groups if "kinds" in group for p in group["params"]}
         self._set_up_average(config.checkpoint.ema)
         self.rank, self.world_size = runtime.rank, runtime.world_size
         self._runtime = runtime
@@ -127,6 +135,7 @@ class _NamedState(Averaging, Turns):
                 buffer=name in buffers,
                 trained_experts=_trained_experts(config) if name in first and p.requires_grad else None,
                 adapter=is_factor(name),
+                kinds=own_kinds.get(p),
                 adapted=_adapted(name, self._parameters, config),
                 # Replicas of a parameter take turns as its writer, so that all ranks write at once.
                 writer=(i % replicas == replica) if name in first else (i % self.world_size == self.rank),
@@ -161,6 +170,32 @@ class _NamedState(Averaging, Turns):
                 return
         for parameter, decay, multiplier in self._decays:
             self._decay_rows(parameter, self._trained_rows[parameter], 1 - lr * multiplier * decay)
+
+    @property
+    def counters(self) -> dict[str, dict[str, float]]:
+        groups = self._stepped()[0].param_groups if self._optimizer.counters else []
+        return {_rate_of(group): {name: group[name] for name in self._optimizer.counters} for group in groups}
+
+    @counters.setter
+    def counters(self, stored: dict[str, dict[str, float]]) -> None:
+        for group in self._stepped()[0].param_groups:
+            group.update(stored[_rate_of(group)])
+
+    @contextmanager
+    def weights_for_use(self) -> Iterator[None]:
+        optimizer: Any = self._stepped()[0]
+        if not self._optimizer.switches or not optimizer.param_groups[0]["train_mode"]:
+            yield
+            return
+        optimizer.eval()
+        self._publish()
+        yield
+        optimizer.train()
+        self._publish()
+
+    @abstractmethod
+    def _publish(self) -> None:
+        """Copy the optimizer's weights into the model where they are different tensors. Collective."""
 
     @abstractmethod
     def _decay_rows(self, parameter: nn.Parameter, rows: list[int], factor: float) -> None:
@@ -201,6 +236,11 @@ class _NamedState(Averaging, Turns):
         return self._runtime.gather(value)
 
 
+def _rate_of(group: dict[str, Any]) -> str:
+    """The multiple of `optim.lr` at which a group of parameters is trained, as a key."""
+    return f"{group.get('lr_multiplier', 1.0):g}"
+
+
 def _adapted(name: str, parameters: Container[str], config: Config) -> Adapted | None:
     a, b = factors_of(name)
     return Adapted(a, b, config.finetune.lora.scale) if a in parameters else None
@@ -233,9 +273,8 @@ class LocalEngine(_NamedState):
         config: Config,
         groups: list[dict],
         build_optimizer: OptimizerFactory,
-        kinds: tuple[str, ...],
     ):
-        super().__init__(model.to(runtime.device), runtime, config, groups, kinds, replicas=1, replica=0)
+        super().__init__(model.to(runtime.device), runtime, config, groups, replicas=1, replica=0)
         self.clip = config.optim.grad_clip
         masters = {p: p for p in model.parameters()}
         if config.train.precision == "bf16":
@@ -353,7 +392,6 @@ class DeepSpeedEngine(_NamedState):
         config: Config,
         groups: list[dict],
         build_optimizer: OptimizerFactory,
-        kinds: tuple[str, ...],
         fill: Fill | None = None,
     ):
         ep = config.parallel.expert_parallel_size
@@ -367,13 +405,14 @@ class DeepSpeedEngine(_NamedState):
         contract.adopt_layers(model, ep, runtime.rank, config.parallel.zero_stage, chunks)
         if config.parallel.zero_stage == 3:
             contract.share_out(model, config, runtime.world_size, fill)
-        optimizer = build_optimizer(contract.split_groups(groups))
+        optimizer: Any = build_optimizer(contract.split_groups(groups))
         self.engine, _ = runtime.accelerator.prepare(model, optimizer)
         trained = any(model.get_parameter(name).requires_grad for name in first_experts(model))
         assert self.engine.has_moe_layers or not trained, "DeepSpeed does not see the mixture layers"
-        super().__init__(
-            model, runtime, config, given, kinds, replicas=runtime.world_size // ep, replica=runtime.rank // ep
-        )
+        super().__init__(model, runtime, config, given, replicas=runtime.world_size // ep, replica=runtime.rank // ep)
+
+        if isinstance(optimizer, Muon):
+            optimizer.share_of = contract.matrix_shares(self.engine.optimizer).__getitem__
 
     def forward(self, **inputs: Any) -> MoEOutput:
         return self.engine(**inputs)
@@ -400,6 +439,9 @@ class DeepSpeedEngine(_NamedState):
 
     def _decay_rows(self, parameter: nn.Parameter, rows: list[int], factor: float) -> None:
         contract.decay_rows(parameter, rows, factor, self.engine.optimizer)
+
+    def _publish(self) -> None:
+        self.engine.optimizer.update_lp_params()
 
     def _row_squares(self, parameter: nn.Parameter) -> Tensor:
         return contract.row_gradient_squares(parameter, self.engine.optimizer)
@@ -446,7 +488,6 @@ def build_engine(
     config: Config,
     groups: list[dict],
     build_optimizer: OptimizerFactory,
-    kinds: tuple[str, ...],
     fill: Fill | None = None,
 ) -> "LocalEngine | DeepSpeedEngine":
     """The engine for this run; `model` is on the CPU and holds this rank's experts only. fill: gives a parameter its
@@ -454,5 +495,5 @@ def build_engine(
     tell("building the engine and its optimizer, which may compile an extension")
     model.model.recompute = config.train.activation_checkpointing if config.train.recomputes else False
     if runtime.deepspeed:
-        return DeepSpeedEngine(model, runtime, config, groups, build_optimizer, kinds, fill)
-    return LocalEngine(model, runtime, config, groups, build_optimizer, kinds)
+        return DeepSpeedEngine(model, runtime, config, groups, build_optimizer, fill)
+    return LocalEngine(model, runtime, config, groups, build_optimizer)

@@ -119,7 +119,7 @@ class ExpertPlacement:
         """Bring every layer's experts into these slots; returns how many have changed rank."""
         moved = 0
         entries = {entry.name: entry for entry in self.engine.entries() if entry.experts is not None}
-        kinds = (*self.engine.kinds, *((EMA,) if self.engine.averaged else ()))
+        averages = (EMA,) if self.engine.averaged else ()
         for i, (name, layer) in enumerate(self.layers):
             before, after = self.placements[i], placements[i]
             if before == after:
@@ -127,7 +127,8 @@ class ExpertPlacement:
             dispatcher = self.dispatchers[i]
             for entry in entries.values():
                 if entry.name.startswith(f"{name}.experts."):
-                    for kind in ("weight", *(kinds if entry.trainable else ())):
+                    own = entry.kinds_among(self.engine.kinds)
+                    for kind in ("weight", *own, *(averages if entry.trainable else ())):
                         held = self.engine.read(entry.name, kind)
                         self.engine.write(entry.name, kind, _exchange(held, before, after, dispatcher))
             self._settle(layer, dispatcher, after)

@@ -44,6 +44,7 @@ class ParameterShard:
         None: all of them.
     buffer: no parameter, but changed from step to step: stored in fp32, exactly.
     adapter: a low-rank factor beside the model's own parameters, which no other program knows.
+    kinds: the optimizer tensors that it has, where they are not all of the state's.
     adapted: of a weight that is not trained but has such factors, which they are.
     kept: by published name, what is never changed and comes from a checkpoint; filled when that is loaded.
     """
@@ -57,6 +58,7 @@ class ParameterShard:
     buffer: bool = False
     adapter: bool = False
     adapted: Adapted | None = None
+    kinds: tuple[str, ...] | None = None
     kept: dict[str, Kept] = field(default_factory=dict, compare=False)
 
     @property
@@ -68,6 +70,10 @@ class ParameterShard:
         """Whether an expert, by its index over all ranks, is trained."""
         return self.trainable and (self.trained_experts is None or expert in self.trained_experts)
 
+    def kinds_among(self, kinds: Sequence[str]) -> tuple[str, ...]:
+        """The optimizer tensors that it has, of all of those of its state."""
+        return tuple(kind for kind in kinds if self.trainable and (self.kinds is None or kind in self.kinds))
+
     @property
     def experts(self) -> range | None:
         return None if self.first_expert is None else range(self.first_expert, self.first_expert + self.shape[0])
@@ -76,7 +82,8 @@ class ParameterShard:
 class TrainedState(Protocol):
     """Read and write the fp32 weights and the optimizer's tensors of a model in training.
 
-    kinds: optimizer tensors of each trainable parameter, e.g. ("exp_avg", "exp_avg_sq").
+    kinds: optimizer tensors of trainable parameters, e.g. ("exp_avg", "exp_avg_sq"); see `ParameterShard.kinds`.
+    counters: numbers that the optimizer keeps beside them, by the multiple of the rate at which it steps.
     base_files: with adapters: by name, size and SHA-256 of the files that the weights beneath them come from, which no
         checkpoint holds unmerged.
     averages: whether an average of the weights is kept, of all that is trained.
@@ -87,6 +94,7 @@ class TrainedState(Protocol):
     averages: bool
     averaged: int
     base_files: dict[str, dict[str, Any]]
+    counters: dict[str, dict[str, float]]
 
     @property
     def rank(self) -> int: ...

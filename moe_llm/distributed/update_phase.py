@@ -17,6 +17,7 @@ class Turns:
     optimizer leaves out those that are `idle`."""
 
     kinds: tuple[str, ...]
+    starts_as_weight: tuple[str, ...]
     _turn: UpdatePhase = "all"
 
     def _set_up_turns(self, settings: AdversarialConfig, groups: list[dict]) -> None:
@@ -43,10 +44,12 @@ class Turns:
     def _fill_optimizer_state(
         self, optimizer: torch.optim.Optimizer, parameters: list[tuple[Tensor, dict]], steps: int
     ) -> None:
-        """The tensors that the optimizer has of parameters (each with its group) after so many updates, all zero."""
+        """The tensors that the optimizer has of parameters (each with its group) after so many updates, with the values
+        that they begin with."""
         for parameter, group in parameters if self.kinds else ():
             state, own = optimizer.state[parameter], self._turns.updates_of(group.get("routers", False), steps)
             # a fused optimizer counts on the device
             state["step"] = torch.tensor(float(own), device=parameter.device)
-            for kind in self.kinds:
-                state[kind] = torch.zeros_like(parameter)
+            for kind in group.get("kinds", self.kinds):
+                copied = kind in self.starts_as_weight
+                state[kind] = parameter.detach().clone() if copied else torch.zeros_like(parameter)

@@ -45,7 +45,7 @@ def tolerances(config: Config) -> Tolerances:
         return Tolerances((0.005, 0.03), 0.05, (0.01, 0.05), 0.3, (0.03, 0.10), 1e-4, in_bf16=True)
     # routers that learn from tokens' losses have gradients that are small differences of these: rounding counts more
     gradient = 3e-5 if config.model.router.type in ("em", "reinforce") else 1e-5
-    if config.optim.name == "adamw":
+    if config.optim.name != "sgd":
         return Tolerances((1e-5, 1e-4), gradient, (1e-5, 1e-3), 1e-3, (0.0, 0.01), 1e-5)
     return Tolerances((1e-5, 1e-5), gradient, (1e-5, 1e-5), 1e-4, (0.0, 0.01), 1e-5)
 

@@ -192,8 +192,9 @@ def relative_rate(found: float, expected: float) -> float:
 
 
 def judge_optimizer(config: Config, one: Observation) -> list[Finding]:
-    """What one process made of its own gradients, beside what torch's optimizer makes of them."""
-    if config.optim.schedule not in schedule.FORMULAS:
+    """What one process made of its own gradients, beside what torch's optimizer makes of them; of optimizers that the
+    oracle does not know, nothing."""
+    if config.optim.name not in optimizer.KINDS or config.optim.schedule not in schedule.FORMULAS:
         return []
     start = whole([one.start["weight"]])
     gradients = [whole([slopes]) for slopes in one.gradients]

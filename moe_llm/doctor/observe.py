@@ -156,15 +156,17 @@ class Watched:
         return [] if first % size else [Batch.of_parts(parts) for parts in zip(*micro[first : first + size])]
 
 
-def _read(engine: Engine, read: Callable, *, trainable: bool = False) -> Tensors:
+def _read(engine: Engine, read: Callable, *, trainable: bool = False, kind: str | None = None) -> Tensors:
+    """kind: of the optimizer; what has no such tensor is left out."""
     entries = [entry for entry in engine.entries() if entry.trainable or not trainable]
+    entries = [entry for entry in entries if kind not in engine.kinds or entry.kinds_among((str(kind),))]
     return {entry.name: Held(entry.first_expert, read(entry.name).float().cpu().numpy().copy()) for entry in entries}
 
 
 def _state(engine: Engine, *, with_optimizer: bool) -> dict[str, Tensors]:
     kinds = ("weight", *(engine.kinds if with_optimizer else ()), *((EMA,) if engine.averaged else ()))
     return {
-        kind: _read(engine, lambda name, kind=kind: engine.read(name, kind), trainable=kind != "weight")
+        kind: _read(engine, lambda name, kind=kind: engine.read(name, kind), trainable=kind != "weight", kind=kind)
         for kind in kinds
     }
 

@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from moe_llm.config import Config
+from moe_llm.config.optim import OPTIMIZERS
 from moe_llm.config.routers import LorySettings
 from moe_llm.families.hf import is_expert
 from moe_llm.finetune.selection import trained_names
@@ -201,17 +202,20 @@ class _Walk:
     def static(self) -> dict[str, float]:
         size, held, stage = self.size, self.dense + self.expert, self.layout.zero_stage
         trained = self.trained.total
-        kept = 8 if self.config.optim.name == "adamw" else 0
+        kept = OPTIMIZERS[self.config.optim.name].nbytes
+        # what Muon leaves to AdamW has a second moment; routers and norms are too small to count
+        second = 4 * (self.trained.head + self.trained.embeddings) if self.config.optim.name == "muon" else 0
         kept += 4 if self.config.checkpoint.ema.decay is not None else 0
         parts = dict.fromkeys(PARTS, 0.0)
         if not self.engine:
             parts["weights"] = size * held
-            parts["optimizer"] = (kept + (4 if size == 2 else 0)) * trained
+            parts["optimizer"] = (kept + (4 if size == 2 else 0)) * trained + second
             parts["gradients"] = 4 * trained if self.rounds > 1 else 0
             return parts
         parts["weights"] = size * (self.shard if stage == 3 else held)
         # ZeRO-1 and 2 clone fp32 weights as masters too; ZeRO-3 steps on the shard itself
         optimizer = (kept + (0 if stage == 3 and size == 4 else 4)) * self.trained_shard
+        optimizer += second / self.layout.ranks
         offload = self.layout.offload
         parts["optimizer"] = 0.0 if offload else optimizer
         self.host = optimizer + 4 * self.trained_shard if offload else 0.0
@@ -457,6 +461,9 @@ class _Walk:
         if not self.engine:
             return {}
         stage = self.layout.zero_stage
+        if not OPTIMIZERS[self.config.optim.name].elementwise:  # slices are gathered in bf16, and a group's direction
+            whole = max(self.trained.dense, self.trained.expert) if self.layout.ranks > 1 else 0
+            return {"buffers": 2 * whole + 4 * max(self.trained.dense, self.trained.expert)}
         largest = max(self.trained.dense / self.layout.ranks, self.trained.expert / self.layout.replicas)
         if self.layout.offload:
             return {"buffers": self.size * largest}  # updated weights on their way from the host

@@ -15,7 +15,7 @@ from moe_llm.finetune.init_from import load_origin
 from moe_llm.finetune.lora import add_adapters
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.init import build_blank, build_model, build_without_storage, initialiser
-from moe_llm.train.optim import build_optimizer, groups_by_part, optimizer_kinds, parameter_groups
+from moe_llm.train.optim import build_optimizer, groups_by_part, parameter_groups
 from moe_llm.train.position import Position
 
 
@@ -32,10 +32,9 @@ def build_trained(
     model, fill = _build_model(config, runtime)
     add_adapters(model, config)
     freeze(model, config)
-    groups = groups_by_part(model, parameter_groups(model, config.optim.weight_decay), config)
-    engine = build_engine(
-        model, runtime, config, groups, lambda g: build_optimizer(g, config.optim), optimizer_kinds(config.optim), fill
-    )
+    optim = config.optim
+    groups = groups_by_part(model, parameter_groups(model, optim.weight_decay, optim.name), config)
+    engine = build_engine(model, runtime, config, groups, lambda g: build_optimizer(g, optim), fill)
     if config.model.init_from is not None and (source is None or config.finetune.lora.rank is not None):
         load_origin(engine, config.model)
     while source is not None:
@@ -70,5 +69,6 @@ def _build_model(config: Config, runtime: Runtime) -> tuple[MoEDecoder, Fill | N
 
 def restore(engine: Engine, source: Path, *, hashes: bool) -> Position:
     """Give the engine a checkpoint's weights and optimizer tensors, whatever it has done before. Collective."""
-    engine.make_optimizer_state(Position(**read_trainer_state(source)).updates)
-    return Position(**load_checkpoint(source, engine, hashes=hashes))
+    with engine.weights_for_use():  # those are what a checkpoint holds
+        engine.make_optimizer_state(Position(**read_trainer_state(source)).updates)
+        return Position(**load_checkpoint(source, engine, hashes=hashes))

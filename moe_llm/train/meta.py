@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.config import Config
-from moe_llm.config.schema import OptimConfig
+from moe_llm.config.optim import OptimConfig
 from moe_llm.data.blocks import TrainBlocks
 from moe_llm.data.files import publish
 from moe_llm.data.loader import load_data
@@ -114,7 +114,7 @@ def adapt(model: MoEDecoder, task: Task, optim: OptimConfig, steps: int, *, bloc
     Args:
         blocks: a step; `start`: the first of the task's samples that is read.
     """
-    optimizer = build_optimizer(parameter_groups(model, optim.weight_decay), optim)
+    optimizer = build_optimizer(parameter_groups(model, optim.weight_decay, optim.name), optim)
     first = float("nan")
     for step in range(steps):
         for group in optimizer.param_groups:

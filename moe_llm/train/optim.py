@@ -1,5 +1,6 @@
 """The optimizer's parameter groups and the learning-rate schedule."""
 
+import importlib
 import math
 from typing import Any
 
@@ -7,13 +8,14 @@ import torch
 from torch import nn
 
 from moe_llm.config import Config
-from moe_llm.config.schema import OptimConfig
+from moe_llm.config.optim import ADAMW_TENSORS, MUON_TENSORS, OPTIMIZERS, OptimConfig
+from moe_llm.errors import UserError
 from moe_llm.families.hf import is_expert, is_router
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(model: nn.Module, weight_decay: float, optimizer: str = "adamw") -> list[dict]:
     """Matrices decay, vectors (norms and biases, those of stacked experts too) do not; frozen parameters are in no
-    group."""
+    group. optimizer: `optim.name`; for Muon the matrices that it updates are in groups marked `muon`."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     decaying = {name for name, p in trained.items() if p.dim() > 1 and not name.endswith("_bias")}
     groups: list[dict[str, Any]] = [
@@ -21,7 +23,32 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         {"name": "vectors", "params": [trained[name] for name in trained if name not in decaying]},
     ]
     groups[0]["weight_decay"], groups[1]["weight_decay"] = weight_decay, 0.0
+    groups = _groups_of_muon(model, groups) if optimizer == "muon" else groups
     return [group for group in groups if group["params"]]
+
+
+def _groups_of_muon(model: nn.Module, groups: list[dict]) -> list[dict]:
+    """The groups cut into what Muon updates and the rest: embeddings, the output layer, routers and vectors, as its
+    authors advise. A stacked parameter is one matrix an expert, or two where it holds a gate above an up projection."""
+    names = {p: name for name, p in model.named_parameters()}
+    cut: dict[str, dict] = {}
+    for group in groups:
+        for parameter in group["params"]:
+            name = names[parameter]
+            parts = _matrices_in_rows(name, parameter) if group["name"] == "matrices" else 0
+            kinds = MUON_TENSORS if parts else ADAMW_TENSORS
+            label = group["name"] + ("_of_muon" if parts else "") + ("_in_two" if parts == 2 else "")
+            new = {**group, "params": [], "name": label, "muon": parts, "kinds": kinds}
+            cut.setdefault(label, new)["params"].append(parameter)
+    return list(cut.values())
+
+
+def _matrices_in_rows(name: str, parameter: nn.Parameter) -> int:
+    """Matrices that lie above each other in a parameter (of one expert) that Muon updates; 0: AdamW does."""
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    if "embed_tokens" in name or "lm_head" in name or is_router(name) or min(shape[-2:]) == 1:
+        return 0
+    return 2 if name.endswith(".experts.gate_up_proj") else 1
 
 
 def groups_by_part(model: nn.Module, groups: list[dict], config: Config) -> list[dict]:
@@ -47,12 +74,27 @@ def groups_by_part(model: nn.Module, groups: list[dict], config: Config) -> list
 
 
 def build_optimizer(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) or SGD without momentum."""
-    in_turns = any("routers" in group for group in groups)
-    if config.name == "sgd":
-        return (_SGDInTurns if in_turns else torch.optim.SGD)(groups, lr=config.lr)
-    kind = _AdamWInTurns if in_turns else torch.optim.AdamW
-    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    """The optimizer that `optim.name` names in the table of optimizers, on these groups.
+
+    Raises:
+        UserError: its library is not installed.
+    """
+    entry = OPTIMIZERS[config.name]
+    module, _, name = entry.factory.partition(":")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"optim.name={config.name} needs the package {module}, which is not installed: "
+            f"pip install 'moe_llm[{entry.extra}]', or use optim.name=adamw"
+        ) from error
+    if any("routers" in group for group in groups):
+        kind = type(f"{name}InTurns", (_InTurns, kind), {})
+    arguments = {key: getattr(config, key) for key in entry.takes} | entry.arguments
+    optimizer = kind(groups, lr=config.lr, **arguments)
+    if entry.switches:
+        optimizer.train()
+    return optimizer
 
 
 class _InTurns(torch.optim.Optimizer):
@@ -65,19 +107,6 @@ class _InTurns(torch.optim.Optimizer):
             return super().step(closure)
         finally:
             self.param_groups = groups
-
-
-class _SGDInTurns(_InTurns, torch.optim.SGD):
-    pass
-
-
-class _AdamWInTurns(_InTurns, torch.optim.AdamW):
-    pass
-
-
-def optimizer_kinds(config: OptimConfig) -> tuple[str, ...]:
-    """Names of the tensors that the optimizer keeps for each parameter."""
-    return ("exp_avg", "exp_avg_sq") if config.name == "adamw" else ()
 
 
 def learning_rate(config: Config, step: int, total: int | None = None) -> float:

@@ -249,14 +249,16 @@ class Trainer:
 
     def evaluate(self) -> dict[str, Any]:
         """Metrics of the held-out text, with those that callbacks add. Collective."""
-        measured = dict(self.validation_loss())
-        self._each("on_evaluate", measured)
+        with self.engine.weights_for_use():
+            measured = dict(self.validation_loss())
+            self._each("on_evaluate", measured)
         host_memory.trim()
         return measured
 
     def validation_loss(self) -> dict[str, Any]:
         """The held-out loss of the engine's present weights. Collective."""
-        return validation_loss(self.config, self.engine, self.runtime, self.data, self.heartbeat)
+        with self.engine.weights_for_use():
+            return validation_loss(self.config, self.engine, self.runtime, self.data, self.heartbeat)
 
     def save(self) -> None:
         """Write a checkpoint of the present weights. Collective."""
@@ -264,21 +266,22 @@ class Trainer:
         self._each("on_save_begin")
         position.callbacks = collect_states(self.callbacks) or None
         position.streams = self.data.streams(position.samples)
-        checkpoint = save_checkpoint(
-            self.run_dir / "checkpoints",
-            HeartbeatEngine(self.engine, self),
-            step=position.step,
-            trainer_state=position.state(),
-            model_config=config.model,
-            run_config_text=dump_config(config),
-            tokenizer=self.tokenizer,
-            keep_last=config.checkpoint.keep_last,
-            best_step=position.best_step,
-            background=self._background,
-            provenance=self.provenance,
-            dtype=config.checkpoint.dtype,
-            max_shard_size=config.checkpoint.max_shard_size,
-        )
+        with self.engine.weights_for_use():
+            checkpoint = save_checkpoint(
+                self.run_dir / "checkpoints",
+                HeartbeatEngine(self.engine, self),
+                step=position.step,
+                trainer_state=position.state(),
+                model_config=config.model,
+                run_config_text=dump_config(config),
+                tokenizer=self.tokenizer,
+                keep_last=config.checkpoint.keep_last,
+                best_step=position.best_step,
+                background=self._background,
+                provenance=self.provenance,
+                dtype=config.checkpoint.dtype,
+                max_shard_size=config.checkpoint.max_shard_size,
+            )
         self.saved.append(checkpoint)
         self.saved_step, self._save_requested = position.step, False
         self._each("on_save", checkpoint)

@@ -106,6 +106,7 @@ class FakeState:
     ):
         self.rank, self.ranks = rank, ranks or ThreadRanks(1)
         self.world_size = self.ranks.world_size
+        self.counters: dict = {}
         self.kinds = tuple(dict.fromkeys(kind for _, kind in tensors if kind not in ("weight", EMA)))
         self.averages = any(kind == EMA for _, kind in tensors)
         self.averaged = averaged if self.averages else 0

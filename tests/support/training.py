@@ -1,5 +1,7 @@
 """A few training steps on random tokens, in any layout: what parity tests compare."""
 
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -131,33 +133,37 @@ def train_steps(
         result["aux"].append(aux)
     result["weights"] = _named(engine, lambda name: engine.read(name, "weight"))
     for kind in engine.kinds:
-        result[kind] = _named(engine, lambda name, k=kind: engine.read(name, k), trained=True) if steps or first else {}
-    if save:
-        from moe_llm.checkpoint.state import save_checkpoint
-        from moe_llm.config import dump_config
-
-        at = first + steps
-        result["saved"] = str(
-            save_checkpoint(
-                save,
-                engine,
-                step=at,
-                trainer_state={
-                    "step": at,
-                    "samples": at * cfg.train.global_batch_size,
-                    "tokens": at * cfg.tokens_per_step,
-                },
-                model_config=cfg.model,
-                run_config_text=dump_config(cfg),
-                tokenizer=None,
-                dtype=cfg.checkpoint.dtype,
-            )
-        )
+        read_kind = partial(engine.read, kind=kind)
+        result[kind] = _named(engine, read_kind, trained=True, kind=kind) if steps or first else {}
+    with engine.weights_for_use() if save else nullcontext():
+        result |= _save(engine, cfg, first + steps, save) if save else {}
     return result
 
 
-def _named(engine, read, trained: bool = False) -> dict[str, tuple[int | None, torch.Tensor]]:
+def _save(engine, cfg, at: int, save: str) -> dict:
+    from moe_llm.checkpoint.state import save_checkpoint
+    from moe_llm.config import dump_config
+
+    saved = save_checkpoint(
+        save,
+        engine,
+        step=at,
+        trainer_state={
+            "step": at,
+            "samples": at * cfg.train.global_batch_size,
+            "tokens": at * cfg.tokens_per_step,
+        },
+        model_config=cfg.model,
+        run_config_text=dump_config(cfg),
+        tokenizer=None,
+        dtype=cfg.checkpoint.dtype,
+    )
+    return {"saved": str(saved)}
+
+
+def _named(engine, read, trained: bool = False, kind: str | None = None) -> dict[str, tuple[int | None, torch.Tensor]]:
     entries = [entry for entry in engine.entries() if entry.trainable or not trained]
+    entries = [entry for entry in entries if kind is None or entry.kinds_among((kind,))]
     return {entry.name: (entry.first_expert, read(entry.name).clone()) for entry in entries}
 
 

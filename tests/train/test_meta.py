@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from support import runs
 
 from moe_llm.config import ModelConfig
-from moe_llm.config.schema import OptimConfig
+from moe_llm.config.optim import OptimConfig
 from moe_llm.data.packing import Batch
 from moe_llm.errors import TrainingFailure, UserError
 from moe_llm.model.init import build_model

@@ -8,7 +8,7 @@ import torch
 from support.training import config
 
 from moe_llm.model.init import build_model
-from moe_llm.train.optim import build_optimizer, learning_rate, optimizer_kinds, parameter_groups
+from moe_llm.train.optim import build_optimizer, learning_rate, parameter_groups
 
 TOTAL = 100
 
@@ -96,8 +96,3 @@ def test_adamw_follows_its_formula_with_the_given_betas_and_eps():
 
 def test_sgd_is_plain():
     assert one_update(name="sgd", lr=0.1).item() == pytest.approx(1 - 0.1 * 4)
-
-
-def test_checkpoints_know_the_optimizers_tensors():
-    assert optimizer_kinds(config(1, 1, 1, optim={"name": "adamw"}).optim) == ("exp_avg", "exp_avg_sq")
-    assert optimizer_kinds(config(1, 1, 1, optim={"name": "sgd"}).optim) == ()

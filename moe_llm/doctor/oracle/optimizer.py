@@ -15,6 +15,8 @@ import torch
 
 Tensors = Mapping[str, np.ndarray]
 
+KINDS = ("adamw", "sgd")
+
 
 @dataclass(frozen=True)
 class Rules:
