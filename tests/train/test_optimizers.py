@@ -9,11 +9,11 @@ from schedulefree import AdamWScheduleFree
 from support.ranks import fresh_accelerate
 from support.training import config, difference, train_steps
 
-from moe_llm.families.hf import is_router, pieces
 from moe_llm.cli import main
 from moe_llm.config.optim import OPTIMIZERS
 from moe_llm.distributed.runtime import start
 from moe_llm.errors import UserError
+from moe_llm.families.hf import is_router, pieces
 from moe_llm.train.build import build_trained
 from moe_llm.train.optim import build_optimizer
 
