@@ -4,11 +4,15 @@ A wait that lasts is reported on stderr, and to `listeners`, as a watchdog is: a
 """
 
 import contextlib
+import logging
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from moe_llm.logs import ON_EVERY_RANK
+
+logger = logging.getLogger(__name__)
 
 SAY_AFTER_SECONDS = 5.0
 # each is told of what is being done or waited for, and whether that is quick by nature
@@ -38,7 +42,8 @@ class Waiting:
 
 
 def complain(sentence: str) -> None:
-    print(f"moe-llm: rank {os.environ.get('RANK', '0')}: {sentence}", file=sys.stderr, flush=True)
+    """Say it on whichever rank it happens."""
+    logger.warning("%s", sentence, **ON_EVERY_RANK)
 
 
 def process_with_open(path: Path) -> int | None:

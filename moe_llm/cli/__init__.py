@@ -9,13 +9,17 @@ mistake in a configuration is reported before the code that would have used it i
     arguments.py    kinds of arguments and of output that commands share
 """
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 
 from moe_llm.cli.registry import parse
 from moe_llm.errors import Stopped, TrainingFailure, UserError
+from moe_llm.logs import show_messages
 from moe_llm.threads import wait_briefly
+
+logger = logging.getLogger(__name__)
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
@@ -29,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     where the reader of the output has gone."""
     wait_briefly()  # before any command loads torch
     _print_any_character()
+    show_messages(command=True)
 
     def command() -> int | None:
         args = parse(sys.argv[1:] if argv is None else argv)
@@ -48,7 +53,7 @@ def run_command(command: Callable[[], int | None]) -> int:
         code = command() or 0
     except (UserError, TrainingFailure) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"moe-llm: error: {error}", file=sys.stderr)
+            logger.error("%s", error)
         return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILURE
     except Stopped as stopped:
         return stopped.exit_code
@@ -74,7 +79,7 @@ def _output_failure(again: str = "") -> int | None:
     except BrokenPipeError:
         code = EXIT_BROKEN_PIPE
     except OSError as error:
-        print(f"moe-llm: error: the output cannot be written ({error.strerror}): send it elsewhere", file=sys.stderr)
+        logger.error("the output cannot be written (%s): send it elsewhere", error.strerror)
         code = EXIT_FAILURE
     # the interpreter flushes once more when it ends, and would complain
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,7 +1,7 @@
 """`moe-llm generate --ensemble`, `moe-llm evaluate --ensemble` and `moe-llm ensemble fit`."""
 
+import logging
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from moe_llm.ensemble.recipe import (
 from moe_llm.ensemble.rules import Cascade, Linear
 from moe_llm.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 Say = Callable[[str], None]
 
 
@@ -52,7 +54,7 @@ def generate_command(
     Raises:
         UserError: whatever is wrong with the file, the members or the text for fitting.
     """
-    say = say or _to_stderr
+    say = say or _log
     recipe = load_recipe(file)
     _check_fitted(recipe, file)
     options = {"max_new_tokens": max_new_tokens, **sampling(temperature, top_p)}
@@ -94,7 +96,7 @@ def evaluate_command(
     Raises:
         UserError: whatever is wrong with the file, the members or the text; a method that gives text no probability.
     """
-    say = say or _to_stderr
+    say = say or _log
     recipe = load_recipe(file)
     if _by_request(recipe):
         per = " with per=request" if isinstance(recipe, CascadeRecipe) else ""
@@ -230,5 +232,5 @@ def _write(out: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _to_stderr(sentence: str) -> None:
-    print(f"ensemble: {sentence}", file=sys.stderr)
+def _log(sentence: str) -> None:
+    logger.info("ensemble: %s", sentence)

@@ -1,6 +1,6 @@
 """Continue a text. Most checkpoints are transformers' own, so transformers does it."""
 
-import sys
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from moe_llm.ensemble.causal_lm import (
 )
 from moe_llm.errors import UserError
 from moe_llm.families.architectures import OWN
+
+logger = logging.getLogger(__name__)
 
 
 def generate(
@@ -56,7 +58,7 @@ def generate(
         model = MoEForCausalLM.from_pretrained(checkpoint).to(device)
         router = model.config.router
         if not router.causal:
-            (say or _to_stderr)(
+            (say or logger.info)(
                 f"model.router.type={router.type}: in training {router.looks_ahead}, evaluation and generation "
                 f"{router.afterwards}"
             )
@@ -75,10 +77,6 @@ def generate(
     generate_plainly(model, tokenizer)
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling(temperature, top_p))
     return said(tokenizer, output[0], length if chat else 0)
-
-
-def _to_stderr(sentence: str) -> None:
-    print(sentence, file=sys.stderr)
 
 
 @torch.no_grad()

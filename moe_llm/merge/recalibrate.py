@@ -8,7 +8,7 @@ Every eighth batch of the text is left out of the fit and judges it: the routers
 not lower with the fitted ones, in the dtype in which they are stored.
 """
 
-import sys
+import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +33,8 @@ from moe_llm.merge.recipe import AnyRecipe, Recalibration, recipe_text
 from moe_llm.merge.run import merge_recipe, plan_of
 from moe_llm.merge.write import RECIPE_FILE, check_output
 
+logger = logging.getLogger(__name__)
+
 _HELD_OUT = 8  # one batch of so many judges
 
 
@@ -53,7 +55,7 @@ def merge_recalibrated(
         UserError: whatever is wrong with the recipe, the models, the text or the output; nothing is left behind.
     """
     out, settings = Path(out), recipe.recalibrate
-    say = say or (lambda sentence: print(f"merge: {sentence}", file=sys.stderr))
+    say = say or (lambda sentence: logger.info("merge: %s", sentence))
     assert settings is not None, "the recipe has no recalibrate"
     check_output(out)
     list_files(SourceConfig(type="files", path=settings.text), "recalibrate.text")

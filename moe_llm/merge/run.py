@@ -1,6 +1,6 @@
 """`moe-llm merge`: read, plan, write."""
 
-import sys
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +11,8 @@ from moe_llm.merge.mixture import make_mixture_plan
 from moe_llm.merge.plan import Plan, make_plan
 from moe_llm.merge.recipe import AnyRecipe, CheckpointRecipe, MixtureRecipe, SoupRecipe, load_recipe, recipe_text
 from moe_llm.merge.write import check_output, write
+
+logger = logging.getLogger(__name__)
 
 
 def merge(
@@ -39,7 +41,7 @@ def merge_recipe(
     Raises:
         UserError: a greedy soup or `recalibrate`, for which models are run: see `moe_llm.train`'s soup and recalibrate.
     """
-    say = say or (lambda sentence: print(f"merge: {sentence}", file=sys.stderr))
+    say = say or (lambda sentence: logger.info("merge: %s", sentence))
     plan = plan_of(recipe)
     for note in plan.notes:
         say(note)

@@ -1,6 +1,6 @@
 """Greedy soup, Wortsman et al. 2022, recipe 1: models by validation loss, each kept only where the average gains."""
 
-import sys
+import logging
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +12,8 @@ from moe_llm.evaluation.evaluate import evaluate_files
 from moe_llm.merge.recipe import Recipe, SoupRecipe
 from moe_llm.merge.run import merge_recipe, plan_of
 from moe_llm.merge.write import check_output
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def greedy_soup(
     out = Path(out)
     check_output(out)
     list_files(SourceConfig(type="files", path=recipe.data), "data")
-    say = say or (lambda sentence: print(sentence, file=sys.stderr))
+    say = say or logger.info
     names = list(dict.fromkeys(item.model for item in recipe.models))
     plan = plan_of(_average(recipe, names))  # refuses what cannot be averaged before anything is evaluated
     folders = {model.reference: model.directory for model in plan.models}

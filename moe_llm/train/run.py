@@ -1,8 +1,8 @@
 """A run from configuration to finished checkpoint: what `moe-llm train` and `accelerate launch` call."""
 
+import logging
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +24,7 @@ from moe_llm.errors import Stopped, UserError
 from moe_llm.finetune.init_from import check_origin
 from moe_llm.finetune.selection import trained_names
 from moe_llm.finetune.targets import check_lora
+from moe_llm.logs import show_messages
 from moe_llm.ops import host_memory
 from moe_llm.train.build import build_trained
 from moe_llm.train.callbacks.registry import build_callbacks
@@ -39,6 +40,8 @@ from moe_llm.train.trainer import Trainer
 
 if TYPE_CHECKING:
     from moe_llm.train.callbacks.base import Callback
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 # what may be in a run directory before its config.yaml is: of a run that was ended early, and of `moe-llm tokenizer`
@@ -71,9 +74,9 @@ def train(config: Config) -> Path:
 
 
 def _check_and_train(config: Config) -> Path:
-    complain = _complain if rank_from_environment() == 0 else lambda sentence: None
-    config = settle_precision(config, complain)
-    check_launcher(config, complain)
+    show_messages()
+    config = settle_precision(config, logger.warning)
+    check_launcher(config, logger.warning)
     run_dir = Path(config.run.dir)
     config.check_layout(world_size_from_environment())
     check_sources(config)
@@ -151,8 +154,7 @@ def _set_up(
         nonlocal source, provenance
         if config.checkpoint.resume != "auto":
             raise error
-        if runtime.is_main:
-            _complain(passed_over(damaged, error))
+        logger.warning(passed_over(damaged, error))
         source = _newest(run_dir, runtime, before=damaged)
         assert source is not None, "a run with checkpoints has a sound one or is refused"
         provenance = provenance_from(source)
@@ -252,14 +254,10 @@ def _resume_source(config: Config, run_dir: Path, runtime: Runtime) -> Path | No
 
 def _newest(run_dir: Path, runtime: Runtime, before: Path | None = None) -> Path | None:
     root = run_dir / "checkpoints"
-    source = find_resumable(root, report=_complain, ranks=runtime, hashes=False, before=before)
+    source = find_resumable(root, report=logger.warning, ranks=runtime, hashes=False, before=before)
     if source is None and on_main(runtime, lambda: bool(complete_checkpoints(root))):
         raise UserError(
             f"run.dir={str(run_dir)!r} has checkpoints and none is sound: bring one back, name one elsewhere with "
             "checkpoint.resume=PATH, or set another run.dir to start anew"
         )
     return source
-
-
-def _complain(sentence: str) -> None:
-    print(sentence, file=sys.stderr)

@@ -1,14 +1,16 @@
 """The watch over a start, from its first line until the watchdog takes over: says what is waited for, and ends a hang."""
 
 import faulthandler
+import logging
 import os
-import sys
 import threading
 import time
 from types import TracebackType
 
 from moe_llm import locks
 from moe_llm.distributed.runtime import longest_wait_seconds, rank_from_environment
+
+logger = logging.getLogger(__name__)
 
 EXIT_HUNG = 1
 SAY_EVERY_SECONDS = 60.0
@@ -69,11 +71,9 @@ class StartWatch:
                 self._end(waited)
 
     def _end(self, waited: float) -> None:
-        print(
-            f"moe-llm: error: rank {rank_from_environment()} has not started, for {waited:.0f} s in: {self._phase}\n"
-            "  see that all ranks were launched and reach each other, or raise train.hang_timeout_seconds",
-            file=sys.stderr,
-            flush=True,
+        logger.error(
+            f"rank {rank_from_environment()} has not started, for {waited:.0f} s in: {self._phase}\n"
+            "  see that all ranks were launched and reach each other, or raise train.hang_timeout_seconds"
         )
         faulthandler.dump_traceback(all_threads=True)
         os._exit(EXIT_HUNG)  # not an exception: the main thread is where it hangs

@@ -28,6 +28,7 @@ KEYS = {
     "tokens_per_second",
     "fill",
     "moe",
+    "sources",
 }
 MEASURED = {"val_loss", "val_bits_per_byte"}
 
@@ -72,7 +73,9 @@ def test_records_have_the_documented_keys(finished_run):
     for record in records:
         due = MEASURED if record["step"] % 2 == 0 else set()
         assert set(record) == KEYS | due
-        assert all(math.isfinite(value) for key, value in record.items() if key != "moe")
+        assert all(math.isfinite(value) for key, value in record.items() if key not in ("moe", "sources"))
+        (source,) = record["sources"].values()
+        assert source["tokens"] == pytest.approx(record["tokens"], abs=2)  # a share of all that the source has
         total = record["lm_loss"] + 0.02 * record["aux_loss"] + 0.001 * record["z_loss"]
         assert record["loss"] == pytest.approx(total, rel=1e-12)
         assert record["tokens_per_second"] > 0

@@ -1,10 +1,13 @@
 """What a person sees while a run trains: a live bar on a terminal, plain lines elsewhere."""
 
+import logging
 import sys
 from typing import Any
 
 from moe_llm.config import Config
 from moe_llm.train.callbacks.base import Callback, TrainingRun
+
+logger = logging.getLogger(__name__)
 
 
 def duration(seconds: float) -> str:
@@ -115,7 +118,7 @@ class Console:
             self._bar.update(self._task, completed=record["step"], status=line)
         elif self.mode == "plain":
             step = f"step {record['step']:>{len(str(self.total))}}/{self.total}"
-            print(f"{step} · {line} · {duration(seconds_left)} left", file=sys.stderr, flush=True)
+            logger.info(f"{step} · {line} · {duration(seconds_left)} left")
 
     def _show_map(self, counts_LE: list[list[int]]) -> None:
         pieces = load_map(counts_LE, columns=max(8, self._bar.console.width - 16))
@@ -130,7 +133,7 @@ class Console:
         if self._bar is not None:
             self._bar.console.print(sentence, markup=False, highlight=False)
         elif self.mode != "off":
-            print(sentence, file=sys.stderr, flush=True)
+            logger.info(sentence)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -6,8 +6,8 @@ message when nothing can come any more. The launcher then ends the rest, and res
 """
 
 import faulthandler
+import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +17,8 @@ from moe_llm.distributed.runtime import Runtime
 from moe_llm.distributed.store import connect
 from moe_llm.train.callbacks.base import Callback, TrainingRun
 from moe_llm.train.start_watch import EXIT_HUNG, watchdog_takes_over
+
+logger = logging.getLogger(__name__)
 
 # A live process answers within seconds, whatever its training does
 SILENCE_SECONDS = 25.0
@@ -96,7 +98,7 @@ class Watchdog:
                 self._end(now, waited, silent)
 
     def _end(self, now: float, waited: float, silent: list[int]) -> None:
-        lines = [f"moe-llm: error: rank {self._rank} has made no progress for {waited:.0f} s in: {self._phase}"]
+        lines = [f"rank {self._rank} has made no progress for {waited:.0f} s in: {self._phase}"]
         for rank in silent:
             lines.append(
                 f"  rank {rank} has died, was stopped or is out of reach: silent for "
@@ -105,7 +107,7 @@ class Watchdog:
         lines += [f"  rank {rank} lives, in: {peer.said}" for rank, peer in self._peers.items() if rank not in silent]
         if not silent:
             lines.append("  raise train.hang_timeout_seconds if a step may take so long")
-        print("\n".join(lines), file=sys.stderr, flush=True)
+        logger.error("\n".join(lines))
         faulthandler.dump_traceback(all_threads=True)
         # Not an exception: the main thread is where it hangs
         os._exit(EXIT_HUNG)
