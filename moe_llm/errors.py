@@ -1,5 +1,7 @@
 """The errors that are reported in one sentence, without a trace."""
 
+import importlib.util
+
 
 class UserError(ValueError):
     """A mistake in the user's input: one sentence that names the field, its value and the remedy.
@@ -25,3 +27,9 @@ class Stopped(Exception):
     def __init__(self, signal_number: int):
         super().__init__(f"stopped by signal {signal_number}")
         self.exit_code = 128 + signal_number
+
+
+def require_package(package: str, key: str) -> None:
+    """Raises a UserError where a package is not installed that the value of a key needs."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{key} needs the package {package}, which is not installed: pip install {package}")

@@ -62,7 +62,7 @@ def step_products(
     """
     T, D, d, L = batch * length, config.hidden_size, config.attention_head_dim, config.num_hidden_layers
     heads, kv = config.num_attention_heads, config.kv_heads
-    F, W = config.intermediate_size, config.expert_hidden_size
+    W, sizes = config.expert_hidden_size, config.expert_sizes or [config.intermediate_size] * config.num_local_experts
     products: list[Linear | Scores] = [
         Linear("attention", T, D, heads * d, L),
         Linear("attention", T, D, kv * d, 2 * L),
@@ -72,8 +72,8 @@ def step_products(
         Linear("loss", T if num_targets is None else num_targets, D, config.resolved_vocab_size),
     ]
     for counts_E in counts_LE:
-        for rows in filter(None, counts_E):
-            products += [Linear("experts", rows, W, 2 * F), Linear("experts", rows, F, W)]
+        for rows, F in zip(counts_E, sizes, strict=True):
+            products += [Linear("experts", rows, W, 2 * F), Linear("experts", rows, F, W)] if rows else []
     return products
 
 

@@ -18,7 +18,10 @@ def adapter_shapes(path: Path, state: TrainedState) -> dict[str, tuple[int, ...]
     """The shape over all ranks of every adapter, of the checkpoint's number of experts."""
     experts = hf.from_transformers_config(read_json(path / "config.json")).num_local_experts
     adapters = [entry for entry in state.entries() if entry.adapter]
-    return {e.name: e.shape if e.first_expert is None else (experts, *e.shape[1:]) for e in adapters}
+    return {
+        e.name: e.shape if e.first_expert is None or hf.expert_of(e.name) is not None else (experts, *e.shape[1:])
+        for e in adapters
+    }
 
 
 def check_base(path: Path, head: dict[str, Any], state: TrainedState) -> None:

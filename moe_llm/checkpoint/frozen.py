@@ -62,6 +62,9 @@ def write_weight(state: TrainedState, entry: ParameterShard, model: Weights, mas
         if entry.trains(expert) and masters is not model:
             weight[row : row + 1] = masters.read(entry.name, (1, *entry.shape[1:]), expert)
     state.write(entry.name, "weight", weight)
+    if entry.packed:  # it is exported as the model in training has it
+        state.read(entry.name, "weight")
+        return
     _remember(entry, model, state.read(entry.name, "weight"))
 
 

@@ -130,13 +130,16 @@ def check_weights(weights: Weights, shapes: Mapping[str, tuple[int, ...]], optio
 def _fill(model: nn.Module, weights: Weights, experts: range | None) -> None:
     parameters = dict(model.named_parameters()) | dict(model.named_buffers())
     shapes = {name: _whole_shape(name, parameter, model) for name, parameter in parameters.items()}
+    whole = hf.parameter_shapes(model.config).items()
+    shapes |= {name: shape for name, shape in whole if hf.expert_of(name) is not None}  # other ranks' too
     stored = weights.without_unused(shapes, architecture_of(model.config).unused)
     check_weights(weights, stored)
     for name, parameter in parameters.items():
         if name not in stored:  # what only training needs begins where a new model's does
             parameter.zero_()
             continue
-        held = experts if hf.is_expert(name) and experts is not None else range(shapes[name][0])
+        stacked = hf.is_expert(name) and hf.expert_of(name) is None
+        held = experts if stacked and experts is not None else range(shapes[name][0])
         assert len(held) == parameter.shape[0], f"{name} holds {parameter.shape[0]} experts, not {held}"
         for index, part in weights.parts(name, tuple(parameter.shape), held.start):
             parameter[index] = part
@@ -145,7 +148,8 @@ def _fill(model: nn.Module, weights: Weights, experts: range | None) -> None:
 def _whole_shape(name: str, parameter: torch.Tensor, model: nn.Module) -> tuple[int, ...]:
     """Shape over all ranks."""
     shape = tuple(parameter.shape)
-    return (model.config.num_local_experts, *shape[1:]) if hf.is_expert(name) else shape
+    stacked = hf.is_expert(name) and hf.expert_of(name) is None
+    return (model.config.num_local_experts, *shape[1:]) if stacked else shape
 
 
 def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -391,7 +391,7 @@ def _stored_shapes(path: Path, state: TrainedState) -> dict[str, tuple[int, ...]
     stored = hf.from_transformers_config(read_json(config_file), str(config_file))
     shapes = hf.parameter_shapes(stored) | hf.buffer_shapes(stored)
     held = {entry.name: entry for entry in state.entries() if not entry.adapter}
-    for name in [*held, *(name for name in shapes if name not in held)]:
+    for name in [*held, *(name for name in shapes if name not in held and hf.expert_of(name) is None)]:
         whole, here = shapes.get(name), held[name].shape if name in held else None
         same = whole == here or (hf.is_expert(name) and whole and here and whole[1:] == here[1:])
         if not same:

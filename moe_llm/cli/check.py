@@ -101,6 +101,11 @@ def add_plan(parser: CommandParser) -> CommandParser:
     command.add_argument("--network-bandwidth", type=positive, metavar="GB/s", help="and to other nodes")
     command.add_argument("--mfu", type=share, metavar="X", help="share of the peak that products reach")
     command.add_argument("--imbalance", type=positive, metavar="X", help="rows of the busiest rank over its even share")
+    command.add_argument(
+        "--loads",
+        metavar="RUN",
+        help="a run directory, whose last record's expert loads give the imbalance of each layout",
+    )
     add_json(command)
     command.add_argument("--out", metavar="FILE.yaml", help="write the best layout as a configuration")
     return command
@@ -112,9 +117,12 @@ def _plan(args: argparse.Namespace) -> int:
     from moe_llm.planner.hardware import MFU
     from moe_llm.planner.plan import IMBALANCE, Request, as_json, hardware_named, plan
     from moe_llm.planner.report import check_out, format_plan, write_config
+    from moe_llm.train.metrics import recorded_loads
 
     if args.imbalance is not None and args.imbalance < 1:
         raise UserError(f"--imbalance {args.imbalance:g} is below an even share: give 1 or more")
+    if args.imbalance is not None and args.loads is not None:
+        raise UserError("--imbalance and --loads both say how uneven rows are: give one of them")
     if args.out:
         check_out(args.out)
     hardware = hardware_named(
@@ -133,6 +141,7 @@ def _plan(args: argparse.Namespace) -> int:
             mfu=args.mfu or MFU,
             imbalance=args.imbalance or IMBALANCE,
             host_memory=args.host_memory,
+            loads=None if args.loads is None else recorded_loads(args.loads),
         ),
     )
     print_json(as_json(found)) if args.json else print(format_plan(found))

@@ -24,7 +24,20 @@ def add_generate(parser: CommandParser) -> CommandParser:
         "--top-p", type=share, default=0.95, metavar="P", help="sample from the likeliest tokens of mass P"
     )
     command.add_argument("--seed", type=at_least(int, 0), default=0, metavar="N", help="of the sampling")
+    _add_quantize(command)
     return command
+
+
+def _add_quantize(command: CommandParser) -> None:
+    command.add_argument(
+        "--quantize-experts", choices=("int8", "nf4"), help="hold a CHECKPOINT's experts in 8 or 4 bits"
+    )
+
+
+def _quantize(args: argparse.Namespace) -> dict[str, str]:
+    if args.quantize_experts is not None and args.ensemble is not None:
+        raise UserError("--quantize-experts takes one checkpoint, and --ensemble is given: name a CHECKPOINT")
+    return {} if args.quantize_experts is None else {"quantize_experts": args.quantize_experts}
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -32,6 +45,7 @@ def _generate(args: argparse.Namespace) -> None:
     sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
     if args.chat:
         sampling["chat"] = True
+    sampling |= _quantize(args)
     if args.ensemble is not None:
         from moe_llm.ensemble.run import generate_command
 
@@ -58,6 +72,7 @@ def add_evaluate(parser: CommandParser) -> CommandParser:
         "--parse-special-tokens", action="store_true", help="text of special tokens becomes these tokens"
     )
     command.add_argument("--max-blocks", type=at_least(int, 1), metavar="N", help="blocks in all")
+    _add_quantize(command)
     add_json(command)
     return command
 
@@ -73,6 +88,9 @@ def _evaluate(args: argparse.Namespace) -> None:
         options["text_field"] = args.text_field
     if args.parse_special_tokens:
         options["parse_special_tokens"] = True
+    if args.quantize_experts is not None and not args.data:
+        raise UserError("--quantize-experts applies to --data, which is not given: name files")
+    options |= _quantize(args)
     if args.ensemble is not None:
         from moe_llm.ensemble.evaluate import format_table
         from moe_llm.ensemble.run import evaluate_command

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from moe_llm.config.augment import AugmentConfig
 from moe_llm.config.base import Section, invalid
 
 ChatColumn = Literal[
@@ -48,6 +49,9 @@ class SourceConfig(Section):
     weight: float | None = Field(
         None, gt=0, description="share of the training blocks (relative); null for all: by size"
     )
+    augment: AugmentConfig | None = Field(
+        None, description="text: changes of what is trained on, such as {kind: mask, rate: 0.15}; null: none"
+    )
 
     @model_validator(mode="after")
     def _path_fits_type(self):
@@ -74,6 +78,8 @@ class SourceConfig(Section):
         addresses = [self.path] if isinstance(self.path, str) else self.path or []
         if self.type == "files" and not self.streaming and any("://" in str(address) for address in addresses):
             invalid("path", self.path, "is an address, and files are read from this machine", "set streaming: true")
+        if self.augment is not None and self.content != "text":
+            invalid("augment", self.augment.kind, f"does not apply to content: {self.content}", "remove it")
         if self.content != "chat" and self.columns is not None:
             invalid("columns", self.columns, "applies to content: chat", "use text_field for the column of text")
         return self
@@ -150,6 +156,19 @@ class DataConfig(Section):
         description="a run may resume on other text or another mixture than it was started with; reported, and recorded "
         "in facts.json and the checkpoints",
     )
+
+    @model_validator(mode="after")
+    def _augmentation_fits(self):
+        for index, source in enumerate(self.validation_sources):
+            if source.augment is not None:
+                key = f"validation_sources.{index}.augment"
+                invalid(key, source.augment.kind, "would change held-out text, which stays as it is", "remove it")
+        for index, source in enumerate(self.sources):
+            if source.augment is not None and source.augment.kind != "mask" and not self.isolate_documents:
+                kind = source.augment.kind
+                needs = "works on whole documents, and isolate_documents is false"
+                invalid(f"sources.{index}.augment.kind", kind, needs, "set it to true, or use mask")
+        return self
 
     @model_validator(mode="after")
     def _packing_fits(self):

@@ -89,6 +89,11 @@ class FinetuneConfig(Section):
         "null: all; for experts that are to begin with data of their own. Evaluation and generation route freely",
     )
     router_guard: RouterGuardConfig = Field(RouterGuardConfig(), description="a watch over the routers")
+    quantize_frozen: Literal["int8", "nf4"] | None = Field(
+        None,
+        description="experts that are not trained are held in 8 bits, or in 4 (NF4, QLoRA, Dettmers et al. 2023); exports "
+        "are made of what the run computes with. Needs `pip install bitsandbytes`; null: as they are",
+    )
     lora: LoraConfig = Field(LoraConfig(), description="low-rank adapters in place of whole tensors")
 
     @model_validator(mode="before")

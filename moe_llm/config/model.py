@@ -1,6 +1,6 @@
 """The model's section of a run: field names are those of transformers' MixtralConfig where it has them."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -53,6 +53,11 @@ class ModelConfig(Section):
     )
     head_dim: int | None = Field(None, ge=2, description="width of a head; null: hidden_size / num_attention_heads")
     num_local_experts: int = Field(8, ge=1, description="experts per layer, over all ranks")
+    expert_sizes: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        None,
+        description="width of each expert of a layer, where they differ (HMoE, Wang et al. 2024); ranks share the experts by "
+        "number; null: all have intermediate_size, which dense layers and shared experts go by in any case",
+    )
     num_experts_per_tok: int = Field(2, ge=1, description="experts that each token passes through (top-k)")
     num_shared_experts: int = Field(
         0,
@@ -329,10 +334,28 @@ class ModelConfig(Section):
                 f"is not mixed by model.router.type={self.router.type}",
                 "remove it, or use another router",
             )
+        if self.expert_sizes is not None:
+            self._check_expert_sizes(self.expert_sizes)
         if self.resize_embeddings and self.init_from is None:
             invalid("resize_embeddings", True, "applies to model.init_from, which is not set", "set it, or remove this")
         self.router.check(self)
         return self
+
+    def _check_expert_sizes(self, sizes: tuple[int, ...]) -> None:
+        if len(sizes) != self.num_local_experts:
+            invalid(
+                "expert_sizes",
+                list(sizes),
+                f"has {len(sizes)} entries for num_local_experts={self.num_local_experts}",
+                "give one for each expert",
+            )
+        if self.router.merges:
+            invalid(
+                "expert_sizes",
+                list(sizes),
+                f"are not mixed by model.router.type={self.router.type}, which wants experts of one shape",
+                "remove it, or use another router",
+            )
 
     def _check_latent(self) -> None:
         for key, plain in (("qk_norm", "none"), ("attention_sinks", False), ("head_dim", None)):
@@ -377,9 +400,22 @@ class ModelConfig(Section):
 
     @property
     def expert_parameters(self) -> int:
-        """Of one expert."""
-        biases = (2 * self.intermediate_size + self.expert_hidden_size) * self.expert_bias
-        return 3 * self.expert_hidden_size * self.intermediate_size + biases
+        """Of one expert; of the mean one where they differ in width."""
+        return self.held_expert_parameters(1) // self.num_local_experts
+
+    @property
+    def expert_width(self) -> float:
+        """The experts' mean width."""
+        return self.intermediate_size if self.expert_sizes is None else sum(self.expert_sizes) / len(self.expert_sizes)
+
+    def held_expert_parameters(self, ranks: int) -> int:
+        """Of one layer's experts, those of the rank that has most of them, where so many share them."""
+        sizes, size = (
+            self.expert_sizes or (self.intermediate_size,) * self.num_local_experts,
+            self.num_local_experts // ranks,
+        )
+        widest = max(sum(sizes[first : first + size]) for first in range(0, size * ranks, size))
+        return 3 * self.expert_hidden_size * widest + (2 * widest + size * self.expert_hidden_size) * self.expert_bias
 
     @property
     def shared_width(self) -> int:

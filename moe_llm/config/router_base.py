@@ -34,6 +34,8 @@ class ModelSizes(Protocol):
     def expert_hidden_size(self) -> int: ...
     @property
     def expert_parameters(self) -> int: ...
+    @property
+    def expert_sizes(self) -> tuple[int, ...] | None: ...
 
 
 class RouterSettings(Section):
@@ -260,3 +262,9 @@ class OverflowSettings(LimitedSettings):
 
     def unlimited(self) -> dict[str, Any]:
         return {**super().unlimited(), "overflow": "drop", "queue_depth": None}
+
+
+def check_sizes(key: str, value: float, model: ModelSizes) -> None:
+    """Refuse, with `invalid`, what only acts where experts differ in width."""
+    if value and model.expert_sizes is None:
+        invalid(key, value, "tells experts by their width, and all have one", "set model.expert_sizes, or remove it")

@@ -21,6 +21,7 @@ from moe_llm.config.router_base import (
     OverflowSettings,
     RouterSettings,
     Shapes,
+    check_sizes,
 )
 from moe_llm.config.routers_learned import AttentionSettings, EMSettings, ReinforceSettings, TransformerSettings
 from moe_llm.config.routers_mixed import MultiHeadSettings, SoftMoESettings, check_second_segment
@@ -302,6 +303,13 @@ class BiasBalancedSettings(RouterSettings):
         description="of an expert's load, the part that goes by its tokens' share of all tokens' losses; the rest goes by "
         "their number. Above 0 the bias moves in proportion to what the load is beyond the even one, by at most update_rate",
     )
+    time_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="with model.expert_sizes, the part of an expert's load that goes by the time that its tokens take: their "
+        "number times its width, which is exact after a resume, as a clock is not; above 0 the bias moves as with loss_share",
+    )
     norm_topk_prob: bool = Field(True, description="weights of a token's experts are divided by their sum")
     routed_scaling_factor: float = Field(1.0, gt=0, description="what weights are multiplied by then")
     n_group: int = Field(1, ge=1, description="groups of neighbouring experts, of equal size")
@@ -326,6 +334,10 @@ class BiasBalancedSettings(RouterSettings):
 
     def check(self, model: ModelSizes) -> None:
         experts, size = model.num_local_experts, model.num_local_experts // self.n_group
+        check_sizes("router.time_share", self.time_share, model)
+        if self.loss_share + self.time_share > 1:
+            taken = f"and time_share={self.time_share:g} are more than all of the load"
+            invalid("router.loss_share", self.loss_share, taken, "let them sum to 1 at most")
         if self.n_group > 1 and size < 2:
             invalid(
                 "router.n_group",

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from moe_llm.config.base import invalid
-from moe_llm.config.router_base import ModelSizes, OverflowSettings, RouterSettings, Shapes
+from moe_llm.config.router_base import ModelSizes, OverflowSettings, RouterSettings, Shapes, check_sizes
 
 
 class AttentionSettings(OverflowSettings):
@@ -100,6 +100,12 @@ class ReinforceSettings(RouterSettings):
         description="added to a token's loss: this times the mean load of its experts over the even load, minus 1; loads "
         "are a running mean over steps",
     )
+    cost_coef: float = Field(
+        0.0,
+        ge=0,
+        description="with model.expert_sizes, added to a token's loss too: this times the mean width of its experts over the "
+        "mean of all, minus 1, so that narrow experts are preferred where they do",
+    )
     load_rate: float = Field(0.1, gt=0, le=1, description="share of the way that each step moves that running mean")
     entropy_bonus_coef: float = Field(
         0.01, ge=0, description="weight of minus the mean entropy of a token's distribution: keeps the policy exploring"
@@ -107,6 +113,9 @@ class ReinforceSettings(RouterSettings):
     spreads: ClassVar[bool] = False
     learns_from_loss: ClassVar[bool] = True
     weighs: ClassVar[str] = "all experts of a token weigh the same"
+
+    def check(self, model: ModelSizes) -> None:
+        check_sizes("router.cost_coef", self.cost_coef, model)
 
     def unweighed(self, model: ModelSizes) -> list[str]:
         return list(self.parameter_shapes(model))

@@ -15,6 +15,7 @@ from moe_llm.config.ema import EmaConfig
 from moe_llm.config.evaluate import EvaluateConfig
 from moe_llm.config.finetune import FinetuneConfig
 from moe_llm.config.log import LoggingConfig
+from moe_llm.config.meta import MetaConfig, check_meta
 from moe_llm.config.model import ModelConfig
 from moe_llm.config.optim import OptimConfig, check_optimizer
 from moe_llm.config.parallel import ParallelConfig, check_sequence_parts
@@ -145,6 +146,7 @@ class TrainConfig(Section):
         [], description="the user's own callbacks, called in this order: docs/guides/custom-callback.md"
     )
     early_stopping: EarlyStoppingConfig = Field(EarlyStoppingConfig(), description="an end before the last step")
+    meta: MetaConfig = Field(MetaConfig(), description="weights that adapt fast to each of data.sources")
     adversarial: AdversarialConfig = Field(AdversarialConfig(), description="perturbed embeddings; routers in turns")
 
     @field_validator(
@@ -291,6 +293,7 @@ class Config(Section):
             )
         check_preference(self)
         check_optimizer(self)
+        check_meta(self)
         if train.on_nan == "rollback" and self.checkpoint.every_steps is None:
             invalid(
                 "train.on_nan",

@@ -54,8 +54,18 @@ def _latent_shapes(model: ModelConfig) -> Shapes:
 
 
 def expert_shapes(model: ModelConfig) -> Shapes:
-    """One block's experts, stacked, by name within its `mlp.experts`."""
-    E, F, D = model.num_local_experts, model.intermediate_size, model.expert_hidden_size
+    """One block's experts, by name within its `mlp.experts`: stacked, or each by itself where they differ in width."""
+    if model.expert_sizes is None:
+        return _experts_of_one_width(model, model.num_local_experts, model.intermediate_size)
+    return {
+        f"{expert}.{name}": shape
+        for expert, width in enumerate(model.expert_sizes)
+        for name, shape in _experts_of_one_width(model, 1, width).items()
+    }
+
+
+def _experts_of_one_width(model: ModelConfig, E: int, F: int) -> Shapes:
+    D = model.expert_hidden_size
     biases = {"gate_up_proj_bias": (E, 2 * F), "down_proj_bias": (E, D)} if model.expert_bias else {}
     return {"gate_up_proj": (E, 2 * F, D), "down_proj": (E, D, F), **biases}
 
@@ -133,7 +143,7 @@ def parameter_counts(model: ModelConfig, active: bool) -> dict[str, int]:
         for part, own in _block_parts(model, experts).items():
             number = blocks * sum(math.prod(shape) for shape in own.values())
             if part == "experts":
-                number = number // model.num_local_experts * used
+                number = number * used // model.num_local_experts  # experts of different width: of their mean one
             if number or part not in ("shared_experts", "dense_mlp"):
                 counts[part] = counts.get(part, 0) + number
     counts["norms"] = counts.pop("norms") + model.hidden_size

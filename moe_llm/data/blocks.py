@@ -1,13 +1,14 @@
 """Blocks of all sources: the endless sequence that is trained on, and what is held out."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from moe_llm.data.augment import Augmentation
 from moe_llm.data.order import PERIOD, StagedMixture, drawn, shuffled
 from moe_llm.data.packing import Batch, PackedBlocks, as_batch
 from moe_llm.data.streamed_blocks import StreamedBlocks
@@ -23,6 +24,7 @@ class TrainBlocks:
     Args:
         stages: (first sample, weights) of each change of the weights.
         samples: of the whole run, as far as it is known; `fill` is over them.
+        augmentations: of each source that has one, by its number.
     """
 
     def __init__(
@@ -33,7 +35,9 @@ class TrainBlocks:
         bootstrap_seed: int | None = None,
         stages: Sequence[tuple[int, Sequence[float]]] = (),
         samples: int | None = None,
+        augmentations: Mapping[int, Augmentation] | None = None,
     ):
+        self._augmentations = augmentations or {}
         self.sources, self.seed, self.bootstrap_seed = list(sources), seed, bootstrap_seed
         self._ends = np.cumsum([len(source) for source in sources])
         begun = [] if weights is None else [(0, weights)]
@@ -82,6 +86,11 @@ class TrainBlocks:
             if isinstance(source, StreamedBlocks)
         }
 
+    def of_source(self, number: int) -> "TrainBlocks":
+        """The endless sequence of one source's blocks."""
+        own = {0: self._augmentations[number]} if number in self._augmentations else None
+        return TrainBlocks([self.sources[number]], None, self.seed, self.bootstrap_seed, augmentations=own)
+
     def locate(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(source, block of that source) of samples start .. start + count, (count,) int64 both."""
         position = np.arange(start, start + count, dtype=np.int64)
@@ -111,6 +120,8 @@ class TrainBlocks:
         source_B, block_B = self.locate(start, count)
         for row, (source, block) in enumerate(zip(source_B, block_B)):
             self.sources[source].write(int(block), row, arrays)
+            if source in self._augmentations:
+                self._augmentations[source](arrays, row, self.seed, start + row)
         return replace(as_batch(arrays), sources_B=torch.from_numpy(np.array(source_B, np.int64)))
 
 

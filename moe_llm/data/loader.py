@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from moe_llm.config import Config, SourceConfig
+from moe_llm.data.augment import Augmentation
 from moe_llm.data.best_fit import PackedDocuments
 from moe_llm.data.blocks import TrainBlocks, ValidationBlocks
 from moe_llm.data.cache import SPLITS, TokenizedText, available_cores
@@ -283,20 +284,25 @@ def load_data(
         )
     names = [name for name, split, _ in blocks if split == "validation"]
     validation = ValidationBlocks(held_out, config.evaluate.max_blocks, names)
-    order = _mixed(config, train)
+    augmentations = {
+        number: Augmentation(source.augment, tokenizer, field)
+        for number, (field, source) in enumerate(named_sources(config))
+        if source.augment is not None
+    }
+    order = _mixed(config, train, augmentations)
     found = Data(order, validation, [_statistics(*named) for named in blocks], prints)
     found.resume_streams(streams)
     return found
 
 
-def _mixed(config: Config, train: list[PackedBlocks]) -> TrainBlocks:
+def _mixed(config: Config, train: list[PackedBlocks], augmentations: Mapping[int, Augmentation]) -> TrainBlocks:
     """The training samples in their order."""
     seed, bootstrap_seed = config.run.seed, config.data.bootstrap_seed
     weights = [source.weight for source in config.data.sources if source.weight is not None]
     batch = config.train.global_batch_size
     stages = [(stage.from_step * batch, stage.weights) for stage in config.data.stages]
     if not stages:
-        return TrainBlocks(train, weights or None, seed, bootstrap_seed)
+        return TrainBlocks(train, weights or None, seed, bootstrap_seed, augmentations=augmentations)
     mixed = TrainBlocks(train, weights or None, seed, bootstrap_seed, stages)
     samples = math.ceil((config.train.max_steps or 0) * batch)
     if not samples:  # as many as it takes to read max_tokens, whose share of padding depends on how many
@@ -305,7 +311,7 @@ def _mixed(config: Config, train: list[PackedBlocks]) -> TrainBlocks:
         samples = math.ceil(wanted)
         for _ in range(8):
             samples = math.ceil(wanted / mixed.fill_of(samples))
-    return TrainBlocks(train, weights or None, seed, bootstrap_seed, stages, samples)
+    return TrainBlocks(train, weights or None, seed, bootstrap_seed, stages, samples, augmentations)
 
 
 def _report_turns_without_end(

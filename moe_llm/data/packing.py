@@ -62,6 +62,11 @@ class Batch:
         runs_B = None if self.runs_B is None else self.runs_B[start:stop]
         return replace(self._map(lambda tensor: tensor[start:stop]), runs_B=runs_B)
 
+    def chosen(self, rows_R: torch.Tensor) -> "Batch":
+        """Some of the rows, by their numbers."""
+        runs_B = None if self.runs_B is None else tuple(self.runs_B[row] for row in rows_R.tolist())
+        return replace(self._map(lambda tensor: tensor[rows_R]), runs_B=runs_B)
+
     def take_part(self, index: int, parts: int) -> "Batch":
         """One of some equal, consecutive parts of each block, for ranks that share sequences."""
         if parts == 1:

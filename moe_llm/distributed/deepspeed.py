@@ -300,7 +300,7 @@ def write_full(parameter: Any, kind: str, value: torch.Tensor) -> None:
     elif parameter.requires_grad:
         parameter.set_full_hp_param(value, key)
     if kind == "weight" and parameter.numel() == value.numel():  # not the placeholder of a partitioned one
-        parameter.data.copy_(value.view_as(parameter))
+        parameter.data.copy_(value.view(parameter.shape))
 
 
 def held_span(parameter: Any, kind: str, optimizer: Any) -> range | None:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_llm.distributed.traffic import Traffic
 from moe_llm.distributed.weights import GroupWeights
-from moe_llm.model.moe.experts import Experts, MoELayer
+from moe_llm.model.moe.experts import AnyExperts, MoELayer
 from moe_llm.model.moe.routing import Routing, WeightMixture
 from moe_llm.model.recomputation import exchanged, is_second_pass
 from moe_llm.ops import host
@@ -37,7 +37,7 @@ class AllToAllDispatcher:
         self.traffic = Traffic()
         self.expert_of_slot: list[int] | None = None  # where experts have changed ranks; None: they are at home
 
-    def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    def __call__(self, x_TD: Tensor, routing: Routing, experts: AnyExperts) -> Tensor:
         if self.expert_of_slot is not None:
             routing = _to_slots(routing, self.expert_of_slot)
         # The rows are sorted while the sizes travel.
@@ -81,7 +81,7 @@ class AllToAllDispatcher:
         y_ND = torch.cat(arrived) if self.chunks > 1 else arrived[0]
         return combine(y_ND, routing.weight_N, routing.token_index_N, len(x_TD), routing.slot_TK)
 
-    def merge(self, x_TD: Tensor, merging: WeightMixture, experts: Experts) -> Tensor:
+    def merge(self, x_TD: Tensor, merging: WeightMixture, experts: AnyExperts) -> Tensor:
         return experts(x_TD, merging=merging, exchange=GroupWeights(self.group, self.size, self.traffic))
 
     def _depart(self, x_ND: Tensor, sent_RP: np.ndarray, received_RP: np.ndarray) -> tuple[Tensor, "_Flight"]:

@@ -25,7 +25,8 @@ from moe_llm.distributed.update_phase import Turns
 from moe_llm.locks import tell
 from moe_llm.model.adapters import factors_of, is_factor, own_name
 from moe_llm.model.decoder import MoEDecoder, MoEOutput
-from moe_llm.model.moe.experts import Experts
+from moe_llm.model.moe.experts import Experts, UnevenExperts
+from moe_llm.model.quantized import packed_weights
 
 OptimizerFactory = Callable[[list[dict]], torch.optim.Optimizer]
 Fill = Callable[[str, Tensor], None]  # gives a parameter of this name its initial values
@@ -83,7 +84,10 @@ class Engine(TrainedState, Protocol):
 def shard_experts(model: MoEDecoder, experts: range) -> None:
     """Keep only these experts of every layer."""
     for module in model.modules():
-        if isinstance(module, Experts) and len(experts) < module.gate_up_proj.shape[0]:
+        whole = isinstance(module, UnevenExperts) or (
+            isinstance(module, Experts) and len(experts) < module.gate_up_proj.shape[0]
+        )
+        if whole:
             module.keep(experts)
 
 
@@ -93,7 +97,7 @@ def first_experts(model: nn.Module) -> dict[str, int]:
         f"{name}.{leaf}": module.first_expert
         for name, module in model.named_modules()
         if isinstance(module, Experts)
-        for leaf, _ in module.named_parameters()
+        for leaf in (*(leaf for leaf, _ in module.named_parameters()), *getattr(module, "packed", ()))
     }
 
 
@@ -124,7 +128,10 @@ class _NamedState(Averaging, Turns):
         self.base_files: dict[str, dict[str, Any]] = {}
         buffers = {own_name(name): buffer for name, buffer in model.named_buffers()}
         # buffers are read and written by the same names
-        self._parameters: dict[str, Any] = {own_name(name): p for name, p in model.named_parameters()} | buffers
+        packed = dict(packed_weights(model))
+        self._parameters: dict[str, Any] = (
+            {own_name(name): p for name, p in model.named_parameters()} | buffers | packed
+        )
         first = first_experts(model)
         self._entries = [
             ParameterShard(
@@ -133,6 +140,7 @@ class _NamedState(Averaging, Turns):
                 first_expert=first.get(name),
                 trainable=p.requires_grad,
                 buffer=name in buffers,
+                packed=name in packed,
                 trained_experts=_trained_experts(config) if name in first and p.requires_grad else None,
                 adapter=is_factor(name),
                 kinds=own_kinds.get(p),
@@ -407,7 +415,7 @@ class DeepSpeedEngine(_NamedState):
             contract.share_out(model, config, runtime.world_size, fill)
         optimizer: Any = build_optimizer(contract.split_groups(groups))
         self.engine, _ = runtime.accelerator.prepare(model, optimizer)
-        trained = any(model.get_parameter(name).requires_grad for name in first_experts(model))
+        trained = any(p.requires_grad for m in model.modules() if isinstance(m, Experts) for p in m.parameters())
         assert self.engine.has_moe_layers or not trained, "DeepSpeed does not see the mixture layers"
         super().__init__(model, runtime, config, given, replicas=runtime.world_size // ep, replica=runtime.rank // ep)
 

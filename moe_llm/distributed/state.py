@@ -43,6 +43,7 @@ class ParameterShard:
     trained_experts: of a trainable expert parameter, the only experts of the layer (over all ranks) that are trained;
         None: all of them.
     buffer: no parameter, but changed from step to step: stored in fp32, exactly.
+    packed: held in few bits, so that what is written may not be what is read.
     adapter: a low-rank factor beside the model's own parameters, which no other program knows.
     kinds: the optimizer tensors that it has, where they are not all of the state's.
     adapted: of a weight that is not trained but has such factors, which they are.
@@ -56,6 +57,7 @@ class ParameterShard:
     writer: bool
     trained_experts: tuple[int, ...] | None = None
     buffer: bool = False
+    packed: bool = False
     adapter: bool = False
     adapted: Adapted | None = None
     kinds: tuple[str, ...] | None = None

@@ -89,11 +89,11 @@ def widened(allowed: Tolerances, ranks: Sequence[Observation], one: Observation)
 def whole(ranks: Sequence[Tensors]) -> Whole:
     """Whole tensors from the parts that ranks hold: experts by their index, dense ones from the first rank."""
     result: Whole = {}
-    for name, held in ranks[0].items():
+    for name, held in {name: held for tensors in ranks for name, held in tensors.items()}.items():
         if held.first is None:
             result[name] = held.value
             continue
-        parts = {tensors[name].first: tensors[name].value for tensors in ranks}
+        parts = {tensors[name].first: tensors[name].value for tensors in ranks if name in tensors}
         result[name] = np.concatenate([parts[first] for first in sorted(parts, key=lambda first: first or 0)])
     return result
 

@@ -241,6 +241,7 @@ def _model(config: Config, ranks: int, length: int, sizes: _Sizes, notes: list[s
         **_latent(model, sizes),
         "rope_parameters": _rope(model, sizes),
         "num_local_experts": experts,
+        "expert_sizes": _expert_sizes(model, experts, sizes.intermediate),
         "sliding_window": _window(config, length),
         **mixed,
         "router": {**model.router.model_dump(mode="json"), **model.router.quiet(), **mixed.get("router", {})},
@@ -266,6 +267,13 @@ def _model(config: Config, ranks: int, length: int, sizes: _Sizes, notes: list[s
     if shape["num_local_experts"] != model.num_local_experts:
         notes.append(f"model.num_local_experts={model.num_local_experts} is {shape['num_local_experts']} here")
     return shape
+
+
+def _expert_sizes(model: ModelConfig, experts: int, width: int) -> list[int] | None:
+    """Widths in the same proportion to each other."""
+    if model.expert_sizes is None:
+        return None
+    return [max(1, round(size * width / model.intermediate_size)) for size in model.expert_sizes[:experts]]
 
 
 def _layers(model: ModelConfig) -> dict[str, Any]:

@@ -9,9 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_llm.ensemble.context import Contextual
 from moe_llm.ensemble.dropout import with_dropout
 from moe_llm.ensemble.models import Model, load_models
-from moe_llm.ensemble.recipe import CascadeRecipe, ExpertsRecipe, FittedRecipe, LinearRecipe, McDropoutRecipe, by_role
+from moe_llm.ensemble.recipe import (
+    CascadeRecipe,
+    ContextualRecipe,
+    ExpertsRecipe,
+    FittedRecipe,
+    LinearRecipe,
+    McDropoutRecipe,
+    by_role,
+)
 from moe_llm.ensemble.rules import Cascade, Linear, LogLinear, Rule
 from moe_llm.ensemble.vocabulary import Translator, same_vocabulary
 from moe_llm.errors import UserError
@@ -54,6 +63,8 @@ class Ensemble:
         self.models = list(dict.fromkeys([main, *members]))
         if isinstance(recipe, CascadeRecipe) and len(self.models) == 1:
             raise UserError(f"small and large are both {main.name}: give a cascade two checkpoints")
+        if isinstance(recipe, ContextualRecipe) and len(self.models) < len(members):
+            raise UserError(f"method=contextual has {main.name} or another member twice: give different checkpoints")
         self.index = [self.models.index(member) for member in members]
         self.translators = [None if _alike(main, other) else _translator(main, other) for other in self.models]
         self.left_out = [LeftOut() for _ in self.models]
@@ -117,6 +128,9 @@ def make_rule(recipe: FittedRecipe, index: list[int], models: int) -> Rule:
     """
     if isinstance(recipe, CascadeRecipe):
         return Cascade(recipe.threshold)
+    if isinstance(recipe, ContextualRecipe):
+        assert recipe.gate is not None, "it has all its numbers"
+        return Contextual(recipe.gate, models)
     if isinstance(recipe, ExpertsRecipe):
         base, direction = expert_directions(recipe, index, models)
         return LogLinear(tuple((base + recipe.lambda_ * direction).tolist()))

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from moe_llm.ensemble.context import Contextual
 from moe_llm.ensemble.ensemble import Ensemble
-from moe_llm.ensemble.recipe import CascadeRecipe, ExpertsRecipe
+from moe_llm.ensemble.recipe import CascadeRecipe, ContextualRecipe, ExpertsRecipe
 from moe_llm.ensemble.rules import Cascade, Linear
 from moe_llm.ensemble.scores import load_text, score
 
@@ -43,9 +44,10 @@ def evaluate(
     disagreement = 0.0
     for scored in score(ensemble, text, batch_size):
         at = scored.targets_N[:, None]
-        together_NV = rule(scored.log_probs)
-        if isinstance(rule, Linear):
-            disagreement += float(rule.disagreement(scored.log_probs, together_NV).double().sum())
+        context = () if scored.context_NF is None else (scored.context_NF,)
+        together_NV = rule(scored.log_probs, *context)
+        if isinstance(rule, (Linear, Contextual)):
+            disagreement += float(rule.disagreement(scored.log_probs, together_NV, *context).double().sum())
         for i, log_probs_NV in enumerate([together_NV, *scored.log_probs]):
             losses[i] -= log_probs_NV.gather(1, at).double().sum().cpu()
         asked += int(rule.asks(scored.log_probs[0]).sum())
@@ -64,7 +66,7 @@ def evaluate(
     result |= {"tokens": tokens, "active_parameters": ensemble.active_parameters(share)}
     if isinstance(rule, Cascade):
         result["asked"] = share
-    if isinstance(rule, Linear):
+    if isinstance(rule, (Linear, Contextual)):
         result["disagreement"] = disagreement / tokens
     members = [
         {"model": member.model} | part | figures(float(losses[1 + u]))
@@ -80,6 +82,8 @@ def evaluate(
 def parts(ensemble: Ensemble) -> list[dict[str, Any]]:
     """What each member does: its weight or role."""
     recipe = ensemble.recipe
+    if isinstance(recipe, ContextualRecipe):
+        return [{"role": "by context"} for _ in recipe.members]
     if isinstance(recipe, (ExpertsRecipe, CascadeRecipe)):
         return [{"role": member.role} for member in recipe.members]
     return [{"weight": share} for share in recipe.shares]

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_llm.ensemble.context import fit_gate
 from moe_llm.ensemble.ensemble import Ensemble, expert_directions
-from moe_llm.ensemble.recipe import CascadeRecipe, ExpertsRecipe, FittedRecipe, LinearRecipe
+from moe_llm.ensemble.recipe import CascadeRecipe, ContextualRecipe, ExpertsRecipe, FittedRecipe, LinearRecipe
 from moe_llm.ensemble.rules import confidence
 from moe_llm.ensemble.scores import Scored, load_text, score
 from moe_llm.errors import UserError
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Fitted:
     """A recipe with its numbers. tokens: that they were fitted on. loss: on those, nats a token; before: that of the
-    numbers that the recipe had, where it had any. alone: each member's. asked: a cascade's share for the large one. excluded:
+    numbers that the recipe had, where it had any; of weights by context, that of the best constant ones. alone: each member's. asked: a cascade's share for the large one. excluded:
     tokens that no member gives a probability, which were left out."""
 
     recipe: FittedRecipe
@@ -52,6 +53,8 @@ def fit(ensemble: Ensemble, data: list[str], *, max_blocks: int | None = None, b
     if isinstance(recipe, CascadeRecipe):
         confidences = [confidence(s.log_probs[0]) for s in score(ensemble, text, batch_size, wanted=[0])]
         fitted = fit_threshold(recipe, torch.cat(confidences))
+    elif isinstance(recipe, ContextualRecipe):
+        fitted = _fit_contextual(recipe, score(ensemble, text, batch_size))
     elif isinstance(recipe, LinearRecipe):
         fitted = _fit_linear(ensemble, recipe, score(ensemble, text, batch_size))
     else:
@@ -237,6 +240,23 @@ def _fit_linear(ensemble: Ensemble, recipe: LinearRecipe, scores: Iterable[Score
     return Fitted(
         recipe.with_shares(_divided(weights_U, ensemble.index)), len(log_probs_NU), -likelihoods[-1], before,
         tuple(alone_U[ensemble.index].tolist()), excluded=excluded,
+    )  # fmt: skip
+
+
+def _fit_contextual(recipe: ContextualRecipe, scores: Iterable[Scored]) -> Fitted:
+    parts, contexts = [], []
+    for scored in scores:
+        at = scored.targets_N[:, None]
+        parts.append(torch.stack([part.gather(1, at)[:, 0] for part in scored.log_probs], 1).double().cpu())
+        contexts.append(scored.context_NF.cpu())
+    log_probs_NU, context_NF = torch.cat(parts), torch.cat(contexts)
+    said = said_by_any(log_probs_NU)
+    log_probs_NU, context_NF = log_probs_NU[said], context_NF[said]
+    weights_U, likelihoods = mixture_weights(log_probs_NU)
+    gate, loss = fit_gate(log_probs_NU, context_NF, weights_U, recipe.penalty)
+    return Fitted(
+        recipe.with_gate(gate), len(log_probs_NU), loss, -likelihoods[-1], tuple((-log_probs_NU.mean(0)).tolist()),
+        excluded=int((~said).sum()),
     )  # fmt: skip
 
 

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from moe_llm.ensemble.context import Contextual
 from moe_llm.ensemble.ensemble import Ensemble
 from moe_llm.ensemble.kv_cache import CachedMember
 from moe_llm.ensemble.rules import Linear
+from moe_llm.ensemble.scores import last_rows, score_rows
 
 
 class EnsembleLogitsProcessor(LogitsProcessor):
@@ -45,9 +47,12 @@ class EnsembleLogitsProcessor(LogitsProcessor):
             u: CachedMember(ensemble.models[u], ensemble.translators[u], attention_mask, use_cache)
             for u in self.rule.needed
         }
+        self._prompt_mask_BP = attention_mask
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         main_RV = scores.float().log_softmax(-1)
+        if isinstance(self.rule, Contextual):
+            return self._by_context(self.rule, input_ids, scores, main_RV)
         asked_R = self.rule.asks(main_RV)
         self.rows += len(scores)
         self.asked += int(asked_R.sum())
@@ -63,6 +68,21 @@ class EnsembleLogitsProcessor(LogitsProcessor):
             self.disagreement += float(self.rule.disagreement(found, combined_RV).sum())
         combined_RV = combined_RV.masked_fill(scores == -torch.inf, -torch.inf)
         return torch.where(asked_R[:, None], combined_RV, scores.float())
+
+    def _by_context(self, rule: Contextual, input_ids: Tensor, scores: Tensor, main_RV: Tensor) -> Tensor:
+        """The features are of all tokens so far: every model reads them anew at each step."""
+        mask_RT = torch.ones_like(input_ids, dtype=torch.bool)
+        if self._prompt_mask_BP is not None:
+            prompts_RP = self._prompt_mask_BP.bool().to(mask_RT.device)
+            prompts_RP = prompts_RP.repeat_interleave(len(input_ids) // len(prompts_RP), 0)
+            mask_RT[:, : prompts_RP.shape[1]] = prompts_RP
+        scored = score_rows(self.ensemble, last_rows(input_ids, mask_RT))
+        found = [main_RV, *scored.log_probs[1:]]
+        combined_RV = rule(found, scored.context_NF)
+        self.rows += len(scores)
+        self.asked += len(scores)
+        self.disagreement += float(rule.disagreement(found, combined_RV, scored.context_NF).sum())
+        return combined_RV.masked_fill(scores == -torch.inf, -torch.inf)
 
 
 def generate(ensemble: Ensemble, inputs: Mapping[str, Tensor], use_cache: bool = True, **options: Any) -> Any:

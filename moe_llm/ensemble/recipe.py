@@ -1,6 +1,6 @@
 """What an ensemble's file may say.
 
-    method: linear                     # log_linear, experts, cascade, mc_dropout, stacking, self_refine
+    method: linear                     # log_linear, contextual, experts, cascade, mc_dropout, chain, stacking, ...
     members:
       - {model: runs/a/checkpoints/latest, weight: 0.7}
       - {model: runs/b/checkpoints/latest, weight: 0.3, device: cuda:1}
@@ -128,6 +128,52 @@ class LogLinearRecipe(_Weighted):
     method: Literal["log_linear"]
 
 
+class Gate(Section):
+    """softmax(weight f + bias): the members' weights for features f."""
+
+    weight: list[list[float]] = Field(description="a row for each member")
+    bias: list[float]
+
+
+class ContextualRecipe(_Fitted):
+    """A mixture whose weights are a small function of the context, fitted on text."""
+
+    method: Literal["contextual"]
+    members: list[Member] = Field(min_length=2, description="the first one is the main model; all are different")
+    features: Literal["losses", "hidden"] = Field(
+        "losses",
+        description="what the weights go by. losses: each member's mean loss on the tokens just before; hidden: the main "
+        "model's last hidden state",
+    )
+    window: int | None = Field(None, ge=1, description="losses: tokens that they are of, at most; null: 32")
+    penalty: float = Field(1e-4, ge=0, description="on the squares of what is fitted, for features of deviation 1")
+    gate: Gate | None = Field(None, description="null: to be fitted")
+
+    @property
+    def tokens(self) -> int:
+        """Of the window."""
+        return self.window or 32
+
+    @property
+    def to_fit(self) -> str | None:
+        return "gate" if self.gate is None else None
+
+    @model_validator(mode="after")
+    def _complete(self):
+        if self.window is not None and self.features != "losses":
+            invalid("window", self.window, f"has no effect on features={self.features}", "remove it")
+        gate, members = self.gate, len(self.members)
+        if gate is not None and (len(gate.weight), len(gate.bias)) != (members, members):
+            shape = [len(gate.weight), len(gate.bias)]
+            invalid("gate", shape, f"are rows of weight and bias for {members} members", "fit it anew")
+        if gate is not None and len({len(row) for row in gate.weight}) > 1:
+            invalid("gate.weight", [len(row) for row in gate.weight], "are rows of unequal length", "fit it anew")
+        return self
+
+    def with_gate(self, gate: Gate) -> "ContextualRecipe":
+        return self.model_copy(update={"gate": gate, "data": None, "max_blocks": None})
+
+
 class ExpertsRecipe(_Fitted):
     """core + lambda (positive - negative), on logits: DExperts, Liu et al. 2021, equation 1; domain adaptation.
 
@@ -248,18 +294,64 @@ class SelfRefineRecipe(Section):
         return self
 
 
-FittedRecipe = LinearRecipe | LogLinearRecipe | ExpertsRecipe | CascadeRecipe | McDropoutRecipe
-AnyRecipe = FittedRecipe | StackingRecipe | SelfRefineRecipe
+class ChainMember(Member):
+    template: str = Field("{output}", description="what it continues: {input} of the chain, {output} of the one before")
+
+
+class ChainRecipe(Section):
+    """Text-to-text steps: each model's output is the next one's input, the n best passed on."""
+
+    method: Literal["chain"]
+    members: list[ChainMember] = Field(min_length=1, description="in order; the first one's {output} is the input")
+    n_best: int = Field(1, ge=1, description="outputs that are passed on, those of the highest score")
+    chat: bool = Field(False, description="prompts are user turns of the tokenizer's chat template")
+
+    @model_validator(mode="after")
+    def _complete(self):
+        for i, member in enumerate(self.members):
+            if "{output}" not in member.template and "{input}" not in member.template:
+                lacks = "lacks {output} and {input}"
+                invalid(f"members.{i}.template", member.template, lacks, "write one where the text belongs")
+            if i and "{output}" not in member.template:
+                invalid(f"members.{i}.template", member.template, "lacks {output}", "write it where the text belongs")
+        return self
+
+
+class EditsRecipe(Section):
+    """A draft is corrupted and restored, round by round, ever more lightly (after Diffuser, Reid et al. 2022)."""
+
+    method: Literal["edits"]
+    members: list[Member] = Field(
+        min_length=1, max_length=1, description="the model, trained on data with augment: edits"
+    )
+    rounds: int = Field(4, ge=1, description="of corruption and restoration")
+    rate: float = Field(0.4, gt=0, le=1, description="share of the words that the first round edits; falls evenly to 0")
+    template: str = Field("{draft}\n=>\n", description="what the model continues; {input} is the prompt")
+    seed: int = Field(0, ge=0, description="of the corruption")
+    chat: bool = Field(False, description="prompts are user turns of the tokenizer's chat template")
+
+    @model_validator(mode="after")
+    def _complete(self):
+        _check_template("template", self.template, ["draft"])
+        return self
+
+
+FittedRecipe = LinearRecipe | LogLinearRecipe | ContextualRecipe | ExpertsRecipe | CascadeRecipe | McDropoutRecipe
+RequestRecipe = StackingRecipe | SelfRefineRecipe | ChainRecipe | EditsRecipe
+AnyRecipe = FittedRecipe | RequestRecipe
 METHODS: dict[str, type[Section]] = {
     "linear": LinearRecipe,
     "log_linear": LogLinearRecipe,
+    "contextual": ContextualRecipe,
     "experts": ExpertsRecipe,
     "cascade": CascadeRecipe,
     "mc_dropout": McDropoutRecipe,
     "stacking": StackingRecipe,
     "self_refine": SelfRefineRecipe,
+    "chain": ChainRecipe,
+    "edits": EditsRecipe,
 }
-_MEMBERS = (WeightedMember, ExpertsMember)  # the keys of all others are among theirs
+_MEMBERS = (WeightedMember, ExpertsMember, ChainMember, Gate)  # the keys of all others are among theirs
 
 
 def load_recipe(path: str | Path) -> AnyRecipe:

@@ -49,22 +49,41 @@ def answer(model: Model, prompt: str, options: dict[str, Any], chat: bool = Fals
     Raises:
         UserError: chat, and no template; a prompt without tokens, or longer than the model is meant for.
     """
+    return _continue(model, _read(model, prompt, chat), options)
+
+
+def _read(model: Model, prompt: str, chat: bool) -> Any:
     tokenizer = model.tokenizer
     if chat:
         if own_template(tokenizer) is None:
             raise UserError(f"chat=true, but the tokenizer of {model.name} has no chat template: set chat: false")
         prompt = render_prompt(tokenizer, [{"role": "user", "content": prompt}], f"the prompt of {model.name}")
-    inputs = read_prompt(tokenizer, prompt, model.rows, chat).to(model.device)
-    return _continue(model, inputs, options)
+    return read_prompt(tokenizer, prompt, model.rows, chat).to(model.device)
+
+
+def answers(model: Model, prompt: str, options: dict[str, Any], count: int, chat: bool = False) -> list[Answer]:
+    """`answer`, several of them: drawn where the options say so, else the best of as many beams."""
+    if count == 1:
+        return [answer(model, prompt, options, chat)]
+    several = {"num_return_sequences": count, **({} if options.get("do_sample") else {"num_beams": count})}
+    return _continuations(model, _read(model, prompt, chat), {**options, **several})
 
 
 def _continue(model: Model, inputs: Any, options: dict[str, Any]) -> Answer:
-    prompt = inputs["input_ids"].shape[1]
+    return _continuations(model, inputs, options)[0]
+
+
+def _continuations(model: Model, inputs: Any, options: dict[str, Any]) -> list[Answer]:
+    prompt, end = inputs["input_ids"].shape[1], model.tokenizer.eos_token_id
     options = {**options, "max_new_tokens": room(model, prompt, options["max_new_tokens"])}
-    ids_T = model.model.generate(**inputs, pad_token_id=model.tokenizer.eos_token_id, **options)[0]
-    # decoded together, since many tokenizers drop the space that a text of its own begins with
-    before, whole = (model.tokenizer.decode(ids, skip_special_tokens=True) for ids in (ids_T[:prompt], ids_T))
-    return Answer(whole[len(before) :], whole, ids_T, prompt)
+    found = []
+    for ids_T in model.model.generate(**inputs, pad_token_id=end, **options):
+        while len(ids_T) > prompt + 1 and ids_T[-1] == end and ids_T[-2] == end:
+            ids_T = ids_T[:-1]  # what fills up the shorter ones of several
+        # decoded together, since many tokenizers drop the space that a text of its own begins with
+        before, whole = (model.tokenizer.decode(ids, skip_special_tokens=True) for ids in (ids_T[:prompt], ids_T))
+        found.append(Answer(whole[len(before) :], whole, ids_T, prompt))
+    return found
 
 
 @torch.no_grad()

@@ -57,11 +57,7 @@ class Linear(_Weighted):
     def disagreement(self, log_probs: Sequence[Tensor | None], mixed_NV: Tensor) -> Tensor:
         """(N,) nats: the entropy of the mixture beyond the members' mean one, which is the mutual information of token
         and member (Houlsby et al. 2011); 0 where all say the same."""
-        entropy_N = _entropy(mixed_NV)
-        for weight, part_NV in zip(self.weights, log_probs):
-            if weight:
-                entropy_N = entropy_N - weight * _entropy(part_NV)
-        return entropy_N.clamp(min=0)
+        return mutual_information(log_probs, mixed_NV, self.weights)
 
 
 class LogLinear(_Weighted):
@@ -91,6 +87,17 @@ class Cascade:
     def __call__(self, log_probs: Sequence[Tensor | None]) -> Tensor:
         small_NV, large_NV = log_probs
         return torch.where(self.asks(small_NV)[:, None], large_NV, small_NV)
+
+
+def mutual_information(
+    log_probs: Sequence[Tensor | None], mixed_NV: Tensor, weights: Sequence[float] | Tensor
+) -> Tensor:
+    """(N,) nats, of token and member. weights: of each member, numbers or (N,)."""
+    entropy_N = _entropy(mixed_NV)
+    for weight, part_NV in zip(weights, log_probs):
+        if part_NV is not None and torch.as_tensor(weight).any():
+            entropy_N = entropy_N - weight * _entropy(part_NV)
+    return entropy_N.clamp(min=0)
 
 
 def _entropy(log_probs_NV: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from moe_llm.config import SourceConfig
 from moe_llm.data.sources import list_files
 from moe_llm.ensemble import requests
 from moe_llm.ensemble.causal_lm import as_prompt, said, sampling
+from moe_llm.ensemble.context import Contextual
 from moe_llm.ensemble.ensemble import Ensemble, describe
 from moe_llm.ensemble.evaluate import evaluate
 from moe_llm.ensemble.fit import Fitted, check_fittable, fit
@@ -20,12 +21,16 @@ from moe_llm.ensemble.models import Model, load_models
 from moe_llm.ensemble.recipe import (
     AnyRecipe,
     CascadeRecipe,
-    SelfRefineRecipe,
+    ChainRecipe,
+    ContextualRecipe,
+    EditsRecipe,
+    RequestRecipe,
     StackingRecipe,
     load_recipe,
     recipe_text,
 )
 from moe_llm.ensemble.rules import Cascade, Linear
+from moe_llm.ensemble.text_steps import chain, refine_by_edits
 from moe_llm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -75,7 +80,7 @@ def generate_command(
     _tell_what_was_left_out(ensemble, say)
     if isinstance(ensemble.rule, Cascade):
         say(f"{ensemble.models[1].name} was asked for {processor.asked} of {processor.rows} tokens")
-    if isinstance(ensemble.rule, Linear) and processor.rows and len(ensemble.models) > 1:
+    if isinstance(ensemble.rule, (Linear, Contextual)) and processor.rows and len(ensemble.models) > 1:
         say(f"the members disagree by {processor.disagreement / processor.rows:.3f} nats a token (0: not at all)")
     return said(main.tokenizer, output[0], inputs["input_ids"].shape[1] if chat else 0)
 
@@ -129,7 +134,7 @@ def fit_command(
         UserError: whatever is wrong with the file, the members, the text or the output; nothing is written then.
     """
     recipe, out = load_recipe(file), Path(out)
-    if isinstance(recipe, (StackingRecipe, SelfRefineRecipe)):
+    if isinstance(recipe, RequestRecipe):
         raise UserError(f"{file}: method={recipe.method} has nothing to fit: use it with `moe-llm generate` as it is")
     check_fittable(recipe)
     _check_output(out)
@@ -153,6 +158,9 @@ def report(fitted: Fitted) -> list[str]:
     lines = [f"loss {fitted.loss:.4f} nats a token, on the {fitted.tokens:,} tokens that were fitted on"]
     if fitted.excluded:
         lines.append(f"{fitted.excluded:,} more tokens, to which no member gives a probability, were left out")
+    if isinstance(recipe, ContextualRecipe):
+        lines.append(f"loss {fitted.before:.4f} with the best constant weights")
+        return [*lines, *(f"loss {loss:.4f} of {m.model} alone" for m, loss in zip(recipe.members, fitted.alone))]
     if fitted.before is not None:
         lines.append(f"loss {fitted.before:.4f} with the numbers given before")
     shares = getattr(recipe, "shares", None)
@@ -183,14 +191,19 @@ def _generate_requests(recipe: AnyRecipe, prompt: str, options: dict[str, Any], 
     torch.manual_seed(seed)
     if isinstance(recipe, CascadeRecipe):
         return requests.cascade(recipe, models, prompt, options, say)
-    run = requests.stack if isinstance(recipe, StackingRecipe) else requests.self_refine
-    return run(recipe, models, prompt, options, say)
+    if isinstance(recipe, StackingRecipe):
+        return requests.stack(recipe, models, prompt, options, say)
+    if isinstance(recipe, ChainRecipe):
+        return chain(recipe, models, prompt, options, say)
+    if isinstance(recipe, EditsRecipe):
+        return refine_by_edits(recipe, models, prompt, options, say)
+    return requests.self_refine(recipe, models, prompt, options, say)
 
 
 def _by_request(recipe: AnyRecipe) -> bool:
     if isinstance(recipe, CascadeRecipe):
         return recipe.per == "request"
-    return isinstance(recipe, (StackingRecipe, SelfRefineRecipe))
+    return isinstance(recipe, RequestRecipe)
 
 
 def _check_fitted(recipe: AnyRecipe, file: str | Path) -> None:

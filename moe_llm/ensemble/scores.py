@@ -17,8 +17,11 @@ from torch import Tensor
 from moe_llm.data.blocks import ValidationBlocks
 from moe_llm.data.loader import load_evaluation
 from moe_llm.data.packing import IGNORED, Batch
+from moe_llm.ensemble.context import recent_losses
 from moe_llm.ensemble.ensemble import Ensemble
 from moe_llm.ensemble.kv_cache import check_length, translate
+from moe_llm.ensemble.models import Model
+from moe_llm.ensemble.recipe import ContextualRecipe
 
 LOGIT_BYTES = 256 << 20  # of one model's fp32 logits, for as many rows as are worked on at once
 _LONGEST = 4096  # tokens of a block
@@ -35,10 +38,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class Scored:
-    """targets_N, and (N, V) log-probabilities of each model over the main model's tokens, None if not wanted."""
+    """targets_N, and (N, V) log-probabilities of each model over the main model's tokens, None if not wanted. context_NF:
+    features of the positions, where the ensemble's weights go by some."""
 
     targets_N: Tensor
     log_probs: list[Tensor | None]
+    context_NF: Tensor | None = None
 
 
 def load_text(
@@ -90,6 +95,8 @@ def score(
 @torch.no_grad()
 def score_rows(ensemble: Ensemble, rows: Rows, wanted: Collection[int] | None = None) -> Scored:
     """The distributions at the targets of some rows."""
+    if isinstance(ensemble.recipe, ContextualRecipe) and wanted is None:
+        return _with_context(ensemble, ensemble.recipe, rows)
     at_RT = rows.labels_RT != IGNORED
     log_probs: list[Tensor | None] = []
     for u in range(len(ensemble.models)):
@@ -102,6 +109,48 @@ def score_rows(ensemble: Ensemble, rows: Rows, wanted: Collection[int] | None = 
         else:
             log_probs.append(ensemble.over_main(u, logits_NW, log_probs[0]))
     return Scored(rows.labels_RT[at_RT].to(ensemble.main.device), log_probs)
+
+
+def _with_context(ensemble: Ensemble, recipe: ContextualRecipe, rows: Rows) -> Scored:
+    """Distributions at the targets, and features, for which every real token is looked at."""
+    wanted_M = (rows.labels_RT != IGNORED)[rows.mask_RT].to(ensemble.main.device)
+    log_probs: list[Tensor] = []
+    hidden_MD: Tensor | None = None
+    for u in range(len(ensemble.models)):
+        if u == 0 and recipe.features == "hidden":
+            logits_MW, hidden_MD = _logits_and_hidden(ensemble, rows)
+        else:
+            logits_MW = _logits(ensemble, u, rows, rows.mask_RT)
+        own = logits_MW.float().log_softmax(-1)
+        log_probs.append(own if u == 0 else ensemble.over_main(u, logits_MW, log_probs[0]))
+    if hidden_MD is None:
+        context_MF = recent_losses(log_probs, rows.ids_RT, rows.mask_RT, recipe.tokens)
+    else:
+        context_MF = hidden_MD.float() * hidden_MD.float().square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
+    targets_N = rows.labels_RT[rows.mask_RT].to(ensemble.main.device)[wanted_M]
+    return Scored(targets_N, [part[wanted_M] for part in log_probs], context_MF[wanted_M])
+
+
+def _logits_and_hidden(ensemble: Ensemble, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Of the main model, at every real token: (M, W) and (M, D), the latter behind the final norm."""
+    model = ensemble.main
+    inputs = {"input_ids": rows.ids_RT, "attention_mask": rows.mask_RT.long()}
+    tensors = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    output = model.model(**tensors, output_hidden_states=True, **_cacheless(model))
+    mask_RT = rows.mask_RT.to(model.device)
+    return output.logits[mask_RT], output.hidden_states[-1][mask_RT]
+
+
+def _cacheless(model: Model) -> dict[str, bool]:
+    return {"use_cache": False} if "use_cache" in signature(model.model.forward).parameters else {}
+
+
+def last_rows(ids_RT: Tensor, mask_RT: Tensor) -> Rows:
+    """Rows for what comes after each; padding, wherever it is, goes to the right."""
+    parts = [ids_T[mask_T] for ids_T, mask_T in zip(ids_RT.cpu(), mask_RT.cpu())]
+    return _stack(
+        [(part, torch.full_like(part, IGNORED).index_fill(0, torch.tensor([len(part) - 1]), 0)) for part in parts]
+    )
 
 
 def document_rows(batch: Batch, limit: int) -> Iterator[Rows]:
@@ -132,7 +181,6 @@ def _logits(ensemble: Ensemble, u: int, rows: Rows, at_RT: Tensor) -> Tensor:
     check_length(model, read.mask_RU)
     inputs = {"input_ids": read.ids_RU, "attention_mask": read.mask_RU.long()}
     tensors = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    cacheless = {"use_cache": False} if "use_cache" in signature(model.model.forward).parameters else {}
-    logits_RUW = model.model(**tensors, **cacheless).logits
+    logits_RUW = model.model(**tensors, **_cacheless(model)).logits
     r_N, t_N = at_RT.nonzero(as_tuple=True)
     return logits_RUW[r_N.to(model.device), read.ends_RT[r_N, t_N].to(model.device)]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -14,7 +14,8 @@ from moe_llm.data.packing import Batch, model_inputs
 from moe_llm.data.tokenizer import load_tokenizer
 from moe_llm.distributed.engine import Engine
 from moe_llm.distributed.runtime import Runtime
-from moe_llm.errors import UserError
+from moe_llm.errors import UserError, require_package
+from moe_llm.model import quantized
 from moe_llm.ops.preference import MEASURED, Preference
 
 
@@ -83,6 +84,7 @@ def evaluate_files(
     chat: bool = False,
     text_field: str | None = None,
     parse_special_tokens: bool = False,
+    quantize_experts: Literal["int8", "nf4"] | None = None,
 ) -> dict[str, float]:
     """Loss (nats a token), perplexity and bits per byte of a checkpoint on text files.
 
@@ -90,16 +92,21 @@ def evaluate_files(
         text_field: the column that holds the text, of files with rows; None: `text`.
         chat: the files hold chat, and the loss is that of the assistant's turns.
         parse_special_tokens: of text, as `data.parse_special_tokens`.
+        quantize_experts: hold the experts in 8 or 4 bits; what that costs is in the result (`quantized.quantize_experts`).
 
     Raises:
         UserError: no checkpoint there, or no text.
     """
+    if quantize_experts is not None:
+        require_package("bitsandbytes", f"--quantize-experts {quantize_experts}")
     from moe_llm.checkpoint.pretrained import MoEForCausalLM
 
     check_checkpoint_directory(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = MoEForCausalLM.from_pretrained(checkpoint).to(device)
+    model = MoEForCausalLM.from_pretrained(checkpoint)
+    packed = {} if quantize_experts is None else quantized.quantize_experts(model, quantize_experts)
+    model.to(device)
     length = sequence_length or min(model.config.longest_text, 4096)
     text = load_evaluation(
         files,
@@ -127,4 +134,5 @@ def evaluate_files(
         "perplexity": math.exp(min(loss, 700.0)),
         "bits_per_byte": text.bits_per_byte(loss),
         "tokens": targets,
+        **packed,
     }

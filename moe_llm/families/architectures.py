@@ -78,7 +78,8 @@ _UNUSED = {"noisy_top_k": ("noise_weight",)}
 
 
 def _has_code(model: ModelConfig) -> bool:
-    plain = all(value == PLAIN[part] for part, (value, _) in parts_of(model).items() if part not in _CODED_PARTS)
+    parts = {part: value for part, (value, _) in parts_of(model).items() if part not in _CODED_PARTS}
+    plain = all(value == PLAIN[part] or (part, value) == ("experts", "uneven") for part, value in parts.items())
     return (
         plain
         and model.router.type in CODED

@@ -9,6 +9,7 @@ and as every loader knows it, each expert has three matrices of its own:
     ...mlp.gate.weight          (E, D)       = ...block_sparse_moe.gate.weight, and so for whatever else a router has
     all else                                   the same name
 
+Where experts differ in width, the name of each one's is `...mlp.experts.{e}.gate_up_proj` (1, 2F, D), and so on.
 Biases of experts (`gate_up_proj_bias`, `down_proj_bias`) are cut likewise, into `w1.bias` and so on; what families have
 that keep all experts in one tensor stands in `layout.py`. Low-rank factors of an expert parameter (`model.adapters`) are stored by expert too, in files of ours alone.
 D hidden, F expert width, E experts. This file needs no torch.
@@ -29,7 +30,7 @@ from moe_llm.families.architectures import architecture_of, from_content
 from moe_llm.families.family import OURS, SAME
 
 EXPERT_PARAMETER = re.compile(
-    r"(?P<layer>.*)\.mlp\.experts\.(?P<kind>gate_up_proj|down_proj)(?P<factor>_lora_[AB]|_bias)?"
+    r"(?P<layer>.*)\.mlp\.experts\.((?P<own>\d+)\.)?(?P<kind>gate_up_proj|down_proj)(?P<factor>_lora_[AB]|_bias)?"
 )
 _MATRICES = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}  # stacked along the rows, in this order
 _DTYPE_WORDS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -67,6 +68,12 @@ def is_expert(name: str) -> bool:
     return EXPERT_PARAMETER.fullmatch(name) is not None
 
 
+def expert_of(name: str) -> int | None:
+    """The expert of a parameter that is one expert's alone (`model.expert_sizes`); None of all others."""
+    match = EXPERT_PARAMETER.fullmatch(name)
+    return None if match is None or match["own"] is None else int(match["own"])
+
+
 def is_router(name: str) -> bool:
     """Whether an in-memory parameter or buffer is of a layer's router; so are low-rank factors of it."""
     return ".mlp.gate." in name
@@ -78,12 +85,13 @@ def pieces(name: str, shape: tuple[int, ...], first_expert: int | None = None) -
     Args:
         name: in-memory name.
         shape: as held here: (held experts, rows, columns) for an expert parameter.
-        first_expert: over all ranks, of the first expert held; None: 0.
+        first_expert: over all ranks, of the first expert held; None: 0, or the one that the name says.
     """
     match = EXPERT_PARAMETER.fullmatch(name)
     if match is None:
         return [Piece(published_name(name), tuple(shape), ...)]
     held, rows, *columns = shape
+    first = expert_of(name) if match["own"] else first_expert or 0
     whole = match["factor"] in (None, "_bias")
     matrices = _MATRICES[match["kind"]] if whole else (f"{match['kind']}{match['factor']}",)
     leaf = "bias" if match["factor"] == "_bias" else "weight"
@@ -92,7 +100,7 @@ def pieces(name: str, shape: tuple[int, ...], first_expert: int | None = None) -
     experts = published_name(f"{match['layer']}.mlp.experts.")
     return [
         Piece(
-            f"{experts}{(first_expert or 0) + e}.{matrix}.{leaf}",
+            f"{experts}{first + e}.{matrix}.{leaf}",
             (height, *columns),
             (e, slice(i * height, (i + 1) * height)),
         )

@@ -118,7 +118,8 @@ def _changes(name: str, shape: tuple[int, ...], before: Weights, after: Weights)
     if not hf.is_expert(name):
         yield None, compare(before.as_stored(name, shape), after.as_stored(name, shape))
         return
-    for expert in range(shape[0]):
+    alone = hf.expert_of(name)
+    for expert in range(shape[0]) if alone is None else [alone]:
         yield expert, compare(*(weights.as_stored(name, shape[1:], expert) for weights in (before, after)))
 
 

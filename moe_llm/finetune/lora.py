@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_llm.families.hf import expert_of
 from moe_llm.config import Config
 from moe_llm.finetune.targets import adapted_names, is_attention, require_peft
 from moe_llm.model.adapters import factors_of, own_name
@@ -31,7 +32,8 @@ def add_adapters(model: nn.Module, config: Config) -> None:
     lora = config.finetune.lora
     if lora.rank is None:
         return
-    names = adapted_names(config)
+    held = {name for name, _ in model.named_parameters()}  # of experts with tensors of their own, those of this rank
+    names = [name for name in adapted_names(config) if name in held or expert_of(name) is None]
     attention = [name.removesuffix(".weight") for name in names if is_attention(name)]
     if attention:
         _wrap(model, attention, config)

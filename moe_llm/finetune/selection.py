@@ -8,7 +8,7 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 
 from moe_llm.config import Config
-from moe_llm.errors import UserError
+from moe_llm.errors import UserError, require_package
 from moe_llm.families.hf import is_expert, is_router
 from moe_llm.finetune.targets import adapter_shapes, describe_adapters, is_attention, part_of, whole_shapes
 
@@ -28,6 +28,7 @@ def trained_names(config: Config) -> list[str]:
             as `adapter_shapes`.
     """
     if config.finetune.lora.rank is not None:
+        _check_packed(config, [])
         return list(adapter_shapes(config))
     names, chosen = list(whole_shapes(config)), config.finetune.trainable
     if isinstance(chosen, str):
@@ -48,13 +49,36 @@ def trained_names(config: Config) -> list[str]:
                 "train other parts, or use another action"
             )
     _check_experts(config, trained)
+    _check_packed(config, trained)
     return trained
+
+
+def _check_packed(config: Config, trained: list[str]) -> None:
+    kind, what = config.finetune.quantize_frozen, None
+    if kind is None:
+        return
+    if any(is_expert(name) for name in trained):
+        what = f"finetune.trainable={config.finetune.trainable!r} trains experts: train other parts, or use lora"
+    elif config.parallel.zero_stage == 3:
+        what = "parallel.zero_stage=3 cuts weights up among ranks: use 1 or 2"
+    elif config.parallel.placement == "dynamic":
+        what = "parallel.placement=dynamic moves weights whole: use static"
+    elif config.model.router.merges:
+        what = f"model.router.type={config.model.router.type} mixes weights: use another router"
+    if what is not None:
+        raise UserError(f"finetune.quantize_frozen={kind} packs experts, and {what}")
+    require_package("bitsandbytes", f"finetune.quantize_frozen={kind}")
 
 
 def _check_experts(config: Config, trained: list[str]) -> None:
     chosen, experts = config.finetune.experts, config.model.num_local_experts
     if chosen is None:
         return
+    if config.model.expert_sizes is not None:
+        raise UserError(
+            f"finetune.experts={chosen} does not go with model.expert_sizes: name them in finetune.trainable, as in "
+            "'*.experts.0.*'"
+        )
     for expert in chosen:
         if not 0 <= expert < experts:
             raise UserError(

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -19,8 +20,9 @@ from moe_llm.ensemble.causal_lm import (
     said,
     sampling,
 )
-from moe_llm.errors import UserError
+from moe_llm.errors import UserError, require_package
 from moe_llm.families.architectures import OWN
+from moe_llm.model import quantized
 
 logger = logging.getLogger(__name__)
 
@@ -34,18 +36,22 @@ def generate(
     top_p: float = 0.95,
     seed: int = 0,
     chat: bool = False,
+    quantize_experts: Literal["int8", "nf4"] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> str:
     """The prompt and its continuation; temperature 0 takes the likeliest token each time.
 
     Args:
         chat: the prompt is a user's turn, put into the tokenizer's chat template; the answer alone is given.
+        quantize_experts: hold the experts in 8 or 4 bits.
         say: is given a sentence where generation routes otherwise than training did; None: stderr.
 
     Raises:
         UserError: the directory is no checkpoint, or a damaged one; the prompt is longer than its positions, or holds a
             token beyond its rows; or chat, and there is no template.
     """
+    if quantize_experts is not None:
+        require_package("bitsandbytes", f"--quantize-experts {quantize_experts}")
     check_checkpoint_directory(checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(checkpoint)
@@ -55,7 +61,7 @@ def generate(
     length = inputs["input_ids"].shape[1]
     if content.get("model_type") == OWN.model_type:
         torch.manual_seed(seed)
-        model = MoEForCausalLM.from_pretrained(checkpoint).to(device)
+        model = _packed(MoEForCausalLM.from_pretrained(checkpoint), quantize_experts).to(device)
         router = model.config.router
         if not router.causal:
             (say or logger.info)(
@@ -64,7 +70,7 @@ def generate(
             )
         ids_BS = _continue(model, inputs["input_ids"], max_new_tokens, temperature, top_p, end_token_ids(tokenizer))
         return said(tokenizer, ids_BS[0], length if chat else 0)
-    model = load_causal_lm(checkpoint).to(device)
+    model = _packed(load_causal_lm(checkpoint), quantize_experts).to(device)
     longest = learned_positions(model)
     if longest is not None:
         if length > longest:
@@ -77,6 +83,13 @@ def generate(
     generate_plainly(model, tokenizer)
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling(temperature, top_p))
     return said(tokenizer, output[0], length if chat else 0)
+
+
+@torch.no_grad()
+def _packed(model: Any, kind: Literal["int8", "nf4"] | None) -> Any:
+    if kind is not None:
+        quantized.quantize_experts(model, kind)
+    return model
 
 
 @torch.no_grad()

@@ -110,7 +110,8 @@ class Memory:
 def held_parameters(config: Config, layout: Layout) -> tuple[int, int]:
     """(dense, expert) parameters of one rank, before ZeRO."""
     counts = config.model.parameter_counts()
-    return sum(counts.values()) - counts["experts"], counts["experts"] // layout.expert_parallel
+    held = config.model.num_moe_layers * config.model.held_expert_parameters(layout.expert_parallel)
+    return sum(counts.values()) - counts["experts"], held
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,9 @@ def trained_parameters(config: Config, layout: Layout) -> Trained:
         part = part_of(name)
         if part in ("lm_head", "embed_tokens"):
             counts["head" if part == "lm_head" else "embeddings"] += count
+    model = config.model  # the rank that has the widest experts
+    counts["expert"] *= model.held_expert_parameters(layout.expert_parallel) * layout.expert_parallel
+    counts["expert"] /= model.held_expert_parameters(1)
     layers, of_layers = config.model.num_hidden_layers, counts["dense"] - counts["head"] - counts["embeddings"]
     return Trained(
         counts["dense"],
@@ -199,6 +203,13 @@ class _Walk:
 
     # what is held throughout
 
+    def weights(self, held: float) -> float:
+        """Bytes of so many parameters; of experts that are packed, their bits and an fp32 scale for each 64 elements."""
+        kind, packed = self.config.finetune.quantize_frozen, held_parameters(self.config, self.layout)[1]
+        if kind is None:
+            return self.size * held
+        return self.size * (held - packed) + packed * ({"int8": 1.0, "nf4": 0.5}[kind] + 4 / 64)
+
     def static(self) -> dict[str, float]:
         size, held, stage = self.size, self.dense + self.expert, self.layout.zero_stage
         trained = self.trained.total
@@ -208,11 +219,11 @@ class _Walk:
         kept += 4 if self.config.checkpoint.ema.decay is not None else 0
         parts = dict.fromkeys(PARTS, 0.0)
         if not self.engine:
-            parts["weights"] = size * held
+            parts["weights"] = self.weights(held)
             parts["optimizer"] = (kept + (4 if size == 2 else 0)) * trained + second
             parts["gradients"] = 4 * trained if self.rounds > 1 else 0
             return parts
-        parts["weights"] = size * (self.shard if stage == 3 else held)
+        parts["weights"] = size * self.shard if stage == 3 else self.weights(held)
         # ZeRO-1 and 2 clone fp32 weights as masters too; ZeRO-3 steps on the shard itself
         optimizer = (kept + (0 if stage == 3 and size == 4 else 4)) * self.trained_shard
         optimizer += second / self.layout.ranks
@@ -239,7 +250,7 @@ class _Walk:
 
     @property
     def layer_experts(self) -> int:
-        return self.local_experts * self.model.expert_parameters
+        return self.model.held_expert_parameters(self.layout.expert_parallel)
 
     @property
     def layer_dense(self) -> float:
@@ -260,13 +271,13 @@ class _Walk:
         router = tokens * (8 * m.num_local_experts * m.router.parts_per_token + 60 * m.router.active_experts(m))
         if m.router_jitter_noise:
             router += 8 * tokens * m.hidden_size  # the noise, and the input times the noise, in fp32
-        experts = hidden + self.received * 2 * m.intermediate_size * size
+        experts = hidden + self.received * 2 * m.expert_width * size
         experts += tokens * m.router.entered_per_token(m) * size
         if m.router.merges:
             experts = hidden  # the tokens in their segments; all else is computed again
         elif self.autograd:
             # silu(gate), the activations after dropout and its mask; unweighted outputs, for the weights' gradient
-            experts += self.received * (m.intermediate_size * (2 * size + 1) + m.expert_hidden_size * size)
+            experts += self.received * (m.expert_width * (2 * size + 1) + m.expert_hidden_size * size)
         # of the shared experts gate, its silu, up and their product, as torch's own operations keep them, and outputs
         experts += tokens * 4 * m.shared_width * size
         experts += hidden * (m.shared_expert_gate + bool(m.shared_width and m.expert_dropout))
@@ -315,7 +326,7 @@ class _Walk:
         m, size = self.model, self.size
         if m.router.merges:
             return self.merging(merged=1, activations=2 * self.tokens * m.hidden_size)
-        largest = self.largest_rows * m.intermediate_size if self.fused else self.received * m.intermediate_size
+        largest = self.largest_rows * m.expert_width if self.fused else self.received * m.expert_width
         rows = self.received * m.expert_hidden_size * size
         if self.elsewhere:
             return {"activations": size * largest + rows, "all_to_all": 2 * rows}
@@ -348,10 +359,10 @@ class _Walk:
         if self.fused or (self.kernels.fused_experts and self.elsewhere and not self.autograd):
             busy = self.largest_rows if self.fused else self.received / self.local_experts * 1.1
             # hidden activations and their gradient have one buffer, the projections' gradients take the place of these
-            work = size * busy * (m.intermediate_size + (2 * m.expert_hidden_size if self.fused else 0))
+            work = size * busy * (m.expert_width + (2 * m.expert_hidden_size if self.fused else 0))
         else:
             # rows travel and are worked on in parts
-            work = size * self.received / self.parts * (4 * m.intermediate_size + m.expert_hidden_size)
+            work = size * self.received / self.parts * (4 * m.expert_width + m.expert_hidden_size)
         exchanged = 2 * rows if self.elsewhere else 0.0
         return {"activations": flowing + work, "all_to_all": exchanged}
 
@@ -443,6 +454,8 @@ class _Walk:
     def largest_parameter(self) -> float:
         m = self.model
         assert m.vocab_size is not None, "plans know the vocabulary"
+        if m.expert_sizes is not None:
+            return max(2 * max(m.expert_sizes) * m.expert_hidden_size, m.vocab_size * m.hidden_size)
         return max(2 * self.local_experts * m.expert_parameters / 3, m.vocab_size * m.hidden_size)
 
     def made_on_host(self) -> float:

@@ -3,12 +3,13 @@
 By arithmetic on the configuration alone: no torch, no allocation.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from moe_llm.config import Config
 from moe_llm.config.parallel import sequence_parts_conflict
+from moe_llm.distributed.placement_plan import imbalance
 from moe_llm.errors import UserError
 from moe_llm.finetune.selection import trained_names
 from moe_llm.planner.hardware import ACCELERATORS, FRAGMENTS, MFU, RESERVED_BYTES, Accelerator
@@ -24,7 +25,8 @@ _LONG = 16384  # tokens of a sequence from which on ranks may share it
 @dataclass(frozen=True)
 class Request:
     """What there is. memory: bytes of one GPU. host_memory: of one machine, None where it is not known. imbalance: rows
-    of the busiest rank over an even share, in memory and, since the others wait for it, in time."""
+    of the busiest rank over an even share, in memory and, since the others wait for it, in time. loads: of each layer's
+    experts, as a run has recorded them, in its place."""
 
     gpus: int
     nodes: int
@@ -33,6 +35,13 @@ class Request:
     mfu: float = MFU
     imbalance: float = IMBALANCE
     host_memory: float | None = None
+    loads: Sequence[Sequence[float]] | None = None
+
+    def imbalance_of(self, layout: Layout, dynamic: bool) -> float:
+        """That of a layout: as given or, where there are loads, by these, with experts where parallel.placement puts them."""
+        if self.loads is None or layout.expert_parallel == 1:
+            return self.imbalance
+        return imbalance(self.loads, layout.expert_parallel, moved=dynamic)
 
     @property
     def ranks_per_node(self) -> int:
@@ -104,6 +113,12 @@ def _check(config: Config, request: Request) -> None:
         raise UserError(
             f"--gpus {request.gpus} does not divide over --nodes {request.nodes}: give as many GPUs on every node"
         )
+    shape = (config.model.num_moe_layers, config.model.num_local_experts)
+    if request.loads is not None and (len(request.loads), len(request.loads[0])) != shape:
+        raise UserError(
+            f"--loads has {len(request.loads)} layers of {len(request.loads[0])} experts, and the configuration {shape[0]} of "
+            f"{shape[1]}: name a run of this model"
+        )
     batch, most = config.train.global_batch_size, max(_sequence_parallel_sizes(config, request.gpus))
     if batch % (request.gpus // most):
         above = -(-batch // request.gpus) * request.gpus
@@ -137,8 +152,9 @@ def _sequence_parallel_sizes(config: Config, gpus: int) -> list[int]:
 
 
 def _candidate(config: Config, request: Request, layout: Layout) -> Candidate:
-    memory = step_memory(config, layout, KERNELS["cuda"], request.imbalance)
-    time = step_time(config, layout, request.hardware, request.ranks_per_node, request.mfu, request.imbalance)
+    busiest = request.imbalance_of(layout, config.parallel.placement == "dynamic")
+    memory = step_memory(config, layout, KERNELS["cuda"], busiest)
+    time = step_time(config, layout, request.hardware, request.ranks_per_node, request.mfu, busiest)
     fits = memory.total <= request.usable and _host_fits(memory, request)
     return Candidate(layout, memory, traffic(config, layout), time, fits)
 

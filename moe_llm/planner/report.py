@@ -21,7 +21,7 @@ def format_plan(found: Plan) -> str:
         f"{request.gpus} GPUs of {request.memory / GIB:.1f} GiB ({request.hardware.name}) on {request.nodes} node(s); "
         f"{request.usable / GIB:.1f} GiB for tensors, after {RESERVED_BYTES / GIB:.0f} GiB for the runtime and "
         f"{FRAGMENTS:.0%} for fragments",
-        f"memory and time for {request.imbalance:g} times an even share of rows on the busiest rank; products at {request.mfu:.0%} of the peak "
+        f"memory and time for {_busiest(found)} times an even share of rows on the busiest rank; products at {request.mfu:.0%} of the peak "
         f"and links at {LINK_EFFICIENCY:.0%}; fused attention (assumed)",
         "",
         "  EP ZeRO micro recomputed host " + " ".join(f"{part:>11}" for part in PARTS) + "    GiB    step s     days",
@@ -31,6 +31,7 @@ def format_plan(found: Plan) -> str:
     rest = len(found.candidates) - len(shown)
     fitting = sum(candidate.fits for candidate in found.candidates)
     lines.append(f"  and {rest} more; {fitting} of {len(found.candidates)} fit (*)")
+    lines += _before_and_after(found)
     if found.best is None:
         least = found.candidates[0]
         lines += [
@@ -42,6 +43,28 @@ def format_plan(found: Plan) -> str:
     else:
         lines += ["", *_arithmetic(found, found.best)]
     return "\n".join(lines)
+
+
+def _busiest(found: Plan) -> str:
+    return f"{found.request.imbalance:g}" if found.request.loads is None else "(see below)"
+
+
+def _before_and_after(found: Plan) -> list[str]:
+    """The busiest rank by recorded loads, of each expert-parallel size."""
+    request, lines = found.request, list[str]()
+    sizes = sorted({candidate.layout.expert_parallel for candidate in found.candidates} - {1})
+    for size in sizes if request.loads is not None else ():
+        layout = next(c.layout for c in found.candidates if c.layout.expert_parallel == size)
+        still, moved = (request.imbalance_of(layout, dynamic) for dynamic in (False, True))
+        lines.append(f"  EP {size}: {still:.2f} with neighbours together, {moved:.2f} where experts have moved")
+    if not lines:
+        return []
+    used = found.config.parallel.placement
+    return [
+        "",
+        f"busiest rank over an even share, by the recorded loads (parallel.placement={used} is planned):",
+        *lines,
+    ]
 
 
 def _shown(candidates: list[Candidate]) -> list[Candidate]:

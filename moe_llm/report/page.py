@@ -24,6 +24,7 @@ def page(runs: list[Run], charts: list[dict[str, Any]], loads: list[dict[str, An
             _alarms(runs),
             _comparison(runs) if len(runs) > 1 else "",
             *map(_sources, runs),
+            *map(_moves, runs),
             "<h2>Curves</h2>",
             '<div class="charts">',
             *map(_figure, range(len(charts)), charts),
@@ -179,6 +180,23 @@ def _sources(run: Run) -> str:
         )
     head = "".join(f'<th class="number">{label}</th>' for label in labels)
     return f'<h2>What was read: {escape(run.name)}</h2><div class="panel scroll">{_table(head, rows)}</div>'
+
+
+def _moves(run: Run) -> str:
+    """Each time that experts changed ranks, and what the busiest rank had before and after."""
+    moves = [(record["step"], record["placement"]) for record in run.records if "placement" in record]
+    if not moves:
+        return ""
+    rows = [
+        (
+            f"step {step:,}",
+            [str(move["experts_moved"]), f"{move['busiest_before']:.2f}", f"{move['busiest_after']:.2f}"],
+        )
+        for step, move in moves
+    ]
+    labels = ("experts moved", "busiest rank before, times an even share", "after")
+    head = "".join(f'<th class="number">{label}</th>' for label in labels)
+    return f'<h2>Experts that moved: {escape(run.name)}</h2><div class="panel scroll">{_table(head, rows)}</div>'
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

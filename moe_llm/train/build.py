@@ -15,6 +15,7 @@ from moe_llm.finetune.init_from import load_origin
 from moe_llm.finetune.lora import add_adapters
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.init import build_blank, build_model, build_without_storage, initialiser
+from moe_llm.model.quantized import quantize_experts
 from moe_llm.train.optim import build_optimizer, groups_by_part, parameter_groups
 from moe_llm.train.position import Position
 
@@ -32,6 +33,8 @@ def build_trained(
     model, fill = _build_model(config, runtime)
     add_adapters(model, config)
     freeze(model, config)
+    if config.finetune.quantize_frozen is not None:
+        quantize_experts(model, config.finetune.quantize_frozen)
     optim = config.optim
     groups = groups_by_part(model, parameter_groups(model, optim.weight_decay, optim.name), config)
     engine = build_engine(model, runtime, config, groups, lambda g: build_optimizer(g, optim), fill)

@@ -175,3 +175,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                     "run.dir"
                 ) from error
     return records
+
+
+def recorded_loads(run: str) -> list[list[float]]:
+    """Tokens of each layer's experts in the last record of a run directory.
+
+    Raises:
+        UserError: it has recorded none.
+    """
+    file = Path(run) / "metrics.jsonl"
+    found = read_metrics(file) if file.is_file() else []
+    loads = found[-1].get("moe", {}).get("tokens_per_expert") if found and isinstance(found[-1], dict) else None
+    if not loads:
+        raise UserError(f"--loads {run!r} has no record of experts' loads in metrics.jsonl: name a run directory")
+    return [[float(count) for count in layer] for layer in loads]

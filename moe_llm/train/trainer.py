@@ -153,7 +153,8 @@ class Trainer:
         begin_step(engine.model, position.step)
         self.skip_update = False
         self._each("on_step_begin")
-        step_loss = self._accumulate_gradients(batches)
+        instead = self._with("gradients")
+        step_loss = instead[0].gradients(self, batches) if instead else self._accumulate_gradients(batches)
         self._each("on_backward_end")
         if self._rolled_back:
             position.samples += config.train.global_batch_size

@@ -14,7 +14,8 @@ from moe_llm.checkpoint.state import save_checkpoint
 from moe_llm.config import dump_config
 from moe_llm.config.load import validate
 from moe_llm.distributed import placement as module
-from moe_llm.distributed.placement import ExpertPlacement, plan_placement, rank_loads
+from moe_llm.distributed.placement import ExpertPlacement
+from moe_llm.distributed.placement_plan import plan_placement, rank_loads
 from moe_llm.distributed.runtime import start
 from moe_llm.distributed.step_loss import StepLoss, forward_passes
 from moe_llm.errors import UserError

@@ -67,8 +67,9 @@ def test_a_written_recipe_reads_as_it_was(method):
     roles = {"experts": ["core", "negative"], "cascade": ["small", "large"], "stacking": ["first", "second"],
              "self_refine": ["writer", "critic"]}.get(method)  # fmt: skip
     keys = {"experts": {"lambda": 1 / 3}, "cascade": {"threshold": 1e-5}}.get(method, {})
-    columns = {"role": roles} if roles else {"weight": [0.1 + 0.2, 1e-9]}
-    given = [{"model": "x"}] if method == "mc_dropout" else members("x", "y", **columns)  # one model, run many times
+    columns = {"role": roles} if roles else {"weight": [0.1 + 0.2, 1e-9]} if method in ("linear", "log_linear") else {}
+    alone = method in ("mc_dropout", "edits")  # one model, run many times
+    given = [{"model": "x"}] if alone else members("x", "y", **columns)
     recipe = parse_recipe({"method": method, "members": given, **keys})
     assert parse_recipe(yaml.safe_load(recipe_text(recipe))) == recipe
 

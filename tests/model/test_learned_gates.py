@@ -108,6 +108,16 @@ def test_the_baseline_is_fitted_to_the_loss_and_a_load_penalty_counts():
     assert found.item() == pytest.approx(cost_T.square().mean().item(), rel=1e-5)
 
 
+def test_a_penalty_of_cost_counts_the_widths_of_a_tokens_experts():
+    sizes = [4, 8, 16, 4]
+    model = MoEDecoder(
+        config_of("reinforce", TOP_K, {"cost_coef": 0.3}, num_local_experts=EXPERTS, expert_sizes=sizes)
+    ).train()
+    gate, chosen_TK = model.model.layers[0].mlp.gate, torch.tensor([[0, 1], [2, 2]])
+    expected = [0.3 * ((4 + 8) / 2 / 8 - 1), 0.3 * (16 / 8 - 1)]
+    torch.testing.assert_close(gate._penalty(chosen_TK), torch.tensor(expected))
+
+
 def test_load_is_a_running_mean_that_begins_with_the_first_step():
     model = model_of("reinforce", load_coef=0.5, load_rate=0.25)
     gate, total = model.model.layers[0].mlp.gate, model(**batch(8)).routing.layers()[0]
@@ -293,6 +303,15 @@ def test_an_expert_of_difficult_tokens_gets_fewer_by_a_bounded_step():
     assert gate.e_score_correction_bias[0].item() == pytest.approx(-0.1)  # as many tokens, far more loss
     assert (gate.e_score_correction_bias[1:] > 0).all()
     assert gate.e_score_correction_bias.abs().max().item() <= 0.1 + 1e-7
+
+
+def test_a_wide_expert_gets_fewer_tokens_where_time_counts():
+    config = config_of("bias_balanced", TOP_K, {"time_share": 0.5}, num_local_experts=4, expert_sizes=[2, 6, 4, 4])
+    gate = MoEDecoder(config).model.layers[0].mlp.gate
+    even = MoEDecoder(config)(**batch(4)).routing.layers()[0]._replace(tokens_per_expert_E=torch.full((4,), 6.0))
+    gate.after_step(even)
+    expected_E = 0.001 * torch.tensor([1 - 0.75, 1 - 1.25, 0, 0])
+    torch.testing.assert_close(gate.e_score_correction_bias, expected_E, atol=1e-8, rtol=1e-4)
 
 
 def test_balance_by_difficulty_is_unmoved_where_nothing_was_learned():

@@ -277,3 +277,28 @@ def test_planning_loads_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.endswith("LOADED []\n")
+
+
+def test_recorded_loads_give_each_layout_its_imbalance_before_and_after_moves(tmp_path, capsys):
+    """Experts 0 to 3 have 3 of 4 rows: with neighbours together one of two ranks has them all, and moved ones share."""
+    loads = [[3.0, 3.0, 3.0, 3.0, 1.0, 1.0, 1.0, 1.0]] * 32
+    (tmp_path / "metrics.jsonl").write_text(
+        json.dumps({"step": 1, "tokens": 9, "moe": {"tokens_per_expert": loads}}) + "\n"
+    )
+    arguments = ["plan", MIXTRAL, "model.vocab_size=32000", "--gpus", "64", "--gpu-memory", "80GiB"]
+    seconds = {}
+    for placement in ("static", "dynamic"):
+        more = ["--loads", str(tmp_path), f"parallel.placement={placement}"]
+        cli.main([*arguments, *more])
+        told = capsys.readouterr().out
+        assert "EP 2: 1.50 with neighbours together, 1.00 where experts have moved" in told
+        assert f"parallel.placement={placement} is planned" in told
+        cli.main([*arguments, *more, "--json"])
+        rows = json.loads(capsys.readouterr().out)["candidates"]
+        seconds[placement] = min(row["seconds"]["products"] for row in rows if row["expert_parallel"] == 2)
+    assert seconds["dynamic"] < 0.85 * seconds["static"]
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"moe": {"tokens_per_expert": loads[:3]}}) + "\n")
+    assert cli.main([*arguments, "--loads", str(tmp_path)]) == 2
+    assert "--loads has 3 layers of 8 experts, and the configuration 32 of 8" in capsys.readouterr().err
+    assert cli.main([*arguments, "--loads", str(tmp_path / "none")]) == 2
+    assert "has no record of experts' loads" in capsys.readouterr().err

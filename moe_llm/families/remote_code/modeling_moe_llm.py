@@ -216,7 +216,8 @@ class MoELLMSparseBlock(nn.Module):
         shared = own.get("num_shared_experts", 0)
         self.gate = MoELLMRouter(config)
         part = hidden // self.gate.heads if self.gate.kind == "multi_head" else hidden
-        self.experts = nn.ModuleList(MoELLMExpert(part, width) for _ in range(config.num_local_experts))
+        sizes = own.get("expert_sizes") or [width] * config.num_local_experts
+        self.experts = nn.ModuleList(MoELLMExpert(part, size) for size in sizes)
         self.shared_experts = MoELLMExpert(hidden, shared * width) if shared else None
         self.shared_expert_gate = nn.Linear(hidden, 1, bias=False) if own.get("shared_expert_gate") else None
 

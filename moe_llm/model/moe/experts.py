@@ -4,7 +4,7 @@ A router gives the `Routing`, a dispatcher carries tokens to the experts that it
 one process, and its all-to-all twin in `moe_llm.distributed.dispatch`.
 """
 
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from moe_llm.config import ModelConfig
 from moe_llm.model.layers import SwiGLU
 from moe_llm.model.moe.routers import build_router
 from moe_llm.model.moe.routing import Routing, RoutingStatistics, WeightMixture
+from moe_llm.ops import host
 from moe_llm.ops.expert_mlp import expert_mlp, routed_expert_mlp
 from moe_llm.ops.expert_mlp_adapted import ExpertAdapters, Factors, adapted_expert_mlp
 from moe_llm.ops.expert_mlp_clamped import ExpertForm, formed_expert_mlp
@@ -27,11 +28,13 @@ class Experts(nn.Module):
     A built module holds all E experts; expert parallelism keeps those of one rank, from `first_expert` on.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, *, first: int = 0, width: int | None = None):
+        """width: of one expert alone, the `first`, where experts differ in it."""
         super().__init__()
-        experts, width, hidden = config.num_local_experts, config.intermediate_size, config.expert_hidden_size
+        experts, hidden = config.num_local_experts if width is None else 1, config.expert_hidden_size
+        width = width or config.intermediate_size
         self.held: list[int] | None = None  # where they are no neighbours: the expert of each row
-        self.first_expert, self.dropout = 0, config.expert_dropout
+        self.first_expert, self.dropout = first, config.expert_dropout
         self.low_rank: tuple[float, float] | None = None  # scale and dropout of adapters
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
@@ -152,21 +155,78 @@ class Experts(nn.Module):
         self.first_expert = experts.start
 
 
+class UnevenExperts(nn.Module):
+    """Experts that differ in width (HMoE, Wang et al. 2024), none of them padded: `Experts` of one each, named by their
+    index over all ranks; rows are computed expert by expert."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        assert config.expert_sizes is not None, "experts of one width are stacked"
+        for expert, width in enumerate(config.expert_sizes):
+            self.add_module(str(expert), Experts(config, first=expert, width=width))
+
+    @property
+    def held(self) -> list[Experts]:
+        """Those of this rank, in order."""
+        return [cast(Experts, expert) for expert in self.children()]
+
+    def forward(
+        self,
+        x: Tensor,
+        counts_E: Tensor | None = None,
+        routing: Routing | None = None,
+        own: slice | None = None,
+        merging: WeightMixture | None = None,
+        exchange: WeightExchange | None = None,
+        host_counts_E: np.ndarray | None = None,
+    ) -> Tensor:
+        """As `Experts.forward`; weights are not mixed (`merging`), which the configuration refuses."""
+        assert merging is None, "weights of different shapes are not mixed: the configuration refuses it"
+        assert counts_E is not None, "rows come with the counts of their experts"
+        rows_ND = x if routing is None else permute(x, routing.token_index_N, routing.slot_TK)
+        if host_counts_E is None:
+            host_counts_E = host.read(counts_E, "rows of each expert", total=len(rows_ND))
+        parts = rows_ND.split(host_counts_E.tolist())
+        y_ND = torch.cat(
+            [
+                expert(part, counts_E[i : i + 1], host_counts_E=host_counts_E[i : i + 1])
+                for i, (expert, part) in enumerate(zip(self.held[own or slice(None)], parts, strict=True))
+            ]
+        )
+        if routing is None:
+            return y_ND
+        return combine(y_ND, routing.weight_N, routing.token_index_N, len(x), routing.slot_TK)
+
+    def keep(self, experts: range) -> None:
+        """Drop all experts but these."""
+        for expert in self.held:
+            if expert.first_expert not in experts:
+                del self._modules[str(expert.first_expert)]
+
+
+def build_experts(config: ModelConfig) -> "Experts | UnevenExperts":
+    """The experts of a layer."""
+    return Experts(config) if config.expert_sizes is None else UnevenExperts(config)
+
+
+AnyExperts = Experts | UnevenExperts
+
+
 class Dispatcher(Protocol):
-    def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    def __call__(self, x_TD: Tensor, routing: Routing, experts: AnyExperts) -> Tensor:
         """The weighted sum of each token's experts, (T, D) in and out."""
 
-    def merge(self, x_TD: Tensor, merging: WeightMixture, experts: Experts) -> Tensor:
+    def merge(self, x_TD: Tensor, merging: WeightMixture, experts: AnyExperts) -> Tensor:
         """Each token through its segment's mixture of all experts' weights, (T, D) in and out."""
 
 
 class LocalDispatcher:
     """All experts are here: one operation gathers each expert's rows, computes, and sums them back."""
 
-    def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    def __call__(self, x_TD: Tensor, routing: Routing, experts: AnyExperts) -> Tensor:
         return experts(x_TD, routing.counts_E, routing)
 
-    def merge(self, x_TD: Tensor, merging: WeightMixture, experts: Experts) -> Tensor:
+    def merge(self, x_TD: Tensor, merging: WeightMixture, experts: AnyExperts) -> Tensor:
         return experts(x_TD, merging=merging)
 
 
@@ -181,7 +241,7 @@ class MoELayer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.gate = build_router(config)
-        self.experts = Experts(config)
+        self.experts = build_experts(config)
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.shared_experts = None
         if config.num_shared_experts:

@@ -41,6 +41,8 @@ class Router(nn.Module, ABC):
     A router whose settings have `learns_from_loss` hands something on while training (`RoutingStatistics.handed_TX`) of
     which `feedback` makes sums, once the tokens' losses are known. last: whether this is the last layer's.
 
+    relative_sizes: widths of the experts over their mean.
+
     step: the optimizer step that is being computed, counted from 0; set by the training loop.
 
     parts: set by sequence parallelism, under which inputs are this rank's positions. What a router does by documents or
@@ -57,6 +59,8 @@ class Router(nn.Module, ABC):
         self.settings = config.router
         self.num_experts = config.num_local_experts
         self.top_k = config.num_experts_per_tok
+        sizes = config.expert_sizes or (1,) * config.num_local_experts
+        self.relative_sizes = tuple(size * len(sizes) / sum(sizes) for size in sizes)
         self.jitter = config.router_jitter_noise
         self.per_sequence = config.router_aux_loss_scope == "sequence"
         self.step = 0

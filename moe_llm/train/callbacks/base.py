@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedTokenizerFast
 
     from moe_llm.config import Config
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     from moe_llm.data.packing import Batch
     from moe_llm.distributed.engine import Engine
     from moe_llm.distributed.runtime import Runtime
+    from moe_llm.distributed.step_loss import StepLoss
     from moe_llm.train.metrics import StepWindow
     from moe_llm.train.position import Position
 
@@ -92,6 +95,11 @@ class Callback:
     def perturb(self, run: TrainingRun, inputs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the forward pass that depend on all others (`inputs`)."""
         return {}
+
+    def gradients(self, run: TrainingRun, batches: "Sequence[Batch]") -> "StepLoss":
+        """In place of the forward and backward passes of a step's micro-batches: `run.engine.backward` of whatever its
+        update is to go by. One callback at most may do so, and then no other one's `extra_inputs` and `perturb` act."""
+        raise AssertionError("called where it is overridden")
 
     def on_backward_end(self, run: TrainingRun) -> None:
         """Gradients of the whole step are there, neither clipped nor checked: `run.engine.gradient_square()`.

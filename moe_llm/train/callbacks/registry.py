@@ -21,6 +21,7 @@ _OWN: list[tuple[str, str, Callable[[Config], bool]]] = [
     ("alternating_updates", "AlternatingUpdates", lambda config: config.train.adversarial.router_every is not None),
     ("expert_sources", "ExpertSources", lambda config: config.finetune.expert_sources is not None),
     ("preference", "PreferenceTuning", lambda config: config.data.has_preference),
+    ("meta_learning", "MetaLearning", lambda config: config.train.meta.method is not None),
     ("distillation", "Distillation", lambda config: bool(config.distill.teachers)),
     ("adversarial", "AdversarialTraining", lambda config: config.train.adversarial.epsilon is not None),
     ("task_evaluation", "TaskEvaluation", lambda config: bool(config.evaluate.tasks)),

@@ -19,7 +19,7 @@ class BiasBalancedRouter(Router):
 
     After each step an expert that had less than its even share of all tokens gets a higher bias, one that had more a
     lower one. With `loss_share` its load is not how many tokens it had alone, but how large a part of the losses too: an
-    expert of difficult tokens gets fewer of them. For the entropies and the balance loss (DeepSeek-V3's complementary one is scope `sequence`), the
+    expert of difficult tokens gets fewer of them; with `time_share` a wide expert does. For the entropies and the balance loss (DeepSeek-V3's complementary one is scope `sequence`), the
     distribution is the scores' shares.
     """
 
@@ -74,11 +74,15 @@ class BiasBalancedRouter(Router):
 
     def after_step(self, total: RoutingStatistics) -> None:
         counts_E, rate = total.tokens_per_expert_E, self.settings.update_rate
-        if not self.settings.learns_from_loss:
+        losses, time = self.settings.loss_share, self.settings.time_share
+        if not losses + time:
             self.e_score_correction_bias += rate * (counts_E.mean() - counts_E).sign()
             return
-        part = self.settings.loss_share
-        load_E = (1 - part) * _relative(counts_E) + part * _relative(total.own_X)
+        load_E = (1 - losses - time) * _relative(counts_E)
+        if losses:
+            load_E = load_E + losses * _relative(total.own_X)
+        if time:
+            load_E = load_E + time * _relative(counts_E * counts_E.new_tensor(self.relative_sizes))
         self.e_score_correction_bias += rate * (1 - load_E).clamp(-1, 1)
 
 

@@ -21,8 +21,8 @@ class ReinforceRouter(Router):
     """While training K experts are drawn without replacement from the softmax, one after the other; evaluation takes the
     likeliest. Each weighs 1 / K, so that the gate learns by its policy gradient alone.
 
-    Token t adds (c_t - b_t) * log pi_t to the policy's loss, with c_t its own cross-entropy plus the penalty for loaded
-    experts, b_t the baseline, both without gradient, and pi_t the probability of what was drawn, in its order. What a
+    Token t adds (c_t - b_t) * log pi_t to the policy's loss, with c_t its own cross-entropy plus the penalties for loaded
+    and for wide experts, b_t the baseline, both without gradient, and pi_t the probability of what was drawn, in its order. What a
     choice does to later tokens, through attention, is no part of its reward.
     """
 
@@ -54,10 +54,13 @@ class ReinforceRouter(Router):
         return decided(logits_TE.topk(self.top_k, dim=-1).indices)
 
     def _penalty(self, expert_TK: Tensor) -> Tensor:
-        if not self.settings.load_coef:
-            return torch.zeros_like(expert_TK[:, 0], dtype=torch.float32)
-        excess_E = (self.load * self.num_experts - 1) * (self.load.sum() > 0)
-        return self.settings.load_coef * excess_E[expert_TK].mean(-1)
+        """Of each token, for the load and the cost of its experts."""
+        excess_E = torch.zeros(self.num_experts, device=expert_TK.device)
+        if self.settings.load_coef:
+            excess_E = excess_E + self.settings.load_coef * (self.load * self.num_experts - 1) * (self.load.sum() > 0)
+        if self.settings.cost_coef:
+            excess_E = excess_E + self.settings.cost_coef * (excess_E.new_tensor(self.relative_sizes) - 1)
+        return excess_E[expert_TK].mean(-1)
 
     def feedback(self, statistics: RoutingStatistics, losses: TokenLosses) -> RoutingStatistics:
         handed_TX = statistics.handed_TX
