@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_llm.families.hf import expert_of
 from moe_llm.config import Config
+from moe_llm.families.hf import expert_of
 from moe_llm.finetune.targets import adapted_names, is_attention, require_peft
 from moe_llm.model.adapters import factors_of, own_name
 from moe_llm.model.moe.experts import Experts
