@@ -11,10 +11,11 @@ class AugmentConfig(Section):
     """Changes of training text, drawn anew for each sample by `run.seed` and the sample's number: a run resumes with the
     same ones, at any number of ranks. Held-out text stays as it is."""
 
-    kind: Literal["mask", "span", "edits"] = Field(
+    kind: Literal["mask", "span", "edits"] | None = Field(
+        None,
         description="mask: tokens of the input are replaced by mask_token, targets stay; span: spans are cut out and have to "
         "be written behind the text, in order (Raffel et al. 2020; as text to continue, Tay et al. 2022); edits: an edited "
-        "text, and the text (Diffuser, Reid et al. 2022)"
+        "text, and the text (Diffuser, Reid et al. 2022); null: text is read as it is",
     )
     rate: float = Field(
         0.15,
@@ -31,9 +32,13 @@ class AugmentConfig(Section):
 
     @model_validator(mode="after")
     def _settings_apply(self):
-        kinds = {"span_length": ("span",), "mask_token": ("mask", "span"), "separator": ("span", "edits")}
+        every = ("mask", "span", "edits")
+        kinds = {"rate": every, "share": every, "span_length": ("span",)}
+        kinds |= {"mask_token": ("mask", "span"), "separator": ("span", "edits")}
         for name, applies in kinds.items():
             value = getattr(self, name)
             if self.kind not in applies and value != type(self).model_fields[name].default:
-                invalid(name, value, f"applies to kind {' and '.join(applies)}, not to {self.kind}", "remove it")
+                invalid(
+                    name, value, f"applies to kind {' and '.join(applies)}, not to {self.kind or 'none'}", "remove it"
+                )
         return self

@@ -49,9 +49,7 @@ class SourceConfig(Section):
     weight: float | None = Field(
         None, gt=0, description="share of the training blocks (relative); null for all: by size"
     )
-    augment: AugmentConfig | None = Field(
-        None, description="text: changes of what is trained on, such as {kind: mask, rate: 0.15}; null: none"
-    )
+    augment: AugmentConfig = Field(AugmentConfig(), description="text: changes of what is trained on")
 
     @model_validator(mode="after")
     def _path_fits_type(self):
@@ -78,7 +76,7 @@ class SourceConfig(Section):
         addresses = [self.path] if isinstance(self.path, str) else self.path or []
         if self.type == "files" and not self.streaming and any("://" in str(address) for address in addresses):
             invalid("path", self.path, "is an address, and files are read from this machine", "set streaming: true")
-        if self.augment is not None and self.content != "text":
+        if self.augment.kind is not None and self.content != "text":
             invalid("augment", self.augment.kind, f"does not apply to content: {self.content}", "remove it")
         if self.content != "chat" and self.columns is not None:
             invalid("columns", self.columns, "applies to content: chat", "use text_field for the column of text")
@@ -160,11 +158,11 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _augmentation_fits(self):
         for index, source in enumerate(self.validation_sources):
-            if source.augment is not None:
+            if source.augment.kind is not None:
                 key = f"validation_sources.{index}.augment"
                 invalid(key, source.augment.kind, "would change held-out text, which stays as it is", "remove it")
         for index, source in enumerate(self.sources):
-            if source.augment is not None and source.augment.kind != "mask" and not self.isolate_documents:
+            if source.augment.kind not in (None, "mask") and not self.isolate_documents:
                 kind = source.augment.kind
                 needs = "works on whole documents, and isolate_documents is false"
                 invalid(f"sources.{index}.augment.kind", kind, needs, "set it to true, or use mask")

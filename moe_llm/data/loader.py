@@ -287,7 +287,7 @@ def load_data(
     augmentations = {
         number: Augmentation(source.augment, tokenizer, field)
         for number, (field, source) in enumerate(named_sources(config))
-        if source.augment is not None
+        if source.augment.kind is not None
     }
     order = _mixed(config, train, augmentations)
     found = Data(order, validation, [_statistics(*named) for named in blocks], prints)
