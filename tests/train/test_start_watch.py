@@ -10,10 +10,17 @@ import pytest
 import yaml
 
 from moe_llm import locks
+from moe_llm.logs import show_messages
 from moe_llm.train import start_watch
 from moe_llm.train.start_watch import StartWatch, watchdog_takes_over
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def on_stderr():
+    """As the command line shows them."""
+    show_messages(command=True)
 
 
 @pytest.fixture
@@ -24,33 +31,33 @@ def ended(monkeypatch):
     return codes
 
 
-def test_a_quick_phase_that_lasts_is_reported_and_ended(ended, caplog):
+def test_a_quick_phase_that_lasts_is_reported_and_ended(ended, capfd):
     with StartWatch(0.5):
         locks.tell("joining the process group", quick=True)
         time.sleep(1.2)
-    err = caplog.text
+    err = capfd.readouterr().err
     assert "rank 0: still starting, for 0 s in: joining the process group" in err
     assert "has not started, for" in err
     assert "test_a_quick_phase" in err, "the stacks say where"
     assert ended[0] == start_watch.EXIT_HUNG
 
 
-def test_a_long_phase_is_reported_and_goes_on(ended, caplog):
+def test_a_long_phase_is_reported_and_goes_on(ended, capfd):
     with StartWatch(0.2):
         locks.tell("tokenising")
         time.sleep(0.8)
-    err = caplog.text
+    err = capfd.readouterr().err
     assert "still starting" in err
     assert "in: tokenising" in err
     assert ended == []
 
 
-def test_progress_keeps_it_silent(ended, caplog):
+def test_progress_keeps_it_silent(ended, capfd):
     with StartWatch(0.3):
         for i in range(10):
             locks.tell(f"part {i}", quick=True)
             time.sleep(0.08)
-    assert caplog.text == ""
+    assert capfd.readouterr().err == ""
     assert ended == []
 
 
@@ -63,7 +70,7 @@ def test_the_watchdog_takes_over_and_nothing_listens_afterwards(ended):
     assert ended == []
 
 
-def test_it_watches_from_the_first_check_on(ended, caplog, monkeypatch, make_config):
+def test_it_watches_from_the_first_check_on(ended, capfd, monkeypatch, make_config):
     """Looking for the data may hang too, on a file system that does not answer."""
     from moe_llm.config import load_config
     from moe_llm.errors import UserError
@@ -76,7 +83,7 @@ def test_it_watches_from_the_first_check_on(ended, caplog, monkeypatch, make_con
     monkeypatch.setattr(run, "check_sources", slow)
     with pytest.raises(UserError, match="no data"):
         run.train(load_config(make_config("watched")))
-    assert "still starting, for 0 s in: reading the configuration" in caplog.text
+    assert "still starting, for 0 s in: reading the configuration" in capfd.readouterr().err
     assert locks.listeners == []
 
 
