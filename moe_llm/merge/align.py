@@ -10,7 +10,7 @@ A layer in which the order as it is scores within MARGIN an expert of the best s
 have their experts in one order, and where experts are nearly alike, noise must not reorder them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -103,6 +103,7 @@ class Aligner:
         if model.reference not in self._inputs:
             from moe_llm.merge.activations import layer_inputs
 
+            assert self.text is not None, "the recipe refuses activations without align_text"
             self._inputs[model.reference] = layer_inputs(model, self.text, self.tokens)
         return self._inputs[model.reference][layer.index]
 
@@ -110,8 +111,9 @@ class Aligner:
 class _Aligned:
     """A reader whose moves are found when they are first needed."""
 
-    def __init__(self, model: Model, match):
-        self._model, self._match, self._moved = model, match, None
+    def __init__(self, model: Model, match: Callable[[], dict[str, Move]]):
+        self._model, self._match = model, match
+        self._moved: Moved | None = None
         self.shapes = model.shapes
 
     def dtype(self, name: str) -> torch.dtype:
@@ -159,6 +161,7 @@ class _Layer:
         gate, up, down = self.expert(e)
         gate_TF, up_TF, bias_D = x_TD @ gate.T, x_TD @ up.T, torch.zeros(())
         config = self.model.config
+        assert config is not None, "a model with experts has a configuration of ours"
         if config.expert_bias:
             bias_F2 = (
                 self.model.read(self.name(f"{GATE_UP}_bias"), 2 * e * self.F, 2 * (e + 1) * self.F).float().view(-1, 2)
@@ -183,7 +186,7 @@ class _Layer:
 
 def weight_similarity(a: _Layer, b: _Layer) -> torch.Tensor:
     """Cosine of the weights of each of a's experts with each of b's: (E, E)."""
-    products, squares_a, squares_b = torch.zeros(a.E, a.E, dtype=torch.float64), 0.0, 0.0
+    products, squares_a, squares_b = torch.zeros(a.E, a.E, dtype=torch.float64), torch.zeros(a.E), torch.zeros(b.E)
     for x, y in zip(a.spans(), b.spans()):
         products += x @ y.T
         squares_a, squares_b = squares_a + x.square().sum(1), squares_b + y.square().sum(1)

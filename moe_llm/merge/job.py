@@ -65,6 +65,12 @@ class Job:
     notes: list[str] = field(default_factory=list, compare=False)
 
     @property
+    def origin(self) -> int:
+        """`base` of a method that has one."""
+        assert self.base is not None, "the plan gives a method on task vectors its base"
+        return self.base
+
+    @property
     def tasks(self) -> list[int]:
         """Indices of the inputs that are not the base."""
         return [i for i in range(len(self.inputs)) if i != self.base]

@@ -149,6 +149,7 @@ def _gates(recipe: MixtureRecipe, base: Model) -> torch.Tensor:
 
     rows = []
     for expert in recipe.experts:
+        assert expert.positive_prompts, "a gate by prompts has some for each expert"
         row_LD = represent(expert.positive_prompts)
         if expert.negative_prompts:
             row_LD = row_LD - represent(expert.negative_prompts)

@@ -148,7 +148,7 @@ class Model:
 
     def _kind(self) -> str:
         origin, kind = self.directory / "config.json", self.content.get("model_type")
-        named = self.content.get("architectures") or [KINDS.get(kind)]
+        named = self.content.get("architectures") or [KINDS.get(str(kind))]
         if kind not in KINDS or named != [KINDS[kind]]:
             raise UserError(
                 f"{origin}: model_type={kind!r} with architectures={named} cannot be merged: "

@@ -63,17 +63,17 @@ def _is_scalar(value: Any) -> bool:
 
 def matches(word: str | None, name: str) -> bool:
     """Whether a filter means a tensor: part of its name in transformers 5 or in Mixtral's published files."""
-    return word in (None, "*") or word in name or word in published_name(name)
+    return word is None or word == "*" or word in name or word in published_name(name)
 
 
 def filters(settings: Iterable[Mapping[str, Any]]) -> set[str]:
     """The words of all filters in these sections."""
-    found = set()
+    found: set[str | None] = set()
     for section in settings:
         for setting in section.values():
             items = setting if isinstance(setting, list) else [setting]
             found |= {item.get("filter") for item in items if isinstance(item, dict)}
-    return found - {None, "*"}
+    return {word for word in found if word is not None and word != "*"}
 
 
 def resolve(

@@ -54,8 +54,10 @@ def read_dtype(text: str | None, field_name: str) -> torch.dtype | None:
     Raises:
         UserError: another word.
     """
-    if text is None or text in DTYPES:
-        return DTYPES.get(text)
+    if text is None:
+        return None
+    if text in DTYPES:
+        return DTYPES[text]
     raise UserError(f"{field_name}={text!r} is no dtype of an output: use float32, bfloat16 or float16")
 
 
@@ -84,6 +86,7 @@ class _Planner:
             self.notes += other_tokens(first)
         self.aligner = None
         if recipe.align_experts == "activations":
+            assert recipe.align_text is not None, "the recipe refuses activations without align_text"
             check_text(recipe.align_text, first)
         if recipe.align_experts != "none":
             self.aligner = Aligner(recipe.align_experts, recipe.align_neurons, recipe.align_text, recipe.align_tokens)
@@ -91,8 +94,8 @@ class _Planner:
     def plan(self) -> Plan:
         for piece in self.slices:
             self._check_slice(piece)
-        tensors = list(self._tensors())
-        _check_filters(self.recipe, self.slices, [job.name for job in tensors])
+        jobs = list(self._tensors())
+        _check_filters(self.recipe, self.slices, [job.name for job in jobs])
         layers = [
             (self._reference(piece), source.layer_range[0] + i)
             for piece in self.slices
@@ -106,7 +109,7 @@ class _Planner:
             self.donor.kind,
             self.donor,
             list(self.models.values()),
-            tensors,
+            [*jobs],
             changes,
             self.vocabulary,
             self.recipe.chat_template,
@@ -119,6 +122,7 @@ class _Planner:
         recipe = self.recipe
         if recipe.slices is not None:
             return recipe.slices
+        assert recipe.models is not None, "a recipe has models or slices"
         items = [(item.model, item.parameters) for item in recipe.models]
         if recipe.base_model is not None and recipe.base_model not in [name for name, _ in items]:
             items.append((recipe.base_model, {}))
@@ -194,7 +198,7 @@ class _Planner:
             yield self._outer(HEAD, self.slices[-1])
 
     def _outer(self, name: str, piece: OutputSlice) -> Job:
-        readers = []
+        readers: list[tuple[Reader, str]] = []
         for source in piece.sources:
             model = self.models[source.model]
             everyone = [self.models[s.model] for s in piece.sources]

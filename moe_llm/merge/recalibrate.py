@@ -29,7 +29,7 @@ from moe_llm.distributed.runtime import Runtime
 from moe_llm.distributed.step_loss import StepLoss
 from moe_llm.errors import UserError
 from moe_llm.families import hf
-from moe_llm.merge.recipe import AnyRecipe, Recalibration, recipe_text
+from moe_llm.merge.recipe import AnyRecipe, Recalibration, SoupRecipe, recipe_text
 from moe_llm.merge.run import merge_recipe, plan_of
 from moe_llm.merge.write import RECIPE_FILE, check_output
 
@@ -54,6 +54,7 @@ def merge_recalibrated(
     Raises:
         UserError: whatever is wrong with the recipe, the models, the text or the output; nothing is left behind.
     """
+    assert not isinstance(recipe, SoupRecipe), "a soup has no recalibrate"
     out, settings = Path(out), recipe.recalibrate
     say = say or (lambda sentence: logger.info("merge: %s", sentence))
     assert settings is not None, "the recipe has no recalibrate"
@@ -85,7 +86,7 @@ def recalibrate(directory: Path, settings: Recalibration) -> Outcome:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = MoEForCausalLM.from_pretrained(directory).to(device)
-    fitted, judges = _batches(directory, settings, model.config.longest_text, model.config.vocab_size)
+    fitted, judges = _batches(directory, settings, model.config.longest_text, model.config.resolved_vocab_size)
     before = _loss(model, judges, device)
     files = TensorFiles(directory, MODEL)
     stored = Weights(files).stored()
@@ -135,6 +136,7 @@ def _fit(model: MoEForCausalLM, batches: Sequence[Batch], settings: Recalibratio
         batch = batches[step % len(batches)].to(device)
         StepLoss(model.config, runtime, [batch])(model(**model_inputs(batch))).total.backward()
         for parameter, master in zip(routers, masters, strict=True):
+            assert parameter.grad is not None, "every router is in the loss"
             master.grad, parameter.grad = parameter.grad.float(), None
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * (1 - step / settings.steps)

@@ -211,7 +211,10 @@ class SoupRecipe(Section):
 
 
 AnyRecipe = Recipe | MixtureRecipe | CheckpointRecipe | SoupRecipe
-_BY_METHOD = {"checkpoint_average": CheckpointRecipe, "greedy_soup": SoupRecipe}
+_BY_METHOD: dict[str, type[CheckpointRecipe] | type[SoupRecipe]] = {
+    "checkpoint_average": CheckpointRecipe,
+    "greedy_soup": SoupRecipe,
+}
 
 
 def load_recipe(path: str | Path) -> AnyRecipe:
@@ -235,7 +238,7 @@ def parse_recipe(raw: Any, origin: str = "recipe") -> AnyRecipe:
     if raw.get("modules") is not None:
         raise UserError(f"{origin}: modules is not supported: give models or slices, for there is one module here")
     if "experts" in raw:
-        kind: type[Section] = MixtureRecipe
+        kind: type[AnyRecipe] = MixtureRecipe
     else:
         method = raw.get("merge_method")
         kind = _BY_METHOD.get(method, Recipe) if isinstance(method, str) else Recipe
@@ -243,9 +246,12 @@ def parse_recipe(raw: Any, origin: str = "recipe") -> AnyRecipe:
         return kind.model_validate(raw)
     except ValidationError as error:
         known = {key for section in _sections(kind) for key in fields_by_key(section)}
-        raise UserError(f"{origin}: {sentence(error.errors()[0], known)}") from error
+        raise UserError(f"{origin}: {sentence(dict(error.errors()[0]), known)}") from error
 
 
-def _sections(kind: type[Section]) -> list[type[Section]]:
-    nested = {Recipe: [InputModel, OutputSlice, SliceSource, TokenizerSettings], MixtureRecipe: [Expert]}
+def _sections(kind: type[AnyRecipe]) -> list[type[Section]]:
+    nested: dict[type, list[type[Section]]] = {
+        Recipe: [InputModel, OutputSlice, SliceSource, TokenizerSettings],
+        MixtureRecipe: [Expert],
+    }
     return [kind, Recalibration, *nested.get(kind, [InputModel])]

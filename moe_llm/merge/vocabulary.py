@@ -138,7 +138,7 @@ class Revocabularied:
         """Rows of tokens that this model lacks, fp32."""
         total_TD = torch.zeros(len(tokens), self.shapes[name][-1])
         count_T = torch.zeros(len(tokens), 1)
-        base = self._vocabulary.rows.get(self._vocabulary.base)
+        base = None if self._vocabulary.base is None else self._vocabulary.rows.get(self._vocabulary.base)
         by_base = torch.zeros(len(tokens), dtype=torch.bool) if base is None else base[tokens] >= 0
         for model in self._models:
             rows = self._vocabulary.rows[model.reference][tokens]

@@ -187,7 +187,8 @@ class _Progress:
     """A bar of the bytes written, on a terminal; nothing elsewhere."""
 
     def __init__(self, total: int):
-        self._total, self._bar = total, None
+        self._total = total
+        self._bar: Any = None
 
     def __enter__(self) -> "_Progress":
         if sys.stderr.isatty():

@@ -47,6 +47,6 @@ def _thinned(job: Job) -> deltas.Thin:
     numel = math.prod(job.shape)
     bands = {i: Band(numel, job.inputs[i].parameters["density"], job.inputs[i].parameters["gamma"]) for i in job.tasks}
     for trims in ({i: band.inner for i, band in bands.items()}, {i: band.outliers for i, band in bands.items()}):
-        settle(job, trims, lambda i, parts: parts[i] - parts[job.base])
-    thin = Thinned({i: band.keep for i, band in bands.items()}, lambda: [band.again() for band in bands.values()])
+        settle(job, trims, lambda i, parts: parts[i] - parts[job.origin])
+    thin = Thinned({i: band.keep for i, band in bands.items()}, [band.again for band in bands.values()])
     return thin.rescaled(job) if job.shared["rescale"] else thin

@@ -60,4 +60,4 @@ def _rows(job: Job, i: int, start: int, stop: int) -> torch.Tensor:
     """The whole rows of a task vector from `start`, where one begins, to beyond `stop`."""
     columns = job.shape[-1]
     stop = -(-stop // columns) * columns
-    return job.part(i, start, stop) - job.part(job.base, start, stop)
+    return job.part(i, start, stop) - job.part(job.origin, start, stop)

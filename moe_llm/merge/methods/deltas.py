@@ -38,7 +38,7 @@ def mix(job: Job, thin: Thin | None, *, elect: bool) -> Combine:
     least = _TINY * sum(map(abs, weights))
 
     def combine(start: int, parts: list[torch.Tensor]) -> torch.Tensor:
-        base = parts[job.base]
+        base = parts[job.origin]
         deltas = [parts[i] - base for i in job.tasks]
         if thin is not None:
             deltas = [thin(i, start, delta) for i, delta in zip(job.tasks, deltas)]
@@ -66,7 +66,7 @@ def rescaled(job: Job, thin: Thin) -> Thin:
     sums = torch.zeros(len(job.inputs), 2, dtype=torch.float64)
     for start, parts in job.spans():
         for i in job.tasks:
-            delta = parts[i] - parts[job.base]
+            delta = parts[i] - parts[job.origin]
             sums[i] += torch.stack([delta.abs().sum(), thin(i, start, delta).abs().sum()])
     factors = [before / after if after > 0 else 1.0 for before, after in sums.tolist()]
     return lambda i, start, delta: thin(i, start, delta) * factors[i]

@@ -17,7 +17,7 @@ _TINY = 1e-6
 def start(job: Job) -> Combine:
     columns = job.shape[-1] if job.shared["filter_wise"] else None
     tasks = len(job.tasks)
-    gram_Rkk = gram(job, lambda parts: [parts[i] - parts[job.base] for i in job.tasks], columns)
+    gram_Rkk = gram(job, lambda parts: [parts[i] - parts[job.origin] for i in job.tasks], columns)
     norm_Rk = gram_Rkk.diagonal(dim1=1, dim2=2).sqrt()
     product_Rkk = (norm_Rk[:, :, None] * norm_Rk[:, None, :]).clamp(min=_TINY)
     cosine_Rkk = (gram_Rkk / product_Rkk).clamp(-1, 1)
@@ -30,6 +30,6 @@ def start(job: Job) -> Combine:
     def combine(start: int, parts: list[torch.Tensor]) -> torch.Tensor:
         t = t_R[rows_of(start, len(parts[0]), columns)]
         mean = sum(parts[i] for i in job.tasks) / tasks
-        return t * mean + (1 - t) * parts[job.base]
+        return t * mean + (1 - t) * parts[job.origin]
 
     return combine

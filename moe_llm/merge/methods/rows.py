@@ -24,13 +24,16 @@ def gram(
         lines, line_of: how many lines that are no rows there are, and which one each element of a span is in.
     """
     if line_of is None:
-        lines = 1 if columns is None else math.prod(job.shape) // columns
+        count = 1 if columns is None else math.prod(job.shape) // columns
+    else:
+        assert lines is not None, "lines are counted where they are given"
+        count = lines
     found_Rkk = None
     for start, parts in job.spans():
         span_kn = torch.stack(vectors(parts)).double()
         if found_Rkk is None:
-            found_Rkk = span_kn.new_zeros(lines, len(span_kn), len(span_kn))
-        if lines == 1:
+            found_Rkk = span_kn.new_zeros(count, len(span_kn), len(span_kn))
+        if count == 1:
             found_Rkk[0] += span_kn @ span_kn.T
             continue
         length = span_kn.shape[1]

@@ -34,11 +34,11 @@ def start(job: Job) -> Combine:
 
     def combine(_: int, parts: list[torch.Tensor]) -> torch.Tensor:
         if not job.tasks:
-            return parts[job.base]
+            return parts[job.origin]
         selected = _tasks(job, parts) * select.mask(_variance(job, parts))
         positive = selected.sum(0) >= 0
         agree = torch.where(positive, selected > 0, selected < 0) * weights.float()[:, None]
-        return parts[job.base] + (selected * agree).sum(0) / agree.sum(0).clamp(min=_TINY)
+        return parts[job.origin] + (selected * agree).sum(0) / agree.sum(0).clamp(min=_TINY)
 
     return combine
 
@@ -56,8 +56,10 @@ def _selection(job: Job) -> Trim:
 
 
 def _tasks(job: Job, parts: list[torch.Tensor]) -> torch.Tensor:
-    return torch.stack([parts[i] - parts[job.base] for i in job.tasks]) if job.tasks else parts[job.base][None, :][:0]
+    return (
+        torch.stack([parts[i] - parts[job.origin] for i in job.tasks]) if job.tasks else parts[job.origin][None, :][:0]
+    )
 
 
 def _variance(job: Job, parts: list[torch.Tensor]) -> torch.Tensor:
-    return _tasks(job, parts).var(0, correction=0) if job.tasks else torch.zeros_like(parts[job.base])
+    return _tasks(job, parts).var(0, correction=0) if job.tasks else torch.zeros_like(parts[job.origin])

@@ -17,7 +17,7 @@ _TINY = 1e-8
 
 
 def start(job: Job) -> Combine:
-    first, second = job.base, job.tasks[0]
+    first, second = job.origin, job.tasks[0]
     t = job.shared["t"]
     squares, product = torch.zeros(2, dtype=torch.float64), 0.0
     for _, parts in job.spans():

@@ -6,7 +6,7 @@ of the upper half of the bits, then one of the lower half within the bin that ho
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -20,8 +20,8 @@ _LOW_BITS = 15  # of the 31 below the sign
 def start(job: Job) -> Combine:
     numel = math.prod(job.shape)
     trims = {i: Trim(numel, count_of(numel, job.inputs[i].parameters["density"])) for i in job.tasks}
-    settle(job, trims, lambda i, parts: parts[i] - parts[job.base])
-    thin = Thinned({i: trim.keep for i, trim in trims.items()}, lambda: [trim.again() for trim in trims.values()])
+    settle(job, trims, lambda i, parts: parts[i] - parts[job.origin])
+    thin = Thinned({i: trim.keep for i, trim in trims.items()}, [trim.again for trim in trims.values()])
     return deltas.mix(job, thin.rescaled(job) if job.shared["rescale"] else thin, elect=True)
 
 
@@ -105,10 +105,10 @@ def settle(job: Job, trims: Mapping[int, Trim], value: Callable[[int, list[torch
 
 
 class Thinned:
-    """A `deltas.Thin` of one function of a span for each task vector; `again` begins another pass of them."""
+    """A `deltas.Thin` of one function of a span for each task vector; all of `again` begin another pass of them."""
 
     def __init__(
-        self, keep: Mapping[int, Callable[[torch.Tensor], torch.Tensor]], again: Callable[[], object] | None = None
+        self, keep: Mapping[int, Callable[[torch.Tensor], torch.Tensor]], again: Sequence[Callable[[], None]] = ()
     ):
         self._keep, self._again = keep, again
 
@@ -117,6 +117,6 @@ class Thinned:
 
     def rescaled(self, job: Job) -> deltas.Thin:
         thin = deltas.rescaled(job, self)
-        if self._again is not None:
-            self._again()
+        for begin in self._again:
+            begin()
         return thin
