@@ -267,3 +267,9 @@ def gates_of_shared_experts_stay_open(rank):
             self.shared_expert_gate.register_forward_hook(lambda module, inputs, output: output * 0)
 
     return mock.patch.object(MoELayer, "__init__", init)
+
+
+def biases_move_the_wrong_way(rank):
+    import model_faults
+
+    return model_faults.biases_move_towards_the_load()

@@ -90,7 +90,9 @@ NOISY = "model.router.type=noisy_top_k"
 GROUPS = "model.router={type: deepseek_moe, device_balance_coef: 0.1, device_groups: 2}"
 ENTROPY = "model.router={type: top_p, local_entropy_coef: 0.1}"
 GATE = ["model.num_shared_experts=1", "model.shared_expert_gate=true"]
+BIASED = "model.router.type=bias_balanced"
 ROUTERS_AND_FAMILIES = [
+    (practice.biases_move_the_wrong_way, "reference_buffers", "by another rule than its paper's", [BIASED]),
     (practice.a_variation_is_not_squared, "reference_own", "another formula", [NOISY]),
     (practice.groups_of_experts_are_summed_in_place_of_averaged, "reference_own", "another formula", [GROUPS]),
     (practice.entropy_has_another_base, "reference_own", "another formula", [ENTROPY]),

@@ -1,5 +1,6 @@
 """The oracle's second opinion of a model, and the package's own: the same losses and gradients for every router and family."""
 
+import model_faults as faults
 import numpy as np
 import pytest
 import torch
@@ -10,7 +11,7 @@ from moe_llm.data.packing import Batch
 from moe_llm.doctor.oracle.family import comparable, decoder_of, has_own_layers
 from moe_llm.doctor.oracle.transformer import Reference
 from moe_llm.model.decoder import MoEDecoder
-from moe_llm.model.moe.routers import end_step
+from moe_llm.model.moe.router import end_step
 
 SIZES = {
     "vocab_size": 40,
@@ -42,6 +43,7 @@ ROUTERS = {
     "deepseek_moe": {"router": {"type": "deepseek_moe", "n_group": 3, "topk_group": 2}, "num_shared_experts": 1},
     "bias_balanced": {"router": {"type": "bias_balanced", "n_group": 3, "topk_group": 2, "update_rate": 0.1}},
     "bias_balanced, softmax": {"router": {"type": "bias_balanced", "score": "softmax", "norm_topk_prob": False}},
+    "bias_balanced by losses": {"router": {"type": "bias_balanced", "loss_share": 0.4, "update_rate": 0.1}},
     "soft_moe": {
         "router": {"type": "soft_moe", "slots_per_expert": 1, "segment_length": 4},
         "num_experts_per_tok": 2,
@@ -206,3 +208,30 @@ def test_there_is_a_second_opinion_of_every_router_and_family():
         assert comparable(config)
         assert decoder_of(config) == name.split("'")[0].split(",")[0].split(" ")[0] or "'" in name or "biases" in name
         assert has_own_layers(config) == (name in NATIVE), name
+
+
+PLANTED = [
+    (faults.biases_move_towards_the_load, ROUTERS["bias_balanced"]),
+    (faults.a_group_is_as_good_as_its_best_expert, ROUTERS["bias_balanced"]),
+    (faults.thresholds_are_sums_in_place_of_means, ROUTERS["expert_choice"]),
+    (faults.experts_take_a_token_less, ROUTERS["expert_choice"]),
+    (faults.positions_count_over_documents, ROUTERS["balanced"]),
+    (faults.gates_read_other_documents, ROUTERS["transformer"]),
+    (faults.segments_go_over_documents, ROUTERS["soft_moe"]),
+    (faults.the_first_segment_is_routed_like_a_later_one, ROUTERS["lory"]),
+    (faults.what_is_drawn_is_put_back, ROUTERS["reinforce"]),
+    (faults.the_baseline_looks_at_the_token_itself, ROUTERS["reinforce, means before"]),
+    (faults.the_posterior_knows_no_likelihood, ROUTERS["em"]),
+    (faults.parts_are_merged_in_another_order, ROUTERS["multi_head"]),
+    (faults.shared_experts_count_twice, FAMILIES["deepseek_v3"]),
+    (faults.activations_are_not_clamped, FAMILIES["gpt_oss"]),
+    (faults.sinks_take_nothing, FAMILIES["gpt_oss"]),
+    (faults.scores_of_latent_heads_have_the_width_of_a_value, FAMILIES["deepseek_v2"]),
+    (faults.whole_heads_are_turned, FAMILIES["glm4_moe"]),
+]
+
+
+@pytest.mark.parametrize(("fault", "changes"), PLANTED, ids=[f[0].__name__ for f in PLANTED])
+def test_a_fault_of_a_router_or_of_a_decoders_part_makes_them_disagree(fault, changes):
+    with fault(), pytest.raises(AssertionError):
+        agree(changes, isolated=True)

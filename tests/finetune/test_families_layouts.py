@@ -47,9 +47,19 @@ def run_of(directory, world: int, **more):
 
 
 def test_experts_alone_change_whatever_the_layout_and_the_class_stays(base, two_ranks, tmp_path):
+    family, _ = base
+    experts_alone_change(base, two_ranks, tmp_path, STAGES.get(family, (1,)))
+
+
+@pytest.mark.grid
+def test_so_in_every_zero_stage(base, two_ranks, tmp_path):
+    experts_alone_change(base, two_ranks, tmp_path, (1, 2, 3))
+
+
+def experts_alone_change(base, two_ranks, tmp_path, stages):
     family, directory = base
     alone = train_steps(run_of(directory, 1), 2)
-    for stage in STAGES.get(family, (1,)):
+    for stage in stages:
         cfg = run_of(directory, 2, ep=2, stage=stage)
         found = two_ranks.run(partial(train_steps, save=str(tmp_path / f"zero{stage}")), cfg, 2)
         torch.testing.assert_close(

@@ -9,27 +9,32 @@ from typing import Any
 import torch
 
 from moe_llm.config import ModelConfig
-from moe_llm.doctor.oracle.router_losses import Routed
+from moe_llm.doctor.oracle.router_losses import Routed, Sums
 
 
 def move_buffers(
     config: ModelConfig,
     buffers: Mapping[str, torch.Tensor],
-    chosen_LE: torch.Tensor,
+    seen: Sums,
     lowest: Sequence[tuple[torch.Tensor, int]],
 ) -> None:
     """Move each, in place.
 
     Args:
         buffers: of routers by name, in the order of the layers.
-        chosen_LE: how often each expert was chosen in the step.
+        seen: sums over the tokens of the step.
         lowest: sums over some documents of the lowest probability that each expert took, (L, E), and how many documents.
     """
     router: Any = config.router
     for layer, buffer in enumerate(buffers.values()):
-        count_E = chosen_LE[layer]
+        count_E = seen.chosen_LE[layer]
         if router.type == "bias_balanced":  # Wang et al. 2024, algorithm 1
-            buffer += router.update_rate * torch.sign(count_E.mean() - count_E)
+            if router.loss_share:  # by how much is too much, of tokens and of their losses
+                parts = (1 - router.loss_share, count_E), (router.loss_share, seen.own_LX[layer])
+                load_E = sum(share * amount_E / amount_E.mean() for share, amount_E in parts)
+                buffer += router.update_rate * (1 - load_E).clamp(-1, 1)
+            else:
+                buffer += router.update_rate * torch.sign(count_E.mean() - count_E)
         elif router.type == "expert_choice":
             mean_E = sum(sum_LE[layer] for sum_LE, _ in lowest) / sum(documents for _, documents in lowest)
             moved_E = buffer + router.threshold_rate * (mean_E - buffer)

@@ -162,7 +162,8 @@ class Reference:
         lm, aux, z = sums.tolist()
         if self.moves:
             with torch.no_grad():
-                move_buffers(self.config, self._buffers(), torch.cat(seen, 1).sum(1), lowest)
+                assert own_seen is not None
+                move_buffers(self.config, self._buffers(), own_seen, lowest)
         return Expected(
             lm,
             aux,
@@ -198,16 +199,16 @@ class Reference:
         output = self.model(ids_BS, attention_mask=mask_BS.long(), use_cache=False)
         nll_BS = F.cross_entropy(output.logits.transpose(1, 2), labels_BS, ignore_index=-100, reduction="none")
         row_T = row_B[:, None].expand_as(mask_BS)[mask_BS].repeat_interleave(self.config.router.parts_per_token)
-        if not self.blocks:
-            real_T = mask_BS.flatten()
-            layers = [seen.of(real_T) for seen in self._seen]
-            return nll_BS.sum(), Routed.of(layers, row_T)
-        layers = [block.choice for block in self.blocks if block.choice is not None]
-        return nll_BS.sum(), Routed.of(layers, row_T, self._from_token_losses(nll_BS, labels_BS, mask_BS))
+        if self.blocks:
+            layers = [block.choice for block in self.blocks if block.choice is not None]
+        else:
+            layers = [seen.of(mask_BS.flatten()) for seen in self._seen]
+        return nll_BS.sum(), Routed.of(layers, row_T, self._from_token_losses(layers, nll_BS, labels_BS, mask_BS))
 
     def _from_token_losses(
-        self, nll_BS: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor
+        self, layers: list[Choice], nll_BS: torch.Tensor, labels_BS: torch.Tensor, mask_BS: torch.Tensor
     ) -> torch.Tensor | None:
+        """Sums (L, X) of what routers make of the tokens' own losses; None of those that make nothing of them."""
         labels_T = labels_BS[mask_BS]
         if self.config.router.type == "reinforce":
             inputs = [x_BSD[mask_BS] for x_BSD in self._inputs]
@@ -220,6 +221,8 @@ class Reference:
                 return model.lm_head(model.model.norm(x_TD))
 
             return expectation_maximisation(self.blocks, stream_TD, labels_T, logits_of)
+        if getattr(self.config.router, "loss_share", 0.0):  # how much loss the tokens of each expert have
+            return torch.stack([nll_BS[mask_BS].detach() @ layer.chosen_TE for layer in layers])
         return None
 
     def _balance(self, part: Routed, seen_LTE: torch.Tensor, tokens: int, rows: int, rounds: int) -> torch.Tensor:
