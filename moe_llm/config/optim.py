@@ -72,6 +72,9 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
     ),
 }
 
+# `adamw` where `optim.master_weights` is not fp32
+BF16_ADAMW = OptimizerEntry("moe_llm.train.bf16_adamw:BF16AdamW", ("betas", "eps"), tensors=ADAMW_TENSORS, nbytes=8)
+
 
 class LrMultipliersConfig(Section):
     """Factors on `optim.lr` by part of the model."""
@@ -120,6 +123,12 @@ class OptimConfig(Section):
     )
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final rate as a share of lr")
     lr_multipliers: LrMultipliersConfig = Field(LrMultipliersConfig(), description="rates by part of the model")
+    master_weights: Literal["fp32", "stochastic_rounding", "kahan"] = Field(
+        "fp32",
+        description="what adamw updates with train.precision bf16: fp32: a copy of the weights, 4 bytes a parameter; "
+        "stochastic_rounding: the bf16 weights themselves, rounded up or down by chance, without bias; kahan: these and "
+        "in 2 bytes what rounding has left over",
+    )
 
     @model_validator(mode="before")
     @classmethod

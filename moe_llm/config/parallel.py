@@ -23,6 +23,11 @@ class ParallelConfig(Section):
         description="parts in which rows travel to their experts and back, so that the next part travels while "
         "one is computed; auto: 2 on CUDA, 1 on a CPU",
     )
+    exchange: Literal["auto", "torch", "deep_ep"] = Field(
+        "auto",
+        description="what carries rows to their experts: torch's all-to-all, or the package deep_ep (a token travels once to "
+        "each rank) on CUDA in bf16, for routers that give every token as many experts; auto: deep_ep where it is installed",
+    )
     placement: Literal["static", "dynamic"] = Field(
         "static",
         description="which rank has which experts. static: neighbours stay together; dynamic: every "
@@ -54,6 +59,12 @@ class ParallelConfig(Section):
         description="of gradients while they are reduced over ranks; bf16 halves the traffic and rounds the sums",
     )
 
+    gradient_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="of gradients as they are summed over micro-batches, with train.precision bf16; bf16 holds 2 bytes a "
+        "parameter in place of 4 and rounds the sums",
+    )
+
     @field_validator("offload_optimizer", mode="before")
     @classmethod
     def _nvme_has_no_experts(cls, value: object) -> object:
@@ -75,6 +86,48 @@ class ParallelConfig(Section):
         if self.overlap_comm is True and self.zero_stage == 1:
             invalid("overlap_comm", True, "does not act in ZeRO-1, which reduces once a step", "use zero_stage 2 or 3")
         return self
+
+
+def check_narrow_state(config: Any) -> None:
+    """Refuse bf16 gradients and bf16 weights without fp32 masters where they cannot be had.
+
+    Args:
+        config: the whole `Config`, whose module imports this one.
+    """
+    gradients, weights = config.parallel.gradient_dtype, config.optim.master_weights
+    if gradients != "fp32":
+        for key, given, why, remedy in (
+            ("train.precision", config.train.precision == "fp32" and "fp32", "has fp32 gradients", "bf16"),
+            (
+                "parallel.offload_optimizer",
+                config.parallel.offload_optimizer == "cpu" and "cpu",
+                "sums fp32 gradients in host memory",
+                "none",
+            ),
+        ):
+            if given:
+                invalid(
+                    "parallel.gradient_dtype",
+                    gradients,
+                    f"does not go with {key}={given}, which {why}",
+                    f"set {key}: {remedy}",
+                )
+    if weights == "fp32":
+        return
+    for key, given, why, remedy in (
+        ("parallel.gradient_dtype", gradients == "fp32" and "fp32", "is wider than the weights", "bf16"),
+        ("optim.name", config.optim.name != "adamw" and config.optim.name, "knows no bf16 weights", "adamw"),
+        (
+            "finetune.experts",
+            config.finetune.experts,
+            "decays rows of stacked weights by themselves, by less than bf16 can hold",
+            "null",
+        ),
+    ):
+        if given:
+            invalid(
+                "optim.master_weights", weights, f"does not go with {key}={given}, which {why}", f"set {key}: {remedy}"
+            )
 
 
 def check_sequence_parts(config: Any) -> None:

@@ -18,7 +18,7 @@ from moe_llm.config.log import LoggingConfig
 from moe_llm.config.meta import MetaConfig, check_meta
 from moe_llm.config.model import ModelConfig
 from moe_llm.config.optim import OptimConfig, check_optimizer
-from moe_llm.config.parallel import ParallelConfig, check_sequence_parts
+from moe_llm.config.parallel import ParallelConfig, check_narrow_state, check_sequence_parts
 from moe_llm.config.preference import PreferenceConfig, check_preference
 from moe_llm.errors import UserError
 
@@ -110,6 +110,18 @@ class TrainConfig(Section):
         "off",
         description="recompute each layer in the backward pass, with the same routing: full: all of it; selective: all but "
         "attention and what the experts' exchanges brought, which are kept; true and false are full and off",
+    )
+    activation_offload: bool = Field(
+        False,
+        description="what layers keep for their backward pass waits in host memory, so that a GPU holds about two layers' "
+        "activations; with selective recomputation also what that keeps. On a CPU it only costs copies",
+    )
+    tiled_mlp: int = Field(
+        1,
+        ge=1,
+        description="for long sequences: parts of the rows of a feed-forward layer (experts, shared experts, dense layers) "
+        "that are computed one after the other, and again in the backward pass, so that the projections of one part alone "
+        "are held; 1: all at once",
     )
     kernels: Literal["auto", "torch", "liger"] = Field(
         "auto",
@@ -284,6 +296,7 @@ class Config(Section):
             )
         model.router.check_length(data.sequence_length)
         check_sequence_parts(self)
+        check_narrow_state(self)
         if train.global_batch_size % train.micro_batch_size:
             invalid(
                 "train.global_batch_size",

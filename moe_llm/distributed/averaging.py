@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_llm.config.ema import EmaConfig
-from moe_llm.distributed.state import EMA
+from moe_llm.distributed.state import EMA, wide
 
 
 class Averaging(ABC):
@@ -23,7 +23,7 @@ class Averaging(ABC):
 
     @abstractmethod
     def _stepped(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
-        """The torch optimizer, and the fp32 tensors that it steps on here."""
+        """The torch optimizer, and the tensors that it steps on here."""
 
     @torch.no_grad()
     def update_average(self) -> None:
@@ -35,9 +35,9 @@ class Averaging(ABC):
             made = not self.kinds or any(kind in state for kind in self.kinds)
             assert made, "torch makes its tensors only where there are none"
             if EMA in state:
-                state[EMA].lerp_(weight, share)
+                state[EMA].lerp_(wide(weight, state), share)
             else:
-                state[EMA] = weight.detach().clone()
+                state[EMA] = wide(weight.detach(), state).clone()
 
     def make_average(self, updates: int) -> None:
         optimizer, weights = self._stepped()
@@ -45,4 +45,4 @@ class Averaging(ABC):
         for weight in weights:
             optimizer.state[weight].pop(EMA, None)
             if updates:
-                optimizer.state[weight][EMA] = torch.zeros_like(weight, requires_grad=False)
+                optimizer.state[weight][EMA] = torch.zeros_like(weight, dtype=torch.float32, requires_grad=False)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from moe_llm.config import Config
-from moe_llm.distributed.dispatch import AllToAllDispatcher
+from moe_llm.distributed.deep_ep import dispatcher
 from moe_llm.distributed.muon import Piece, Share
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.init import give_buffers_storage, give_storage
@@ -95,9 +95,13 @@ def engine_config(config: Config, world_size: int) -> dict:
     }
     if config.train.precision == "bf16":
         # the check is what leaves out a step in ZeRO-1 and 2: see `discard_step`
-        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        # without the last key ZeRO-1 holds every gradient in bf16 too until the backward pass ends
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": True}
         # Sums of gradients, over micro-batches and over ranks, lose what is small in bf16.
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        settings["data_types"] = {"grad_accum_dtype": config.parallel.gradient_dtype}
+        if config.optim.master_weights != "fp32":
+            # the second key only says that no optimizer in host memory is needed: ours keeps its moments in fp32
+            settings["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
         settings["communication_data_type"] = config.parallel.communication_dtype
     return settings
 
@@ -195,7 +199,7 @@ class _EngineContract:
         self.ep_group = groups._get_expert_parallel_group(self.ep_group_name)
         assert torch.distributed.get_rank(self.ep_group) == self.ep_rank
         if self.ep_size > 1:
-            self.dispatcher = AllToAllDispatcher(self.ep_group, self.ep_size, self.all_to_all_chunks)
+            self.dispatcher = dispatcher(self.ep_group, self.ep_size, self.all_to_all_chunks)
 
 
 def split_groups(groups: list[dict]) -> list[dict]:
@@ -210,6 +214,10 @@ def read_full(parameter: Any, kind: str) -> torch.Tensor:
     """The whole fp32 weight or optimizer tensor of a parameter that is trained (of this rank's experts). Collective."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+    if hasattr(parameter, "ds_id"):  # ZeRO-3's own way rounds moments to bf16 where the weights are of it
+        optimizer, key = parameter._z3_optimizer, None if kind == "weight" else kind
+        piece = optimizer._get_fp32_opt_state_partition(parameter, True, key)[0].detach().to(parameter.device).float()
+        return _gathered(parameter, piece, optimizer)
     if kind == "weight":
         return safe_get_full_fp32_param(parameter)
     return safe_get_full_optimizer_state(parameter, kind)
@@ -219,10 +227,15 @@ def read_frozen(parameter: Any, optimizer: Any) -> torch.Tensor:
     """The whole of a parameter that is not trained, fp32: the optimizer knows nothing of it. Collective."""
     if not hasattr(parameter, "ds_id"):
         return parameter.detach().float()
-    group, piece = optimizer._get_param_partition_group(parameter), parameter.ds_tensor.detach()
+    return _gathered(parameter, parameter.ds_tensor.detach(), optimizer).float()
+
+
+def _gathered(parameter: Any, piece: torch.Tensor, optimizer: Any) -> torch.Tensor:
+    """The whole tensor, of which each rank that shares a ZeRO-3 parameter has a slice, the last one padded."""
+    group = optimizer._get_param_partition_group(parameter)
     whole = piece.new_empty(piece.numel() * torch.distributed.get_world_size(group))
     torch.distributed.all_gather_into_tensor(whole, piece.contiguous(), group=group)
-    return whole[: parameter.ds_numel].view(parameter.ds_shape).float()
+    return whole[: parameter.ds_numel].view(parameter.ds_shape)
 
 
 @torch.no_grad()
@@ -331,8 +344,23 @@ def write_span(parameter: Any, kind: str, flat: torch.Tensor) -> None:
         parameter._hp_mapping.get_hp_fragment(optim_state_key=key).view(-1).copy_(flat)
 
 
+@torch.no_grad()
+def update_weights_in_place(optimizer: Any) -> None:
+    """Let the torch optimizer step on the model's own bf16 weights, of which DeepSpeed has made a copy."""
+    if not hasattr(optimizer, "parallel_partitioned_bit16_groups"):  # ZeRO-3
+        for flat, own in zip(
+            optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, strict=True
+        ):
+            flat.data = own.data
+        return
+    for i, flat in enumerate(optimizer.single_partition_of_fp32_groups):
+        rank = torch.distributed.get_rank(optimizer.real_dp_process_group[i])
+        flat.data = optimizer.parallel_partitioned_bit16_groups[i][rank]
+    optimizer._link_all_hp_params()
+
+
 def flat_parameters(optimizer: Any) -> list[torch.Tensor]:
-    """The fp32 slices that the torch optimizer behind the engine's optimizer steps on."""
+    """The slices (fp32, but for `optim.master_weights`) that the torch optimizer behind the engine's optimizer steps on."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3
         return optimizer.fp32_partitioned_groups_flat
     if hasattr(optimizer, "fp32_groups_flat_partition"):  # ZeRO-1 in bf16

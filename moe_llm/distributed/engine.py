@@ -1,7 +1,8 @@
 """What the training loop drives: forward, backward, step; and the state behind it, by name.
 
 `LocalEngine` is one process with a torch optimizer; `DeepSpeedEngine` any number of ranks with expert parallelism
-and ZeRO. Both keep fp32 master weights, clip by the true global norm and implement `TrainedState`.
+and ZeRO. Both keep fp32 master weights (or what `optim.master_weights` puts in their place), clip by the true global norm
+and implement `TrainedState`.
 """
 
 from abc import abstractmethod
@@ -20,7 +21,7 @@ from moe_llm.distributed.averaging import Averaging
 from moe_llm.distributed.muon import Muon
 from moe_llm.distributed.runtime import Runtime
 from moe_llm.distributed.sequence import share_sequences
-from moe_llm.distributed.state import Adapted, ParameterShard, TrainedState
+from moe_llm.distributed.state import COMPENSATION, Adapted, ParameterShard, TrainedState, split, wide
 from moe_llm.distributed.update_phase import Turns
 from moe_llm.locks import tell
 from moe_llm.model.adapters import factors_of, is_factor, own_name
@@ -272,7 +273,8 @@ def _assert_grouped(model: nn.Module, groups: list[dict]) -> None:
 
 
 class LocalEngine(_NamedState):
-    """One process. In bf16 the optimizer steps on fp32 masters, and gradients are summed in fp32."""
+    """One process. In bf16 the optimizer steps on fp32 masters, and gradients are summed in fp32, unless the
+    configuration says that either is bf16 too."""
 
     def __init__(
         self,
@@ -285,16 +287,24 @@ class LocalEngine(_NamedState):
         super().__init__(model.to(runtime.device), runtime, config, groups, replicas=1, replica=0)
         self.clip = config.optim.grad_clip
         masters = {p: p for p in model.parameters()}
+        wide_gradients = config.parallel.gradient_dtype == "fp32"
         if config.train.precision == "bf16":
-            # Masters begin with what bf16 can hold, as DeepSpeed's do: initial weights are the same in every layout.
-            masters = {p: nn.Parameter(p.detach().bfloat16().float()) for p in model.parameters() if p.requires_grad}
+            if config.optim.master_weights == "fp32":
+                # Masters begin with what bf16 can hold, as DeepSpeed's do: initial weights are the same in every layout.
+                trained = [p for p in model.parameters() if p.requires_grad]
+                masters = {p: nn.Parameter(p.detach().bfloat16().float()) for p in trained}
             model.to(torch.bfloat16)
             for parameter, master in masters.items():
-                parameter.register_post_accumulate_grad_hook(_move_gradient_to(master))
+                if wide_gradients and master is not parameter:
+                    parameter.register_post_accumulate_grad_hook(_move_gradient_to(master))
         self._masters = masters
+        # what holds a parameter's gradient until the step
+        self._graded = masters if wide_gradients else {p: p for p in masters}
         groups = [{**group, "params": [masters[p] for p in group["params"]]} for group in groups]
         self.optimizer = build_optimizer(groups)
         self._trained = [p for group in groups for p in group["params"]]
+        if config.optim.master_weights == "kahan":
+            add_compensation(self.optimizer, self._trained)
 
     def forward(self, **inputs: Any) -> MoEOutput:
         return self.model(**inputs)
@@ -303,10 +313,12 @@ class LocalEngine(_NamedState):
         loss.backward()
 
     def gradient_square(self) -> Tensor:
-        return _norm([p.grad for p in self._trained if p.grad is not None], self._runtime.device).square()
+        gradients = [p.grad for p in self._graded.values() if p.grad is not None]
+        return _norm(gradients, self._runtime.device).square()
 
     def discard(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self._graded.values():
+            parameter.grad = None
 
     def weights_finite(self) -> bool:
         return bool(_norm(list(self._masters.values()), self._runtime.device).isfinite())
@@ -315,7 +327,13 @@ class LocalEngine(_NamedState):
         return self.optimizer, self._trained
 
     def step(self, lr: float) -> float:
-        norm = torch.nn.utils.clip_grad_norm_(self._trained, self.clip or float("inf"))
+        for parameter, holder in self._graded.items():
+            master = self._masters[parameter]
+            if holder is not master and holder.grad is not None:
+                master.grad, holder.grad = holder.grad.float(), None
+        gradients = [p.grad for p in self._trained if p.grad is not None]
+        norm = _norm(gradients, self._runtime.device)
+        torch.nn.utils.clip_grads_with_norm_(self._trained, self.clip or float("inf"), norm)
         self._before_step(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -335,15 +353,16 @@ class LocalEngine(_NamedState):
                 parameter.copy_(master)
 
     def _row_squares(self, parameter: nn.Parameter) -> Tensor:
-        return _gradient(self._masters[parameter]).flatten(1).square().sum(1)
+        return _gradient(self._graded[parameter]).flatten(1).square().sum(1)
 
     def gradient(self, name: str) -> Tensor:
-        return _gradient(self._masters[self._parameters[name]]).cpu()
+        return _gradient(self._graded[self._parameters[name]]).cpu()
 
     def read(self, name: str, kind: str) -> Tensor:
         parameter = self._parameters[name]
         master = self._masters.get(parameter, parameter)
-        value = master if kind == "weight" else self.optimizer.state[master][kind]
+        state = self.optimizer.state.get(master, {})
+        value = wide(master, state) if kind == "weight" else state[kind]
         return value.detach().float().cpu()
 
     def share(self, name: str, kind: str) -> range | None:
@@ -357,6 +376,8 @@ class LocalEngine(_NamedState):
         parameter = self._parameters[name]
         master = self._masters.get(parameter, parameter)
         if kind == "weight":
+            if COMPENSATION in self.optimizer.state.get(master, {}):
+                self.optimizer.state[master][COMPENSATION].copy_(split(tensor.float())[1])
             master.copy_(tensor)
             parameter.copy_(tensor)
         else:
@@ -372,7 +393,16 @@ def _norm(tensors: list[Tensor], device: torch.device) -> Tensor:
     """Euclidean norm over all of them, fp32; 0 of nothing."""
     if not tensors:
         return torch.zeros((), device=device)
+    if any(t.dtype == torch.bfloat16 for t in tensors):  # torch's own total would be of bf16 too
+        norms = [torch.linalg.vector_norm(t, dtype=torch.float32).to(device) for t in tensors]
+        return torch.linalg.vector_norm(torch.stack(norms))
     return torch.nn.utils.get_total_norm(tensors).float().to(device)  # offloaded tensors are on the host
+
+
+def add_compensation(optimizer: torch.optim.Optimizer, weights: list[Tensor]) -> None:
+    """Room for what rounding bf16 weights leaves over (`optim.master_weights: kahan`)."""
+    for weight in weights:
+        optimizer.state[weight][COMPENSATION] = torch.zeros_like(weight, requires_grad=False)
 
 
 def _gradient(parameter: Tensor) -> Tensor:
@@ -417,6 +447,12 @@ class DeepSpeedEngine(_NamedState):
         self.engine, _ = runtime.accelerator.prepare(model, optimizer)
         trained = any(p.requires_grad for m in model.modules() if isinstance(m, Experts) for p in m.parameters())
         assert self.engine.has_moe_layers or not trained, "DeepSpeed does not see the mixture layers"
+        self._compensates = config.optim.master_weights == "kahan"
+        if config.optim.master_weights != "fp32":
+            contract.update_weights_in_place(self.engine.optimizer)
+        if self._compensates:
+            add_compensation(self.engine.optimizer.optimizer, contract.flat_parameters(self.engine.optimizer))
+            contract.link_optimizer_state(self.engine.optimizer)
         super().__init__(model, runtime, config, given, replicas=runtime.world_size // ep, replica=runtime.rank // ep)
 
         if isinstance(optimizer, Muon):
@@ -465,16 +501,26 @@ class DeepSpeedEngine(_NamedState):
         contract.link_optimizer_state(self.engine.optimizer)
         value = contract.read_full(parameter, kind)
         assert value is not None, f"{name} is in no parameter group of the optimizer"
+        if kind == "weight" and self._compensates:
+            value = value + contract.read_full(parameter, COMPENSATION)
         return value.cpu()
 
     def write(self, name: str, kind: str, tensor: Tensor) -> None:
-        contract.write_full(self._parameters[name], kind, tensor.to(self._runtime.device))
+        parameter, value = self._parameters[name], tensor.to(self._runtime.device)
+        if kind == "weight" and self._compensates and parameter.requires_grad:
+            value, left_over = split(value)
+            contract.write_full(parameter, COMPENSATION, left_over.float())
+        contract.write_full(parameter, kind, value.float())
 
     def share(self, name: str, kind: str) -> range | None:
         return contract.held_span(self._parameters[name], kind, self.engine.optimizer)
 
     def write_share(self, name: str, kind: str, flat: Tensor) -> None:
-        contract.write_span(self._parameters[name], kind, flat.to(self._runtime.device))
+        parameter, value = self._parameters[name], flat.to(self._runtime.device)
+        if kind == "weight" and self._compensates:
+            value, left_over = split(value)
+            contract.write_span(parameter, COMPENSATION, left_over)
+        contract.write_span(parameter, kind, value)
 
     def _stepped(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
         optimizer = self.engine.optimizer
@@ -490,6 +536,16 @@ class DeepSpeedEngine(_NamedState):
         contract.link_optimizer_state(self.engine.optimizer)
 
 
+def save_memory(model: MoEDecoder, config: Config) -> None:
+    """Have the model keep for its backward pass what the configuration says."""
+    train = config.train
+    model.save_memory(
+        train.activation_checkpointing if train.recomputes else False,
+        offload=train.activation_offload,
+        tiles=train.tiled_mlp,
+    )
+
+
 def build_engine(
     model: MoEDecoder,
     runtime: Runtime,
@@ -501,7 +557,7 @@ def build_engine(
     """The engine for this run; `model` is on the CPU and holds this rank's experts only. fill: gives a parameter its
     values, where ZeRO-3 shares out a model without storage."""
     tell("building the engine and its optimizer, which may compile an extension")
-    model.model.recompute = config.train.activation_checkpointing if config.train.recomputes else False
+    save_memory(model, config)
     if runtime.deepspeed:
         return DeepSpeedEngine(model, runtime, config, groups, build_optimizer, fill)
     return LocalEngine(model, runtime, config, groups, build_optimizer)

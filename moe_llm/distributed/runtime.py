@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from moe_llm.config import Config
+from moe_llm.distributed import deep_ep
 from moe_llm.locks import tell
 from moe_llm.ops import host_memory, kernels
 
@@ -164,6 +165,7 @@ def start(config: Config) -> Runtime:
     else:
         accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # not what a launcher says
     kernels.choose(config.train.kernels, config.train.compile, accelerator.device)
+    deep_ep.choose(config, accelerator.device)
     tell("reading data and tokenizer")
     if accelerator.device.type == "cpu":
         host_memory.keep_freed()

@@ -10,6 +10,20 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 EMA = "ema"  # kind of the average of the weights
+COMPENSATION = "compensation"  # in an optimizer's state: what a bf16 weight lacks of the true one
+
+
+def split(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 values as two bf16 tensors whose sum, taken in fp32, is exact to 16 significant bits; of that sum, the same two."""
+    high = values.bfloat16().float()
+    held = high + (values - high).bfloat16()
+    high = held.bfloat16()  # where what is left over was rounded up to half of the last bit, the other neighbour
+    return high, (held - high.float()).bfloat16()
+
+
+def wide(weight: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
+    """What the optimizer takes a weight to be, fp32: with its compensation where its state has one."""
+    return weight.float() + state[COMPENSATION] if COMPENSATION in state else weight.float()
 
 
 @dataclass(frozen=True)

@@ -51,5 +51,5 @@ class Turns:
             # a fused optimizer counts on the device
             state["step"] = torch.tensor(float(own), device=parameter.device)
             for kind in group.get("kinds", self.kinds):
-                copied = kind in self.starts_as_weight
-                state[kind] = parameter.detach().clone() if copied else torch.zeros_like(parameter)
+                start = parameter.detach().to(torch.float32, copy=True)
+                state[kind] = start if kind in self.starts_as_weight else start.zero_()

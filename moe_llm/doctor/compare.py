@@ -17,7 +17,7 @@ from moe_llm.families.hf import buffer_shapes, is_expert
 from moe_llm.finetune.selection import trained_names
 
 Whole = dict[str, np.ndarray]
-_FP32_EPS = 2.0**-23
+FP32_EPS = 2.0**-23
 
 
 @dataclass(frozen=True)
@@ -230,9 +230,10 @@ def weights(
     return within("weights", "weights after each step, against their change", compared)
 
 
-def apart(found: np.ndarray, expected: np.ndarray, change: np.ndarray, steps: int = 2) -> float:
-    """Root mean square of the difference over that of the change, rounding of the weights in so many steps set aside."""
-    rounding = steps * _FP32_EPS * _rms(expected)
+def apart(found: np.ndarray, expected: np.ndarray, change: np.ndarray, steps: int = 2, eps: float = FP32_EPS) -> float:
+    """Root mean square of the difference over that of the change, rounding of the weights (by a share `eps` of them) in so
+    many steps set aside."""
+    rounding = steps * eps * _rms(expected)
     difference = max(0.0, _rms(found - expected) - rounding)
     return 0.0 if difference == 0 else difference / max(_rms(change), rounding)
 

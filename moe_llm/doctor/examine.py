@@ -25,7 +25,7 @@ from moe_llm.doctor.oracle.family import comparable
 from moe_llm.doctor.oracle.transformer import Reference
 from moe_llm.doctor.ranks import LocalRanks, Plant, RankError, no_plant
 from moe_llm.doctor.sample import small_data
-from moe_llm.doctor.shrink import ALONE, one_process, replace, shrink
+from moe_llm.doctor.shrink import ALONE, in_fp32, one_process, replace, shrink
 from moe_llm.errors import UserError
 from moe_llm.finetune.selection import trained_names
 from moe_llm.model.moe.routers import router_losses
@@ -256,7 +256,7 @@ class _Case:
         return compare.on_gpus(found) if on_gpu(config) else found
 
     def _in_fp32(self) -> Config:
-        return replace(self.config, train={"precision": "fp32"})
+        return in_fp32(self.config)
 
     def _as_transformers(self, precise: Observation) -> Observation:
         """One process in fp32 without what transformers has not: limits of capacity, perturbations and turns."""
@@ -276,7 +276,7 @@ class _Case:
                 )
             )
         plain = {**router.model_dump(mode="json"), **without}
-        config = replace(self._in_fp32(), model={"router": plain}, train={"precision": "fp32", "adversarial": {}})
+        config = in_fp32(self.config, model={"router": plain}, train={"adversarial": {}})
         return self._alone(config, "one_plain", keep_batches=True)
 
     def _elsewhere(self) -> Config:

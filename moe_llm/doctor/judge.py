@@ -10,7 +10,7 @@ import numpy as np
 from moe_llm.config import Config
 from moe_llm.data.loader import Data
 from moe_llm.distributed.state import EMA
-from moe_llm.doctor.compare import Whole, apart, relative, whole
+from moe_llm.doctor.compare import FP32_EPS, Whole, apart, relative, whole
 from moe_llm.doctor.findings import Finding, exact, note, within
 from moe_llm.doctor.observe import Observation, digests, read_data
 from moe_llm.doctor.oracle import average, chat, optimizer, order, schedule
@@ -20,6 +20,10 @@ from moe_llm.train import trainer
 
 _UPDATES = 2e-4  # of what training has changed so far: rounding of torch's fused and plain optimizers
 _MOMENTS = 1e-4
+# by `optim.master_weights`: of a weight the share that an update may lose or gain by rounding; of the moments, whose
+# gradients are clipped in bf16 where weights are of it
+_ROUNDING = {"fp32": FP32_EPS, "kahan": 2.0**-15, "stochastic_rounding": 2.0**-7}
+_NARROW_MOMENTS = 1e-2
 _MAX_SAMPLES = 4096
 _CHAT = "chat: the answer and the end of its turn are learned, the question is not"
 _TEXT = "blocks are the raw text: targets, borders, padding, every token once"
@@ -205,14 +209,16 @@ def judge_optimizer(config: Config, one: Observation) -> list[Finding]:
         (relative(record["grad_norm"], norm), 1e-5, f"step {step + 1}")
         for step, (record, norm) in enumerate(zip(one.records, due.norms, strict=True))
     ]
-    compared = _weights_apart(one, start, due)
+    compared = _weights_apart(config, one, start, due)
     findings = [
         within("oracle_norm", "norm of the gradients, summed up by name", norms),
         within("oracle_updates", "updates, as torch's optimizer makes them of the gradients", compared),
     ]
     if config.optim.name == "adamw" and one.at_save:
         last = (config.checkpoint.every_steps or 1) - 1
-        findings.append(_moments(one, due.moments[last]))
+        findings.append(_moments(config, one, due.moments[last]))
+    if config.optim.master_weights == "stochastic_rounding":
+        findings.append(note("weights are rounded by chance: of updates only their size is judged, and the moments"))
     if any(finding.failed for finding in findings[1:]):
         why = _explain(config, one, start, gradients, rates, rules)
         for finding in findings[1:]:
@@ -235,24 +241,30 @@ def rules_of(config: Config) -> optimizer.Rules:
     )
 
 
-def _weights_apart(one: Observation, start: Whole, due: optimizer.Updated) -> list[tuple[float, float, str]]:
-    compared = []
+def _weights_apart(
+    config: Config, one: Observation, start: Whole, due: optimizer.Updated
+) -> list[tuple[float, float, str]]:
+    compared, eps = [], _ROUNDING[config.optim.master_weights]
     for step, expected in enumerate(due.weights):
         found = whole([one.weights[step]])
         for name, value in expected.items():
-            departs = apart(found[name], value, value - start[name], steps=step + 1)
+            departs = apart(found[name], value, value - start[name], steps=step + 1, eps=eps)
             compared.append((departs, _UPDATES, f"{name} after step {step + 1}"))
     return compared
 
 
-def _moments(one: Observation, due: dict[str, Whole]) -> Finding:
-    compared = []
+def _moments_tolerance(config: Config) -> float:
+    return _MOMENTS if config.optim.master_weights == "fp32" else _NARROW_MOMENTS
+
+
+def _moments(config: Config, one: Observation, due: dict[str, Whole]) -> Finding:
+    compared, tolerance = [], _moments_tolerance(config)
     for kind, values in due.items():
         found = whole([one.at_save[kind]])
         for name, value in values.items():
             size = float(np.sqrt((value.astype(np.float64) ** 2).mean()))
             difference = float(np.sqrt(((found[name].astype(np.float64) - value) ** 2).mean()))
-            compared.append((difference / size if size else difference, _MOMENTS, f"{kind} of {name}"))
+            compared.append((difference / size if size else difference, tolerance, f"{kind} of {name}"))
     return within("oracle_moments", "AdamW's moments in the checkpoint, from the clipped gradients", compared)
 
 
@@ -274,10 +286,10 @@ def _explain(
         tries[f"the learning rate is multiplied by {factor:g}"] = (rules, [rate * factor for rate in rates])
     for sentence, (other, at) in tries.items():
         due = optimizer.replay(start, gradients, at, other)
-        departs = [difference / tolerance for difference, tolerance, _ in _weights_apart(one, start, due)]
+        departs = [difference / tolerance for difference, tolerance, _ in _weights_apart(config, one, start, due)]
         if config.optim.name == other.kind == "adamw" and one.at_save:
-            moments = _moments(one, due.moments[(config.checkpoint.every_steps or 1) - 1])
-            departs.append((moments.difference or 0.0) / _MOMENTS)
+            moments = _moments(config, one, due.moments[(config.checkpoint.every_steps or 1) - 1])
+            departs.append((moments.difference or 0.0) / _moments_tolerance(config))
         worst = max(departs)
         if worst <= 1:
             best = sentence

@@ -113,6 +113,17 @@ def replace(config: Config, **sections: dict[str, Any]) -> Config:
     return validate({name: {**raw[name], **sections.get(name, {})} for name in raw})
 
 
+def in_fp32(config: Config, **sections: dict[str, Any]) -> Config:
+    """The same run with fp32 weights, gradients and masters, and other changes."""
+    fp32 = {
+        "train": {"precision": "fp32"},
+        "parallel": {"gradient_dtype": "fp32"},
+        "optim": {"master_weights": "fp32"},
+    }
+    merged = {name: {**fp32.get(name, {}), **sections.get(name, {})} for name in fp32.keys() | sections.keys()}
+    return replace(config, **merged)
+
+
 def fitting_expert_parallel(asked: int, experts: int, ranks: int) -> int:
     """The largest size up to `asked` that divides ranks and experts."""
     return max(size for size in range(1, asked + 1) if ranks % size == 0 and experts % size == 0)

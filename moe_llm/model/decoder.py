@@ -5,6 +5,8 @@ Dimensions: B batch, S sequence, T = B*S tokens, D hidden, V vocabulary, L layer
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,10 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_llm.config import ModelConfig
+from moe_llm.model.activation_offload import Offload
 from moe_llm.model.attention import Attention, LatentAttention
 from moe_llm.model.layers import Linear, RMSNorm, SwiGLU
 from moe_llm.model.moe.capacity import Groups
-from moe_llm.model.moe.experts import MoELayer
+from moe_llm.model.moe.experts import Experts, MoELayer
 from moe_llm.model.moe.feedback import TokenLosses
 from moe_llm.model.moe.losses import balance_loss, router_loss_values, z_loss
 from moe_llm.model.moe.router import Router
@@ -97,6 +100,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.recompute: bool | str = False  # True or "full": each layer; "selective": see `model.recomputation`
+        self.offload = False  # what layers keep for the backward pass waits in host memory
         self.embed_tokens = nn.Embedding(config.resolved_vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -131,17 +135,19 @@ class Decoder(nn.Module):
             length_BS=length_BS,
         )
         statistics, delta_BSD = [], None
+        offload = None
+        if self.offload and torch.is_grad_enabled():
+            offload = Offload(x_BSD.device, [t for t in (cos_BSd, sin_BSd, mask_BS, document_BS) if t is not None])
         for layer in self.blocks:
             arguments = (x_BSD, delta_BSD, cos_BSd, sin_BSd, patterns[layer.window], mask_BS, document_BS)
-            if self.recompute and torch.is_grad_enabled():
-                x_BSD, delta_BSD, layer_statistics = checkpoint(
-                    layer,
-                    *arguments,
-                    use_reentrant=False,
-                    context_fn=keep_exchanges if self.recompute == "selective" else keep_routing,
-                )
-            else:
-                x_BSD, delta_BSD, layer_statistics = layer(*arguments)
+            with nullcontext() if offload is None else offload.layer():
+                if self.recompute and torch.is_grad_enabled():
+                    keep = keep_exchanges if self.recompute == "selective" else keep_routing
+                    x_BSD, delta_BSD, layer_statistics = checkpoint(
+                        layer, *arguments, use_reentrant=False, context_fn=partial(keep, offload)
+                    )
+                else:
+                    x_BSD, delta_BSD, layer_statistics = layer(*arguments)
             if layer_statistics is not None:
                 statistics.append(layer_statistics)
         x_BSD, normed_BSD = self.norm.after_adding(x_BSD, delta_BSD)
@@ -208,6 +214,13 @@ class MoEDecoder(nn.Module):
         if self.model.moe_layers[-1:] == self.model.blocks[-1:]:
             self.model.routers[-1].last = True
         self.tie_weights()
+
+    def save_memory(self, recompute: bool | str, *, offload: bool = False, tiles: int = 1) -> None:
+        """What layers keep for their backward pass: see `Decoder`; tiles: see `Experts` and `SwiGLU`."""
+        self.model.recompute, self.model.offload = recompute, offload
+        for module in self.modules():
+            if isinstance(module, Experts | SwiGLU):
+                module.tiles = tiles
 
     def tie_weights(self) -> None:
         """Make the head's weight the embedding, where the configuration says so."""

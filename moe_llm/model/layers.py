@@ -6,6 +6,7 @@ Dimensions: T tokens, D hidden, W width.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moe_llm.ops import liger
 from moe_llm.ops.norm import add_rms_norm, rms_norm
@@ -48,12 +49,19 @@ class SwiGLU(nn.Module):
     def __init__(self, hidden: int, width: int, dropout: float = 0.0):
         super().__init__()
         self.dropout = dropout
+        self.tiles = 1  # parts of the rows that are computed, and computed again, one after the other
         self.gate_proj = Linear(hidden, width)
         self.up_proj = Linear(hidden, width)
         self.down_proj = Linear(width, hidden)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """x of any leading shape, and the result of the same."""
+        if self.tiles > 1 and torch.is_grad_enabled():
+            parts = x_TD.flatten(0, -2).chunk(self.tiles)
+            return torch.cat([checkpoint(self._whole, part, use_reentrant=False) for part in parts]).view_as(x_TD)
+        return self._whole(x_TD)
+
+    def _whole(self, x_TD: Tensor) -> Tensor:
         gate_TW, up_TW = self.gate_proj(x_TD), self.up_proj(x_TD)
         hidden_TW = (
             liger.silu_mul(gate_TW, up_TW)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_llm.ops.routing_decision  # noqa: F401 (defines the operation)
+from moe_llm.model.activation_offload import Offload, unpack
 
 # The outputs of these decide who goes where. They are kept (a few integers a token), all else is computed again:
 # a recomputation that differs in the last bit can then not send a token elsewhere, which under expert
@@ -23,20 +24,20 @@ _ATTENTION_NAMES = (
 )
 
 
-def keep_routing() -> tuple["_Keep", "_Reuse"]:
+def keep_routing(offload: Offload | None = None) -> tuple["_Keep", "_Reuse"]:
     """`context_fn` of torch.utils.checkpoint.checkpoint: all but the routing is computed again.
 
     Not torch's selective checkpointing: that demands of every operation, kept or not, as many calls in the second pass
     as in the first, and ZeRO-3's hooks make as many as they find parameters to release.
     """
-    kept = _Kept(selective=False)
+    kept = _Kept(selective=False, offload=offload)
     return _Keep(kept), _Reuse(kept)
 
 
-def keep_exchanges() -> tuple["_Keep", "_Reuse"]:
+def keep_exchanges(offload: Offload | None = None) -> tuple["_Keep", "_Reuse"]:
     """The same, but what attention gave and what exchanges between ranks brought is kept too: the second pass then neither
     exchanges rows nor waits for their sizes. Kept are, a layer, two exchanges' rows and one attention's output."""
-    kept = _Kept(selective=True)
+    kept = _Kept(selective=True, offload=offload)
     return _Keep(kept), _Reuse(kept)
 
 
@@ -49,9 +50,9 @@ def exchanged(exchange: Callable[[], T]) -> T:
     if passing is None or not passing.kept.selective:
         return exchange()
     if isinstance(passing, _Reuse):
-        return next(passing.left_exchanges)
+        return _unpacked(next(passing.left_exchanges))
     brought = exchange()
-    passing.kept.exchanges.append(_detached(brought))
+    passing.kept.exchanges.append(passing.kept.packed(brought))
     return brought
 
 
@@ -61,8 +62,8 @@ def is_second_pass() -> bool:
 
 
 class _Kept:
-    def __init__(self, selective: bool):
-        self.selective = selective
+    def __init__(self, selective: bool, offload: Offload | None):
+        self.selective, self.offload = selective, offload
         self.outputs: list[Any] = []
         self.exchanges: list[Any] = []
 
@@ -71,11 +72,20 @@ class _Kept:
             return True
         return self.selective and operation._schema.name in _ATTENTION_NAMES
 
+    def packed(self, out: Any) -> Any:
+        """What stands for an operation's results, in host memory if that is asked for."""
+        if isinstance(out, tuple):
+            return tuple(self.packed(part) for part in out)
+        if not isinstance(out, Tensor):
+            return out
+        return out.detach() if self.offload is None else self.offload.pack(out.detach())
 
-def _detached(out: Any) -> Any:
-    if isinstance(out, tuple):
-        return tuple(_detached(part) for part in out)
-    return out.detach() if isinstance(out, Tensor) else out
+
+def _unpacked(kept: Any) -> Any:
+    if isinstance(kept, tuple):
+        return tuple(_unpacked(part) for part in kept)
+    value = unpack(kept)
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 class _Pass(TorchDispatchMode):
@@ -101,7 +111,7 @@ class _Keep(_Pass):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if self.kept.keeps(func):
-            self.kept.outputs.append(_detached(out))
+            self.kept.outputs.append(self.kept.packed(out))
         return out
 
 
@@ -115,5 +125,5 @@ class _Reuse(_Pass):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if self.kept.keeps(func):
-            return _detached(next(self._left))
+            return _unpacked(next(self._left))
         return func(*args, **(kwargs or {}))

@@ -94,7 +94,7 @@ class Memory:
 
     parts: dict[str, float]
     phase: str
-    host: float = 0.0  # bytes of host memory that the rank's optimizer takes, with offload
+    host: float = 0.0  # bytes of host memory that the rank's optimizer and activations take, with offload
     host_at_start: float = 0.0  # bytes of host memory in which the rank's weights are made before the device has them
 
     @property
@@ -172,6 +172,11 @@ def step_memory(config: Config, layout: Layout, kernels: Kernels, imbalance: flo
     return _Walk(config, layout, kernels, imbalance).fullest()
 
 
+def offloaded_activations(config: Config, layout: Layout, kernels: Kernels) -> float:
+    """Bytes that a rank's layers keep for the backward pass of a micro-batch (`train.activation_offload`)."""
+    return config.model.num_moe_layers * sum(_Walk(config, layout, kernels, 1.0).kept_by_layer().values())
+
+
 class _Walk:
     """Goes through a step, with what is held at each moment as a dictionary of parts."""
 
@@ -179,13 +184,19 @@ class _Walk:
         self.config, self.model, self.layout, self.kernels = config, config.model, layout, kernels
         self.imbalance = imbalance
         self.size = 4 if config.train.precision == "fp32" else 2  # bytes of a weight or activation
+        # of a gradient in the sum over micro-batches; of what the optimizer updates, beyond the bf16 weights themselves
+        self.summed = 2 if config.parallel.gradient_dtype == "bf16" else 4
+        self.masters = {"fp32": 4, "kahan": 2, "stochastic_rounding": 0}[config.optim.master_weights]
+        # DeepSpeed's BF16_Optimizer holds fp32 sums of whole gradients
+        self.whole_sums = layout.zero_stage == 1 and self.size == 2 and self.summed == 4
         self.tokens = layout.micro_batch * config.data.sequence_length / layout.sequence_parallel
         self.rows = self.tokens * self.model.router.active_experts(self.model)
         self.elsewhere = layout.expert_parallel > 1
         # where tokens have different numbers of rows, the fused gather does not take them
         even = self.model.router.even
         self.autograd = bool(self.model.expert_dropout)  # then torch's own operations compute the experts
-        self.fused = kernels.fused_experts and not self.elsewhere and even and not self.autograd
+        self.tiles = config.train.tiled_mlp
+        self.fused = kernels.fused_experts and not self.elsewhere and even and not self.autograd and self.tiles == 1
         self.received = self.rows * (imbalance if self.elsewhere else 1)
         chunks = config.parallel.all_to_all_chunks
         self.parts = (kernels.chunks if chunks == "auto" else chunks) if self.elsewhere else 1
@@ -198,6 +209,8 @@ class _Walk:
         self.shard = self.dense / layout.ranks + self.expert / layout.replicas
         self.trained_shard = self.trained.dense / layout.ranks + self.trained.expert / layout.replicas
         self.bucket = planned_bucket(config, layout)
+        self.sent = 2 if config.parallel.communication_dtype == "bf16" and self.size == 2 else 4
+        self.overlaps = overlaps(config, layout, kernels)
         self.moments: list[Memory] = []
         self.host = 0.0
 
@@ -220,12 +233,12 @@ class _Walk:
         parts = dict.fromkeys(PARTS, 0.0)
         if not self.engine:
             parts["weights"] = self.weights(held)
-            parts["optimizer"] = (kept + (4 if size == 2 else 0)) * trained + second
-            parts["gradients"] = 4 * trained if self.rounds > 1 else 0
+            parts["optimizer"] = (kept + (self.masters if size == 2 else 0)) * trained + second
+            parts["gradients"] = self.summed * trained if self.rounds > 1 else 0
             return parts
         parts["weights"] = size * self.shard if stage == 3 else self.weights(held)
         # ZeRO-1 and 2 clone fp32 weights as masters too; ZeRO-3 steps on the shard itself
-        optimizer = (kept + (0 if stage == 3 and size == 4 else 4)) * self.trained_shard
+        optimizer = (kept + (0 if stage == 3 and size == 4 else self.masters)) * self.trained_shard
         optimizer += second / self.layout.ranks
         offload = self.layout.offload
         parts["optimizer"] = 0.0 if offload else optimizer
@@ -233,16 +246,21 @@ class _Walk:
         if offload:  # accumulated in host memory; ZeRO-1 holds the micro-batches' sum until it is reduced
             parts["gradients"] = size * trained if stage == 1 else 0.0
         elif stage == 1:
-            # bf16: BF16_Optimizer's fp32 sums, whole; fp32: the parameters' own gradients
-            parts["gradients"] = 4 * trained if size == 2 or self.rounds > 1 else 0
+            # else the parameters' own gradients
+            parts["gradients"] = 4 * trained if self.whole_sums else size * trained if self.rounds > 1 else 0
         else:
-            parts["gradients"] = 4 * self.trained_shard
+            parts["gradients"] = self.summed * self.trained_shard
         if stage == 3:
-            parts["buffers"] += 4 * self.bucket
-            parts["weights"] += size * min(held, max(MAX_LIVE, self.largest_module))
-        elif not (stage == 1 and size == 2):
-            parts["buffers"] += size * self.bucket
+            parts["buffers"] += self.sent * self.bucket
+        elif not self.whole_sums:  # with overlap the next one is filled while one is reduced
+            parts["buffers"] += size * self.bucket * (2 if self.overlaps else 1)
         return parts
+
+    def gathered(self) -> dict[str, float]:
+        """Weights that ZeRO-3 has gathered during the passes; none are in the optimizer's step."""
+        if not self.engine or self.layout.zero_stage < 3:
+            return {}
+        return {"weights": self.size * min(self.dense + self.expert, max(MAX_LIVE, self.largest_module))}
 
     @property
     def largest_module(self) -> int:
@@ -271,7 +289,9 @@ class _Walk:
         router = tokens * (8 * m.num_local_experts * m.router.parts_per_token + 60 * m.router.active_experts(m))
         if m.router_jitter_noise:
             router += 8 * tokens * m.hidden_size  # the noise, and the input times the noise, in fp32
-        experts = hidden + self.received * 2 * m.expert_width * size
+        # tiles compute projections again, and so keep the rows that go into them
+        experts = hidden + self.received * 2 * m.expert_width * size * (self.tiles == 1)
+        experts += self.rows * m.expert_hidden_size * size * (self.tiles > 1)
         experts += tokens * m.router.entered_per_token(m) * size
         if m.router.merges:
             experts = hidden  # the tokens in their segments; all else is computed again
@@ -279,7 +299,7 @@ class _Walk:
             # silu(gate), the activations after dropout and its mask; unweighted outputs, for the weights' gradient
             experts += self.received * (m.expert_width * (2 * size + 1) + m.expert_hidden_size * size)
         # of the shared experts gate, its silu, up and their product, as torch's own operations keep them, and outputs
-        experts += tokens * 4 * m.shared_width * size
+        experts += tokens * 4 * m.shared_width * size * (self.tiles == 1)
         experts += hidden * (m.shared_expert_gate + bool(m.shared_width and m.expert_dropout))
         exchanged = 0.0
         if self.elsewhere and not m.router.merges:
@@ -294,15 +314,14 @@ class _Walk:
         if self.layout.recompute:
             return 2 * hidden
         attention = 2 * self.tokens * (m.num_attention_heads + m.kv_heads) * m.attention_head_dim * self.size
-        return 4 * hidden + attention + 4 * self.tokens * m.dense_width * self.size
+        return 4 * hidden + attention + 4 * self.tokens * m.dense_width * self.size * (self.tiles == 1)
 
     def kept_by_layer(self) -> dict[str, float]:
         """What stays of a layer until the backward pass comes to it."""
         if not self.layout.recompute:
             return self.layer()
         m, size = self.model, self.size
-        kept = 2 * self.tokens * m.hidden_size * size + 12 * self.rows  # top-k is kept (`model.recomputation`)
-        exchanged = 0.0
+        kept, exchanged = self.layer_inputs(), 0.0
         if self.layout.selective:
             kept += (
                 self.tokens * m.num_attention_heads * (m.attention_head_dim * size + 4) * self.kernels.keeps_attention
@@ -313,6 +332,10 @@ class _Walk:
                 groups = max(m.kv_heads, self.layout.sequence_parallel)
                 exchanged += 2 * self.tokens * (m.num_attention_heads + groups) * m.attention_head_dim * size
         return {"activations": kept, "all_to_all": exchanged}
+
+    def layer_inputs(self) -> float:
+        """What recomputation begins with: the residual stream, what is to be added to it, and the choices of experts."""
+        return 2 * self.tokens * self.model.hidden_size * self.size + 12 * self.rows  # top-k: `model.recomputation`
 
     def shared(self) -> float:
         """Kept once: token ids, labels, positions, documents and mask, cosines and sines, the last norm."""
@@ -327,6 +350,7 @@ class _Walk:
         if m.router.merges:
             return self.merging(merged=1, activations=2 * self.tokens * m.hidden_size)
         largest = self.largest_rows * m.expert_width if self.fused else self.received * m.expert_width
+        largest *= 1 if self.tiles == 1 else 3 / self.tiles  # with the projections, which are not kept
         rows = self.received * m.expert_hidden_size * size
         if self.elsewhere:
             return {"activations": size * largest + rows, "all_to_all": 2 * rows}
@@ -356,13 +380,15 @@ class _Walk:
         hidden, rows = self.tokens * m.hidden_size * size, self.received * m.expert_hidden_size * size
         # gradients on their way: of the residual stream, of the layer's output, of the experts' input
         flowing = 2 * hidden + rows
-        if self.fused or (self.kernels.fused_experts and self.elsewhere and not self.autograd):
+        if self.fused or (self.kernels.fused_experts and self.elsewhere and not self.autograd and self.tiles == 1):
             busy = self.largest_rows if self.fused else self.received / self.local_experts * 1.1
             # hidden activations and their gradient have one buffer, the projections' gradients take the place of these
             work = size * busy * (m.expert_width + (2 * m.expert_hidden_size if self.fused else 0))
         else:
             # rows travel and are worked on in parts
-            work = size * self.received / self.parts * (4 * m.expert_width + m.expert_hidden_size)
+            part = size * self.received / (self.parts * self.tiles)
+            again = 2 * m.expert_width + m.expert_hidden_size if self.tiles > 1 else 0
+            work = part * (4 * m.expert_width + m.expert_hidden_size + again)
         exchanged = 2 * rows if self.elsewhere else 0.0
         return {"activations": flowing + work, "all_to_all": exchanged}
 
@@ -390,12 +416,29 @@ class _Walk:
     def left_behind(self, parameters: float) -> float:
         """Bytes that `parameters` of them take until the optimizer's step, beyond what is held throughout."""
         if not self.engine:
-            return 0 if self.rounds > 1 else 4 * parameters
+            return 0 if self.rounds > 1 else self.summed * parameters
         if self.layout.zero_stage == 1:
-            if self.size == 2:
-                return 2 * parameters  # until the micro-batch's end they are summed into the fp32 ones
-            return 0 if self.rounds > 1 else 4 * parameters
+            return 0 if self.whole_sums or self.rounds > 1 else self.size * parameters
         return 0  # reduced from the bucket into the shard
+
+    @property
+    def largest_tensor(self) -> float:
+        """Parameters of the largest one that is trained."""
+        adapted = any(self.trained.adapters)
+        experts = self.trained.layer_experts * (0.5 if adapted else 2 / 3)  # gate and up are one
+        return max(experts, self.trained.head, self.trained.embeddings, self.trained.layer_dense / 2)
+
+    def reduction(self) -> float:
+        """Copies of gradients while they are reduced over ranks."""
+        if not self.engine:
+            return 0.0
+        whole, largest = self.trained.total, self.largest_tensor
+        if self.layout.zero_stage == 3:  # as wide as it is sent; of several tensors, a copy by ranks
+            return max(self.sent * min(self.bucket, whole), (self.sent if largest > self.bucket else 0) * largest)
+        # slices by rank, copied together up to a bucket and one more, and widened
+        replicas = self.layout.replicas if self.trained.expert else self.layout.ranks
+        at_once = min(whole, max(self.bucket, min(largest, self.bucket + largest / replicas)))
+        return (self.size + (self.sent if self.sent > self.size else 0)) * at_once
 
     # the walk
 
@@ -410,7 +453,7 @@ class _Walk:
         m, size = self.model, self.size
         static, layer, kept = self.static(), self.layer(), self.kept_by_layer()
         layers, hidden = m.num_moe_layers, self.tokens * m.hidden_size * size
-        base = {"activations": self.shared() + (m.num_hidden_layers - layers) * self.dense_block()}
+        base = {**self.gathered(), "activations": self.shared() + (m.num_hidden_layers - layers) * self.dense_block()}
 
         def times(count: float, parts: dict[str, float]) -> dict[str, float]:
             return {part: count * value for part, value in parts.items()}
@@ -418,8 +461,22 @@ class _Walk:
         if self.engine and self.layout.zero_stage == 3:
             # a parameter is shared out before the next one comes (`distributed.deepspeed.share_out`)
             self.at("start, weights made and shared out", {"weights": size * (self.shard + self.largest_parameter)})
-        all_kept = times(layers, kept)
-        self.at("forward, last layer", static, base, times(layers - 1, kept), layer, self.experts_forward())
+        offload = self.config.train.activation_offload
+
+        def waiting(count: float, on_their_way: int) -> dict[str, float]:
+            """What so many layers keep, on the device. Offloaded: of the layer under way and of so many more, but what
+            is computed again is counted with the layer under way."""
+            if not offload:
+                return times(count, kept)
+            inputs = {"activations": self.layer_inputs()} if self.layout.recompute else {}
+            rest = {part: value - inputs.get(part, 0.0) for part, value in kept.items()}
+            here, more = times(min(count, on_their_way + 1), inputs), times(min(count, on_their_way), rest)
+            return {part: here.get(part, 0.0) + value for part, value in more.items()}
+
+        if offload:
+            self.host += layers * sum(kept.values())
+        all_kept = waiting(layers, 1)
+        self.at("forward, last layer", static, base, waiting(layers - 1, 1), layer, self.experts_forward())
         loss = {"loss": 2 * hidden + self.head_gradient}  # the rows that have a target, the gradient of these
         self.at("loss", static, base, all_kept, loss, {"loss": self.loss_chunk()})
         # the loss's backward pass scales what its forward pass has made
@@ -429,21 +486,27 @@ class _Walk:
             base,
             all_kept,
             loss,
-            {"loss": hidden, "gradients": self.new_gradient(self.trained.head)},
+            {"loss": hidden, "gradients": self.new_gradient(self.trained.head) + self.taken(self.trained.head)},
         )
         trained = self.trained
         for index in (layers - 1, 0):
             done = trained.head + (layers - 1 - index) * (trained.layer_experts + trained.layer_dense)
             behind = {"gradients": self.left_behind(done)}
-            before = times(index + (1 if self.layout.recompute else 0), kept)
+            before = waiting(index + (1 if self.layout.recompute else 0), 1)
             own = {"gradients": self.new_gradient(trained.layer_experts)}
             self.at(f"backward, layer {index}", static, base, before, layer, behind, own, self.experts_backward())
+            copies = {"activations": 2 * hidden, "gradients": self.taken(trained.layer_experts)}
+            self.at(f"backward, layer {index}, gradients", static, base, before, layer, behind, own, copies)
         whole = trained.total
         self.at(
             "backward, embeddings",
             static,
-            {"activations": 2 * hidden},
-            {"gradients": self.left_behind(whole - trained.embeddings) + self.new_gradient(trained.embeddings)},
+            {**self.gathered(), "activations": 2 * hidden},
+            {
+                "gradients": self.left_behind(whole - trained.embeddings)
+                + self.new_gradient(trained.embeddings)
+                + self.taken(trained.embeddings)
+            },
         )
         self.at("optimizer", static, {"gradients": self.left_behind(whole)}, self.optimizer_step())
         return replace(
@@ -464,15 +527,22 @@ class _Walk:
         return self.size * (self.largest_parameter if one_by_one else self.dense + self.expert)
 
     def new_gradient(self, parameters: float) -> float:
-        """Of an operation's weights, when it has just been computed and, where it is summed in fp32, copied."""
-        size = self.size
-        if self.rounds > 1 or (self.engine and self.layout.zero_stage > 1):
-            return size * parameters
-        return size * parameters + (4 * parameters if size == 2 and not self.engine else 0)
+        """Of an operation's weights, when it has just been computed and, in one process, copied into an fp32 one."""
+        copied = self.size == 2 < self.summed and not self.engine and self.rounds == 1
+        return self.size * parameters + (4 * parameters if copied else 0)
+
+    def taken(self, parameters: float) -> float:
+        """Copies while a gradient is added to the sums or reduced, which is when the operation has ended."""
+        if not self.engine:
+            return 0.0
+        if self.whole_sums:  # made fp32, a tensor at a time
+            return 4 * min(parameters, self.largest_tensor)
+        return self.reduction() if self.layout.zero_stage > 1 else 0.0
 
     def optimizer_step(self) -> dict[str, float]:
-        if not self.engine:
-            return {}
+        narrow = self.config.optim.master_weights != "fp32"
+        if not self.engine:  # gradients become fp32 for fp32 masters, one after the other
+            return {"gradients": (4 - self.summed) * self.trained.total} if self.size == 2 and not narrow else {}
         stage = self.layout.zero_stage
         if not OPTIMIZERS[self.config.optim.name].elementwise:  # slices are gathered in bf16, and a group's direction
             whole = max(self.trained.dense, self.trained.expert) if self.layout.ranks > 1 else 0
@@ -480,11 +550,12 @@ class _Walk:
         largest = max(self.trained.dense / self.layout.ranks, self.trained.expert / self.layout.replicas)
         if self.layout.offload:
             return {"buffers": self.size * largest}  # updated weights on their way from the host
-        if stage == 1 and self.size == 2:
-            return {"buffers": 4 * min(self.bucket, self.trained.dense)}
+        if self.whole_sums:  # copies of a bucket and one tensor more, while gradients are reduced
+            return {"buffers": 4 * min(self.bucket + self.largest_tensor, max(self.trained.dense, self.trained.expert))}
         if stage == 3:
-            return {"buffers": 4 * min(SUB_GROUP, largest)}
-        return {"buffers": 4 * largest}
+            return {"buffers": (2 if narrow else 4) * min(SUB_GROUP, largest)}
+        # a flat copy of the gradients, and that as wide as the weights
+        return {"buffers": (2 if narrow else 4 if self.summed == 4 else 6) * largest}
 
 
 def planned_bucket(config: Config, layout: Layout) -> int:
@@ -493,9 +564,16 @@ def planned_bucket(config: Config, layout: Layout) -> int:
     return config.model_copy(update={"parallel": parallel}).reduce_bucket_size
 
 
+def overlaps(config: Config, layout: Layout, kernels: Kernels) -> bool:
+    """Whether gradients are reduced while the backward pass goes on, out of one of two buckets."""
+    asked = config.parallel.overlap_comm
+    return layout.zero_stage == 2 and (kernels is KERNELS["cuda"] if asked == "auto" else asked)
+
+
 def without_bucket(memory: Memory, layout: Layout, config: Config) -> Memory:
-    """The same without DeepSpeed's reduction bucket."""
+    """The same on a CPU without DeepSpeed's reduction bucket."""
     stage, size = layout.zero_stage, 4 if config.train.precision == "fp32" else 2
     bucket = planned_bucket(config, layout) * (4 if stage == 3 else size)
-    bucket *= layout.ranks > 1 and (stage > 1 or size == 4)
+    bucket *= 2 if overlaps(config, layout, KERNELS["cpu"]) else 1
+    bucket *= layout.ranks > 1 and (stage > 1 or size == 4 or config.parallel.gradient_dtype == "bf16")
     return replace(memory, parts={**memory.parts, "buffers": memory.parts["buffers"] - bucket})

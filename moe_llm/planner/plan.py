@@ -133,13 +133,14 @@ def layouts(config: Config, gpus: int) -> Iterator[Layout]:
     divide), micro-batch that divides the batch, with recomputation, whole or selective, and without, the optimizer's
     tensors on the GPU or in host memory; long sequences whole or shared by ranks."""
     experts, batch = config.model.num_local_experts, config.train.global_batch_size
+    offloads = config.parallel.gradient_dtype == "fp32"
     for size in (n for n in range(1, experts + 1) if experts % n == 0 and gpus % n == 0):
         for stage in (1, 2, 3) if gpus > 1 else (config.parallel.zero_stage,):
             for shared in _sequence_parallel_sizes(config, gpus):
                 for micro in (m for m in _MICRO_BATCHES if batch % (m * (gpus // shared)) == 0):
                     for recompute, selective in ((False, False), (True, False), (True, True)):
                         # ZeRO-1 would hold whole gradients beside what is offloaded
-                        for offload in (False, True) if stage > 1 or gpus == 1 else (False,):
+                        for offload in (False, True) if offloads and (stage > 1 or gpus == 1) else (False,):
                             yield Layout(gpus, size, stage, micro, recompute, offload, selective, shared)
 
 

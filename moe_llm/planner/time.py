@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from moe_llm.config import Config
 from moe_llm.model.flops import train_flops_per_token
 from moe_llm.planner.hardware import HOST_BANDWIDTH, LINK_EFFICIENCY, PCIE_BANDWIDTH, Accelerator
-from moe_llm.planner.memory import Layout, held_parameters, trained_parameters
+from moe_llm.planner.memory import KERNELS, Layout, held_parameters, offloaded_activations, trained_parameters
 
 
 @dataclass(frozen=True)
@@ -173,13 +173,23 @@ def _host_seconds(config: Config, layout: Layout, ranks_per_node: int) -> float:
     AdamW reads 16 bytes a parameter and writes 12, and the processors' memory is the bound (Ren et al. 2021,
     ZeRO-Offload, section 5).
     """
+    activations = _activation_seconds(config, layout)
     if not layout.offload:
-        return 0.0
+        return activations
     trained = trained_parameters(config, layout)
     shard = trained.dense / layout.ranks + trained.expert / layout.replicas
     size = 4 if config.train.precision == "fp32" else 2
     moved = size * shard * (accumulation(config, layout) + 1) / (PCIE_BANDWIDTH * LINK_EFFICIENCY)
-    return moved + 28 * shard / (HOST_BANDWIDTH / min(ranks_per_node, layout.ranks))
+    return activations + moved + 28 * shard / (HOST_BANDWIDTH / min(ranks_per_node, layout.ranks))
+
+
+def _activation_seconds(config: Config, layout: Layout) -> float:
+    """What layers keep for the backward pass, to the host and back. How much of it
+    computation hides is not known, so that all of it counts."""
+    if not config.train.activation_offload:
+        return 0.0
+    held = offloaded_activations(config, layout, KERNELS["cuda"])
+    return 2 * held * accumulation(config, layout) / (PCIE_BANDWIDTH * LINK_EFFICIENCY)
 
 
 def _rate(hardware: Accelerator, network: bool) -> float:

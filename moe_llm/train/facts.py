@@ -14,6 +14,7 @@ import torch
 
 from moe_llm.config import Config
 from moe_llm.data.loader import Data
+from moe_llm.distributed import deep_ep
 from moe_llm.distributed.runtime import Runtime
 from moe_llm.model.flops import train_flops_per_token
 from moe_llm.ops import compiled, liger, native
@@ -78,6 +79,7 @@ def _kernels(config: Config, device: torch.device) -> dict[str, str]:
         "rotary": "liger-kernel's" if liger.use("rope", like) else ours,
         "loss": "liger-kernel's" if liger.use("cross_entropy", like) else ours,
         "documents": ours if native.fits(query) else runs,
+        "exchange": deep_ep.chosen() if config.parallel.expert_parallel_size > 1 else "none",
         "compiled": "between products" if compiled.on else "nothing",
     }
 

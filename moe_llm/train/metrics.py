@@ -30,14 +30,18 @@ def routing_metrics(statistics: RoutingStatistics) -> dict[str, list]:
     dropped_share: choices that no expert had room for, 0 without a limit of capacity; experts_per_token: choices of
     a token, on average.
     """
-    counts_LE = statistics.tokens_per_expert_E.double()
+    # one copy of each to the host: every list that is read from a device waits for it
+    counts_LE = statistics.tokens_per_expert_E.cpu().double()
+    entropy_L, tokens_L, dropped_L = (
+        t.detach().cpu() for t in (statistics.entropy_sum, statistics.num_tokens, statistics.dropped)
+    )
     mean_L = counts_LE.mean(-1)
     return {
         "tokens_per_expert": [[round(c) for c in layer] for layer in counts_LE.tolist()],
         "load_cv": (counts_LE.std(-1, correction=0) / mean_L.clamp(min=1e-12)).tolist(),
-        "router_entropy": (statistics.entropy_sum / statistics.num_tokens).tolist(),
-        "dropped_share": (statistics.dropped / counts_LE.sum(-1).clamp(min=1)).tolist(),
-        "experts_per_token": (counts_LE.sum(-1) / statistics.num_tokens).tolist(),
+        "router_entropy": (entropy_L / tokens_L).tolist(),
+        "dropped_share": (dropped_L / counts_LE.sum(-1).clamp(min=1)).tolist(),
+        "experts_per_token": (counts_LE.sum(-1) / tokens_L).tolist(),
         "dead_experts": [[e for e, c in enumerate(layer) if c == 0] for layer in counts_LE.tolist()],
     }
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from moe_llm.config import Config
-from moe_llm.config.optim import ADAMW_TENSORS, MUON_TENSORS, OPTIMIZERS, OptimConfig
+from moe_llm.config.optim import ADAMW_TENSORS, BF16_ADAMW, MUON_TENSORS, OPTIMIZERS, OptimConfig
 from moe_llm.errors import UserError
 from moe_llm.families.hf import is_expert, is_router
 
@@ -79,7 +79,7 @@ def build_optimizer(groups: list[dict], config: OptimConfig) -> torch.optim.Opti
     Raises:
         UserError: its library is not installed.
     """
-    entry = OPTIMIZERS[config.name]
+    entry = OPTIMIZERS[config.name] if config.master_weights == "fp32" else BF16_ADAMW
     module, _, name = entry.factory.partition(":")
     try:
         kind = getattr(importlib.import_module(module), name)

@@ -18,7 +18,7 @@ def settle_precision(config: Config, say: Callable[[str], None]) -> Config:
     """
     if config.train.precision != "bf16" or not _emulates_bf16(config):
         return config
-    if "precision" in config.train.model_fields_set:
+    if "precision" in config.train.model_fields_set or config.parallel.gradient_dtype == "bf16":
         say(
             "this processor emulates bf16, which is slower by an order of magnitude: train.precision=fp32 is faster here"
         )

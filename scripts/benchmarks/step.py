@@ -55,6 +55,7 @@ SUITES: dict[str, dict[str, Shape]] = {
     "main": {"main": MAIN},
     "quickstart": {"quickstart": QUICKSTART},
     "fine-grained": {"fine-grained": FINE_GRAINED},
+    "avx2": {"avx2": Shape(4, 640, hidden=640, width=1536, layers=3, heads=10)},
     "mixtral": {"one layer of Mixtral 8x7B": MIXTRAL_LAYER},
     "lengths": {f"1 x {length}": replace(MAIN, batch=1, length=length) for length in (512, 1024, 2048, 4096, 8192)},
     "skew": {"balanced": MAIN, "60% of tokens to one expert": replace(MAIN, share=0.6)},

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from moe_llm.config import Config
 from moe_llm.data.packing import Batch, model_inputs
 from moe_llm.distributed.dispatch import AllToAllDispatcher
-from moe_llm.distributed.engine import first_experts, shard_experts
+from moe_llm.distributed.engine import first_experts, save_memory, shard_experts
 from moe_llm.distributed.rehearsal.device import TimingEvent, cuda_without_values
 from moe_llm.distributed.rehearsal.record import Exchange, Memory, Recorder, Values, Wait
 from moe_llm.distributed.rehearsal.zero import ShardedAdamW
@@ -29,6 +29,7 @@ from moe_llm.model.moe.experts import MoELayer
 from moe_llm.model.moe.router import begin_step, end_step
 from moe_llm.ops import host
 
+Drive = Callable[[Config, MoEDecoder, ShardedAdamW, Runtime, Recorder, list[Batch]], None]
 PHASES = ("forward", "backward", "optimizer")
 # Products of fp32 in a step of bf16: routers' logits are, at most 1.3% of all (soft slots, as many as tokens).
 FP32_PRODUCTS = 0.02
@@ -64,6 +65,7 @@ def rehearse(
     runs: Sequence[Sequence[int]] | None = None,
     skew: float = 0.0,
     before_step: Callable[[MoEDecoder], None] = lambda model: None,
+    drive: "Drive | None" = None,
 ) -> Rehearsal:
     """One optimizer step of `rank` among `world_size` GPUs.
 
@@ -73,6 +75,7 @@ def rehearse(
         runs: of each sequence the lengths of its documents; None: a document each.
         skew: see `Values`.
         before_step: is given the model, for instance to plant a fault.
+        drive: takes the step; None: passes, loss and optimizer alone. `train.rehearsal` has the training loop.
     """
     with cuda_without_values(capability), _ranks(rank, world_size), warnings.catch_warnings():
         # torch 2.13 renames what torch 2.11 knows by these names alone
@@ -86,7 +89,9 @@ def rehearse(
             runtime = Runtime(None, torch.device("cuda"), rank, world_size, deepspeed=True)
             before_step(model)
             recorder.start_measuring()
-            _step(config, model, optimizer, runtime, recorder, micro_batches, runs)
+            recorder.phase, recorder.kind = "batch", "batch"
+            batches = [_batch(config, runs) for _ in range(micro_batches)]
+            (drive or _take_step)(config, model, optimizer, runtime, recorder, batches)
     faults = recorder.faults + _slips(recorder)
     return Rehearsal(
         config.model.num_hidden_layers,
@@ -165,11 +170,11 @@ def _build(config: Config, world_size: int, rank: int, recorder: Recorder) -> tu
         if isinstance(layer, MoELayer) and ep > 1:
             layer.dispatcher = AllToAllDispatcher(neighbours, ep, 2 if chunks == "auto" else chunks)
     share_sequences(model, config.parallel.sequence_parallel_size, rank, world_size)
-    model.model.recompute = config.train.activation_checkpointing if config.train.recomputes else False
+    save_memory(model, config)
     everyone = dist.group.WORLD
     assert everyone is not None
     experts = set(first_experts(model))
-    optimizer = ShardedAdamW(model, recorder, config.parallel.zero_stage, everyone, replicas, experts)
+    optimizer = ShardedAdamW(model, recorder, config, everyone, replicas, experts)
     return model.train(), optimizer
 
 
@@ -192,28 +197,25 @@ def _batch(config: Config, runs: Sequence[Sequence[int]] | None) -> Batch:
     )
 
 
-def _step(
+def _take_step(
     config: Config,
     model: MoEDecoder,
     optimizer: ShardedAdamW,
     runtime: Runtime,
     recorder: Recorder,
-    micro_batches: int,
-    runs: Sequence[Sequence[int]] | None,
+    batches: list[Batch],
 ) -> None:
-    recorder.phase, recorder.kind = "batch", "batch"
-    batches = [_batch(config, runs) for _ in range(micro_batches)]
     begin_step(model, 0)
     step_loss = StepLoss(config.model, runtime, batches)
     for batch in batches:
-        recorder.phase, recorder.kind, optimizer.in_backward = "forward", "activations", False
-        losses = step_loss(model(**model_inputs(batch)))
-        recorder.phase, recorder.kind, optimizer.in_backward = "backward", "backward", True
-        losses.total.backward()
+        with recorder.during("forward", "activations"):
+            losses = step_loss(model(**model_inputs(batch)))
+        with recorder.during("backward", "backward"):
+            losses.total.backward()
         del losses
-    recorder.phase = "optimizer"
-    optimizer.step()
-    end_step(model, step_loss.step_routing)
+    with recorder.during("optimizer", "optimizer step"):
+        optimizer.step()
+        end_step(model, step_loss.step_routing)
 
 
 def _slips(recorder: Recorder) -> list[str]:

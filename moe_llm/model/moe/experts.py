@@ -4,11 +4,12 @@ A router gives the `Routing`, a dispatcher carries tokens to the experts that it
 one process, and its all-to-all twin in `moe_llm.distributed.dispatch`.
 """
 
-from typing import Protocol, cast
+from typing import Protocol, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moe_llm.config import ModelConfig
 from moe_llm.model.layers import SwiGLU
@@ -35,6 +36,7 @@ class Experts(nn.Module):
         width = width or config.intermediate_size
         self.held: list[int] | None = None  # where they are no neighbours: the expert of each row
         self.first_expert, self.dropout = first, config.expert_dropout
+        self.tiles = 1  # parts of the rows that are computed, and computed again, one after the other
         self.low_rank: tuple[float, float] | None = None  # scale and dropout of adapters
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
@@ -63,9 +65,9 @@ class Experts(nn.Module):
         and no counts: one expert of mixed weights for each segment; `exchange` reaches experts that are elsewhere.
         `host_counts_E`: the counts once more, where the host knows them, for kernels that need them there.
         """
-        dropout = self.dropout if self.training else 0.0
         if merging is not None:
             assert self.low_rank is None, "weights are mixed without adapters: the configuration refuses them"
+            dropout = self.dropout if self.training else 0.0
             y_NLD = merged_expert_mlp(
                 merging.segments.split(x).flatten(0, 1),
                 merging.probability_NE,
@@ -75,6 +77,42 @@ class Experts(nn.Module):
                 exchange=exchange,
             )
             return merging.segments.join(y_NLD.unflatten(0, merging.segments.real_BGL.shape[:2]))
+        if self.tiles > 1 and len(x) and torch.is_grad_enabled():
+            return self._tiled(x, counts_E, routing, own, host_counts_E)
+        return self._rows(x, counts_E, routing, own, host_counts_E)
+
+    def _tiled(
+        self,
+        x: Tensor,
+        counts_E: Tensor | None,
+        routing: Routing | None,
+        own: slice | None,
+        host_counts_E: np.ndarray | None,
+    ) -> Tensor:
+        """The rows in parts, each of which is computed again in the backward pass: of one part alone are the projections
+        held (Rasley et al. 2025, "Arctic Long Sequence Training", section 3.1, for layers without experts)."""
+        assert counts_E is not None, "rows come with the counts of their experts"
+        rows_ND = x if routing is None else permute(x, routing.token_index_N, routing.slot_TK)
+        size, parts = -(-len(rows_ND) // self.tiles), []
+        for begin in range(0, len(rows_ND), size):
+            host_E = None if host_counts_E is None else _within(host_counts_E, begin, begin + size)
+            part = rows_ND[begin : begin + size], _within(counts_E, begin, begin + size), None, own, host_E
+            parts.append(checkpoint(self._rows, *part, use_reentrant=False))
+        y_ND = torch.cat(parts)
+        if routing is None:
+            return y_ND
+        return combine(y_ND, routing.weight_N, routing.token_index_N, len(x), routing.slot_TK)
+
+    def _rows(
+        self,
+        x: Tensor,
+        counts_E: Tensor | None,
+        routing: Routing | None,
+        own: slice | None,
+        host_counts_E: np.ndarray | None,
+    ) -> Tensor:
+        """All of them at once."""
+        dropout = self.dropout if self.training else 0.0
         if not self.plain:
             assert counts_E is not None, "rows come with the counts of their experts"
             return self._formed(x, counts_E, routing, slice(None) if own is None else own, dropout, host_counts_E)
@@ -153,6 +191,15 @@ class Experts(nn.Module):
             kept = whole.detach()[experts.start : experts.stop].clone()
             setattr(self, name, nn.Parameter(kept, requires_grad=whole.requires_grad))
         self.first_expert = experts.start
+
+
+Counts = TypeVar("Counts", Tensor, np.ndarray)
+
+
+def _within(counts_E: Counts, begin: int, end: int) -> Counts:
+    """Of rows sorted by expert, how many of each lie from row `begin` up to row `end`; nothing is read from a device."""
+    ends_E = counts_E.cumsum(0)
+    return ends_E.clip(begin, end) - (ends_E - counts_E).clip(begin, end)
 
 
 class UnevenExperts(nn.Module):
