@@ -1,6 +1,6 @@
-"""Write docs/configuration.md from the configuration's own schema.
+"""The tables of docs/configuration.md, from the configuration's own schema; run, it writes all generated pages.
 
-Run it after a change to moe_llm/config; a test says when that was forgotten.
+Run it after a change to moe_llm/config or moe_llm/cli; a test says when that was forgotten.
 """
 
 import json
@@ -98,4 +98,6 @@ def updated(reference: str) -> str:
 
 
 if __name__ == "__main__":
-    REFERENCE.write_text(updated(REFERENCE.read_text(encoding="utf-8")), encoding="utf-8")
+    import reference
+
+    reference.write()

@@ -8,7 +8,7 @@ from moe_llm.cli.parser import CommandParser
 
 def add_merge(parser: CommandParser) -> CommandParser:
     summary = "several models into one, by a recipe in mergekit's vocabulary"
-    command = parser.add_command("merge", summary, "moe-llm merge configs/merge/slerp.yaml merged", _merge)
+    command = parser.add_command("merge", summary, "moe-llm merge recipe.yaml merged", _merge)
     command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     command.add_argument("out", metavar="OUT", help="the checkpoint directory to write")
     command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights (default 5GB)")

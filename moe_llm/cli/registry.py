@@ -52,7 +52,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         new = RENAMED_COMMANDS[words[0]]
         print(f"moe-llm: warning: {words[0]} has been renamed: write {new}", file=sys.stderr)
         words[0] = new
-    parser = _parser()
+    parser = build_parser()
     parser.check_words(words)
     args, rest = parser.parse_known_args(words)
     # argparse gives up on positionals at the first option: `params CONFIG --json a.b=1` leaves a.b=1 over
@@ -63,7 +63,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _parser() -> CommandParser:
+def build_parser() -> CommandParser:
+    """The parser of the whole command line, with help by group."""
     parser = CommandParser(
         "moe-llm",
         description="Train Mixtral-style mixture-of-experts language models.",
