@@ -210,14 +210,35 @@ def test_one_call_with_the_configuration(command, module, function, monkeypatch)
     assert recorder.calls == [(function, (load_config(QUICKSTART, ["run.seed=7"]),), {})]
 
 
-def test_generate_is_one_call(monkeypatch, capsys):
-    recorder = Recorder("def f(): pass")
+def test_generate_is_one_call(monkeypatch, capsys, tmp_path):
+    recorder = Recorder(["def f(): pass", "class A"])
     monkeypatch.setitem(sys.modules, "moe_llm.inference.generate", recorder)
-    options = ["--max-new-tokens", "5", "--temperature", "0", "--top-p", "1", "--seed", "3"]
-    assert cli.main(["generate", "runs/a", "--prompt", "def ", *options]) == 0
-    sampling = {"max_new_tokens": 5, "temperature": 0.0, "top_p": 1.0, "seed": 3}
-    assert recorder.calls == [("generate", ("runs/a", "def "), sampling)]
-    assert capsys.readouterr().out == "def f(): pass\n"
+    options = ["--max-new-tokens", "5", "--temperature", "0", "--top-p", "1", "--seed", "3", "--stop", "x"]
+    (tmp_path / "prompts.txt").write_text("class \n\n")
+    assert (
+        cli.main(["generate", "runs/a", "--prompt", "def ", "--prompt-file", f"{tmp_path}/prompts.txt", *options]) == 0
+    )
+    given = {"max_new_tokens": 5, "temperature": 0.0, "top_p": 1.0, "seed": 3}
+    given |= {"stop": ["x"], "batch_size": 8, "use_cache": True}
+    assert recorder.calls == [("generate_texts", ("runs/a", ["def ", "class "]), given)]
+    assert capsys.readouterr().out == "def f(): pass\n---\nclass A\n"
+    assert cli.main(["generate", "runs/a", "--prompt", "a", "--json", "--no-cache", "--batch-size", "2", "--chat"]) == 0
+    changed = {"batch_size": 2, "use_cache": False, "chat": True, "stop": []}
+    assert recorder.calls[-1][2].items() >= changed.items()
+    assert json.loads(capsys.readouterr().out) == [{"prompt": "a", "text": "def f(): pass"}]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "--prompt"),
+        (["--prompt-file", "absent.txt"], "absent.txt"),
+        (["--prompt", "a", "--stop", ""], "--stop ''"),
+    ],
+)
+def test_generate_without_what_it_needs_is_a_sentence(options, words, capsys):
+    assert cli.main(["generate", "runs/a", *options]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_evaluate_is_one_call(monkeypatch, capsys):

@@ -1,7 +1,9 @@
 """Commands that show what a model does, or what a run has recorded."""
 
 import argparse
+import contextlib
 import sys
+from pathlib import Path
 
 from moe_llm.cli.arguments import add_json, add_model, at_least, check_one_model, print_json, print_table, share
 from moe_llm.cli.parser import CommandParser
@@ -12,11 +14,24 @@ def add_generate(parser: CommandParser) -> CommandParser:
     example = "moe-llm generate runs/quickstart/checkpoints/latest --prompt 'def main'"
     command = parser.add_command("generate", "continue a text with a checkpoint", example, _generate)
     add_model(command)
-    command.add_argument("--prompt", required=True, help="the text to continue")
+    command.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="to continue; may be repeated")
+    command.add_argument("--prompt-file", metavar="FILE", help="one prompt a line")
     command.add_argument(
         "--chat", action="store_true", help="the prompt is a user's turn, by the chat template; prints the answer"
     )
-    command.add_argument("--max-new-tokens", type=at_least(int, 1), default=128, metavar="N", help="at most")
+    _add_sampling(command, 128)
+    _add_quantize(command)
+    command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated")
+    command.add_argument(
+        "--batch-size", type=at_least(int, 1), default=8, metavar="N", help="prompts at once (default 8)"
+    )
+    command.add_argument("--no-cache", action="store_true", help="compute earlier tokens anew: the same, more slowly")
+    add_json(command)
+    return command
+
+
+def _add_sampling(command: CommandParser, length: int) -> None:
+    command.add_argument("--max-new-tokens", type=at_least(int, 1), default=length, metavar="N", help="at most")
     command.add_argument(
         "--temperature", type=at_least(float, 0), default=0.8, metavar="T", help="0: the likeliest token"
     )
@@ -24,8 +39,6 @@ def add_generate(parser: CommandParser) -> CommandParser:
         "--top-p", type=share, default=0.95, metavar="P", help="sample from the likeliest tokens of mass P"
     )
     command.add_argument("--seed", type=at_least(int, 0), default=0, metavar="N", help="of the sampling")
-    _add_quantize(command)
-    return command
 
 
 def _add_quantize(command: CommandParser) -> None:
@@ -42,18 +55,77 @@ def _quantize(args: argparse.Namespace) -> dict[str, str]:
 
 def _generate(args: argparse.Namespace) -> None:
     check_one_model(args)
-    sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+    prompts = _prompts(args)
+    options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
     if args.chat:
-        sampling["chat"] = True
-    sampling |= _quantize(args)
+        options["chat"] = True
+    options |= _quantize(args)
     if args.ensemble is not None:
+        given = [f"--{name}" for name in ("stop", "no-cache") if getattr(args, name.replace("-", "_"))]
+        if given:
+            raise UserError(f"{given[0]} is for one checkpoint, and --ensemble is given: leave it out")
         from moe_llm.ensemble.run import generate_command
 
-        print(generate_command(args.ensemble, args.prompt, **sampling))
+        texts = [generate_command(args.ensemble, prompt, **options) for prompt in prompts]
     else:
-        from moe_llm.inference.generate import generate
+        from moe_llm.inference.generate import generate_texts
 
-        print(generate(args.checkpoint, args.prompt, **sampling))
+        options |= {"stop": args.stop, "batch_size": args.batch_size, "use_cache": not args.no_cache}
+        texts = generate_texts(args.checkpoint, prompts, **options)
+    if args.json:
+        print_json([{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts)])
+    else:
+        print("\n---\n".join(texts))
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    """Those of the command line, and the lines of --prompt-file that are not empty."""
+    prompts = list(args.prompt)
+    if args.prompt_file is not None:
+        try:
+            lines = Path(args.prompt_file).read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"--prompt-file {args.prompt_file} cannot be read ({error}): give a UTF-8 text file"
+            ) from error
+        prompts += [line for line in lines if line.strip()]
+    if not prompts:
+        raise UserError("no prompt is given: use --prompt TEXT or --prompt-file FILE with a prompt a line")
+    if "" in args.stop:
+        raise UserError("--stop '' would stop at once: give a text")
+    return prompts
+
+
+def add_chat(parser: CommandParser) -> CommandParser:
+    summary = "talk to a checkpoint, by its chat template"
+    command = parser.add_command("chat", summary, "moe-llm chat runs/chat/checkpoints/latest", _chat)
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint directory with a chat template")
+    command.add_argument("--system", metavar="TEXT", help="a system turn before the first one")
+    _add_sampling(command, 512)
+    _add_quantize(command)
+    command.add_argument("--no-cache", action="store_true", help="compute earlier turns anew: the same, more slowly")
+    return command
+
+
+def _chat(args: argparse.Namespace) -> None:
+    import torch
+
+    from moe_llm.inference.chat import HELP, Conversation, talk
+    from moe_llm.inference.generate import load
+
+    conversation = Conversation(
+        load(args.checkpoint, quantize_experts=args.quantize_experts),
+        system=args.system,
+        max_new_tokens=args.max_new_tokens,
+        use_cache=not args.no_cache,
+        temperature=args.temperature,
+        top_p=args.top_p,
+    )
+    torch.manual_seed(args.seed)
+    if sys.stdin.isatty():
+        print(f"({HELP})", file=sys.stderr)
+    with contextlib.suppress(KeyboardInterrupt):  # the user's way to leave
+        talk(conversation, sys.stdin, lambda text: print(text, end="", flush=True))
 
 
 def add_evaluate(parser: CommandParser) -> CommandParser:

@@ -18,6 +18,7 @@ GROUPS: dict[str, tuple[Callable[[CommandParser], CommandParser], ...]] = {
     ),
     "look at a model": (
         look.add_generate,
+        look.add_chat,
         look.add_evaluate,
         look.add_inspect,
         look.add_diff,
