@@ -51,6 +51,11 @@ class SourceConfig(Section):
     )
     augment: AugmentConfig = Field(AugmentConfig(), description="text: changes of what is trained on")
 
+    @property
+    def paths(self) -> list[str]:
+        """`path` as a list."""
+        return [self.path] if isinstance(self.path, str) else self.path or []
+
     @model_validator(mode="after")
     def _path_fits_type(self):
         if self.type != "python_stdlib" and not self.path:
@@ -73,8 +78,7 @@ class SourceConfig(Section):
                 f"does not apply to format {self.format}, whose files need their index",
                 "set it to false",
             )
-        addresses = [self.path] if isinstance(self.path, str) else self.path or []
-        if self.type == "files" and not self.streaming and any("://" in str(address) for address in addresses):
+        if self.type == "files" and not self.streaming and any("://" in address for address in self.paths):
             invalid("path", self.path, "is an address, and files are read from this machine", "set streaming: true")
         if self.augment.kind is not None and self.content != "text":
             invalid("augment", self.augment.kind, f"does not apply to content: {self.content}", "remove it")

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -180,7 +180,7 @@ class ValidationBlocks:
         }
 
 
-class _ValidationBatches(Sequence):
+class _ValidationBatches(Sequence[Batch]):
     """Batches made when asked for: a large held-out split is not held in memory."""
 
     def __init__(
@@ -199,7 +199,15 @@ class _ValidationBatches(Sequence):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: int) -> Batch:
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Batch]: ...
+
+    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._count))]
         if not -self._count <= index < self._count:
             raise IndexError(index)
         index %= self._count

@@ -249,6 +249,14 @@ def _meta_digest(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
+def shard_checksums(directory: Path) -> dict[str, str]:
+    """SHA-256 of each shard of an entry by its name, over the checksums of its files; of an entry of one shard, `.`."""
+    meta = read_meta(directory)
+    if "shards" not in meta:
+        return {".": _meta_digest(meta)}
+    return {shard["name"]: meta["files"][f"{shard['name']}/meta.json"]["sha256"] for shard in meta["shards"]}
+
+
 def open_split(directory: Path, split: str) -> TokenizedText:
     """One split of a complete entry of the cache."""
     meta = read_meta(directory)

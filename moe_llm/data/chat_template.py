@@ -11,7 +11,7 @@ import re
 import threading
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -245,7 +245,7 @@ class ChatEncoder:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, spans = render_jinja_template(
+            texts, spans = cast(Any, render_jinja_template)(
                 conversations=[messages],
                 tools=found.tools,
                 chat_template=self.template,

@@ -8,6 +8,7 @@ that it does not spell out itself, since it is to be continued.
 """
 
 import json
+from array import array
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,7 @@ class DocumentEncoder:
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(self._framed(encoding.ids), dtype=self.dtype) for encoding in encodings]
+        return [self._framed(array("I", encoding.ids)) for encoding in encodings]
 
     def encode_continuations(self, parts: list[tuple[str, str]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """The tokens of each (prompt, answer), one behind the other, and uint8 targets: 1 for those with a character of the
@@ -81,12 +82,14 @@ class DocumentEncoder:
             encoded.append((ids, np.array([False, *learned, True], np.uint8)))
         return encoded
 
-    def _framed(self, ids: list[int]) -> list[int]:
-        if self._parsed and ids[:1] == [self.bos]:
-            ids = ids[1:]
-        if self._parsed and ids[-1:] == [self.eos]:
-            ids = ids[:-1]
-        return [self.bos, *ids, self.eos]
+    def _framed(self, ids: "array[int]") -> np.ndarray:
+        """Between bos and eos. `array` takes a list in half the time that numpy does."""
+        begin = int(self._parsed and len(ids) > 0 and ids[0] == self.bos)
+        end = len(ids) - int(self._parsed and len(ids) > begin and ids[-1] == self.eos)
+        framed = np.empty(end - begin + 2, self.dtype)
+        framed[0], framed[-1] = self.bos, self.eos
+        framed[1:-1] = np.asarray(ids)[begin:end]
+        return framed
 
 
 def plain_backend(tokenizer: "PreTrainedTokenizerFast", parse_special_tokens: bool) -> Any:

@@ -130,8 +130,8 @@ def open_unpacked(path: Path) -> IO[bytes]:
         import pyarrow  # which brings a decompressor along; the standard library has none before Python 3.14
 
         return io.BufferedReader(_Raw(pyarrow.input_stream(str(path), compression="zstd")))
-    opener = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}[packing]
-    return opener(path, "rb")  # type: ignore[return-value]
+    opener: Any = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}[packing]
+    return opener(path, "rb")
 
 
 class _Raw(io.RawIOBase):

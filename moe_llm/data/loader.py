@@ -244,8 +244,8 @@ def load_data(
     texts = [(field, tokens(field, source, holdout)) for field, source in named_sources(config)]
     prints = [_fingerprint(field, split, text[split]) for field, text in texts for split in SPLITS]
     if data.order == "similar":
-        for _, text in texts:
-            text["train"] = in_similar_order(text["train"], config.run.seed, data.cache_dir)
+        for _, both in texts:
+            both["train"] = in_similar_order(both["train"], config.run.seed, data.cache_dir)
     parts = [(field, split, text[split]) for field, text in texts for split in SPLITS]
     if data.validation_sources:
         parts = [part for part in parts if part[1] == "train"]
@@ -412,19 +412,19 @@ def load_evaluation(
     encoder, special = DocumentEncoder(tokenizer, parse_special_tokens), SpecialText(tokenizer)
     ids, sizes = [], []
     seen: Counter[str] = Counter()
-    for text in read_documents(source, "--data"):
-        ids += encoder.encode([text])
-        sizes.append(len(text.encode("utf-8")))
-        seen.update(() if parse_special_tokens else special.within(text))
+    for document_text in read_documents(source, "--data"):
+        ids += encoder.encode([document_text])
+        sizes.append(len(document_text.encode("utf-8")))
+        seen.update(() if parse_special_tokens else special.within(document_text))
         if max_tokens is not None:
             max_tokens -= len(ids[-1])
             if max_tokens <= 0:
                 break
-    starts = np.cumsum([0] + [len(document_ids) for document_ids in ids])
-    text = TokenizedText(np.concatenate(ids), starts, np.array(sizes), sum(sizes), seen=seen)
+    starts, tokens_N = np.cumsum([0] + [len(document_ids) for document_ids in ids]), np.concatenate(ids)
+    text = TokenizedText(tokens_N, starts, np.array(sizes), sum(sizes), seen=seen)
     _report_special_text("--data", text, "--parse-special-tokens")
     if rows is not None:
-        check_rows(text.tokens_N, tokenizer, rows, "--data")
+        check_rows(tokens_N, tokenizer, rows, "--data")
     return ValidationBlocks(
         [PackedBlocks(text, sequence_length, isolate_documents, tokenizer.eos_token_id)], max_blocks
     )
@@ -441,10 +441,10 @@ def _chat_evaluation(
     found = list(read_examples(SourceConfig(type="files", path=paths, content="chat"), "--data"))
     ids, targets = zip(*encoder.encode(found))
     starts = np.cumsum([0] + [len(example_ids) for example_ids in ids])
-    sizes = np.array([example.answer_bytes for example in found])
-    text = TokenizedText(np.concatenate(ids), starts, sizes, int(sizes.sum()), np.concatenate(targets))
+    sizes, tokens_N = np.array([example.answer_bytes for example in found]), np.concatenate(ids)
+    text = TokenizedText(tokens_N, starts, sizes, int(sizes.sum()), np.concatenate(targets))
     if rows is not None:
-        check_rows(text.tokens_N, tokenizer, rows, "--data")
+        check_rows(tokens_N, tokenizer, rows, "--data")
     blocks = PackedExamples(text, sequence_length, "truncate", tokenizer.eos_token_id)
     if not len(blocks):
         raise UserError(

@@ -188,7 +188,8 @@ class PackedBlocks:
 
 
 def as_batch(arrays: dict[str, np.ndarray]) -> Batch:
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    """Arrays by the names of a batch's fields, without copies."""
+    tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return Batch(**({"document_ids_BS": None} | tensors), runs_B=runs(arrays))
 
 

@@ -94,7 +94,8 @@ def read_pairs(source: SourceConfig, field: str, pieces: Sequence[Piece] | None 
 def _pair(record: dict[str, Any], where: Place | str, field: str) -> Pair | None:
     """A row as a pair; None where the weights of its turns leave nothing to learn."""
     origin = f"{field}: {where}"
-    prompt, sides = record.get("prompt"), [record.get(name) for name in ("chosen", "rejected")]
+    prompt: Any = record.get("prompt")
+    sides: list[Any] = [record.get(name) for name in ("chosen", "rejected")]
     for name, side in zip(("chosen", "rejected"), sides):
         if not isinstance(side, str | list) or not side:
             raise UserError(f"{origin} has no {name} answer (text, or a list of turns): add it, or remove that row")

@@ -5,11 +5,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moe_llm.config import Config
+from moe_llm.config import Config, SourceConfig
+from moe_llm.data.cache import shard_checksums
 from moe_llm.data.files import replace_file
 from moe_llm.data.loader import Data, load_data
 from moe_llm.data.shards import Share, settings_of, tokenise_share
-from moe_llm.data.sources import check_sources, file_records, named_sources, named_validation_sources
+from moe_llm.data.sources import (
+    check_sources,
+    file_records,
+    hub_listing,
+    local_dataset,
+    named_sources,
+    named_validation_sources,
+)
 from moe_llm.data.split import HoldOut, find_holdout
 from moe_llm.data.tokenizer import build_tokenizer, check_vocab, content_hash, resolve_vocab
 
@@ -21,7 +29,8 @@ def prepare(config: Config, *, show_progress: bool = True) -> dict[str, Any]:
     Returns:
         The manifest, which is also written to `data.cache_dir` as manifest-HASH.json: `hash` is that of the tokenizer
         and of each source's tokens, in the order in which they are read; `sources` has counts and checksum of each
-        source and split; `files` has size and SHA-256 of each source file.
+        source and split; `shards` has the checksum of each shard; `files` has size and SHA-256 of each source file, or
+        the addresses of a dataset's files on the hub, with their revision.
 
     Raises:
         UserError: unusable sources, a tokenizer that does not fit, or no space left.
@@ -75,7 +84,9 @@ def manifest(config: Config, data: Data, tokenizer_hash: str) -> dict[str, Any]:
     """What a run's data is made from; equal for equal files, tokenizer and settings, wherever they lie."""
     prints = [part._asdict() for part in data.fingerprint]
     digest = hashlib.sha256(json.dumps([tokenizer_hash, prints], sort_keys=True).encode()).hexdigest()
-    sources = named_sources(config) + named_validation_sources(config)
+    cache = Path(config.data.cache_dir).expanduser()
+    trained, held_out = named_sources(config), named_validation_sources(config)
+    texts = [*zip(trained, data.train.sources), *zip(held_out, data.validation.sources)]
     blocks = {(part.name, part.split): part for part in data.statistics}
     return {
         "hash": digest,
@@ -85,15 +96,21 @@ def manifest(config: Config, data: Data, tokenizer_hash: str) -> dict[str, Any]:
             for entry in prints
             for part in [blocks.get((entry["source"], entry["split"]))]
         ],
+        "shards": {
+            field: shard_checksums(cache / str(part.text.key).partition("/")[0])
+            for (field, source), part in texts
+            if not source.streaming
+        },
         "files": {
-            field: [
-                {"name": name, "size": size, "sha256": digest}
-                for name, size, digest in file_records(source, field, Path(config.data.cache_dir).expanduser())
-            ]
-            for field, source in sources
-            if source.type != "hub" and not source.streaming
+            field: _files(source, field, cache) for field, source in [*trained, *held_out] if not source.streaming
         },
     }
+
+
+def _files(source: SourceConfig, field: str, cache: Path) -> list[dict[str, Any]]:
+    if source.type == "hub" and local_dataset(source) is None:
+        return [{"name": address} for address in hub_listing(source, field, cache)]
+    return [{"name": name, "size": size, "sha256": digest} for name, size, digest in file_records(source, field, cache)]
 
 
 def format_manifest(found: dict[str, Any]) -> str:

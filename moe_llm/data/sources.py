@@ -6,6 +6,8 @@ hub sources alone, because importing it takes seconds.
 
 import contextlib
 import glob
+import hashlib
+import json
 import lzma
 import sysconfig
 import zlib
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moe_llm.config import Config, SourceConfig
+from moe_llm.data.files import replace_file
 from moe_llm.data.hashes import file_hashes
 from moe_llm.data.kinds import beside_tokens, companion, file_kind, looks_like_rows, token_kind
 from moe_llm.data.pieces import Piece, Place, grouped, shard_bytes
@@ -65,9 +68,8 @@ def list_files(source: SourceConfig, field: str) -> list[Path]:
     """Files of a `files` or `python_stdlib` source, sorted within each pattern, none twice."""
     if source.type == "python_stdlib":
         return _stdlib_files()
-    patterns = [source.path] if isinstance(source.path, str) else source.path
     found: dict[Path, None] = {}
-    for pattern in patterns:
+    for pattern in source.paths:
         found.update(dict.fromkeys(_expand(pattern, field)))
     beside = {file for path in found for file in beside_tokens(path)}
     files = [path for path in found if path not in beside]
@@ -145,8 +147,8 @@ def source_settings(source: SourceConfig, *left_out: str) -> dict[str, Any]:
 def fingerprint(source: SourceConfig, field: str, cache: Path) -> list:
     """What tells one state of a source's text from another, as JSON values.
 
-    Files are known by name, size and content, so that a copy of them counts as the same text. A hub dataset is known by
-    its name, configuration and split.
+    Files, those of a local dataset among them, are known by name, size and content, so that a copy of them counts as the
+    same text. A dataset of the hub is known by its name, configuration and split.
 
     Args:
         cache: where the hashes of large files are remembered.
@@ -154,15 +156,20 @@ def fingerprint(source: SourceConfig, field: str, cache: Path) -> list:
     settings = source_settings(source, "weight", "path")
     if source.streaming and source.type == "files":
         return [settings, [list(file) for file in stream_files(source, field)]]
-    if source.type == "hub":
-        local = Path(source.path).expanduser()
-        found = sorted(p for p in local.rglob("*") if p.is_file()) if local.is_dir() else []
-        return [settings, source.path, [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in found]]
+    if source.type == "hub" and local_dataset(source) is None:
+        return [settings, source.path, []]
     return [settings, [list(record) for record in file_records(source, field, cache)]]
 
 
 def file_records(source: SourceConfig, field: str, cache: Path) -> list[tuple[str, int, str]]:
-    """Name, size and SHA-256 of each file of a source."""
+    """Name, size and SHA-256 of each file of a source that lies on this machine."""
+    folder = local_dataset(source)
+    if folder is not None:
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        hashes = file_hashes(files, field, cache)
+        return [
+            (path.relative_to(folder).as_posix(), path.stat().st_size, digest) for path, digest in zip(files, hashes)
+        ]
     files = list_files(source, field)
     if holds_tokens(source, field):
         files = [
@@ -170,6 +177,33 @@ def file_records(source: SourceConfig, field: str, cache: Path) -> list[tuple[st
         ]
     hashes = file_hashes(files, field, cache)
     return [(path.name, path.stat().st_size, digest) for path, digest in zip(files, hashes)]
+
+
+def local_dataset(source: SourceConfig) -> Path | None:
+    """The directory of a source of type hub that is one of this machine's."""
+    path = Path(str(source.path)).expanduser()
+    return path if source.type == "hub" and path.is_dir() else None
+
+
+def hub_listing(source: SourceConfig, field: str, cache: Path) -> list[str]:
+    """Addresses of the files that the hub's dataset has for a source, each with the revision that it is of. They are asked
+    for once and remembered in the cache, beside tokens that are not fetched again either.
+
+    Raises:
+        UserError: the hub cannot be reached, or knows no such dataset.
+    """
+    asked = hashlib.sha256(json.dumps([source.path, source.name, source.split]).encode()).hexdigest()
+    file = cache / f"listing-{asked[:24]}.json"
+    if file.is_file():
+        return list(json.loads(file.read_text(encoding="utf-8")))
+    import datasets
+
+    with _loading(source, field):
+        builder = datasets.load_dataset_builder(str(source.path), name=source.name)
+        files = builder.config.data_files or {}
+    addresses = sorted(str(address) for split, found in files.items() if split == source.split for address in found)
+    replace_file(file, json.dumps(addresses).encode())
+    return addresses
 
 
 def shards_of(source: SourceConfig, field: str) -> list[list[Piece]]:
@@ -314,6 +348,7 @@ def _hub_records(
             if piece.whole:
                 part, begin, where = rows, 0, str(source.path)
             elif hasattr(rows, "select"):
+                assert piece.end is not None, "shares of saved rows have both ends"
                 part, begin, where = rows.select(range(piece.begin, piece.end)), piece.begin, str(source.path)
             else:
                 part, begin = rows.shard(num_shards=rows.num_shards, index=piece.begin), 0
@@ -326,7 +361,7 @@ def _hub_rows(source: SourceConfig) -> Any:
     """A dataset that was saved with `save_to_disk`, or one of the hub or a directory, as a stream."""
     import datasets
 
-    path = Path(source.path).expanduser()
+    path = Path(str(source.path)).expanduser()
     if any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
         saved = datasets.load_from_disk(str(path))
         return saved[source.split] if isinstance(saved, dict) else saved

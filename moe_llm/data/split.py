@@ -103,8 +103,8 @@ def find_holdout(config: Config) -> HoldOut:
         texts = (t for f, s in named_validation_sources(config) for t in read_texts(s, f))
         holdout = HoldOut(listed=frozenset(map(text_hash, texts)))
     else:
-        texts = ((t, s.content == "text") for f, s in named_sources(config) for t in read_texts(s, f))
-        holdout = _choose(texts, data.validation_fraction)
+        divisible = ((t, s.content == "text") for f, s in named_sources(config) for t in read_texts(s, f))
+        holdout = _choose(divisible, data.validation_fraction)
     replace_file(file, json.dumps(holdout.key()).encode())
     return holdout
 

@@ -9,7 +9,7 @@ a private-use character before, and restored after.
 import io
 import re
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe_llm.errors import UserError
 
@@ -116,12 +116,12 @@ def _vocab_error(vocab_size: int, message: str) -> UserError:
     )
 
 
-def _parse(model: bytes):
+def _parse(model: bytes) -> Any:
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
     try:
-        proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+        proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
     except DecodeError as error:
         raise ValueError("it is damaged or of another kind") from error
     if not proto.pieces:

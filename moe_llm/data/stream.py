@@ -29,9 +29,8 @@ def stream_files(source: SourceConfig, field: str) -> list[tuple[str, int]]:
     """
     import fsspec
 
-    patterns = [source.path] if isinstance(source.path, str) else list(source.path or [])
     found: dict[str, int] = {}
-    for pattern in patterns:
+    for pattern in source.paths:
         try:
             system, path = fsspec.url_to_fs(pattern if "://" in pattern else str(Path(pattern).expanduser()))
             names = sorted(system.glob(path)) if glob.has_magic(path) else [path]

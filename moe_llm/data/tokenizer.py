@@ -108,7 +108,7 @@ def load_tokenizer(directory: Path | str, needs_eos: bool = True) -> "PreTrained
     named = _json_of(local / "tokenizer_config.json")
     plain = (local / "tokenizer.json").is_file() and "auto_map" not in named
     generic = plain and ("eos_token" in named or (local / "tekken.json").is_file())  # else the class may know the end
-    loader = PreTrainedTokenizerFast if generic else AutoTokenizer
+    loader: Any = PreTrainedTokenizerFast if generic else AutoTokenizer
     try:
         tokenizer = loader.from_pretrained(str(local if local.is_dir() else directory), **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
@@ -471,10 +471,10 @@ def _trained_model(config: Config, cache: Path) -> bytes:
     file = cache / f"tokenizer-{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]}.model"
     if file.exists():
         return file.read_bytes()
-    logger.info("training a tokenizer of %d tokens", config.model.vocab_size)
+    logger.info("training a tokenizer of %d tokens", config.model.resolved_vocab_size)
     model = spm.train_model(
         _sampled(config),
-        config.model.vocab_size,
+        config.model.resolved_vocab_size,
         config.tokenizer.train_bytes,
         config.tokenizer.character_coverage,
         config.run.seed,
@@ -487,9 +487,10 @@ def _sampled(config: Config) -> Iterator[str]:
     """Training text for the tokenizer: of each source as much as its weight, or else its size, gives it."""
     holdout, sources = find_holdout(config), named_sources(config)
     sizes = [source_bytes(source, field) for field, source in sources]
-    weights = [source.weight for _, source in sources]
-    if None in weights:
-        weights = [1.0] * len(sizes) if None in sizes else [float(size) for size in sizes]
+    weights = [source.weight for _, source in sources if source.weight is not None]
+    if not weights:
+        known = [float(size) for size in sizes if size is not None]
+        weights = known if len(known) == len(sizes) else [1.0] * len(sizes)
     chosen = random.Random(config.run.seed)
     for (field, source), size, weight in zip(sources, sizes, weights):
         budget = config.tokenizer.train_bytes * weight / sum(weights)

@@ -2,13 +2,17 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from moe_llm.cli import main
+from moe_llm.config import SourceConfig
 from moe_llm.data import cache as cache_module
+from moe_llm.data import pieces
+from moe_llm.data.sources import fingerprint, hub_listing
 
 
 @pytest.fixture
@@ -67,6 +71,50 @@ def test_the_manifest_is_of_the_content_wherever_it_lies(config_file, capsys, tm
             "sha256": hashlib.sha256((tmp_path / "a.txt").read_bytes()).hexdigest(),
         }
     ]
+
+
+def test_the_manifest_has_a_checksum_for_each_shard(config_file, capsys, tmp_path, monkeypatch):
+    whole = prepare(config_file, capsys)["shards"]
+    assert {name: list(found) for name, found in whole.items()} == {f"data.sources.{i}": ["."] for i in (0, 1)}
+    monkeypatch.setattr(pieces, "SHARD_BYTES", 2000)
+    cache = f"data.cache_dir={tmp_path / 'sharded'}"
+    first = prepare(config_file, capsys, cache)["shards"]
+    assert len(first["data.sources.0"]) > 2
+    text = tmp_path / "a.txt"
+    text.write_text(text.read_text(encoding="utf-8").replace("e", "a", 1), encoding="utf-8")
+    second = prepare(config_file, capsys, cache)["shards"]
+    assert second["data.sources.1"] == first["data.sources.1"]
+    changed = {name for name, found in second["data.sources.0"].items() if found != first["data.sources.0"][name]}
+    assert changed == {"00000"}, "the shard whose text has changed"
+
+
+def test_the_manifest_names_the_files_of_a_hub_dataset(tmp_path, monkeypatch):
+    import datasets
+
+    asked = []
+
+    class Builder:
+        class config:
+            data_files = {"train": ["hf://b@1f/2.parquet", "hf://b@1f/1.parquet"], "test": ["hf://b@1f/3.parquet"]}  # noqa: RUF012
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *args, **kwargs: (asked.append(args), Builder)[1])
+    source = SourceConfig(type="hub", path="a/b")
+    expected = ["hf://b@1f/1.parquet", "hf://b@1f/2.parquet"]
+    assert [hub_listing(source, "data.sources.0", tmp_path) for _ in range(2)] == [expected] * 2
+    assert len(asked) == 1, "the second time without the hub"
+
+
+def test_a_copy_of_a_local_dataset_is_the_same_text(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/train.jsonl").write_text('{"text": "one"}\n', encoding="utf-8")
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)
+    os.utime(tmp_path / "b/train.jsonl", (1, 1))
+    prints = [
+        fingerprint(SourceConfig(type="hub", path=str(tmp_path / name)), "data.sources.0", tmp_path) for name in "ab"
+    ]
+    assert prints[0] == prints[1]
+    (tmp_path / "b/train.jsonl").write_text('{"text": "two"}\n', encoding="utf-8")
+    assert fingerprint(SourceConfig(type="hub", path=str(tmp_path / "b")), "data.sources.0", tmp_path) != prints[0]
 
 
 def test_one_changed_character_changes_the_hash_and_that_source_alone(config_file, capsys, tmp_path):
