@@ -118,6 +118,23 @@ def add_generate_dataset(parser: CommandParser) -> CommandParser:
     command.add_argument("--batch-size", type=count, default=8, metavar="N", help="prompts at once")
     command.add_argument("--limit", type=count, metavar="N", help="prompts in all")
     command.add_argument("--seed", type=at_least(int, 0), default=0, metavar="N", help="of the sampling")
+    command.add_argument(
+        "--drafts",
+        type=count,
+        metavar="N",
+        help="PROMPTS have answers: write N of TEACHER's as drafts, each with the answer, for a model that rewrites them",
+    )
+    command.add_argument(
+        "--template", metavar="TEXT", help="of drafts: what that model reads, with {input} and {output}"
+    )
+    command.add_argument(
+        "--reward",
+        metavar="overlap|CHECKPOINT",
+        help="of drafts: words shared with the answer, or how likely it makes it",
+    )
+    command.add_argument(
+        "--pairs-out", metavar="FILE.jsonl", help="with --reward: each prompt's best and worst draft, as preferences"
+    )
     return command
 
 
@@ -127,5 +144,13 @@ def _generate_dataset(args: argparse.Namespace) -> None:
     from moe_llm.distill.answers import AnswerOptions, write_answers
 
     options = AnswerOptions(**{field.name: getattr(args, field.name) for field in fields(AnswerOptions)})
+    if args.pairs_out is not None:
+        from moe_llm.distill.drafts import check_pairs
+
+        check_pairs(args.pairs_out, options.reward, options.drafts)
     written = write_answers(args.teacher, args.prompts, args.out, options)
+    if args.pairs_out is not None:
+        from moe_llm.distill.drafts import write_pairs
+
+        print(f"{args.pairs_out}: {write_pairs(args.out, args.pairs_out):,} pairs of drafts")
     print(f"{args.out}: {written.rows:,} answers, {written.left_out:,} prompts left out")

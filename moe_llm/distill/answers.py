@@ -10,7 +10,7 @@ command goes on from there; batches are seeded one by one, so that it comes to t
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,9 @@ _FIELD = "PROMPTS"
 @dataclass(frozen=True)
 class AnswerOptions:
     """beams: of the search; temperature: draw answers instead, and then beams is 1. continued: PROMPTS are texts, and
-    what is continued is so many tokens of each; None: they are rows of chat. limit: prompts, at most."""
+    what is continued is so many tokens of each; None: they are rows of chat. limit: prompts, at most.
+    drafts: PROMPTS have answers, and of each so many of the teacher's are written as drafts, for a model that rewrites
+    them (`moe_llm.distill.drafts`). template, reward: of drafts."""
 
     max_new_tokens: int = 256
     beams: int = 5
@@ -44,8 +46,14 @@ class AnswerOptions:
     continued: int | None = None
     limit: int | None = None
     seed: int = 0
+    drafts: int | None = None
+    template: str | None = None
+    reward: str | None = None
 
     def __post_init__(self):
+        for name in ("template", "reward"):
+            if getattr(self, name) is not None and self.drafts is None:
+                raise UserError(f"--{name} is for drafts, and none are asked for: add --drafts N, or remove it")
         if self.temperature is not None and self.beams != 1:
             raise UserError(
                 f"--beams {self.beams} searches and --temperature {self.temperature:g} draws: "
@@ -55,11 +63,14 @@ class AnswerOptions:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """ids: what the teacher reads. row: of the file to be written, without the answer, which goes to `answer`."""
+    """ids: what the teacher reads. row: of the file to be written, without the answer, which goes to `answer`. text: what
+    is asked, gold: the answer that is there, where there is one."""
 
     ids: list[int]
     row: dict[str, Any]
     answer: str
+    text: str = ""
+    gold: str = ""
 
     def answered(self, text: str) -> dict[str, Any] | None:
         """The row with its answer; None for an empty one, of which there is nothing to learn."""
@@ -95,18 +106,29 @@ def write_answers(teacher: str | Path, prompts: str | list[str], out: str | Path
     if not (directory / "config.json").is_file():
         raise UserError(f"TEACHER {str(teacher)!r} has no config.json: give a checkpoint directory")
     tokenizer = load_tokenizer(directory)
+    writer = _writer(options)
     source = SourceConfig(type="files", path=prompts, content="text" if options.continued else "chat")
     partial = out.with_name(f"{out.name}.partial")
     with user_error_on_disk("--out", out):
         out.parent.mkdir(parents=True, exist_ok=True)
         done = _resume(partial, _settings(directory, source, options))
         try:
-            _answer_all(directory, tokenizer, _read_prompts(source, tokenizer, options), done, partial, options)
+            _answer_all(directory, tokenizer, _read_prompts(source, tokenizer, options), done, partial, options, writer)
             return _finish(partial, out)
         except UserError:
             if not done:  # a mistake that was there from the first leaves nothing behind
                 partial.unlink(missing_ok=True)
             raise
+
+
+def _writer(options: AnswerOptions) -> Callable[[_Prompt, list[str]], Any]:
+    """From a prompt and its answers to what is written of it: a row, or a list of rows; None for nothing."""
+    if options.drafts is None:
+        return lambda prompt, texts: prompt.answered(texts[0])
+    from moe_llm.distill.drafts import DraftWriter
+
+    drafts = DraftWriter(options.template, options.reward)
+    return lambda prompt, texts: drafts.rows(prompt.text, prompt.gold, texts, chat=not options.continued)
 
 
 def _settings(directory: Path, source: SourceConfig, options: AnswerOptions) -> str:
@@ -136,6 +158,7 @@ def _answer_all(
     done: int,
     partial: Path,
     options: AnswerOptions,
+    writer: Callable[[_Prompt, list[str]], Any],
 ) -> None:
     """Append the answers of all prompts, batch by batch."""
     model, size = None, options.batch_size
@@ -152,7 +175,7 @@ def _answer_all(
             for prompt in batch:
                 check_rows(prompt.ids if prompt else (), tokenizer, len(model.get_input_embeddings().weight), _FIELD)
             texts = iter(_generate(model, tokenizer, [p.ids for p in batch if p is not None], start, options))
-            rows = [None if prompt is None else prompt.answered(next(texts)) for prompt in batch]
+            rows = [None if prompt is None else writer(prompt, next(texts)) for prompt in batch]
             stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             stream.flush()
 
@@ -184,6 +207,7 @@ def _keep_lines(partial: Path, count: int) -> None:
 def _finish(partial: Path, out: Path) -> Written:
     lines = _lines(partial)[1:]
     rows = [line for line in lines if line != "null\n"]
+    rows = [own for line in rows for own in ([line] if line[0] != "[" else _each(line))]
     if not rows:
         raise UserError(
             f"{_FIELD}: of {len(lines)} prompts none has an answer, all are too short or too long for the "
@@ -193,14 +217,19 @@ def _finish(partial: Path, out: Path) -> Written:
     temporary.write_text("".join(rows), encoding="utf-8")
     temporary.replace(out)
     partial.unlink()
-    return Written(len(rows), len(lines) - len(rows))
+    return Written(len(rows), lines.count("null\n"))
+
+
+def _each(line: str) -> list[str]:
+    """The rows of a line that holds several."""
+    return [json.dumps(row, ensure_ascii=False) + "\n" for row in json.loads(line)]
 
 
 @torch.no_grad()
 def _generate(
     model: Any, tokenizer: "PreTrainedTokenizerFast", prompts: Sequence[list[int]], start: int, options: AnswerOptions
-) -> list[str]:
-    """The answer to each prompt; a prompt that leaves no room for one gives an empty one.
+) -> list[list[str]]:
+    """The answers to each prompt, one where no drafts are asked for; a prompt that leaves no room gives empty ones.
 
     So does an answer that has not ended within `options.max_new_tokens`: a student would learn to end in its middle. Text
     that is continued has no end to come to.
@@ -208,14 +237,16 @@ def _generate(
     longest = getattr(model.config, "max_position_embeddings", None)
     fits = [longest is None or len(ids) + options.max_new_tokens <= longest for ids in prompts]
     read = [ids for ids, fit in zip(prompts, fits) if fit]
+    count = options.drafts or 1
     if not read:
-        return [""] * len(prompts)
+        return [[""] * count] * len(prompts)
     width, pad, ends = max(map(len, read)), tokenizer.eos_token_id, end_token_ids(tokenizer)
     ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in read], device=model.device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in read], device=model.device)
     digest = hashlib.sha256(f"{options.seed}/{start}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    how: dict[str, Any] = {"do_sample": False, "num_beams": options.beams, "early_stopping": options.beams > 1}
+    beams = max(options.beams, count)
+    how: dict[str, Any] = {"do_sample": False, "num_beams": beams, "early_stopping": beams > 1}
     if options.temperature is not None:
         how = {"do_sample": True, "num_beams": 1, "temperature": options.temperature, "top_k": 0, "top_p": 1.0}
     output = model.generate(
@@ -224,14 +255,16 @@ def _generate(
         max_new_tokens=options.max_new_tokens,
         pad_token_id=pad,
         eos_token_id=ends,
+        **({"num_return_sequences": count} if count > 1 else {}),
         **how,
     )
-    answers = iter(
+    answers = [
         _said(tokenizer, ids, new[:end]) if options.continued or end < len(new) else ""
-        for ids, new in zip(read, output[:, width:].tolist())
+        for ids, new in zip([ids for ids in read for _ in range(count)], output[:, width:].tolist())
         for end in [next((at for at, token in enumerate(new) if token in ends), len(new))]
-    )
-    return [next(answers) if fit else "" for fit in fits]
+    ]
+    several = iter(answers[start : start + count] for start in range(0, len(answers), count))
+    return [next(several) if fit else [""] * count for fit in fits]
 
 
 def _said(tokenizer: "PreTrainedTokenizerFast", read: list[int], new: list[int]) -> str:
@@ -263,7 +296,8 @@ def _of_texts(source: SourceConfig, tokenizer: "PreTrainedTokenizerFast", count:
         if end == 0:
             yield None
         else:
-            yield _Prompt([first, *encoding.ids[:end]], {"text": text[: places[end - 1][1]]}, "text")
+            begin = text[: places[end - 1][1]]
+            yield _Prompt([first, *encoding.ids[:end]], {"text": begin}, "text", begin, text[len(begin) :])
 
 
 def _of_chat(source: SourceConfig, tokenizer: "PreTrainedTokenizerFast") -> Iterator[_Prompt]:
@@ -272,20 +306,25 @@ def _of_chat(source: SourceConfig, tokenizer: "PreTrainedTokenizerFast") -> Iter
             "TEACHER has no chat template to answer with: add --continue N, for PROMPTS that are texts, or "
             "save a template beside its tokenizer"
         )
-    for where, record in read_records(source, _FIELD, ("messages", "prompt")):
+    for where, record in read_records(source, _FIELD, ("messages", "prompt", "completion")):
         turns = record.get("messages")
         if turns is None and isinstance(record.get("prompt"), str):
             messages, row, answer = _as_turn(record["prompt"]), {"prompt": record["prompt"]}, "completion"
+            gold = record.get("completion")
         elif isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
             messages = turns[:-1] if turns[-1].get("role") == "assistant" else turns
             row, answer = {"messages": messages}, "messages"
+            gold = turns[-1].get("content") if len(messages) < len(turns) else None
         else:
             raise UserError(
                 f"{_FIELD}: {where} has neither messages nor a prompt: rename its columns, or add "
                 "--continue N for rows of text"
             )
         text = render_prompt(tokenizer, messages, f"{_FIELD}: {where}")
-        yield _Prompt(prompt_ids(tokenizer, text, begin=False), row, answer)
+        asked = str(messages[-1].get("content", "")) if messages else ""
+        yield _Prompt(
+            prompt_ids(tokenizer, text, begin=False), row, answer, asked, gold if isinstance(gold, str) else ""
+        )
 
 
 def _as_turn(prompt: str) -> list[dict[str, str]]:
