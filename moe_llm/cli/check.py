@@ -117,12 +117,16 @@ def _plan(args: argparse.Namespace) -> int:
     from moe_llm.planner.hardware import MFU
     from moe_llm.planner.plan import IMBALANCE, Request, as_json, hardware_named, plan
     from moe_llm.planner.report import check_out, format_plan, write_config
-    from moe_llm.train.metrics import recorded_loads
 
     if args.imbalance is not None and args.imbalance < 1:
         raise UserError(f"--imbalance {args.imbalance:g} is below an even share: give 1 or more")
     if args.imbalance is not None and args.loads is not None:
         raise UserError("--imbalance and --loads both say how uneven rows are: give one of them")
+    loads = None
+    if args.loads is not None:
+        from moe_llm.train.metrics import recorded_loads
+
+        loads = recorded_loads(args.loads)
     if args.out:
         check_out(args.out)
     hardware = hardware_named(
@@ -141,7 +145,7 @@ def _plan(args: argparse.Namespace) -> int:
             mfu=args.mfu or MFU,
             imbalance=args.imbalance or IMBALANCE,
             host_memory=args.host_memory,
-            loads=None if args.loads is None else recorded_loads(args.loads),
+            loads=loads,
         ),
     )
     print_json(as_json(found)) if args.json else print(format_plan(found))
