@@ -18,6 +18,7 @@ from moe_llm.cli.arguments import (
 )
 from moe_llm.cli.parser import CommandParser
 from moe_llm.errors import UserError
+from moe_llm.ops.accelerators import ACCELERATORS
 
 
 def add_config(parser: CommandParser) -> CommandParser:
@@ -93,9 +94,7 @@ def add_plan(parser: CommandParser) -> CommandParser:
         help="of one machine, which offloaded optimizer tensors may take",
     )
     command.add_argument("--nodes", type=count, metavar="N", help="machines (default: 8 GPUs on each)")
-    command.add_argument(
-        "--gpu", choices=("a100", "h100", "h200", "b200", "mi300x"), default="h100", help="its speeds (default h100)"
-    )
+    command.add_argument("--gpu", choices=tuple(ACCELERATORS), default="h100", help="its speeds (default h100)")
     command.add_argument("--peak-tflops", type=positive, metavar="X", help="dense bf16, in place of the GPU's")
     command.add_argument("--node-bandwidth", type=positive, metavar="GB/s", help="that a GPU sends within its node")
     command.add_argument("--network-bandwidth", type=positive, metavar="GB/s", help="and to other nodes")

@@ -12,7 +12,8 @@ from moe_llm.config.parallel import sequence_parts_conflict
 from moe_llm.distributed.placement_plan import imbalance
 from moe_llm.errors import UserError
 from moe_llm.finetune.selection import trained_names
-from moe_llm.planner.hardware import ACCELERATORS, FRAGMENTS, MFU, RESERVED_BYTES, Accelerator
+from moe_llm.ops.accelerators import ACCELERATORS, Accelerator
+from moe_llm.planner.hardware import FRAGMENTS, MFU, RESERVED_BYTES
 from moe_llm.planner.memory import KERNELS, Layout, Memory, held_parameters, step_memory
 from moe_llm.planner.time import StepTime, Traffic, accumulation, step_time, traffic
 

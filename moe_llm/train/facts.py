@@ -18,20 +18,12 @@ from moe_llm.distributed import deep_ep
 from moe_llm.distributed.runtime import Runtime
 from moe_llm.model.flops import train_flops_per_token
 from moe_llm.ops import compiled, liger, native
+from moe_llm.ops.accelerators import accelerator_of
 from moe_llm.ops.attention import variable_length_fits, variable_length_kernel
 from moe_llm.ops.expert_mlp import choose_backend
 from moe_llm.ops.norm import fused_on_cuda
 from moe_llm.ops.products import mm
 
-# Dense FLOP/s by precision, from the vendors' data sheets. The first name that is part of the device's counts.
-_DATA_SHEETS = {
-    "B200": {"bf16": 2250e12, "fp32": 75e12},
-    "H200": {"bf16": 989e12, "fp32": 67e12},
-    "H100 PCIe": {"bf16": 756e12, "fp32": 51e12},
-    "H100": {"bf16": 989e12, "fp32": 67e12},
-    "A100": {"bf16": 312e12, "fp32": 19.5e12},
-    "L40S": {"bf16": 362e12, "fp32": 91.6e12},
-}
 _PACKAGES = ("moe_llm", "torch", "transformers", "deepspeed")
 
 
@@ -108,7 +100,8 @@ def _peak_rate(device: torch.device, name: str, precision: str) -> float | None:
     """FLOP/s of this rank's device: a data sheet's, or for a CPU the best of three products (some tens of
     milliseconds)."""
     if device.type == "cuda":
-        return next((rates[precision] for part, rates in _DATA_SHEETS.items() if part in name), None)
+        known = accelerator_of(name)
+        return None if known is None else known.flops if precision == "bf16" else known.fp32_flops
     size, dtype = 768, torch.bfloat16 if precision == "bf16" else torch.float32
     a, out = torch.ones(size, size, dtype=dtype), torch.empty(size, size, dtype=dtype)
     best = float("inf")
