@@ -38,6 +38,7 @@ class MoELLMRouter(nn.Module):
     def __init__(self, config: MoELLMConfig):
         super().__init__()
         self.settings = config.moe_llm["router"]
+        self.seen: list[tuple[Tensor, Tensor]] | None = None  # while the balance loss is asked for
         self.kind, self.top_k = self.settings["type"], config.num_experts_per_tok
         experts, hidden = config.num_local_experts, config.hidden_size
         self.heads = self.settings.get("heads", 1)  # parts of a token that are routed apart
@@ -79,6 +80,34 @@ class MoELLMRouter(nn.Module):
             self.register_buffer("threshold", torch.zeros(experts, dtype=torch.float32))
 
     def forward(
+        self, x_TD: Tensor, position_T: Tensor, real_BA: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        routed = self._route(x_TD, position_T, real_BA)
+        if self.seen is not None:
+            self.seen.append(self._probability_and_choices(*routed))
+        return routed
+
+    def _probability_and_choices(
+        self, logits_TE: Tensor, expert: Tensor, weight: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Each token's distribution over experts, and how much of each expert it has, (T, E) both: of what the balance
+        loss is made."""
+        probability_TE = logits_TE.softmax(-1)
+        if self.kind == "bias_balanced" and self.settings["score"] == "sigmoid":
+            score_TE = logits_TE.sigmoid()
+            probability_TE = score_TE / score_TE.sum(-1, keepdim=True)
+        if self.kind in ("lory", "soft_moe"):  # of soft slots the block knows how many there are
+            return probability_TE, probability_TE.detach()
+        if self.kind == "dense":
+            return probability_TE, torch.ones_like(probability_TE)
+        taken_TK = torch.ones_like(weight)
+        if self.kind in ("top_p", "expert_choice"):
+            taken_TK = (weight != 0).to(logits_TE.dtype)
+        return probability_TE, torch.zeros_like(logits_TE).scatter_add_(
+            -1, expert, taken_TK.to(logits_TE.dtype)
+        ).detach()
+
+    def _route(
         self, x_TD: Tensor, position_T: Tensor, real_BA: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.kind == "lory":
@@ -227,7 +256,13 @@ class MoELLMSparseBlock(nn.Module):
         x_TD, position_T = x_BSD.flatten(0, 1), position_BS.expand(x_BSD.shape[:2]).flatten()
         if self.gate.kind == "soft_moe":
             logits_TR = self.gate(x_TD, position_T)[1]
-            y_TD = self._soft(x_TD, logits_TR, _segments(position_T, real_BA.flatten(), len(x_BSD), self.gate.settings))
+            pairs = _segments(position_T, real_BA.flatten(), len(x_BSD), self.gate.settings)
+            y_TD = self._soft(x_TD, logits_TR, pairs)
+            if self.gate.seen:  # each segment that forms slots counts as so many choices of its first token
+                probability_TE, _ = self.gate.seen.pop()
+                slots_TE = torch.zeros_like(probability_TE)
+                slots_TE[[a_L[0].item() for a_L, _ in pairs]] = float(self.gate.settings["slots_per_expert"])
+                self.gate.seen.append((probability_TE, slots_TE))
         elif self.gate.kind == "lory":
             y_TD = self._mixed(x_BSD, self._with_earlier(x_BSD, cache), position_T, real_BA)
         elif self.gate.kind == "multi_head":
@@ -371,3 +406,59 @@ class MoELLMForCausalLM(MoELLMPreTrainedModel, MixtralForCausalLM):
         self.router_aux_loss_coef = config.router_aux_loss_coef
         self.num_experts, self.num_experts_per_tok = config.num_local_experts, config.num_experts_per_tok
         self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_router_logits: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ):
+        """As Mixtral's, but that `aux_loss` is the balance loss of this router in training, with its gradient."""
+        asked = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        routers = [layer.mlp.gate for layer in self.model.layers]
+        for router in routers:
+            router.seen = [] if asked else None
+        output = super().forward(
+            input_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            output_router_logits=asked,
+            return_dict=True,
+            **kwargs,
+        )
+        if asked:
+            real_BS = torch.ones(output.logits.shape[0], output.router_logits[0].shape[0] // output.logits.shape[0])
+            if attention_mask is not None and attention_mask.dim() == 2:
+                real_BS = attention_mask[:, -real_BS.shape[1] :]
+            aux_loss = self._balance_loss([router.seen for router in routers], real_BS.to(output.logits.device))
+            if output.loss is not None:
+                output.loss = output.loss + self.router_aux_loss_coef * (aux_loss - output.aux_loss)
+            output.aux_loss = aux_loss
+        for router in routers:
+            router.seen = None
+        return output.to_tuple() if return_dict is False else output
+
+    def _balance_loss(self, seen: list[list[tuple[Tensor, Tensor]]], real_BS: Tensor) -> Tensor:
+        """E * sum_e f_e * P_e, with f_e the choices of an expert for each token and P_e its mean probability: of each
+        layer, of all layers together, or of each sequence of each layer."""
+        scope, real_B1S1 = self.config.moe_llm.get("router_aux_loss_scope", "global"), real_BS[:, None, :, None].float()
+        sums = []
+        for records in seen:  # of tokens' parts there are several a layer
+            probability_BPSE, taken_BPSE = (
+                torch.stack([record[i].unflatten(0, real_BS.shape) for record in records], 1) for i in (0, 1)
+            )
+            parts = [(part * real_B1S1).sum((1, 2)) for part in (taken_BPSE, probability_BPSE)]
+            sums.append(torch.stack([*parts, (len(records) * real_BS.sum(1))[:, None].expand_as(parts[0])]))
+        count_LBE, probability_LBE, tokens_LBE = torch.stack(sums, 1)
+        if scope != "sequence":
+            whole = [part.sum(1, keepdim=True) for part in (count_LBE, probability_LBE, tokens_LBE)]
+            if scope == "transformers":
+                whole = [part.sum(0, keepdim=True) for part in whole]
+            count_LBE, probability_LBE, tokens_LBE = whole
+        real_LB = tokens_LBE[..., 0] > 0
+        tokens_LBE = tokens_LBE.clamp(min=1)
+        product_LB = (count_LBE / tokens_LBE * probability_LBE / tokens_LBE).sum(-1)
+        return self.config.num_local_experts * (product_LB * real_LB).sum() / real_LB.sum().clamp(min=1)
