@@ -18,6 +18,8 @@ from moe_llm.finetune.selection import trained_names
 
 Whole = dict[str, np.ndarray]
 FP32_EPS = 2.0**-23
+# by `optim.master_weights`: the share of a weight that an update may lose or gain by rounding
+ROUNDING = {"fp32": FP32_EPS, "kahan": 2.0**-15, "stochastic_rounding": 2.0**-7}
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Tolerances:
 
     loss, norm: relative. gradient: the largest value of the difference over that of the tensor; in bf16, where a token
     that goes to another expert spoils single values, root mean squares. weights: root mean square relative to
-    that of what training has changed. routing: share of the routed tokens.
+    that of what training has changed. routing: share of the routed tokens. rounding: see `apart`.
     """
 
     loss: tuple[float, float]
@@ -36,13 +38,15 @@ class Tolerances:
     routing: tuple[float, float]
     logits: float
     in_bf16: bool = False
+    rounding: float = FP32_EPS
 
 
 def tolerances(config: Config) -> Tolerances:
     """By precision and optimizer: AdamW divides by the gradient's own size and so magnifies rounding where that is
     near zero, and in bf16 a token near the border between two experts may cross it."""
     if config.train.precision == "bf16":
-        return Tolerances((0.005, 0.03), 0.05, (0.01, 0.05), 0.3, (0.03, 0.10), 1e-4, in_bf16=True)
+        rounding = ROUNDING[config.optim.master_weights]
+        return Tolerances((0.005, 0.03), 0.05, (0.01, 0.05), 0.3, (0.03, 0.10), 1e-4, in_bf16=True, rounding=rounding)
     # routers that learn from tokens' losses have gradients that are small differences of these: rounding counts more
     gradient = 3e-5 if config.model.router.type in ("em", "reinforce") else 1e-5
     if config.optim.name != "sgd":
@@ -225,7 +229,7 @@ def weights(
         for name, value in expected.items():
             own = ~idle[name] if name in idle else ...
             change = (value - start[name])[own]
-            far = apart(found[name][own], value[own], change)
+            far = apart(found[name][own], value[own], change, eps=allowed.rounding)
             compared.append((far, allowed.weights, f"{name} after step {step + 1}"))
     return within("weights", "weights after each step, against their change", compared)
 

@@ -10,7 +10,7 @@ import numpy as np
 from moe_llm.config import Config
 from moe_llm.data.loader import Data
 from moe_llm.distributed.state import EMA
-from moe_llm.doctor.compare import FP32_EPS, Whole, apart, relative, whole
+from moe_llm.doctor.compare import ROUNDING, Whole, apart, relative, whole
 from moe_llm.doctor.findings import Finding, exact, note, within
 from moe_llm.doctor.observe import Observation, digests, read_data
 from moe_llm.doctor.oracle import average, chat, optimizer, order, schedule
@@ -20,9 +20,7 @@ from moe_llm.train import trainer
 
 _UPDATES = 2e-4  # of what training has changed so far: rounding of torch's fused and plain optimizers
 _MOMENTS = 1e-4
-# by `optim.master_weights`: of a weight the share that an update may lose or gain by rounding; of the moments, whose
-# gradients are clipped in bf16 where weights are of it
-_ROUNDING = {"fp32": FP32_EPS, "kahan": 2.0**-15, "stochastic_rounding": 2.0**-7}
+# where gradients are clipped in bf16, as the weights are
 _NARROW_MOMENTS = 1e-2
 _MAX_SAMPLES = 4096
 _CHAT = "chat: the answer and the end of its turn are learned, the question is not"
@@ -244,7 +242,7 @@ def rules_of(config: Config) -> optimizer.Rules:
 def _weights_apart(
     config: Config, one: Observation, start: Whole, due: optimizer.Updated
 ) -> list[tuple[float, float, str]]:
-    compared, eps = [], _ROUNDING[config.optim.master_weights]
+    compared, eps = [], ROUNDING[config.optim.master_weights]
     for step, expected in enumerate(due.weights):
         found = whole([one.weights[step]])
         for name, value in expected.items():

@@ -8,6 +8,7 @@ cannot cut by rows; and it takes no dropout. The maths is the same (a test compa
 
 import hashlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from moe_llm.config import Config
 from moe_llm.families.hf import expert_of
 from moe_llm.finetune.targets import adapted_names, is_attention, require_peft
-from moe_llm.model.adapters import factors_of, own_name
+from moe_llm.model.adapters import is_factor, own_name
 from moe_llm.model.moe.experts import Experts
 
 
@@ -24,7 +25,8 @@ def add_adapters(model: nn.Module, config: Config) -> None:
     """Give the model its adapters, which add nothing yet; does nothing without `finetune.lora.rank`.
 
     Args:
-        model: fp32 or bf16, on the CPU, with all experts or some; before it is frozen and the engine is built.
+        model: fp32 or bf16, on the CPU or without storage (its adapters' values then come by `adapter_initialiser`), with
+            all experts or some; before it is frozen and the engine is built.
 
     Raises:
         UserError: as `adapted_names`.
@@ -42,7 +44,10 @@ def add_adapters(model: nn.Module, config: Config) -> None:
             owner, _, leaf = name.rpartition(".")
             adapted: Any = model.get_submodule(owner)
             adapted.adapt(leaf, lora.rank, lora.scale, lora.dropout)
-    _fill(model, names, config.run.seed)
+    fill = adapter_initialiser(model, config.run.seed)
+    for name, parameter in model.named_parameters():
+        if is_factor(own_name(name)) and not parameter.is_meta:
+            fill(own_name(name), parameter)
 
 
 def _wrap(model: nn.Module, modules: list[str], config: Config) -> None:
@@ -56,21 +61,25 @@ def _wrap(model: nn.Module, modules: list[str], config: Config) -> None:
     inject_adapter_in_model(settings, model)
 
 
-@torch.no_grad()
-def _fill(model: nn.Module, names: list[str], seed: int) -> None:
-    """A uniform within 1 / sqrt(columns), as PEFT does it, B zero. Each A, and each expert's, draws from a generator of
-    its own, so that every layout of ranks begins with the same."""
-    parameters = {own_name(name): p for name, p in model.named_parameters()}
+def adapter_initialiser(model: nn.Module, seed: int) -> Callable[[str, torch.Tensor], None]:
+    """What fills the factor of this name (PEFT's wrappers taken off) with its initial values: A uniform within
+    1 / sqrt(columns), as PEFT does it, B zero. Each A, and each expert's, draws from a generator of its own, so that every
+    layout of ranks begins with the same. The model may be without storage."""
     first = {name: module.first_expert for name, module in model.named_modules() if isinstance(module, Experts)}
-    for name in names:
-        a, b = factors_of(name)
-        parameters[b].zero_()
-        owner = a.rpartition(".")[0]
+
+    @torch.no_grad()
+    def fill(name: str, factor: torch.Tensor) -> None:
+        if "lora_B" in name:
+            factor.zero_()
+            return
+        owner = name.rpartition(".")[0]
         if owner not in first:
-            _fill_uniform(parameters[a], f"{seed}/{a}")
-            continue
-        for local, expert in enumerate(parameters[a]):
-            _fill_uniform(expert, f"{seed}/{a}/{first[owner] + local}")
+            _fill_uniform(factor, f"{seed}/{name}")
+            return
+        for local, expert in enumerate(factor):
+            _fill_uniform(expert, f"{seed}/{name}/{first[owner] + local}")
+
+    return fill
 
 
 def _fill_uniform(tensor: torch.Tensor, key: str) -> None:

@@ -522,8 +522,8 @@ class _Walk:
         return max(2 * self.local_experts * m.expert_parameters / 3, m.vocab_size * m.hidden_size)
 
     def made_on_host(self) -> float:
-        """Weights are made in host memory: one parameter at a time under ZeRO-3, but all of them where adapters go in."""
-        one_by_one = self.engine and self.layout.zero_stage == 3 and not any(self.trained.adapters)
+        """Weights are made in host memory: one parameter at a time under ZeRO-3."""
+        one_by_one = self.engine and self.layout.zero_stage == 3
         return self.size * (self.largest_parameter if one_by_one else self.dense + self.expert)
 
     def new_gradient(self, parameters: float) -> float:

@@ -12,7 +12,8 @@ from moe_llm.distributed.engine import Engine, Fill, build_engine, shard_experts
 from moe_llm.distributed.runtime import Runtime
 from moe_llm.finetune.freeze import freeze
 from moe_llm.finetune.init_from import load_origin
-from moe_llm.finetune.lora import add_adapters
+from moe_llm.finetune.lora import adapter_initialiser, add_adapters
+from moe_llm.model.adapters import is_factor, own_name
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.init import build_blank, build_model, build_without_storage, initialiser
 from moe_llm.model.quantized import quantize_experts
@@ -32,6 +33,8 @@ def build_trained(
     """
     model, fill = _build_model(config, runtime)
     add_adapters(model, config)
+    if fill is not None:
+        fill = _with_adapters(fill, model, config)
     freeze(model, config)
     if config.finetune.quantize_frozen is not None:
         quantize_experts(model, config.finetune.quantize_frozen)
@@ -60,14 +63,23 @@ def _build_model(config: Config, runtime: Runtime) -> tuple[MoEDecoder, Fill | N
         shard_experts(model, config.expert_range(runtime.rank))
 
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    # adapters are put into a model that has storage
-    if runtime.deepspeed and config.parallel.zero_stage == 3 and config.finetune.lora.rank is None:
+    if runtime.deepspeed and config.parallel.zero_stage == 3:
         model = build_without_storage(config.model, dtype, prepare=keep_own)
         seeded = config.model.init_from is None
         return model, initialiser(model, config.run.seed) if seeded else lambda name, parameter: None
     if config.model.init_from is None:
         return build_model(config.model, config.run.seed, dtype=dtype, prepare=keep_own), None
     return build_blank(config.model, dtype, prepare=keep_own), None
+
+
+def _with_adapters(fill: Fill, model: MoEDecoder, config: Config) -> Fill:
+    """The same for a model whose modules may be wrapped by adapters, and for their factors."""
+    factors = adapter_initialiser(model, config.run.seed)
+
+    def fill_any(name: str, parameter: torch.Tensor) -> None:
+        (factors if is_factor(own_name(name)) else fill)(own_name(name), parameter)
+
+    return fill_any
 
 
 def restore(engine: Engine, source: Path, *, hashes: bool) -> Position:

@@ -38,13 +38,14 @@ def _largest_and_held_at_the_start(cfg) -> tuple[int, int]:
     return largest, held
 
 
-@pytest.mark.parametrize("ep", [1, 2])
-def test_under_zero_3_no_rank_ever_holds_the_whole_model(two_ranks, ep):
+@pytest.mark.parametrize(("ep", "adapters"), [(1, {}), (2, {}), (2, {"rank": 2, "targets": ["attention", "experts"]})])
+def test_under_zero_3_no_rank_ever_holds_the_whole_model(two_ranks, ep, adapters):
     """At the start a rank has its slices, and beyond these one parameter at a time."""
     model = {**MODEL, "num_hidden_layers": 12, "intermediate_size": 64, "hidden_size": 48}
     cfg = config(
-        1, 1, 2, ep=ep, stage=3, model=model, parallel={"reduce_bucket_size": 1000}, train={"precision": "bf16"}
-    )
+        1, 1, 2, ep=ep, stage=3, model=model, parallel={"reduce_bucket_size": 1000}, train={"precision": "bf16"},
+        finetune={"lora": adapters},
+    )  # fmt: skip
     counts = cfg.model.parameter_counts()
     whole = 2 * (sum(counts.values()) - counts["experts"] * (1 - 1 / ep))
     for largest, held in two_ranks.run(_largest_and_held_at_the_start, cfg):
