@@ -64,7 +64,7 @@ class Augmentation:
         body = [token for token in ids[len(head) :] if token not in self._fixed]
         room -= len(head) + len(self._separator)
         if self.settings.kind == "edits":
-            body = body[: room // 2]
+            body = body[: max(0, room // 2)]
             if not body:
                 return None
             edited = [token for tokens in corrupt(body, draw.uniform(0, self.settings.rate), draw) for token in tokens]

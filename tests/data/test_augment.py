@@ -196,3 +196,18 @@ def test_settings_that_do_not_fit_are_refused(source, data, words):
 def test_a_mask_that_is_no_token_is_refused(tokenizer):
     with pytest.raises(UserError, match=r"data.sources.3.augment.mask_token='nothing' is no token"):
         Augmentation(AugmentConfig(kind="mask", mask_token="nothing"), tokenizer, "data.sources.3")
+
+
+@pytest.mark.parametrize("kind", ["span", "edits"])
+def test_documents_too_short_for_it_stay_as_they_are(random_blocks, tokenizer, kind):
+    """Also where what parts the text from what is restored is longer than they are."""
+    source = random_blocks([1, 2, 3, 1, 4, 5, 1, 2, 60], 16, first_id=1000)
+    plain = rows(source, tokenizer, count=5)
+    found = rows(source, tokenizer, count=5, kind=kind, rate=0.5, separator="=> => => => =>")
+    assert torch.equal(found.attention_mask_BS, plain.attention_mask_BS)
+    changed = 0
+    for row, here in documents(plain):
+        same = torch.equal(found.input_ids_BS[row, here], plain.input_ids_BS[row, here])
+        assert same or here.stop - here.start > 6
+        changed += not same
+    assert changed
