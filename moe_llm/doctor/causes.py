@@ -147,6 +147,17 @@ def _as_found(finding: Finding, failed: Failed, ranks: int) -> str:
     return finding.where.partition(": ")[2] or finding.where
 
 
+def _reference_buffers(finding: Finding, failed: Failed, ranks: int) -> str:
+    forward = failed.get("reference_lm")
+    return "follows from the forward pass" if forward is not None and _begins(forward)[-1] == 1 else ""
+
+
+def _after_buffers(finding: Finding, failed: Failed, ranks: int) -> str:
+    """From the second step on, after the routers' buffers have been moved."""
+    moved = "reference_buffers" in failed and not _reference_buffers(finding, failed, ranks)
+    return "follows from what routers have moved" if moved and _begins(finding)[-1] > 1 else ""
+
+
 _FOLLOWS_SAMPLES = _says("follows from the data: the blocks are not those that were due", if_failed="samples")
 _RULES: list[tuple[set[str], Callable[[Finding, Failed, int], str]]] = [
     ({"oracle_updates", "oracle_moments"}, _optimizer),
@@ -223,7 +234,8 @@ _RULES: list[tuple[set[str], Callable[[Finding, Failed, int], str]]] = [
     ({"reference_own"}, lambda finding, failed, ranks: _padding(finding)),
     ({"reference_own"}, _says("follows from the forward pass", if_failed="reference_lm")),
     ({"reference_own"}, _says("a loss of the router's own has another formula than in its paper")),
-    ({"reference_buffers"}, _says("follows from the forward pass", if_failed="reference_lm")),
+    ({"reference_buffers"}, _reference_buffers),
+    ({"reference_lm", "reference_aux", "reference_z", "reference_own"}, _after_buffers),
     ({"reference_buffers"}, _says("a router moves its bias, threshold or load by another rule than its paper's")),
     ({"reference_z"}, lambda finding, failed, ranks: _padding(finding)),
     ({"reference_z"}, _says("follows from the forward pass", if_failed="reference_lm")),

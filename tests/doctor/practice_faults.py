@@ -92,9 +92,9 @@ def _everywhere_left_out(chosen):
 
     real = build.parameter_groups
 
-    def groups(model, decay):
+    def groups(model, decay, *more):
         left_out = {id(p) for name, p in model.named_parameters() if chosen(name)}
-        return [{**g, "params": [p for p in g["params"] if id(p) not in left_out]} for g in real(model, decay)]
+        return [{**g, "params": [p for p in g["params"] if id(p) not in left_out]} for g in real(model, decay, *more)]
 
     return mock.patch.object(build, "parameter_groups", groups)
 
