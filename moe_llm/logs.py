@@ -36,12 +36,21 @@ def _rank() -> str:
     return os.environ.get("RANK", "0")
 
 
-def show_messages(command: bool = False) -> None:
-    """Show the package's messages on stderr. command: also where the process has a handler of another kind already,
-    which a program that imports the package may have set up to its own taste."""
+def show_messages(command: bool = False, quiet: bool = False) -> None:
+    """Show the package's messages on stderr.
+
+    Args:
+        command: also where the process has a handler of another kind already, which a program that imports the package may
+            have set up to its own taste.
+        quiet: warnings and errors alone, no notes.
+    """
     logger, elsewhere = logging.getLogger("moe_llm"), bool(logging.getLogger().handlers)
-    if any(isinstance(handler, _Handler) for handler in logger.handlers) or (elsewhere and not command):
+    level = logging.WARNING if quiet else logging.INFO
+    if any(isinstance(handler, _Handler) for handler in logger.handlers):
+        logger.setLevel(level)
+        return
+    if elsewhere and not command:
         return
     logger.addHandler(_Handler())
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level)
     logger.propagate = elsewhere

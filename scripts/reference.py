@@ -301,6 +301,8 @@ USES = {
     "pyarrow": "parquet",
     "rich": "tables and progress bars",
     "matplotlib": "plots",
+    "shtab": "completion in shells",
+    "bitsandbytes": "optimizer states and experts of few bits",
     "tensorboard": "tracker",
     "mlflow": "tracker",
     "trackio": "tracker",
@@ -327,7 +329,7 @@ def support_matrix() -> str:
         for requirement in map(Requirement, needs):
             tried = pins.get(requirement.name, "not pinned")
             where = f"`.[{extra}]`" if extra else ""
-            rows.append((requirement.name, where, f"`{requirement.specifier}`", tried, USES[requirement.name]))
+            rows.append((requirement.name, where, f"`{requirement.specifier}`", tried, USES.get(requirement.name, "")))
     families = [(f"`{name}`", f"`{family.architecture}`") for name, family in FAMILIES.items()]
     python = project["requires-python"].removeprefix(">=")
     return "\n".join(

@@ -25,6 +25,7 @@ from moe_llm.families import hf, layout
 from moe_llm.families.architectures import architecture_of
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.init import materialize
+from moe_llm.progress import tracked
 
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -134,7 +135,7 @@ def _fill(model: nn.Module, weights: Weights, experts: range | None) -> None:
     shapes |= {name: shape for name, shape in whole if hf.expert_of(name) is not None}  # other ranks' too
     stored = weights.without_unused(shapes, architecture_of(model.config).unused)
     check_weights(weights, stored)
-    for name, parameter in parameters.items():
+    for name, parameter in tracked(parameters.items(), "loading"):
         if name not in stored:  # what only training needs begins where a new model's does
             parameter.zero_()
             continue
@@ -190,7 +191,7 @@ def _write_weights(model: nn.Module, directory: Path, dtype: torch.dtype, max_by
     files = file_set(MODEL, [specs], 0, max_bytes)
     for file, shard in files.mine.items():
         writer = ShardWriter(directory / file, shard)
-        for spec in shard:
+        for spec in tracked(shard, f"writing {file}"):
             writer.write(spec.name, next(contents))
         writer.close()
     if files.index is not None:

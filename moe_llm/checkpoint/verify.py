@@ -7,6 +7,7 @@ from pathlib import Path
 from moe_llm.checkpoint.manifest import MANIFEST, read_manifest, verify
 from moe_llm.checkpoint.safetensors_io import TensorFiles
 from moe_llm.errors import UserError
+from moe_llm.progress import progress, tracked
 
 _SPAN = 1 << 24  # elements that are looked at together
 
@@ -35,12 +36,13 @@ def verify_checkpoint(directory: str | Path) -> Verified:
         raise UserError(f"checkpoint {str(root)!r} holds no config.json: name a checkpoint directory")
     files = 0
     if (root / MANIFEST).is_file():
-        verify(root)
+        with progress("hashing"):
+            verify(root)
         files = len(read_manifest(root))
     tensors = nbytes = 0
     for folder, stem in _stems(root):
         stored = TensorFiles(folder, stem)
-        for name in stored.names():
+        for name in tracked(stored.names(), f"reading {stem}"):
             nbytes += _check_finite(stored, name)
             tensors += 1
     return Verified(files, tensors, nbytes)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from moe_llm.cli.registry import parse
 from moe_llm.errors import Stopped, TrainingFailure, UserError
 from moe_llm.logs import show_messages
+from moe_llm.progress import be_quiet
 from moe_llm.threads import wait_briefly
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> int | None:
         args = parse(sys.argv[1:] if argv is None else argv)
+        quiet = getattr(args, "quiet", False)
+        show_messages(command=True, quiet=quiet)
+        be_quiet(quiet)
         return args.handler(args)
 
     return run_command(command)

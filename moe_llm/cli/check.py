@@ -19,6 +19,7 @@ from moe_llm.cli.arguments import (
 from moe_llm.cli.parser import CommandParser
 from moe_llm.errors import UserError
 from moe_llm.ops.accelerators import ACCELERATORS
+from moe_llm.progress import progress
 
 
 def add_config(parser: CommandParser) -> CommandParser:
@@ -26,9 +27,15 @@ def add_config(parser: CommandParser) -> CommandParser:
     example = "moe-llm config show configs/quickstart.yaml optim.lr=1e-3"
     config = parser.add_command("config", "the configuration's schema, or one as resolved", example)
     config.add_command(
-        "schema", "print the JSON schema, for editors", "moe-llm config schema > schema.json", _config_schema
+        "schema",
+        "print the JSON schema, for editors",
+        "moe-llm config schema > schema.json",
+        _config_schema,
+        quick=True,
     )
-    show = config.add_command("show", "print the configuration with defaults and overrides", example, _config_show)
+    show = config.add_command(
+        "show", "print the configuration with defaults and overrides", example, _config_show, quick=True
+    )
     add_configuration(show)
     return config
 
@@ -47,7 +54,9 @@ def _config_show(args: argparse.Namespace) -> None:
 
 def add_params(parser: CommandParser) -> CommandParser:
     summary = "total and active parameters by part, without allocating any"
-    command = parser.add_command("params", summary, "moe-llm params configs/mixtral_8x7b.yaml --parallel 8", _params)
+    command = parser.add_command(
+        "params", summary, "moe-llm params configs/mixtral_8x7b.yaml --parallel 8", _params, quick=True
+    )
     add_configuration(command)
     add_json(command)
     command.add_argument(
@@ -80,7 +89,7 @@ def _params(args: argparse.Namespace) -> None:
 def add_plan(parser: CommandParser) -> CommandParser:
     summary = "memory and time of each layout on given GPUs, by arithmetic, before a launch"
     example = "moe-llm plan configs/mixtral_8x7b.yaml --gpus 64 --gpu-memory 80GiB"
-    command = parser.add_command("plan", summary, example, _plan)
+    command = parser.add_command("plan", summary, example, _plan, quick=True)
     add_configuration(command)
     count = at_least(int, 1)
     command.add_argument("--gpus", type=count, required=True, metavar="N", help="GPUs in all")
@@ -182,16 +191,18 @@ def _doctor(args: argparse.Namespace) -> int:
     from moe_llm.doctor.report import as_json, print_report
 
     def say(sentence: str) -> None:
-        print(f"doctor: {sentence}", file=sys.stderr)
+        if not args.quiet:
+            print(f"doctor: {sentence}", file=sys.stderr)
 
     # the default action would leave the ranks and the temporary directory behind
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if args.launch and args.ranks is not None:
         raise UserError(f"--ranks {args.ranks} contradicts --launch, whose ranks are the launcher's: leave one out")
-    if args.launch:
-        report = examine_launched(config, steps=args.steps, say=say)
-    else:
-        report = examine(config, ranks=args.ranks or 2, steps=args.steps, say=say)
+    with progress("examining"):
+        if args.launch:
+            report = examine_launched(config, steps=args.steps, say=say)
+        else:
+            report = examine(config, ranks=args.ranks or 2, steps=args.steps, say=say)
     if report is None:  # not of rank 0
         return 0
     if args.json:
@@ -216,7 +227,8 @@ def _bench(args: argparse.Namespace) -> None:
     with redirect_stdout(sys.stderr):  # libraries print and log to stdout, which is for the report alone
         from moe_llm.bench.run import bench, format_report
 
-        report = bench(config, steps=args.steps, trace=args.trace)
+        with progress("timing"):
+            report = bench(config, steps=args.steps, trace=args.trace)
     if report is not None:  # of the main rank
         print_json(report) if args.json else print(format_report(report))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from moe_llm.cli.arguments import add_json, add_model, at_least, check_one_model, print_json, print_table, share
 from moe_llm.cli.parser import CommandParser
 from moe_llm.errors import UserError
+from moe_llm.progress import progress
 
 
 def add_generate(parser: CommandParser) -> CommandParser:
@@ -261,7 +262,8 @@ def add_report(parser: CommandParser) -> CommandParser:
 def _report(args: argparse.Namespace) -> None:
     from moe_llm.report.report import report
 
-    page, *pictures = report(args.runs, args.out)
+    with progress("drawing"):
+        page, *pictures = report(args.runs, args.out)
     print(f"{page}, and {len(pictures)} plots in {pictures[0].parent}")
 
 

@@ -29,14 +29,21 @@ class CommandParser(argparse.ArgumentParser):
         return super().add_argument(*args, **kwargs)
 
     def add_command(
-        self, name: str, summary: str, example: str, handler: Callable[[argparse.Namespace], int | None] | None = None
+        self,
+        name: str,
+        summary: str,
+        example: str,
+        handler: Callable[[argparse.Namespace], int | None] | None = None,
+        *,
+        quick: bool = False,
     ) -> "CommandParser":
         """A command below this one.
 
         Args:
             summary: one line for the list of commands.
             example: a command line that shows its use.
-            handler: called with the parsed arguments; its result is the exit code. None: it has commands of its own.
+            handler: called with the parsed arguments; its result is the exit code. None: it has commands below it.
+            quick: it never takes long nor has notes, so that there is nothing for `--quiet` to leave out.
         """
         if self._places is None:
             self._places = self.add_subparsers(
@@ -46,6 +53,10 @@ class CommandParser(argparse.ArgumentParser):
         command.summary, command.example = summary, example
         if handler is not None:
             command.set_defaults(handler=handler)
+            if not quick:
+                command.add_argument(
+                    "--quiet", action="store_true", help="no progress bars or notes; warnings, errors and results stay"
+                )
         self.commands[name] = command
         return command
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moe_llm.cli import check, combine, look, train
+from moe_llm.cli import check, combine, look, shell, train
 from moe_llm.cli.parser import CommandParser
 
 GROUPS: dict[str, tuple[Callable[[CommandParser], CommandParser], ...]] = {
@@ -38,6 +38,7 @@ GROUPS: dict[str, tuple[Callable[[CommandParser], CommandParser], ...]] = {
         check.add_bench,
         check.add_verify,
     ),
+    "set up the shell": (shell.add_completion,),
 }
 RENAMED_COMMANDS = {"teach": "generate-dataset"}
 

@@ -16,6 +16,8 @@ def add_train(parser: CommandParser) -> CommandParser:
 
 
 def _train(args: argparse.Namespace) -> None:
+    if args.quiet:
+        args.overrides = ["logging.console=off", *args.overrides]
     config = load(args)
     from moe_llm.distributed.launcher import check_local_rank
 

@@ -54,6 +54,7 @@ from moe_llm.data.token_files import TokenFileEncoder
 from moe_llm.data.tokenizer import content_hash
 from moe_llm.errors import TrainingFailure, UserError
 from moe_llm.locks import tell
+from moe_llm.progress import is_shown, progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -413,24 +414,14 @@ class _Joined:
 
 @contextlib.contextmanager
 def _progress(field: str, total: int | None, show: bool):
-    """A function to report encoded bytes to; a bar on stderr if asked for and stderr is a terminal."""
-    from rich import progress as bars
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not (show and console.is_terminal):
-        yield _log_progress(field, total) if show else lambda size: None
-        return
-    columns = (
-        bars.TextColumn("tokenising {task.description}"),
-        bars.BarColumn(),
-        bars.DownloadColumn(),
-        bars.TransferSpeedColumn(),
-        bars.TimeRemainingColumn(),
-    )
-    with bars.Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(field, total=total)
-        yield lambda size: progress.advance(task, size)
+    """A function to report encoded bytes to; a bar where bars are shown, lines in a log elsewhere, if asked for."""
+    if not show:
+        yield lambda size: None
+    elif not is_shown():
+        yield _log_progress(field, total)
+    else:
+        with progress(f"tokenising {field}", total, in_bytes=True) as advance:
+            yield advance
 
 
 def _log_progress(field: str, total: int | None) -> Callable[[int], None]:
@@ -449,6 +440,6 @@ def _log_progress(field: str, total: int | None) -> Callable[[int], None]:
         of, left = ("", "")
         if total:
             of, left = f" of {total / 1e6:,.0f}", f", {max(total - done, 0) / rate / 60:.0f} min left"
-        logger.warning("tokenising %s: %s%s MB, %.1f MB/s%s", field, f"{done / 1e6:,.0f}", of, rate / 1e6, left)
+        logger.info("tokenising %s: %s%s MB, %.1f MB/s%s", field, f"{done / 1e6:,.0f}", of, rate / 1e6, left)
 
     return advance

@@ -27,6 +27,7 @@ from moe_llm.data.sources import (
 )
 from moe_llm.data.split import find_holdout, training_texts
 from moe_llm.errors import UserError
+from moe_llm.progress import progress
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -472,13 +473,14 @@ def _trained_model(config: Config, cache: Path) -> bytes:
     if file.exists():
         return file.read_bytes()
     logger.info("training a tokenizer of %d tokens", config.model.resolved_vocab_size)
-    model = spm.train_model(
-        _sampled(config),
-        config.model.resolved_vocab_size,
-        config.tokenizer.train_bytes,
-        config.tokenizer.character_coverage,
-        config.run.seed,
-    )
+    with progress("training the tokenizer"):
+        model = spm.train_model(
+            _sampled(config),
+            config.model.resolved_vocab_size,
+            config.tokenizer.train_bytes,
+            config.tokenizer.character_coverage,
+            config.run.seed,
+        )
     replace_file(file, model)
     return model
 

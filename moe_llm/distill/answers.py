@@ -25,6 +25,7 @@ from moe_llm.data.sources import list_files, read_documents, read_records
 from moe_llm.data.tokenizer import end_token_ids, load_tokenizer
 from moe_llm.ensemble.causal_lm import generate_plainly, load_causal_lm
 from moe_llm.errors import UserError
+from moe_llm.progress import tracked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -165,7 +166,7 @@ def _answer_all(
     done -= done % size  # a batch is answered whole
     _keep_lines(partial, 1 + done)
     with partial.open("a", encoding="utf-8") as stream:
-        for start, batch in _batches(found, size):
+        for start, batch in tracked(_batches(found, size), "answering batches of prompts"):
             if start < done:
                 continue
             if model is None:

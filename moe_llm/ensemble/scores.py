@@ -22,6 +22,7 @@ from moe_llm.ensemble.ensemble import Ensemble
 from moe_llm.ensemble.kv_cache import check_length, translate
 from moe_llm.ensemble.models import Model
 from moe_llm.ensemble.recipe import ContextualRecipe
+from moe_llm.progress import tracked
 
 LOGIT_BYTES = 256 << 20  # of one model's fp32 logits, for as many rows as are worked on at once
 _LONGEST = 4096  # tokens of a block
@@ -87,7 +88,7 @@ def score(
         wanted: indices of models, the main one's among them; None: all.
     """
     limit = LOGIT_BYTES // (4 * ensemble.main.width)
-    for batch in text.batches(micro_batch_size=batch_size):
+    for batch in tracked(text.batches(micro_batch_size=batch_size), "reading with each member"):
         for rows in document_rows(batch, limit):
             yield score_rows(ensemble, rows, wanted)
 

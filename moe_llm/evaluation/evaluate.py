@@ -17,6 +17,7 @@ from moe_llm.distributed.runtime import Runtime
 from moe_llm.errors import UserError, require_package
 from moe_llm.model import quantized
 from moe_llm.ops.preference import MEASURED, Preference
+from moe_llm.progress import tracked
 
 
 def preference_inputs(config: Config, batch: Batch) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def evaluate_files(
         rows=model.config.vocab_size,
     )
     loss_sum, targets = 0.0, 0
-    for batch in text.batches(micro_batch_size=batch_size):
+    for batch in tracked(text.batches(micro_batch_size=batch_size), "evaluating"):
         output = model(**model_inputs(batch.to(device)))
         loss_sum += output.loss_sum.item()
         targets += int(output.num_targets)

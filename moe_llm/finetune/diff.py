@@ -21,6 +21,7 @@ from moe_llm.errors import UserError
 from moe_llm.families import hf
 from moe_llm.families.architectures import architecture_of
 from moe_llm.finetune.selection import part_of
+from moe_llm.progress import tracked
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,7 +65,7 @@ def diff(base: str | Path, tuned: str | Path, *, layers: bool = False, experts: 
     """
     (config, before), (_, after) = _open_both(base, tuned)
     rows: dict[tuple, Change] = {}
-    for name, shape in _shapes(config).items():
+    for name, shape in tracked(_shapes(config).items(), "comparing"):
         if not hf.is_expert(name) and not (before.has(name) and after.has(name)):
             continue  # needed in training alone, and left out by transformers
         part, layer = part_of(name), int(name.split(".")[2]) if ".layers." in name else None

@@ -34,6 +34,7 @@ from moe_llm.data.files import publish
 from moe_llm.data.tokenizer import copy_tokenizer
 from moe_llm.errors import UserError
 from moe_llm.families import hf
+from moe_llm.progress import tracked
 
 _ARCHITECTURES = {"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}
 # What their config.json means by leaving a key out, where it is not what Mixtral's means.
@@ -226,7 +227,7 @@ def _tensors(
     files: TensorFiles, wanted: list[tuple[str, tuple[int, ...]]], model: ModelConfig, recipe: Recipe
 ) -> Iterator[tuple[str, Tensor]]:
     held: dict[str, Tensor] = {}  # the matrices of one dense layer: each is used by every expert
-    for name, shape in wanted:
+    for name, shape in tracked(wanted, "upcycling"):
         layer, expert, matrix = _split(name)
         if not layer:
             yield name, _router(name, shape, model, recipe) if ".gate." in name else files.read(name)

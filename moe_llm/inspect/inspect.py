@@ -28,6 +28,7 @@ from moe_llm.families.architectures import takes_top_k
 from moe_llm.inspect.counts import RoutingCounts
 from moe_llm.inspect.measures import agreement, co_selection, repetition, shares, specialisation, top_tokens
 from moe_llm.model.moe.routing import Routing
+from moe_llm.progress import tracked
 
 LEAST_TOKENS = 16  # of a source: fewer say nothing
 _SHOWN_TOKENS = 600  # of each source, on the page
@@ -76,7 +77,7 @@ def inspect_checkpoint(checkpoint: str | Path, data: list[str], settings: Settin
     if torch.cuda.is_available():
         model.to("cuda")
     inspection = _Inspection(model, len(sources), settings)
-    for batch in _batches(_rows(sources, tokenizer, settings, model), settings.batch_rows):
+    for batch in tracked(_batches(_rows(sources, tokenizer, settings, model), settings.batch_rows), "reading"):
         inspection.read(batch)
     inspection.check(data)
     return {"checkpoint": str(checkpoint), **inspection.report(data, tokenizer)}
@@ -224,10 +225,9 @@ class _Inspection:
 
         whole = loss()
         cost_LE = np.zeros((self.counts.layers, self.counts.experts))
-        for layer in range(self.counts.layers):
-            for expert in range(self.counts.experts):
-                with without_expert(self.model, layer, expert):
-                    cost_LE[layer, expert] = loss() - whole
+        for layer, expert in tracked(list(np.ndindex(cost_LE.shape)), "removing each expert in turn"):
+            with without_expert(self.model, layer, expert):
+                cost_LE[layer, expert] = loss() - whole
         return {"loss": whole, "cost": cost_LE.tolist(), "tokens": int(sum(len(row.ids) - 1 for row in self.kept))}
 
 

@@ -22,6 +22,7 @@ from moe_llm.data.files import publish
 from moe_llm.errors import UserError
 from moe_llm.merge.models import EMBEDDING, HEAD, Model, check_alike
 from moe_llm.merge.write import check_output
+from moe_llm.progress import tracked
 
 _STACKED = ("gate_up_proj", "down_proj")
 _EXPERTS = re.compile(rf"(.*\.mlp\.experts)\.({'|'.join(_STACKED)})")
@@ -67,7 +68,7 @@ def extract_lora(
     adapter, left_out = _Adapter(), {}
     names = [name for name in models[0].shapes if name != HEAD or not models[0].tied]
     changed = {name for name in names if taken(name) and not torch.equal(*(_read(model, name) for model in models))}
-    for name in names:
+    for name in tracked(names, "factorising"):
         shape = models[0].shapes[name]
         if name.endswith(".bias"):
             if name in changed:

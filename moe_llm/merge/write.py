@@ -6,7 +6,6 @@ Everything goes into a temporary sibling that takes the output's name at the end
 import json
 import math
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from moe_llm.merge.job import Copy, Job
 from moe_llm.merge.models import pieces
 from moe_llm.merge.plan import Plan
 from moe_llm.merge.vocabulary import load_tokenizer
+from moe_llm.progress import progress
 
 RECIPE_FILE = "merge_recipe.yaml"
 _SMALL_FILES = 64 << 20  # bytes set aside for a tokenizer and the configurations
@@ -76,11 +76,11 @@ def _check_space(out: Path, nbytes: int) -> None:
 def _write_tensors(jobs: list[tuple[Job | Copy, list[hf.Piece]]], directory: Path, files: FileSet) -> None:
     shards = ShardSet(directory, files)
     try:
-        with _Progress(files.nbytes) as progress:
+        with progress("merging", files.nbytes, in_bytes=True) as advance:
             for job, parts in jobs:
                 for piece, tensor in _cut(job, parts):
                     shards.write(piece.name, tensor)
-                    progress.advance(tensor.numel() * tensor.element_size())
+                    advance(tensor.numel() * tensor.element_size())
         shards.finish()
     finally:
         shards.abort()  # without effect where all is written
@@ -181,30 +181,3 @@ def _dense_layers(plan: Plan) -> dict[str, Any]:
         )
     keys = ("first_k_dense_replace", "decoder_sparse_step", "mlp_only_layers")
     return {key: value for key, value in family.write(merged).items() if key in keys}
-
-
-class _Progress:
-    """A bar of the bytes written, on a terminal; nothing elsewhere."""
-
-    def __init__(self, total: int):
-        self._total = total
-        self._bar: Any = None
-
-    def __enter__(self) -> "_Progress":
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-            columns = BarColumn(bar_width=24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-            self._bar = Progress(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task("", total=self._total)
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def advance(self, count: int) -> None:
-        if self._bar is not None:
-            self._bar.advance(self._task, count)
