@@ -307,7 +307,6 @@ USES = {
     "mlflow": "tracker",
     "trackio": "tracker",
     "peft": "adapters in attention",
-    "bitsandbytes": "experts in 8 or 4 bits",
     "lion-pytorch": "Lion",
     "schedulefree": "schedule-free AdamW",
     "lm-eval": "task evaluation",
