@@ -1,6 +1,7 @@
 """The command that sets up the shell."""
 
 import argparse
+import functools
 from typing import Any
 
 from moe_llm.cli.parser import CommandParser
@@ -13,19 +14,17 @@ _DIRECTORIES = ("CHECKPOINT", "DIR", "OUT", "RUN", "BASE", "TUNED", "DENSE_DIR",
 
 def add_completion(parser: CommandParser) -> CommandParser:
     summary = "print a script that completes commands, options and paths in a shell"
+    handler = functools.partial(_completion, parser)
     command = parser.add_command(
-        "completion", summary, "moe-llm completion bash > ~/.moe-llm.bash", _completion, quick=True
+        "completion", summary, "moe-llm completion bash > ~/.moe-llm.bash", handler, quick=True
     )
     command.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
     return command
 
 
-def _completion(args: argparse.Namespace) -> None:
+def _completion(parser: CommandParser, args: argparse.Namespace) -> None:
     import shtab
 
-    from moe_llm.cli.registry import build_parser
-
-    parser = build_parser()
     _prepare(parser, shtab)
     print(shtab.complete(parser, shell=args.shell))
 
