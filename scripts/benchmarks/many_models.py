@@ -233,7 +233,8 @@ def deliberation(bench: Bench) -> list[dict[str, Any]]:
     second = bench.train("second", [bench.source("triples"), bench.source("code")], model={"init_from": str(first)})
     models = dict(zip(("first", "second"), load_models([Member(model=str(m)) for m in (first, second)])))
     held = [text for text in bench.held["code"] if len(text) > 300][: bench.args.texts]
-    losses: dict[str, list[float]] = {"first, without a draft": [], "second, with the first one's draft": []}
+    names = ("first, without a draft", "second, without a draft", "second, with the first one's draft")
+    losses: dict[str, list[float]] = {name: [] for name in names}
     tokenizer = models["first"].tokenizer
     for text in held:
         begin, gold = text[:80], text[80:300]
@@ -243,15 +244,10 @@ def deliberation(bench: Bench) -> list[dict[str, Any]]:
             **ids, max_new_tokens=24, do_sample=True, top_k=0, pad_token_id=tokenizer.eos_token_id
         )
         draft = tokenizer.decode(said[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-        losses["first, without a draft"].append(-continuation_log_probability(models["first"], begin, gold))
         asked = fill(TEMPLATE, input=begin, output=draft)
-        losses["second, with the first one's draft"].append(
-            -continuation_log_probability(models["second"], asked, gold)
-        )
-    calls = {
-        "first, without a draft": "1 pass",
-        "second, with the first one's draft": "1 pass, and one call of generate()",
-    }
+        for name, model, prompt in zip(names, ("first", "second", "second"), (begin, begin, asked)):
+            losses[name].append(-continuation_log_probability(models[model], prompt, gold))
+    calls = dict(zip(names, ("1 pass", "1 pass", "1 pass, and one call of generate()")))
     return [
         {"model": name, "loss of the answer, nats a token": sum(found) / len(found), "cost": calls[name]}
         for name, found in losses.items()
