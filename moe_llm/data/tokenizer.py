@@ -102,14 +102,14 @@ def load_tokenizer(directory: Path | str, needs_eos: bool = True) -> "PreTrained
     # No code beside the files is run, nor is it asked whether it may be. What has our own model's code beside it has a
     # plain tokenizer, for which a configuration of no model's is enough.
     options: dict = {"trust_remote_code": False}
-    if _model_type(Path(directory) / "config.json") == "moe_llm":
-        options["config"] = PreTrainedConfig()
     # As tokenizer.json says. The Auto class would take mistral-common's tokenizer beside tekken.json, and would build
     # LlamaTokenizer by rules of its own, with other ids for spaces, wherever config.json is not there to prevent it.
     named = _json_of(local / "tokenizer_config.json")
     plain = (local / "tokenizer.json").is_file() and "auto_map" not in named
     generic = plain and ("eos_token" in named or (local / "tekken.json").is_file())  # else the class may know the end
     loader: Any = PreTrainedTokenizerFast if generic else AutoTokenizer
+    if not generic and _model_type(Path(directory) / "config.json") == "moe_llm":
+        options["config"] = PreTrainedConfig()  # a class of its own would keep it, and could not be saved
     try:
         tokenizer = loader.from_pretrained(str(local if local.is_dir() else directory), **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:

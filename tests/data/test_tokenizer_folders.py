@@ -203,3 +203,13 @@ def test_prompts_begin_once_and_do_not_end(bare, tmp_path, flags, converted):
     rendered = read_prompt(tokenizer, "<s>hello world")["input_ids"][0].tolist()
     assert rendered.count(1) == 1
     assert np.array_equal(read_prompt(tokenizer, "hello</s>")["input_ids"][0, -1:].numpy(), [2])
+
+
+def test_a_tokenizer_beside_modelling_code_is_read_and_written_again(tokenizer, tmp_path):
+    """As `tokenizer.path` and `model.init_from` do with a checkpoint of our own class."""
+    save_tokenizer(tokenizer, tmp_path / "there")
+    (tmp_path / "there/config.json").write_text('{"model_type": "moe_llm", "auto_map": {"AutoConfig": "x.Y"}}')
+    found = load_tokenizer(tmp_path / "there")
+    (tmp_path / "here").mkdir()
+    save_tokenizer(found, tmp_path / "here")
+    assert load_tokenizer(tmp_path / "here").get_vocab() == tokenizer.get_vocab()
