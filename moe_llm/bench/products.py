@@ -16,7 +16,7 @@ from moe_llm.config import ModelConfig
 from moe_llm.ops.products import bmm, mm
 
 
-class Linear(NamedTuple):
+class ProductShape(NamedTuple):
     """A linear map of `rows` rows: one product forward, two backward, `times` times. weights: different matrices
     that successive products take turns with, as experts do."""
 
@@ -52,7 +52,7 @@ def step_products(
     counts_LE: list[list[int]],
     num_targets: int | None = None,
     visible: int | None = None,
-) -> list[Linear | Scores]:
+) -> list[ProductShape | Scores]:
     """The products of forward and backward for `batch` sequences.
 
     Args:
@@ -63,29 +63,29 @@ def step_products(
     T, D, d, L = batch * length, config.hidden_size, config.attention_head_dim, config.num_hidden_layers
     heads, kv = config.num_attention_heads, config.kv_heads
     W, sizes = config.expert_hidden_size, config.expert_sizes or [config.intermediate_size] * config.num_local_experts
-    products: list[Linear | Scores] = [
-        Linear("attention", T, D, heads * d, L),
-        Linear("attention", T, D, kv * d, 2 * L),
-        Linear("attention", T, heads * d, D, L),
+    products: list[ProductShape | Scores] = [
+        ProductShape("attention", T, D, heads * d, L),
+        ProductShape("attention", T, D, kv * d, 2 * L),
+        ProductShape("attention", T, heads * d, D, L),
         Scores("attention", round(batch * heads * length / (visible or length)), visible or length, d, L),
-        Linear("router", T, D, config.num_local_experts, L),
-        Linear("loss", T if num_targets is None else num_targets, D, config.resolved_vocab_size),
+        ProductShape("router", T, D, config.num_local_experts, L),
+        ProductShape("loss", T if num_targets is None else num_targets, D, config.resolved_vocab_size),
     ]
     for counts_E in counts_LE:
         for rows, F in zip(counts_E, sizes, strict=True):
-            products += [Linear("experts", rows, W, 2 * F), Linear("experts", rows, F, W)] if rows else []
+            products += [ProductShape("experts", rows, W, 2 * F), ProductShape("experts", rows, F, W)] if rows else []
     return products
 
 
-def flops(product: Linear | Scores) -> float:
+def flops(product: ProductShape | Scores) -> float:
     """Floating-point operations, forward and backward."""
-    if isinstance(product, Linear):
+    if isinstance(product, ProductShape):
         return 6.0 * product.times * product.rows * product.inputs * product.outputs
     return 6.0 * product.times * product.heads * product.length * product.length * product.head_dim
 
 
 def prepare_products(
-    products: Iterable[Linear | Scores], dtype: torch.dtype, device: torch.device
+    products: Iterable[ProductShape | Scores], dtype: torch.dtype, device: torch.device
 ) -> dict[str, tuple[float, Callable[[], None]]]:
     """Of each part, the flops of its products and what computes them, with operands and results in memory that exists
     already. The router's products are in fp32."""
@@ -106,7 +106,7 @@ def prepare_products(
 
 
 def measure_products(
-    products: Iterable[Linear | Scores], dtype: torch.dtype, device: torch.device, rounds: int = 3
+    products: Iterable[ProductShape | Scores], dtype: torch.dtype, device: torch.device, rounds: int = 3
 ) -> dict[str, PartLimit]:
     """Seconds of each part's products, by themselves: the median of `rounds` after one that compiles what kernels
     compile."""
@@ -122,11 +122,11 @@ def peak_rate(dtype: torch.dtype, device: torch.device, size: int = 2048, rounds
     return 2.0 * size**3 / _median_seconds(lambda: mm(a, b, out=out), device, rounds)
 
 
-def _prepare(product: Linear | Scores, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
+def _prepare(product: ProductShape | Scores, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, device=device).to(dtype)
 
-    if isinstance(product, Linear):
+    if isinstance(product, ProductShape):
         _, R, I, O, times = product
         x_RI, w_OI, y_RO = normal(R, I), normal(O, I), normal(R, O)
         dx_RI, dw_OI = torch.empty_like(x_RI), torch.empty_like(w_OI)

@@ -8,7 +8,7 @@ import torch
 
 from moe_llm.checkpoint.plan import is_trained, pieces_of
 from moe_llm.checkpoint.weights import Weights
-from moe_llm.distributed.state import Kept, ParameterShard, TrainedState
+from moe_llm.distributed.state import ParameterShard, StoredOriginal, TrainedState
 
 
 def read_trained(entry: ParameterShard, source: Weights) -> torch.Tensor:
@@ -82,4 +82,4 @@ def _remember(entry: ParameterShard, model: Weights, held: torch.Tensor) -> None
         original = None
         if entry.writer and not torch.equal(held[piece.index].to(stored.dtype), stored):
             original = stored.clone()
-        entry.kept[piece.name] = Kept(stored.dtype, original)
+        entry.kept[piece.name] = StoredOriginal(stored.dtype, original)

@@ -81,7 +81,7 @@ def file_set(
 
 
 @dataclass(frozen=True)
-class Plan:
+class WritePlan:
     """average: None where there is none."""
 
     model: FileSet
@@ -131,7 +131,9 @@ def exported_dtype(entry: ParameterShard, piece: hf.Piece, dtype: torch.dtype) -
     return dtype if kept is None or entry.adapted is not None else kept.dtype
 
 
-def make_plan(state: TrainedState, dtype: torch.dtype, max_bytes: int, average: bool, family: Family = MIXTRAL) -> Plan:
+def make_plan(
+    state: TrainedState, dtype: torch.dtype, max_bytes: int, average: bool, family: Family = MIXTRAL
+) -> WritePlan:
     """The plan of a save with weights exported in `dtype`, and with their average or without. Collective.
 
     family: whose names and layout the weights have in their files.
@@ -164,7 +166,7 @@ def make_plan(state: TrainedState, dtype: torch.dtype, max_bytes: int, average: 
     models, optimizers, frozen_by_rank = zip(*state.gather((model, optimizer, frozen)))
     apart = {name for names in frozen_by_rank for name in names} if average else set()
     files = file_set(MODEL, models, state.rank, max_bytes, apart)
-    return Plan(
+    return WritePlan(
         files, file_set(OPTIMIZER, optimizers, state.rank, max_bytes), _averages(files, apart) if average else None
     )
 

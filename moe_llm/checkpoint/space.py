@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from moe_llm.checkpoint.export import DTYPES
 from moe_llm.checkpoint.folder import probe
-from moe_llm.checkpoint.plan import Plan, make_plan
+from moe_llm.checkpoint.plan import WritePlan, make_plan
 from moe_llm.checkpoint.ranks import describe, is_disk_full, together
 from moe_llm.checkpoint.safetensors_io import parse_size
 from moe_llm.distributed.state import TrainedState
@@ -36,7 +36,7 @@ def check_space(root: str | Path, state: TrainedState, *, dtype: str = "fp32", m
     together(state, naming_failure(root, root / "step-*", plan, check), only=0)
 
 
-def check_room(root: Path, name: str, plan: Plan) -> None:
+def check_room(root: Path, name: str, plan: WritePlan) -> None:
     """Refuse a disk that has no room for what a plan writes.
 
     Raises:
@@ -55,7 +55,7 @@ def _no_space(name: str, root: Path, needed: int, free: int) -> str:
     )
 
 
-def naming_failure(root: Path, final: Path, plan: Plan, work: Callable[[], T]) -> Callable[[], T]:
+def naming_failure(root: Path, final: Path, plan: WritePlan, work: Callable[[], T]) -> Callable[[], T]:
     """`work`, but a failure of the file system becomes one sentence that names the checkpoint."""
 
     def wrapped() -> T:

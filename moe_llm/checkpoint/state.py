@@ -42,7 +42,7 @@ from moe_llm.checkpoint.digests import DamagedCheckpoint, FileRecord
 from moe_llm.checkpoint.export import DTYPES, token_ids, write_model_files
 from moe_llm.checkpoint.frozen import read_average, write_trained, write_weight
 from moe_llm.checkpoint.manifest import read_manifest, verify, write_file, write_json, write_manifest
-from moe_llm.checkpoint.plan import MASTER, MODEL, OPTIMIZER, Named, Plan, ShardSet, make_plan, stream
+from moe_llm.checkpoint.plan import MASTER, MODEL, OPTIMIZER, Named, ShardSet, WritePlan, make_plan, stream
 from moe_llm.checkpoint.ranks import Ranks, together
 from moe_llm.checkpoint.resume import check_same_run, find_resumable
 from moe_llm.checkpoint.safetensors_io import TensorFiles, parse_size, read_json
@@ -172,7 +172,7 @@ def _removed_on_failure(tmp: Path, ranks: Ranks) -> Iterator[None]:
         raise
 
 
-def _prepare(root: Path, tmp: Path, plan: Plan) -> None:
+def _prepare(root: Path, tmp: Path, plan: WritePlan) -> None:
     root.mkdir(parents=True, exist_ok=True)
     folder.remove_leftovers(root)
     folder.free_name(tmp)
@@ -181,7 +181,7 @@ def _prepare(root: Path, tmp: Path, plan: Plan) -> None:
         (tmp / stem).parent.mkdir(parents=True, exist_ok=True)
 
 
-def _write_tensors(tmp: Path, plan: Plan, tensors: Iterable[Named]) -> dict[str, FileRecord]:
+def _write_tensors(tmp: Path, plan: WritePlan, tensors: Iterable[Named]) -> dict[str, FileRecord]:
     """Every tensor that this rank is the writer of, to its file, in a thread, while the next ones are read.
 
     Ranks read together, tensor by tensor, and each writes only its own. So that none of them waits for another one's
@@ -210,7 +210,7 @@ def _write_tensors(tmp: Path, plan: Plan, tensors: Iterable[Named]) -> dict[str,
     return {name: record for shard in shards.values() for name, record in shard.finish().items()}
 
 
-def _write_small_files(tmp: Path, plan: Plan, head: dict[str, Any], run_config_text: str) -> dict[str, FileRecord]:
+def _write_small_files(tmp: Path, plan: WritePlan, head: dict[str, Any], run_config_text: str) -> dict[str, FileRecord]:
     records = {
         folder.STATE: write_json(tmp / folder.STATE, head),
         "trainer/config.yaml": write_file(tmp / "trainer/config.yaml", run_config_text),
@@ -256,7 +256,7 @@ def _installed(package: str) -> Distribution | None:
         return None
 
 
-def _assert_whole(plan: Plan, model: ModelConfig) -> None:
+def _assert_whole(plan: WritePlan, model: ModelConfig) -> None:
     """No expert and no layer is left out, whoever the writers are."""
     expected = {
         stored: stored_shape

@@ -22,7 +22,7 @@ from moe_llm.distributed.muon import Muon
 from moe_llm.distributed.runtime import Runtime
 from moe_llm.distributed.sequence import share_sequences
 from moe_llm.distributed.state import COMPENSATION, Adapted, ParameterShard, TrainedState, split, wide
-from moe_llm.distributed.update_phase import Turns
+from moe_llm.distributed.update_phase import UpdatePhases
 from moe_llm.locks import tell
 from moe_llm.model.adapters import factors_of, is_factor, own_name
 from moe_llm.model.decoder import MoEDecoder, MoEOutput
@@ -102,7 +102,7 @@ def first_experts(model: nn.Module) -> dict[str, int]:
     }
 
 
-class _NamedState(Averaging, Turns):
+class _NamedState(Averaging, UpdatePhases):
     """The parts of `TrainedState` that do not depend on who trains.
 
     Where only some experts are trained (`finetune.experts`), a stacked parameter is trained whole, since the engine
@@ -159,7 +159,7 @@ class _NamedState(Averaging, Turns):
                 others = [row for row, trained in enumerate(rows) if not trained]
                 parameter.register_hook(_clear_rows(torch.tensor(others, device=runtime.device)))
         self._in_turns = any("routers" in group for group in groups)
-        self._set_up_turns(config.train.adversarial, groups)
+        self._set_up_phases(config.train.adversarial, groups)
         self._trained_stacks = self._find_trained_stacks()
         self._decays = [
             (p, group["row_weight_decay"], group.get("lr_multiplier", 1.0))

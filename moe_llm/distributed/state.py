@@ -27,7 +27,7 @@ def wide(weight: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoredOriginal:
     """How a matrix that is never changed lies in the checkpoint that it comes from, and shall lie in every later one.
 
     dtype: as stored there. original: its values, where the model in training does not hold them exactly; on the rank
@@ -75,7 +75,7 @@ class ParameterShard:
     adapter: bool = False
     adapted: Adapted | None = None
     kinds: tuple[str, ...] | None = None
-    kept: dict[str, Kept] = field(default_factory=dict, compare=False)
+    kept: dict[str, StoredOriginal] = field(default_factory=dict, compare=False)
 
     @property
     def frozen(self) -> bool:

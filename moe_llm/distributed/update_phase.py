@@ -12,26 +12,26 @@ from torch import Tensor
 from moe_llm.config.adversarial import AdversarialConfig, UpdatePhase
 
 
-class Turns:
+class UpdatePhases:
     """The part of an engine that knows whose turn it is. Groups of parameters say whether they are `routers`, and the
     optimizer leaves out those that are `idle`."""
 
     kinds: tuple[str, ...]
     starts_as_weight: tuple[str, ...]
-    _turn: UpdatePhase = "all"
+    _phase: UpdatePhase = "all"
 
-    def _set_up_turns(self, settings: AdversarialConfig, groups: list[dict]) -> None:
-        self._turns = settings
+    def _set_up_phases(self, settings: AdversarialConfig, groups: list[dict]) -> None:
+        self._phase_settings = settings
         for group in groups:
             if "routers" in group:
                 for parameter in group["params"]:
                     parameter.register_hook(self._clear_if_idle(group["routers"]))
 
     def set_phase(self, turn: UpdatePhase) -> None:
-        self._turn = turn
+        self._phase = turn
 
     def _idle(self, routers: bool) -> bool:
-        return self._turn == ("rest" if routers else "routers")
+        return self._phase == ("rest" if routers else "routers")
 
     def _clear_if_idle(self, routers: bool) -> Callable[[Tensor], Tensor]:
         return lambda gradient: torch.zeros_like(gradient) if self._idle(routers) else gradient
@@ -47,7 +47,7 @@ class Turns:
         """The tensors that the optimizer has of parameters (each with its group) after so many updates, with the values
         that they begin with."""
         for parameter, group in parameters if self.kinds else ():
-            state, own = optimizer.state[parameter], self._turns.updates_of(group.get("routers", False), steps)
+            state, own = optimizer.state[parameter], self._phase_settings.updates_of(group.get("routers", False), steps)
             # a fused optimizer counts on the device
             state["step"] = torch.tensor(float(own), device=parameter.device)
             for kind in group.get("kinds", self.kinds):

@@ -39,7 +39,7 @@ class Contextual:
         return torch.stack([part + log_weight_NU[:, u, None] for u, part in enumerate(log_probs)]).logsumexp(0)
 
     def disagreement(self, log_probs: list[Tensor], mixed_NV: Tensor, context_NF: Tensor) -> Tensor:
-        """As `Linear.disagreement`."""
+        """As `LinearMixture.disagreement`."""
         return mutual_information(log_probs, mixed_NV, self.log_weights(context_NF).exp().T)
 
 

@@ -21,7 +21,7 @@ from moe_llm.ensemble.recipe import (
     McDropoutRecipe,
     by_role,
 )
-from moe_llm.ensemble.rules import Cascade, Linear, LogLinear, Rule
+from moe_llm.ensemble.rules import Cascade, LinearMixture, LogLinear, Rule
 from moe_llm.ensemble.vocabulary import Translator, same_vocabulary
 from moe_llm.errors import UserError
 
@@ -137,7 +137,9 @@ def make_rule(recipe: FittedRecipe, index: list[int], models: int) -> Rule:
     weights = torch.zeros(models, dtype=torch.float64)
     for u, share in zip(index, recipe.shares):
         weights[u] += share
-    return (Linear if isinstance(recipe, (LinearRecipe, McDropoutRecipe)) else LogLinear)(tuple(weights.tolist()))
+    return (LinearMixture if isinstance(recipe, (LinearRecipe, McDropoutRecipe)) else LogLinear)(
+        tuple(weights.tolist())
+    )
 
 
 def expert_directions(recipe: ExpertsRecipe, index: list[int], models: int) -> tuple[Tensor, Tensor]:

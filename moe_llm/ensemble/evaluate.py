@@ -11,7 +11,7 @@ import torch
 from moe_llm.ensemble.context import Contextual
 from moe_llm.ensemble.ensemble import Ensemble
 from moe_llm.ensemble.recipe import CascadeRecipe, ContextualRecipe, ExpertsRecipe
-from moe_llm.ensemble.rules import Cascade, Linear
+from moe_llm.ensemble.rules import Cascade, LinearMixture
 from moe_llm.ensemble.scores import load_text, score
 
 
@@ -30,7 +30,7 @@ def evaluate(
     Returns:
         loss (nats a token of the main model), perplexity, bits_per_byte, tokens, active_parameters of a token, of a
         cascade asked (share of the tokens for which the large model is), of mixed members disagreement (nats a token,
-        `Linear.disagreement`), members (the same of each, with its role or
+        `LinearMixture.disagreement`), members (the same of each, with its role or
         weight), and vocabularies of members whose tokens differ, if any. Their losses are those of their
         distributions over the main model's tokens.
 
@@ -46,7 +46,7 @@ def evaluate(
         at = scored.targets_N[:, None]
         context = () if scored.context_NF is None else (scored.context_NF,)
         together_NV = rule(scored.log_probs, *context)
-        if isinstance(rule, (Linear, Contextual)):
+        if isinstance(rule, (LinearMixture, Contextual)):
             disagreement += float(rule.disagreement(scored.log_probs, together_NV, *context).double().sum())
         for i, log_probs_NV in enumerate([together_NV, *scored.log_probs]):
             losses[i] -= log_probs_NV.gather(1, at).double().sum().cpu()
@@ -66,7 +66,7 @@ def evaluate(
     result |= {"tokens": tokens, "active_parameters": ensemble.active_parameters(share)}
     if isinstance(rule, Cascade):
         result["asked"] = share
-    if isinstance(rule, (Linear, Contextual)):
+    if isinstance(rule, (LinearMixture, Contextual)):
         result["disagreement"] = disagreement / tokens
     members = [
         {"model": member.model} | part | figures(float(losses[1 + u]))

@@ -19,7 +19,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from moe_llm.ensemble.context import Contextual
 from moe_llm.ensemble.ensemble import Ensemble
 from moe_llm.ensemble.kv_cache import CachedMember
-from moe_llm.ensemble.rules import Linear
+from moe_llm.ensemble.rules import LinearMixture
 from moe_llm.ensemble.scores import last_rows, score_rows
 
 
@@ -32,7 +32,7 @@ class EnsembleLogitsProcessor(LogitsProcessor):
     A row for which nobody else is asked keeps its scores as they came.
 
     rows, asked: next tokens so far, and for how many of them the others were asked. disagreement: nats, summed over
-    them, of members that are mixed (`Linear.disagreement`).
+    them, of members that are mixed (`LinearMixture.disagreement`).
 
     Args:
         attention_mask: of the prompts, (prompts, tokens); None: no padding.
@@ -64,7 +64,7 @@ class EnsembleLogitsProcessor(LogitsProcessor):
         for u, logits_RW in logits.items():
             found[u] = self.ensemble.over_main(u, logits_RW, main_RV)
         combined_RV = self.rule(found)
-        if isinstance(self.rule, Linear):
+        if isinstance(self.rule, LinearMixture):
             self.disagreement += float(self.rule.disagreement(found, combined_RV).sum())
         combined_RV = combined_RV.masked_fill(scores == -torch.inf, -torch.inf)
         return torch.where(asked_R[:, None], combined_RV, scores.float())

@@ -47,7 +47,7 @@ class _Weighted:
         return main_NV.new_full(main_NV.shape[:1], not _first_alone(self.weights), dtype=torch.bool)
 
 
-class Linear(_Weighted):
+class LinearMixture(_Weighted):
     """log sum_m w_m p_m; the weights are not negative and sum to 1."""
 
     def __call__(self, log_probs: Sequence[Tensor | None]) -> Tensor:

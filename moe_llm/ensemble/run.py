@@ -29,7 +29,7 @@ from moe_llm.ensemble.recipe import (
     load_recipe,
     recipe_text,
 )
-from moe_llm.ensemble.rules import Cascade, Linear
+from moe_llm.ensemble.rules import Cascade, LinearMixture
 from moe_llm.ensemble.text_steps import chain, refine_by_edits
 from moe_llm.errors import UserError
 
@@ -80,7 +80,7 @@ def generate_command(
     _tell_what_was_left_out(ensemble, say)
     if isinstance(ensemble.rule, Cascade):
         say(f"{ensemble.models[1].name} was asked for {processor.asked} of {processor.rows} tokens")
-    if isinstance(ensemble.rule, (Linear, Contextual)) and processor.rows and len(ensemble.models) > 1:
+    if isinstance(ensemble.rule, (LinearMixture, Contextual)) and processor.rows and len(ensemble.models) > 1:
         say(f"the members disagree by {processor.disagreement / processor.rows:.3f} nats a token (0: not at all)")
     return said(main.tokenizer, output[0], inputs["input_ids"].shape[1] if chat else 0)
 

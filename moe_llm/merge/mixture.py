@@ -16,7 +16,7 @@ import torch
 from moe_llm.errors import UserError
 from moe_llm.merge.job import SPAN, Copy, seeded
 from moe_llm.merge.models import ATTENTION, DENSE, EMBEDDING, HEAD, NORM, Model, check_alike, layer_tensor, window
-from moe_llm.merge.plan import Plan, common_dtype, read_dtype
+from moe_llm.merge.plan import MergePlan, common_dtype, read_dtype
 from moe_llm.merge.recipe import Expert, MixtureRecipe
 from moe_llm.merge.rows import gather
 from moe_llm.merge.vocabulary import load_tokenizer
@@ -24,7 +24,7 @@ from moe_llm.merge.vocabulary import load_tokenizer
 UP, GATE, DOWN = DENSE
 
 
-def make_mixture_plan(recipe: MixtureRecipe) -> Plan:
+def make_mixture_plan(recipe: MixtureRecipe) -> MergePlan:
     """Open the models and lay out the mixture.
 
     Raises:
@@ -39,7 +39,7 @@ def make_mixture_plan(recipe: MixtureRecipe) -> Plan:
         [model.dtype(layer_tensor(0, GATE)) for model in models.values()]
     )
     gates_LED = _gates(recipe, base)
-    return Plan(
+    return MergePlan(
         "mixtral",
         base,
         list(models.values()),

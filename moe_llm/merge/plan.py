@@ -29,7 +29,7 @@ DTYPES = {
 
 
 @dataclass
-class Plan:
+class MergePlan:
     """What is written: tensors in order, and what the files beside them are made from.
 
     donor: whose config.json and tokenizer the output gets. changes: to that config.json. notes: sentences to say.
@@ -61,7 +61,7 @@ def read_dtype(text: str | None, field_name: str) -> torch.dtype | None:
     raise UserError(f"{field_name}={text!r} is no dtype of an output: use float32, bfloat16 or float16")
 
 
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe) -> MergePlan:
     """Open the models of a recipe and lay out its output.
 
     Raises:
@@ -91,7 +91,7 @@ class _Planner:
         if recipe.align_experts != "none":
             self.aligner = Aligner(recipe.align_experts, recipe.align_neurons, recipe.align_text, recipe.align_tokens)
 
-    def plan(self) -> Plan:
+    def plan(self) -> MergePlan:
         for piece in self.slices:
             self._check_slice(piece)
         jobs = list(self._tensors())
@@ -105,7 +105,7 @@ class _Planner:
         changes = {"num_hidden_layers": len(layers), "tie_word_embeddings": self._tied()}
         if self.vocabulary is not None:
             changes["vocab_size"] = self.vocabulary.size
-        return Plan(
+        return MergePlan(
             self.donor.kind,
             self.donor,
             list(self.models.values()),

@@ -8,7 +8,7 @@ from moe_llm.errors import UserError
 from moe_llm.merge.checkpoints import averaged
 from moe_llm.merge.job import Job
 from moe_llm.merge.mixture import make_mixture_plan
-from moe_llm.merge.plan import Plan, make_plan
+from moe_llm.merge.plan import MergePlan, make_plan
 from moe_llm.merge.recipe import AnyRecipe, CheckpointRecipe, MixtureRecipe, SoupRecipe, load_recipe, recipe_text
 from moe_llm.merge.write import check_output, write
 
@@ -50,7 +50,7 @@ def merge_recipe(
         say(sentence)
 
 
-def _told(plan: Plan) -> list[str]:
+def _told(plan: MergePlan) -> list[str]:
     """What methods have noted of tensors, each sentence once."""
     names: dict[str, list[str]] = {}
     for job in plan.tensors:
@@ -62,7 +62,7 @@ def _told(plan: Plan) -> list[str]:
     ]
 
 
-def plan_of(recipe: AnyRecipe) -> Plan:
+def plan_of(recipe: AnyRecipe) -> MergePlan:
     """The plan that a recipe means."""
     if isinstance(recipe, SoupRecipe):
         raise UserError("greedy_soup evaluates models: use moe_llm.merge.soup.greedy_soup or `moe-llm merge`")

@@ -22,7 +22,7 @@ from moe_llm.families import hf
 from moe_llm.families.architectures import FAMILIES
 from moe_llm.merge.job import Copy, Job
 from moe_llm.merge.models import pieces
-from moe_llm.merge.plan import Plan
+from moe_llm.merge.plan import MergePlan
 from moe_llm.merge.vocabulary import load_tokenizer
 from moe_llm.progress import progress
 
@@ -44,7 +44,7 @@ def check_output(out: Path) -> None:
         raise UserError(f"output {str(out)!r} is {what}, which cannot be replaced: give a new directory")
 
 
-def write(plan: Plan, out: Path, recipe_text: str, max_shard_size: str = "5GB") -> None:
+def write(plan: MergePlan, out: Path, recipe_text: str, max_shard_size: str = "5GB") -> None:
     """Compute and write a plan's output.
 
     Raises:
@@ -103,7 +103,7 @@ def _cut(job: Job | Copy, parts: list[hf.Piece]) -> Iterator[tuple[hf.Piece, tor
     assert next(spans, None) is None, f"{job.name} is longer than its shape"
 
 
-def _write_beside(plan: Plan, directory: Path) -> None:
+def _write_beside(plan: MergePlan, directory: Path) -> None:
     """config.json, generation_config.json and the tokenizer."""
     content = {**plan.donor.content, **plan.changes, **_layer_settings(plan)}
     dtypes = [job.out_dtype for job in plan.tensors]
@@ -129,7 +129,7 @@ def _write_beside(plan: Plan, directory: Path) -> None:
     write_json(directory / "config.json", content)
 
 
-def _token_ids(plan: Plan, content: dict[str, Any]) -> dict[str, Any]:
+def _token_ids(plan: MergePlan, content: dict[str, Any]) -> dict[str, Any]:
     """The ids of special tokens in the output's vocabulary, where its tokenizer knows them. Where the donor ends at other
     tokens than its tokenizer's end of text, or at several, these stay ends, as far as the vocabulary has them."""
     assert plan.vocabulary is not None
@@ -147,7 +147,7 @@ def _token_ids(plan: Plan, content: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in ids.items() if value is not None}
 
 
-def _layer_settings(plan: Plan) -> dict[str, Any]:
+def _layer_settings(plan: MergePlan) -> dict[str, Any]:
     """Lists in config.json with one entry a layer (layer_types), for the output's layers."""
     lists = {
         key: value for key, value in plan.donor.content.items()
@@ -160,7 +160,7 @@ def _layer_settings(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _dense_layers(plan: Plan) -> dict[str, Any]:
+def _dense_layers(plan: MergePlan) -> dict[str, Any]:
     """Keys that say which of the output's layers have no experts.
 
     Raises:

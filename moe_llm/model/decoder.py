@@ -283,7 +283,9 @@ class MoEDecoder(nn.Module):
             groups = Groups.of(mask_BS, document_ids)
             layers = self._with_feedback(layers, stream_BSD.flatten(0, 1), targets.flatten(), groups)
         # read by now, and of as many rows as there are tokens
-        layers = [layer._replace(handed_TX=layer.own_X[:0]) if layer.handed_TX.numel() else layer for layer in layers]
+        layers = [
+            layer._replace(feedback_TX=layer.extra_X[:0]) if layer.feedback_TX.numel() else layer for layer in layers
+        ]
         routing = RoutingStatistics.stack(layers)
 
         logits = self.lm_head(x_BSD) if return_logits else None
@@ -322,6 +324,6 @@ class MoEDecoder(nn.Module):
             len(layers),
         )
         return [
-            router.feedback(layer, losses) if layer.handed_TX.numel() else layer
+            router.feedback(layer, losses) if layer.feedback_TX.numel() else layer
             for router, layer in zip(self.model.routers, layers)
         ]

@@ -9,7 +9,7 @@ from support.training import config as training_config
 
 from moe_llm import cli
 from moe_llm.bench.parts import PARTS, events_by_part, marked
-from moe_llm.bench.products import Linear, Scores, flops, measure_products, step_products
+from moe_llm.bench.products import ProductShape, Scores, flops, measure_products, step_products
 from moe_llm.bench.run import bench, format_report, synthetic_loader
 from moe_llm.config import load_config
 from moe_llm.distributed.runtime import Runtime
@@ -38,7 +38,9 @@ def test_documents_leave_less_to_attend_to():
 
 
 def test_measured_products_have_their_flops_and_take_time():
-    limits = measure_products([Linear("a", 8, 4, 6), Linear("a", 8, 4, 6), Scores("b", 2, 8, 4)], torch.float32, CPU)
+    limits = measure_products(
+        [ProductShape("a", 8, 4, 6), ProductShape("a", 8, 4, 6), Scores("b", 2, 8, 4)], torch.float32, CPU
+    )
     assert limits["a"].flops == 2 * 6 * 8 * 4 * 6
     assert limits["b"].flops == 6 * 2 * 8 * 8 * 4
     assert all(limit.seconds > 0 for limit in limits.values())

@@ -32,8 +32,8 @@ def thresholds_are_sums_in_place_of_means():
     real = ExpertChoiceRouter.after_step
 
     def after_step(self, total):
-        own_X = torch.cat([total.own_X[:-1], torch.ones(1)])
-        real(self, total._replace(own_X=own_X))
+        extra_X = torch.cat([total.extra_X[:-1], torch.ones(1)])
+        real(self, total._replace(extra_X=extra_X))
 
     return mock.patch.object(ExpertChoiceRouter, "after_step", after_step)
 

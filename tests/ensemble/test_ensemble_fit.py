@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe_llm.ensemble.fit import _thinned, log_linear_weights, mixture_weights, threshold_for
-from moe_llm.ensemble.rules import Cascade, Linear, LogLinear
+from moe_llm.ensemble.rules import Cascade, LinearMixture, LogLinear
 from moe_llm.ensemble.scores import Scored
 from moe_llm.errors import UserError
 
@@ -24,8 +24,8 @@ def drawn_from(log_probs_NV: torch.Tensor, seed: int = 0) -> torch.Tensor:
 def test_rules_are_their_formulas():
     p, q = random_log_probs(5, 7, 0), random_log_probs(5, 7, 1)
     close = torch.testing.assert_close
-    close(Linear((0.3, 0.7))([p, q]).exp(), 0.3 * p.exp() + 0.7 * q.exp())
-    assert torch.equal(Linear((1.0, 0.0))([p, None]), p)
+    close(LinearMixture((0.3, 0.7))([p, q]).exp(), 0.3 * p.exp() + 0.7 * q.exp())
+    assert torch.equal(LinearMixture((1.0, 0.0))([p, None]), p)
     product = p.exp() ** 1.5 * q.exp() ** -0.5
     close(LogLinear((1.5, -0.5))([p, q]).exp(), product / product.sum(-1, keepdim=True))
     top = p.exp().amax(-1)
@@ -40,7 +40,7 @@ def test_a_token_that_a_member_excludes_gives_numbers():
     for weights in ((0.5, 0.5), (1.0, -1.0), (1.0, 0.0)):
         assert LogLinear(weights)([p, q]).isfinite().all()
     assert (LogLinear((1.0, 1.0))([p, q])[:, 1] < -1000).all()
-    torch.testing.assert_close(Linear((0.5, 0.5))([p, q])[:, 1], p[:, 1] + math.log(0.5))
+    torch.testing.assert_close(LinearMixture((0.5, 0.5))([p, q])[:, 1], p[:, 1] + math.log(0.5))
 
 
 def test_em_finds_the_planted_mixture_and_its_likelihood_never_falls():

@@ -12,7 +12,7 @@ from moe_llm import cli
 from moe_llm.ensemble.evaluate import evaluate
 from moe_llm.ensemble.processor import generate
 from moe_llm.ensemble.recipe import parse_recipe
-from moe_llm.ensemble.rules import Linear
+from moe_llm.ensemble.rules import LinearMixture
 from moe_llm.errors import UserError
 
 IDS = torch.tensor([[1, 5, 9, 4, 7, 3]])
@@ -53,7 +53,7 @@ def test_disagreement_is_the_entropy_beyond_the_mean_one():
         return -sum(x * math.log(x) for x in p[0].tolist())
 
     expected = entropy(mixed) - 0.25 * entropy(a) - 0.75 * entropy(b)
-    rule = Linear((0.25, 0.75))
+    rule = LinearMixture((0.25, 0.75))
     assert rule.disagreement([a.log(), b.log()], mixed.log()).item() == pytest.approx(expected, abs=1e-6)
     assert rule.disagreement([a.log(), a.log()], a.log()).item() == pytest.approx(0, abs=1e-6)
 

@@ -30,7 +30,7 @@ def test_padding_is_taken_by_none_and_changes_nothing():
     (y_BSD, found), (again_BSD, other) = layer(x_BSD, mask_BS), layer(other_BSD, mask_BS)
     assert torch.equal(y_BSD[mask_BS], again_BSD[mask_BS])
     assert not y_BSD[~mask_BS].any()
-    assert torch.equal(found.own_X, other.own_X)
+    assert torch.equal(found.extra_X, other.extra_X)
 
 
 def test_before_the_first_step_every_token_has_every_expert():

@@ -292,14 +292,14 @@ def test_an_expert_of_difficult_tokens_gets_fewer_by_a_bounded_step():
     for token, expert in zip(seen["token_index_N"].tolist(), expert_N.tolist()):
         counts_E[expert] += 1
         losses_E[expert] += losses_T[token].item()
-    torch.testing.assert_close(routing.own_X.double(), losses_E, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(routing.extra_X.double(), losses_E, rtol=1e-5, atol=1e-6)
     gate.after_step(routing)
     load_E = 0.25 * counts_E / counts_E.mean() + 0.75 * losses_E / losses_E.mean()
     expected_E = 0.1 * (1 - load_E).clamp(-1, 1)
     torch.testing.assert_close(gate.e_score_correction_bias.double(), expected_E, rtol=1e-5, atol=1e-7)
     gate.e_score_correction_bias.zero_()
     one = torch.tensor([1000.0, 1, 1, 1])
-    gate.after_step(routing._replace(tokens_per_expert_E=one * 0 + 5, own_X=one))
+    gate.after_step(routing._replace(tokens_per_expert_E=one * 0 + 5, extra_X=one))
     assert gate.e_score_correction_bias[0].item() == pytest.approx(-0.1)  # as many tokens, far more loss
     assert (gate.e_score_correction_bias[1:] > 0).all()
     assert gate.e_score_correction_bias.abs().max().item() <= 0.1 + 1e-7
@@ -317,6 +317,6 @@ def test_a_wide_expert_gets_fewer_tokens_where_time_counts():
 def test_balance_by_difficulty_is_unmoved_where_nothing_was_learned():
     gate = model_of("bias_balanced", loss_share=1.0).model.layers[0].mlp.gate
     gate.after_step(
-        model_of("bias_balanced", loss_share=1.0)(**batch(4)).routing.layers()[0]._replace(own_X=torch.zeros(4))
+        model_of("bias_balanced", loss_share=1.0)(**batch(4)).routing.layers()[0]._replace(extra_X=torch.zeros(4))
     )
     assert not gate.e_score_correction_bias.any()

@@ -33,14 +33,19 @@ class TiltedRouter(Router):
         share_TE = score_TE / score_TE.sum(-1, keepdim=True)
         squares = (score_TE.square().sum(-1) * mask_BS.flatten()).sum()
         statistics = self.statistics(
-            logits_TE, share_TE, expert_TK, mask_BS, own_X=squares[None], entropy_T=torch.special.entr(share_TE).sum(-1)
+            logits_TE,
+            share_TE,
+            expert_TK,
+            mask_BS,
+            extra_X=squares[None],
+            entropy_T=torch.special.entr(share_TE).sum(-1),
         )
         rows = rows_by_token(expert_TK, score_TE.gather(-1, expert_TK), self.num_experts)
         return Routing(**rows, logits_TE=logits_TE, statistics=statistics)
 
     @classmethod
     def losses(cls, settings):
-        square = RouterLoss("square_loss", settings.square_coef, lambda s: (s.own_X[0] / s.num_tokens) ** 2)
+        square = RouterLoss("square_loss", settings.square_coef, lambda s: (s.extra_X[0] / s.num_tokens) ** 2)
         return [*super().losses(settings), square]
 
     def after_step(self, total):

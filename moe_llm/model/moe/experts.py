@@ -76,7 +76,7 @@ class Experts(nn.Module):
                 dropout=dropout,
                 exchange=exchange,
             )
-            return merging.segments.join(y_NLD.unflatten(0, merging.segments.real_BGL.shape[:2]))
+            return merging.segments.join(y_NLD.unflatten(0, merging.segments.mask_BGL.shape[:2]))
         if self.tiles > 1 and len(x) and torch.is_grad_enabled():
             return self._tiled(x, counts_E, routing, own, host_counts_E)
         return self._rows(x, counts_E, routing, own, host_counts_E)
@@ -317,7 +317,7 @@ class MoELayer(nn.Module):
             y_TD = (y_TD + routing.kept_R[:, None] * entered_RW).to(x_TD.dtype)
         statistics = routing.statistics
         if routing.hand_on is not None:
-            statistics = statistics._replace(handed_TX=routing.hand_on(y_TD))
+            statistics = statistics._replace(feedback_TX=routing.hand_on(y_TD))
         return y_TD if routing.combine_fn is None else routing.combine_fn(y_TD), statistics
 
     def _shared(self, x_TD: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What routers learn from the tokens' own losses: the door from the head back to the layers.
 
-A router whose settings have `learns_from_loss` hands on a tensor with its statistics while training (`handed_TX`, a row for each token);
+A router whose settings have `learns_from_loss` hands on a tensor with its statistics while training (`feedback_TX`, a row for each token);
 once the head has judged the tokens, its `feedback` makes of that the sums that its losses are formed from.
 Dimensions: T tokens, D hidden, E alternatives to a token's hidden state.
 """

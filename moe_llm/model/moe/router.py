@@ -38,7 +38,7 @@ class Router(nn.Module, ABC):
 
     by_document: `forward` takes the documents' ids (B, S) too, None where they are not isolated.
 
-    A router whose settings have `learns_from_loss` hands something on while training (`RoutingStatistics.handed_TX`) of
+    A router whose settings have `learns_from_loss` hands something on while training (`RoutingStatistics.feedback_TX`) of
     which `feedback` makes sums, once the tokens' losses are known. last: whether this is the last layer's.
 
     relative_sizes: widths of the experts over their mean.
@@ -89,7 +89,7 @@ class Router(nn.Module, ABC):
         return entropy_losses(settings)
 
     def feedback(self, statistics: RoutingStatistics, losses: TokenLosses) -> RoutingStatistics:
-        """The statistics with what the tokens' losses add to `own_X`, with gradient through what was handed on."""
+        """The statistics with what the tokens' losses add to `extra_X`, with gradient through what was handed on."""
         return statistics
 
     def after_step(self, total: RoutingStatistics) -> None:
@@ -323,7 +323,7 @@ class TokenChoiceRouter(Router):
                 mask_BS,
                 dropped=dropped,
                 taken_TK=None if wanted_TR is None else wanted_TR[:, : self.top_k],
-                own_X=None if measure is None else measure(expert_TR, weight_TR),
+                extra_X=None if measure is None else measure(expert_TR, weight_TR),
             ),
             kept_R=kept_R,
         )

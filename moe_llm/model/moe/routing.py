@@ -30,9 +30,9 @@ class RoutingStatistics(NamedTuple):
     dropped: Tensor
     num_tokens: Tensor
     num_sequences: Tensor  # that have a real token
-    own_X: Tensor  # whatever else the router's own losses and updates need, with gradient; X is 0 for most
-    handed_TX: (
-        Tensor  # no sum: what `Router.feedback` makes `own_X` of, a row for each token; empty but between the two
+    extra_X: Tensor  # whatever else the router's own losses and updates need, with gradient; X is 0 for most
+    feedback_TX: (
+        Tensor  # no sum: what `Router.feedback` makes `extra_X` of, a row for each token; empty but between the two
     )
 
     @staticmethod
@@ -70,7 +70,7 @@ class Routing(NamedTuple):
     combine_fn: Callable[[Tensor], Tensor] | None = None  # (R, W) to (T, D)
     kept_R: Tensor | None = None  # fp32, with gradient
     queued: "Routing | None" = None  # rows that the same experts take in a second round; of it the rows alone are read
-    hand_on: Callable[[Tensor], Tensor] | None = None  # (R, W) to the statistics' `handed_TX`
+    hand_on: Callable[[Tensor], Tensor] | None = None  # (R, W) to the statistics' `feedback_TX`
 
 
 class WeightMixture(NamedTuple):
@@ -92,7 +92,7 @@ def router_statistics(
     taken_TK: Tensor | None = None,
     entropy_T: Tensor | None = None,
     entropy_gradient: bool = False,
-    own_X: Tensor | None = None,
+    extra_X: Tensor | None = None,
     parts: SequenceParts | None = None,
 ) -> RoutingStatistics:
     """Sums over the tokens for which `mask_BS` (bool) holds.
@@ -142,6 +142,6 @@ def router_statistics(
         dropped=logits_TE.new_zeros(()) if dropped is None else dropped.to(logits_TE.dtype),
         num_tokens=weight_T.sum(),
         num_sequences=num_sequences if parts is None or parts.index == 0 else torch.zeros_like(num_sequences),
-        own_X=nothing_X if own_X is None else own_X,
-        handed_TX=nothing_X,
+        extra_X=nothing_X if extra_X is None else extra_X,
+        feedback_TX=nothing_X,
     )

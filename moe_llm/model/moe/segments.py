@@ -19,12 +19,12 @@ class Segments(NamedTuple):
     filled up, so that segments are the same with any padding and in any block.
 
     source_BGL: position of the token at each place, int64. place_BS1: the inverse, any place for padding.
-    real_BGL: bool, where there is a real token. opens_BG: bool, which segments are the first of a document.
+    mask_BGL: bool, where there is a real token. opens_BG: bool, which segments are the first of a document.
     """
 
     source_BGL: Tensor
     place_BS1: Tensor
-    real_BGL: Tensor
+    mask_BGL: Tensor
     opens_BG: Tensor
 
     @staticmethod
@@ -56,7 +56,7 @@ class Segments(NamedTuple):
     def split(self, x_TD: Tensor) -> Tensor:
         """Tokens in their segments, (B, G, L, D), zero where a segment is filled up."""
         x_BGLD = gather_places(x_TD.unflatten(0, self.place_BS1.shape[:2]), self.source_BGL)
-        return x_BGLD.masked_fill(~self.real_BGL[..., None], 0)
+        return x_BGLD.masked_fill(~self.mask_BGL[..., None], 0)
 
     def join(self, x_BGLD: Tensor) -> Tensor:
         """The inverse, (T, D), zero for padding."""

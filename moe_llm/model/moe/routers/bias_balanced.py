@@ -35,11 +35,11 @@ class BiasBalancedRouter(Router):
         weight_TK = score_TE.gather(-1, expert_TK)
         if self.settings.norm_topk_prob:
             weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
-        told = {"own_X": torch.zeros_like(logits_TE[0])} if self.settings.learns_from_loss else {}
+        told = {"extra_X": torch.zeros_like(logits_TE[0])} if self.settings.learns_from_loss else {}
         entropy_T = torch.special.entr(share_TE).sum(-1)
         statistics = self.statistics(logits_TE, share_TE, expert_TK, mask_BS, entropy_T=entropy_T, **told)
         if self.settings.learns_from_loss and self.training:
-            statistics = statistics._replace(handed_TX=expert_TK.to(logits_TE.dtype))
+            statistics = statistics._replace(feedback_TX=expert_TK.to(logits_TE.dtype))
         return Routing(
             **rows_by_token(expert_TK, weight_TK * self.settings.routed_scaling_factor, self.num_experts),
             logits_TE=logits_TE,
@@ -65,12 +65,12 @@ class BiasBalancedRouter(Router):
 
     def feedback(self, statistics: RoutingStatistics, losses: TokenLosses) -> RoutingStatistics:
         """With the sum of its tokens' losses for each expert."""
-        expert_TK = statistics.handed_TX.long()
+        expert_TK = statistics.feedback_TX.long()
         loss_TK = torch.where(losses.targets_T, losses.of_tokens(), 0.0)[:, None].expand(expert_TK.shape)
-        sum_E = torch.zeros_like(statistics.own_X).index_add(
-            0, expert_TK.flatten(), loss_TK.flatten().to(statistics.own_X)
+        sum_E = torch.zeros_like(statistics.extra_X).index_add(
+            0, expert_TK.flatten(), loss_TK.flatten().to(statistics.extra_X)
         )
-        return statistics._replace(own_X=sum_E)
+        return statistics._replace(extra_X=sum_E)
 
     def after_step(self, total: RoutingStatistics) -> None:
         counts_E, rate = total.tokens_per_expert_E, self.settings.update_rate
@@ -80,7 +80,7 @@ class BiasBalancedRouter(Router):
             return
         load_E = (1 - losses - time) * _relative(counts_E)
         if losses:
-            load_E = load_E + losses * _relative(total.own_X)
+            load_E = load_E + losses * _relative(total.extra_X)
         if time:
             load_E = load_E + time * _relative(counts_E * counts_E.new_tensor(self.relative_sizes))
         self.e_score_correction_bias += rate * (1 - load_E).clamp(-1, 1)

@@ -36,7 +36,7 @@ class EMRouter(Router):
         probability_TE = logits_TE.softmax(-1)
         value_TK, expert_TK = probability_TE.topk(self.top_k, dim=-1)
         weight_TK = value_TK / value_TK.sum(-1, keepdim=True)
-        statistics = self.statistics(logits_TE, probability_TE, expert_TK, mask_BS, own_X=logits_TE.new_zeros(2))
+        statistics = self.statistics(logits_TE, probability_TE, expert_TK, mask_BS, extra_X=logits_TE.new_zeros(2))
         if not (self.last and self.training):
             rows = rows_by_token(expert_TK, weight_TK, self.num_experts)
             return Routing(**rows, logits_TE=logits_TE, statistics=statistics)
@@ -62,20 +62,20 @@ class EMRouter(Router):
         )
 
     def feedback(self, statistics: RoutingStatistics, losses: TokenLosses) -> RoutingStatistics:
-        handed_TEX = statistics.handed_TX.unflatten(-1, (self.num_experts, -1))
+        handed_TEX = statistics.feedback_TX.unflatten(-1, (self.num_experts, -1))
         log_gate_TE = handed_TEX[..., -1].log_softmax(-1)
         loss_TE = losses.of_changes(handed_TEX[..., :-1])
         share_TE = responsibilities(log_gate_TE, -loss_TE, hard=self.settings.form == "hard")
         share_TE = share_TE * losses.targets_T[:, None]
         gate, experts = -(share_TE * log_gate_TE).sum(), (share_TE * loss_TE).sum()
-        return statistics._replace(own_X=losses.layers * torch.stack([gate, experts]))
+        return statistics._replace(extra_X=losses.layers * torch.stack([gate, experts]))
 
     @classmethod
     def losses(cls, settings: RouterSettings) -> list[RouterLoss]:
         assert isinstance(settings, EMSettings)
         found = [
-            RouterLoss("gate_m_step_loss", settings.gate_coef, lambda s: s.own_X[0] / s.num_tokens.clamp(min=1)),
-            RouterLoss("expert_m_step_loss", settings.expert_coef, lambda s: s.own_X[1] / s.num_tokens.clamp(min=1)),
+            RouterLoss("gate_m_step_loss", settings.gate_coef, lambda s: s.extra_X[0] / s.num_tokens.clamp(min=1)),
+            RouterLoss("expert_m_step_loss", settings.expert_coef, lambda s: s.extra_X[1] / s.num_tokens.clamp(min=1)),
         ]
         return [*super().losses(settings), *(loss for loss in found if loss.coefficient)]
 

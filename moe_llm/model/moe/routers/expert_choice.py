@@ -48,7 +48,9 @@ class ExpertChoiceRouter(Router):
         return Routing(
             **rows_by_token(every_TE, probability_TE, self.num_experts, taken_TE),
             logits_TE=logits_TE,
-            statistics=self.statistics(logits_TE, probability_TE, every_TE, mask_BS, taken_TK=taken_TE, own_X=lowest_X),
+            statistics=self.statistics(
+                logits_TE, probability_TE, every_TE, mask_BS, taken_TK=taken_TE, extra_X=lowest_X
+            ),
         )
 
     def _take(self, score_BSE: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
@@ -70,6 +72,6 @@ class ExpertChoiceRouter(Router):
         return taken_BSE, torch.cat([lowest_BSE.sum((0, 1)), one_BS.sum()[None].to(score_BSE.dtype)])
 
     def after_step(self, total: RoutingStatistics) -> None:
-        lowest_E = total.own_X[:-1] / total.own_X[-1].clamp(min=1)
+        lowest_E = total.extra_X[:-1] / total.extra_X[-1].clamp(min=1)
         moved_E = self.threshold.lerp(lowest_E, self.settings.threshold_rate)
         self.threshold.copy_(torch.where(self.threshold == 0, lowest_E, moved_E))

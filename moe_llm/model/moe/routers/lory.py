@@ -33,7 +33,7 @@ class LoryRouter(Router):
     def forward(self, x_BSD: Tensor, mask_BS: Tensor, document_BS: Tensor | None = None) -> WeightMixture:
         segments = Segments.cut(mask_BS, self.settings.segment_length, document_BS)
         x_BGLD = segments.split(x_BSD.flatten(0, 1))
-        mean_BGD = x_BGLD.sum(2, dtype=torch.float32) / segments.real_BGL.sum(2).clamp(min=1)[..., None]
+        mean_BGD = x_BGLD.sum(2, dtype=torch.float32) / segments.mask_BGL.sum(2).clamp(min=1)[..., None]
         opens_BG1 = segments.opens_BG[..., None]
         # zeros before the first of a document, so that its logits are `start`
         before_BGD = F.pad(mean_BGD, (0, 0, 1, 0))[:, :-1].masked_fill(opens_BG1, 0)
@@ -42,7 +42,7 @@ class LoryRouter(Router):
         probability_BGE = logits_BGE.softmax(-1)
 
         def of_tokens(of_BGE: Tensor) -> Tensor:
-            return segments.join(of_BGE[:, :, None].expand(-1, -1, segments.real_BGL.shape[2], -1))
+            return segments.join(of_BGE[:, :, None].expand(-1, -1, segments.mask_BGL.shape[2], -1))
 
         probability_TE = of_tokens(probability_BGE)
         every_TE = torch.arange(self.num_experts, device=x_BSD.device).expand_as(probability_TE)

@@ -51,7 +51,7 @@ class NoisyTopKRouter(TokenChoiceRouter):
     def losses(cls, settings: RouterSettings) -> list[RouterLoss]:
         assert isinstance(settings, NoisyTopKSettings)
         found = [
-            RouterLoss("importance_loss", settings.importance_coef, lambda s: cv_squared(s.own_X.chunk(2)[0])),
-            RouterLoss("load_loss", settings.load_coef, lambda s: cv_squared(s.own_X.chunk(2)[1])),
+            RouterLoss("importance_loss", settings.importance_coef, lambda s: cv_squared(s.extra_X.chunk(2)[0])),
+            RouterLoss("load_loss", settings.load_coef, lambda s: cv_squared(s.extra_X.chunk(2)[1])),
         ]
         return super().losses(settings) + [loss for loss in found if loss.coefficient]

@@ -35,12 +35,14 @@ class ReinforceRouter(Router):
         logits_TE = self.logits(x_BSD)
         expert_TK = self._draw(logits_TE)
         weight_TK = torch.full_like(expert_TK, 1 / self.top_k, dtype=logits_TE.dtype)
-        statistics = self.statistics(logits_TE, logits_TE.softmax(-1), expert_TK, mask_BS, own_X=logits_TE.new_zeros(2))
+        statistics = self.statistics(
+            logits_TE, logits_TE.softmax(-1), expert_TK, mask_BS, extra_X=logits_TE.new_zeros(2)
+        )
         if self.training:
             handed = [log_probability(logits_TE, expert_TK), self._penalty(expert_TK)]
             if self.settings.baseline == "learned":
                 handed.append(self.linear(x_BSD.detach().flatten(0, 1), "baseline_weight")[:, 0])
-            statistics = statistics._replace(handed_TX=torch.stack(handed, -1))
+            statistics = statistics._replace(feedback_TX=torch.stack(handed, -1))
         return Routing(
             **rows_by_token(expert_TK, weight_TK, self.num_experts), logits_TE=logits_TE, statistics=statistics
         )
@@ -63,25 +65,25 @@ class ReinforceRouter(Router):
         return excess_E[expert_TK].mean(-1)
 
     def feedback(self, statistics: RoutingStatistics, losses: TokenLosses) -> RoutingStatistics:
-        handed_TX = statistics.handed_TX
-        log_pi_T, penalty_T = handed_TX[:, 0], handed_TX[:, 1].detach()
+        feedback_TX = statistics.feedback_TX
+        log_pi_T, penalty_T = feedback_TX[:, 0], feedback_TX[:, 1].detach()
         cost_T, counts_T = losses.of_tokens() + penalty_T, losses.targets_T
         if self.settings.baseline == "learned":
-            baseline_T = handed_TX[:, 2]
+            baseline_T = feedback_TX[:, 2]
         else:
             baseline_T, known_T = losses.mean_before(cost_T)
             counts_T = counts_T & known_T  # a document's first token has nothing to be compared with
         error_T = torch.where(counts_T, cost_T - baseline_T, 0.0)
         policy = losses.layers * (error_T.detach() * log_pi_T).sum()
-        return statistics._replace(own_X=torch.stack([policy, error_T.square().sum()]))
+        return statistics._replace(extra_X=torch.stack([policy, error_T.square().sum()]))
 
     @classmethod
     def losses(cls, settings: RouterSettings) -> list[RouterLoss]:
         assert isinstance(settings, ReinforceSettings)
-        found = [RouterLoss("policy_loss", settings.policy_coef, lambda s: s.own_X[0] / s.num_tokens.clamp(min=1))]
+        found = [RouterLoss("policy_loss", settings.policy_coef, lambda s: s.extra_X[0] / s.num_tokens.clamp(min=1))]
         if settings.baseline == "learned":
             found.append(
-                RouterLoss("baseline_loss", settings.baseline_coef, lambda s: s.own_X[1] / s.num_tokens.clamp(min=1))
+                RouterLoss("baseline_loss", settings.baseline_coef, lambda s: s.extra_X[1] / s.num_tokens.clamp(min=1))
             )
         return [*super().losses(settings), *found]
 
