@@ -2,7 +2,7 @@
 
     python scripts/reference.py
 
-The command line comes from the parsers of `moe_llm.cli`, the Python API from docstrings, the environment from the table
+Tutorials become pages. The command line comes from the parsers of `moe_llm.cli`, the Python API from docstrings, the environment from the table
 below, and the support matrix from pyproject.toml, docker/constraints.txt and the table of families. A test compares the
 pages with what this script writes.
 """
@@ -40,6 +40,8 @@ def pages() -> dict[Path, str]:
         reference / "support-matrix.md": support_matrix,
     }
     texts = {page: _updated(page.read_text(encoding="utf-8"), make()) for page, make in made.items()}
+    for script in sorted((ROOT / "docs/tutorials").glob("*.py")):
+        texts[script.with_suffix(".md")] = tutorial(script.read_text(encoding="utf-8"))
     configuration = configuration_table.REFERENCE
     return texts | {configuration: configuration_table.updated(configuration.read_text(encoding="utf-8"))}
 
@@ -53,6 +55,20 @@ def _updated(page: str, generated: str) -> str:
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     lines = [list(head), ["---"] * len(list(head)), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+# Tutorials
+
+
+def tutorial(script: str) -> str:
+    """The page of a script in cells (`# %%`), each of which begins with prose as comments."""
+    parts = []
+    for cell in script.split("# %%\n")[1:]:
+        prose, _, code = cell.partition("\n\n")
+        parts.append("\n".join(line.removeprefix("#").removeprefix(" ") for line in prose.splitlines()) + "\n")
+        if code.strip():
+            parts.append(f"```python\n{code.strip()}\n```\n")
+    return "\n".join(parts)
 
 
 # The command line
@@ -237,7 +253,7 @@ ENVIRONMENT: dict[str, dict[str, str]] = {
         "WANDB_PROJECT": "counts where `logging.project` is not set",
         "WANDB_RUN_ID": "the run at Weights & Biases to write to (default: one that the run directory remembers)",
         "MLFLOW_EXPERIMENT_NAME": "counts where `logging.project` is not set",
-        "MOE_LLM_TUTORIAL": "`toy`: the tutorials run in seconds, on a model that learns nothing",
+        "MOE_LLM_TUTORIAL": "`toy`: the [tutorials](../tutorials/index.md) run in seconds, on a model that learns nothing",
         "PYTHON": "the interpreter with which `scripts/quickstart.sh` and `scripts/test.sh` make `.venv`",
         "TORCH_SPEC": "what these scripts give pip for torch, options allowed",
     },
