@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from moe_llm.checkpoint.card import CARD, model_card
 from moe_llm.checkpoint.digests import FileRecord
 from moe_llm.checkpoint.manifest import adopt_file, write_file, write_json
 from moe_llm.config import ModelConfig
 from moe_llm.data.tokenizer import GENERATION_FILE, base_generation, end_token_ids, save_tokenizer
 from moe_llm.families import hf
 from moe_llm.families.architectures import architecture_of
+from moe_llm.families.card import CARD, model_card
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

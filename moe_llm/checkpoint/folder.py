@@ -21,9 +21,11 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moe_llm.atomic import TEMPORARY, write_atomically
 from moe_llm.checkpoint.manifest import MANIFEST, check_file, verify_loadable
 from moe_llm.checkpoint.safetensors_io import read_json
 from moe_llm.errors import UserError
@@ -34,7 +36,6 @@ STATE = "trainer/state.json"
 INDEX = "checkpoints.json"
 LATEST, BEST = "latest", "best"
 _COMPLETE = re.compile(r"step-(\d+)(\.old)?")
-_TMP = ".tmp-"
 _reported: set[tuple[str, int | None]] = set()
 
 
@@ -43,7 +44,7 @@ def step_name(step: int) -> str:
 
 
 def tmp_path(root: Path, step: int) -> Path:
-    return root / f"{_TMP}{step_name(step)}"
+    return root / f"{TEMPORARY}{step_name(step)}"
 
 
 # The order of checkpoints
@@ -121,9 +122,7 @@ def _write_index(root: Path, best: str | None) -> None:
         for path, serial in sorted(serials.items(), key=lambda item: _age(*item))
         if serial is not None
     }
-    temporary = root / f"{_TMP}{INDEX}"
-    temporary.write_text(json.dumps({"checkpoints": checkpoints, "best": best}, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, root / INDEX)
+    write_atomically(root / INDEX, json.dumps({"checkpoints": checkpoints, "best": best}, indent=2) + "\n")
 
 
 # Publishing and deleting
@@ -184,8 +183,8 @@ def remove_leftovers(root: Path) -> None:
         superseded = path.name.endswith(".old") and _COMPLETE.fullmatch(path.name) and path.with_suffix("").is_dir()
         if superseded:
             delete(path)
-        elif path.name.startswith(_TMP):
-            try_or_report("deletion", lambda path=path: _remove(path))
+        elif path.name.startswith(TEMPORARY):
+            try_or_report("deletion", partial(_remove, path))
 
 
 def free_name(tmp: Path) -> None:
@@ -196,7 +195,7 @@ def free_name(tmp: Path) -> None:
 
 def _unused(path: Path) -> Path:
     number = 1
-    while (other := path.with_name(f"{_TMP}left-{number}")).exists():
+    while (other := path.with_name(f"{TEMPORARY}left-{number}")).exists():
         number += 1
     return other
 
@@ -206,7 +205,7 @@ def delete(path: Path) -> None:
 
     Where the file system refuses, that is reported once and left for the next save.
     """
-    doomed = path.with_name(f"{_TMP}deleted-{path.name}")
+    doomed = path.with_name(f"{TEMPORARY}deleted-{path.name}")
 
     def work() -> None:
         if doomed.exists():
@@ -249,7 +248,7 @@ def point(root: Path, name: str, target: str) -> None:
     """Make the link `name` point to a checkpoint, in one step, where the file system has links."""
 
     def work() -> None:
-        link = root / f"{_TMP}{name}"
+        link = root / f"{TEMPORARY}{name}"
         link.unlink(missing_ok=True)
         link.symlink_to(target)
         os.replace(link, root / name)
@@ -289,7 +288,7 @@ def probe(root: Path) -> None:
         OSError: directories cannot be made or renamed there, without which no checkpoint can be saved.
     """
     root.mkdir(parents=True, exist_ok=True)
-    trial = _unused(root / f"{_TMP}probe")
+    trial = _unused(root / f"{TEMPORARY}probe")
     trial.mkdir()
     renamed = _unused(trial)
     os.rename(trial, renamed)

@@ -17,7 +17,7 @@ def read_trained(entry: ParameterShard, source: Weights) -> torch.Tensor:
     if entry.trained_experts is None:
         return source.read(entry.name, entry.shape, entry.first_expert)
     whole = torch.zeros(entry.shape)
-    for row, expert in enumerate(entry.experts):
+    for row, expert in enumerate(entry.experts or ()):
         if entry.trains(expert):
             whole[row : row + 1] = source.read(entry.name, (1, *entry.shape[1:]), expert)
     return whole
@@ -39,7 +39,7 @@ def read_average(state: TrainedState, entry: ParameterShard, source: Weights) ->
     average = read_trained(entry, source)
     if entry.trained_experts is not None:
         weight = state.read(entry.name, "weight")
-        for row, expert in enumerate(entry.experts):
+        for row, expert in enumerate(entry.experts or ()):
             if not entry.trains(expert):
                 average[row] = weight[row]
     return average
@@ -78,7 +78,7 @@ def _remember(entry: ParameterShard, model: Weights, held: torch.Tensor) -> None
             stored = model.as_stored(entry.name, piece.shape)
         else:
             row, rows = piece.index
-            stored = model.as_stored(entry.name, entry.shape[1:], entry.experts[row])[rows]
+            stored = model.as_stored(entry.name, entry.shape[1:], row + (entry.first_expert or 0))[rows]
         original = None
         if entry.writer and not torch.equal(held[piece.index].to(stored.dtype), stored):
             original = stored.clone()

@@ -67,7 +67,7 @@ def file_set(
         for specs in specs_by_rank
     ]
     count = sum(map(len, shards_by_rank))
-    mine, weight_map, number = {}, {}, 0
+    mine, weight_map, number = dict[str, list[Spec]](), dict[str, str](), 0
     for owner, shards in enumerate(shards_by_rank):
         for shard in shards:
             file = shard_name(stem, number, count)
@@ -200,8 +200,8 @@ def stream(state: TrainedState, dtype: torch.dtype, average: bool = False, famil
             yield from _in_one(state, entry, family, MODEL, _exported(entry, weight, change))
         for piece in pieces if not entry.adapter and not stacked else ():
             kept = entry.kept.get(piece.name)
-            whole = kept is None or kept.original is None
-            own = weight[piece.index] if whole else kept.original
+            original = None if kept is None else kept.original
+            own = weight[piece.index] if original is None else original
             yield MODEL, family.stored_name(piece.name), own if change is None else own.float() + change[piece.index]
         pieces = [piece for piece in pieces if is_trained(entry, piece)]
         tensors = {MASTER: weight}
@@ -267,7 +267,7 @@ class HostCopy:
     given: tensors that have been asked for so far, over all saves: whoever waits can see that it goes on.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._tensors: dict[tuple[str, str], torch.Tensor] = {}
         self.given = 0
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import nn
 
 from moe_llm.checkpoint.export import DTYPES, token_ids, write_model_files
 from moe_llm.checkpoint.folder import sync_directory
@@ -88,16 +87,16 @@ class MoEForCausalLM(MoEDecoder):
         assert shapes == hf.parameter_shapes(self.config), "the model does not hold all of its experts"
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        dtype = _as_dtype(dtype or self.lm_head.weight.dtype)
+        stored = _as_dtype(dtype) or self.lm_head.weight.dtype
         ids = self.token_ids if tokenizer is None else token_ids(tokenizer)
         with tempfile.TemporaryDirectory(prefix=".tmp-save-", dir=directory) as folder:
             new = Path(folder)
-            _write_weights(self, new, dtype, parse_size(max_shard_size))
-            write_model_files(new, self.config, ids, _WORDS[dtype], tokenizer)
+            _write_weights(self, new, stored, parse_size(max_shard_size))
+            write_model_files(new, self.config, ids, _WORDS[stored], tokenizer)
             _replace_files(directory, new)
 
 
-def load_weights(model: nn.Module, directory: str | Path, experts: range | None = None) -> None:
+def load_weights(model: MoEDecoder, directory: str | Path, experts: range | None = None) -> None:
     """Fill a model's parameters from a checkpoint directory, one matrix at a time, cast to what they are.
 
     Args:
@@ -128,7 +127,7 @@ def check_weights(weights: Weights, shapes: Mapping[str, tuple[int, ...]], optio
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, weights: Weights, experts: range | None) -> None:
+def _fill(model: MoEDecoder, weights: Weights, experts: range | None) -> None:
     parameters = dict(model.named_parameters()) | dict(model.named_buffers())
     shapes = {name: _whole_shape(name, parameter, model) for name, parameter in parameters.items()}
     whole = hf.parameter_shapes(model.config).items()
@@ -146,7 +145,7 @@ def _fill(model: nn.Module, weights: Weights, experts: range | None) -> None:
             parameter[index] = part
 
 
-def _whole_shape(name: str, parameter: torch.Tensor, model: nn.Module) -> tuple[int, ...]:
+def _whole_shape(name: str, parameter: torch.Tensor, model: MoEDecoder) -> tuple[int, ...]:
     """Shape over all ranks."""
     shape = tuple(parameter.shape)
     stacked = hf.is_expert(name) and hf.expert_of(name) is None
@@ -178,7 +177,7 @@ def _replace_files(directory: Path, new: Path) -> None:
     sync_directory(directory)
 
 
-def _write_weights(model: nn.Module, directory: Path, dtype: torch.dtype, max_bytes: int) -> None:
+def _write_weights(model: MoEDecoder, directory: Path, dtype: torch.dtype, max_bytes: int) -> None:
     family = architecture_of(model.config)
     buffers = {name for name, _ in model.named_buffers()}
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())

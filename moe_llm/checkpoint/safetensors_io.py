@@ -131,7 +131,7 @@ class ShardWriter:
         assert (name, tuple(tensor.shape)) == (spec.name, spec.shape), f"{name} came, {spec} is due"
         data = tensor.detach().to(device="cpu", dtype=spec.dtype).contiguous().reshape(-1)
         if data.numel():
-            self._file.write(memoryview(data.view(torch.uint8).numpy()))
+            self._file.write(data.view(torch.uint8).numpy().data)
         self._next += 1
 
     def close(self) -> FileRecord:
@@ -250,7 +250,7 @@ class TensorFiles:
         data = tensor.detach().cpu().contiguous().reshape(-1)
         with open(stored.file, "rb+") as file:
             file.seek(stored.start)
-            file.write(memoryview(data.view(torch.uint8).numpy()))
+            file.write(data.view(torch.uint8).numpy().data)
             os.fsync(file.fileno())
 
     def read_span(self, name: str, start: int, count: int) -> torch.Tensor:
@@ -263,7 +263,7 @@ class TensorFiles:
         if count:
             if stored.file not in self._opened:
                 self._opened[stored.file] = CheckedFile(stored.file, self._records.get(stored.file))
-            view = memoryview(tensor.view(torch.uint8).numpy())
+            view = tensor.view(torch.uint8).numpy().data
             self._opened[stored.file].read_into(stored.start + start * stored.dtype.itemsize, view)
         return tensor
 

@@ -37,7 +37,6 @@ import yaml
 from moe_llm.checkpoint import folder
 from moe_llm.checkpoint.adapters import adapter_shapes, check_base, has_adapters
 from moe_llm.checkpoint.background import Background
-from moe_llm.checkpoint.card import model_card, newest_record
 from moe_llm.checkpoint.digests import DamagedCheckpoint, FileRecord
 from moe_llm.checkpoint.export import DTYPES, token_ids, write_model_files
 from moe_llm.checkpoint.frozen import read_average, write_trained, write_weight
@@ -53,6 +52,7 @@ from moe_llm.distributed.state import EMA, TrainedState
 from moe_llm.errors import UserError
 from moe_llm.families import hf
 from moe_llm.families.architectures import architecture_of
+from moe_llm.families.card import model_card, newest_record
 from moe_llm.families.layout import stored_shapes
 
 __all__ = [
@@ -123,6 +123,7 @@ def save_checkpoint(
         return head
 
     def complete(records: dict[str, FileRecord]) -> None:
+        assert head is not None, "only rank 0 completes a checkpoint, and it has the head"
         small = _write_small_files(tmp, plan, head, run_config_text)
         run, record = yaml.safe_load(run_config_text), newest_record(root.parent / "metrics.jsonl", step)
         card = model_card(
@@ -131,7 +132,7 @@ def save_checkpoint(
         for directory in (tmp / EMA, tmp) if average else (tmp,):
             model = write_model_files(directory, model_config, token_ids(tokenizer), dtype, tokenizer, card)
             small |= {str((directory / name).relative_to(tmp)): record for name, record in model.items()}
-        for link, file in plan.average.linked.items() if average else ():
+        for link, file in plan.average.linked.items() if plan.average else ():
             folder.link_or_copy(tmp / file, tmp / link)
             small[link] = records[file]
         write_manifest(tmp, records | small)
@@ -189,7 +190,7 @@ def _write_tensors(tmp: Path, plan: WritePlan, tensors: Iterable[Named]) -> dict
     """
     shards = {stem: ShardSet(tmp, files) for stem, files in plan.sets.items()}
     waiting: deque[tuple[Future[None], int]] = deque()
-    failure: Exception | None = None
+    failure: BaseException | None = None
 
     def finish(room: int) -> None:
         nonlocal failure

@@ -278,6 +278,6 @@ def add_push(parser: CommandParser) -> CommandParser:
 
 
 def _push(args: argparse.Namespace) -> None:
-    from moe_llm.checkpoint.hub import push
+    from moe_llm.hub import push
 
     print(push(args.checkpoint, args.repository, private=args.private))

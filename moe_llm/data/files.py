@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from moe_llm.atomic import write_atomically
 from moe_llm.errors import UserError
 from moe_llm.locks import Waiting, process_with_lock
 
@@ -89,14 +90,9 @@ def publish_resumable(directory: Path, field: str, journal: str, owner: str = ""
 
 def replace_file(file: Path, content: bytes) -> None:
     """Write a small file of the cache in one step."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     with user_error_on_disk("data.cache_dir", file.parent):
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(file, content)
 
 
 def _flush(file: Path) -> None:

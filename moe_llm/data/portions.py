@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from moe_llm.atomic import write_atomically
+
 if TYPE_CHECKING:
     from hashlib import _Hash
 
@@ -73,9 +75,7 @@ def recover(directory: Path, names: Sequence[str]) -> Kept:
             lines.append(line)
         for name, file in files.items():
             file.truncate(last.files[name][0] if last is not None else 0)
-    temporary = directory / f"{JOURNAL}.tmp"
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(directory / JOURNAL)
+    write_atomically(directory / JOURNAL, "".join(lines))
     return Kept(last, hashes)
 
 

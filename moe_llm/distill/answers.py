@@ -9,7 +9,6 @@ command goes on from there; batches are seeded one by one, so that it comes to t
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moe_llm.atomic import write_atomically
 from moe_llm.config import SourceConfig
 from moe_llm.data.chat_template import own_template, render_prompt
 from moe_llm.data.documents import DocumentEncoder, check_rows, plain_backend, prompt_ids
@@ -148,7 +148,7 @@ def _resume(partial: Path, settings: str) -> int:
     if not whole or whole[0] != settings:
         whole = [settings]
     if whole != lines:
-        partial.write_text("".join(whole), encoding="utf-8")
+        write_atomically(partial, "".join(whole))
     return len(whole) - 1
 
 
@@ -202,7 +202,7 @@ def _lines(partial: Path) -> list[str]:
 def _keep_lines(partial: Path, count: int) -> None:
     lines = _lines(partial)
     if len(lines) > count:
-        partial.write_text("".join(lines[:count]), encoding="utf-8")
+        write_atomically(partial, "".join(lines[:count]))
 
 
 def _finish(partial: Path, out: Path) -> Written:
@@ -214,9 +214,7 @@ def _finish(partial: Path, out: Path) -> Written:
             f"{_FIELD}: of {len(lines)} prompts none has an answer, all are too short or too long for the "
             "teacher, or it says nothing: give others, or a smaller --continue or --max-new-tokens"
         )
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    temporary.write_text("".join(rows), encoding="utf-8")
-    temporary.replace(out)
+    write_atomically(out, "".join(rows))
     partial.unlink()
     return Written(len(rows), lines.count("null\n"))
 

@@ -1,13 +1,13 @@
 """`moe-llm generate --ensemble`, `moe-llm evaluate --ensemble` and `moe-llm ensemble fit`."""
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moe_llm.atomic import write_atomically
 from moe_llm.config import SourceConfig
 from moe_llm.data.sources import list_files
 from moe_llm.ensemble import requests
@@ -234,15 +234,10 @@ def _check_output(out: Path) -> None:
 
 
 def _write(out: Path, text: str) -> None:
-    """Complete or not there."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(out)
+        write_atomically(out, text)
     except OSError as error:
         raise UserError(f"output {str(out)!r} cannot be written ({error.strerror}): give another file") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _log(sentence: str) -> None:

@@ -226,7 +226,7 @@ def complete_section(model: dict[str, Any]) -> dict[str, Any]:
         if key in ours and "shared_expert_intermediate_size" in family.defaults:
             width = theirs.get("moe_intermediate_size", family.defaults["moe_intermediate_size"])
             theirs.setdefault("shared_expert_intermediate_size", ours[key] * width)
-    rope = {key: others.pop(key) for key in ("rope_scaling", "partial_rotary_factor") if key in others}
+    rope: dict[str, Any] = {key: others.pop(key) for key in ("rope_scaling", "partial_rotary_factor") if key in others}
     rope |= {key: ours.pop(key) for key in ("rope_theta", "rope_parameters") if ours.get(key) is not None}
     fields = family.fields_of({**theirs, **rope}, "model")
     del fields["vocab_size"]

@@ -223,7 +223,7 @@ TOP_K_OF_SOFTMAX: dict[str, Callable[[ModelConfig], bool]] = {
     "noisy_top_k": lambda model: True,
     "switch": lambda model: False,
     "batch_prioritised": lambda model: False,
-    "deepseek_moe": lambda model: model.router.norm_topk_prob,
+    "deepseek_moe": lambda model: bool(getattr(model.router, "norm_topk_prob", True)),
     "em": lambda model: True,
 }
 RENORMALISED, AS_THEY_ARE, SIGMOID_BIAS = "renormalised", "as they are", "sigmoid with bias"
@@ -233,7 +233,7 @@ TOP_K = (RENORMALISED, AS_THEY_ARE, SCALED, IN_GROUPS, SIGMOID_BIAS)
 
 def routing_of(model: ModelConfig) -> str:
     """How the weights of a token's experts come about in evaluation: noise, capacity and losses are gone then."""
-    router = model.router
+    router: Any = model.router
     kind = TOP_K_OF_SOFTMAX.get(router.type)
     if getattr(router, "topk_group", 1) < getattr(router, "n_group", 1) and router.type == "deepseek_moe":
         return router.type if kind is None or kind(model) else IN_GROUPS

@@ -41,7 +41,7 @@ def sigmoid_router(said: Mapping[str, Any]) -> dict[str, Any]:
 
 def written_router(model: ModelConfig) -> dict[str, Any]:
     """And back."""
-    router = model.router
+    router: Any = model.router
     return {
         "n_routed_experts": model.num_local_experts,
         "moe_intermediate_size": model.intermediate_size,
@@ -81,8 +81,8 @@ def write(model: ModelConfig) -> dict[str, Any]:
 
 def lone_experts(model: ModelConfig) -> str | None:
     """Groups of one expert, which transformers gives no score."""
-    alone = model.num_local_experts // model.router.n_group == 1
-    return f"model.router.n_group={model.router.n_group}" if alone else None
+    groups = getattr(model.router, "n_group", 1)
+    return f"model.router.n_group={groups}" if model.num_local_experts // groups == 1 else None
 
 
 FAMILY = Family(

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from moe_llm.atomic import write_atomically
 from moe_llm.config import dump_config
 from moe_llm.errors import UserError
 from moe_llm.planner.hardware import FRAGMENTS, LINK_EFFICIENCY, RESERVED_BYTES
@@ -154,4 +155,4 @@ def write_config(found: Plan, path: str) -> None:
         f"# accelerate launch --config_file configs/accelerate/{launcher}.yaml --num_processes {request.gpus}"
         f"{' ' + chr(92) if machines else ''}{machines}{' ' + chr(92)}\n#     scripts/train.py {Path(path).name}\n"
     )
-    Path(path).write_text(head + dump_config(planned_config(found.config, best.layout)), encoding="utf-8")
+    write_atomically(path, head + dump_config(planned_config(found.config, best.layout)))

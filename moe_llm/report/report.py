@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from moe_llm.atomic import write_atomically
 from moe_llm.errors import UserError
 from moe_llm.report.curves import charts, load_over_time
 from moe_llm.report.page import page
@@ -23,9 +24,7 @@ def report(directories: list[str], out: str | None = None) -> list[Path]:
     if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK) or path.is_dir():
         raise UserError(f"--out {str(path)!r} cannot be written: name a file in a directory that you may write to")
     drawn, loads = charts(runs), [load_over_time(run) for run in runs]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page(runs, drawn, loads), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, page(runs, drawn, loads))
     return [path, *_pictures(path.with_name(path.stem + "_plots"), runs, drawn, loads)]
 
 

@@ -75,14 +75,11 @@ def _load(path: Path, name: str) -> Run:
     for file in (metrics, config):
         if not file.is_file():
             raise UserError(f"RUN {str(path)!r} has no {file.name}: name a run directory, as run.dir of its training")
-    try:
-        records = read_metrics(metrics)
-    except UnicodeDecodeError as error:
-        raise UserError(f"file {metrics} is damaged, not UTF-8 at byte {error.start}: name another run") from error
+    records = read_metrics(metrics)
     if not records:
         raise UserError(f"RUN {str(path)!r} has recorded nothing yet: wait for the first line of {metrics}")
     for number, record in enumerate(records, 1):
-        if not isinstance(record, dict) or not {"step", "tokens", "moe"} <= record.keys():
+        if not {"step", "tokens", "moe"} <= record.keys():
             raise UserError(f"file {metrics} is damaged: line {number} is no record of a step: remove that line")
     return Run(name, path, load_config(config, []), records, _read_facts(path / "facts.json"))
 
@@ -91,8 +88,9 @@ def _read_facts(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        facts: dict[str, Any] = dict(json.loads(path.read_bytes()))
+        return facts
+    except (ValueError, TypeError) as error:
         raise UserError(f"file {path} is damaged, it is not valid JSON: remove it, the report does without") from error
 
 

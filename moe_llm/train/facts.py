@@ -1,7 +1,7 @@
 """facts.json of a run: what its report needs beside the configuration and the records."""
 
 import json
-import os
+import logging
 import platform
 import time
 from dataclasses import asdict
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from moe_llm.atomic import write_atomically
 from moe_llm.config import Config
 from moe_llm.data.loader import Data
 from moe_llm.distributed import deep_ep
@@ -23,6 +24,8 @@ from moe_llm.ops.attention import variable_length_fits, variable_length_kernel
 from moe_llm.ops.expert_mlp import choose_backend
 from moe_llm.ops.norm import fused_on_cuda
 from moe_llm.ops.products import mm
+
+logger = logging.getLogger(__name__)
 
 _PACKAGES = ("moe_llm", "torch", "transformers", "deepspeed")
 
@@ -77,14 +80,16 @@ def _kernels(config: Config, device: torch.device) -> dict[str, str]:
 
 
 def write_facts(path: Path, facts: dict[str, Any]) -> None:
-    """Add this start to those that went on from before it, in one step."""
-    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
-    start = facts["start"]
-    kept = [earlier for earlier in starts if earlier["step"] < start["step"]]
-    content = {key: value for key, value in facts.items() if key != "start"} | {"starts": [*kept, start]}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    """Add this start to those that went on from before it, in one step; a damaged file is kept under another name."""
+    try:
+        starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
+        kept = [earlier for earlier in starts if earlier["step"] < facts["start"]["step"]]
+    except (ValueError, KeyError, TypeError):
+        kept = []
+        path.replace(path.with_name("facts.damaged.json"))
+        logger.warning("%s is damaged: it is kept as facts.damaged.json, and earlier starts are not listed", path)
+    content = {key: value for key, value in facts.items() if key != "start"} | {"starts": [*kept, facts["start"]]}
+    write_atomically(path, json.dumps(content, indent=1))
 
 
 def _device_name(device: torch.device) -> str:

@@ -5,13 +5,13 @@ Dimensions: L layers, E experts.
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moe_llm.atomic import write_atomically
 from moe_llm.config import Config
 from moe_llm.distributed.engine import Engine
 from moe_llm.distributed.runtime import Runtime
@@ -134,9 +134,7 @@ class MetricsFile:
 
     def _open(self, step: int) -> None:
         kept = [line for line in read_metrics(self.path) if line["step"] <= step] if self.path.exists() else []
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self.path.open("a", encoding="utf-8")
 
     def rewind(self, step: int) -> None:
@@ -168,16 +166,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         UserError: any other line is damaged.
     """
     records = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines):
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
+        remedy = "remove that line, or set another run.dir"
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines) - 1:
-                raise UserError(
-                    f"file {path} is damaged: line {number + 1} is not valid JSON: remove that line, or set another "
-                    "run.dir"
-                ) from error
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number < len(lines) or isinstance(error, UnicodeDecodeError):
+                raise UserError(f"file {path} is damaged: line {number} is not valid JSON: {remedy}") from error
+        else:
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise UserError(f"file {path} is damaged: line {number} is no record of a step: {remedy}")
+            records.append(record)
     return records
 
 

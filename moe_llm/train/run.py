@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from moe_llm.atomic import TEMPORARY
 from moe_llm.checkpoint.digests import DamagedCheckpoint
 from moe_llm.checkpoint.folder import complete_checkpoints
 from moe_llm.checkpoint.manifest import verify
@@ -47,10 +48,10 @@ T = TypeVar("T")
 # what may be in a run directory before its config.yaml is: of a run that was ended early, and of `moe-llm tokenizer`
 _OF_A_RUN = {
     "tokenizer",
-    "config.yaml.tmp",
     "checkpoints",
     "metrics.jsonl",
     "facts.json",
+    "facts.damaged.json",
     "reference.safetensors",
     "wandb",
     "wandb_id",
@@ -219,8 +220,10 @@ def _check_run_dir(run_dir: Path, config: Config) -> None:
         raise UserError(f"run.dir={str(run_dir)!r} cannot be written: name a directory that you may write to")
     held = run_dir / "config.yaml"
     if held.exists():
-        check_same_run(held.read_text(encoding="utf-8"), config)
-    elif run_dir.is_dir() and (others := {path.name for path in run_dir.iterdir()} - _OF_A_RUN):
+        check_same_run(held.read_text(encoding="utf-8", errors="replace"), config)
+    elif run_dir.is_dir() and (
+        others := {path.name for path in run_dir.iterdir() if not path.name.startswith(TEMPORARY)} - _OF_A_RUN
+    ):
         raise UserError(
             f"run.dir={str(run_dir)!r} holds {min(others)!r} and is no run's directory: name a new or an empty one"
         )

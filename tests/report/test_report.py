@@ -131,7 +131,7 @@ def break_nothing(run):
         (lambda run: (run / "metrics.jsonl").write_text(""), ["{run}"], "has recorded nothing yet"),
         (lambda run: (run / "metrics.jsonl").write_text("{\n{}\n"), ["{run}"], "line 1 is not valid JSON"),
         (lambda run: (run / "metrics.jsonl").write_text("[]\n"), ["{run}"], "line 1 is no record of a step"),
-        (lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\n"), ["{run}"], "not UTF-8 at byte 0"),
+        (lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\n"), ["{run}"], "line 1 is not valid JSON"),
         (lambda run: (run / "facts.json").write_text("{"), ["{run}"], "facts.json is damaged"),
         (break_nothing, ["{run}", "{run}"], "is given twice"),
         (break_nothing, ["{run}", "--out", "{run}/no/page.html"], "cannot be written"),

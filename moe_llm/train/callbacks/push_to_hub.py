@@ -2,9 +2,9 @@
 
 import os
 
-from moe_llm.checkpoint.hub import check_hub, push
 from moe_llm.config import Config
 from moe_llm.errors import UserError
+from moe_llm.hub import check_hub, push
 from moe_llm.train.callbacks.base import Callback, TrainingRun
 
 

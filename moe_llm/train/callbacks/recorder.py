@@ -1,9 +1,9 @@
 """Records of a run: config.yaml, metrics.jsonl, facts.json, trackers, and the alarms that records raise."""
 
-import os
 from pathlib import Path
 from typing import Any
 
+from moe_llm.atomic import write_atomically
 from moe_llm.config import Config, dump_config
 from moe_llm.train.callbacks.alarms import Alarms
 from moe_llm.train.callbacks.base import Callback, TrainingRun
@@ -62,6 +62,4 @@ class Recorder(Callback):
 def _write_config(config: Config, run_dir: Path) -> None:
     """In one step: a file cut short by a crash would shut its owner out of the run."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    temporary = run_dir / "config.yaml.tmp"
-    temporary.write_text(dump_config(config), encoding="utf-8")
-    os.replace(temporary, run_dir / "config.yaml")
+    write_atomically(run_dir / "config.yaml", dump_config(config))

@@ -5,11 +5,11 @@ import fnmatch
 import pytest
 from support import runs
 
-from moe_llm.checkpoint import hub
-from moe_llm.checkpoint.card import model_card
+from moe_llm import hub
 from moe_llm.cli import main
 from moe_llm.config import ModelConfig
 from moe_llm.errors import UserError
+from moe_llm.families.card import model_card
 
 
 @pytest.fixture(scope="module")

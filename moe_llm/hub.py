@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from moe_llm.checkpoint.card import CARD
 from moe_llm.checkpoint.folder import check_checkpoint_directory
 from moe_llm.errors import UserError
+from moe_llm.families.card import CARD
 
 # the optimizer, the run's configuration with paths of its machine, and the average, which is a checkpoint of its own
 LEFT_OUT = ("trainer/*", "ema/*", ".tmp-*", "*.tmp")

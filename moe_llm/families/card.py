@@ -71,13 +71,13 @@ def newest_record(metrics: Path, step: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if not metrics.is_file():
         return found
-    for line in metrics.read_text(encoding="utf-8").splitlines():
+    for line in metrics.read_bytes().splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
-            break  # a line that is being written, or was cut short
-        if record["step"] <= step:
-            found |= {name: value for name, value in record.items() if name in _LOSSES and value is not None}
+            if record["step"] <= step:
+                found |= {name: value for name, value in record.items() if name in _LOSSES and value is not None}
+        except (ValueError, KeyError, TypeError):
+            continue  # cut short, or damaged: the card is a convenience, and no reason not to save
     return found
 
 
