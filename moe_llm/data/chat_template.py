@@ -6,9 +6,12 @@ is: from the template's own {% generation %} marks, or else from how the text gr
 """
 
 import copy
+import json
 import logging
 import re
 import threading
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -110,6 +113,9 @@ class ChatEncoder:
         self.template, self._field = template, field
         self._names = dict(tokenizer.special_tokens_map)
         self._special = tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+        self._special_text = re.compile(
+            "|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or "(?!)"
+        )
         self._marked = _MARK.search(template) is not None
         self._backend = plain_backend(tokenizer, parse_special_tokens=True)
         self.dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 2**16 else np.uint32)
@@ -142,6 +148,7 @@ class ChatEncoder:
 
     def render(self, found: Example) -> tuple[str, Spans]:
         """The text of a conversation, and where the assistant speaks in it, in characters, as far as it is learned."""
+        found = self._with_fitting_arguments(found)
         self._report_what_is_ignored(found)
         learned = found.learned(self._last_only)
         assistants = [turn for turn, m in enumerate(found.messages) if m["role"] == "assistant"]
@@ -158,6 +165,41 @@ class ChatEncoder:
             return text, [span for span, turn in zip(marked, assistants) if turn in learned]
         text, _ = self._call(found, found.messages)
         return text, [self._span(found, text, turn) for turn in learned]
+
+    def _with_fitting_arguments(self, found: Example) -> Example:
+        """An example whose calls have their arguments as the template takes them: as they are, if it does; else as
+        objects in place of their JSON, as Qwen3.5's and GLM's templates want them, or as JSON in place of objects."""
+        if not any(message.get("tool_calls") for message in found.messages):
+            return found
+        refusal: UserError | None = None
+        for change in (None, _as_objects, _as_json):
+            changed = found if change is None else replace(found, messages=_with_arguments(found.messages, change))
+            try:
+                text, _ = self._call(changed, changed.messages)
+            except UserError as error:
+                refusal = refusal or error
+            else:
+                self._report_arguments(changed, text, None if change is None else change.__name__)
+                return changed
+        assert refusal is not None
+        raise refusal
+
+    def _report_arguments(self, found: Example, text: str, change: str | None) -> None:
+        """Warn once where calls are not written as the rows have them, or are written as JSON within JSON."""
+        how = change
+        if change is None:
+            given = [given for message in found.messages for given in _arguments(message) if isinstance(given, str)]
+            how = "quoted" if any(len(a) > 2 and json.dumps(a, ensure_ascii=False) in text for a in given) else None
+        if how is None or how in self._looked_at:
+            return
+        self._looked_at.add(how)
+        sentence = {
+            "_as_objects": "arguments of tool_calls are JSON texts, and the chat template takes objects: it gets them",
+            "_as_json": "arguments of tool_calls are objects, and the chat template takes JSON texts: it gets them",
+            "quoted": "arguments of tool_calls are JSON texts, which the chat template writes as quoted texts, so that "
+            "the model learns to quote them: give them as objects if it shall not",
+        }
+        logger.warning("%s: %s", self._field, sentence[how])
 
     def _report_what_is_ignored(self, found: Example) -> None:
         """Warn once of each field that rows have and the template does not write."""
@@ -205,16 +247,16 @@ class ChatEncoder:
         if asked is not None:
             before, _ = self._call(found, found.messages[:turn], prompt=True)
             place = self._place(found, before, found.messages[:turn], turn - 1, prompt=True)
-            if (
-                place is not None
-                and asked[1] + len(before) - place[1] <= begin
-                and text.startswith(before[place[1] :], asked[1])
-            ):
-                begin = asked[1] + len(before) - place[1]
+            if place is not None:  # as much as is written of what asks for an answer, such as assistant and <think>
+                asking = before[place[1] :]
+                common = _common(asking, text[asked[1] :])
+                begin = min(begin, asked[1] + common) if common or not asking else begin
         last, _ = self._call(found, found.messages[: turn + 1])
         place = self._place(found, last, found.messages[: turn + 1], turn)
         if place is not None:
-            end += sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(last[place[1] :], text[end:])))
+            end += _common(last[place[1] :], text[end:])
+        for special in self._special_text.finditer(text):  # no half of one
+            begin, end = (special.start() if special.start() < edge < special.end() else edge for edge in (begin, end))
         ended = text[begin:end].rstrip()
         return begin, begin + len(ended) if ended.endswith(self._special) else end
 
@@ -225,8 +267,9 @@ class ChatEncoder:
         None if they cannot be told."""
         mark = "qXzq7Jvw"
         turns = [copy.deepcopy(message) for message in messages]
-        if turns[turn]["content"]:
-            turns[turn]["content"] = mark
+        if content := turns[turn]["content"]:
+            thought, end, said = content.rpartition("</think>")  # which templates take out of the content
+            turns[turn]["content"] = thought + end + mark if said.strip() else mark
         else:
             calls = turns[turn].get("tool_calls")
             if not calls or not isinstance(calls[0], dict) or not isinstance(calls[0].get("function"), dict):
@@ -265,6 +308,41 @@ class ChatEncoder:
 
     def _refusal(self, found: Example, what: str, remedy: str) -> UserError:
         return UserError(f"{self._field}: {found.where}: the chat template {what}: {remedy}")
+
+
+def _common(one: str, other: str) -> int:
+    """The length of what two texts begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other)))
+
+
+def _arguments(message: Message) -> list[Any]:
+    """Those of a turn's calls."""
+    calls = message.get("tool_calls")
+    functions = (
+        [call.get("function", call) for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    )
+    return [function["arguments"] for function in functions if isinstance(function, dict) and "arguments" in function]
+
+
+def _with_arguments(messages: list[Message], change: Callable[[Any], Any]) -> list[Message]:
+    changed = copy.deepcopy(messages)
+    for message in changed:
+        for call in message.get("tool_calls") or ():
+            function = call.get("function", call) if isinstance(call, dict) else None
+            if isinstance(function, dict) and "arguments" in function:
+                function["arguments"] = change(function["arguments"])
+    return changed
+
+
+def _as_objects(arguments: Any) -> Any:
+    try:
+        return json.loads(arguments) if isinstance(arguments, str) else arguments
+    except (ValueError, RecursionError):
+        return arguments  # no JSON: the template's own refusal says what it wants
+
+
+def _as_json(arguments: Any) -> Any:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def render_prompt(tokenizer: Any, messages: list[Message], where: str) -> str:

@@ -1,6 +1,8 @@
 """Ids and masks of training are those of `apply_chat_template(return_assistant_tokens_mask=True)`, with the template's
 {% generation %} marks and without them, and mistral-common's own ids for Mistral's formats."""
 
+import contextlib
+import importlib.util
 import json
 import re
 import shutil
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -188,6 +191,115 @@ def test_ids_and_masks_are_those_of_the_template(tokenizers, name, marked):
         assert targets.tolist() == expected["assistant_masks"], messages
         assert targets.any()
         assert not targets.all()
+
+
+def files_of(package: str, folder: str) -> list[Path]:
+    """Templates that a package has, without importing it."""
+    found = importlib.util.find_spec(package)
+    return [] if found is None or found.origin is None else sorted((Path(found.origin).parent / folder).glob("*.jinja"))
+
+
+SHIPPED = [*files_of("trl", "chat_templates"), *files_of("mergekit", "_data/chat_templates")]
+USUAL = re.compile(
+    r"(mistral|chatml|llama3|qwen2_5|qwen3|qwen3_5_think|deepseekv3|glm4moe|gptoss|phi3_5)(_training)?\.jinja"
+)
+SHAPES = [PLAIN, SYSTEM, CALLED, AGAIN, SEPARATE, REASONED]
+
+
+def byte_level(template: str, special: list[str]) -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|begin|>", eos_token="<|end_of_text|>")
+    made.add_special_tokens({"additional_special_tokens": special})
+    made.chat_template = template
+    return made
+
+
+def with_objects(messages: list[dict]) -> list[dict]:
+    changed = deepcopy(messages)
+    for call in (call for message in changed for call in message.get("tool_calls", [])):
+        call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+    return changed
+
+
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param(f, marks=[] if USUAL.fullmatch(f.name) else pytest.mark.grid, id=f.stem) for f in SHIPPED],
+)
+def test_templates_that_trl_and_mergekit_ship_are_read_as_transformers_reads_them(file):
+    """With tools, reasoning and system turns; what the template refuses as the rows have it gets calls' arguments as
+    objects, and what it refuses then too is refused here, by its row."""
+    template = file.read_text(encoding="utf-8")
+    tokenizer = byte_level(template, sorted(set(re.findall(r"<\|\w+\|>|<｜[^｜>\s]+｜>|<\w+_of_turn>", template))))
+    marked, agreed = without_marks(template) != template, 0
+    for messages in SHAPES:
+        tools, expected = tools_of(messages), None
+        for form in (messages, with_objects(messages)):
+            with contextlib.suppress(TemplateError, TypeError, ValueError):
+                expected = tokenizer.apply_chat_template(
+                    form, tools=tools, return_dict=True, return_assistant_tokens_mask=marked, add_special_tokens=False
+                )
+                break
+        try:
+            [(ids, targets)] = ChatEncoder(tokenizer, "s").encode([example(messages, "row 1", tools)])
+        except UserError as error:
+            refusal = str(error)
+        else:
+            refusal = ""
+        if refusal:
+            assert "row 1: the chat template" in refusal
+            # without marks, a template that leaves out calls and results has turns that cannot be told apart
+            assert expected is None or (messages in (CALLED, AGAIN) and not marked), refusal
+            continue
+        assert expected is not None, "transformers refuses it"
+        assert ids.tolist() == expected["input_ids"]
+        assert not marked or targets.tolist() == expected["assistant_masks"]
+        assert targets.any()
+        assert marked or "<|user|>" not in tokenizer.decode(ids[targets == 1])
+        agreed += 1
+    assert agreed >= 3 or "image" in template
+
+
+@pytest.mark.parametrize(("given", "written"), [("objects", "as JSON"), ("JSON", "as objects")])
+def test_arguments_of_calls_are_given_as_the_template_takes_them(tokenizers, caplog, given, written):
+    takes = {
+        "as JSON": "{{ '<|im_start|>' + c.function.arguments + '<|im_end|>' }}",
+        "as objects": "{{ '<|im_start|>' }}{% for k, v in c.function.arguments.items() %}{{ k + '=' + v }}{% endfor %}",
+    }[written]
+    tokenizer = deepcopy(tokenizers["bytes"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.tool_calls %}{% generation %}{% for c in m.tool_calls %}"
+        + takes
+        + "{% endfor %}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    messages = with_objects(CALLED[:2]) if given == "objects" else CALLED[:2]
+    [(ids, targets)] = ChatEncoder(tokenizer, "s").encode([example(messages, "row 1", [TOOL])])
+    said = {"as JSON": '<|im_start|>{"word": "router"}<|im_end|>', "as objects": "<|im_start|>word=router"}[written]
+    assert tokenizer.decode(ids[targets == 1]) == said
+    assert "it gets them" in caplog.text
+
+
+def test_arguments_that_a_template_quotes_once_more_are_reported(tokenizers, caplog):
+    tokenizer = deepcopy(tokenizers["bytes"])
+    tokenizer.chat_template = CHATML
+    encoder = ChatEncoder(tokenizer, "s")
+    encoder.encode([example(with_objects(CALLED), "row 1", [TOOL])])
+    assert "quote" not in caplog.text
+    encoder.encode([example(CALLED, "row 2", [TOOL])] * 2)
+    assert caplog.text.count("the model learns to quote them") == 1
+
+
+def test_a_span_ends_at_no_half_of_a_special_token(tokenizers):
+    """Phi-3's template ends the last turn with eos, of which other special tokens share the first characters."""
+    tokenizer = deepcopy(tokenizers["bytes"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + m.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% else %}{{ eos_token }}{% endif %}"
+    )
+    [(ids, targets)] = ChatEncoder(tokenizer, "s").encode([example(turns("a", "b", "c", "d"), "row 1")])
+    assert tokenizer.decode(ids[targets == 1]) == "b<|im_end|>d<|im_end|><|end|>"
 
 
 def test_a_table_by_hand(tokenizers):
