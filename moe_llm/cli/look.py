@@ -140,10 +140,7 @@ def add_evaluate(parser: CommandParser) -> CommandParser:
     command.add_argument("--limit", type=at_least(int, 1), metavar="N", help="documents of each task")
     command.add_argument("--batch-size", type=at_least(int, 1), default=8, metavar="N", help="blocks a batch")
     command.add_argument("--chat", action="store_true", help="the files hold chat: score the assistant's turns")
-    command.add_argument("--text-field", metavar="COLUMN", help="of files with rows: the text's column (text)")
-    command.add_argument(
-        "--parse-special-tokens", action="store_true", help="text of special tokens becomes these tokens"
-    )
+    _add_reading(command)
     command.add_argument("--max-blocks", type=at_least(int, 1), metavar="N", help="blocks in all")
     _add_quantize(command)
     add_json(command)
@@ -195,6 +192,14 @@ def _evaluate(args: argparse.Namespace) -> None:
             print(f"{name:<16} {value:.6g}" if isinstance(value, float) else f"{name:<16} {value}")
 
 
+def _add_reading(command: CommandParser) -> None:
+    """How text is read from files."""
+    command.add_argument("--text-field", metavar="COLUMN", help="of files with rows: the text's column (text)")
+    command.add_argument(
+        "--parse-special-tokens", action="store_true", help="text of special tokens becomes these tokens"
+    )
+
+
 def add_inspect(parser: CommandParser) -> CommandParser:
     example = "moe-llm inspect runs/quickstart/checkpoints/latest --data code.txt prose.txt --out inspected"
     command = parser.add_command("inspect", "which tokens of a text go to which experts", example, _inspect)
@@ -202,6 +207,7 @@ def add_inspect(parser: CommandParser) -> CommandParser:
     command.add_argument(
         "--data", required=True, nargs="+", metavar="FILE_OR_GLOB", help="text, jsonl or parquet; each is one source"
     )
+    _add_reading(command)
     command.add_argument("--max-tokens", type=at_least(int, 1), metavar="N", help="read of each source at most")
     command.add_argument(
         "--removal-rows",
@@ -223,7 +229,13 @@ def _inspect(args: argparse.Namespace) -> None:
         check_out(args.out)
     from moe_llm.inspect.inspect import Settings, inspect_checkpoint
 
-    settings = Settings(max_tokens=args.max_tokens, removal_rows=args.removal_rows, seed=args.seed)
+    settings = Settings(
+        max_tokens=args.max_tokens,
+        removal_rows=args.removal_rows,
+        seed=args.seed,
+        text_field=args.text_field,
+        parse_special_tokens=args.parse_special_tokens,
+    )
     report = inspect_checkpoint(args.checkpoint, args.data, settings)
     if args.out:
         print(f"written: {write_report(report, args.out)}", file=sys.stderr)

@@ -8,8 +8,9 @@ that it does not spell out itself, since it is to be continued.
 """
 
 import json
+import logging
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from moe_llm.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
 
 
 def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:
@@ -169,3 +172,18 @@ class SpecialText:
     def within(self, document: str) -> Iterable[str]:
         """Those that stand in a document, each once."""
         return [text for head, texts in self._by_head.items() if head in document for text in texts if text in document]
+
+
+def report_special_text(name: str, seen: Mapping[str, int], documents: int, remedy: str) -> None:
+    """Warn of text in which special tokens are spelt out: most often a chat template has written it.
+
+    seen: by token, how many of the documents hold its text.
+    """
+    if not seen:
+        return
+    token, count = max(seen.items(), key=lambda item: item[1])
+    logger.warning(
+        "%s: %d of %d documents hold the text of the special token %r, which is read as ordinary text, not as that token: "
+        "set %s if a chat template has written it, or use rows of chat",
+        name, count, documents, token, remedy,
+    )  # fmt: skip

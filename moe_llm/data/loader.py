@@ -21,7 +21,7 @@ from moe_llm.data.blocks import TrainBlocks, ValidationBlocks
 from moe_llm.data.cache import SPLITS, TokenizedText, available_cores
 from moe_llm.data.chat import read_examples
 from moe_llm.data.chat_template import ChatEncoder
-from moe_llm.data.documents import DocumentEncoder, SpecialText, check_rows
+from moe_llm.data.documents import DocumentEncoder, SpecialText, check_rows, report_special_text
 from moe_llm.data.examples import PackedExamples
 from moe_llm.data.packing import Batch, PackedBlocks
 from moe_llm.data.pairs import PackedPairs
@@ -265,7 +265,8 @@ def load_data(
     if rank == 0:
         for name, split, text in parts:
             _report_turns_without_end(name, split, text, tokenizer)
-            _report_special_text(name, text, "data.parse_special_tokens=true")
+            if text.targets_N is None:
+                report_special_text(name, text.seen, text.documents, "data.parse_special_tokens=true")
     train = [part for _, split, part in blocks if split == "train"]
     for (field, source), part in zip(named_sources(config), train):
         _check_not_all_dropped(part, field, config)
@@ -331,18 +332,6 @@ def _report_turns_without_end(
             name,
             ends,
         )
-
-
-def _report_special_text(name: str, text: TokenizedText, remedy: str) -> None:
-    """Warn of text in which special tokens are spelt out: most often a chat template has written it."""
-    if text.targets_N is not None or not text.seen:
-        return
-    token, count = max(text.seen.items(), key=lambda item: item[1])
-    logger.warning(
-        "%s: %d of %d documents hold the text of the special token %r, which is read as ordinary text, not as that token: "
-        "set %s if a chat template has written it, or use rows of chat",
-        name, count, text.documents, token, remedy,
-    )  # fmt: skip
 
 
 def _fingerprint(name: str, split: str, text: TokenizedText) -> SourceFingerprint:
@@ -422,7 +411,7 @@ def load_evaluation(
                 break
     starts, tokens_N = np.cumsum([0] + [len(document_ids) for document_ids in ids]), np.concatenate(ids)
     text = TokenizedText(tokens_N, starts, np.array(sizes), sum(sizes), seen=seen)
-    _report_special_text("--data", text, "--parse-special-tokens")
+    report_special_text("--data", seen, text.documents, "--parse-special-tokens")
     if rows is not None:
         check_rows(tokens_N, tokenizer, rows, "--data")
     return ValidationBlocks(

@@ -6,6 +6,7 @@ Dimensions: L layers, E experts, K experts per token, B rows, S positions, T = B
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from moe_llm.checkpoint.folder import check_checkpoint_directory
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.config import SourceConfig
-from moe_llm.data.documents import DocumentEncoder, check_rows
+from moe_llm.data.documents import DocumentEncoder, SpecialText, check_rows, report_special_text
 from moe_llm.data.packing import IGNORED
 from moe_llm.data.sources import list_files, read_documents
 from moe_llm.data.tokenizer import load_tokenizer
@@ -46,7 +47,8 @@ class Row:
 @dataclass(frozen=True)
 class Settings:
     """length: tokens of a piece, longer documents are cut. max_tokens: read of each source, None for all.
-    removal_rows: pieces of each source on which experts are removed, 0: none are."""
+    removal_rows: pieces of each source on which experts are removed, 0: none are. text_field: the text's column, of files
+    with rows. parse_special_tokens: as `data.parse_special_tokens`."""
 
     length: int = 512
     batch_rows: int = 8
@@ -54,6 +56,8 @@ class Settings:
     removal_rows: int = 4
     permutations: int = 999
     seed: int = 0
+    text_field: str | None = None
+    parse_special_tokens: bool = False
 
 
 def inspect_checkpoint(checkpoint: str | Path, data: list[str], settings: Settings | None = None) -> dict[str, Any]:
@@ -66,7 +70,7 @@ def inspect_checkpoint(checkpoint: str | Path, data: list[str], settings: Settin
     """
     settings = settings or Settings()
     check_checkpoint_directory(checkpoint)
-    sources = _sources(data)
+    sources = _sources(data, settings.text_field)
     tokenizer = load_tokenizer(checkpoint)
     model = MoEForCausalLM.from_pretrained(checkpoint)
     if not takes_top_k(model.config):
@@ -83,22 +87,25 @@ def inspect_checkpoint(checkpoint: str | Path, data: list[str], settings: Settin
     return {"checkpoint": str(checkpoint), **inspection.report(data, tokenizer)}
 
 
-def _sources(data: list[str]) -> list[SourceConfig]:
+def _sources(data: list[str], text_field: str | None) -> list[SourceConfig]:
     repeated = next((path for i, path in enumerate(data) if path in data[:i]), None)
     if repeated is not None:
         raise UserError(f"--data {repeated} is given twice: name each source once")
-    sources = [SourceConfig(type="files", path=path) for path in data]
+    column = {} if text_field is None else {"text_field": text_field}
+    sources = [SourceConfig(type="files", path=path, **column) for path in data]
     for source in sources:
         list_files(source, "--data")
     return sources
 
 
 def _rows(sources: list[SourceConfig], tokenizer: Any, settings: Settings, model: MoEForCausalLM) -> Iterator[Row]:
-    encoder = DocumentEncoder(tokenizer)
+    encoder, special = DocumentEncoder(tokenizer, settings.parse_special_tokens), SpecialText(tokenizer)
     length = min(settings.length, model.config.longest_text)
     for index, source in enumerate(sources):
-        left = settings.max_tokens
+        left, seen, documents = settings.max_tokens, Counter[str](), 0
         for text in read_documents(source, "--data"):
+            documents += 1
+            seen.update(() if settings.parse_special_tokens else special.within(text))
             ids = encoder.encode([text])[0].astype(np.int64)[:left]
             check_rows(ids, tokenizer, model.config.resolved_vocab_size, "--data")
             for first in range(0, len(ids), length):
@@ -106,6 +113,7 @@ def _rows(sources: list[SourceConfig], tokenizer: Any, settings: Settings, model
             left = None if left is None else left - len(ids)
             if left == 0:
                 break
+        report_special_text(f"--data {source.path}", seen, documents, "--parse-special-tokens")
 
 
 def _batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:

@@ -1,10 +1,13 @@
 """The products are the step's arithmetic, the parts its time, and a mistake one sentence."""
 
 import json
+import subprocess
+import sys
 from collections import defaultdict
 
 import pytest
 import torch
+from support.runs import environment
 from support.training import config as training_config
 
 from moe_llm import cli
@@ -12,6 +15,7 @@ from moe_llm.bench.parts import PARTS, events_by_part, marked
 from moe_llm.bench.products import ProductShape, Scores, flops, measure_products, step_products
 from moe_llm.bench.run import bench, format_report, synthetic_loader
 from moe_llm.config import load_config
+from moe_llm.config.load import dump_config
 from moe_llm.distributed.runtime import Runtime
 from moe_llm.errors import UserError
 from moe_llm.model.flops import train_flops_per_token
@@ -119,3 +123,13 @@ def test_from_the_command_line(tmp_path, capsys, monkeypatch):
     assert cli.main(["bench", quickstart, "--steps", "3", "--json", "model.hidden_size=96"]) == 0
     assert seen == {"steps": 3, "trace": None, "hidden": 96}
     assert json.loads(capsys.readouterr().out) == {"seconds": 1.0}
+
+
+def test_json_is_all_that_stands_on_stdout_whatever_deepspeed_says(tmp_path):
+    """In a process of its own, for libraries write to the descriptor."""
+    config = training_config(2, 1, 1)
+    (tmp_path / "run.yaml").write_text(dump_config(config), encoding="utf-8")
+    command = [sys.executable, "-m", "moe_llm.cli", "bench", str(tmp_path / "run.yaml"), "--steps", "1", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert isinstance(json.loads(done.stdout), dict)

@@ -7,6 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from moe_llm.cli import main
 from moe_llm.config import SourceConfig
 from moe_llm.data.documents import DocumentEncoder, begins_with_bos, prompt_ids
 from moe_llm.data.loader import load_data, load_evaluation
@@ -63,6 +64,20 @@ def test_parsed_text_has_the_tokens_once(tokenizer, rendered, tmp_path, caplog):
     assert tokenizer.decode(plain[1][1:-1]) == RENDERED
     assert len(plain[1]) > len(parsed[1])
     assert "special token" not in caplog.text
+
+
+def test_inspect_parses_likewise_and_tells(finished_run, tmp_path, caplog, capsys):
+    """Of a column of its own, too."""
+    rows = [{"body": text} for text in ["the router sends tokens"] * 8 + [RENDERED] * 8]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = []
+    for option in ([], ["--parse-special-tokens"]):
+        caplog.clear()
+        command = ["inspect", str(finished_run / "checkpoints/latest"), "--data", str(tmp_path / "rows.jsonl"), "--json"]
+        assert main([*command, "--text-field", "body", "--removal-rows", "0", *option]) == 0
+        read.append(json.loads(capsys.readouterr().out)["sources"][0]["tokens"])
+        assert ("--parse-special-tokens" in caplog.text) == (not option)
+    assert read[1] < read[0]
 
 
 def test_evaluation_parses_likewise_and_tells(tokenizer, rendered, caplog):
