@@ -2,11 +2,15 @@
 
 import difflib
 from collections.abc import Iterable
-from typing import Any, NoReturn, get_args
+from os.path import expanduser
+from typing import Annotated, Any, NoReturn, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
+
+# a path in which ~ is the home directory, as a shell has it
+HomePath = Annotated[str, AfterValidator(expanduser)]
 
 
 class Section(BaseModel):

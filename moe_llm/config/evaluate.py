@@ -2,7 +2,7 @@
 
 from pydantic import Field, model_validator
 
-from moe_llm.config.base import Section, invalid
+from moe_llm.config.base import HomePath, Section, invalid
 
 
 class EvaluateConfig(Section):
@@ -17,7 +17,7 @@ class EvaluateConfig(Section):
         [],
         description="tasks of lm_eval that are measured too, such as hellaswag; needs `pip install 'moe_llm[tasks]'`",
     )
-    tasks_path: str | None = Field(None, min_length=1, description="a directory of task files of your own")
+    tasks_path: HomePath | None = Field(None, min_length=1, description="a directory of task files of your own")
     tasks_limit: int | None = Field(None, ge=1, description="documents of each task; null: all")
     sample_prompt: str | None = Field(None, description="text continued and printed at the end of a run")
     sample_tokens: int = Field(128, ge=1, description="tokens of that sample")

@@ -1,14 +1,13 @@
 """What a run is: one pydantic model per section of the YAML file."""
 
 import math
-import os
 import re
 from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from moe_llm.config.adversarial import AdversarialConfig
-from moe_llm.config.base import Section, invalid
+from moe_llm.config.base import HomePath, Section, invalid
 from moe_llm.config.data import DataConfig
 from moe_llm.config.distill import DistillConfig, with_teachers_tokenizer
 from moe_llm.config.ema import EmaConfig
@@ -26,13 +25,10 @@ from moe_llm.errors import UserError
 class RunConfig(Section):
     """Where a run lives, and its seed."""
 
-    dir: str = Field("runs/default", min_length=1, description="run directory; running again resumes what is there")
+    dir: HomePath = Field(
+        "runs/default", min_length=1, description="run directory; running again resumes what is there"
+    )
     seed: int = Field(0, ge=0, description="initialisation, data order, tokenizer sampling and router noise")
-
-    @field_validator("dir")
-    @classmethod
-    def _home_is_expanded(cls, value: str) -> str:
-        return os.path.expanduser(value)
 
 
 class TokenizerConfig(Section):
@@ -205,7 +201,7 @@ class CheckpointConfig(Section):
         "not for the disk",
     )
     keep_last: int | None = Field(None, ge=1, description="older ones are deleted; null: keep all")
-    resume: str = Field(
+    resume: HomePath = Field(
         "auto", min_length=1, description="auto: newest complete checkpoint of the run; never; or a path"
     )
     dtype: Literal["fp32", "bf16"] = Field(

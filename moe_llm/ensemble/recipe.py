@@ -18,13 +18,13 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from moe_llm.config.base import Section, fields_by_key, invalid, sentence
+from moe_llm.config.base import HomePath, Section, fields_by_key, invalid, sentence
 from moe_llm.config.load import read_yaml
 from moe_llm.errors import UserError
 
 
 class Member(Section):
-    model: str = Field(description="a checkpoint directory or a hub name")
+    model: HomePath = Field(description="a checkpoint directory or a hub name")
     device: str | None = Field(None, description="such as cpu or cuda:1; null: the first GPU, or the CPU without one")
     dtype: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="of the weights; null: as stored")
 

@@ -349,3 +349,12 @@ def test_nvme_offload_is_refused_with_its_reason():
     }
     with pytest.raises(UserError, match=r"^parallel\.offload_optimizer=nvme .*under ZeRO-3 only.*: use cpu$"):
         validate(raw)
+
+
+@pytest.mark.parametrize("key", ["run.dir", "checkpoint.resume", "evaluate.tasks_path"])
+def test_a_tilde_is_the_home_directory(monkeypatch, key):
+    """A shell expands none behind an equals sign."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = load_config(QUICKSTART, [f"{key}=~/x", "evaluate.tasks=[hellaswag]"])
+    section, name = key.split(".")
+    assert getattr(getattr(config, section), name) == "/home/someone/x"

@@ -73,7 +73,13 @@ def test_inspect_parses_likewise_and_tells(finished_run, tmp_path, caplog, capsy
     read = []
     for option in ([], ["--parse-special-tokens"]):
         caplog.clear()
-        command = ["inspect", str(finished_run / "checkpoints/latest"), "--data", str(tmp_path / "rows.jsonl"), "--json"]
+        command = [
+            "inspect",
+            str(finished_run / "checkpoints/latest"),
+            "--data",
+            str(tmp_path / "rows.jsonl"),
+            "--json",
+        ]
         assert main([*command, "--text-field", "body", "--removal-rows", "0", *option]) == 0
         read.append(json.loads(capsys.readouterr().out)["sources"][0]["tokens"])
         assert ("--parse-special-tokens" in caplog.text) == (not option)
