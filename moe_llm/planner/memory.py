@@ -338,10 +338,10 @@ class _Walk:
         return 2 * self.tokens * self.model.hidden_size * self.size + 12 * self.rows  # top-k: `model.recomputation`
 
     def shared(self) -> float:
-        """Kept once: token ids, labels, positions, documents and mask, cosines and sines, the last norm."""
+        """Kept once: token ids, labels, positions, documents and mask, cosines and sines."""
         m, tokens = self.model, self.tokens
         ids = 8 * 4 * tokens + tokens + (4 * tokens if self.config.data.isolate_documents else 0)
-        return ids + 2 * tokens * m.attention_head_dim * self.size + 2 * tokens * m.hidden_size * self.size
+        return ids + 2 * tokens * m.attention_head_dim * self.size
 
     # what operations need while they run
 
@@ -463,21 +463,22 @@ class _Walk:
             self.at("start, weights made and shared out", {"weights": size * (self.shard + self.largest_parameter)})
         offload = self.config.train.activation_offload
 
-        def waiting(count: float, on_their_way: int) -> dict[str, float]:
-            """What so many layers keep, on the device. Offloaded: of the layer under way and of so many more, but what
-            is computed again is counted with the layer under way."""
-            if not offload:
-                return times(count, kept)
-            inputs = {"activations": self.layer_inputs()} if self.layout.recompute else {}
-            rest = {part: value - inputs.get(part, 0.0) for part, value in kept.items()}
-            here, more = times(min(count, on_their_way + 1), inputs), times(min(count, on_their_way), rest)
-            return {part: here.get(part, 0.0) + value for part, value in more.items()}
+        inputs = {"activations": self.layer_inputs()} if self.layout.recompute else {}
+        rest = {part: value - inputs.get(part, 0.0) for part, value in kept.items()}
+
+        def waiting(layers: float, under_way: int = 0) -> dict[str, float]:
+            """What so many layers keep, on the device, beside `under_way` layers, of which what recomputation begins with
+            is counted here and all else with them. Offloaded: of one layer more than is under way."""
+            waits = min(layers, 1) if offload else layers
+            begins = times(waits + (under_way if self.layout.recompute else 0), inputs)
+            return {part: begins.get(part, 0.0) + value for part, value in times(waits, rest).items()}
 
         if offload:
             self.host += layers * sum(kept.values())
-        all_kept = waiting(layers, 1)
-        self.at("forward, last layer", static, base, waiting(layers - 1, 1), layer, self.experts_forward())
-        loss = {"loss": 2 * hidden + self.head_gradient}  # the rows that have a target, the gradient of these
+        all_kept = waiting(layers)
+        self.at("forward, last layer", static, base, waiting(layers - 1), layer, self.experts_forward())
+        # the rows that have a target, the gradient of these; what the last norm keeps until its backward pass
+        loss = {"loss": 2 * hidden + self.head_gradient, "activations": 2 * hidden}
         self.at("loss", static, base, all_kept, loss, {"loss": self.loss_chunk()})
         # the loss's backward pass scales what its forward pass has made
         self.at(
@@ -492,7 +493,7 @@ class _Walk:
         for index in (layers - 1, 0):
             done = trained.head + (layers - 1 - index) * (trained.layer_experts + trained.layer_dense)
             behind = {"gradients": self.left_behind(done)}
-            before = waiting(index + (1 if self.layout.recompute else 0), 1)
+            before = waiting(index, under_way=1)
             own = {"gradients": self.new_gradient(trained.layer_experts)}
             self.at(f"backward, layer {index}", static, base, before, layer, behind, own, self.experts_backward())
             copies = {"activations": 2 * hidden, "gradients": self.taken(trained.layer_experts)}
@@ -568,12 +569,3 @@ def overlaps(config: Config, layout: Layout, kernels: Kernels) -> bool:
     """Whether gradients are reduced while the backward pass goes on, out of one of two buckets."""
     asked = config.parallel.overlap_comm
     return layout.zero_stage == 2 and (kernels is KERNELS["cuda"] if asked == "auto" else asked)
-
-
-def without_bucket(memory: Memory, layout: Layout, config: Config) -> Memory:
-    """The same on a CPU without DeepSpeed's reduction bucket."""
-    stage, size = layout.zero_stage, 4 if config.train.precision == "fp32" else 2
-    bucket = planned_bucket(config, layout) * (4 if stage == 3 else size)
-    bucket *= 2 if overlaps(config, layout, KERNELS["cpu"]) else 1
-    bucket *= layout.ranks > 1 and (stage > 1 or size == 4 or config.parallel.gradient_dtype == "bf16")
-    return replace(memory, parts={**memory.parts, "buffers": memory.parts["buffers"] - bucket})
