@@ -212,7 +212,7 @@ class _Walk:
         self.sent = 2 if config.parallel.communication_dtype == "bf16" and self.size == 2 else 4
         self.overlaps = overlaps(config, layout, kernels)
         self.moments: list[Memory] = []
-        self.host = 0.0
+        self.host = self.around_experts = 0.0
 
     # what is held throughout
 
@@ -306,6 +306,7 @@ class _Walk:
             exchanged = (self.received + self.rows) * m.expert_hidden_size * size  # rows received; rows that came back
         elif not self.fused and not m.router.merges:
             experts += self.rows * m.expert_hidden_size * size
+        self.around_experts = attention + norms + router
         return {"activations": attention + norms + router + experts, "all_to_all": exchanged}
 
     def dense_block(self) -> float:
@@ -480,6 +481,7 @@ class _Walk:
         # the rows that have a target, the gradient of these; what the last norm keeps until its backward pass
         loss = {"loss": 2 * hidden + self.head_gradient, "activations": 2 * hidden}
         self.at("loss", static, base, all_kept, loss, {"loss": self.loss_chunk()})
+        trained = self.trained
         # the loss's backward pass scales what its forward pass has made
         self.at(
             "loss, backward",
@@ -487,17 +489,19 @@ class _Walk:
             base,
             all_kept,
             loss,
-            {"loss": hidden, "gradients": self.new_gradient(self.trained.head) + self.taken(self.trained.head)},
+            {"loss": hidden, "gradients": self.new_gradient(trained.head) + self.taken(trained.head, trained.head)},
         )
-        trained = self.trained
-        for index in (layers - 1, 0):
+        for index in range(layers - 1, -1, -1):
             done = trained.head + (layers - 1 - index) * (trained.layer_experts + trained.layer_dense)
             behind = {"gradients": self.left_behind(done)}
             before = waiting(index, under_way=1)
             own = {"gradients": self.new_gradient(trained.layer_experts)}
             self.at(f"backward, layer {index}", static, base, before, layer, behind, own, self.experts_backward())
-            copies = {"activations": 2 * hidden, "gradients": self.taken(trained.layer_experts)}
-            self.at(f"backward, layer {index}, gradients", static, base, before, layer, behind, own, copies)
+            so_far = done + trained.layer_experts + trained.layer_dense
+            # what the experts have kept is gone once their gradients are there
+            after = {"activations": self.around_experts + 2 * hidden}
+            copies = {"gradients": self.taken(trained.layer_experts, so_far)}
+            self.at(f"backward, layer {index}, gradients", static, base, before, after, behind, own, copies)
         whole = trained.total
         self.at(
             "backward, embeddings",
@@ -506,7 +510,7 @@ class _Walk:
             {
                 "gradients": self.left_behind(whole - trained.embeddings)
                 + self.new_gradient(trained.embeddings)
-                + self.taken(trained.embeddings)
+                + self.taken(trained.embeddings, whole)
             },
         )
         self.at("optimizer", static, {"gradients": self.left_behind(whole)}, self.optimizer_step())
@@ -532,13 +536,14 @@ class _Walk:
         copied = self.size == 2 < self.summed and not self.engine and self.rounds == 1
         return self.size * parameters + (4 * parameters if copied else 0)
 
-    def taken(self, parameters: float) -> float:
-        """Copies while a gradient is added to the sums or reduced, which is when the operation has ended."""
+    def taken(self, parameters: float, so_far: float) -> float:
+        """Copies while a gradient is added to the sums or reduced, which is when the operation has ended. so_far: how many
+        parameters have their gradient by then, which is when the bucket overflows for the first time."""
         if not self.engine:
             return 0.0
         if self.whole_sums:  # made fp32, a tensor at a time
             return 4 * min(parameters, self.largest_tensor)
-        return self.reduction() if self.layout.zero_stage > 1 else 0.0
+        return self.reduction() if self.layout.zero_stage > 1 and so_far > self.bucket else 0.0
 
     def optimizer_step(self) -> dict[str, float]:
         narrow = self.config.optim.master_weights != "fp32"

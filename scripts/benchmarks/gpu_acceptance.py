@@ -9,7 +9,8 @@ left out and named. Needs torch and transformers; neither deepspeed, datasets no
 Parts: environment · tests (those marked `gpu`) · products (the measured rate that all else is held against) · parity (each
 kernel choice against plain products in fp32) · steps (at Mixtral 8x7B's layer shape and at a fine-grained one, against
 transformers' experts implementations on the same weights and batches, whose routers prefer some experts clearly) · waits (of
-the host for the device, in one step) · documents (attention at 4k and 32k).
+the host for the device, in one step) · saving (recomputation, activations in host memory, tiles: memory, time, the same
+gradients) · narrow weights (bf16 weights without fp32 masters) · documents (attention at 4k and 32k).
 """
 
 import argparse
@@ -217,6 +218,68 @@ def waits(shape: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Any
     return {"count": len(found), "where": found}
 
 
+# ways to hold less for the backward pass, as arguments of `MoEDecoder.save_memory`
+SAVING: dict[str, dict[str, Any]] = {
+    "nothing saved": {"recompute": False},
+    "recomputation": {"recompute": "full"},
+    "selective recomputation": {"recompute": "selective"},
+    "recomputation, offload": {"recompute": "full", "offload": True},
+    "offload": {"recompute": False, "offload": True},
+    "recomputation, tiles": {"recompute": "full", "tiles": 4},
+}
+
+
+def saving(shape: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """A step by each way to hold less for the backward pass: seconds, peak memory, and its departure from the plain one."""
+    from contenders import batches, contender, weights
+
+    model = contender("ours", shape, weights(shape), dtype, device)
+    ids = batches(shape, 1)[0].to(device)
+    found: dict[str, Any] = {}
+    expected: dict[str, Tensor] = {}
+    for way, how in SAVING.items():
+        model.model.save_memory(**how)
+        _step(model, ids)  # compiles and tunes
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds = _timed(lambda: model(ids).backward(), device)
+        peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+        gradients = {name: gradient.float().cpu() for name, gradient in model.gradients().items()}
+        model.zero_grad(set_to_none=True)
+        expected = expected or gradients
+        worst = max(((gradients[n] - e).norm() / e.norm().clamp(min=1e-30)).item() for n, e in expected.items())
+        found[way] = {"seconds": seconds, "peak_gib": peak, "departure": worst}
+    apart = [way for way, one in found.items() if one["departure"] > PARITY]
+    if apart:
+        raise RuntimeError(f"{', '.join(apart)} give other gradients: {found}")
+    return found
+
+
+def narrow_weights(device: torch.device, toy: bool) -> dict[str, float]:
+    """bf16 weights after many small updates beside fp32 ones: how far the mean has moved, as a share of theirs."""
+    from moe_llm.distributed.engine import add_compensation
+    from moe_llm.train.bf16_adamw import BF16AdamW
+
+    start = (
+        torch.randn(2**14 if toy else 2**24, generator=torch.Generator().manual_seed(0)).add(1.0).bfloat16().to(device)
+    )
+    exact = torch.nn.Parameter(start.float())
+    narrow = {name: torch.nn.Parameter(start.clone()) for name in ("stochastic rounding", "kahan")}
+    optimizers = {name: BF16AdamW([{"params": [p]}], 1e-4, (0.9, 0.95), 1e-8) for name, p in narrow.items()}
+    add_compensation(optimizers["kahan"], [narrow["kahan"]])
+    reference = torch.optim.AdamW([exact], lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    for _ in range(50):
+        for parameter in (exact, *narrow.values()):
+            parameter.grad = torch.ones_like(parameter)
+        for optimizer in (reference, *optimizers.values()):
+            optimizer.step()
+    moved = (exact.detach() - start.float()).mean()
+    found = {name: ((p.detach().float() - start.float()).mean() / moved).item() for name, p in narrow.items()}
+    if any(abs(share - 1) > 0.1 for share in found.values()):
+        raise RuntimeError(f"bf16 weights do not move as fp32 ones: {found}")
+    return found
+
+
 def documents(length: int, device: torch.device, dtype: torch.dtype, toy: bool) -> dict[str, Any]:
     """Attention of packed documents, forward and backward: seconds, memory, and its departure from one call each."""
     from moe_llm.ops.attention import AttentionPattern, _segment_attention, attention, variable_length_kernel
@@ -305,6 +368,9 @@ def main() -> int:
         part(f"step: {name}", lambda name=name: steps(shapes(device, toy)[name], device, dtype, rate, budget, toy))
     for name in list(cases)[:1]:
         part("waits", lambda name=name: waits(shapes(device, toy)[name], device, dtype))
+    for name in list(cases)[:1]:
+        part("saving", lambda name=name: saving(shapes(device, toy)[name], device, dtype))
+    part("narrow weights", lambda: narrow_weights(device, toy))
     for length in (128, 256) if toy else (4096, 32768):
         part(f"documents: {length}", lambda length=length: documents(length, device, dtype, toy))
     part("tests", lambda: gpu_tests(budget, toy))

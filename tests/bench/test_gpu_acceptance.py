@@ -32,7 +32,9 @@ def test_every_part_runs_without_optional_packages(tmp_path):
     outcomes = {name: part["outcome"] for name, part in result["parts"].items()}
     assert set(outcomes.values()) == {"ok"}, {n: p.get("error") for n, p in result["parts"].items()}
     assert code == 0
-    assert {"environment", "parity", "products", "waits", "tests", "step: toy", "documents: 256"} <= outcomes.keys()
+    parts = {"environment", "parity", "products", "waits", "saving", "narrow weights", "tests", "step: toy"}
+    assert parts | {"documents: 256"} <= outcomes.keys()
+    assert len(result["parts"]["saving"]["result"]) == 6
     step = result["parts"]["step: toy"]["result"]
     assert step["times_transformers_best"] > 0
     assert step["contenders"]["ours"]["share_of_product_rate"] > 0
