@@ -99,7 +99,6 @@ def test_interrupts_exit_quietly_and_faults_do_not():
         (["fly"], "invalid choice: 'fly'"),
         (["params", QUICKSTART, "--jsn"], "unrecognized arguments: --jsn"),
         (["config", "schema", "x=1"], "unrecognized arguments: x=1"),
-        (["generate", "c"], "required: --prompt"),
         (["generate", "c", "--prompt", "p", "--top-p", "0"], "above 0 and at most 1"),
         (["generate", "c", "--prompt", "p", "--top-p", "nan"], "above 0 and at most 1"),
         (["generate", "c", "--prompt", "p", "--temperature", "-1"], "from 0 upwards"),

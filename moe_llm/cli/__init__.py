@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from moe_llm.cli.pages import page_for
 from moe_llm.cli.registry import parse
 from moe_llm.errors import Stopped, TrainingFailure, UserError
 from moe_llm.logs import show_messages
@@ -36,19 +37,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     _print_any_character()
     show_messages(command=True)
 
+    words = sys.argv[1:] if argv is None else argv
+
     def command() -> int | None:
-        args = parse(sys.argv[1:] if argv is None else argv)
+        args = parse(words)
         quiet = getattr(args, "quiet", False)
         show_messages(command=True, quiet=quiet)
         be_quiet(quiet)
         return args.handler(args)
 
-    return run_command(command)
+    return run_command(command, words[0] if words else "")
 
 
-def run_command(command: Callable[[], int | None]) -> int:
+def run_command(command: Callable[[], int | None], name: str = "train") -> int:
     """Call `command`, which may return an exit code, and turn a `UserError` into one line on stderr and exit code 2,
-    a `TrainingFailure` likewise into 1, Ctrl-C into 130.
+    a `TrainingFailure` likewise into 1, Ctrl-C into 130. On a terminal a second line names the page that helps; `name` is the
+    command's.
 
     With several ranks each of them exits with the code, and rank 0 alone prints: these errors are raised
     on every rank, by code that has agreed on it.
@@ -58,6 +62,9 @@ def run_command(command: Callable[[], int | None]) -> int:
     except (UserError, TrainingFailure) as error:
         if os.environ.get("RANK", "0") == "0":
             logger.error("%s", error)
+            page = page_for(str(error), name)
+            if page is not None and sys.stderr.isatty():  # in a log an error is one line
+                logger.error("see %s", page)
         return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILURE
     except Stopped as stopped:
         return stopped.exit_code
