@@ -17,13 +17,14 @@ from moe_llm.cli.arguments import (
     size_in_bytes,
 )
 from moe_llm.cli.parser import CommandParser
+from moe_llm.cli.shipped import add_list_and_copy
 from moe_llm.errors import UserError
 from moe_llm.ops.accelerators import ACCELERATORS
 from moe_llm.progress import progress
 
 
 def add_config(parser: CommandParser) -> CommandParser:
-    """`config schema` and `config show`."""
+    """`config schema`, `show`, `list` and `copy`."""
     example = "moe-llm config show configs/quickstart.yaml optim.lr=1e-3"
     config = parser.add_command("config", "the configuration's schema, or one as resolved", example)
     config.add_command(
@@ -37,6 +38,7 @@ def add_config(parser: CommandParser) -> CommandParser:
         "show", "print the configuration with defaults and overrides", example, _config_show, quick=True
     )
     add_configuration(show)
+    add_list_and_copy(config)
     return config
 
 

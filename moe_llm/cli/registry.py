@@ -5,11 +5,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moe_llm.cli import check, combine, look, shell, train
+from moe_llm.cli import check, combine, look, shell, shipped, train
 from moe_llm.cli.parser import CommandParser
 
 GROUPS: dict[str, tuple[Callable[[CommandParser], CommandParser], ...]] = {
     "train a model": (
+        shipped.add_quickstart,
         train.add_train,
         train.add_tokenizer,
         train.add_prepare,
