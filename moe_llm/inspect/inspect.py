@@ -132,6 +132,7 @@ class _Inspection:
 
     def __init__(self, model: MoEForCausalLM, sources: int, settings: Settings):
         config = model.config
+        self.blocks = config.moe_layers
         self.model, self.settings = model, settings
         self.counts = RoutingCounts(
             config.num_moe_layers,
@@ -201,6 +202,7 @@ class _Inspection:
 
         return {
             "layers": counts.layers,
+            "blocks": list(self.blocks),  # the decoder's number of each layer that has experts
             "experts": counts.experts,
             "experts_per_token": counts.top_k,
             "sources": [

@@ -49,7 +49,7 @@ const spans = data.shown.map(row => {
 });
 function show() {
   const l = Number(layer.value);
-  label.textContent = l;
+  label.textContent = data.blocks[l];
   data.shown.forEach((row, r) => row.experts[l].forEach((chosen, t) => {
     const span = spans[r][t];
     span.style.background = colour(chosen[0]);
@@ -69,6 +69,7 @@ def page(report: dict[str, Any], plots: list[Path]) -> str:
     title = html.escape(f"Routing of {Path(report['checkpoint']).name}")
     data = {
         "experts": report["experts"],
+        "blocks": report["blocks"],
         "shown": report["shown"],
         "sources": [source["name"] for source in report["sources"]],
     }
@@ -116,7 +117,7 @@ def _specialisation(report: dict[str, Any]) -> str:
         return ""
     rows = [
         [
-            str(layer),
+            str(report["blocks"][layer]),
             *(f"{found[key][layer]:.5f}" for key in ("bits", "chance_bits", "chance_95", "by_tokens")),
             f"{found['p_value'][layer]:.3g}",
         ]
@@ -137,7 +138,9 @@ def _top_tokens(report: dict[str, Any]) -> str:
             [str(expert), " ".join(f"{token['text']!r} {token['share']:.0%}" for token in tokens)]
             for expert, tokens in enumerate(experts)
         ]
-        parts.append(f"<details><summary>layer {layer}</summary>{_table(['expert', 'tokens'], rows)}</details>")
+        parts.append(
+            f"<details><summary>layer {report['blocks'][layer]}</summary>{_table(['expert', 'tokens'], rows)}</details>"
+        )
     return "<h2>Top tokens</h2><p>With the share of each token's occurrences that went there.</p>" + "".join(parts)
 
 

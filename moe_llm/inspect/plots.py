@@ -36,6 +36,9 @@ def _save(figure, path: Path) -> Path:
     return path
 
 
+LAYER = "layer with experts"
+
+
 def _heat(path: Path, table_LE: list, label: str, colours: str, centred: bool = False) -> Path:
     from matplotlib import pyplot
 
@@ -44,7 +47,7 @@ def _heat(path: Path, table_LE: list, label: str, colours: str, centred: bool = 
     most = max(float(np.abs(values).max()), 1e-12)
     image = axes.imshow(values, aspect="auto", cmap=colours, vmin=-most if centred else 0, vmax=most)
     figure.colorbar(image, label=label)
-    axes.set(xlabel="expert", ylabel="layer")
+    axes.set(xlabel="expert", ylabel=LAYER)
     return _save(figure, path)
 
 
@@ -60,7 +63,7 @@ def _sources(path: Path, report: dict[str, Any]) -> Path:
     )
     for index, axis in enumerate(axes[0]):
         image = axis.imshow(lift_LES[..., index], aspect="auto", cmap="RdBu_r", vmin=-2, vmax=2)
-        axis.set(xlabel="expert", ylabel="layer", title=Path(report["sources"][index]["name"]).name)
+        axis.set(xlabel="expert", ylabel=LAYER, title=Path(report["sources"][index]["name"]).name)
     figure.colorbar(image, ax=axes, label="log2 of the share over the expert's share of all")
     return _save(figure, path)
 
@@ -99,7 +102,7 @@ def _lines(path: Path, label: str, series: dict[str, list[float]]) -> Path:
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for name, values in series.items():
         axes.plot(range(len(values)), values, "--" if name.startswith("chance") else "o-", label=name)
-    axes.set(xlabel="layer", ylabel=label, ylim=(0, None))
+    axes.set(xlabel=LAYER, ylabel=label, ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
     return _save(figure, path)

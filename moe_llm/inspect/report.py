@@ -26,14 +26,14 @@ def format_report(report: dict[str, Any]) -> str:
         "",
         f"{'layer':>5} {'busiest':>8} {'bits':>9} {'p':>7} {'first':>7} {'1st/2nd':>8} {'dearest expert':>15}",
     ]
-    for layer, load in enumerate(report["load"]):
+    for layer, (block, load) in enumerate(zip(report["blocks"], report["load"], strict=True)):
         bits, p = ("", "") if found is None else (f"{found['bits'][layer]:.5f}", f"{found['p_value'][layer]:.3f}")
         dearest = ""
         if removal is not None:
             cost = removal["cost"][layer]
             dearest = f"{max(range(len(cost)), key=cost.__getitem__)} ({max(cost):+.4f})"
         lines.append(
-            f"{layer:>5} {max(load):>8.1%} {bits:>9} {p:>7} {repeated['first'][layer]:>7.1%} "
+            f"{block:>5} {max(load):>8.1%} {bits:>9} {p:>7} {repeated['first'][layer]:>7.1%} "
             f"{repeated['first_or_second'][layer]:>8.1%} {dearest:>15}"
         )
     return "\n".join(lines)

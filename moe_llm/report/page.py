@@ -229,7 +229,8 @@ def _figure(index: int, chart: dict[str, Any]) -> str:
 
 def _load_figure(index: int, run: Run, load: dict[str, Any]) -> str:
     layers = "".join(
-        f'<div><p class="note">layer {i}</p><div id="load-{index}-{i}"></div></div>' for i in range(len(load["loads"]))
+        f'<div><p class="note">layer {run.config.model.moe_layers[i]}</p><div id="load-{index}-{i}"></div></div>'
+        for i in range(len(load["loads"]))
     )
     return (
         f'<figure class="wide"><figcaption><h3>{escape(run.name)}</h3><p class="note">share of the tokens of each '

@@ -34,7 +34,7 @@ def plot_run(run_dir: Path) -> list[Path]:
     figure, axes = plt.subplots(figsize=(5, 0.3 * len(share) + 2), layout="constrained")
     image = axes.imshow(share, aspect="auto", cmap="viridis", vmin=0)
     figure.colorbar(image, label="share of routed tokens")
-    axes.set(xlabel="expert", ylabel="layer", title=f"expert load at step {records[-1]['step']}")
+    axes.set(xlabel="expert", ylabel="layer with experts", title=f"expert load at step {records[-1]['step']}")
     load_path = directory / "expert_load.png"
     figure.savefig(load_path, dpi=120)
     plt.close(figure)

@@ -152,3 +152,10 @@ def test_a_single_spike_and_a_skipped_step_are_none():
 def test_the_window_counts_steps_not_records():
     sparse = [record(10 * i, **DEAD) for i in range(1, 4)]
     assert told(sparse, window_steps=20, load_cv=None) == [(20, "dying_expert")]
+
+
+def test_layers_are_counted_over_all_blocks_those_without_experts_too():
+    alarms = Alarms(config(1, 1, 1, model={"mlp_only_layers": [0]}, logging={"alarms": {"window_steps": 4}}))
+    [alarm] = [alarm for r in stretch(1, 8, **DEAD) for alarm in alarms.look(r) if alarm.kind == "dying_expert"]
+    assert alarm.places == [[1, 2], [1, 3]]
+    assert alarm.sentence.startswith("layer 1 expert 2, layer 1 expert 3: dying")

@@ -97,6 +97,8 @@ def test_the_map_folds_many_layers_and_experts_and_shows_the_worst_among_them():
     assert len(folded) == 8
     assert [line.find(none) for line in folded] == [-1, -1, -1, 14 + 20, -1, -1, -1, -1]
     assert folded[3].startswith("layer 12-15 ")
+    some = "".join(text for text, _ in load_map(even, columns=32, blocks=range(3, 35))).splitlines()[1:]
+    assert some[3].startswith("layer 15-18 "), "of all blocks, of which the first three have no experts"
     assert {colour for text, colour in load_map([[10, 10], [0, 20]], 8) if text in BLOCKS} == {"green", "red", "yellow"}
 
 

@@ -6,7 +6,7 @@ Dimensions: L layers, E experts.
 
 import math
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ _NAMED = 3
 @dataclass(frozen=True)
 class Alarm:
     """kind: dying_expert, router_collapse, load_drift, gradient_outlier or no_gradient. places: [layer, expert] or
-    [layer], all that have come up at this record."""
+    [layer], all that have come up at this record; layers are counted over all blocks, those without experts too."""
 
     kind: str
     places: list[list[int]]
@@ -76,7 +76,14 @@ class Alarms:
             self._drifting(counts_LE, seen),
             *self._gradients(counts_LE, seen),
         ]
-        return [alarm for alarm in found if alarm is not None]
+        return [replace(alarm, places=self._blocks(alarm.places)) for alarm in found if alarm is not None]
+
+    def _blocks(self, places: list[list[int]]) -> list[list[int]]:
+        """With the decoder's number of each layer that has experts."""
+        return [[self.config.model.moe_layers[layer], *expert] for layer, *expert in places]
+
+    def _named(self, places: list[list[int]]) -> str:
+        return _places(self._blocks(places))
 
     def _add(self, steps: int, moe: dict[str, Any]) -> None:
         counts_LE = np.array(moe["tokens_per_expert"], dtype=float)
@@ -97,7 +104,7 @@ class Alarms:
             "dying_expert",
             new,
             (
-                f"{_places(new)}: dying, with down to {worst:.1%} of an even share of the tokens over {steps} steps: try "
+                f"{self._named(new)}: dying, with down to {worst:.1%} of an even share of the tokens over {steps} steps: try "
                 f"a larger model.router_aux_loss_coef (now {coefficient:g}) or a smaller optim.lr_multipliers.router"
             ),
         )
@@ -116,7 +123,7 @@ class Alarms:
             "router_collapse",
             new,
             (
-                f"{_places(new)}: the router collapses, its entropy is down to {worst:.1%} of ln {experts} over {steps} "
+                f"{self._named(new)}: the router collapses, its entropy is down to {worst:.1%} of ln {experts} over {steps} "
                 f"steps: try model.router_z_loss_coef=0.001 (now {self.config.model.router_z_loss_coef:g}), a larger "
                 f"model.router_aux_loss_coef (now {self.config.model.router_aux_loss_coef:g}) or a smaller optim.lr"
             ),
@@ -137,7 +144,7 @@ class Alarms:
             "load_drift",
             new,
             (
-                f"{_places(new)}: the experts' loads drift apart, their variation over {steps} steps has risen from "
+                f"{self._named(new)}: the experts' loads drift apart, their variation over {steps} steps has risen from "
                 f"{self._lowest_cv_L[worst]:.2f} to {cv_L[worst]:.2f}: try a larger model.router_aux_loss_coef "
                 f"(now {self.config.model.router_aux_loss_coef:g})"
             ),
@@ -159,7 +166,7 @@ class Alarms:
                 "gradient_outlier",
                 outliers,
                 (
-                    f"{_places(outliers)}: the gradient norm is above {limit:g} times its layer's median in most records of "
+                    f"{self._named(outliers)}: the gradient norm is above {limit:g} times its layer's median in most records of "
                     f"{steps} steps: try a smaller optim.lr_multipliers.experts or optim.grad_clip "
                     f"(now {self.config.optim.grad_clip:g})"
                 ),
@@ -172,7 +179,7 @@ class Alarms:
                 "no_gradient",
                 silent,
                 (
-                    f"{_places(silent)}: tokens come in and no gradient has come back for {steps} steps: try `moe-llm doctor` "
+                    f"{self._named(silent)}: tokens come in and no gradient has come back for {steps} steps: try `moe-llm doctor` "
                     "on this configuration, which checks that every expert is trained"
                 ),
             )

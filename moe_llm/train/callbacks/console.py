@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from moe_llm.config import Config
@@ -38,17 +39,23 @@ def summary(record: dict[str, Any], limit: float | None = None) -> str:
     return " · ".join(parts)
 
 
-def load_map(counts_LE: list[list[int]], columns: int, rows: int = 8) -> list[tuple[str, str]]:
+def load_map(
+    counts_LE: list[list[int]], columns: int, rows: int = 8, blocks: Sequence[int] | None = None
+) -> list[tuple[str, str]]:
     """The experts' load, layer by expert, as (text, colour) pieces: blocks as high as the load, half at an even share.
 
     Layers and experts beyond `rows` and `columns` are folded: each place shows the load among them that is farthest
     from even.
+
+    Args:
+        blocks: the decoder's number of each layer that has experts; None: all have.
     """
+    numbers = range(len(counts_LE)) if blocks is None else blocks
     share_LE = [[count * len(layer) / max(1, sum(layer)) for count in layer] for layer in counts_LE]
     pieces = []
     for first, layers in _folds(share_LE, rows):
         last = first + len(layers) - 1
-        name = f"layer {first}" + (f"-{last}" if last > first else "")
+        name = f"layer {numbers[first]}" + (f"-{numbers[last]}" if last > first else "")
         pieces.append((f"\n{name:<14}", "dim"))
         for _, experts in _folds(list(zip(*layers)), columns):
             load = max((load for column in experts for load in column), key=lambda load: abs(load - 1))
@@ -80,6 +87,7 @@ class Console:
             mode = "bar" if sys.stderr.isatty() else "plain"
         self.mode = mode
         self.total = config.max_steps
+        self._blocks = config.model.moe_layers
         self._bar: Any = None  # rich's, where there is one
         if mode == "bar":
             self._open_bar(first_step)
@@ -121,7 +129,7 @@ class Console:
             logger.info(f"{step} · {line} · {duration(seconds_left)} left")
 
     def _show_map(self, counts_LE: list[list[int]]) -> None:
-        pieces = load_map(counts_LE, columns=max(8, self._bar.console.width - 16))
+        pieces = load_map(counts_LE, columns=max(8, self._bar.console.width - 16), blocks=self._blocks)
         from rich.text import Text
 
         text = Text("expert load, layer by expert (half a block is an even share)", "dim")

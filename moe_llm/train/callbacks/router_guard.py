@@ -101,6 +101,7 @@ class RouterGuard:
         self._rows = [mine[i * width : (i + 1) * width] for i in range(len(self._batches))]
         whole = probe.batches(micro_batch_size=len(probe))[0]
         self._tokens, self._digest = whole.num_tokens, _digest(whole)
+        self._blocks = config.model.moe_layers  # their numbers among all
         self._shape = (
             len(probe),
             config.model.num_moe_layers,
@@ -172,7 +173,7 @@ class RouterGuard:
         if kl_L[layer] <= self._guard.max_kl:
             return None
         return (
-            f"the router of layer {layer} has moved by {kl_L[layer]:.4g} nats from its base, past "
+            f"the router of layer {self._blocks[layer]} has moved by {kl_L[layer]:.4g} nats from its base, past "
             f"finetune.router_guard.max_kl={self._guard.max_kl:g} (to go on, raise it; to start anew, use a lower "
             "optim.lr, or action regularise or freeze, in another run.dir)"
         )
