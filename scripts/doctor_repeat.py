@@ -39,6 +39,7 @@ KINDS: dict[str, list[str]] = {
     "sgd, window": ["optim.name=sgd", "optim.lr=0.1", "model.sliding_window=64", "data.isolate_documents=false"],
     "adapters": ["finetune.lora={rank: 8, alpha: 16, targets: [attention, experts]}", "optim.lr=0.02"],
     "experts alone": ["finetune.trainable=experts", "finetune.experts=[1,6]", "parallel.expert_parallel_size=2"],
+    "experts alone, bf16": ["finetune.trainable=experts", "train.precision=bf16", "checkpoint.dtype=bf16"],
     "average": ["checkpoint.ema.decay=0.9"],
     "best fit": ["data.packing=best_fit"],
     "chat": [CHAT],

@@ -6,6 +6,7 @@ the ranks that hold the same experts. We keep our own router, dispatch and exper
 tests/distributed/test_deepspeed_contract.py says at once when a version of DeepSpeed has moved any of this.
 """
 
+import functools
 import logging
 import os
 import warnings
@@ -52,9 +53,31 @@ def prepare_environment(cpu: bool, world_size: int) -> None:
     from moe_llm.distributed import extension_locks
 
     extension_locks.install()
+    _allow_experts_alone()
     logger.setLevel(logging.ERROR)  # it warns of every optimizer that is not its own
     # DeepSpeed calls collectives by names that torch is about to change: a line for each of them, every step
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
+
+
+def _allow_experts_alone() -> None:
+    """Let DeepSpeed's bf16 optimizer (ZeRO-1) train experts and nothing else: it stacks the norms of all other gradients,
+    of which there then are none. May be called again."""
+    from deepspeed.runtime import bf16_optimizer
+
+    real = bf16_optimizer.get_global_norm_of_tensors
+    if getattr(real, "takes_none", False):
+        return
+
+    @functools.wraps(real)
+    def norm(input_tensors: list[torch.Tensor], *arguments: Any, **named: Any) -> torch.Tensor:
+        if input_tensors:
+            return real(input_tensors, *arguments, **named)
+        from deepspeed.accelerator import get_accelerator
+
+        return torch.zeros((), device=get_accelerator().current_device_name())
+
+    norm.takes_none = True  # type: ignore[attr-defined]
+    bf16_optimizer.get_global_norm_of_tensors = norm
 
 
 def plugin(config: Config, world_size: int) -> Any:

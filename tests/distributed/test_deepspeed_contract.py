@@ -127,3 +127,16 @@ def test_bucket_sizes_overlap_and_communication_dtype_reach_the_engine():
     assert found(communication_dtype="bf16")["communication_data_type"] == "bf16"
     assert "offload_optimizer" not in zero
     assert found(offload_optimizer="cpu")["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+
+
+def test_where_experts_alone_are_trained_the_norm_of_all_else_is_zero():
+    """In bf16 under ZeRO-1, DeepSpeed stacks the norms of no gradient at all, which torch refuses."""
+    from deepspeed.runtime import bf16_optimizer
+
+    from moe_llm.distributed.deepspeed import _allow_experts_alone
+
+    _allow_experts_alone()
+    _allow_experts_alone()  # it may be called again
+    assert float(bf16_optimizer.get_global_norm_of_tensors(input_tensors=[], mpu=None, norm_type=2)) == 0.0
+    some = [torch.tensor([3.0]), torch.tensor([4.0])]
+    assert float(bf16_optimizer.get_global_norm_of_tensors(input_tensors=some, mpu=None, norm_type=2)) == 5.0
