@@ -22,7 +22,7 @@ _EXPERTS = re.compile(r"\.experts(\.|$)")
 class Packed:
     """A weight in few bits, of the shape that it was packed from; the first of three dimensions counts experts.
 
-    It answers to what an engine asks of a parameter that is not trained: `shape`, `detach`, which unpacks, and `copy_`,
+    It answers to what an engine asks of a parameter that is not trained: `shape`, `detach` and `float`, which unpack, and `copy_`,
     which packs anew.
     """
 
@@ -72,6 +72,10 @@ class Packed:
         unpack = bnb.dequantize_4bit if self.kind == "nf4" else bnb.dequantize_blockwise
         parts = [unpack(codes, state).to(self.dtype) for codes, state in self._parts]
         return torch.stack(parts) if len(self.shape) == 3 else parts[0]
+
+    def float(self) -> Tensor:
+        """The same in fp32."""
+        return self.detach().float()
 
     def apply(self, move: Callable[[Tensor], Tensor]) -> None:
         """A module's move or cast: codes move, and unpack to the dtype of the cast."""

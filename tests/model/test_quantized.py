@@ -4,7 +4,8 @@ on a packed base trains as one on the unpacked weights, and its export is what i
 import pytest
 import torch
 from support import runs
-from support.training import MODEL, config
+from support.ranks import Ranks
+from support.training import MODEL, config, difference, train_steps
 
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.cli import main
@@ -141,3 +142,16 @@ def test_what_cannot_be_packed_is_refused(finetune, parallel, words):
     with pytest.raises(UserError) as refused:
         trained_names(config(1, 1, 1, model=MODEL, finetune={**finetune, "quantize_frozen": "nf4"}, parallel=parallel))
     assert words in str(refused.value)
+
+
+def adapted(ranks: int) -> dict:
+    lora = {"lora": {"rank": 2, "targets": ["experts"]}, "quantize_frozen": "nf4"}
+    return train_steps(config(4 // ranks, 1, ranks, ep=ranks, model={**MODEL, "head_dim": 6}, finetune=lora), 2)
+
+
+def test_packed_experts_on_two_ranks_equal_those_of_one_process(two_ranks: Ranks):
+    expected, found = adapted(1), two_ranks.run(adapted, 2)
+    for rank in found:
+        assert rank["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        worst, where = difference([rank], expected, "weights")
+        assert worst < 1e-4, where
