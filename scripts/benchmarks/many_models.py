@@ -26,7 +26,9 @@ import json
 import random
 import sys
 import sysconfig
+from collections.abc import Iterator
 from datetime import date
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +58,19 @@ SIZES = {
 LENGTH, PIECE = 128, 600  # tokens of a block; characters of a document
 
 
-def pieces(source: str) -> list[str]:
-    """Documents of a few hundred characters."""
+def texts_of(source: str) -> Iterator[str]:
     if source == "prose":
-        texts = [text for package in PACKAGES for text in docstrings(package)]
-    else:
-        files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-        texts = [file.read_text(encoding="utf-8", errors="ignore") for file in files]
-    cut = [text[at : at + PIECE] for text in texts for at in range(0, len(text), PIECE)]
-    return [piece for piece in cut if len(piece.split()) > 20]
+        for package in PACKAGES:
+            yield from docstrings(package)
+        return
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        yield file.read_text(encoding="utf-8", errors="ignore")
+
+
+def pieces(source: str, most: int) -> list[str]:
+    """Documents of a few hundred characters."""
+    cut = (text[at : at + PIECE] for text in texts_of(source) for at in range(0, len(text), PIECE))
+    return list(islice((piece for piece in cut if len(piece.split()) > 20), most))
 
 
 def write_rows(path: Path, texts: list[str]) -> Path:
@@ -80,7 +86,7 @@ class Bench:
         self.work.mkdir(parents=True, exist_ok=True)
         self.held: dict[str, list[str]] = {}
         for source in ("code", "prose"):
-            found = pieces(source)[: args.documents]
+            found = pieces(source, args.documents)
             random.Random(0).shuffle(found)
             count = len(found) // 10
             self.held[source] = found[:count]
