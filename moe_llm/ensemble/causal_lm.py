@@ -25,6 +25,7 @@ def load_causal_lm(checkpoint: str | Path, dtype: torch.dtype | str = "auto", ca
         UserError: it is damaged, of no architecture that transformers knows, or a tensor is missing, which
             transformers would draw at random.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
     from transformers.utils import logging
@@ -38,7 +39,10 @@ def load_causal_lm(checkpoint: str | Path, dtype: torch.dtype | str = "auto", ca
         model, info = _class_of(checkpoint, called).from_pretrained(
             checkpoint, config=_config_of(checkpoint), dtype=dtype, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
+    except (
+        OSError, ValueError, KeyError, TypeError, ZeroDivisionError, ImportError, RuntimeError, SafetensorError,
+        StrictDataclassError,
+    ) as error:  # fmt: skip
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{called}={str(checkpoint)!r} cannot be loaded, its config.json or model.safetensors is unusable "
@@ -96,16 +100,16 @@ def _check_not_quantized(checkpoint: str | Path, called: str) -> None:
 
 
 def _config_of(checkpoint: str | Path) -> Any:
-    """transformers' configuration with the width of a head said: some of its rotary embeddings (yarn, dynamic) fail where
-    config.json has it as null. None where it says nothing of the kind."""
+    """transformers' configuration with the width of a head said: some of its rotary embeddings (yarn, dynamic, longrope)
+    fail where config.json has it as null, one of them while the configuration is made. None where it says nothing of the
+    kind."""
     from transformers import AutoConfig
 
     content = read_json(Path(checkpoint) / "config.json") if (Path(checkpoint) / "config.json").is_file() else {}
     if content.get("model_type") == OWN.model_type or content.get("head_dim", 0) is not None:
         return None
-    config = AutoConfig.from_pretrained(checkpoint)
-    config.head_dim = config.hidden_size // config.num_attention_heads
-    return config
+    width = content["hidden_size"] // content["num_attention_heads"]
+    return AutoConfig.for_model(**(content | {"head_dim": width}))
 
 
 def sampling(temperature: float, top_p: float) -> dict[str, Any]:
