@@ -15,8 +15,8 @@ import torch
 from moe_llm.checkpoint.export import DTYPES, token_ids, write_model_files
 from moe_llm.checkpoint.folder import sync_directory
 from moe_llm.checkpoint.manifest import write_json
-from moe_llm.checkpoint.plan import MODEL, file_set
-from moe_llm.checkpoint.safetensors_io import ShardWriter, Spec, TensorFiles, parse_size, read_json
+from moe_llm.checkpoint.plan import MODEL, ShardSet, file_set
+from moe_llm.checkpoint.safetensors_io import Spec, TensorFiles, parse_size, read_json
 from moe_llm.checkpoint.weights import Weights
 from moe_llm.config import ModelConfig
 from moe_llm.errors import UserError
@@ -188,10 +188,9 @@ def _write_weights(model: MoEDecoder, directory: Path, dtype: torch.dtype, max_b
     ]
     contents = (part for name, tensor in tensors.items() for part in layout.stored_tensors(family, name, tensor))
     files = file_set(MODEL, [specs], 0, max_bytes)
-    for file, shard in files.mine.items():
-        writer = ShardWriter(directory / file, shard)
-        for spec in tracked(shard, f"writing {file}"):
-            writer.write(spec.name, next(contents))
-        writer.close()
+    shards = ShardSet(directory, files)
+    for spec, content in zip(tracked(specs, "writing weights"), contents):
+        shards.write(spec.name, content)
+    shards.finish()
     if files.index is not None:
         write_json(directory / f"{MODEL}.safetensors.index.json", files.index)

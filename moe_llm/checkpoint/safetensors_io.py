@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from moe_llm.checkpoint import mxfp4
 from moe_llm.checkpoint.digests import REMEDY, CheckedFile, DigestedFile, FileRecord
 from moe_llm.errors import UserError
+from moe_llm.families import mxfp4
 
 _DTYPES = {
     "F64": torch.float64,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moe_llm.checkpoint.manifest import MANIFEST, read_manifest, verify
 from moe_llm.checkpoint.safetensors_io import TensorFiles
+from moe_llm.checkpoint.weights import check_finite
 from moe_llm.errors import UserError
 from moe_llm.progress import progress, tracked
 
@@ -63,9 +64,5 @@ def _check_finite(stored: TensorFiles, name: str) -> int:
     count = math.prod(stored.shape(name))
     if stored.dtype(name).is_floating_point:
         for start in range(0, count, _SPAN):
-            span = stored.read_span(name, start, min(_SPAN, count - start))
-            if not span.float().isfinite().all():
-                raise UserError(
-                    f"tensor {name} in file {stored.file(name)} has NaN or infinity: use another checkpoint"
-                )
+            check_finite(stored.read_span(name, start, min(_SPAN, count - start)), name, stored.file(name))
     return count * stored.dtype(name).itemsize

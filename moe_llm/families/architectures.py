@@ -174,7 +174,7 @@ def from_content(content: Mapping[str, Any], origin: str) -> ModelConfig:
 
 
 def check_quantization(content: Mapping[str, Any], origin: str) -> None:
-    """Refuse weights in 8 bits or fewer, but for MXFP4, which `checkpoint.mxfp4` reads as bf16.
+    """Refuse weights in 8 bits or fewer, but for MXFP4, which `mxfp4` reads as bf16.
 
     Raises:
         UserError: names how they are quantised.

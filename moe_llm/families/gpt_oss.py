@@ -1,6 +1,6 @@
 """GPT-OSS (OpenAI 2025): clamped SwiGLU, biases everywhere, attention sinks, and windows in every other layer.
 
-Published in MXFP4, which is read as bf16 (`checkpoint.mxfp4`); what is written is bf16 or fp32, as transformers saves it.
+Published in MXFP4, which is read as bf16 (`mxfp4`); what is written is bf16 or fp32, as transformers saves it.
 """
 
 from collections.abc import Mapping

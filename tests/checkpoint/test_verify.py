@@ -56,4 +56,4 @@ def test_without_a_manifest_a_tensor_that_is_not_finite_is_named(checkpoint, val
     save_file(tensors, checkpoint / "model.safetensors")
     capsys.readouterr()
     assert main(["verify", str(checkpoint)]) == 2
-    assert "tensor a in file" in capsys.readouterr().err
+    assert "tensor a of" in capsys.readouterr().err

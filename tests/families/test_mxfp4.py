@@ -68,7 +68,8 @@ def test_every_value_is_transformers_whatever_part_is_read(published, theirs):
     for name in files.names():
         due = whole[name].to(files.dtype(name))
         assert torch.equal(files.read(name), due), name
-        assert torch.equal(files.read_span(name, 1, 2), due.flatten()[1:3]), name
+        count = min(2, due.numel() - 1)  # of attention sinks there is one behind the first
+        assert torch.equal(files.read_span(name, 1, count), due.flatten()[1 : 1 + count]), name
         if ".experts." in name:
             assert torch.equal(files.read(name, slice(1, 3)), due[1:3]), name
             assert files.dtype(name) == torch.bfloat16
