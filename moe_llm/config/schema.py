@@ -341,6 +341,11 @@ class Config(Section):
         assert self.train.max_tokens is not None, "one of the two is given"
         return math.ceil(round(self.train.max_tokens / (self.tokens_per_step * self._fill), 6))
 
+    @property
+    def fill(self) -> float:
+        """Share of a step's places that hold a token, as far as it is known; 1 before data are read."""
+        return self._fill
+
     def with_fill(self, fill: float) -> "Config":
         """The same for data whose blocks are filled with tokens, not padding, to this share: `train.max_tokens` counts
         tokens, so that a run on half empty blocks has twice the steps."""

@@ -23,6 +23,7 @@ from moe_llm.data.chat import read_examples
 from moe_llm.data.chat_template import ChatEncoder
 from moe_llm.data.documents import DocumentEncoder, SpecialText, check_rows, report_special_text
 from moe_llm.data.examples import PackedExamples
+from moe_llm.data.fill import remember_fill
 from moe_llm.data.packing import Batch, PackedBlocks
 from moe_llm.data.pairs import PackedPairs
 from moe_llm.data.shards import cached_tokens, entry_of, settings_of
@@ -293,6 +294,8 @@ def load_data(
     order = _mixed(config, train, augmentations)
     found = Data(order, validation, [_statistics(*named) for named in blocks], prints)
     found.resume_streams(streams)
+    if rank == 0:
+        remember_fill(config, order.fill)
     return found
 
 

@@ -14,6 +14,7 @@ import torch
 
 from moe_llm.config import Config
 from moe_llm.config.adversarial import AdversarialConfig
+from moe_llm.data.fill import with_known_fill
 from moe_llm.distributed.runtime import rank_from_environment, world_size_from_environment
 from moe_llm.doctor import adapters, compare, judge
 from moe_llm.doctor.causes import diagnose
@@ -76,6 +77,7 @@ def examine(
             "ranks with --launch"
         )
     begin = time.monotonic()
+    config = with_known_fill(config)
     small = shrink(config, ranks, steps, as_wide=launched)
     report = Report(_layout(small.config, ranks, launched), small.changes, [note(sentence) for sentence in small.notes])
     with contextlib.ExitStack() as stack:

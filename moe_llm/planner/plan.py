@@ -1,6 +1,7 @@
 """`moe-llm plan`: which layouts of a run fit the GPUs, and how long the best one takes, before any are rented.
 
-By arithmetic on the configuration alone: no torch, no allocation.
+By arithmetic on the configuration, and on the share of padding where its data have been prepared: no torch, no
+allocation.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 from moe_llm.config import Config
 from moe_llm.config.parallel import sequence_parts_conflict
+from moe_llm.data.fill import with_known_fill
 from moe_llm.distributed.placement_plan import imbalance
 from moe_llm.errors import UserError
 from moe_llm.finetune.selection import trained_names
@@ -88,6 +90,7 @@ def plan(config: Config, request: Request) -> Plan:
         UserError: no vocabulary size, GPUs that do not divide over the nodes, or a batch that does not over the GPUs.
     """
     _check(config, request)
+    config = with_known_fill(config)
     candidates = [_candidate(config, request, layout) for layout in layouts(config, request.gpus)]
     candidates.sort(key=lambda c: (not c.fits, c.time.total if c.fits else c.memory.total, c.memory.total))
     best = candidates[0] if candidates[0].fits else None
@@ -277,6 +280,7 @@ def as_json(found: Plan) -> dict[str, Any]:
         "request": request,
         "steps": found.config.max_steps,
         "tokens_per_step": found.config.tokens_per_step,
+        "fill": found.config.fill,
         "best": row(found.best) if found.best else None,
         "needed": found.needed,
         "held_before_zero": {"dense": dense, "experts": expert},

@@ -123,8 +123,9 @@ def _arithmetic(found: Plan, best: Candidate) -> list[str]:
         f"weights {sent.weights / 1e9:.1f}",
         f"  seconds: products {time.products:.2f} + all-to-all {time.all_to_all:.2f} + gradients "
         f"{time.gradients:.2f} + weights {time.weights:.2f} + host {time.host:.2f} = {time.total:.2f}, nothing overlapped",
-        f"  {config.max_steps:,} steps, {config.max_steps * tokens:,} tokens: {days(found, best):.1f} days, "
-        f"{tokens / time.total:,.0f} tokens/s",
+        f"  {config.max_steps:,} steps, {config.max_steps * tokens * config.fill:,.0f} tokens"
+        + (f" in blocks that are {config.fill:.1%} full, as prepared" if config.fill < 1 else "")
+        + f": {days(found, best):.1f} days, {tokens * config.fill / time.total:,.0f} tokens/s",
     ]
 
 
