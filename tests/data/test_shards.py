@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -275,3 +276,13 @@ def test_a_sharded_array_gives_what_the_whole_one_gives():
     assert [array[i] for i in range(-13, 13)] == [whole[i] for i in range(-13, 13)]
     assert array.count_nonzero == np.count_nonzero(whole)
     assert np.asarray(array).dtype == np.uint16
+
+
+def test_a_log_gets_share_rate_and_time_left(monkeypatch, caplog):
+    clock = iter([0.0, 10.0, 40.0])
+    monkeypatch.setattr(shards, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    advance = shards._log_progress(FIELD, 400_000_000)
+    advance(50_000_000)
+    assert not caplog.messages, "a line every 30 seconds"
+    advance(50_000_000)
+    assert caplog.messages == [f"tokenising {FIELD}: 100 of 400 MB, 2.5 MB/s, 2 min left"]
