@@ -205,16 +205,13 @@ def measure_loader(folder: Path) -> dict:
         for _ in range(steps):
             next(loader)
         fed = steps * config.tokens_per_step / (time.perf_counter() - begin)
-    command = [
-        sys.executable,
-        "-m",
-        "moe_llm",
-        "train",
-        str(QUICKSTART),
-        "train.max_steps=20",
-        "evaluate.every_steps=null",
+    command = [*MOE_LLM, "train", str(QUICKSTART), "train.max_steps=20", "evaluate.every_steps=null"]
+    command += [
+        f"data.cache_dir={folder / 'cache'}",
+        f"run.dir={folder / 'trained'}",
+        "evaluate.max_blocks=8",
+        "logging.every_steps=10",
     ]
-    command += [f"data.cache_dir={folder / 'cache'}", f"run.dir={folder / 'trained'}", "logging.every_steps=10"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     records = (folder / "trained/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     taken = json.loads(records[-1])["tokens_per_second"]
