@@ -80,7 +80,7 @@ class Ensemble:
         return self.models[0]
 
     @property
-    def rule(self) -> Rule:
+    def rule(self) -> Rule | Contextual:
         if self._rule is None:
             raise UserError(
                 f"{self.recipe.to_fit} is not fitted: add data: [FILES] to the file, or use what "
@@ -119,7 +119,7 @@ class Ensemble:
         return found
 
 
-def make_rule(recipe: FittedRecipe, index: list[int], models: int) -> Rule:
+def make_rule(recipe: FittedRecipe, index: list[int], models: int) -> Rule | Contextual:
     """The rule of a recipe that has all its numbers.
 
     Args:
@@ -127,11 +127,13 @@ def make_rule(recipe: FittedRecipe, index: list[int], models: int) -> Rule:
         models: how many different ones; what members of one model weigh is added up.
     """
     if isinstance(recipe, CascadeRecipe):
+        assert recipe.threshold is not None, "it has all its numbers"
         return Cascade(recipe.threshold)
     if isinstance(recipe, ContextualRecipe):
         assert recipe.gate is not None, "it has all its numbers"
         return Contextual(recipe.gate, models)
     if isinstance(recipe, ExpertsRecipe):
+        assert isinstance(recipe.lambda_, float), "it has all its numbers"
         base, direction = expert_directions(recipe, index, models)
         return LogLinear(tuple((base + recipe.lambda_ * direction).tolist()))
     weights = torch.zeros(models, dtype=torch.float64)

@@ -37,7 +37,7 @@ def evaluate(
     Raises:
         UserError: no text, or numbers that are not fitted yet.
     """
-    rule = ensemble.rule
+    rule: Any = ensemble.rule
     text = load_text(ensemble, files, max_blocks, chat, text_field, parse_special_tokens)
     losses = torch.zeros(1 + len(ensemble.models), dtype=torch.float64)
     tokens = asked = 0

@@ -12,8 +12,16 @@ from torch import Tensor
 
 from moe_llm.ensemble.context import fit_gate
 from moe_llm.ensemble.ensemble import Ensemble, expert_directions
-from moe_llm.ensemble.recipe import CascadeRecipe, ContextualRecipe, ExpertsRecipe, FittedRecipe, LinearRecipe
-from moe_llm.ensemble.rules import confidence
+from moe_llm.ensemble.recipe import (
+    CascadeRecipe,
+    ContextualRecipe,
+    ExpertsRecipe,
+    FittedRecipe,
+    LinearRecipe,
+    LogLinearRecipe,
+    McDropoutRecipe,
+)
+from moe_llm.ensemble.rules import LinearMixture, LogLinear, confidence
 from moe_llm.ensemble.scores import Scored, load_text, score
 from moe_llm.errors import UserError
 
@@ -58,23 +66,27 @@ def fit(ensemble: Ensemble, data: list[str], *, max_blocks: int | None = None, b
     elif isinstance(recipe, LinearRecipe):
         fitted = _fit_linear(ensemble, recipe, score(ensemble, text, batch_size))
     else:
+        assert isinstance(recipe, (LogLinearRecipe, ExpertsRecipe)), "others leave nothing to fit"
         fitted = _fit_log_linear(ensemble, recipe, score(ensemble, text, batch_size), text.num_targets)
     ensemble.use(fitted.recipe)
     return fitted
 
 
 def check_fittable(recipe: FittedRecipe) -> None:
-    """Refuse a cascade whose threshold is given.
+    """Refuse a cascade whose threshold is given, and what has no numbers.
 
     Raises:
         UserError: so it is.
     """
+    if isinstance(recipe, McDropoutRecipe):
+        raise UserError("method=mc_dropout has nothing to fit: use it as it is")
     if isinstance(recipe, CascadeRecipe) and recipe.budget is None:
         raise UserError(f"threshold={recipe.threshold} leaves nothing to fit: give a budget in its place")
 
 
 def fit_threshold(recipe: CascadeRecipe, confidence_N: Tensor) -> Fitted:
     """The highest threshold that leaves the large model no more than its budget."""
+    assert recipe.budget is not None, "`check_fittable` has looked"
     threshold = threshold_for(recipe.budget, confidence_N)
     asked = float((confidence_N < threshold).double().mean())
     return Fitted(recipe.with_threshold(threshold), len(confidence_N), asked=asked)
@@ -235,7 +247,7 @@ def _fit_linear(ensemble: Ensemble, recipe: LinearRecipe, scores: Iterable[Score
     said = said_by_any(log_probs_NU)
     excluded = int((~said).sum())
     log_probs_NU = log_probs_NU[said]
-    before = None if recipe.to_fit else _mixture_loss(log_probs_NU, ensemble.rule.weights)
+    before = None if recipe.to_fit else _mixture_loss(log_probs_NU, _weights(ensemble))
     alone_U = -log_probs_NU.mean(0)
     return Fitted(
         recipe.with_shares(_divided(weights_U, ensemble.index)), len(log_probs_NU), -likelihoods[-1], before,
@@ -248,6 +260,7 @@ def _fit_contextual(recipe: ContextualRecipe, scores: Iterable[Scored]) -> Fitte
     for scored in scores:
         at = scored.targets_N[:, None]
         parts.append(torch.stack([part.gather(1, at)[:, 0] for part in scored.log_probs], 1).double().cpu())
+        assert scored.context_NF is not None, "weights by context have features"
         contexts.append(scored.context_NF.cpu())
     log_probs_NU, context_NF = torch.cat(parts), torch.cat(contexts)
     said = said_by_any(log_probs_NU)
@@ -260,16 +273,25 @@ def _fit_contextual(recipe: ContextualRecipe, scores: Iterable[Scored]) -> Fitte
     )  # fmt: skip
 
 
+def _weights(ensemble: Ensemble) -> Sequence[float]:
+    assert isinstance(ensemble.rule, (LinearMixture, LogLinear)), "others have no weights"
+    return ensemble.rule.weights
+
+
 def _mixture_loss(log_probs_NU: Tensor, weights: Sequence[float]) -> float:
     return -float((log_probs_NU + torch.tensor(weights, dtype=torch.float64).log()).logsumexp(1).mean())
 
 
-def _fit_log_linear(ensemble: Ensemble, recipe: FittedRecipe, scores: Iterable[Scored], targets: int) -> Fitted:
+def _fit_log_linear(
+    ensemble: Ensemble,
+    recipe: LogLinearRecipe | ExpertsRecipe,
+    scores: Iterable[Scored],
+    targets: int,
+) -> Fitted:
     U = len(ensemble.models)
     kept = _thinned(scores, targets, CACHE_BYTES // (4 * U * ensemble.main.width))
     units_UU = torch.eye(U, dtype=torch.float64)
-    experts = isinstance(recipe, ExpertsRecipe)
-    if experts:
+    if isinstance(recipe, ExpertsRecipe):
         base_U, direction_U = expert_directions(recipe, ensemble.index, U)
         directions_KU = direction_U[None]
     else:
@@ -277,11 +299,13 @@ def _fit_log_linear(ensemble: Ensemble, recipe: FittedRecipe, scores: Iterable[S
     theta_K, losses = log_linear_weights(kept, base_U, directions_KU)
     before = None
     if not recipe.to_fit:
-        before = _objective(kept, torch.tensor(ensemble.rule.weights, dtype=torch.float64), units_UU)[0]
+        before = _objective(kept, torch.tensor(_weights(ensemble), dtype=torch.float64), units_UU)[0]
     alone = [_objective(kept, unit_U, units_UU[:1])[0] for unit_U in units_UU]
-    fitted = (
-        recipe.with_strength(float(theta_K[0])) if experts else recipe.with_shares(_divided(theta_K, ensemble.index))
-    )
+    fitted: FittedRecipe
+    if isinstance(recipe, ExpertsRecipe):
+        fitted = recipe.with_strength(float(theta_K[0]))
+    else:
+        fitted = recipe.with_shares(_divided(theta_K, ensemble.index))
     tokens = sum(len(s.targets_N) for s in kept)
     return Fitted(fitted, tokens, losses[-1], before, tuple(alone[u] for u in ensemble.index))
 

@@ -88,7 +88,7 @@ class CachedMember:
         parents_R = None
         if known_RT is not None and known_RT.shape[0] == len(ids_RT) and known_RT.shape[1] < ids_RT.shape[1]:
             parents_R = self._parents(ids_RT[:, : known_RT.shape[1]])
-        if parents_R is None:
+        if parents_R is None or known_RT is None or self._mask_RU is None:
             self._forget()
             return 0
         if not torch.equal(parents_R, torch.arange(len(ids_RT))):
@@ -99,13 +99,14 @@ class CachedMember:
     def _parents(self, prefix_RT: Tensor) -> Tensor | None:
         """The row of the call before that each row continues; None if there is one without."""
         rows = len(prefix_RT)
+        assert self._ids_RT is not None, "there was a call before"
         if torch.equal(prefix_RT, self._ids_RT):
             return torch.arange(rows)
         prompt_R = torch.arange(rows) // self._repeats(rows)
         found = []
         for r in range(rows):
             # prompts that differ in their padding alone may have equal tokens, and have other states
-            alike_R = (self._ids_RT == prefix_RT[r]).all(1) & (prompt_R == prompt_R[r])
+            alike_R = torch.eq(self._ids_RT, prefix_RT[r]).all(1) & (prompt_R == prompt_R[r])
             if not alike_R.any():
                 return None
             found.append(int(alike_R.int().argmax()))

@@ -60,7 +60,7 @@ class EnsembleLogitsProcessor(LogitsProcessor):
             return scores
         # all are started before the first is waited for: on several devices they run side by side
         logits = {u: follower.next_logits(input_ids) for u, follower in self._followers.items()}
-        found: list[Tensor | None] = [main_RV, *[None] * (len(self.ensemble.models) - 1)]
+        found: list[Any] = [main_RV, *[None] * (len(self.ensemble.models) - 1)]
         for u, logits_RW in logits.items():
             found[u] = self.ensemble.over_main(u, logits_RW, main_RV)
         combined_RV = self.rule(found)
@@ -78,6 +78,7 @@ class EnsembleLogitsProcessor(LogitsProcessor):
             mask_RT[:, : prompts_RP.shape[1]] = prompts_RP
         scored = score_rows(self.ensemble, last_rows(input_ids, mask_RT))
         found = [main_RV, *scored.log_probs[1:]]
+        assert scored.context_NF is not None, "weights by context have features"
         combined_RV = rule(found, scored.context_NF)
         self.rows += len(scores)
         self.asked += len(scores)

@@ -13,7 +13,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -93,7 +93,7 @@ class _Weighted(_Fitted):
         """The members' weights, with equal ones where none are given."""
         return [1 / len(self.members) if m.weight is None else m.weight for m in self.members]
 
-    def with_shares(self, shares: Sequence[float]) -> "_Weighted":
+    def with_shares(self, shares: Sequence[float]) -> Self:
         """The same with these weights."""
         members = [m.model_copy(update={"weight": float(w)}) for m, w in zip(self.members, shares)]
         return self.model_copy(update={"members": members, "weights": "given", "data": None, "max_blocks": None})
@@ -370,12 +370,12 @@ def parse_recipe(raw: Any, origin: str = "ensemble") -> AnyRecipe:
     method = raw["method"]
     if not isinstance(method, str) or method not in METHODS:
         raise UserError(f"{origin}: method={method!r} is no method: use one of {', '.join(METHODS)}")
-    kind = METHODS[method]
+    kind: type[Any] = METHODS[method]
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
         known = {key for section in (kind, *_MEMBERS) for key in fields_by_key(section)}
-        raise UserError(f"{origin}: {sentence(error.errors()[0], known)}") from error
+        raise UserError(f"{origin}: {sentence(dict(error.errors()[0]), known)}") from error
 
 
 def recipe_text(recipe: AnyRecipe) -> str:
@@ -386,7 +386,8 @@ def recipe_text(recipe: AnyRecipe) -> str:
 
 def by_role(recipe: ExpertsRecipe | CascadeRecipe | StackingRecipe | SelfRefineRecipe) -> dict[str, int]:
     """The members' indices by role."""
-    return {member.role: i for i, member in enumerate(recipe.members)}
+    members: Sequence[Any] = recipe.members
+    return {member.role: i for i, member in enumerate(members)}
 
 
 def _check_roles(members: Sequence[Any], needed: list[str]) -> None:

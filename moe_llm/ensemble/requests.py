@@ -102,6 +102,7 @@ def cascade(recipe: CascadeRecipe, models: list[Model], prompt: str, options: di
     small, large = models[roles["small"]], models[roles["large"]]
     found = answer(small, prompt, options)
     sure = answer_confidence(small, found)
+    assert recipe.threshold is not None, "it is fitted by now"
     if sure >= recipe.threshold:
         say(f"{small.name} answers: its confidence is {sure:.4f}, the threshold {recipe.threshold:.4f}")
         return found.whole

@@ -7,10 +7,13 @@ always there.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+# of each model, or None where it is not asked: a rule reads those that it needs
+LogProbs = Sequence[Any]
 
 _LEAST = -1e4  # nats: a token that a member excludes; a weight of 0 or less times -inf would be no number
 
@@ -25,7 +28,7 @@ class Rule(Protocol):
     def asks(self, main_NV: Tensor) -> Tensor:
         """(N,) bool: the positions at which the main model's log-probabilities are not the ensemble's as they are."""
 
-    def __call__(self, log_probs: Sequence[Tensor | None]) -> Tensor:
+    def __call__(self, log_probs: LogProbs) -> Tensor:
         """(N, V) log-probabilities from each model's (N, V)."""
 
 
@@ -50,11 +53,11 @@ class _Weighted:
 class LinearMixture(_Weighted):
     """log sum_m w_m p_m; the weights are not negative and sum to 1."""
 
-    def __call__(self, log_probs: Sequence[Tensor | None]) -> Tensor:
+    def __call__(self, log_probs: LogProbs) -> Tensor:
         parts = [log_probs[m] + math.log(weight) for m, weight in enumerate(self.weights) if weight]
         return parts[0] if len(parts) == 1 else torch.stack(parts).logsumexp(0)
 
-    def disagreement(self, log_probs: Sequence[Tensor | None], mixed_NV: Tensor) -> Tensor:
+    def disagreement(self, log_probs: LogProbs, mixed_NV: Tensor) -> Tensor:
         """(N,) nats: the entropy of the mixture beyond the members' mean one, which is the mutual information of token
         and member (Houlsby et al. 2011); 0 where all say the same."""
         return mutual_information(log_probs, mixed_NV, self.weights)
@@ -63,7 +66,7 @@ class LinearMixture(_Weighted):
 class LogLinear(_Weighted):
     """log of prod_m p_m^w_m, renormalised; DExperts' sum of logits is the same, since softmax takes no constants."""
 
-    def __call__(self, log_probs: Sequence[Tensor | None]) -> Tensor:
+    def __call__(self, log_probs: LogProbs) -> Tensor:
         total_NV = torch.zeros_like(log_probs[0])
         for weight, part_NV in zip(self.weights, log_probs):
             if weight:
@@ -84,14 +87,12 @@ class Cascade:
     def asks(self, main_NV: Tensor) -> Tensor:
         return confidence(main_NV) < self.threshold
 
-    def __call__(self, log_probs: Sequence[Tensor | None]) -> Tensor:
+    def __call__(self, log_probs: LogProbs) -> Tensor:
         small_NV, large_NV = log_probs
         return torch.where(self.asks(small_NV)[:, None], large_NV, small_NV)
 
 
-def mutual_information(
-    log_probs: Sequence[Tensor | None], mixed_NV: Tensor, weights: Sequence[float] | Tensor
-) -> Tensor:
+def mutual_information(log_probs: LogProbs, mixed_NV: Tensor, weights: Sequence[float] | Tensor) -> Tensor:
     """(N,) nats, of token and member. weights: of each member, numbers or (N,)."""
     entropy_N = _entropy(mixed_NV)
     for weight, part_NV in zip(weights, log_probs):

@@ -24,7 +24,9 @@ from moe_llm.ensemble.recipe import (
     ChainRecipe,
     ContextualRecipe,
     EditsRecipe,
+    ExpertsRecipe,
     RequestRecipe,
+    SelfRefineRecipe,
     StackingRecipe,
     load_recipe,
     recipe_text,
@@ -139,7 +141,7 @@ def fit_command(
     check_fittable(recipe)
     _check_output(out)
     _check_text(data, "--data")
-    if _by_request(recipe):
+    if isinstance(recipe, CascadeRecipe) and _by_request(recipe):
         fitted = requests.fit_cascade(recipe, load_models(recipe.members), data, max_blocks)
     else:
         ensemble = Ensemble(recipe)
@@ -165,15 +167,15 @@ def report(fitted: Fitted) -> list[str]:
         lines.append(f"loss {fitted.before:.4f} with the numbers given before")
     shares = getattr(recipe, "shares", None)
     for i, (member, loss) in enumerate(zip(recipe.members, fitted.alone)):
-        part = member.role if shares is None else f"weight {shares[i]:.4f}"
+        part = getattr(member, "role", "") if shares is None else f"weight {shares[i]:.4f}"
         lines.append(f"loss {loss:.4f} of {member.model} alone, {part}")
-    if shares is None:
+    if isinstance(recipe, ExpertsRecipe):
         lines.append(f"lambda {recipe.lambda_:.4f}")
     return lines
 
 
-def _ready(recipe: AnyRecipe, say: Say) -> Ensemble:
-    """The ensemble, fitted where its file says so."""
+def _ready(recipe: Any, say: Say) -> Ensemble:
+    """The ensemble of a recipe that works token by token, fitted where its file says so."""
     ensemble = Ensemble(recipe)
     if recipe.to_fit:
         for line in report(fit(ensemble, recipe.data, max_blocks=recipe.max_blocks)):
@@ -184,6 +186,7 @@ def _ready(recipe: AnyRecipe, say: Say) -> Ensemble:
 def _generate_requests(recipe: AnyRecipe, prompt: str, options: dict[str, Any], seed: int, say: Say) -> str:
     models: list[Model] = load_models(recipe.members)
     if isinstance(recipe, CascadeRecipe) and recipe.to_fit:
+        assert recipe.data is not None, "`_check_fitted` has looked"
         fitted = requests.fit_cascade(recipe, models, recipe.data, recipe.max_blocks)
         for line in report(fitted):
             say(line)
@@ -197,6 +200,7 @@ def _generate_requests(recipe: AnyRecipe, prompt: str, options: dict[str, Any], 
         return chain(recipe, models, prompt, options, say)
     if isinstance(recipe, EditsRecipe):
         return refine_by_edits(recipe, models, prompt, options, say)
+    assert isinstance(recipe, SelfRefineRecipe)
     return requests.self_refine(recipe, models, prompt, options, say)
 
 
@@ -208,12 +212,13 @@ def _by_request(recipe: AnyRecipe) -> bool:
 
 def _check_fitted(recipe: AnyRecipe, file: str | Path) -> None:
     """Refuse, before anything is loaded, a recipe that cannot be made ready."""
-    if getattr(recipe, "to_fit", None) and recipe.data is None:
+    to_fit, data = getattr(recipe, "to_fit", None), getattr(recipe, "data", None)
+    if to_fit and data is None:
         raise UserError(
-            f"{file}: {recipe.to_fit} needs data: add data: [FILES], or use what `moe-llm ensemble fit` makes of it"
+            f"{file}: {to_fit} needs data: add data: [FILES], or use what `moe-llm ensemble fit` makes of it"
         )
-    if getattr(recipe, "to_fit", None):
-        _check_text(recipe.data, f"{file}: data")
+    if to_fit and data is not None:
+        _check_text(data, f"{file}: data")
 
 
 def _check_text(files: list[str], field: str) -> None:

@@ -9,6 +9,7 @@ Shapes: R rows, T tokens, U tokens of a member, N positions with a target, V voc
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from inspect import signature
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ class Scored:
     features of the positions, where the ensemble's weights go by some."""
 
     targets_N: Tensor
-    log_probs: list[Tensor | None]
+    log_probs: list[Any]
     context_NF: Tensor | None = None
 
 
@@ -99,7 +100,7 @@ def score_rows(ensemble: Ensemble, rows: Rows, wanted: Collection[int] | None = 
     if isinstance(ensemble.recipe, ContextualRecipe) and wanted is None:
         return _with_context(ensemble, ensemble.recipe, rows)
     at_RT = rows.labels_RT != IGNORED
-    log_probs: list[Tensor | None] = []
+    log_probs: list[Any] = []
     for u in range(len(ensemble.models)):
         if wanted is not None and u not in wanted:
             log_probs.append(None)
@@ -157,7 +158,7 @@ def last_rows(ids_RT: Tensor, mask_RT: Tensor) -> Rows:
 def document_rows(batch: Batch, limit: int) -> Iterator[Rows]:
     """A batch's documents as rows, those of like length together, at most `limit` places at once or one row."""
     found = []
-    for ids, labels, documents in zip(batch.input_ids_BS, batch.labels_BS, batch.document_ids_BS):
+    for ids, labels, documents in zip(batch.input_ids_BS, batch.labels_BS, _documents(batch)):
         ends = np.flatnonzero(np.diff(documents.numpy(), append=-2)) + 1
         for start, end in zip([0, *ends[:-1]], ends):
             if documents[start] >= 0 and (labels[start:end] != IGNORED).any():
@@ -169,8 +170,13 @@ def document_rows(batch: Batch, limit: int) -> Iterator[Rows]:
         found = found[count:]
 
 
+def _documents(batch: Batch) -> Tensor:
+    assert batch.document_ids_BS is not None, "text that is evaluated has documents"
+    return batch.document_ids_BS
+
+
 def _stack(parts: list[tuple[Tensor, Tensor]]) -> Rows:
-    ids, labels = zip(*parts)
+    ids, labels = [part[0] for part in parts], [part[1] for part in parts]
     masks = [torch.ones_like(row, dtype=torch.bool) for row in ids]
     pad = torch.nn.utils.rnn.pad_sequence
     return Rows(pad(ids, True), pad(labels, True, IGNORED), pad(masks, True, False))

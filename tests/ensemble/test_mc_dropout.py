@@ -10,6 +10,7 @@ from ensemble_fakes import build, members
 
 from moe_llm import cli
 from moe_llm.ensemble.evaluate import evaluate
+from moe_llm.ensemble.fit import fit
 from moe_llm.ensemble.processor import generate
 from moe_llm.ensemble.recipe import parse_recipe
 from moe_llm.ensemble.rules import LinearMixture
@@ -93,3 +94,8 @@ def test_generation_and_the_command_line_tell_the_disagreement(models, text, tmp
 def test_bad_settings_are_refused(changes, named):
     with pytest.raises(UserError, match=named):
         parse_recipe({"method": "mc_dropout", "members": [{"model": "a"}]} | changes)
+
+
+def test_there_is_nothing_to_fit(models, text):
+    with pytest.raises(UserError, match="method=mc_dropout has nothing to fit"):
+        fit(dropout(models, passes=2, dropout=0.3), [text])
