@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from moe_llm.config import Config
 from moe_llm.distributed.dispatch import AllToAllDispatcher
 from moe_llm.errors import UserError
-from moe_llm.model.moe.experts import Experts
+from moe_llm.model.moe.experts import AnyExperts
 from moe_llm.model.moe.routing import Routing
 from moe_llm.model.recomputation import exchanged, is_second_pass
 
@@ -88,7 +88,7 @@ class DeepEPDispatcher(AllToAllDispatcher):
         super().__init__(group, size, chunks)
         self.package = package
 
-    def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    def __call__(self, x_TD: Tensor, routing: Routing, experts: AnyExperts) -> Tensor:
         if routing.slot_TK is None:
             return super().__call__(x_TD, routing, experts)
         counts_E = routing.counts_E

@@ -85,10 +85,9 @@ class Engine(TrainedState, Protocol):
 def shard_experts(model: MoEDecoder, experts: range) -> None:
     """Keep only these experts of every layer."""
     for module in model.modules():
-        whole = isinstance(module, UnevenExperts) or (
-            isinstance(module, Experts) and len(experts) < module.gate_up_proj.shape[0]
-        )
-        if whole:
+        uneven = isinstance(module, UnevenExperts)
+        if uneven or (isinstance(module, Experts) and len(experts) < module.gate_up_proj.shape[0]):
+            assert isinstance(module, (Experts, UnevenExperts))
             module.keep(experts)
 
 

@@ -84,7 +84,8 @@ class ExpertPlacement:
     def _settle(self, layer: MoELayer, dispatcher: AllToAllDispatcher, placement: Placement) -> None:
         size = len(placement) // dispatcher.size
         at_home = placement == self.home
-        experts: Experts = layer.experts
+        experts = layer.experts
+        assert isinstance(experts, Experts), "the configuration refuses to move experts of different widths"
         own = placement[dispatcher.rank * size : (dispatcher.rank + 1) * size]
         experts.held = None if at_home else own
         dispatcher.expert_of_slot = None if at_home else placement

@@ -91,7 +91,7 @@ def pieces(name: str, shape: tuple[int, ...], first_expert: int | None = None) -
     if match is None:
         return [Piece(published_name(name), tuple(shape), ...)]
     held, rows, *columns = shape
-    first = expert_of(name) if match["own"] else first_expert or 0
+    first = (expert_of(name) if match["own"] else first_expert) or 0
     whole = match["factor"] in (None, "_bias")
     matrices = _MATRICES[match["kind"]] if whole else (f"{match['kind']}{match['factor']}",)
     leaf = "bias" if match["factor"] == "_bias" else "weight"

@@ -19,7 +19,7 @@ def packed(shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, 
     Args:
         shapes: dtype and shape of each stored tensor, by name.
     """
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for blocks, (dtype, shape) in shapes.items():
         name = blocks.removesuffix(_BLOCKS)
         if name == blocks or dtype != torch.uint8 or len(shape) != 4 or shape[-1] != _PER_BLOCK:

@@ -25,7 +25,7 @@ class BF16AdamW(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         assert closure is None, "the training loop computes gradients itself"
         for group in self.param_groups:
             for weight in group["params"]:
@@ -41,6 +41,7 @@ class BF16AdamW(torch.optim.Optimizer):
         state["step"] += 1
         beta1, beta2 = group["betas"]
         left_over = state.get(COMPENSATION)
+        assert weight.grad is not None, "those without one are left out"
         flat = [t.view(-1) for t in (weight, weight.grad, state["exp_avg"], state["exp_avg_sq"])]
         for begin in range(0, weight.numel(), _CHUNK):
             low, gradient, first, second = (t[begin : begin + _CHUNK] for t in flat)
