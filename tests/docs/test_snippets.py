@@ -30,6 +30,8 @@ OUTSIDE = {
     "docker": "needs a Docker engine; tests/test_repository.py looks at the files",
     "sbatch": "needs a Slurm cluster",
     "hf": "needs an account at the hub",
+    "transformers": "serves until it is stopped, and needs packages of its own",
+    "vllm": "needs a GPU",
     "source": "is the shell's own",
     "echo": "is the shell's own",
 }
@@ -87,7 +89,7 @@ def check_configuration(words: list[str], checkpoint: Path) -> None:
     """The arguments of `train` and its like parse, and a configuration that is shipped takes the overrides."""
     args = parse(words)
     assert callable(args.handler)
-    if "overrides" in args and (ROOT / args.config).is_file():
+    if "config" in args and "overrides" in args and (ROOT / args.config).is_file():
         based = [word for word in args.overrides if word.startswith("model.init_from=")]
         overrides = [word for word in args.overrides if word not in based]
         if based:
