@@ -23,13 +23,14 @@ ROUTERS: dict[str, dict] = {
     "lory": {"segment_length": 4},
     "soft_moe": {"slots_per_expert": 1, "segment_length": 4},
 }
+ONE = ("lory", "soft_moe", "hierarchical")  # two of a group of two would have equal loads whatever the gate says
 NO_CHOICE = ("soft_moe",)  # whose loads are always equal, so that the loss has no gradient
 
 
 def models(kind: str, scope: str, directory):
     model = {
         "vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 1 if kind in ("lory", "soft_moe") else 2,
+        "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 1 if kind in ONE else 2,
         "max_position_embeddings": 32, "initializer_range": 0.4, "router": {"type": kind, **ROUTERS[kind]},
         "router_aux_loss_coef": 0.25, "router_aux_loss_scope": scope, "router_z_loss_coef": 0.0,
         "num_shared_experts": 1,

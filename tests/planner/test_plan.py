@@ -297,7 +297,9 @@ def test_recorded_loads_give_each_layout_its_imbalance_before_and_after_moves(tm
         rows = json.loads(capsys.readouterr().out)["candidates"]
         seconds[placement] = min(row["seconds"]["products"] for row in rows if row["expert_parallel"] == 2)
     assert seconds["dynamic"] < 0.85 * seconds["static"]
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"moe": {"tokens_per_expert": loads[:3]}}) + "\n")
+    (tmp_path / "metrics.jsonl").write_text(
+        json.dumps({"step": 1, "tokens": 9, "moe": {"tokens_per_expert": loads[:3]}}) + "\n"
+    )
     assert cli.main([*arguments, "--loads", str(tmp_path)]) == 2
     assert "--loads has 3 layers of 8 experts, and the configuration 32 of 8" in capsys.readouterr().err
     assert cli.main([*arguments, "--loads", str(tmp_path / "none")]) == 2

@@ -8,6 +8,7 @@ segments that form slots, L tokens of one of them, R slots of each.
 """
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -411,12 +412,20 @@ class MoELLMForCausalLM(MoELLMPreTrainedModel, MixtralForCausalLM):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         **kwargs,
     ):
-        """As Mixtral's, but that `aux_loss` is the balance loss of this router in training, with its gradient."""
+        """As Mixtral's, but that `aux_loss` is the balance loss of this router in training, with its gradient.
+
+        transformers' `generate` looks at these names, and gives positions and how many logits are needed to those who
+        take them: routers that go by positions need theirs where a batch is padded.
+        """
         asked = self.config.output_router_logits if output_router_logits is None else output_router_logits
         routers = [layer.mlp.gate for layer in self.model.layers]
         for router in routers:
@@ -424,8 +433,12 @@ class MoELLMForCausalLM(MoELLMPreTrainedModel, MixtralForCausalLM):
         output = super().forward(
             input_ids,
             attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
             labels=labels,
             output_router_logits=asked,
+            logits_to_keep=logits_to_keep,
             return_dict=True,
             **kwargs,
         )
