@@ -104,10 +104,15 @@ class WritePlan:
         return sum(files.nbytes for files in self.sets.values())
 
 
-def kinds_of(entry: ParameterShard, kinds: Sequence[str], dtype: torch.dtype, average: bool) -> list[str]:
+def kinds_of(
+    entry: ParameterShard, kinds: Sequence[str], dtype: torch.dtype, average: bool, omitted: bool = False
+) -> list[str]:
     """What of an entry goes into the optimizer's files: of what is never changed, nothing; what is exported in fp32 is
-    not here too."""
-    exported = [] if dtype == torch.float32 and not entry.adapter else [MASTER, *([EMA] if average else [])]
+    not here too. The weight of what the model's files omit is here in any case."""
+    if omitted and not entry.trainable:
+        return [MASTER]
+    whole = dtype == torch.float32 and not entry.adapter and not omitted
+    exported = [] if whole else [MASTER, *([EMA] if average else [])]
     return [*exported, *entry.kinds_among(kinds)] if entry.trainable else []
 
 
@@ -144,7 +149,7 @@ def make_plan(
         counts[name] = max(stop, counts.get(name, 0))
     model, optimizer, frozen = [], [], []
     for entry in filter(lambda entry: entry.writer, state.entries()):
-        pieces = pieces_of(entry)
+        pieces, omitted = pieces_of(entry), family.omits(entry.name)
         if in_one(family, entry.name) and not entry.adapter:
             [(name, shape)] = stored_shapes(family, entry.name, (counts[entry.name], *entry.shape[1:]))
             wide = [exported_dtype(entry, piece, dtype) for piece in pieces]
@@ -154,14 +159,14 @@ def make_plan(
             model += [
                 Spec(family.stored_name(piece.name), piece.shape, exported_dtype(entry, piece, dtype))
                 for piece in pieces
-                if not entry.adapter
+                if not entry.adapter and not omitted
             ]
             frozen += [family.stored_name(piece.name) for piece in pieces if not is_trained(entry, piece)]
         optimizer += [
             Spec(f"{kind}.{piece.name}", piece.shape, torch.float32)
-            for kind in kinds_of(entry, state.kinds, dtype, average)
+            for kind in kinds_of(entry, state.kinds, dtype, average, omitted)
             for piece in pieces
-            if is_trained(entry, piece)
+            if omitted or is_trained(entry, piece)
         ]
     models, optimizers, frozen_by_rank = zip(*state.gather((model, optimizer, frozen)))
     apart = {name for names in frozen_by_rank for name in names} if average else set()
@@ -196,22 +201,23 @@ def stream(state: TrainedState, dtype: torch.dtype, average: bool = False, famil
         pieces = pieces_of(entry) if entry.writer else []
         weight, change = state.read(entry.name, "weight"), _low_rank(entry, state)
         stacked = in_one(family, entry.name) and not entry.adapter
+        omitted = family.omits(entry.name)
         if stacked:
             yield from _in_one(state, entry, family, MODEL, _exported(entry, weight, change))
-        for piece in pieces if not entry.adapter and not stacked else ():
+        for piece in pieces if not (entry.adapter or stacked or omitted) else ():
             kept = entry.kept.get(piece.name)
             original = None if kept is None else kept.original
             own = weight[piece.index] if original is None else original
             yield MODEL, family.stored_name(piece.name), own if change is None else own.float() + change[piece.index]
-        pieces = [piece for piece in pieces if is_trained(entry, piece)]
+        pieces = [piece for piece in pieces if omitted or is_trained(entry, piece)]
         tensors = {MASTER: weight}
         if average and entry.trainable:
             tensors[EMA] = state.read(entry.name, EMA)
             if stacked:
                 yield from _in_one(state, entry, family, AVERAGE, tensors[EMA])
-            for piece in pieces if not stacked else ():
+            for piece in pieces if not (stacked or omitted) else ():
                 yield AVERAGE, family.stored_name(piece.name), tensors[EMA][piece.index]
-        for kind in kinds_of(entry, state.kinds, dtype, average):
+        for kind in kinds_of(entry, state.kinds, dtype, average, omitted):
             tensor = tensors[kind] if kind in tensors else state.read(entry.name, kind)
             for piece in pieces:
                 yield OPTIMIZER, f"{kind}.{piece.name}", tensor[piece.index]

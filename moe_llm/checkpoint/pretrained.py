@@ -132,7 +132,7 @@ def _fill(model: MoEDecoder, weights: Weights, experts: range | None) -> None:
     shapes = {name: _whole_shape(name, parameter, model) for name, parameter in parameters.items()}
     whole = hf.parameter_shapes(model.config).items()
     shapes |= {name: shape for name, shape in whole if hf.expert_of(name) is not None}  # other ranks' too
-    stored = weights.without_unused(shapes, architecture_of(model.config).unused)
+    stored = weights.without_unused(shapes, architecture_of(model.config).dispensable)
     check_weights(weights, stored)
     for name, parameter in tracked(parameters.items(), "loading"):
         if name not in stored:  # what only training needs begins where a new model's does

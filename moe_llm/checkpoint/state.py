@@ -53,6 +53,7 @@ from moe_llm.errors import UserError
 from moe_llm.families import hf
 from moe_llm.families.architectures import architecture_of
 from moe_llm.families.card import model_card, newest_record
+from moe_llm.families.family import Family
 from moe_llm.families.layout import stored_shapes
 
 __all__ = [
@@ -291,7 +292,7 @@ def load_checkpoint(path: str | Path, state: TrainedState, *, hashes: bool = Tru
     """
     path, failures = Path(path), list[UserError]()
     verify(path, state, hashes=hashes)
-    head, sources = together(state, lambda: _open(path, state, failures))
+    head, sources, apart = together(state, lambda: _open(path, state, failures))
     adapted = has_adapters(state)
     state.make_average(head["ema_updates"] if EMA in sources else 0)
     if state.counters:
@@ -299,12 +300,15 @@ def load_checkpoint(path: str | Path, state: TrainedState, *, hashes: bool = Tru
     for entry in state.entries():
         if entry.adapter:
             write_trained(state, entry, "weight", sources[MASTER])
+        elif entry.name in apart and not adapted:
+            write_trained(state, entry, "weight", apart[entry.name][MASTER])
         elif not adapted:
             write_weight(state, entry, sources[MODEL], sources[MASTER])
         for kind in entry.kinds_among(state.kinds):
             write_trained(state, entry, kind, sources[kind])
         if EMA in sources and entry.trainable:
-            state.write(entry.name, EMA, read_average(state, entry, sources[EMA]))
+            average = apart.get(entry.name, sources)[EMA]
+            state.write(entry.name, EMA, read_average(state, entry, average))
     found = [sentence for sentence in state.gather(str(failures[0]) if failures else None) if sentence]
     if found:  # told now: reading is collective, and other ranks would have waited for one that had stopped
         raise DamagedCheckpoint(found[0])
@@ -346,8 +350,11 @@ def _read_head(path: Path) -> dict[str, Any]:
     return head
 
 
-def _open(path: Path, state: TrainedState, failures: list[UserError]) -> tuple[dict[str, Any], dict[str, Weights]]:
-    """state.json and, by kind, the tensors; everything that can be refused is refused here."""
+def _open(
+    path: Path, state: TrainedState, failures: list[UserError]
+) -> tuple[dict[str, Any], dict[str, Weights], dict[str, dict[str, Weights]]]:
+    """state.json; by kind, the tensors; and by name and kind those that the model's files omit. Everything that can be
+    refused is refused here."""
     head = _read_head(path)
     stored = head["optimizer_tensors"]
     if set(stored) != set(state.kinds):
@@ -361,11 +368,13 @@ def _open(path: Path, state: TrainedState, failures: list[UserError]) -> tuple[d
             f"checkpoint {path} has no counters of the optimizer for {min(lacking)} times optim.lr: set "
             "optim.lr_multipliers as they were, or start another run.dir"
         )
-    shapes = _stored_shapes(path, state)
+    shapes, family = _stored_shapes(path, state)
     check_base(path, head, state)
     records = {path / name: record for name, record in read_manifest(path).items()}
     model = Weights(TensorFiles(path, MODEL, records), "", failures)
-    model.check(shapes)
+    whole = model.without_unused(shapes, family.omitted)
+    model.check(whole)
+    omitted = shapes.keys() - whole.keys()
     shapes |= adapter_shapes(path, state)
     sources = {MODEL: model, MASTER: model}
     entries = [entry for entry in state.entries() if entry.trainable]
@@ -376,18 +385,33 @@ def _open(path: Path, state: TrainedState, failures: list[UserError]) -> tuple[d
     beside = ([MASTER] + [EMA] * average) if masters else []
     if average and not masters:
         sources[EMA] = Weights(TensorFiles(path / EMA, MODEL, records), "", failures)
-        sources[EMA].check(shapes)
+        sources[EMA].check(whole)
     if trainable and (beside or state.kinds):
         files = TensorFiles(path / "trainer", Path(OPTIMIZER).name, records)
         for kind in [*beside, *state.kinds]:
             having = {e.name for e in entries if kind in beside or e.kinds_among((kind,))}
             sources[kind] = Weights(files, f"{kind}.", failures)
-            sources[kind].check({n: shape for n, shape in trainable.items() if n in having}, experts=experts)
-    return head, sources
+            sources[kind].check(
+                {n: shape for n, shape in trainable.items() if n in having},
+                optional=map(hf.published_name, omitted),
+                experts=experts,
+            )
+    apart: dict[str, dict[str, Weights]] = {}
+    if omitted:
+        files = TensorFiles(path / "trainer", Path(OPTIMIZER).name, records)
+        kinds = [MASTER, *([EMA] if average else [])]
+        kept = {kind: Weights(files, f"{kind}.", failures) for kind in kinds}
+        for kind, weights in kept.items():
+            due = {name for name in omitted if kind == MASTER or name in trainable}
+            others = {*weights.stored()} - {hf.published_name(name) for name in due}
+            weights.check({name: shapes[name] for name in due}, optional=others)
+        apart = {name: kept for name in omitted}
+    return head, sources, apart
 
 
-def _stored_shapes(path: Path, state: TrainedState) -> dict[str, tuple[int, ...]]:
-    """The shape over all ranks of every parameter, which must be those of the model in training."""
+def _stored_shapes(path: Path, state: TrainedState) -> tuple[dict[str, tuple[int, ...]], Family]:
+    """The shape over all ranks of every parameter, which must be those of the model in training, and the family of the
+    files."""
     config_file = path / "config.json"
     stored = hf.from_transformers_config(read_json(config_file), str(config_file))
     shapes = hf.parameter_shapes(stored) | hf.buffer_shapes(stored)
@@ -400,4 +424,4 @@ def _stored_shapes(path: Path, state: TrainedState) -> dict[str, tuple[int, ...]
                 f"checkpoint {path} has {name} of shape {whole}, and this run's is of shape {here}: "
                 "set model as it was, or start another run.dir"
             )
-    return shapes
+    return shapes, architecture_of(stored)

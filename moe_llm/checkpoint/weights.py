@@ -23,9 +23,12 @@ class Weights:
     Per-expert and stacked experts are understood, under `block_sparse_moe` and under `mlp`.
 
     failures: collects what is wrong with tensors that are read, in whose place zeros are given; None: it is raised.
+    dense: the files are of a model without experts, which is not to be read as one of one expert in each layer.
     """
 
-    def __init__(self, files: TensorFiles, prefix: str = "", failures: list[UserError] | None = None):
+    def __init__(
+        self, files: TensorFiles, prefix: str = "", failures: list[UserError] | None = None, dense: bool = False
+    ):
         self.files, self.prefix, self._failures = files, prefix, failures
         self._stored: dict[str, str] = {}  # published name -> name in the files
         for stored in files.names():
@@ -38,6 +41,8 @@ class Weights:
                     "weight: remove one"
                 )
             self._stored[name] = stored
+        if not (prefix or dense or any(".experts." in name for name in self._stored)):
+            self._stored = {hf.of_the_only_expert(name): stored for name, stored in self._stored.items()}
         # GPT-OSS's layout; no other family has biases of all experts in one tensor
         self.interleaved = any(name.endswith(".experts.gate_up_proj_bias") for name in self._stored)
         beyond = self._next_token_layers()
@@ -54,7 +59,7 @@ class Weights:
         Raises:
             UserError: names the tensors that are missing, unexpected or of another shape.
         """
-        expected: dict[str, tuple[int, ...]] = {}
+        expected, allowed = dict[str, tuple[int, ...]](), set(optional)
         for name, shape in shapes.items():
             if self._stacked(name) is not None:
                 whole = layout.stacked_shape(name, tuple(shape)) if self.interleaved else tuple(shape)
@@ -66,7 +71,7 @@ class Weights:
                     if experts is None or piece.index is ... or piece.index[0] in experts
                 }
         missing = [name for name in expected if name not in self._stored]
-        unexpected = [name for name in self._stored if name not in expected and name not in set(optional)]
+        unexpected = [name for name in self._stored if name not in expected and name not in allowed]
         misshapen = [
             f"{name} {list(self.files.shape(self._stored[name]))} instead of {list(shape)}"
             for name, shape in expected.items()

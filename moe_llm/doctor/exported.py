@@ -16,7 +16,7 @@ from moe_llm.doctor.compare import Tolerances, Whole
 from moe_llm.doctor.findings import FAIL, Finding, exact, note, within
 from moe_llm.doctor.oracle import checkpoint as files
 from moe_llm.families import hf
-from moe_llm.families.architectures import architecture_of, export_note
+from moe_llm.families.architectures import MISTRAL, architecture_of, export_note
 from moe_llm.families.layout import from_stacked, in_one
 
 
@@ -92,12 +92,14 @@ def check_export(
     loaded = exact("export_loaded", f"checkpoint in transformers: loads in {config.checkpoint.dtype} by itself", other)
     theirs = theirs.float()
     held = {hf.published_name(name): tensor for name, tensor in [*theirs.named_parameters(), *theirs.named_buffers()]}
+    if architecture is MISTRAL:
+        held = {hf.of_the_only_expert(name): tensor for name, tensor in held.items()}
     for name in weights:
         if in_one(architecture, name) and hf.published_name(name) in held:
             held[hf.published_name(name)] = from_stacked(name, held[hf.published_name(name)])
     buffers, unequal = hf.buffer_shapes(config.model), []
     for name, value in weights.items():
-        if name.endswith(architecture.unused):
+        if name.endswith(architecture.dispensable):
             continue
         dtype = torch.float32 if name in buffers else DTYPES[config.checkpoint.dtype]
         stored = torch.from_numpy(value).to(dtype).float()

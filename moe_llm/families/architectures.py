@@ -20,6 +20,7 @@ from moe_llm.families import (
     deepseek_v3,
     glm4_moe,
     gpt_oss,
+    mistral,
     mixtral,
     olmoe,
     qwen2_moe,
@@ -38,6 +39,7 @@ TABLE: tuple[Family, ...] = (
     deepseek_v3.FAMILY,
     gpt_oss.FAMILY,
 )
+MISTRAL = mistral.FAMILY  # of what has one expert; no family of mixtures, so that it is not in the table
 FAMILIES = {family.model_type: family for family in TABLE}
 
 
@@ -91,6 +93,8 @@ def _has_code(model: ModelConfig) -> bool:
 def architecture_of(model: ModelConfig) -> Family:
     """That of a model's checkpoints: the one that it names, where that computes it, else the first that does."""
     named = FAMILIES.get(model.architecture)
+    if named is MIXTRAL and not MISTRAL.cannot(model):
+        return MISTRAL
     for family in filter(None, (named, *TABLE)):
         if not family.cannot(model):
             unused = _UNUSED.get(model.router.type, ())
@@ -120,6 +124,8 @@ def export_note(model: ModelConfig) -> str | None:
         )
     if not found.native:
         return f"transformers has no architecture with {told}: checkpoints load in moe_llm and need its code elsewhere"
+    if found is MISTRAL:
+        return f"one expert is a dense model: checkpoints are {found.architecture}'s in transformers, without a router"
     if found.unused:
         return (
             f"checkpoints are {found.architecture}'s; their {', '.join(found.unused)}, which only training needs, is "
@@ -146,7 +152,8 @@ def from_content(content: Mapping[str, Any], origin: str) -> ModelConfig:
     kind = content.get("model_type")
     ours = content.get(OURS)
     check_quantization(content, origin)
-    family = OWN if ours is not None and kind == OWN.model_type else family_named(kind, f"{origin}: model_type")
+    own = {family.model_type: family for family in (OWN, MISTRAL)} if ours is not None else {}
+    family = own.get(str(kind)) or family_named(kind, f"{origin}: model_type")
     given = content.get("architectures") or [family.architecture]
     if given != [family.architecture]:
         raise UserError(f"{origin}: architectures={given} is another model: give a {family.architecture}")
@@ -163,9 +170,9 @@ def from_content(content: Mapping[str, Any], origin: str) -> ModelConfig:
             *(("sliding_window", "router_jitter_noise") if family in (MIXTRAL, OWN) else ()),
         )
         fields = {
-            "architecture": MIXTRAL.model_type if family is OWN else kind,
+            "architecture": MIXTRAL.model_type if family in (OWN, MISTRAL) else kind,
             **ours,
-            **{key: fields[key] for key in told if key in fields},
+            **{key: fields[key] for key in told if key in fields and key not in family.without},
         }
     model = _validated(content, fields, origin)
     if ours is None and (missing := family.cannot(model)):

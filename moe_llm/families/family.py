@@ -113,7 +113,8 @@ class Family:
     theta, rope: base and parameters of the rotary embeddings where config.json has none.
     native: transformers has it. code: otherwise the weights have modelling code beside them (`remote_code`).
     stacked: experts of a layer are one tensor in its files, transposed, with gate and up in turn (`layout.py`).
-    unused: parameters of the router that it has no use for and leaves alone.
+    unused: parameters of the router that it has no use for and leaves alone. omitted: those that its files do not have.
+    without: keys of `SAME` that its config.json does not have.
     """
 
     model_type: str
@@ -133,6 +134,17 @@ class Family:
     code: bool = False
     stacked: bool = False
     unused: tuple[str, ...] = ()
+    omitted: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+
+    @property
+    def dispensable(self) -> tuple[str, ...]:
+        """Ends of the names of parameters that a checkpoint may lack."""
+        return (*self.unused, *self.omitted)
+
+    def omits(self, name: str) -> bool:
+        """Whether an in-memory parameter is not in the family's files."""
+        return name.endswith(self.omitted)
 
     def stored_name(self, published: str) -> str:
         """The name in this family's files of what Mixtral's call `published`."""

@@ -38,6 +38,7 @@ _OWN_WORDS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "shared_exp
 _FOREIGN = re.compile(
     r"(\.block_sparse_moe\.(?:experts\.\d+\.(?=(?:gate|up|down)_proj\.)|(?=shared_expert\.)))(\w+)(\..*)"
 )
+_DENSE = re.compile(r"\.block_sparse_moe\.(gate_proj|up_proj|down_proj)\.")
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # old files hold it; it follows from the configuration
 
 
@@ -56,6 +57,11 @@ def published_name(name: str) -> str:
     name = re.sub(r"(model\.layers\.\d+)\.mlp\.", r"\1.block_sparse_moe.", name)
     name = name.replace(".block_sparse_moe.router.", ".block_sparse_moe.gate.")
     return _FOREIGN.sub(lambda match: match[1] + _OWN_WORDS[match[2]] + match[3], name)
+
+
+def of_the_only_expert(published: str) -> str:
+    """Mixtral's name of a dense model's tensor, whose feed-forward layers are the one expert of each layer."""
+    return _DENSE.sub(lambda match: f".block_sparse_moe.experts.0.{_OWN_WORDS[match[1]]}.", published)
 
 
 def is_derived(name: str) -> bool:
@@ -138,7 +144,8 @@ def to_transformers_config(
     """
     assert model.vocab_size is not None, "vocab_size is resolved from the tokenizer first"
     architecture = architecture_of(model)
-    shared = {name: getattr(model, name) for name in SAME}
+    same = [name for name in SAME if name not in architecture.without]
+    shared = {name: getattr(model, name) for name in same}
     shared |= {"num_key_value_heads": model.kv_heads, "head_dim": model.attention_head_dim}
     rope = model.rope_parameters.content()
     return {
@@ -153,13 +160,13 @@ def to_transformers_config(
         "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,
-        "output_router_logits": False,
+        **({} if architecture.without else {"output_router_logits": False}),
         "use_cache": not model.router.needs_past,
         "torch_dtype": _DTYPE_WORDS[dtype],
         "dtype": _DTYPE_WORDS[dtype],
         "transformers_version": version("transformers"),
         **architecture.write(model),
-        OURS: model.model_dump(mode="json", exclude={*SAME, *_NOT_BESIDE}),
+        OURS: model.model_dump(mode="json", exclude={*same, *_NOT_BESIDE}),
     }
 
 

@@ -48,6 +48,8 @@ def from_stacked(name: str, stored: "torch.Tensor") -> "torch.Tensor":
 
 def stored_shapes(family: Family, name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
     """Names and shapes in the family's files of a whole in-memory parameter, in the order in which they are written."""
+    if family.omits(name):
+        return []
     if in_one(family, name):
         return [(family.stored_name(hf.published_name(name)), stacked_shape(name, shape))]
     return [(family.stored_name(piece.name), piece.shape) for piece in hf.pieces(name, shape)]
@@ -55,6 +57,8 @@ def stored_shapes(family: Family, name: str, shape: tuple[int, ...]) -> list[tup
 
 def stored_tensors(family: Family, name: str, whole: "torch.Tensor") -> "Iterator[torch.Tensor]":
     """And their contents."""
+    if family.omits(name):
+        return
     if in_one(family, name):
         yield to_stacked(name, whole)
         return

@@ -26,6 +26,9 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+OF_EXPERTS = ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef", "router_jitter_noise")
+
+
 def read(said: Mapping[str, Any]) -> dict[str, Any]:
     return {key: said[key] for key in _OWN}
 

@@ -94,7 +94,7 @@ def _open_both(base: str | Path, tuned: str | Path) -> list[tuple[ModelConfig, W
             )
     opened = [Weights(TensorFiles(Path(directory), MODEL)) for directory in (base, tuned)]
     for weights, config in zip(opened, configs):
-        check_weights(weights, weights.without_unused(shapes[0], architecture_of(config).unused))
+        check_weights(weights, weights.without_unused(shapes[0], architecture_of(config).dispensable))
     return list(zip(configs, opened))
 
 

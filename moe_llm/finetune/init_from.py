@@ -142,7 +142,7 @@ def _open(model: ModelConfig) -> "Weights":
     weights = (
         Weights(files) if stored.vocab_size == model.vocab_size else with_more_rows(files, model.resolved_vocab_size)
     )
-    shapes = weights.without_unused(hf.parameter_shapes(stored), architecture_of(model).unused)
+    shapes = weights.without_unused(hf.parameter_shapes(stored), architecture_of(model).dispensable)
     check_weights(weights, shapes, optional=map(hf.published_name, hf.buffer_shapes(model)))
     return weights
 

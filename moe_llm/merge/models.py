@@ -92,9 +92,9 @@ class Model:
         self.files = TensorFiles(self.directory, MODEL)
         self._segments: dict[str, list[_Segment]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        weights, self._parameters = Weights(self.files), dict[str, tuple[int, ...]]()
+        weights, self._parameters = Weights(self.files, dense=self.config is None), dict[str, tuple[int, ...]]()
         if self.config is not None:
-            shapes, unused = hf.parameter_shapes(self.config), architecture_of(self.config).unused
+            shapes, unused = hf.parameter_shapes(self.config), architecture_of(self.config).dispensable
             self._parameters = weights.without_unused(shapes, unused)
         self._index(weights)
         self.tied = bool(self.content.get("tie_word_embeddings"))

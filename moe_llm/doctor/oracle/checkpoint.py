@@ -23,6 +23,8 @@ def wrong_fields(directory: Path, model: Any, dtype: str) -> list[str]:
     """Where config.json does not describe the model that was trained."""
     found = _read(directory / "config.json")
     due = {name: getattr(model, name) for name in _FIELDS}
+    if found.get("model_type") == "mistral":  # of one expert, which it does not count
+        del due["num_experts_per_tok"]
     due |= {"num_key_value_heads": model.num_key_value_heads or model.num_attention_heads}
     due |= {"head_dim": model.head_dim or model.hidden_size // model.num_attention_heads}
     if model.kv_lora_rank is not None:
