@@ -405,7 +405,7 @@ def _open(
             due = {name for name in omitted if kind == MASTER or name in trainable}
             others = {*weights.stored()} - {hf.published_name(name) for name in due}
             weights.check({name: shapes[name] for name in due}, optional=others)
-        apart = {name: kept for name in omitted}
+        apart = dict.fromkeys(omitted, kept)
     return head, sources, apart
 
 
