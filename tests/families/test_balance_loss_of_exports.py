@@ -24,7 +24,8 @@ ROUTERS: dict[str, dict] = {
     "soft_moe": {"slots_per_expert": 1, "segment_length": 4},
 }
 ONE = ("lory", "soft_moe", "hierarchical")  # two of a group of two would have equal loads whatever the gate says
-NO_CHOICE = ("soft_moe",)  # whose loads are always equal, so that the loss has no gradient
+# equal loads, always or by thresholds that no step has moved yet, so that the loss has no gradient
+NO_CHOICE = ("soft_moe", "expert_choice")
 
 
 def models(kind: str, scope: str, directory):
