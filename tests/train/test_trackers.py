@@ -143,6 +143,7 @@ def test_facts_of_each_start_are_kept(train):
         "loss",
         "documents",
         "compiled",
+        "exchange",
     }
     assert facts["parameters"] == sum(facts["parts"].values())
     assert facts["data"][0]["tokens"] > 1000
