@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from moe_llm.config import ModelConfig
-from moe_llm.families.architectures import architecture_of
+from moe_llm.families.architectures import MISTRAL, architecture_of
 
 CARD = "README.md"
 _LOSSES = {
@@ -39,18 +39,16 @@ def model_card(
     run = run if run is not None and "train" in run else {}
     base = _hub_name(run.get("model", {}).get("init_from"))
     license = run.get("checkpoint", {}).get("license") or "unknown"
+    dense = architecture_of(model) is MISTRAL
     metadata: dict[str, Any] = {
         "license": license,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["moe", "mixture-of-experts", "moe_llm", f"router-{model.router.type}"],
+        "tags": ["moe_llm"] if dense else ["moe", "mixture-of-experts", "moe_llm", f"router-{model.router.type}"],
     }
     metadata |= {} if base is None else {"base_model": base}
-    total, active = model.num_params(), model.num_params(active=True)
     parts = [
-        f"# {architecture_of(model).architecture} with {model.num_local_experts} experts",
-        f"A mixture-of-experts language model of {total:,} parameters, about {active:,} of which work on a token, trained with moe_llm.",
-        *_section("Routing", _routing(model)),
+        *_opening(model, dense),
         *_section("Loading", [_loading(model)]),
         *_section("Base", [_base(run, base)] if run else []),
         *_section("Data", _data(run, provenance or {})),
@@ -64,6 +62,17 @@ def model_card(
     ]
     head = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
     return f"---\n{head}---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _opening(model: ModelConfig, dense: bool) -> list[str]:
+    name, total, active = architecture_of(model).architecture, model.num_params(), model.num_params(active=True)
+    if dense:
+        return [f"# {name}", f"A dense language model of {total:,} parameters, trained with moe_llm."]
+    return [
+        f"# {name} with {model.num_local_experts} experts",
+        f"A mixture-of-experts language model of {total:,} parameters, about {active:,} of which work on a token, trained with moe_llm.",
+        *_section("Routing", _routing(model)),
+    ]
 
 
 def newest_record(metrics: Path, step: int) -> dict[str, Any]:

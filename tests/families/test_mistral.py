@@ -60,6 +60,9 @@ def test_files_of_one_expert_have_no_word_of_experts(tmp_path):
     names = [name for name in load_file(tmp_path / "model.safetensors") if ".mlp." in name or "moe" in name]
     assert {name.split(".mlp.")[1] for name in names} == {f"{x}_proj.weight" for x in ("gate", "up", "down")}
     content = json.loads((tmp_path / "config.json").read_text())
+    card = (tmp_path / "README.md").read_text()
+    assert "A dense language model" in card
+    assert not [word for word in ("mixture", "router", "expert") if word in card]
     del content["moe_llm"]
     assert not [key for key in content if "expert" in key or "router" in key]
 
