@@ -244,6 +244,44 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+# what transformers' Trainer and other frameworks call our keys
+_ELSEWHERE = {
+    "learning_rate": "optim.lr",
+    "max_grad_norm": "optim.grad_clip",
+    "clip_grad": "optim.grad_clip",
+    "lr_scheduler_type": "optim.schedule",
+    "adam_epsilon": "optim.eps",
+    "optimizer": "optim.name",
+    "batch_size": "train.micro_batch_size",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "num_train_epochs": "train.max_steps",
+    "epochs": "train.max_steps",
+    "steps": "train.max_steps",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "mixed_precision": "train.precision",
+    "gradient_checkpointing": "train.activation_checkpointing",
+    "torch_compile": "train.compile",
+    "output_dir": "run.dir",
+    "save_steps": "checkpoint.every_steps",
+    "save_total_limit": "checkpoint.keep_last",
+    "resume_from_checkpoint": "checkpoint.resume",
+    "eval_steps": "evaluate.every_steps",
+    "logging_steps": "logging.every_steps",
+    "max_length": "data.sequence_length",
+    "max_seq_length": "data.sequence_length",
+    "seq_length": "data.sequence_length",
+    "block_size": "data.sequence_length",
+    "num_experts": "model.num_local_experts",
+    "n_experts": "model.num_local_experts",
+    "top_k": "model.num_experts_per_tok",
+    "num_layers": "model.num_hidden_layers",
+    "n_layer": "model.num_hidden_layers",
+    "ep_size": "parallel.expert_parallel_size",
+}
+
+
 def _nearest(location: list[str], siblings: list[str] | None = None) -> str:
     """What the user may have meant by an unknown key: a near name beside it, or a name elsewhere."""
     *parents, wrong = location
@@ -258,6 +296,8 @@ def _nearest(location: list[str], siblings: list[str] | None = None) -> str:
     }
     if wrong in elsewhere:
         return f"did you mean {elsewhere[wrong]}?"
+    if wrong in _ELSEWHERE:
+        return f"did you mean {_ELSEWHERE[wrong]}?"
     beside = {key: ".".join([*parents, key]) for key in siblings}
     for names, cutoff in ((beside, 0.8), (elsewhere, 0.8), (beside, 0.5)):
         if near := difflib.get_close_matches(wrong, names, n=1, cutoff=cutoff):

@@ -52,7 +52,7 @@ class Loaded:
     @property
     def longest(self) -> int | None:
         """Positions that it has learned an embedding for; None where there is no last one."""
-        return learned_positions(self.model)
+        return None if isinstance(self.model, MoEForCausalLM) else learned_positions(self.model)
 
 
 def load(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from moe_llm.config import Config, dump_config, load_config
+from moe_llm.config import Config, dump_config, load, load_config
 from moe_llm.config.base import fields_by_key
 from moe_llm.config.load import RENAMED_KEYS, parse_yaml, validate
 from moe_llm.config.routers import MixtralSettings, RouterSettings
@@ -358,3 +358,13 @@ def test_a_tilde_is_the_home_directory(monkeypatch, key):
     config = load_config(QUICKSTART, [f"{key}=~/x", "evaluate.tasks=[hellaswag]"])
     section, name = key.split(".")
     assert getattr(getattr(config, section), name) == "/home/someone/x"
+
+
+def test_other_frameworks_names_of_keys_lead_to_ours():
+    for theirs, ours in load._ELSEWHERE.items():
+        section, key = ours.split(".")
+        known = fields_by_key(Config.model_fields[section].annotation)
+        assert key in known, ours
+        assert theirs not in known
+    assert refusal("optim.learning_rate=1e-3").endswith("did you mean optim.lr?")
+    assert refusal("train.batch_size=4").endswith("did you mean train.micro_batch_size?")

@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.cli import main
 from moe_llm.config import Config, ModelConfig
+from moe_llm.config.routers import ROUTER_SETTINGS
 from moe_llm.data.tokenizer import build_tokenizer, save_tokenizer
 from moe_llm.inference.chat import Conversation
 from moe_llm.inference.generate import generate_texts, load
 from moe_llm.model.init import build_model
+from moe_llm.model.moe import routers
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -145,3 +147,20 @@ def test_chat_without_a_template_is_a_sentence(mixtral, tmp_path, capsys):
     (bare / "chat_template.jinja").unlink()
     assert main(["chat", str(bare)]) == 2
     assert "has no chat template" in capsys.readouterr().err
+
+
+def test_a_router_of_ones_own_generates_and_keeps_to_its_limit(tokenizer, tmp_path, monkeypatch):
+    """The class of docs/guides/own-router.md: no other program knows it, so that our own model answers."""
+    page = (runs.ROOT / "docs/guides/own-router.md").read_text(encoding="utf-8")
+    monkeypatch.setattr(routers, "ROUTERS", dict(routers.ROUTERS))
+    known = dict(ROUTER_SETTINGS)
+    try:
+        exec(page.split("```python\n")[1].split("```")[0], {"__name__": "my_router"})
+        monkeypatch.setitem(ROUTERS, "sigmoid", {})
+        checkpoint = router_checkpoint("sigmoid", tokenizer, tmp_path / "model")
+        texts = generate_texts(checkpoint, PROMPTS, **GREEDY, batch_size=2, say=lambda _: None)
+        assert all(text.startswith(prompt) for text, prompt in zip(texts, PROMPTS))
+        assert texts == [generate_texts(checkpoint, [p], **GREEDY, say=lambda _: None)[0] for p in PROMPTS]
+    finally:
+        ROUTER_SETTINGS.clear()
+        ROUTER_SETTINGS.update(known)
