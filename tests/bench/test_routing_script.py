@@ -76,6 +76,7 @@ def test_speeds_are_compared_within_a_round(routing, monkeypatch):
     assert [line.split(" | ")[-1] for line in routing.table(found).splitlines()[2:]] == ["1.00 |", "0.50 |"]
 
 
+@pytest.mark.grid  # whole runs, each a process
 def test_runs_and_speeds_come_from_the_command_line(routing, tmp_path, monkeypatch, capsys):
     text = runs.write_text(tmp_path / "text.txt")
     small = runs.sections(text, tmp_path / "cache", tmp_path / "unused", train={"max_steps": 2})

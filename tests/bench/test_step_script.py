@@ -108,6 +108,7 @@ def test_our_variants_turn_their_own_kernels_on(step, monkeypatch):
     assert on == {"ours": (False, False), "ours:liger": (True, False), "ours:compiled": (False, True)}
 
 
+@pytest.mark.grid  # a compiler is run
 def test_a_compiled_contender_is_compared_like_any_other(step, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(step.SUITES, "main", {"main": tiny(step, layers=1)})
     # without inductor, which takes half a minute

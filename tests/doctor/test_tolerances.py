@@ -4,7 +4,9 @@ import math
 from types import SimpleNamespace
 
 import pytest
+from support import runs
 
+from moe_llm.config import load_config
 from moe_llm.doctor.compare import tolerances, widened
 
 
@@ -14,7 +16,7 @@ def seen(*steps):
 
 
 def allowed(precision):
-    return tolerances(SimpleNamespace(train=SimpleNamespace(precision=precision), optim=SimpleNamespace(name="adamw")))
+    return tolerances(load_config(runs.ROOT / "configs/quickstart.yaml", [f"train.precision={precision}"]))
 
 
 def test_in_fp32_nothing_is_given_room_for():
