@@ -251,7 +251,6 @@ _ELSEWHERE = {
     "clip_grad": "optim.grad_clip",
     "lr_scheduler_type": "optim.schedule",
     "adam_epsilon": "optim.eps",
-    "optimizer": "optim.name",
     "batch_size": "train.micro_batch_size",
     "per_device_train_batch_size": "train.micro_batch_size",
     "gradient_accumulation_steps": "train.global_batch_size",
