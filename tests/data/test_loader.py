@@ -272,6 +272,20 @@ def test_load_data_end_to_end(make_config, tokenizer, make_text, tmp_path):
     }
 
 
+def test_data_bootstrap_seed_resamples_the_blocks_of_training_alone(make_config, tokenizer, make_text, tmp_path):
+    a = corpus(tmp_path, make_text, "a", 30)
+    found = {}
+    for seed in (None, 1, 2):
+        more = {} if seed is None else {"bootstrap_seed": seed}
+        data = load_data(make_config([a], data={"sources": [a], "validation_fraction": 0.1, **more}), tokenizer)
+        found[seed] = sorted(data.train.locate(0, len(data.train))[1].tolist()), data.validation.num_targets
+    whole = list(range(len(found[None][0])))
+    assert found[None][0] == whole
+    assert set(found[1][0]) < set(whole)
+    assert found[1][0] != found[2][0]
+    assert len({targets for _, targets in found.values()}) == 1
+
+
 def documents_of(blocks, tokenizer):
     ids = np.concatenate([source.text.tokens_N for source in blocks.sources]).tolist()
     return set(tokenizer.decode(ids).split("</s>"))

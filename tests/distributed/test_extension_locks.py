@@ -20,7 +20,9 @@ from pathlib import Path
 from torch.utils import cpp_extension
 from moe_llm.distributed import extension_locks, deepspeed
 from moe_llm import locks
+from moe_llm.logs import show_messages
 
+show_messages(command=True)
 extension_locks.install()
 locks.SAY_AFTER_SECONDS = 1.0
 built = []
@@ -69,7 +71,7 @@ def test_a_start_beside_a_stale_lock_builds_and_says_what_it_removed(tmp_path):
     (tmp_path / "lock").touch()
     out, err = start(tmp_path).communicate(timeout=60)
     assert out == "built True\n"
-    assert f"removed {tmp_path / 'lock'}" in err
+    assert f"rank 1: removed {tmp_path / 'lock'}" in err
     assert not (tmp_path / "lock").exists()
 
 

@@ -41,10 +41,13 @@ def resumable(held, corpus, cache, text, tmp_path) -> Path:
     return config
 
 
-def _begin(config: str, checkpoint: str) -> tuple[str, str]:
-    """As much of a resumed run as goes before its model: what is logged, and what is refused."""
+def _begin(config: str, checkpoint: str) -> tuple[str, str, int]:
+    """As much of a resumed run as goes before its model: what is logged, what is refused, and how many pieces of text
+    this rank has tokenised."""
     fresh_accelerate()
-    log, refused = io.StringIO(), ""
+    log, refused, written = io.StringIO(), "", []
+    write = cache_module.SplitWriter.write
+    cache_module.SplitWriter.write = lambda *args: (written.append(1), write(*args))[1]  # type: ignore[method-assign]
     handler = logging.StreamHandler(log)
     logging.getLogger().addHandler(handler)
     try:
@@ -57,7 +60,8 @@ def _begin(config: str, checkpoint: str) -> tuple[str, str]:
         refused = str(error)
     finally:
         logging.getLogger().removeHandler(handler)
-    return log.getvalue(), refused
+        cache_module.SplitWriter.write = write  # type: ignore[method-assign]
+    return log.getvalue(), refused, len(written)
 
 
 def test_two_ranks_repair_a_damaged_cache_and_refuse_changed_text(resumable, held, text, tmp_path, two_ranks):
@@ -65,14 +69,15 @@ def test_two_ranks_repair_a_damaged_cache_and_refuse_changed_text(resumable, hel
     whole = victim.read_bytes()
     victim.write_bytes(b"\0" * len(whole))
     begin = _begin, str(resumable), str(held / "checkpoints/latest")
-    logs, refused = zip(*two_ranks.run(*begin))
+    logs, refused, written = zip(*two_ranks.run(*begin))
     assert refused == ("", ""), "what is made again is the data that the checkpoint knows"
+    assert sorted(map(bool, written)) == [False, True], "one rank makes it again, and the other waits"
     assert any("train.tokens.bin is not what was written" in log for log in logs)
     assert victim.read_bytes() == whole
 
     lines = text.read_text(encoding="utf-8").splitlines(keepends=True)
     text.write_text("".join(lines[: len(lines) // 3][::-1]), encoding="utf-8")
-    _, refused = zip(*two_ranks.run(*begin))
+    _, refused, _ = zip(*two_ranks.run(*begin))
     assert all("was trained on other data: data.sources.0 (" in sentence for sentence in refused)
 
 

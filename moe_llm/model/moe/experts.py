@@ -213,7 +213,7 @@ class UnevenExperts(nn.Module):
             self.add_module(str(expert), Experts(config, first=expert, width=width))
 
     @property
-    def held(self) -> list[Experts]:
+    def single_experts(self) -> list[Experts]:
         """Those of this rank, in order."""
         return [cast(Experts, expert) for expert in self.children()]
 
@@ -237,7 +237,7 @@ class UnevenExperts(nn.Module):
         y_ND = torch.cat(
             [
                 expert(part, counts_E[i : i + 1], host_counts_E=host_counts_E[i : i + 1])
-                for i, (expert, part) in enumerate(zip(self.held[own or slice(None)], parts, strict=True))
+                for i, (expert, part) in enumerate(zip(self.single_experts[own or slice(None)], parts, strict=True))
             ]
         )
         if routing is None:
@@ -246,7 +246,7 @@ class UnevenExperts(nn.Module):
 
     def keep(self, experts: range) -> None:
         """Drop all experts but these."""
-        for expert in self.held:
+        for expert in self.single_experts:
             if expert.first_expert not in experts:
                 del self._modules[str(expert.first_expert)]
 
