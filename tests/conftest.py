@@ -10,6 +10,8 @@ import hypothesis
 import pytest
 from support import runs
 
+from moe_llm.logs import show_messages
+
 # The same examples every time, so that a change is judged by itself; HYPOTHESIS_PROFILE=search looks for new ones.
 hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.register_profile("search", derandomize=False)
@@ -19,6 +21,12 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 if "HF_MODULES_CACHE" not in os.environ:
     os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")
     atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def messages_on_stderr():
+    """As the command line shows them, whatever ran before in this process."""
+    show_messages(command=True)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,21 +176,26 @@ assert all(p.grad is not None for n, p in model.named_parameters() if ".gate.wei
 """
 
 
-@pytest.mark.parametrize("kind", ["balanced", "lory", "expert_choice"])
-def test_the_code_beside_the_weights_stands_alone_and_generates(tmp_path, kind):
-    """In a process that cannot import the package; with the cache it says what it says without."""
-    model_of(kind, {}, SHARED).save_pretrained(tmp_path / "model")
+def without_the_package(script: str, folder: Path, *arguments: str) -> None:
+    """A script on the checkpoint `folder/model`, in a process that cannot import this package."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_MODULES_CACHE": str(folder / "modules"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", REMOTE, str(tmp_path / "model")],
+        [sys.executable, "-c", script, str(folder / "model"), *arguments],
         env=environment,
-        cwd=tmp_path,
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", ["balanced", "lory", "expert_choice"])
+def test_the_code_beside_the_weights_stands_alone_and_generates(tmp_path, kind):
+    """In a process that cannot import the package; with the cache it says what it says without."""
+    model_of(kind, {}, SHARED).save_pretrained(tmp_path / "model")
+    without_the_package(REMOTE, tmp_path)
 
 
 GENERATED = """
@@ -231,17 +237,7 @@ assert all(p.grad is not None for p in model.parameters())
 def test_what_is_routed_in_the_tokens_place_generates_by_default(tmp_path, kind, cache):
     """What whole passes say, one after the other, also with padding on the left."""
     model_of(kind, {}, SHARED).save_pretrained(tmp_path / "model")
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", GENERATED, str(tmp_path / "model"), cache],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    without_the_package(GENERATED, tmp_path, cache)
 
 
 @torch.no_grad()

@@ -26,10 +26,7 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def base(text, tmp_path_factory):
     """A checkpoint of two steps, in fp32."""
-    root = tmp_path_factory.mktemp("base")
-    raw = runs.sections(text, root / "cache", root / "run", train={"max_steps": 2}, logging={"console": "off"})
-    assert main(["train", str(runs.write_yaml(root / "base.yaml", raw))]) == 0
-    return root / "run/checkpoints/latest"
+    return runs.trained(text, tmp_path_factory.mktemp("base"), steps=2)
 
 
 def overrides(base, text, tmp_path) -> list[str]:

@@ -85,10 +85,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(text, tmp_path_factory):
-    root = tmp_path_factory.mktemp("base")
-    raw = runs.sections(text, root / "cache", root / "run", train={"max_steps": 2}, logging={"console": "off"})
-    assert main(["train", str(runs.write_yaml(root / "base.yaml", raw))]) == 0
-    return root / "run/checkpoints/latest"
+    return runs.trained(text, tmp_path_factory.mktemp("base"), steps=2)
 
 
 def test_evaluation_says_what_packing_costs_and_generation_takes_it(base, text, capsys):

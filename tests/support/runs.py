@@ -65,6 +65,15 @@ def sections(text: Path, cache: Path, run_dir: Path, **changes: dict[str, Any]) 
     return raw
 
 
+def trained(text: Path, root: Path, steps: int) -> Path:
+    """The checkpoint of so many steps of `sections`, trained by the command line in this process."""
+    from moe_llm.cli import main
+
+    raw = sections(text, root / "cache", root / "run", train={"max_steps": steps}, logging={"console": "off"})
+    assert main(["train", str(write_yaml(root / "base.yaml", raw))]) == 0
+    return root / "run/checkpoints/latest"
+
+
 def write_yaml(path: Path, raw: dict) -> Path:
     path.write_text(yaml.safe_dump(raw), encoding="utf-8")
     return path

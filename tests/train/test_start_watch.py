@@ -10,17 +10,10 @@ import pytest
 import yaml
 
 from moe_llm import locks
-from moe_llm.logs import show_messages
 from moe_llm.train import start_watch
 from moe_llm.train.start_watch import StartWatch, watchdog_takes_over
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def on_stderr():
-    """As the command line shows them."""
-    show_messages(command=True)
 
 
 @pytest.fixture
