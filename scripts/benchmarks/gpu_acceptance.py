@@ -4,7 +4,8 @@
     python scripts/benchmarks/gpu_acceptance.py --toy      # anywhere, at sizes that say nothing about speed
 
 Each part is guarded: one that fails is reported with its error, and the next one goes on; one for which no time is left is
-left out and named. Needs torch and transformers; neither deepspeed, datasets nor wandb. Writes a page and a JSON file.
+left out and named. Needs torch, transformers and pydantic, and pytest and hypothesis for the tests; neither deepspeed,
+datasets nor wandb. Writes a page and a JSON file.
 
 Parts: environment · tests (those marked `gpu`) · products (the measured rate that all else is held against) · parity (each
 kernel choice against plain products in fp32) · steps (at Mixtral 8x7B's layer shape and at a fine-grained one, against
@@ -26,6 +27,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from torch import Tensor
 SECONDS = 460  # of the 8 minutes; the rest is for imports and for the page
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("torch", "transformers", "triton", "deepspeed", "flash_attn", "liger_kernel", "moe_llm")
+NEEDED = ("transformers", "pydantic", "pytest", "hypothesis")  # and torch, without which this file cannot be read
 # Of a kernel choice against plain products in fp32, relative to the norm: a few roundings of bf16.
 PARITY = 0.02
 
@@ -69,12 +72,24 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def gpu_tests(budget: Budget, toy: bool) -> dict[str, Any]:
-    """The tests that are marked `gpu`, of operations and of the model, which need no optional package."""
-    folders = ["tests/model/test_moe_host_sync.py"] if toy else ["tests/ops", "tests/model"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *folders]
+    """The tests that are marked `gpu`, of operations and of the model; other files, which may need more, are not read."""
+    root = HERE.parents[1]
+    files = [file for folder in ("ops", "model") for file in sorted((root / "tests" / folder).glob("test_*.py"))]
+    marked = [str(file) for file in files if "pytest.mark.gpu" in file.read_text(encoding="utf-8")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "gpu",
+        *marked[: 1 if toy else None],
+    ]
     allowed = max(10.0, min(180.0, budget.left / 2))
-    done = subprocess.run(command, cwd=HERE.parents[1], capture_output=True, text=True, timeout=allowed)
-    last = [line for line in done.stdout.strip().splitlines() if line.strip()]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=allowed)
+    last = [line for line in (done.stdout + done.stderr).strip().splitlines() if line.strip()]
     if done.returncode not in (0, 5):  # 5: none was selected
         raise RuntimeError("\n".join(last[-15:]))
     return {"summary": last[-1] if last else ""}
@@ -341,6 +356,9 @@ def main() -> int:
     device, toy = torch.device(arguments.device), arguments.toy
     if device.type != "cuda" and not toy:
         parser.error("there is no CUDA device: give --toy to see that everything runs")
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        parser.error(f"not installed: {', '.join(missing)}. pip install {' '.join(missing)}")
     sys.path[:0] = [str(HERE), str(HERE.parents[1])]
     budget, dtype = Budget(arguments.seconds), torch.bfloat16
     result: dict[str, Any] = {"toy": toy, "parts": {}}

@@ -56,6 +56,18 @@ def test_without_a_device_it_asks_for_toy_sizes():
     assert "give --toy" in done.stderr
 
 
+def test_what_is_not_installed_is_named_before_any_work(tmp_path):
+    code = (
+        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import gpu_acceptance as g\n"
+        f"g.NEEDED += ('no_such_package',); sys.argv = ['gpu_acceptance.py', '--toy', '--out', {str(tmp_path / 'out')!r}]\n"
+        "g.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "not installed: no_such_package. pip install no_such_package" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("length", [96])
 def test_its_comparison_of_documents_can_fail(monkeypatch, length):
     import torch
