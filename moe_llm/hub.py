@@ -7,8 +7,9 @@ from moe_llm.checkpoint.folder import check_checkpoint_directory
 from moe_llm.errors import UserError
 from moe_llm.families.card import CARD
 
-# the optimizer, the run's configuration with paths of its machine, and the average, which is a checkpoint of its own
-LEFT_OUT = ("trainer/*", "ema/*", ".tmp-*", "*.tmp")
+# the optimizer, whatever holds paths of this machine (the run's configuration, a merge's recipe and matching), and the
+# average, which is a checkpoint of its own
+LEFT_OUT = ("trainer/*", "ema/*", "merge_recipe.yaml", "expert_matching.json", ".tmp-*", "*.tmp")
 
 
 def check_hub(repository: str, where: str) -> None:

@@ -93,6 +93,18 @@ def test_push_uploads_what_loads_and_nothing_of_the_training(checkpoint, finishe
     assert "https://hub/me/tiny" in capsys.readouterr().out
 
 
+def test_what_a_merge_says_of_its_sources_paths_stays_here(uploads, tmp_path):
+    from merge.merge_fakes import make_model, merged, model_list, save
+
+    paths = [save(make_model(seed=seed), tmp_path / f"m{seed}") for seed in (0, 1)]
+    recipe = {"merge_method": "linear", "models": model_list(*paths, weight=0.5), "align_experts": "weights"}
+    merged(recipe, tmp_path / "out")
+    assert main(["push", str(tmp_path / "out"), "me/merged"]) == 0
+    [(_, files)] = uploads
+    assert {"config.json", "expert_matching.png"} <= files.keys()
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+
+
 def test_a_complete_run_is_pushed_and_one_that_goes_on_is_not(make_config, uploads):
     path = make_config(checkpoint={"every_steps": 1, "push_to_hub": "me/run"}, train={"max_steps": 2, "device": "cpu"})
     assert main(["train", str(path)]) == 0

@@ -22,7 +22,7 @@ QUICKSTART = str(ROOT / "configs/quickstart.yaml")
 
 def run(*argv: str, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "moe_llm.cli", *argv],
+        [sys.executable, "-m", "moe_llm", *argv],
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, **env}, check=False,
     )  # fmt: skip
 

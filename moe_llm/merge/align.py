@@ -12,6 +12,7 @@ have their experts in one order, and where experts are nearly alike, noise must 
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -36,15 +37,32 @@ _MOVED = (
 )
 
 
+class Match(NamedTuple):
+    """One layer of `reference` and one of `other`: similarity_EE of its expert (row) and the other's, and for each of the
+    reference's experts the other's that is matched with it, order_E."""
+
+    reference: str
+    layer: int
+    other: str
+    other_layer: int
+    similarity_EE: torch.Tensor
+    order_E: torch.Tensor
+
+    @property
+    def moved(self) -> int:
+        """How many experts change places."""
+        return int((self.order_E != torch.arange(len(self.order_E))).sum())
+
+
 class Aligner:
     """Matches experts for one recipe; readers are matched when they are first read from.
 
-    moved: (reference, its layer, model, its layer) -> how many experts changed places, as far as known.
+    matches: in the order in which they were made.
     """
 
     def __init__(self, by: str, neurons: bool, text: list[str] | None = None, tokens: int = 2048):
         self.by, self.neurons, self.text, self.tokens = by, neurons, text, tokens
-        self.moved: dict[tuple[str, int, str, int], int] = {}
+        self.matches: list[Match] = []
         self._inputs: dict[str, dict[int, torch.Tensor]] = {}
 
     def reader(self, reference: Model, layer: int, other: Model, other_layer: int) -> Reader:
@@ -64,8 +82,8 @@ class Aligner:
     def report(self) -> list[str]:
         """One sentence a model."""
         totals: dict[str, list[int]] = {}
-        for (_, _, other, _), moved in self.moved.items():
-            totals.setdefault(other, []).append(moved)
+        for match in self.matches:
+            totals.setdefault(match.other, []).append(match.moved)
         return [
             f"{other}: experts already in order in all {len(counts)} layers" if not any(counts) else
             f"{other}: {sum(counts)} experts moved, in {sum(map(bool, counts))} of {len(counts)} layers"
@@ -85,7 +103,7 @@ class Aligner:
         neurons = torch.arange(a.F).expand(a.E, a.F)
         if self.neurons:
             neurons = torch.stack([match_neurons(a.expert(e), b.expert(int(order[e]))) for e in range(a.E)])
-        self.moved[reference.reference, layer, other.reference, other_layer] = int((order != torch.arange(a.E)).sum())
+        self.matches.append(Match(reference.reference, layer, other.reference, other_layer, similarity, order))
         return moves(b, order, neurons)
 
     def _similarity(self, a: "_Layer", b: "_Layer", reference: Model, other: Model) -> torch.Tensor:

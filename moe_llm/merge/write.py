@@ -21,6 +21,7 @@ from moe_llm.errors import UserError
 from moe_llm.families import hf
 from moe_llm.families.architectures import FAMILIES
 from moe_llm.merge.job import Copy, Job
+from moe_llm.merge.matching import write_matching
 from moe_llm.merge.models import pieces
 from moe_llm.merge.plan import MergePlan
 from moe_llm.merge.vocabulary import load_tokenizer
@@ -60,6 +61,8 @@ def write(plan: MergePlan, out: Path, recipe_text: str, max_shard_size: str = "5
         if files.index is not None:
             write_json(temporary / f"{MODEL}.safetensors.index.json", files.index)
         _write_beside(plan, temporary)
+        if plan.aligner is not None and plan.aligner.matches:
+            write_matching(plan.aligner.matches, temporary)
         write_file(temporary / RECIPE_FILE, recipe_text)
 
 

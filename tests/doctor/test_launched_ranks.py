@@ -71,7 +71,7 @@ def test_a_launchers_ranks_answer_and_one_that_raises_is_named_though_another_wa
 @pytest.mark.grid
 def test_the_same_report_on_the_launchers_ranks_and_nothing_left_behind(tmp_path):
     done = torchrun(
-        "-m", "moe_llm.cli", "doctor", QUICKSTART, *OVERRIDES, "--launch", "--steps", "2", "--json", cwd=tmp_path
+        "-m", "moe_llm", "doctor", QUICKSTART, *OVERRIDES, "--launch", "--steps", "2", "--json", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout[done.stdout.index("{\n") :])

@@ -1,5 +1,7 @@
 """Merging does not depend on the order of experts, nor, if asked for, on that of the neurons within them."""
 
+import json
+
 import pytest
 import torch
 from merge_fakes import load, make_model, merged, model_list, save
@@ -59,6 +61,22 @@ def test_a_permuted_copy_gives_the_model_back_exactly(tmp_path, layout, neurons,
     blind = merged(recipe(paths, "none", method, **changes), tmp_path / "n")
     gate = "model.layers.0.mlp.gate.weight"
     assert not torch.equal(blind[gate], model.state_dict()[gate])
+
+
+def test_the_matching_is_written_beside_the_model_and_undoes_the_permutation(tmp_path):
+    model = make_model()
+    copy = permuted(model)
+    paths = [save(model, tmp_path / "a"), save(copy, tmp_path / "b")]
+    merged(recipe(paths, "weights"), tmp_path / "m")
+    rows = json.loads((tmp_path / "m/expert_matching.json").read_text())["matches"]
+    assert [row["layer"] for row in rows] == [0, 1, 2]
+    for row in rows:
+        theirs = copy.model.layers[row["other_layer"]].mlp.gate.weight
+        assert torch.equal(theirs[row["matched_with"]], model.model.layers[row["layer"]].mlp.gate.weight)
+        assert [max(range(len(line)), key=line.__getitem__) for line in row["similarity"]] == row["matched_with"]
+    assert (tmp_path / "m/expert_matching.png").read_bytes().startswith(b"\x89PNG")
+    merged(recipe(paths, "none"), tmp_path / "n")
+    assert not list((tmp_path / "n").glob("expert_matching*"))
 
 
 def test_without_alignment_the_loss_is_worse(tmp_path):
