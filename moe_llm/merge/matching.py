@@ -37,9 +37,9 @@ def _picture(matches: list[Match], path: Path) -> None:
     figure, grid = pyplot.subplots(down, across, figsize=(3 * across, 3.3 * down), layout="constrained", squeeze=False)
     low = min(match.similarity_EE.min().item() for match in matches)
     high = max(match.similarity_EE.max().item() for match in matches)
-    image = None
+    images = []
     for axes, match in zip(grid.flat, matches, strict=False):
-        image = axes.imshow(match.similarity_EE.numpy(), cmap="viridis", vmin=low, vmax=high)
+        images.append(axes.imshow(match.similarity_EE.numpy(), cmap="viridis", vmin=low, vmax=high))
         axes.plot(match.order_E.numpy(), range(len(match.order_E)), "x", color="red", linestyle="none")
         axes.set_title(f"{Path(match.other).name}, layer {match.other_layer}", fontsize=8)
         axes.set(xlabel="its expert", ylabel=f"expert of {Path(match.reference).name}, layer {match.layer}")
@@ -47,6 +47,6 @@ def _picture(matches: list[Match], path: Path) -> None:
         axes.yaxis.label.set_fontsize(7)
     for axes in list(grid.flat)[len(matches) :]:
         axes.set_visible(False)
-    figure.colorbar(image, ax=grid, label="similarity", shrink=0.8)
+    figure.colorbar(images[0], ax=grid, label="similarity", shrink=0.8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
