@@ -175,6 +175,13 @@ def check_optimizer(config: Any) -> None:
             f"averages weights, and the weights of optim.name={name} are an average already",
             "remove one of the two",
         )
+    if entry.switches and config.finetune.experts is not None and config.optim.weight_decay:
+        invalid(
+            "optim.weight_decay",
+            config.optim.weight_decay,
+            f"would not reach the average that optim.name={name} keeps of the weights of finetune.experts",
+            "use 0, or optim.name=adamw",
+        )
     if entry.switches and config.train.adversarial.router_every is not None:
         invalid(
             "train.adversarial.router_every",

@@ -18,6 +18,8 @@ from moe_llm.finetune.selection import trained_names
 
 Whole = dict[str, np.ndarray]
 FP32_EPS = 2.0**-23
+# Muon rounds to bf16, and what rounding adds to small singular values grows to the size of the others
+ORTHOGONAL = 0.05
 # by `optim.master_weights`: the share of a weight that an update may lose or gain by rounding
 ROUNDING = {"fp32": FP32_EPS, "kahan": 2.0**-15, "stochastic_rounding": 2.0**-7}
 
@@ -49,6 +51,8 @@ def tolerances(config: Config) -> Tolerances:
         return Tolerances((0.005, 0.03), 0.05, (0.01, 0.05), 0.3, (0.03, 0.10), 1e-4, in_bf16=True, rounding=rounding)
     # routers that learn from tokens' losses have gradients that are small differences of these: rounding counts more
     gradient = 3e-5 if config.model.router.type in ("em", "reinforce") else 1e-5
+    if config.optim.name == "muon":  # see `ORTHOGONAL`
+        return Tolerances((1e-5, 1e-4), gradient, (1e-5, 1e-3), ORTHOGONAL, (0.0, 0.01), 1e-5)
     if config.optim.name != "sgd":
         return Tolerances((1e-5, 1e-4), gradient, (1e-5, 1e-3), 1e-3, (0.0, 0.01), 1e-5)
     return Tolerances((1e-5, 1e-5), gradient, (1e-5, 1e-5), 1e-4, (0.0, 0.01), 1e-5)
@@ -237,6 +241,8 @@ def weights(
 def apart(found: np.ndarray, expected: np.ndarray, change: np.ndarray, steps: int = 2, eps: float = FP32_EPS) -> float:
     """Root mean square of the difference over that of the change, rounding of the weights (by a share `eps` of them) in so
     many steps set aside."""
+    if not expected.size:
+        return 0.0
     rounding = steps * eps * _rms(expected)
     difference = max(0.0, _rms(found - expected) - rounding)
     return 0.0 if difference == 0 else difference / max(_rms(change), rounding)

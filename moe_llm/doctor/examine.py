@@ -14,6 +14,7 @@ import torch
 
 from moe_llm.config import Config
 from moe_llm.config.adversarial import AdversarialConfig
+from moe_llm.config.optim import OPTIMIZERS
 from moe_llm.data.fill import with_known_fill
 from moe_llm.distributed.runtime import rank_from_environment, world_size_from_environment
 from moe_llm.doctor import adapters, compare, judge
@@ -289,7 +290,7 @@ class _Case:
         return replace(
             self.config,
             run={"dir": str(self.directory / "elsewhere")},
-            parallel={"expert_parallel_size": size, "zero_stage": 1 if now.zero_stage == 3 else 3},
+            parallel={"expert_parallel_size": size, "zero_stage": other_stage(self.config)},
         )
 
     def _compare_with_transformers(self, precise: Observation) -> None:
@@ -390,6 +391,12 @@ class _Case:
         )
         idle = [] if any((plain[name] != silent[name]).any() for name in plain) else ["no gradient depends on it"]
         self.findings += [seen, exact("noise_acts", "router noise: acts on the gradients", idle)]
+
+
+def other_stage(config: Config) -> int:
+    """A ZeRO stage that is far from the configured one, among those that the optimizer works in."""
+    now, possible = config.parallel.zero_stage, OPTIMIZERS[config.optim.name].zero_stages
+    return max((stage for stage in possible if stage != now), key=lambda stage: (abs(stage - now), stage), default=now)
 
 
 def on_gpu(config: Config) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from moe_llm.config import Config
 from moe_llm.data.loader import Data
 from moe_llm.distributed.state import EMA
-from moe_llm.doctor.compare import ROUNDING, Whole, apart, relative, whole
+from moe_llm.doctor.compare import ORTHOGONAL, ROUNDING, Whole, apart, relative, whole
 from moe_llm.doctor.findings import Finding, exact, note, within
 from moe_llm.doctor.observe import Observation, digests, read_data
 from moe_llm.doctor.oracle import average, chat, optimizer, order, schedule
@@ -20,6 +20,13 @@ from moe_llm.train import trainer
 
 _UPDATES = 2e-4  # of what training has changed so far: rounding of torch's fused and plain optimizers
 _MOMENTS = 1e-4
+_SOURCE = {
+    "adamw": "torch's AdamW",
+    "sgd": "torch's SGD",
+    "muon": "torch's Muon",
+    "lion": "Lion's algorithm",
+    "schedule_free": "the algorithm of schedule-free AdamW",
+}
 # where gradients are clipped in bf16, as the weights are
 _NARROW_MOMENTS = 1e-2
 _MAX_SAMPLES = 4096
@@ -194,10 +201,18 @@ def relative_rate(found: float, expected: float) -> float:
 
 
 def judge_optimizer(config: Config, one: Observation) -> list[Finding]:
-    """What one process made of its own gradients, beside what torch's optimizer makes of them; of optimizers that the
-    oracle does not know, nothing."""
-    if config.optim.name not in optimizer.KINDS or config.optim.schedule not in schedule.FORMULAS:
-        return []
+    """What one process made of its own gradients, beside what torch's optimizer, or the paper's algorithm, makes of
+    them."""
+    unknown = [
+        f"optim.{key}={value}"
+        for key, value, known in (
+            ("name", config.optim.name, optimizer.KINDS),
+            ("schedule", config.optim.schedule, schedule.FORMULAS),
+        )
+        if value not in known
+    ]
+    if unknown:
+        return [note(f"not judged: updates, norms and moments, since there is no second formula of {unknown[0]}")]
     start = whole([one.start["weight"]])
     gradients = [whole([slopes]) for slopes in one.gradients]
     rates = [schedule.rate(config.optim, step, config.max_steps) for step in range(len(gradients))]
@@ -210,9 +225,9 @@ def judge_optimizer(config: Config, one: Observation) -> list[Finding]:
     compared = _weights_apart(config, one, start, due)
     findings = [
         within("oracle_norm", "norm of the gradients, summed up by name", norms),
-        within("oracle_updates", "updates, as torch's optimizer makes them of the gradients", compared),
+        within("oracle_updates", f"updates, as {_SOURCE[config.optim.name]} makes them of the gradients", compared),
     ]
-    if config.optim.name == "adamw" and one.at_save:
+    if due.moments[0] and one.at_save:
         last = (config.checkpoint.every_steps or 1) - 1
         findings.append(_moments(config, one, due.moments[last]))
     if config.optim.master_weights == "stochastic_rounding":
@@ -233,6 +248,10 @@ def rules_of(config: Config) -> optimizer.Rules:
         eps=optim.eps,
         weight_decay=optim.weight_decay,
         clip=optim.grad_clip,
+        momentum=optim.muon.momentum,
+        nesterov=optim.muon.nesterov,
+        ns_steps=optim.muon.ns_steps,
+        adjust_lr=optim.muon.adjust_lr,
         multipliers=(rates.experts, rates.router, rates.rest),
         experts=None if some is None else tuple(sorted(set(some))),
         router_every=config.train.adversarial.router_every,
@@ -246,9 +265,15 @@ def _weights_apart(
     for step, expected in enumerate(due.weights):
         found = whole([one.weights[step]])
         for name, value in expected.items():
-            departs = apart(found[name], value, value - start[name], steps=step + 1, eps=eps)
-            compared.append((departs, _UPDATES, f"{name} after step {step + 1}"))
+            sure = ~due.unsure[step][name] if name in due.unsure[step] else ...
+            change = (value - start[name])[sure]
+            departs = apart(found[name][sure], value[sure], change, steps=step + 1, eps=eps)
+            compared.append((departs, _update_tolerance(config), f"{name} after step {step + 1}"))
     return compared
+
+
+def _update_tolerance(config: Config) -> float:
+    return ORTHOGONAL if config.optim.name == "muon" else _UPDATES
 
 
 def _moments_tolerance(config: Config) -> float:
@@ -258,12 +283,15 @@ def _moments_tolerance(config: Config) -> float:
 def _moments(config: Config, one: Observation, due: dict[str, Whole]) -> Finding:
     compared, tolerance = [], _moments_tolerance(config)
     for kind, values in due.items():
-        found = whole([one.at_save[kind]])
+        found = whole([one.at_save.get(kind, {})])
+        if missing := values.keys() - found.keys():
+            compared.append((math.inf, tolerance, f"{kind} of {min(missing)}, which is not kept"))
+            continue
         for name, value in values.items():
             size = float(np.sqrt((value.astype(np.float64) ** 2).mean()))
             difference = float(np.sqrt(((found[name].astype(np.float64) - value) ** 2).mean()))
             compared.append((difference / size if size else difference, tolerance, f"{kind} of {name}"))
-    return within("oracle_moments", "AdamW's moments in the checkpoint, from the clipped gradients", compared)
+    return within("oracle_moments", "the optimizer's averages in the checkpoint, from the clipped gradients", compared)
 
 
 def _explain(
@@ -285,7 +313,7 @@ def _explain(
     for sentence, (other, at) in tries.items():
         due = optimizer.replay(start, gradients, at, other)
         departs = [difference / tolerance for difference, tolerance, _ in _weights_apart(config, one, start, due)]
-        if config.optim.name == other.kind == "adamw" and one.at_save:
+        if config.optim.name == other.kind and due.moments[0] and one.at_save:
             moments = _moments(config, one, due.moments[(config.checkpoint.every_steps or 1) - 1])
             departs.append((moments.difference or 0.0) / _moments_tolerance(config))
         worst = max(departs)

@@ -5,6 +5,15 @@ from typing import Any
 from moe_llm.doctor.examine import Report
 from moe_llm.doctor.findings import FAIL, NOTE, Finding
 
+# What a copy in small is described by; all changes are in the JSON
+_SIZES = {
+    "model.hidden_size": "width",
+    "model.num_hidden_layers": "layers",
+    "model.num_local_experts": "experts",
+    "data.sequence_length": "tokens a block",
+    "train.global_batch_size": "blocks a step",
+    "train.max_steps": "steps",
+}
 _STYLES = {"PASS": "green", "FAIL": "bold red", "NOTE": "yellow"}
 
 
@@ -40,10 +49,14 @@ def print_report(report: Report) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)  # a pipe has no width of its own
-    changes = ", ".join(f"{key} {_show(old)} -> {_show(new)}" for key, (old, new) in report.changes.items())
+    sizes = [
+        f"{name} {report.changes[key][0]} -> {report.changes[key][1]}"
+        for key, name in _SIZES.items()
+        if key in report.changes
+    ]
     console.print(f"examined: {escape(report.layout)}", highlight=False)
-    if changes:
-        console.print(f"in small: {escape(changes)}", highlight=False)
+    if sizes:
+        console.print(f"in small: {escape(', '.join(sizes))} (--json has every change)", highlight=False)
     for finding in report.findings:
         if finding.status == NOTE:
             console.print(f"[yellow]note[/]: {escape(finding.check)}", highlight=False)
@@ -76,7 +89,3 @@ def _number(finding: Finding, value: float | None) -> str:
 def _finite(value: float | None) -> float | None:
     """JSON has no infinity and no NaN: null says that there was no number."""
     return value if value is not None and value == value and abs(value) != float("inf") else None
-
-
-def _show(value: Any) -> str:
-    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

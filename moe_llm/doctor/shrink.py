@@ -86,10 +86,15 @@ def shrink(config: Config, ranks: int, steps: int, *, as_wide: bool = False) -> 
         f"{section}.{key}": (raw[section][key], value)
         for section in ("model", "data", "train", "parallel")
         for key, value in changed[section].items()
-        if raw[section][key] != value and key not in ("device", "max_tokens", "on_nan", "early_stopping")
+        if _said(raw[section][key]) != _said(value) and key not in ("device", "max_tokens", "on_nan", "early_stopping")
     }
     small = validate({name: {**raw[name], **changed.get(name, {})} for name in raw})
     return Small(small, one_process(small, ranks), changes, notes)
+
+
+def _said(value: Any) -> Any:
+    """A value without the keys that say nothing."""
+    return {key: said for key, said in value.items() if said is not None} if isinstance(value, dict) else value
 
 
 def one_process(config: Config, ranks: int) -> Config:

@@ -139,7 +139,8 @@ def sick() -> Report:
         within("gradients", "gradients", [(1e-7, 1e-5, "a"), (math.inf, 1e-5, "b.weight")], kinds=["dense"]),
     ]
     found[-1].cause = "a [bold] guess"
-    return Report("2 ranks", {"model.hidden_size": (256, 64)}, found, 1.25)
+    changes = {"model.hidden_size": (256, 64), "model.rope_parameters": ({"factor": 2.0}, {"factor": 3.0})}
+    return Report("2 ranks", changes, found, 1.25)
 
 
 @pytest.mark.parametrize(("report", "code"), [(sick(), 1), (Report("2 ranks", {}), 0)])
@@ -169,13 +170,14 @@ def test_a_failure_names_where_and_why(capsys):
     print_report(sick())
     out = capsys.readouterr().out
     for words in (
-        "model.hidden_size 256 -> 64",
+        "in small: width 256 -> 64 (--json has every change)",
         "note: something to know",
         "FAIL gradients: b.weight",
         "likely: a [bold] guess",
         "1 of 2 checks fail",
     ):
         assert words in out
+    assert "rope_parameters" not in out
     assert json.loads(json.dumps(as_json(sick()), allow_nan=False))["checks"][2]["difference"] is None
 
 

@@ -144,6 +144,9 @@ SOUND = {
     "weighted sources": [WEIGHTED],
     "an exact balance loss, accumulation": ["model.balance_over=step", "train.global_batch_size=64"],
     "rates by part": ["optim.lr_multipliers={experts: 0.5, router: 0.1}", "optim.schedule=wsd"],
+    "Muon": ["optim.name=muon"],
+    "Lion": ["optim.name=lion", "optim.lr=0.0001"],
+    "schedule-free AdamW": ["optim.name=schedule_free", "optim.schedule=constant"],
     "bf16 on disk": ["checkpoint.dtype=bf16", "train.precision=bf16"],
 }
 

@@ -129,6 +129,10 @@ def _saved(cfg, source: str, save: str) -> str:
         ({"optim": {"name": "schedule_free"}, "parallel": {"zero_stage": 3}}, ["parallel.zero_stage=3", "1 or 2"]),
         ({"optim": {"name": "schedule_free", "schedule": "cosine"}}, ["optim.schedule", "constant"]),
         ({"optim": {"name": "schedule_free"}, "checkpoint": {"ema": {"decay": 0.9}}}, ["checkpoint.ema.decay", "average"]),
+        (
+            {"optim": {"name": "schedule_free"}, "finetune": {"trainable": "experts", "experts": [1]}},
+            ["weight_decay", "finetune.experts"],
+        ),
         ({"optim": {"name": "schedule_free"}, "train": {"adversarial": {"router_every": 2}}}, ["router_every", "turns"]),
         ({"optim": {"name": "adamw", "muon": {"momentum": 0.5}}}, ["optim.muon", "adamw", "remove it"]),
     ],
