@@ -18,6 +18,7 @@ from support.checkpoints import (
     save_arguments,
     small_config,
 )
+from support.ci import dear
 
 from moe_llm.checkpoint import safetensors_io
 from moe_llm.checkpoint.resume import find_resumable
@@ -209,8 +210,10 @@ while True:
 """
 
 
-@pytest.mark.parametrize("how", ["at once", "background"])
-@pytest.mark.parametrize("again", [3, 2], ids=["a new step", "the same step"])
+@pytest.mark.parametrize(
+    ("again", "how"),
+    dear([(again, how) for again in (3, 2) for how in ("at once", "background")], (3, "background"), (2, "at once")),
+)
 def test_dying_at_any_moment_of_a_save_loses_nothing_that_was_complete(tmp_path, again, how):
     """The newest complete checkpoint is the previous one or, at the end, the new one; never half a one."""
     done = subprocess.run(

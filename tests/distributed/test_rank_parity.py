@@ -1,6 +1,9 @@
 """N ranks with expert parallelism compute what one process computes that takes their micro-batches together."""
 
+import itertools
+
 import pytest
+from support.ci import dear
 from support.training import MODEL, config, difference, train_steps
 
 STEPS = 20
@@ -36,10 +39,13 @@ def norm_of_expert(result: dict, layer: int, expert: int) -> float:
     return sum(float(part.double().square().sum()) for part in parts) ** 0.5
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("rounds", [1, 2])
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(
+    ("world", "stage", "rounds", "optimizer"),
+    dear(
+        itertools.product((2, 4), (1, 2, 3), (1, 2), ("sgd", "adamw")),
+        *[(2, 1, 1, "sgd"), (2, 2, 2, "adamw"), (2, 3, 2, "adamw"), (4, 1, 2, "sgd"), (4, 3, 1, "adamw")],
+    ),
+)
 def test_expert_parallel_ranks_equal_one_process(request, references, world, stage, rounds, optimizer):
     ranks = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[world])
     expected = references(world, rounds, optimizer)
@@ -106,8 +112,7 @@ def test_global_balance_over_accumulated_micro_batches_is_near_the_exact_one():
     assert largest(accumulated["losses"], exact["losses"]) < 0.01
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("ep", [1, 2])
+@pytest.mark.parametrize(("stage", "ep"), dear(itertools.product((1, 2, 3), (1, 2)), (1, 2), (3, 1)))
 def test_norms_of_single_experts_in_bf16_are_those_of_the_gradients(two_ranks, stage, ep):
     cfg = config(MICRO, 2, 2, ep=ep, stage=stage, train={"precision": "bf16"})
     for per_rank in two_ranks.run(train_steps, cfg, 1):

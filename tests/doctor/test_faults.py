@@ -5,6 +5,7 @@ from pathlib import Path
 
 import doctor_faults as faults
 import pytest
+from support.ci import dear
 
 from moe_llm.config import load_config
 from moe_llm.doctor.examine import examine
@@ -64,7 +65,21 @@ FOLLOWING = {
 }
 
 
-@pytest.mark.parametrize(("fault", "key", "words", "overrides"), PLANTED, ids=[f[0].__name__ for f in PLANTED])
+NAMES = [fault.__name__ for fault, *_ in PLANTED]
+IN_CI = [  # one of each kind of check
+    "experts_left_out_of_the_optimizer",
+    "loss_scaled_twice",
+    "balance_loss_per_rank",
+    "one_ranks_experts_exported",
+    "documents_see_each_other",
+]
+
+
+@pytest.mark.parametrize(
+    ("fault", "key", "words", "overrides"),
+    dear(PLANTED, *[planted for planted in PLANTED if planted[0].__name__ in IN_CI]),
+    ids=NAMES,
+)
 def test_a_planted_fault_is_found_and_named(doctor_ranks, fault, key, words, overrides):
     config = load_config(QUICKSTART, ["parallel.expert_parallel_size=2", *overrides])
     report = examine(config, steps=2, plant=fault, processes=doctor_ranks)

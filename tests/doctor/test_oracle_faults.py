@@ -10,6 +10,7 @@ from pathlib import Path
 import doctor_faults as faults
 import practice_faults as practice
 import pytest
+from support.ci import dear
 
 from moe_llm.config import load_config
 from moe_llm.doctor.examine import examine
@@ -177,7 +178,9 @@ def failures(doctor_ranks, fault, overrides=()):
     return {finding.key: finding for finding in report.findings if finding.failed}
 
 
-@pytest.mark.parametrize(("fault", "key", "words"), AUDITED, ids=[f[0].__name__ for f in AUDITED])
+@pytest.mark.parametrize(
+    ("fault", "key", "words"), dear(AUDITED, *AUDITED[:1], *AUDITED[-2:]), ids=[f[0].__name__ for f in AUDITED]
+)
 def test_a_fault_that_all_layouts_share_is_found_and_named(doctor_ranks, fault, key, words):
     failed = failures(doctor_ranks, fault)
     assert key in failed

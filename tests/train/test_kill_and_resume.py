@@ -48,6 +48,7 @@ def test_one_process_killed_twice_equals_uninterrupted_to_the_last_bit(make_conf
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+@pytest.mark.grid
 def test_two_ranks_killed_under_the_launcher_go_on_as_one_process_that_was_not(make_config, tmp_path):
     """The reference takes the ranks' micro-batches together, so this is more than resuming."""
     # rounding differs between the two, and a larger eps keeps Adam from blowing that up

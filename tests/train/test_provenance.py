@@ -98,6 +98,7 @@ def test_what_may_change_from_a_named_checkpoint_on_is_recorded(tmp_path, text):
     assert any(entry["change"].startswith("optim.lr=0.0001 in place of") for entry in changes)
 
 
+@pytest.mark.grid
 def test_ranks_that_read_different_files_do_not_train(tmp_path, text):
     """Each rank has a path of its own, as on nodes with a half-synchronised copy."""
     for rank in (0, 1):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support.ci import dear
 from support.ranks import fresh_accelerate
 from support.training import config, rows
 
@@ -97,14 +98,23 @@ def fault(cfg, kind: str) -> dict:
 
 @pytest.mark.parametrize(
     ("layout", "precision", "kind"),
-    [(layout, precision, "nan") for layout in LAYOUTS for precision in ("fp32", "bf16")]
-    + [
-        ("1", "fp32", "loss"),
-        ("z1", "bf16", "loss"),
-        ("z2", "fp32", "loss"),
-        ("z3", "bf16", "loss"),
-        ("z1", "fp32", "inf"),
-    ],
+    dear(
+        [(layout, precision, "nan") for layout in LAYOUTS for precision in ("fp32", "bf16")]
+        + [
+            ("1", "fp32", "loss"),
+            ("z1", "bf16", "loss"),
+            ("z2", "fp32", "loss"),
+            ("z3", "bf16", "loss"),
+            ("z1", "fp32", "inf"),
+        ],
+        *[
+            ("1", "fp32", "nan"),
+            ("1", "bf16", "nan"),
+            ("1", "fp32", "loss"),
+            ("z2", "fp32", "loss"),
+            ("z3", "bf16", "nan"),
+        ],
+    ),
 )
 def test_a_bad_step_leaves_no_trace_and_is_named_on_all_ranks(request, layout, precision, kind):
     found = on_ranks(request, layout, fault, cfg_of(layout, precision), kind)

@@ -134,6 +134,7 @@ def test_a_signal_to_one_rank_saves_on_all(make_config, tmp_path):
     assert "exitcode  : 143" in err
 
 
+@pytest.mark.grid
 def test_ctrl_c_at_the_launchers_terminal_saves_on_all(make_config, tmp_path):
     """The launcher passes the signal on and waits. That it then exits with 1 is its own, and in the README."""
     code, err = stop_two_ranks(make_config, tmp_path, lambda launcher: os.killpg(launcher, signal.SIGINT))
