@@ -19,6 +19,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import version
 from types import EllipsisType
 from typing import Any
@@ -69,6 +70,7 @@ def is_derived(name: str) -> bool:
     return _DERIVED.fullmatch(name) is not None
 
 
+@lru_cache(maxsize=1 << 16)  # a plan asks for every parameter, layout by layout
 def is_expert(name: str) -> bool:
     """Whether an in-memory parameter is stacked over experts; so are its low-rank factors."""
     return EXPERT_PARAMETER.fullmatch(name) is not None

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 from moe_llm.config import Config
 from moe_llm.errors import UserError
@@ -27,6 +28,7 @@ _TARGETS = {
 }
 
 
+@lru_cache(maxsize=1 << 16)
 def part_of(name: str) -> str:
     """The part of the model that a parameter belongs to, in the words of `moe-llm params`."""
     if name.startswith("lm_head."):
