@@ -44,9 +44,21 @@ def test_one_process_stays_near_fp32_masters(wide, kind):
 @pytest.mark.parametrize("ep", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_ranks_stay_near_fp32_masters(two_ranks, wide, kind, ep, stage):
-    for found in two_ranks.run(train_steps, run(kind, 2, ep, stage), STEPS):
+    stays_near(two_ranks.run(train_steps, run(kind, 2, ep, stage), STEPS), wide)
+
+
+def stays_near(ranks: list[dict], wide: dict) -> None:
+    for found in ranks:
         assert found["losses"] == pytest.approx(wide["losses"], rel=3e-3)
         assert found["norms"] == pytest.approx(wide["norms"], rel=3e-2)
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("ep", [1, 2, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_four_ranks_stay_near_fp32_masters(four_ranks, wide, kind, ep, stage):
+    stays_near(four_ranks.run(train_steps, run(kind, 4, ep, stage), STEPS), wide)
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,26 @@ VARIANTS = {
         "model.router={type: gshard, entropy_bonus_coef: 0.01, global_entropy_coef: 0.01, warmup_steps: 9}",
         "parallel.expert_parallel_size=2",
     ],
+    "optimizer and activations in host memory, tiles": [
+        "parallel.offload_optimizer=cpu",
+        "parallel.zero_stage=2",
+        "parallel.expert_parallel_size=2",
+        "train.activation_checkpointing=selective",
+        "train.activation_offload=true",
+        "train.tiled_mlp=2",
+    ],
+    "bf16 weights by stochastic rounding, bf16 gradients": [
+        "train.precision=bf16",
+        "optim.master_weights=stochastic_rounding",
+        "parallel.gradient_dtype=bf16",
+        "parallel.expert_parallel_size=2",
+    ],
+    "bf16 weights with Kahan sums, ZeRO-3": [
+        "train.precision=bf16",
+        "optim.master_weights=kahan",
+        "parallel.zero_stage=3",
+        "parallel.expert_parallel_size=2",
+    ],
     "losses and noise of the router's own": [
         "model.router.type=noisy_top_k",
         "parallel.expert_parallel_size=2",
