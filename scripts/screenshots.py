@@ -22,27 +22,27 @@ sys.path.insert(0, str(ROOT / "tests"))
 TEXTS = {"code": Path(argparse.__file__), "prose": ROOT / "README.md"}
 
 
-def moe_llm(*arguments: str | Path) -> None:
-    subprocess.run([sys.executable, "-m", "moe_llm", *map(str, arguments)], check=True, cwd=ROOT)
+def moe_llm(room: Path, *arguments: str | Path) -> None:
+    subprocess.run([sys.executable, "-m", "moe_llm", *map(str, arguments)], check=True, cwd=room)
 
 
 def pages(run: Path, other: Path, room: Path) -> dict[str, Path]:
     """The pages that are looked at, made anew."""
-    moe_llm("report", run, "--out", room / "report/report.html")
-    moe_llm("report", run, other, "--out", room / "compared/compared.html")
-    texts = [shutil.copyfile(path, room / f"{name}.txt") for name, path in TEXTS.items()]
+    moe_llm(room, "report", run, "--out", "report.html")
+    moe_llm(room, "report", run, other, "--out", "compared.html")
+    texts = [shutil.copyfile(path, room / f"{name}.txt").name for name, path in TEXTS.items()]
     newest = [directory / "checkpoints/latest" for directory in (run, other)]
-    moe_llm("inspect", newest[0], "--data", *texts, "--max-tokens", "4096", "--out", room / "inspect")
+    moe_llm(room, "inspect", newest[0], "--data", *texts, "--max-tokens", "4096", "--out", "inspect")
     recipe = {
         "merge_method": "linear",
         "models": [{"model": str(path.resolve()), "parameters": {"weight": 0.5}} for path in newest],
         "align_experts": "weights",
     }
     (room / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
-    moe_llm("merge", room / "recipe.yaml", room / "merged")
+    moe_llm(room, "merge", "recipe.yaml", "merged")
     return {
-        "report": room / "report/report.html",
-        "compared": room / "compared/compared.html",
+        "report": room / "report.html",
+        "compared": room / "compared.html",
         "inspect": room / "inspect/inspect.html",
         "expert_matching": room / "merged/expert_matching.png",
     }

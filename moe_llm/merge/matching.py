@@ -41,8 +41,8 @@ def _picture(matches: list[Match], path: Path) -> None:
     for axes, match in zip(grid.flat, matches, strict=False):
         images.append(axes.imshow(match.similarity_EE.numpy(), cmap="viridis", vmin=low, vmax=high))
         axes.plot(match.order_E.numpy(), range(len(match.order_E)), "x", color="red", linestyle="none")
-        axes.set_title(f"{Path(match.other).name}, layer {match.other_layer}", fontsize=8)
-        axes.set(xlabel="its expert", ylabel=f"expert of {Path(match.reference).name}, layer {match.layer}")
+        axes.set_title(f"{_short(match.other)}, layer {match.other_layer}", fontsize=8)
+        axes.set(xlabel="its expert", ylabel=f"expert of {_short(match.reference)}, layer {match.layer}")
         axes.xaxis.label.set_fontsize(7)
         axes.yaxis.label.set_fontsize(7)
     for axes in list(grid.flat)[len(matches) :]:
@@ -50,3 +50,9 @@ def _picture(matches: list[Match], path: Path) -> None:
     figure.colorbar(images[0], ax=grid, label="similarity", shrink=0.8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _short(model: str) -> str:
+    """What tells models apart: of a checkpoint the run, of another directory or hub name its last part."""
+    path = Path(model)
+    return path.parent.parent.name if path.parent.name == "checkpoints" else path.name
