@@ -9,6 +9,7 @@ import glob
 import hashlib
 import json
 import lzma
+import os
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -118,13 +119,11 @@ def holds_tokens(source: SourceConfig, field: str) -> bool:
 
 def _stdlib_files() -> list[Path]:
     """The running interpreter's own library, without its tests: about 12 MB of Python source."""
-    root = Path(sysconfig.get_path("stdlib"))
-    files = [
-        path
-        for path in root.rglob("*.py")
-        if not _STDLIB_LEFT_OUT & set(path.relative_to(root).parts[:-1]) and path.is_file()
-    ]
-    return sorted(files)
+    files = []
+    for folder, folders, names in os.walk(sysconfig.get_path("stdlib")):
+        folders[:] = [name for name in folders if name not in _STDLIB_LEFT_OUT]  # site-packages may be far larger
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(path for path in files if path.is_file())
 
 
 def source_bytes(source: SourceConfig, field: str) -> int | None:

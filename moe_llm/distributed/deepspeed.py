@@ -7,6 +7,7 @@ tests/distributed/test_deepspeed_contract.py says at once when a version of Deep
 """
 
 import functools
+import importlib
 import logging
 import os
 import warnings
@@ -53,10 +54,22 @@ def prepare_environment(cpu: bool, world_size: int) -> None:
     from moe_llm.distributed import extension_locks
 
     extension_locks.install()
+    _import_muon_uncompiled()
     _allow_experts_alone()
     logger.setLevel(logging.ERROR)  # it warns of every optimizer that is not its own
     # DeepSpeed calls collectives by names that torch is about to change: a line for each of them, every step
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
+
+
+def _import_muon_uncompiled() -> None:
+    """DeepSpeed compiles its own Muon when it is imported, which every start does. Nobody calls it here, and torch's
+    compiler takes a second of CPU time to load in each rank."""
+    compiling = torch.compile
+    setattr(torch, "compile", lambda function: function)  # noqa: B010 - which type checkers let pass
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        setattr(torch, "compile", compiling)  # noqa: B010
 
 
 def _allow_experts_alone() -> None:

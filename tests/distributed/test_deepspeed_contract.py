@@ -28,6 +28,19 @@ def test_the_engine_still_finds_layers_by_class_and_hands_them_their_group():
     )
 
 
+def test_deepspeeds_own_muon_is_imported_without_torchs_compiler(two_ranks):
+    assert two_ranks.run(_compiled, config(1, 1, 2)) == [(False, True)] * 2
+
+
+def _compiled(cfg) -> tuple[bool, bool]:
+    """Whether DeepSpeed's Muon is compiled, and whether what is compiled from here on is."""
+    fresh_accelerate()
+    start(cfg)
+    from deepspeed.runtime.zero.muon import original_muon
+
+    return tuple(hasattr(f, "_torchdynamo_orig_callable") for f in (original_muon.muon_update, torch.compile(abs)))
+
+
 def test_expert_parameters_stand_in_groups_of_their_own():
     cfg = config(1, 1, 2, ep=2)
     model = build_model(cfg.model, 0)
