@@ -3,11 +3,12 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from support import runs
 
 from moe_llm.config import load_config
-from moe_llm.doctor.compare import tolerances, widened
+from moe_llm.doctor.compare import gradients, tolerances, widened
 
 
 def seen(*steps):
@@ -15,8 +16,16 @@ def seen(*steps):
     return SimpleNamespace(records=[{"moe": {"tokens_per_expert": [counts]}} for counts in steps])
 
 
-def allowed(precision):
-    return tolerances(load_config(runs.ROOT / "configs/quickstart.yaml", [f"train.precision={precision}"]))
+def allowed(precision, *more):
+    return tolerances(load_config(runs.ROOT / "configs/quickstart.yaml", [f"train.precision={precision}", *more]))
+
+
+def test_only_the_gates_of_em_have_more_room_and_of_no_other_router():
+    slope = {name: np.ones(8, np.float32) for name in ("model.layers.0.mlp.gate.weight", "model.norm.weight")}
+    off = {name: value * (1 + 2e-5) for name, value in slope.items()}
+    for router, failing in (("em", ["model.norm.weight"]), ("reinforce", list(slope)), ("mixtral", list(slope))):
+        found = gradients(off, slope, allowed("fp32", f"model.router.type={router}"), "gradients", "")
+        assert found.evidence["beyond"] == failing
 
 
 def test_in_fp32_nothing_is_given_room_for():
