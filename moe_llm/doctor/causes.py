@@ -24,6 +24,8 @@ def _says(sentence: str, *, if_failed: str | None = None) -> Callable:
 
 
 def _gradient(finding: Finding, failed: Failed, ranks: int) -> str:
+    if finding.evidence.get("why"):
+        return finding.evidence["why"]
     kinds, factor = finding.evidence["kinds"], finding.evidence["factor"]
     who = "of the experts" if kinds == ["experts"] else "of the routers" if kinds == ["routers"] else ""
     if factor is not None and (kinds == ["experts"] or not finding.evidence["spared"]):
@@ -44,6 +46,9 @@ def _gradient(finding: Finding, failed: Failed, ranks: int) -> str:
         return "follows from the balance loss"
     if "reference_own" in failed:
         return "follows from a loss of the router's own"
+    beyond = finding.evidence["beyond"]
+    if finding.key == "reference_gradients" and len(beyond) <= 2 and "reference_lm" not in failed:
+        return f"the losses are right, and gradients of {' and '.join(beyond)} alone depart: part of them is cut off, or doubled"
     return ""
 
 
@@ -165,7 +170,7 @@ _RULES: list[tuple[set[str], Callable[[Finding, Failed, int], str]]] = [
     ({"export_config", "export_tokens", "export_dtype"}, lambda finding, failed, ranks: finding.where),
     ({"oracle_schedule"}, _says("the learning rate is not its formula's: look at warm-up, schedule and step count")),
     ({"oracle_norm"}, _says("the norm that is recorded, and clipped by, is not that of all gradients")),
-    ({"oracle_text", "oracle_order", "oracle_held_out", "oracle_chat"}, _as_found),
+    ({"oracle_text", "oracle_order", "oracle_held_out", "oracle_chat", "oracle_initial", "random"}, _as_found),
     (
         {"cut", "cut_gradients"},
         _says(
@@ -231,6 +236,14 @@ _RULES: list[tuple[set[str], Callable[[Finding, Failed, int], str]]] = [
     ({"reference_aux"}, _reference_aux),
     ({"reference_norm"}, _says("follows from the gradients", if_failed="reference_gradients")),
     ({"reference_norm"}, _says("gradients are right, so their norm is not taken over all parameters")),
+    ({"reference_val"}, _says("follows from the forward pass", if_failed="reference_lm")),
+    (
+        {"reference_val", "noise_val"},
+        _says(
+            "held-out losses are not the mean over all targets, or noise, dropout or limits of capacity act while evaluating"
+        ),
+    ),
+    ({"noise_dropout"}, _says("dropout is configured and does not act")),
     ({"reference_own"}, lambda finding, failed, ranks: _padding(finding)),
     ({"reference_own"}, _says("follows from the forward pass", if_failed="reference_lm")),
     ({"reference_own"}, _says("a loss of the router's own has another formula than in its paper")),

@@ -20,9 +20,9 @@ from moe_llm.distributed.runtime import rank_from_environment, world_size_from_e
 from moe_llm.doctor import adapters, compare, judge
 from moe_llm.doctor.causes import diagnose
 from moe_llm.doctor.exported import check_export, check_files
-from moe_llm.doctor.findings import FAIL, Finding, exact, note
+from moe_llm.doctor.findings import FAIL, Finding, exact, note, within
 from moe_llm.doctor.launched import LaunchedRanks, take_part
-from moe_llm.doctor.observe import Observation, expected_samples, made_ready, observe
+from moe_llm.doctor.observe import Observation, expected_samples, made_ready, observe, read_data
 from moe_llm.doctor.oracle.family import comparable
 from moe_llm.doctor.oracle.transformer import Reference
 from moe_llm.doctor.ranks import LocalRanks, Plant, RankError, no_plant
@@ -314,9 +314,51 @@ class _Case:
         self.findings += compare.against_transformers(
             one, expected, self._tolerances(self._in_fp32()), self.config.finetune.experts
         )
+        self._explain_gradients(whole[0], one)
+        self._compare_held_out("reference_val", "held-out loss, as transformers computes it", one)
+        self._compare_dropout(precise)
         if expected[0].buffers and one.at_save:
             due = expected[(self.config.checkpoint.every_steps or 1) - 1].buffers
             self.findings.append(compare.router_buffers(one, due))
+
+    def _explain_gradients(self, weights: compare.Whole, one: Observation) -> None:
+        """Where they depart though losses do not, find out which part of them it is."""
+        failed = {finding.key: finding for finding in self.findings if finding.failed}
+        finding = failed.get("reference_gradients")
+        if finding is None or "reference_lm" in failed or not self.config.finetune.whole:
+            return
+        assert self.reference is not None
+        found = compare.whole([one.gradients[0]])
+        finding.evidence["why"] = judge.explain_gradients(found, self.reference.shares(weights, one.batches[0]))
+
+    def _compare_held_out(self, key: str, title: str, one: Observation) -> None:
+        """Where evaluation routes as training does and by the weights that are trained."""
+        router, optim = self.config.model.router.type, self.config.optim.name
+        if router in ("expert_choice",) or OPTIMIZERS[optim].switches or self.config.data.has_preference:
+            return
+        assert self.reference is not None
+        weights = adapters.merged(compare.whole([one.weights[-1]]), self.config)
+        due = self.reference.held_out(weights, read_data(self.config).validation.batches(micro_batch_size=1))
+        allowed = self._tolerances(self._in_fp32()).loss[0]
+        compared = [(compare.relative(one.records[-1]["val_loss"], due), allowed, "last step")]
+        self.findings.append(within(key, title, compared))
+
+    def _compare_dropout(self, without: Observation) -> None:
+        """One process with the user's dropout: it acts on gradients, and evaluation knows none."""
+        rates = self.user.model.expert_dropout, self.user.finetune.lora.dropout
+        if not any(rates):
+            return
+        config = in_fp32(
+            self.config,
+            model={"expert_dropout": rates[0]},
+            finetune={"lora": {**self.config.finetune.lora.model_dump(mode="json"), "dropout": rates[1]}},
+            train={"max_steps": 1, "adversarial": {}},
+        )
+        one = self._alone(config, "dropout")
+        before, after = (compare.whole([seen.gradients[0]]) for seen in (without, one))
+        idle = [] if any((before[name] != after[name]).any() for name in before) else ["no gradient depends on it"]
+        self.findings.append(exact("noise_dropout", "dropout: acts on the gradients", idle))
+        self._compare_held_out("noise_val", "dropout: none in the held-out loss", one)
 
     def _judge(self, one: Observation) -> None:
         """One process beside the oracle: data, schedule and optimizer."""
@@ -326,6 +368,7 @@ class _Case:
             self.findings += judge.judge_schedule(self.user, self.config, one)
         self.findings += judge.judge_optimizer(one_process(self.config, self.ranks), one)
         self.findings += judge.judge_average(self.config, one)
+        self.findings += judge.judge_initial(self.config, one)
 
     def _compare_cuts(self, whole: Observation) -> None:
         """One process in fp32 whose micro-batches are single rows beside one that takes more at once."""
@@ -350,6 +393,7 @@ class _Case:
             compare.samples(ranks, self.expected, "samples", "each block is read once, by one rank"),
             compare.tokens(ranks, one),
             compare.start_weights(ranks, one),
+            *judge.judge_random(ranks),
             *compare.losses(ranks, one, allowed, [loss.name for loss in router_losses(self.config.model)]),
             compare.routing(ranks, one, allowed),
             *([compare.dropped(ranks, one, allowed)] if self.config.model.router.limited else []),

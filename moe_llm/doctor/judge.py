@@ -13,7 +13,7 @@ from moe_llm.distributed.state import EMA
 from moe_llm.doctor.compare import ORTHOGONAL, ROUNDING, Whole, apart, relative, whole
 from moe_llm.doctor.findings import Finding, exact, note, within
 from moe_llm.doctor.observe import Observation, digests, read_data
-from moe_llm.doctor.oracle import average, chat, optimizer, order, schedule
+from moe_llm.doctor.oracle import average, chat, initial, optimizer, order, schedule
 from moe_llm.doctor.oracle.text import Judged, Text, documents
 from moe_llm.doctor.shrink import replace
 from moe_llm.train import trainer
@@ -178,6 +178,62 @@ def judge_schedule(user: Config, config: Config, one: Observation) -> list[Findi
         found = trainer.learning_rate(user, step)
         compared.append((relative_rate(found, expected), 1e-6, f"step {step + 1} of {steps} as configured"))
     return [within("oracle_schedule", "learning rate of each step, from its formula", compared)]
+
+
+def explain_gradients(found: Whole, shares: dict[tuple[int, str], Whole]) -> str:
+    """Which loss or which micro-batch counts otherwise than it should, if that is all that is wrong with gradients.
+
+    Args:
+        shares: what each loss of each micro-batch adds to them, by its number and name.
+    """
+
+    def flat(slopes: Whole) -> np.ndarray:
+        return np.concatenate([slopes[name].ravel() for name in found]).astype(np.float64)
+
+    seen, parts = flat(found), {key: flat(slopes) for key, slopes in shares.items()}
+    parts = {key: value for key, value in parts.items() if value.any()}
+    sizes = np.array([np.linalg.norm(value) for value in parts.values()])
+    columns = np.stack(list(parts.values()), 1) / sizes
+    counts = np.linalg.lstsq(columns, seen, rcond=None)[0]
+    if np.linalg.norm(columns @ counts - seen) > 1e-4 * np.linalg.norm(seen):
+        return ""
+    times = {key: float(count) for key, count in zip(parts, counts / sizes)}
+    rounds, names = {number for number, _ in times}, {name for _, name in times}
+    for name in sorted(names):
+        own = [count for (_, other), count in times.items() if other == name]
+        rest = [count for (_, other), count in times.items() if other != name]
+        if _all_near(rest, 1.0) and not _all_near(own, 1.0) and _all_near(own, own[0]):
+            return f"in the gradients the {name} counts {abs(own[0]):.2f} times"
+    for number in sorted(rounds):
+        own = [count for (other, _), count in times.items() if other == number]
+        rest = [count for (other, _), count in times.items() if other != number]
+        if _all_near(rest, 1.0) and not _all_near(own, 1.0) and _all_near(own, own[0]):
+            return f"micro-batch {number + 1} of {len(rounds)} counts {abs(own[0]):.2f} times in the gradients"
+    return ""
+
+
+def _all_near(counts: Sequence[float], due: float) -> bool:
+    return all(abs(count - due) < 0.02 for count in counts)
+
+
+def judge_initial(config: Config, one: Observation) -> list[Finding]:
+    """The weights that training begins with."""
+    wrong = initial.wrong_weights(
+        whole([one.start["weight"]]), config.model.initializer_range, config.model.num_hidden_layers
+    )
+    return [exact("oracle_initial", "initial weights: deviations as configured, no two matrices equal", wrong)]
+
+
+def judge_random(ranks: Sequence[Observation]) -> list[Finding]:
+    """What random numbers follow from: another state on each rank and in each step."""
+    seen: dict[str, str] = {}
+    wrong = []
+    for number, rank in enumerate(ranks):
+        for step, state in enumerate(rank.random):
+            place = f"rank {number}, step {step + 1}"
+            other = seen.setdefault(state, place)
+            wrong += [f"{place}: draws the random numbers of {other}"] if other != place else []
+    return [exact("random", "random numbers: others on each rank and in each step", wrong)]
 
 
 def judge_average(config: Config, one: Observation) -> list[Finding]:

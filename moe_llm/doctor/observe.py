@@ -45,6 +45,7 @@ class Observation:
 
     samples: digests of the rows of each micro-batch. tokens: real ones. records: as in metrics.jsonl, plus the rate.
     start: the weights and the optimizer's tensors before the first step, by kind. saved: the checkpoints.
+    random: digests of the state of torch's random numbers, before each step's first pass.
     at_save: the same tensors as `start` when the first checkpoint was written. batches: kept for the one process only.
     """
 
@@ -52,6 +53,7 @@ class Observation:
     samples: list[list[list[str]]] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     records: list[dict[str, Any]] = field(default_factory=list)
+    random: list[str] = field(default_factory=list)
     gradients: list[Tensors] = field(default_factory=list)
     weights: list[Tensors] = field(default_factory=list)
     start: dict[str, Tensors] = field(default_factory=dict)
@@ -125,6 +127,8 @@ class Watched:
 
     def forward(self, **inputs: Any) -> Any:
         if self._engine.model.training and torch.is_grad_enabled():  # not what is only counted
+            if not self._micro:
+                self._seen.random.append(_random_state(inputs["input_ids"].device))
             batch = Batch(
                 input_ids_BS=inputs["input_ids"],
                 labels_BS=inputs["targets"],
@@ -178,6 +182,12 @@ def digests(batch: Batch) -> list[str]:
         hashlib.sha256(b"".join(part[row].numpy().tobytes() for part in parts)).hexdigest()[:16]
         for row in range(len(batch.input_ids_BS))
     ]
+
+
+def _random_state(device: torch.device) -> str:
+    """A digest of what random numbers on the device follow from."""
+    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    return hashlib.sha256(state.cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def _forget_accelerator() -> None:

@@ -6,7 +6,7 @@ Dimensions: B documents, S longest of them, T real tokens, E experts, L layers.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,16 @@ class Expected:
     own: dict[str, float] = field(default_factory=dict)
     unsure: frozenset[str] = frozenset()
     buffers: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass
+class _Seen:
+    """What routers made of the rounds up to the present one, or of all of them."""
+
+    chosen: list[torch.Tensor] = field(default_factory=list)
+    own: Sums | None = None
+    lowest: list[tuple[torch.Tensor, int]] = field(default_factory=list)
+    tied: bool = False
 
 
 class Reference:
@@ -125,54 +135,90 @@ class Reference:
         self._load(weights)
         for parameter in [*self.model.parameters(), *self.noise_weights]:
             parameter.grad = None
-        parts_per_token = self.config.router.parts_per_token
-        targets = sum(int((batch.labels_BS != -100).sum()) for batch in rounds)
-        tokens = sum(int(batch.attention_mask_BS.sum()) for batch in rounds) * parts_per_token
-        rows = sum(int(batch.attention_mask_BS.any(1).sum()) for batch in rounds)
-        sums, seen = torch.zeros(3), []
-        own_values = torch.zeros(len(self.own))
-        own_seen: Sums | None = None
-        tied, lowest = False, []
-        whole_step = self.config.balance_over == "step"
-        if whole_step:
-            with torch.no_grad():
-                parts = [self._forward(batch)[1] for batch in rounds]
-            seen = [part.chosen_LTE for part in parts]
-            for part in parts:
-                own_seen = added(own_seen, Sums.of(part))
-        for batch in rounds:
-            loss_sum, part = self._forward(batch)
-            lowest += lowest_taken(self.config, part, self._sizes)
-            tied |= part.load_LTE is not None and part.tied(self.config.num_experts_per_tok)
-            if not whole_step:
-                seen.append(part.chosen_LTE)
-                own_seen = added(own_seen, Sums.of(part))
-            z = z_loss_part(part, tokens)
-            aux = self._balance(part, torch.cat(seen, 1), tokens, rows, len(rounds))
-            parts_3 = torch.stack([loss_sum / targets, aux, z])
-            total = parts_3 @ torch.tensor([1.0, self.config.router_aux_loss_coef, self.config.router_z_loss_coef])
-            sums += parts_3.detach()
-            if self.own:
-                assert own_seen is not None
-                own = values_of(self.own, part, own_seen, tokens)
-                total = total + own @ torch.tensor([loss.coefficient for loss in self.own])
-                own_values = own.detach()  # those of all that has been seen
-            total.backward()
+        sums, own_values, seen = torch.zeros(3), torch.zeros(len(self.own)), _Seen()
+        for parts in self._rounds(rounds, seen):
+            (parts @ self._coefficients()).backward()
+            sums += parts[:3].detach()
+            own_values = parts[3:].detach()  # those of all that has been seen
         gradients = {name: _gradient(stored) for name, stored in self.stored.items()}
         lm, aux, z = sums.tolist()
         if self.moves:
             with torch.no_grad():
-                assert own_seen is not None
-                move_buffers(self.config, self._buffers(), own_seen, lowest)
+                assert seen.own is not None
+                move_buffers(self.config, self._buffers(), seen.own, seen.lowest)
         return Expected(
             lm,
             aux,
             z,
             {name: gradient for name, gradient in gradients.items() if gradient is not None},
             {loss.name: value for loss, value in zip(self.own, own_values.tolist())},
-            frozenset(name for name in gradients if tied and ".mlp.gate." in name),
+            frozenset(name for name in gradients if seen.tied and ".mlp.gate." in name),
             {name: buffer.numpy().copy() for name, buffer in self._buffers().items()},
         )
+
+    def _rounds(self, rounds: Sequence["Batch"], seen: "_Seen") -> Iterator[torch.Tensor]:
+        """Each round's share of the step's losses: cross-entropy, balance, z and the router's own."""
+        parts_per_token = self.config.router.parts_per_token
+        targets = sum(int((batch.labels_BS != -100).sum()) for batch in rounds)
+        tokens = sum(int(batch.attention_mask_BS.sum()) for batch in rounds) * parts_per_token
+        rows = sum(int(batch.attention_mask_BS.any(1).sum()) for batch in rounds)
+        whole_step = self.config.balance_over == "step"
+        if whole_step:
+            with torch.no_grad():
+                parts = [self._forward(batch)[1] for batch in rounds]
+            seen.chosen = [part.chosen_LTE for part in parts]
+            for part in parts:
+                seen.own = added(seen.own, Sums.of(part))
+        for batch in rounds:
+            loss_sum, part = self._forward(batch)
+            seen.lowest += lowest_taken(self.config, part, self._sizes)
+            seen.tied |= part.load_LTE is not None and part.tied(self.config.num_experts_per_tok)
+            if not whole_step:
+                seen.chosen.append(part.chosen_LTE)
+                seen.own = added(seen.own, Sums.of(part))
+            assert seen.own is not None
+            z = z_loss_part(part, tokens)
+            aux = self._balance(part, torch.cat(seen.chosen, 1), tokens, rows, len(rounds))
+            own = values_of(self.own, part, seen.own, tokens) if self.own else loss_sum.new_zeros(0)
+            yield torch.cat([torch.stack([loss_sum / targets, aux, z]), own])
+
+    def _coefficients(self) -> torch.Tensor:
+        """Of the losses in the order of `_rounds`."""
+        config = self.config
+        own = [loss.coefficient for loss in self.own]
+        return torch.tensor([1.0, config.router_aux_loss_coef, config.router_z_loss_coef, *own])
+
+    def shares(
+        self, weights: Mapping[str, np.ndarray], rounds: Sequence["Batch"]
+    ) -> dict[tuple[int, str], dict[str, np.ndarray]]:
+        """What each loss of each round adds to the gradients of a step, by the round's number and the loss's name, of the
+        losses that have a coefficient."""
+        self.begun = False
+        self._load(weights)
+        titles = ["language-model loss", "balance loss", "z-loss", *(loss.name for loss in self.own)]
+        parameters = {n: s.tensor for n, s in self.stored.items() if isinstance(s.tensor, torch.nn.Parameter)}
+        found = {}
+        for number, parts in enumerate(self._rounds(rounds, _Seen())):
+            for title, part, coefficient in zip(titles, parts, self._coefficients().tolist()):
+                if coefficient:
+                    slopes = torch.autograd.grad(
+                        coefficient * part, list(parameters.values()), retain_graph=True, allow_unused=True
+                    )
+                    found[number, title] = {
+                        name: self.stored[name].as_ours(torch.zeros_like(p) if slope is None else slope).numpy().copy()
+                        for (name, p), slope in zip(parameters.items(), slopes)
+                    }
+        return found
+
+    @torch.no_grad()
+    def held_out(self, weights: Mapping[str, np.ndarray], batches: Iterable["Batch"]) -> float:
+        """Cross-entropy of these rows, over all of their targets. Routers' buffers are those behind the last step."""
+        self._load(weights)
+        loss_sum, targets = 0.0, 0
+        for batch in batches:
+            loss_sum += float(self._forward(batch)[0])
+            targets += int((batch.labels_BS != -100).sum())
+        return loss_sum / targets
 
     def _buffers(self) -> dict[str, torch.Tensor]:
         """Of routers, in the order of the layers."""
