@@ -58,6 +58,12 @@ class ModelConfig(Section):
         description="width of each expert of a layer, where they differ (HMoE, Wang et al. 2024); ranks share the experts by "
         "number; null: all have intermediate_size, which dense layers and shared experts go by in any case",
     )
+    expert_activations: tuple[Literal["silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2"], ...] | None = Field(
+        None,
+        description="f of each expert of a layer, down(f(gate(x)) * up(x)), by transformers' names (gated linear units of "
+        "Shazeer 2020; relu2 is relu squared, So et al. 2021); null: all have silu, as dense layers and shared experts do in "
+        "any case",
+    )
     num_experts_per_tok: int = Field(2, ge=1, description="experts that each token passes through (top-k)")
     num_shared_experts: int = Field(
         0,
@@ -334,26 +340,35 @@ class ModelConfig(Section):
                 f"is not mixed by model.router.type={self.router.type}",
                 "remove it, or use another router",
             )
-        if self.expert_sizes is not None:
-            self._check_expert_sizes(self.expert_sizes)
+        for key in ("expert_sizes", "expert_activations"):
+            if getattr(self, key) is not None:
+                self._check_one_for_each(key)
+        if self.expert_activations is not None and self.swiglu_limit is not None:
+            invalid(
+                "expert_activations",
+                list(self.expert_activations),
+                f"does not go with swiglu_limit={self.swiglu_limit:g}, which is an activation of its own",
+                "remove one of them",
+            )
         if self.resize_embeddings and self.init_from is None:
             invalid("resize_embeddings", True, "applies to model.init_from, which is not set", "set it, or remove this")
         self.router.check(self)
         return self
 
-    def _check_expert_sizes(self, sizes: tuple[int, ...]) -> None:
-        if len(sizes) != self.num_local_experts:
+    def _check_one_for_each(self, key: str) -> None:
+        entries = list(getattr(self, key))
+        if len(entries) != self.num_local_experts:
             invalid(
-                "expert_sizes",
-                list(sizes),
-                f"has {len(sizes)} entries for num_local_experts={self.num_local_experts}",
+                key,
+                entries,
+                f"has {len(entries)} entries for num_local_experts={self.num_local_experts}",
                 "give one for each expert",
             )
         if self.router.merges:
             invalid(
-                "expert_sizes",
-                list(sizes),
-                f"are not mixed by model.router.type={self.router.type}, which wants experts of one shape",
+                key,
+                entries,
+                f"are not mixed by model.router.type={self.router.type}, which wants experts of one form",
                 "remove it, or use another router",
             )
 
@@ -402,6 +417,14 @@ class ModelConfig(Section):
     def expert_parameters(self) -> int:
         """Of one expert; of the mean one where they differ in width."""
         return self.held_expert_parameters(1) // self.num_local_experts
+
+    @property
+    def single_expert_sizes(self) -> tuple[int, ...] | None:
+        """Width of each expert of a layer where they are held one by one, since they differ in width or in activation;
+        None: they are stacked."""
+        if self.expert_sizes is None and self.expert_activations is not None:
+            return (self.intermediate_size,) * self.num_local_experts
+        return self.expert_sizes
 
     @property
     def expert_width(self) -> float:

@@ -73,5 +73,12 @@ def check_preference(config: Any) -> None:
     if config.parallel.sequence_parallel_size > 1:
         size = config.parallel.sequence_parallel_size
         invalid("parallel.sequence_parallel_size", size, "would cut pairs of answers between ranks", "set it to 1")
+    if config.model.router.follows_targets:
+        invalid(
+            "model.router.type",
+            config.model.router.type,
+            "makes each answer's tokens likelier, the rejected ones too, and a source has content=preference",
+            "use another router (in evaluation em is mixtral), or train on the chosen answers alone, with content: chat",
+        )
     if config.distill.teachers:
         invalid("distill.teachers", "given", "stand beside preferences, which have a loss of their own", "remove them")

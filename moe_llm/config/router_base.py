@@ -80,6 +80,7 @@ class RouterSettings(Section):
     evaluates_by_buffers: ClassVar[bool] = False  # whether evaluation has no use for buffers that no step has changed
     spreads: ClassVar[bool] = True  # whether a sequence may be spread over ranks (parallel.sequence_parallel_size)
     learns_from_loss: ClassVar[bool] = False  # whether the router is told the tokens' losses while training
+    follows_targets: ClassVar[bool] = False  # whether its own losses make each target likelier, whatever the run's loss
     merges: ClassVar[bool] = False  # whether experts' weights are mixed, rather than their outputs
     aux_loss_coef: ClassVar[float] = 0.02  # model.router_aux_loss_coef where it is not set: by the router's own source
 

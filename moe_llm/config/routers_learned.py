@@ -112,6 +112,7 @@ class ReinforceSettings(RouterSettings):
     )
     spreads: ClassVar[bool] = False
     learns_from_loss: ClassVar[bool] = True
+    follows_targets: ClassVar[bool] = True
     weighs: ClassVar[str] = "all experts of a token weigh the same"
 
     def check(self, model: ModelSizes) -> None:
@@ -138,6 +139,7 @@ class EMSettings(RouterSettings):
     type: Literal["em"] = "em"
     aux_loss_coef: ClassVar[float] = 0.0
     learns_from_loss: ClassVar[bool] = True
+    follows_targets: ClassVar[bool] = True
     form: Literal["soft", "hard"] = Field(
         "soft",
         description="of the E-step. soft: experts are responsible as the posterior says; hard: the likeliest one alone",

@@ -54,12 +54,12 @@ def _latent_shapes(model: ModelConfig) -> Shapes:
 
 
 def expert_shapes(model: ModelConfig) -> Shapes:
-    """One block's experts, by name within its `mlp.experts`: stacked, or each by itself where they differ in width."""
-    if model.expert_sizes is None:
+    """One block's experts, by name within its `mlp.experts`: stacked, or each by itself where they differ in form."""
+    if model.single_expert_sizes is None:
         return _experts_of_one_width(model, model.num_local_experts, model.intermediate_size)
     return {
         f"{expert}.{name}": shape
-        for expert, width in enumerate(model.expert_sizes)
+        for expert, width in enumerate(model.single_expert_sizes)
         for name, shape in _experts_of_one_width(model, 1, width).items()
     }
 

@@ -258,6 +258,7 @@ def _model(config: Config, ranks: int, length: int, sizes: _Sizes, notes: list[s
         "rope_parameters": _rope(model, sizes),
         "num_local_experts": experts,
         "expert_sizes": _expert_sizes(model, experts, sizes.intermediate),
+        "expert_activations": model.expert_activations and list(model.expert_activations[:experts]),
         "sliding_window": _window(config, length),
         **mixed,
         "router": {**model.router.model_dump(mode="json"), **model.router.quiet(), **mixed.get("router", {})},

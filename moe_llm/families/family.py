@@ -307,9 +307,12 @@ def parts_of(model: ModelConfig) -> dict[str, tuple[Any, str]]:
         "router_bias": (getattr(model.router, "bias", False), "model.router.bias=true"),
         "experts": (
             _experts(model),
-            f"model.swiglu_limit={model.swiglu_limit} with expert_bias={str(model.expert_bias).lower()}"
-            if model.expert_sizes is None
-            else f"model.expert_sizes={list(model.expert_sizes)}",
+            ", ".join(
+                f"model.{key}={list(getattr(model, key))}"
+                for key in ("expert_sizes", "expert_activations")
+                if getattr(model, key) is not None
+            )
+            or f"model.swiglu_limit={model.swiglu_limit} with expert_bias={str(model.expert_bias).lower()}",
         ),
         "rotary": (
             "whole" if model.rope_parameters.partial_rotary_factor == 1 else "partial",
@@ -319,7 +322,7 @@ def parts_of(model: ModelConfig) -> dict[str, tuple[Any, str]]:
 
 
 def _experts(model: ModelConfig) -> str:
-    if model.expert_sizes is not None:
+    if model.single_expert_sizes is not None:
         return "uneven" if model.swiglu_limit is None and not model.expert_bias else "uneven, formed"
     if model.swiglu_limit is None:
         return "swiglu with biases" if model.expert_bias else "swiglu"

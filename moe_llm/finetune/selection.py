@@ -74,9 +74,10 @@ def _check_experts(config: Config, trained: list[str]) -> None:
     chosen, experts = config.finetune.experts, config.model.num_local_experts
     if chosen is None:
         return
-    if config.model.expert_sizes is not None:
+    if config.model.single_expert_sizes is not None:
+        key = "expert_sizes" if config.model.expert_sizes is not None else "expert_activations"
         raise UserError(
-            f"finetune.experts={chosen} does not go with model.expert_sizes: name them in finetune.trainable, as in "
+            f"finetune.experts={chosen} does not go with model.{key}: name them in finetune.trainable, as in "
             "'*.experts.0.*'"
         )
     for expert in chosen:

@@ -285,6 +285,7 @@ _FUNCTION = (
     "layer_types",
     "swiglu_limit",
     "swiglu_alpha",
+    "expert_activations",
     "router",
 )
 

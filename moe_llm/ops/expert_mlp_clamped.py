@@ -1,9 +1,12 @@
-"""Experts with biases and clamped SwiGLU (GPT-OSS, OpenAI 2025), by plain autograd, expert by expert.
+"""Experts with biases, with clamped SwiGLU (GPT-OSS, OpenAI 2025) or with another activation, by plain autograd, expert by
+expert.
 
-h = gate' * sigmoid(alpha gate') * (up' + 1) with gate' = min(gate, limit) and up' = up within [-limit, limit].
+h = f(gate) * up, or clamped gate' * sigmoid(alpha gate') * (up' + 1) with gate' = min(gate, limit) and up' = up within [-limit, limit].
 Dimensions: N routed rows (n: of one expert), D hidden, F expert width, G = 2F, E experts.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,14 +17,24 @@ from torch import Tensor
 from moe_llm.ops import host
 from moe_llm.ops.expert_mlp_adapted import ExpertAdapters, Factors
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+}
+
 
 class ExpertForm(NamedTuple):
-    """How experts differ from plain SwiGLU. Biases, where there are any; limit: None where nothing is clamped."""
+    """How experts differ from plain SwiGLU. Biases, where there are any; limit: None where nothing is clamped; activation:
+    by transformers' name."""
 
     gate_up_bias_EG: Tensor | None
     down_bias_ED: Tensor | None
     limit: float | None
     alpha: float
+    activation: str = "silu"
 
     def held(self, own: slice) -> "ExpertForm":
         """That of some of the experts."""
@@ -62,7 +75,7 @@ def swiglu(gate_up_nG: Tensor, form: ExpertForm) -> Tensor:
     """The hidden activations of the projections, (n, F)."""
     gate_nF, up_nF = gate_up_nG.chunk(2, dim=-1)
     if form.limit is None:
-        return F.silu(gate_nF) * up_nF
+        return ACTIVATIONS[form.activation](gate_nF) * up_nF
     gate_nF, up_nF = gate_nF.clamp(max=form.limit), up_nF.clamp(-form.limit, form.limit)
     return gate_nF * torch.sigmoid(form.alpha * gate_nF) * (up_nF + 1)
 

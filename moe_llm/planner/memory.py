@@ -522,8 +522,8 @@ class _Walk:
     def largest_parameter(self) -> float:
         m = self.model
         assert m.vocab_size is not None, "plans know the vocabulary"
-        if m.expert_sizes is not None:
-            return max(2 * max(m.expert_sizes) * m.expert_hidden_size, m.vocab_size * m.hidden_size)
+        if m.single_expert_sizes is not None:
+            return max(2 * max(m.single_expert_sizes) * m.expert_hidden_size, m.vocab_size * m.hidden_size)
         return max(2 * self.local_experts * m.expert_parameters / 3, m.vocab_size * m.hidden_size)
 
     def made_on_host(self) -> float:

@@ -1,4 +1,5 @@
-"""Experts of different width: the sum of plain SwiGLUs, no padding, the same in transformers and on any ranks."""
+"""Experts of different width or activation: the sum of plain gated units, no padding, the same in transformers and on any
+ranks."""
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from moe_llm.model.moe.experts import MoELayer
 from moe_llm.planner.memory import held_parameters
 
 SIZES = [8, 20, 33, 12]
-_MODEL = {**MODEL, "head_dim": 6, "expert_sizes": SIZES}
+ACTIVATIONS = ["relu2", "silu", "gelu", "gelu_pytorch_tanh"]
+_MODEL = {**MODEL, "head_dim": 6, "expert_sizes": SIZES, "expert_activations": ACTIVATIONS}
 
 
 def model_of(**more) -> MoEForCausalLM:
@@ -25,9 +27,16 @@ def model_of(**more) -> MoEForCausalLM:
     return model.eval()
 
 
-def test_a_layer_is_the_weighted_sum_of_its_tokens_experts_and_so_are_its_gradients():
+@pytest.mark.parametrize("differ", ["width", "activation", "both"])
+def test_a_layer_is_the_weighted_sum_of_its_tokens_experts_and_so_are_its_gradients(differ):
     torch.manual_seed(0)
-    layer = MoELayer(ModelConfig(**_MODEL)).double()
+    kept = {"width": {"expert_activations": None}, "activation": {"expert_sizes": None}}.get(differ, {})
+    config = ModelConfig(**{**_MODEL, **kept})
+    sizes = config.expert_sizes or (config.intermediate_size,) * 4
+    functions = [F.silu] * 4
+    if config.expert_activations is not None:
+        functions = [lambda x: F.relu(x) ** 2, F.silu, F.gelu, lambda x: F.gelu(x, approximate="tanh")]
+    layer = MoELayer(config).double()
     for parameter in layer.parameters():
         parameter.data.normal_(0, 0.5)
     x_BSD = torch.randn(2, 7, MODEL["hidden_size"], dtype=torch.float64)
@@ -39,9 +48,9 @@ def test_a_layer_is_the_weighted_sum_of_its_tokens_experts_and_so_are_its_gradie
         outputs = []
         for e in expert_K.tolist():
             own = layer.experts.get_submodule(str(e))
-            assert own.gate_up_proj.shape == (1, 2 * SIZES[e], MODEL["hidden_size"])
+            assert own.gate_up_proj.shape == (1, 2 * sizes[e], MODEL["hidden_size"])
             gate, up = (own.gate_up_proj[0] @ x_D).chunk(2)
-            outputs.append(own.down_proj[0] @ (F.silu(gate) * up))
+            outputs.append(own.down_proj[0] @ (functions[e](gate) * up))
         expected.append(value_K @ torch.stack(outputs))
     torch.testing.assert_close(y_BSD.flatten(0, 1), torch.stack(expected), rtol=1e-6, atol=1e-6)
     names, parameters = zip(*layer.named_parameters())
@@ -115,6 +124,18 @@ def test_two_ranks_equal_one_process_and_resume_in_it(two_ranks: Ranks, tmp_path
     [
         ({"expert_sizes": [8, 8, 8]}, "expert_sizes=[8, 8, 8] has 3 entries for num_local_experts=4"),
         ({"expert_sizes": [8, 8, 8, 0]}, "expert_sizes.3"),
+        ({"expert_activations": ["silu"]}, 'expert_activations=["silu"] has 1 entries for num_local_experts=4'),
+        ({"expert_activations": ["silu", "silu", "swish", "relu"]}, "expert_activations.2"),
+        ({"swiglu_limit": 7.0, "expert_activations": ACTIVATIONS}, "does not go with swiglu_limit=7"),
+        (
+            {
+                "expert_activations": ACTIVATIONS,
+                "expert_sizes": None,
+                "router": {"type": "lory"},
+                "num_experts_per_tok": 1,
+            },
+            "are not mixed by model.router.type=lory",
+        ),
         ({"router": {"type": "lory"}, "num_experts_per_tok": 1}, "are not mixed by model.router.type=lory"),
     ],
 )
@@ -131,6 +152,12 @@ def test_single_experts_and_moves_are_refused_beside_them():
 
     with pytest.raises(UserError, match=r"finetune.experts=\[0\] does not go with model.expert_sizes"):
         trained_names(config(2, 1, 1, model=_MODEL, finetune={"trainable": "experts", "experts": [0]}))
+    with pytest.raises(UserError, match=r"finetune.experts=\[0\] does not go with model.expert_activations"):
+        trained_names(
+            config(2, 1, 1, model={**_MODEL, "expert_sizes": None}, finetune={"trainable": "experts", "experts": [0]})
+        )
     dynamic = {"expert_parallel_size": 2, "placement": "dynamic"}
     with pytest.raises(UserError, match="moves experts of one shape"):
         build_callbacks(config(2, 1, 2, model=_MODEL, parallel=dynamic))
+    with pytest.raises(UserError, match="moves experts of one form"):
+        build_callbacks(config(2, 1, 2, model={**_MODEL, "expert_sizes": None}, parallel=dynamic))

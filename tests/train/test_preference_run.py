@@ -140,6 +140,14 @@ def test_experts_alone_are_trained_and_the_rest_stays_to_the_byte(settings, tmp_
         ),
         ({"data": {"train_on": "last"}}, "data.train_on=last does not apply to preferences"),
         ({"distill": {"teachers": [{"path": "x"}]}, "tokenizer": {"path": "x"}}, "stand beside preferences"),
+        (
+            {"model": {"router": {"type": "em"}}},
+            "model.router.type=em makes each answer's tokens likelier, the rejected",
+        ),
+        (
+            {"model": {"router": {"type": "reinforce"}}},
+            "model.router.type=reinforce makes each answer's tokens likelier",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, capsys, changes, why):

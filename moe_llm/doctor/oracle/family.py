@@ -77,11 +77,11 @@ def _is_deepseek_v3s(model: ModelConfig) -> bool:
 
 
 def comparable(model: ModelConfig) -> bool:
-    """Whether there is a second opinion: not of routers of one's own, of experts of different width, nor of attention
+    """Whether there is a second opinion: not of routers of one's own, of experts that differ in form, nor of attention
     that transformers has nowhere."""
     from moe_llm.doctor.oracle.choices import RULES
 
-    known = model.router.type in (*RULES, "soft_moe", "lory") and model.expert_sizes is None
+    known = model.router.type in (*RULES, "soft_moe", "lory") and model.single_expert_sizes is None
     return decoder_of(model) is not None and known
 
 

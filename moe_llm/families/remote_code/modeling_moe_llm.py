@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, MixtralForCausalLM
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mixtral.modeling_mixtral import (
@@ -224,16 +225,17 @@ class MoELLMRouter(nn.Module):
 
 
 class MoELLMExpert(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(f(gate(x)) * up(x))."""
 
-    def __init__(self, hidden: int, width: int):
+    def __init__(self, hidden: int, width: int, activation: str = "silu"):
         super().__init__()
+        self.act_fn = ACT2FN[activation]
         self.gate_proj = nn.Linear(hidden, width, bias=False)
         self.up_proj = nn.Linear(hidden, width, bias=False)
         self.down_proj = nn.Linear(width, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 class MoELLMSparseBlock(nn.Module):
@@ -247,7 +249,8 @@ class MoELLMSparseBlock(nn.Module):
         self.gate = MoELLMRouter(config)
         part = hidden // self.gate.heads if self.gate.kind == "multi_head" else hidden
         sizes = own.get("expert_sizes") or [width] * config.num_local_experts
-        self.experts = nn.ModuleList(MoELLMExpert(part, size) for size in sizes)
+        activations = own.get("expert_activations") or ["silu"] * config.num_local_experts
+        self.experts = nn.ModuleList(MoELLMExpert(part, *form) for form in zip(sizes, activations))
         self.shared_experts = MoELLMExpert(hidden, shared * width) if shared else None
         self.shared_expert_gate = nn.Linear(hidden, 1, bias=False) if own.get("shared_expert_gate") else None
 

@@ -30,7 +30,7 @@ class Experts(nn.Module):
     """
 
     def __init__(self, config: ModelConfig, *, first: int = 0, width: int | None = None):
-        """width: of one expert alone, the `first`, where experts differ in it."""
+        """width: of one expert alone, the `first`, where experts differ in it, or in their activation."""
         super().__init__()
         experts, hidden = config.num_local_experts if width is None else 1, config.expert_hidden_size
         width = width or config.intermediate_size
@@ -44,8 +44,9 @@ class Experts(nn.Module):
         if config.expert_bias:
             self.gate_up_proj_bias = nn.Parameter(torch.empty(experts, 2 * width))
             self.down_proj_bias = nn.Parameter(torch.empty(experts, hidden))
-        self.plain = not config.expert_bias and config.swiglu_limit is None
         self.limit, self.alpha = config.swiglu_limit, config.swiglu_alpha
+        self.activation = "silu" if config.expert_activations is None else config.expert_activations[first]
+        self.plain = not config.expert_bias and config.swiglu_limit is None and self.activation == "silu"
 
     def forward(
         self,
@@ -150,8 +151,9 @@ class Experts(nn.Module):
         dropout: float,
         host_counts_E: np.ndarray | None,
     ) -> Tensor:
-        """The same for experts with biases or clamps."""
-        form = ExpertForm(self.gate_up_proj_bias, self.down_proj_bias, self.limit, self.alpha).held(held)
+        """The same for experts with biases, clamps, or another activation than SiLU."""
+        biases = self.gate_up_proj_bias, self.down_proj_bias
+        form = ExpertForm(*biases, self.limit, self.alpha, self.activation).held(held)
         rows_ND = x if routing is None else permute(x, routing.token_index_N, routing.slot_TK)
         y_ND = formed_expert_mlp(
             rows_ND,
@@ -203,13 +205,13 @@ def _within(counts_E: Counts, begin: int, end: int) -> Counts:
 
 
 class UnevenExperts(nn.Module):
-    """Experts that differ in width (HMoE, Wang et al. 2024), none of them padded: `Experts` of one each, named by their
-    index over all ranks; rows are computed expert by expert."""
+    """Experts that differ in width (HMoE, Wang et al. 2024) or in activation, none of them padded: `Experts` of one each,
+    named by their index over all ranks; rows are computed expert by expert."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        assert config.expert_sizes is not None, "experts of one width are stacked"
-        for expert, width in enumerate(config.expert_sizes):
+        assert config.single_expert_sizes is not None, "experts of one form are stacked"
+        for expert, width in enumerate(config.single_expert_sizes):
             self.add_module(str(expert), Experts(config, first=expert, width=width))
 
     @property
@@ -253,7 +255,7 @@ class UnevenExperts(nn.Module):
 
 def build_experts(config: ModelConfig) -> "Experts | UnevenExperts":
     """The experts of a layer."""
-    return Experts(config) if config.expert_sizes is None else UnevenExperts(config)
+    return Experts(config) if config.single_expert_sizes is None else UnevenExperts(config)
 
 
 AnyExperts = Experts | UnevenExperts

@@ -31,6 +31,10 @@ class ExpertPlacementCallback(Callback):
             ),
             (model.router.merges, f"moves rows, and model.router.type={model.router.type} mixes weights: use static"),
             (model.expert_sizes is not None, "moves experts of one shape, and model.expert_sizes is set: use static"),
+            (
+                model.expert_activations is not None,
+                "moves experts of one form, and model.expert_activations is set: use static",
+            ),
             (config.finetune.experts is not None, "does not go with finetune.experts: use static"),
         )
         for is_so, why in refused:
