@@ -89,9 +89,7 @@ def test_a_rank_killed_while_an_expert_travels_costs_the_steps_since_the_last_ch
         raw["train"]["callbacks"] = [{"path": "cutting.Cut", "args": {"mark": str(mark)}}]
         return raw
 
-    moving = runs.write_yaml(
-        tmp_path / "moving.yaml", cutting(2, placement="dynamic", placement_every_steps=1)
-    )
+    moving = runs.write_yaml(tmp_path / "moving.yaml", cutting(2, placement="dynamic", placement_every_steps=1))
     with runs.started(runs.launched(moving)) as process:
         runs.wait_for(mark.exists, process)
         for pid in [*runs.descendants(process.pid), process.pid]:
