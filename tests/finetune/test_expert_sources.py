@@ -23,6 +23,9 @@ ROUTERS = [
     {"type": "deepseek_moe", "n_group": 3, "topk_group": 2},
     {"type": "bias_balanced", "n_group": 3, "topk_group": 2},
     {"type": "mixtral", "warmup_steps": 10},
+    {"type": "noisy_top_k", "entropy_bonus_coef": 0.1},
+    {"type": "bias_balanced", "entropy_bonus_coef": 0.1, "global_entropy_coef": 0.1},
+    {"type": "em", "global_entropy_coef": 0.1},
 ]
 TOKENS = torch.randint(0, 24, (3, 9), generator=torch.Generator().manual_seed(0))
 ALLOWED = torch.tensor([[1, 0, 1, 0, 0, 0], [0, 0, 0, 1, 1, 0]], dtype=torch.bool)
@@ -48,8 +51,19 @@ def test_a_sources_tokens_reach_its_experts_alone(router):
         assert counts_LE.sum() == 2 * 2 * TOKENS.numel()
         model.zero_grad()
         output.loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
         gradient_E = model.model.layers[0].mlp.experts.down_proj.grad.abs().sum((1, 2))
         assert ((gradient_E != 0) == allowed_E).all()
+
+
+def test_what_overflows_is_passed_on_to_the_sources_experts_alone():
+    model = model_of({"type": "mixtral", "capacity_factor": 0.5, "overflow": "next"})
+    model.source_experts_XE = ALLOWED
+    counts_LR: list[int] = []
+    for layer in model.model.layers:
+        layer.mlp.experts.register_forward_pre_hook(lambda _, inputs: counts_LR.append(inputs[1].tolist()))
+    model(TOKENS, sources=torch.zeros(3, dtype=torch.long))
+    assert all(sum(counts) and not sum(counts[e] for e in (1, 3, 4, 5)) for counts in counts_LR)
 
 
 @pytest.mark.parametrize("router", ROUTERS[:3], ids=lambda router: "-".join(router))

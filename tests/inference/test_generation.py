@@ -34,6 +34,9 @@ ROUTERS: dict[str, dict] = {
     "balanced": {},
     "expert_choice": {},
     "transformer": {},
+    "hierarchical": {"groups": 2},
+    "attention": {},
+    "reinforce": {},
 }
 PROMPTS = ["the router", "experts answer the tokens", "a"]
 GREEDY = {"max_new_tokens": 6, "temperature": 0.0}

@@ -7,6 +7,7 @@ from test_routers import B, S, config_of
 
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.init import init_weights
+from moe_llm.model.moe.losses import router_loss_values
 from moe_llm.model.moe.routers import ROUTERS
 
 # router, num_experts_per_tok, settings: nothing is drawn, and room is short where it can be
@@ -77,6 +78,23 @@ def test_padding_changes_nothing(case, side, training):
     for name in ("tokens_per_expert_E", "probability_sum_E", "dropped", "z_sum", "num_tokens"):
         ours, theirs = getattr(wide.routing, name), getattr(plain.routing, name)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_padding_alone_has_finite_losses_and_gradients(case):
+    """As a rank's whole micro-batch may be; each loss that a router may have is asked for."""
+    top_k, settings = CASES[case]
+    entropies = {"entropy_bonus_coef": 0.1, "global_entropy_coef": 0.1}
+    if case == "top_p":
+        entropies = {"local_entropy_coef": 0.1, "global_entropy_coef": 0.1}
+    model = MoEDecoder(config_of(case.partition(",")[0], top_k, {**settings, **entropies}, router_z_loss_coef=0.1))
+    init_weights(model, 0)
+    ids_BS, nothing_BS = tokens(2, 5), torch.zeros(2, 5, dtype=torch.bool)
+    found = model(ids_BS, attention_mask=nothing_BS, targets=torch.full_like(ids_BS, -100))
+    loss = found.loss_sum + found.aux_loss + found.z_loss + router_loss_values(model.router_losses, found.routing).sum()
+    assert loss.isfinite()
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -275,6 +275,20 @@ def test_importance_and_load_losses_are_the_papers():
                 torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("overflow", ["drop", "next", "residual", "queue"])
+def test_the_importance_loss_goes_by_the_choices_whoever_gets_the_room(overflow):
+    """So little room that most tokens have no expert at all."""
+    limited = {"capacity_factor": 0.2, "overflow": overflow, **({"queue_depth": 0.1} if overflow == "queue" else {})}
+    values = []
+    for settings in ({}, limited):
+        config = config_of("noisy_top_k", 2, {"noise": False, **settings})
+        layer, (x_BSD, mask_BS) = layer_of(config), inputs()
+        statistics = RoutingStatistics.stack([layer(x_BSD, mask_BS)[1]])
+        values.append(router_loss_values(router_losses(config), statistics))
+    assert statistics.dropped > 0
+    torch.testing.assert_close(values[1], values[0])
+
+
 @pytest.mark.parametrize(
     ("name", "settings"),
     [

@@ -86,8 +86,14 @@ def _global_entropy_loss(statistics: RoutingStatistics, threshold: float | None)
     """Minus the entropy of the tokens' mean distribution; with a threshold max(0, threshold - entropy)
     (LIMoE, section 2.2)."""
     mean_E = statistics.probability_sum_E / statistics.num_tokens.clamp(min=1)
-    entropy = -torch.xlogy(mean_E, mean_E).sum()
+    entropy = entropy_of(mean_E)
     return -entropy if threshold is None else (threshold - entropy).clamp(min=0)
+
+
+def entropy_of(p_XE: Tensor) -> Tensor:
+    """Of distributions, nats, (X,). Where an expert has no probability, since no token may have it or there is no token,
+    0 log 0 is 0 and its slope is finite, which that of `torch.special.entr` is not."""
+    return -(p_XE * p_XE.clamp(min=torch.finfo(p_XE.dtype).tiny).log()).sum(-1)
 
 
 def cv_squared(x_E: Tensor) -> Tensor:

@@ -283,15 +283,19 @@ class TokenChoiceRouter(Router):
         groups: Groups,
         measure: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Routing:
-        """The routing that follows from probabilities. `measure`, given experts and weights (T, R), forms the sums that
-        the router's own losses need."""
+        """The routing that follows from probabilities. `measure`, given the top k experts and their weights (T, K), whoever
+        gets the room, forms the sums that the router's own losses need."""
         factor = self.settings.capacity_at(self.step) if self.training and self.limited else None
         mask_BS = groups.mask_BS if factor is None else self.own(groups.mask_BS)
         overflow = getattr(self.settings, "overflow", "drop") if factor is not None else None
         pass_on = overflow == "next"
         expert_TR = self.preferred(probability_TE, self.num_experts if pass_on else self.top_k)
         value_TR = probability_TE.gather(-1, expert_TR)
+        chosen_TK = value_TR[:, : self.top_k]
         wanted_TR = self.wanted(value_TR)
+        if pass_on and self.allowed_BE is not None:  # nothing is passed on to experts that the token is not to have
+            open_TR = value_TR > 0
+            wanted_TR = open_TR if wanted_TR is None else wanted_TR & open_TR
         granted_TR, dropped, kept_R, queued_TR, served_TR = wanted_TR, None, None, None, None
         if factor is not None:
             capacity_BS = groups.capacity(factor, self.top_k, self.num_experts)
@@ -323,7 +327,9 @@ class TokenChoiceRouter(Router):
                 mask_BS,
                 dropped=dropped,
                 taken_TK=None if wanted_TR is None else wanted_TR[:, : self.top_k],
-                extra_X=None if measure is None else measure(expert_TR, weight_TR),
+                extra_X=None
+                if measure is None
+                else measure(expert_TR[:, : self.top_k], self.weights(chosen_TK, chosen_TK)),
             ),
             kept_R=kept_R,
         )

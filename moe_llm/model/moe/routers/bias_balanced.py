@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moe_llm.config.routers import BiasBalancedSettings
 from moe_llm.model.moe.feedback import TokenLosses
+from moe_llm.model.moe.losses import entropy_of
 from moe_llm.model.moe.router import Router, close_groups, rows_by_token
 from moe_llm.model.moe.routing import Routing, RoutingStatistics
 
@@ -36,8 +37,7 @@ class BiasBalancedRouter(Router):
         if self.settings.norm_topk_prob:
             weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
         told = {"extra_X": torch.zeros_like(logits_TE[0])} if self.settings.learns_from_loss else {}
-        entropy_T = torch.special.entr(share_TE).sum(-1)
-        statistics = self.statistics(logits_TE, share_TE, expert_TK, mask_BS, entropy_T=entropy_T, **told)
+        statistics = self.statistics(logits_TE, share_TE, expert_TK, mask_BS, entropy_T=entropy_of(share_TE), **told)
         if self.settings.learns_from_loss and self.training:
             statistics = statistics._replace(feedback_TX=expert_TK.to(logits_TE.dtype))
         return Routing(

@@ -12,6 +12,8 @@ from moe_llm.model.moe.losses import RouterLoss, cv_squared
 from moe_llm.model.moe.router import TokenChoiceRouter
 from moe_llm.model.moe.routing import Routing
 
+_FAR = 1e4
+
 
 class NoisyTopKRouter(TokenChoiceRouter):
     """H(x) = W x + normal * softplus(W_noise x) while training, W x otherwise; weights are the softmax of its top k
@@ -28,10 +30,11 @@ class NoisyTopKRouter(TokenChoiceRouter):
         if self.training:
             noise_TE = torch.randn_like(clean_TE) if self.settings.noise else torch.zeros_like(clean_TE)
             noisy_TE = clean_TE + noise_TE * deviation_TE  # with zeros too every parameter has a gradient, as it must
+        noisy_TE = self.without_closed(noisy_TE)
         weight_T1 = mask_BS.flatten().to(clean_TE.dtype)[:, None]
 
-        def measure(expert_TR: Tensor, weight_TR: Tensor) -> Tensor:
-            gates_TE = torch.zeros_like(clean_TE).scatter(-1, expert_TR, weight_TR)
+        def measure(expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
+            gates_TE = torch.zeros_like(clean_TE).scatter(-1, expert_TK, weight_TK)
             load_TE = self._expected_load(clean_TE, noisy_TE, deviation_TE)
             return torch.cat([(gates_TE * weight_T1).sum(0), (load_TE * weight_T1).sum(0)])
 
@@ -45,7 +48,10 @@ class NoisyTopKRouter(TokenChoiceRouter):
         inside_TE = noisy_TE >= best_TK[:, -2:-1]
         # the k-th largest of the others: for one of the top k, that is the (k + 1)-th of all
         threshold_TE = torch.where(inside_TE, best_TK[:, -1:], best_TK[:, -2:-1])
-        return torch.special.ndtr((clean_TE - threshold_TE) / deviation_TE)
+        distance_TE = (clean_TE - threshold_TE).clamp(-_FAR, _FAR)  # closed experts are farther than can be divided
+        load_TE = torch.special.ndtr(distance_TE / deviation_TE)
+        closed_TE = self.closed(noisy_TE)
+        return load_TE if closed_TE is None else load_TE.masked_fill(closed_TE, 0.0)
 
     @classmethod
     def losses(cls, settings: RouterSettings) -> list[RouterLoss]:
