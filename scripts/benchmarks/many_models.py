@@ -12,6 +12,10 @@ bagging: three models on resampled blocks against one on all, and Monte-Carlo dr
 three beats each of them; where members disagree more, losses are higher (rank correlation over blocks).
 edits: a model trained with `augment: edits` restores corrupted code; share of words that are the original's, before and
 after rounds. Predicted: none, for a model this small.
+chain: two models that restore, one after the other, with one output passed on or several; the same share of words.
+Predicted: no more than one restoration, for models this small.
+merging: one base that is trained further on code and on prose, and every method of `moe-llm merge` that takes several
+models, at its defaults; loss on both texts, on code and on prose. Predicted: what goes half way is best on both together.
 deliberation: a second model trained on triples of input, draft and answer: loss of the answer with the model's own drafts
 in sight, and of the same answer by the first model without. Predicted: nothing lost.
 meta: plain training on several sources against Reptile, FOMAML and MAML of as many steps: loss on a source that none has
@@ -45,10 +49,14 @@ from moe_llm.ensemble.ensemble import Ensemble
 from moe_llm.ensemble.evaluate import evaluate
 from moe_llm.ensemble.fit import fit
 from moe_llm.ensemble.models import load_models
-from moe_llm.ensemble.recipe import EditsRecipe, Member, parse_recipe
+from moe_llm.ensemble.recipe import ChainRecipe, EditsRecipe, Member, parse_recipe
 from moe_llm.ensemble.requests import fill
 from moe_llm.ensemble.scores import document_rows, load_text, score_rows
+from moe_llm.ensemble.text_steps import chain as answer_by_chain
 from moe_llm.ensemble.text_steps import refine_by_edits
+from moe_llm.merge.methods import METHODS
+from moe_llm.merge.recipe import parse_recipe as parse_merge
+from moe_llm.merge.run import merge_recipe
 
 ROOT = Path(__file__).parents[2]
 SIZES = {
@@ -194,16 +202,30 @@ def by_block(ensemble: Ensemble, bench: Bench) -> float:
     return float(torch.corrcoef(ranks.T)[0, 1]) if len(pairs) > 2 else 0.0
 
 
-def edits(bench: Bench) -> list[dict[str, Any]]:
+def restorer(bench: Bench, name: str = "edits", seed: int = 0) -> Path:
+    """A model that restores corrupted code."""
     bench.first()
-    model = bench.train("edits", [bench.source("code", augment={"kind": "edits", "rate": 0.4})])
-    [loaded] = load_models([Member(model=str(model))])
-    draw, rows = random.Random(0), []
+    source = bench.source("code", augment={"kind": "edits", "rate": 0.4})
+    return bench.train(name, [source], run={"seed": seed, "dir": str(bench.work / name)})
+
+
+def corrupted(bench: Bench) -> tuple[list[str], list[str]]:
+    """Lines of held-out code, and the same with 30% of their words edited."""
+    draw = random.Random(0)
     lines = [" ".join(text.split()[:12]) for text in bench.held["code"][: bench.args.texts]]
-    drafts = [corrupt_text(line, 0.3, draw) for line in lines]
-    rows.append(
+    return lines, [corrupt_text(line, 0.3, draw) for line in lines]
+
+
+GREEDY = {"max_new_tokens": 32, "do_sample": False}
+
+
+def edits(bench: Bench) -> list[dict[str, Any]]:
+    model = restorer(bench)
+    [loaded] = load_models([Member(model=str(model))])
+    lines, drafts = corrupted(bench)
+    rows: list[dict[str, Any]] = [
         {"text": "corrupted, 30% of the words", "words that are the original's": likeness(drafts, lines), "calls": 0}
-    )
+    ]
     for rounds in (1, 2):
         recipe = EditsRecipe(
             method="edits", members=[Member(model=str(model))], rounds=rounds, rate=0.2, template="{draft}\n=>\n"
@@ -211,10 +233,61 @@ def edits(bench: Bench) -> list[dict[str, Any]]:
         found = []
         for draft in drafts:
             prompt = fill(recipe.template, draft=draft)
-            said = refine_by_edits(recipe, [loaded], prompt, {"max_new_tokens": 32, "do_sample": False}, lambda _: None)
+            said = refine_by_edits(recipe, [loaded], prompt, GREEDY, lambda _: None)
             found.append(said)
         told = f"restored, and {rounds} more round{'s' * (rounds > 1)} of edits"
         rows.append({"text": told, "words that are the original's": likeness(found, lines), "calls": 1 + rounds})
+    return rows
+
+
+def chain(bench: Bench) -> list[dict[str, Any]]:
+    paths = [restorer(bench), restorer(bench, "edits-again", seed=1)]
+    loaded, (lines, drafts) = load_models([Member(model=str(path)) for path in paths]), corrupted(bench)
+    rows: list[dict[str, Any]] = [
+        {"text": "corrupted, 30% of the words", "words that are the original's": likeness(drafts, lines), "calls": 0}
+    ]
+    for steps, n_best in ((1, 1), (2, 1), (2, 3)):
+        members = [{"model": str(path), "template": "{output}\n=>\n"} for path in paths[:steps]]
+        recipe = parse_recipe({"method": "chain", "members": members, "n_best": n_best})
+        assert isinstance(recipe, ChainRecipe)
+        found = [answer_by_chain(recipe, loaded[:steps], draft, GREEDY, lambda _: None) for draft in drafts]
+        told = "one model restores" if steps == 1 else f"and another its answer, {n_best} passed on"
+        calls = 1 + n_best * (steps - 1)
+        rows.append({"text": told, "words that are the original's": likeness(found, lines), "calls": calls})
+    return rows
+
+
+def merging(bench: Bench) -> list[dict[str, Any]]:
+    base = bench.first()
+    further = {"model": {"init_from": str(base)}, "optim": {"lr": 1e-3, "warmup_steps": 2}}
+    tuned = [bench.train(f"{name}-further", [bench.source(name)], **further) for name in ("code", "prose")]
+    for name in ("code", "prose"):
+        write_rows(bench.work / f"held-{name}.jsonl", bench.held[name])
+    texts = {"both": bench.file("both"), "code": bench.file("held-code"), "prose": bench.file("held-prose")}
+
+    def losses(paths: list[Path]) -> dict[str, float]:
+        ensemble = Ensemble(parse_recipe({"method": "linear", "members": [{"model": str(path)} for path in paths]}))
+        return {name: evaluate(ensemble, files, max_blocks=bench.args.blocks)["loss"] for name, files in texts.items()}
+
+    rows = [
+        {"model": name, **losses(paths), "passes a token": len(paths)}
+        for name, paths in (("base", [base]), ("code", tuned[:1]), ("prose", tuned[1:]), ("ensemble of both", tuned))
+    ]
+    for method, about in METHODS.items():
+        if about.most == 1:
+            continue
+        several = [base, *tuned] if method == "model_stock" else tuned
+        recipe: dict[str, Any] = {"merge_method": method, "models": [{"model": str(path)} for path in several]}
+        wanted = {"weight": 1.0 if about.needs_base else 0.5, "density": 0.5, "t": 0.5}
+        recipe["parameters"] = {key: value for key, value in wanted.items() if key in about.parameters}
+        if method == "slerp":
+            recipe["base_model"] = str(tuned[0])
+        elif about.needs_base:
+            recipe["base_model"] = str(base)
+        out = bench.work / f"merged-{method}"
+        if not out.exists():
+            merge_recipe(parse_merge(recipe), out)
+        rows.append({"model": f"merged: {method}", **losses([out]), "passes a token": 1})
     return rows
 
 
@@ -311,7 +384,15 @@ def adapted(bench: Bench, path: Path, settings: dict[str, Any]) -> tuple[float, 
     return before, loss()
 
 
-PARTS = {"context": context, "bagging": bagging, "edits": edits, "deliberation": deliberation, "meta": meta}
+PARTS = {
+    "context": context,
+    "bagging": bagging,
+    "edits": edits,
+    "chain": chain,
+    "deliberation": deliberation,
+    "meta": meta,
+    "merging": merging,
+}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

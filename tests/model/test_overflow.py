@@ -100,6 +100,15 @@ def test_every_router_that_may_pass_on_has_a_case():
     assert set(CASES) == {name for name, router in ROUTERS.items() if "overflow" in router.Settings.model_fields}
 
 
+@pytest.mark.parametrize("tiles", [1, 3])
+def test_a_queue_with_nothing_in_it_changes_nothing(tiles):
+    plain = layer_of(config_of("mixtral", 2, {}))
+    queued = layer_of(config_of("mixtral", 2, {"capacity_factor": 9.0, "overflow": "queue", "queue_depth": 1.0}))
+    queued.experts.tiles = tiles
+    x_BSD, mask_BS = inputs()
+    torch.testing.assert_close(queued(x_BSD, mask_BS)[0][mask_BS], plain(x_BSD, mask_BS)[0][mask_BS])
+
+
 @pytest.mark.parametrize("kind", CASES)
 def test_a_queue_is_served_by_the_same_experts_in_a_second_round(kind):
     """Outputs, gradients and what is dropped are those of the room of both rounds, and no round takes more than its own."""

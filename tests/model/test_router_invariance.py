@@ -80,8 +80,9 @@ def test_padding_changes_nothing(case, side, training):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("tiles", [1, 3])
 @pytest.mark.parametrize("case", CASES)
-def test_padding_alone_has_finite_losses_and_gradients(case):
+def test_padding_alone_has_finite_losses_and_gradients(case, tiles):
     """As a rank's whole micro-batch may be; each loss that a router may have is asked for."""
     top_k, settings = CASES[case]
     entropies = {"entropy_bonus_coef": 0.1, "global_entropy_coef": 0.1}
@@ -89,6 +90,7 @@ def test_padding_alone_has_finite_losses_and_gradients(case):
         entropies = {"local_entropy_coef": 0.1, "global_entropy_coef": 0.1}
     model = MoEDecoder(config_of(case.partition(",")[0], top_k, {**settings, **entropies}, router_z_loss_coef=0.1))
     init_weights(model, 0)
+    model.save_memory(False, tiles=tiles)
     ids_BS, nothing_BS = tokens(2, 5), torch.zeros(2, 5, dtype=torch.bool)
     found = model(ids_BS, attention_mask=nothing_BS, targets=torch.full_like(ids_BS, -100))
     loss = found.loss_sum + found.aux_loss + found.z_loss + router_loss_values(model.router_losses, found.routing).sum()

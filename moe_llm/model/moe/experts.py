@@ -94,6 +94,8 @@ class Experts(nn.Module):
         held (Rasley et al. 2025, "Arctic Long Sequence Training", section 3.1, for layers without experts)."""
         assert counts_E is not None, "rows come with the counts of their experts"
         rows_ND = x if routing is None else permute(x, routing.token_index_N, routing.slot_TK)
+        if not len(rows_ND):  # of padding alone, or a second round that nothing is left for
+            return self._rows(x, counts_E, routing, own, host_counts_E)
         size, parts = -(-len(rows_ND) // self.tiles), []
         for begin in range(0, len(rows_ND), size):
             host_E = None if host_counts_E is None else _within(host_counts_E, begin, begin + size)
