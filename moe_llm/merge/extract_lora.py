@@ -59,7 +59,7 @@ def extract_lora(
         Of each matrix the share of the difference (Frobenius norm) that the adapter leaves out; 0 where there is none.
 
     Raises:
-        UserError: models that differ in more than values, a bias that has changed, or an output that is in the way.
+        UserError: patterns that take nothing, models that differ in more than values, a bias that has changed, or an output that is in the way.
     """
     out = Path(out)
     check_output(out)
@@ -67,6 +67,11 @@ def extract_lora(
     taken = _taken(models, include or [], exclude or [])
     adapter, left_out = _Adapter(), {}
     names = [name for name in models[0].shapes if name != HEAD or not models[0].tied]
+    if not any(map(taken, names)):
+        raise UserError(
+            f"include={include or []} and exclude={exclude or []} leave no tensor of {base}: write patterns of names such as "
+            f"{names[-1]!r}"
+        )
     changed = {name for name in names if taken(name) and not torch.equal(*(_read(model, name) for model in models))}
     for name in tracked(names, "factorising"):
         shape = models[0].shapes[name]

@@ -121,7 +121,7 @@ def finite(part: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     return rounded
 
 
-def check_sum(job: Job, weights: list[float]) -> None:
+def check_sum(job: Job, weights: list[float], remedy: str = "change the weights or set normalize: false") -> None:
     """Refuse weights that cannot be normalised, since nothing is left of their sum but rounding.
 
     Raises:
@@ -129,8 +129,7 @@ def check_sum(job: Job, weights: list[float]) -> None:
     """
     if abs(sum(weights)) <= 1e-6 * sum(map(abs, weights)):
         raise UserError(
-            f"weight adds up to {sum(weights):.3g} for {job.name}, by which nothing can be divided: change the "
-            "weights or set normalize: false"
+            f"weight adds up to {sum(weights):.3g} for {job.name}, by which nothing can be divided: {remedy}"
         )
 
 

@@ -94,6 +94,9 @@ def test_what_does_not_fit_is_refused(pair, tmp_path, capsys):
         extract_lora(base, other, tmp_path / "a")
     with pytest.raises(UserError, match=r"pattern '\(' is no regular expression"):
         extract_lora(base, tuned, tmp_path / "a", include=["("])
+    for patterns in ({"include": ["nothing"]}, {"exclude": [".*"]}):
+        with pytest.raises(UserError, match=r"leave no tensor of .*: write patterns of names such as"):
+            extract_lora(base, tuned, tmp_path / "a", **patterns)
     wide = save(make_model("mistral", vocab_size=30), tmp_path / "wide")
     with pytest.raises(UserError, match=r"\.?weight is \[24, 8\] .* and \[30, 8\]"):
         extract_lora(other, wide, tmp_path / "a")

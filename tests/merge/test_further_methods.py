@@ -160,6 +160,17 @@ def turned(a, b, t, dim):
     return torch.where(1 - cosine**2 < 1e-16, (1 - t) * a + t * b, found)
 
 
+def test_the_karcher_mean_with_no_tolerance_is_that_with_a_little(family, tmp_path):
+    paths, _ = family
+
+    def mean(tol: float, out: str) -> dict[str, torch.Tensor]:
+        parameters = {"max_iter": 200, "tol": tol}
+        recipe = {"merge_method": "karcher", "models": model_list(*paths), "parameters": parameters}
+        return merged(recipe, tmp_path / out)
+
+    assert_close(mean(0.0, "a"), mean(1e-9, "b"))
+
+
 @pytest.mark.parametrize("with_base", [False, True])
 @pytest.mark.parametrize("how", ["whole", "rows", "first"])
 def test_nuslerp_turns_by_the_share_of_the_weights(family, tmp_path, how, with_base):
@@ -187,6 +198,7 @@ def test_recipes_that_do_not_fit_the_method_are_refused(family, tmp_path):
         (both | {"parameters": {"nuslerp_row_wise": True}}, "nuslerp_row_wise=true does nothing"),
         (both | {"models": model_list(*paths, weight=0.5)}, "takes 2 to 3 models, and 4 are given"),
         (both | {"models": model_list(*paths[:2], weight=0.5), "base_model": paths[0]}, "1 are not the base: give two"),
+        (both | {"models": model_list(*paths[1:3], weight=[1, -1])}, "weight adds up to 0 .*: change the weights$"),
         (task_recipe("model_stock", paths[:2]), "takes at least 3 models, and 2 are given"),
         ({"merge_method": "sce", "models": model_list(*paths)}, "base_model is missing, and sce needs it"),
         (task_recipe("breadcrumbs", paths, weight=[1] * 3, gamma=[2.0] * 3), "gamma=2.0 .* out of range"),

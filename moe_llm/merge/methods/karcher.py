@@ -18,9 +18,10 @@ def start(job: Job) -> Combine:
         return lambda _, parts: parts[0]
     gram_kk = gram(job, lambda parts: parts, None)[0]
     norm_k = gram_kk.diagonal().sqrt()
-    if _opposed(gram_kk, norm_k, job.shared["tol"]):
+    tol = max(job.shared["tol"], torch.finfo(gram_kk.dtype).eps)  # below that there is nothing but rounding
+    if _opposed(gram_kk, norm_k, tol):
         job.notes.append("the models' directions cancel, and have no mean: the first one's is taken")
-    share_k = _directions(gram_kk, norm_k, int(job.shared["max_iter"]), job.shared["tol"]) * norm_k.mean()
+    share_k = _directions(gram_kk, norm_k, int(job.shared["max_iter"]), tol) * norm_k.mean()
     shares = share_k.tolist()
 
     def combine(_: int, parts: list[torch.Tensor]) -> torch.Tensor:

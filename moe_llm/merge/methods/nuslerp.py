@@ -58,7 +58,7 @@ def check(job: Job) -> None:
         raise UserError("nuslerp_row_wise=true does nothing with nuslerp_flatten=true: set nuslerp_flatten: false")
     if len(job.tasks) != 2:
         raise UserError(f"nuslerp interpolates between two models, and {len(job.tasks)} are not the base: give two")
-    check_sum(job, [job.inputs[i].parameters["weight"] for i in job.tasks])
+    check_sum(job, [job.inputs[i].parameters["weight"] for i in job.tasks], "change the weights")
 
 
 class _Lines:
