@@ -63,6 +63,21 @@ def _extract_lora(args: argparse.Namespace) -> None:
     print(f"written: {args.out}")
 
 
+def add_export_adapter(parser: CommandParser) -> CommandParser:
+    summary = "the adapter of a run with finetune.lora, for PEFT"
+    example = "moe-llm export-adapter runs/lora/checkpoints/latest adapter"
+    command = parser.add_command("export-adapter", summary, example, _export_adapter)
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint as training wrote it")
+    command.add_argument("out", metavar="OUT", help="the adapter directory to write")
+    return command
+
+
+def _export_adapter(args: argparse.Namespace) -> None:
+    from moe_llm.finetune.export_adapter import export_adapter
+
+    print(f"written: {args.out} ({export_adapter(args.checkpoint, args.out)} weights adapted)")
+
+
 def add_ensemble(parser: CommandParser) -> CommandParser:
     """`ensemble fit`."""
     example = "moe-llm ensemble fit ensemble.yaml fitted.yaml --data validation.txt"

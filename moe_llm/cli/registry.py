@@ -29,6 +29,7 @@ GROUPS: dict[str, tuple[Callable[[CommandParser], CommandParser], ...]] = {
     "combine models": (
         combine.add_merge,
         combine.add_extract_lora,
+        combine.add_export_adapter,
         combine.add_ensemble,
     ),
     "check before a run, or a checkpoint": (

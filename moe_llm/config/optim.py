@@ -22,7 +22,8 @@ class OptimizerEntry:
         itself, so that slices of flattened parameters do.
     offload: whether its update may be computed in host memory.
     switches: whether it trains at other weights than those that are to be used; it then has `train()` and `eval()`.
-    betas: used where `optim.betas` is not set. extra: of this package, that installs its library.
+    betas: used where `optim.betas` is not set. library: that is imported for it, and extra: of this package, that
+        installs it.
     """
 
     factory: str
@@ -37,6 +38,7 @@ class OptimizerEntry:
     offload: bool = True
     switches: bool = False
     betas: tuple[float, float] = (0.9, 0.95)
+    library: str | None = None
     extra: str | None = None
 
 
@@ -56,8 +58,22 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         elementwise=False,
         offload=False,
     ),
+    "adamw_8bit": OptimizerEntry(
+        "moe_llm.distributed.adamw_8bit:AdamW8bit",
+        ("betas", "eps"),
+        tensors=ADAMW_TENSORS,
+        nbytes=2 + 8 / 256,
+        library="bitsandbytes",
+        extra="quantize",
+    ),
     "lion": OptimizerEntry(
-        "lion_pytorch:Lion", ("betas",), tensors=("exp_avg",), nbytes=4, betas=(0.9, 0.99), extra="lion"
+        "lion_pytorch:Lion",
+        ("betas",),
+        tensors=("exp_avg",),
+        nbytes=4,
+        betas=(0.9, 0.99),
+        library="lion_pytorch",
+        extra="lion",
     ),
     "schedule_free": OptimizerEntry(
         "schedulefree:AdamWScheduleFree",
@@ -68,6 +84,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         nbytes=8,
         zero_stages=(1, 2),
         switches=True,
+        library="schedulefree",
         extra="schedule-free",
     ),
 }
@@ -100,9 +117,10 @@ class MuonConfig(Section):
 class OptimConfig(Section):
     """The optimizer and the schedule of its learning rate."""
 
-    name: Literal["adamw", "sgd", "muon", "lion", "schedule_free"] = Field(
+    name: Literal["adamw", "adamw_8bit", "sgd", "muon", "lion", "schedule_free"] = Field(
         "adamw",
-        description="sgd: plain, without momentum; muon: matrices between embedding and output layer by Muon, all else "
+        description="adamw_8bit: adamw with moments of 8 bits, 2 bytes a parameter in place of 8 (extra quantize); "
+        "sgd: plain, without momentum; muon: matrices between embedding and output layer by Muon, all else "
         "by AdamW; lion: signs of an average (extra lion); schedule_free: AdamW that needs no decay (extra "
         "schedule-free)",
     )
@@ -110,7 +128,7 @@ class OptimConfig(Section):
     betas: tuple[float, float] = Field(
         (0.9, 0.95), description="decay rates of the two averages; of lion (0.9, 0.99) if not set"
     )
-    eps: float = Field(1e-8, gt=0, description="adamw, muon, schedule_free: added to the denominator")
+    eps: float = Field(1e-8, gt=0, description="adamw, adamw_8bit, muon, schedule_free: added to the denominator")
     muon: MuonConfig = Field(MuonConfig(), description="of name: muon")
     weight_decay: float = Field(0.1, ge=0, description="on matrices; norms are never decayed")
     grad_clip: float = Field(1.0, ge=0, description="bound on the global gradient norm; 0: off")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from moe_llm.config import Config
+from moe_llm.distributed.adamw_8bit import AdamW8bit
 from moe_llm.distributed.deep_ep import dispatcher
 from moe_llm.distributed.muon import Piece, Share
 from moe_llm.model.decoder import MoEDecoder
@@ -412,19 +413,69 @@ def flat_parameters_with_groups(optimizer: Any) -> list[tuple[torch.Tensor, dict
     return list(zip(flat, groups, strict=True))
 
 
-def matrix_shares(optimizer: Any) -> dict[torch.Tensor, Share]:
-    """Of each flat slice that the torch optimizer steps on (ZeRO-1 and 2): which pieces of which parameters it is."""
-    groups = optimizer.bf16_groups if hasattr(optimizer, "bf16_groups") else optimizer.bit16_groups
-    shares = {}
-    for flat, parameters, ranks in zip(flat_parameters(optimizer), groups, optimizer.real_dp_process_group):
-        pieces = [
-            Piece(tuple(p.shape), p._hp_mapping.lp_fragment_address.start, address.start, address.numel)
-            for p in parameters
-            if p._hp_mapping is not None
-            for address in [p._hp_mapping.hp_fragment_address]
-        ]
-        shares[flat] = Share(pieces, ranks)
-    return shares
+def shares(optimizer: Any) -> dict[torch.Tensor, Share]:
+    """Of each flat slice that the torch optimizer steps on: which pieces of which parameters it is. Slices of ZeRO-3 are not
+    gathered as a whole, and so have no ranks."""
+    in_parts = hasattr(optimizer, "fp32_partitioned_groups_flat")
+    groups = (
+        optimizer.fp16_groups
+        if in_parts
+        else optimizer.bf16_groups
+        if hasattr(optimizer, "bf16_groups")
+        else optimizer.bit16_groups
+    )
+    ranks = [None] * len(groups) if in_parts else optimizer.real_dp_process_group
+    found = {}
+    for flat, parameters, group in zip(flat_parameters(optimizer), groups, ranks):
+        pieces = [_piece(p, optimizer) for p in parameters]
+        found[flat] = Share([piece for piece in pieces if piece is not None], group)
+    return found
+
+
+def _piece(parameter: Any, optimizer: Any) -> Piece | None:
+    """What this rank's slice has of a trained parameter; None: nothing."""
+    if hasattr(parameter, "ds_id"):  # the last rank's part is padded
+        _, start, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        first = optimizer._get_param_partition_rank(parameter) * parameter.ds_tensor.numel()
+        length = min(length, parameter.ds_numel - first)
+        return Piece(tuple(parameter.ds_shape), first, start, length) if length > 0 else None
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    address = mapping.hp_fragment_address
+    return Piece(tuple(parameter.shape), mapping.lp_fragment_address.start, address.start, address.numel)
+
+
+def _flat_of(parameter: Any, optimizer: Any) -> torch.Tensor:
+    """The slice in which this rank has its piece of a trained parameter."""
+    if hasattr(parameter, "ds_id"):
+        index: int = optimizer.grad_position[optimizer.get_param_id(parameter)][0]
+    else:
+        index = parameter._hp_mapping.param_group_index
+    return flat_parameters(optimizer)[index]
+
+
+def read_moment(parameter: Any, kind: str, moments: AdamW8bit, optimizer: Any) -> torch.Tensor:
+    """The whole of an optimizer tensor that is held in few bits (of this rank's experts), fp32. Collective."""
+    piece = _piece(parameter, optimizer)
+    held = None if piece is None else moments.read(_flat_of(parameter, optimizer), kind, piece.start, piece.length)
+    if hasattr(parameter, "ds_id"):
+        whole = torch.zeros(parameter.ds_tensor.numel(), device=parameter.device)
+        if held is not None:
+            whole[: held.numel()] = held
+        return _gathered(parameter, whole, optimizer)
+    whole = torch.zeros(parameter.numel(), device=parameter.device)
+    if piece is not None and held is not None:
+        whole[piece.first : piece.first + piece.length] = held
+    torch.distributed.all_reduce(whole, group=parameter._dp_group)
+    return whole.view(parameter.shape)
+
+
+def write_moment(parameter: Any, kind: str, moments: AdamW8bit, optimizer: Any, flat: torch.Tensor) -> None:
+    """Set this rank's part of it (see `held_span`)."""
+    piece = _piece(parameter, optimizer)
+    if piece is not None:
+        moments.write(_flat_of(parameter, optimizer), kind, piece.start, flat)
 
 
 def held_parameters(model: torch.nn.Module) -> list[torch.Tensor]:

@@ -17,6 +17,7 @@ from moe_llm.config import Config
 from moe_llm.config.adversarial import UpdatePhase
 from moe_llm.config.optim import OPTIMIZERS
 from moe_llm.distributed import deepspeed as contract
+from moe_llm.distributed.adamw_8bit import AdamW8bit
 from moe_llm.distributed.averaging import Averaging
 from moe_llm.distributed.muon import Muon
 from moe_llm.distributed.runtime import Runtime
@@ -188,6 +189,11 @@ class _NamedState(Averaging, UpdatePhases):
     def counters(self, stored: dict[str, dict[str, float]]) -> None:
         for group in self._stepped()[0].param_groups:
             group.update(stored[_rate_of(group)])
+
+    def _packer(self, kind: str) -> AdamW8bit | None:
+        """The optimizer, where it holds a tensor in few bits, and so reads and writes it itself."""
+        optimizer = self._stepped()[0]
+        return optimizer if kind in self.kinds and isinstance(optimizer, AdamW8bit) else None
 
     @contextmanager
     def weights_for_use(self) -> Iterator[None]:
@@ -361,7 +367,11 @@ class LocalEngine(_NamedState):
         parameter = self._parameters[name]
         master = self._masters.get(parameter, parameter)
         state = self.optimizer.state.get(master, {})
-        value = wide(master, state) if kind == "weight" else state[kind]
+        packer = self._packer(kind)
+        if packer is not None:
+            value = packer.read(master, kind, 0, master.numel()).view(master.shape)
+        else:
+            value = wide(master, state) if kind == "weight" else state[kind]
         return value.detach().float().cpu()
 
     def share(self, name: str, kind: str) -> range | None:
@@ -373,12 +383,14 @@ class LocalEngine(_NamedState):
     @torch.no_grad()
     def write(self, name: str, kind: str, tensor: Tensor) -> None:
         parameter = self._parameters[name]
-        master = self._masters.get(parameter, parameter)
+        master, packer = self._masters.get(parameter, parameter), self._packer(kind)
         if kind == "weight":
             if COMPENSATION in self.optimizer.state.get(master, {}):
                 self.optimizer.state[master][COMPENSATION].copy_(split(tensor.float())[1])
             master.copy_(tensor)
             parameter.copy_(tensor)
+        elif packer is not None:
+            packer.write(master, kind, 0, tensor.to(master.device).flatten())
         else:
             self.optimizer.state[master][kind].copy_(tensor)
 
@@ -454,8 +466,8 @@ class DeepSpeedEngine(_NamedState):
             contract.link_optimizer_state(self.engine.optimizer)
         super().__init__(model, runtime, config, given, replicas=runtime.world_size // ep, replica=runtime.rank // ep)
 
-        if isinstance(optimizer, Muon):
-            optimizer.share_of = contract.matrix_shares(self.engine.optimizer).__getitem__
+        if isinstance(optimizer, Muon | AdamW8bit):
+            optimizer.share_of = contract.shares(self.engine.optimizer).__getitem__
 
     def forward(self, **inputs: Any) -> MoEOutput:
         return self.engine(**inputs)
@@ -498,6 +510,9 @@ class DeepSpeedEngine(_NamedState):
             assert kind == "weight", f"{name} is not trained and has no {kind}"
             return contract.read_frozen(parameter, self.engine.optimizer).cpu()
         contract.link_optimizer_state(self.engine.optimizer)
+        packer = self._packer(kind)
+        if packer is not None:
+            return contract.read_moment(parameter, kind, packer, self.engine.optimizer).cpu()
         value = contract.read_full(parameter, kind)
         assert value is not None, f"{name} is in no parameter group of the optimizer"
         if kind == "weight" and self._compensates:
@@ -506,6 +521,11 @@ class DeepSpeedEngine(_NamedState):
 
     def write(self, name: str, kind: str, tensor: Tensor) -> None:
         parameter, value = self._parameters[name], tensor.to(self._runtime.device)
+        if self._packer(kind) is not None:
+            span = contract.held_span(parameter, kind, self.engine.optimizer)
+            assert span is not None, "no rank has all of an optimizer's tensor"
+            self.write_share(name, kind, value.flatten()[span.start : span.stop])
+            return
         if kind == "weight" and self._compensates and parameter.requires_grad:
             value, left_over = split(value)
             contract.write_full(parameter, COMPENSATION, left_over.float())
@@ -516,6 +536,10 @@ class DeepSpeedEngine(_NamedState):
 
     def write_share(self, name: str, kind: str, flat: Tensor) -> None:
         parameter, value = self._parameters[name], flat.to(self._runtime.device)
+        packer = self._packer(kind)
+        if packer is not None:
+            contract.write_moment(parameter, kind, packer, self.engine.optimizer, value)
+            return
         if kind == "weight" and self._compensates:
             value, left_over = split(value)
             contract.write_span(parameter, COMPENSATION, left_over)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_llm.config.adversarial import AdversarialConfig, UpdatePhase
+from moe_llm.distributed.adamw_8bit import AdamW8bit
 
 
 class UpdatePhases:
@@ -48,6 +49,9 @@ class UpdatePhases:
         that they begin with."""
         for parameter, group in parameters if self.kinds else ():
             state, own = optimizer.state[parameter], self._phase_settings.updates_of(group.get("routers", False), steps)
+            if isinstance(optimizer, AdamW8bit):
+                optimizer.begin(parameter, group, own)
+                continue
             # a fused optimizer counts on the device
             state["step"] = torch.tensor(float(own), device=parameter.device)
             for kind in group.get("kinds", self.kinds):

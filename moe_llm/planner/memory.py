@@ -227,8 +227,12 @@ class _Walk:
         size, held, stage = self.size, self.dense + self.expert, self.layout.zero_stage
         trained = self.trained.total
         kept = OPTIMIZERS[self.config.optim.name].nbytes
-        # what Muon leaves to AdamW has a second moment; routers and norms are too small to count
-        second = 4 * (self.trained.head + self.trained.embeddings) if self.config.optim.name == "muon" else 0
+        # what Muon leaves to AdamW has a second moment, and embeddings have moments of 32 bits; routers and norms are too
+        # small to count
+        second = {
+            "muon": 4 * (self.trained.head + self.trained.embeddings),
+            "adamw_8bit": (8 - kept) * self.trained.embeddings,
+        }.get(self.config.optim.name, 0)
         kept += 4 if self.config.checkpoint.ema.decay is not None else 0
         parts = dict.fromkeys(PARTS, 0.0)
         if not self.engine:

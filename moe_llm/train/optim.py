@@ -1,6 +1,7 @@
 """The optimizer's parameter groups and the learning-rate schedule."""
 
 import importlib
+import importlib.util
 import math
 from typing import Any
 
@@ -15,7 +16,8 @@ from moe_llm.families.hf import is_expert, is_router
 
 def parameter_groups(model: nn.Module, weight_decay: float, optimizer: str = "adamw") -> list[dict]:
     """Matrices decay, vectors (norms and biases, those of stacked experts too) do not; frozen parameters are in no
-    group. optimizer: `optim.name`; for Muon the matrices that it updates are in groups marked `muon`."""
+    group. optimizer: `optim.name`; for Muon the matrices that it updates are in groups marked `muon`, and for
+    AdamW with moments of 8 bits those whose moments have 32 are in groups whose `packed` is false."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     decaying = {name for name, p in trained.items() if p.dim() > 1 and not name.endswith("_bias")}
     groups: list[dict[str, Any]] = [
@@ -23,8 +25,24 @@ def parameter_groups(model: nn.Module, weight_decay: float, optimizer: str = "ad
         {"name": "vectors", "params": [trained[name] for name in trained if name not in decaying]},
     ]
     groups[0]["weight_decay"], groups[1]["weight_decay"] = weight_decay, 0.0
-    groups = _groups_of_muon(model, groups) if optimizer == "muon" else groups
+    if optimizer == "muon":
+        groups = _groups_of_muon(model, groups)
+    elif optimizer == "adamw_8bit":
+        groups = _embeddings_apart(model, groups)
     return [group for group in groups if group["params"]]
+
+
+def _embeddings_apart(model: nn.Module, groups: list[dict]) -> list[dict]:
+    """The groups, with embeddings in one of their own: most of their rows have no gradient in a step, and a second moment
+    that 8 bits round to zero would then magnify the first one (Dettmers et al. 2022, section 2.3, keeps 32 bits too)."""
+    names = {p: name for name, p in model.named_parameters()}
+    embeddings = {p for p in names if "embed_tokens" in names[p]}
+    rest = [{**group, "params": [p for p in group["params"] if p not in embeddings]} for group in groups]
+    apart = [
+        {**group, "params": [p for p in group["params"] if p in embeddings], "name": "embeddings", "packed": False}
+        for group in groups
+    ]
+    return rest + apart
 
 
 def _groups_of_muon(model: nn.Module, groups: list[dict]) -> list[dict]:
@@ -73,21 +91,26 @@ def groups_by_part(model: nn.Module, groups: list[dict], config: Config) -> list
     return list(cut.values())
 
 
+def check_library(config: OptimConfig) -> None:
+    """Refuse an optimizer whose library is not installed."""
+    entry = OPTIMIZERS[config.name]
+    if entry.library is not None and importlib.util.find_spec(entry.library) is None:
+        raise UserError(
+            f"optim.name={config.name} needs the package {entry.library}, which is not installed: "
+            f"pip install 'moe_llm[{entry.extra}]', or use optim.name=adamw"
+        )
+
+
 def build_optimizer(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
     """The optimizer that `optim.name` names in the table of optimizers, on these groups.
 
     Raises:
         UserError: its library is not installed.
     """
+    check_library(config)
     entry = OPTIMIZERS[config.name] if config.master_weights == "fp32" else BF16_ADAMW
     module, _, name = entry.factory.partition(":")
-    try:
-        kind = getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"optim.name={config.name} needs the package {module}, which is not installed: "
-            f"pip install 'moe_llm[{entry.extra}]', or use optim.name=adamw"
-        ) from error
+    kind = getattr(importlib.import_module(module), name)
     if any("routers" in group for group in groups):
         kind = type(f"{name}InTurns", (_InTurns, kind), {})
     arguments = {key: getattr(config, key) for key in entry.takes} | entry.arguments

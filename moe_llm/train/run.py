@@ -32,6 +32,7 @@ from moe_llm.train.callbacks.registry import build_callbacks
 from moe_llm.train.facts import gather_facts
 from moe_llm.train.messages import farewell
 from moe_llm.train.metrics import read_metrics
+from moe_llm.train.optim import check_library
 from moe_llm.train.precision import settle_precision
 from moe_llm.train.provenance import Provenance, provenance_of
 from moe_llm.train.run_lock import LOCK_FILES, RunLock
@@ -83,6 +84,7 @@ def _check_and_train(config: Config) -> Path:
     check_sources(config)
     trained_names(config)  # refuses what names nothing
     check_lora(config)
+    check_library(config.optim)
     callbacks = build_callbacks(config)
     _check_resume(run_dir, config)
     _check_run_dir(run_dir, config)

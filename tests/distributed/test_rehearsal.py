@@ -173,10 +173,13 @@ def test_the_plan_counts_offload_and_tiles(saving):
     check_plan(cluster_config(layers=4, stage=2, length=16384, **saving), 8)
 
 
-@pytest.mark.parametrize("masters", ["fp32", "kahan", "stochastic_rounding"])
-def test_the_plan_counts_narrow_gradients_and_weights(masters):
+@pytest.mark.parametrize(
+    "optim",
+    [{"name": "adamw_8bit"}, *({"master_weights": masters} for masters in ("fp32", "kahan", "stochastic_rounding"))],
+)
+def test_the_plan_counts_narrow_gradients_weights_and_moments(optim):
     config = cluster_config(layers=4, stage=2, activation_checkpointing="full")
-    check_plan(replace(config, parallel={"gradient_dtype": "bf16"}, optim={"master_weights": masters}), 8)
+    check_plan(replace(config, parallel={"gradient_dtype": "bf16"}, optim=optim), 8)
 
 
 def test_offload_takes_activations_of_all_layers_but_two_from_the_device():

@@ -1,6 +1,7 @@
 """Low-rank adapters: they begin as nothing, are all that is trained, leave no trace but the merged weights, and are the
 same in every layout and across resuming."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from support.training import LENGTH, MODEL, config, difference, rows, train_step
 
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.checkpoint.safetensors_io import TensorFiles
+from moe_llm.cli import main
 from moe_llm.config import ModelConfig
 from moe_llm.data.packing import model_inputs
 from moe_llm.distributed import deepspeed
@@ -145,6 +147,28 @@ def test_the_maths_is_pefts_for_the_experts_too(base, trained):
     ).logits
     found = theirs.eval()(batch.input_ids_BS, attention_mask=batch.attention_mask_BS.long()).logits
     assert (found - ours)[batch.attention_mask_BS].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("targets", [ALL["targets"], ["*.down_proj"], ["*.gate_up_proj", "*.q_proj.*"]])
+def test_peft_loads_the_exported_adapter_and_has_our_logits(base, trained, tmp_path, targets, capsys):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    cfg = run(base, lora={**ALL, "targets": targets})
+    saved = trained[0]["saved"] if targets == ALL["targets"] else train_steps(cfg, 2, save=str(tmp_path))["saved"]
+    assert main(["export-adapter", str(saved), str(tmp_path / "adapter")]) == 0
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT only warns of factors that it has no place for
+        theirs = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    batch = rows(50, 0, 4)
+    with torch.no_grad():
+        ours = MoEForCausalLM.from_pretrained(saved)(batch.input_ids_BS).logits
+        found = theirs(batch.input_ids_BS).logits
+    assert (found - ours)[batch.attention_mask_BS].abs().max() < 1e-5
+    assert main(["export-adapter", str(saved), str(tmp_path / "adapter")]) == 2
+    assert main(["export-adapter", str(base), str(tmp_path / "other")]) == 2
+    assert "moe-llm extract-lora BASE TUNED OUT" in capsys.readouterr().err
 
 
 def test_resumed_equals_uninterrupted(base, trained):

@@ -61,6 +61,12 @@ def test_mixtral_8x7b_on_64_gpus_by_hand():
     parts = step_memory(found.config, layout, KERNELS["cuda"], 1.5).parts
     assert parts["weights"] == 2 * (dense + expert)
     assert parts["optimizer"] == 12 * (dense / 64 + expert / 8)
+    narrow = found.config.optim.model_copy(update={"name": "adamw_8bit"})
+    eight_bits = found.config.model_copy(update={"optim": narrow})  # moments, with a maximum for each 256 elements
+    of_embeddings = 32000 * 4096 / 64
+    moments = (2 + 2 * 4 / 256) * (dense / 64 + expert / 8 - of_embeddings) + 8 * of_embeddings
+    counted = step_memory(eight_bits, layout, KERNELS["cuda"], 1.5).parts["optimizer"]
+    assert counted == pytest.approx(4 * (dense / 64 + expert / 8) + moments)
     # rows to their expert and back, 32 layers, forward, again, backward; 7 of 8 elsewhere; bf16
     tokens = 1024 * 4096 / 64
     sent = traffic(found.config, layout)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_llm.config import Config
+from moe_llm.distributed.adamw_8bit import BLOCK
 from moe_llm.distributed.rehearsal.record import Recorder
 from moe_llm.model.decoder import DecoderLayer, MoEDecoder
 from moe_llm.ops import host
@@ -64,7 +65,11 @@ class ShardedAdamW:
                 compensations.append(torch.zeros(self._share(p), device=p.device, dtype=torch.bfloat16))
             p.register_post_accumulate_grad_hook(self._take_gradient)
         self._kept = compensations
-        self._moments = {p: [torch.zeros(self._share(p), device=p.device) for _ in range(2)] for p in self._masters}
+        packs = config.optim.name == "adamw_8bit"
+        self._moments = {
+            p: self._new_moments(p, packed=packs and p.dim() > 1 and "embed_tokens" not in name)
+            for name, p in model.named_parameters()
+        }
         recorder.kind = "gradients"
         self._set_up_sums(config)
         self._spread = {p for p in model.parameters() if self.stage == 3 and p.numel() > _PERSISTENT}
@@ -74,6 +79,13 @@ class ShardedAdamW:
         self._release(self._spread)
         if self.stage == 3:
             self._gather_for(model)
+
+    def _new_moments(self, p: nn.Parameter, packed: bool) -> list[Tensor]:
+        """fp32, or codes with the maximum of each block behind them: those are updated in place, too."""
+        share = self._share(p)
+        if packed:
+            return [torch.zeros(share + 4 * -(-share // BLOCK), device=p.device, dtype=torch.uint8) for _ in range(2)]
+        return [torch.zeros(share, device=p.device) for _ in range(2)]
 
     def _set_up_sums(self, config: Config) -> None:
         """What DeepSpeed holds from the start: sums of whole gradients, or the bucket, in ZeRO-3 with all sums."""
@@ -290,7 +302,7 @@ class ShardedAdamW:
             share.mul_(total.rsqrt())
             master, (first, second) = self._masters[p].data, self._moments[p]
             weight = torch.zeros_like(share[: 2**22], dtype=torch.float32) if self.narrow else master
-            for target in (first, second, weight):
+            for target in (moment for moment in (first, second, weight) if moment.dtype != torch.uint8):
                 target.mul_(0.9).add_(share[: target.numel()])
 
     def _publish(self) -> None:
