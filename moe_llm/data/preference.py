@@ -21,7 +21,7 @@ from moe_llm.data.chat import Example, is_learned, to_example
 from moe_llm.data.chat_template import ChatEncoder, own_template
 from moe_llm.data.documents import DocumentEncoder
 from moe_llm.data.pieces import Piece, Place
-from moe_llm.data.sources import read_records
+from moe_llm.data.sources import no_text, read_records
 from moe_llm.errors import UserError
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def read_pairs(source: SourceConfig, field: str, pieces: Sequence[Piece] | None 
     if equal:
         logger.warning("%s: %d rows whose chosen and rejected answers are the same are left out", field, equal)
     if not count and pieces is None:
-        raise UserError(f"{field}: {source.path} holds no pairs: name files with rows of chosen and rejected answers")
+        raise no_text(source, field)
 
 
 def _pair(record: dict[str, Any], where: Place | str, field: str) -> Pair | None:

@@ -271,7 +271,12 @@ def stream_texts(stream: DocumentStream, source: SourceConfig, field: str) -> It
 
 
 def no_text(source: SourceConfig, field: str) -> UserError:
-    return UserError(f"{field}: {source.path or source.type} holds no text: name files with non-empty documents")
+    where = f"{field}: {source.path or source.type}"
+    if source.content == "preference":
+        return UserError(
+            f"{where} holds no pairs to learn from: name files with rows whose chosen and rejected answers differ"
+        )
+    return UserError(f"{where} holds no text: name files with non-empty documents")
 
 
 def read_records(

@@ -58,6 +58,11 @@ def test_equal_answers_and_weightless_rows_are_left_out(read, caplog):
     assert "1 rows whose chosen and rejected answers are the same" in caplog.text
 
 
+def test_rows_that_are_all_ties_are_refused_by_what_they_lack(read):
+    with pytest.raises(UserError, match=r"holds no pairs to learn from.*chosen and rejected answers differ"):
+        read({"prompt": "a", "chosen": "b", "rejected": "b"})
+
+
 @pytest.mark.parametrize(
     ("row", "why"),
     [

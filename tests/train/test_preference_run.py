@@ -1,6 +1,7 @@
 """Preference tuning in whole runs: against TRL step by step, over layouts, resumed, with most of the model frozen."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_keeps_its_reference(setti
     (tmp_path / "cut/reference.safetensors").unlink()  # made again from the base, not from the trained weights
     assert main(["train", str(settings("cut")), "train.max_steps=4"]) == 0
     assert (tmp_path / "cut/reference.safetensors").read_bytes() == kept
+
+
+def test_a_reference_of_another_base_is_not_used_at_a_new_start(settings, tmp_path, finished_run, base):
+    """A start that was ended before its first checkpoint leaves the reference of the base that it had."""
+    other = finished_run / "checkpoints/step-00000003"
+    assert main(["train", str(settings("fresh", preference={"loss": "ipo"})), "train.max_steps=1"]) == 0
+    left = settings("left", preference={"loss": "ipo"}, model={"init_from": str(other)})
+    assert main(["train", str(left), "train.max_steps=1"]) == 0
+    stale = (tmp_path / "left/reference.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "left")
+    (tmp_path / "left").mkdir()
+    (tmp_path / "left/reference.safetensors").write_bytes(stale)
+    assert main(["train", str(settings("left", preference={"loss": "ipo"})), "train.max_steps=1"]) == 0
+    assert (tmp_path / "left/reference.safetensors").read_bytes() != stale
+    assert runs.timeless(tmp_path / "left") == runs.timeless(tmp_path / "fresh")
 
 
 def test_experts_alone_are_trained_and_the_rest_stays_to_the_byte(settings, tmp_path, base):

@@ -47,21 +47,28 @@ def prepare_reference(
     Args:
         source: the checkpoint that the engine's weights are from; None: they are the base's.
     """
-    if not config.preference.needs_reference or recall_reference(data, run_dir, runtime):
+    if not config.preference.needs_reference:
+        return
+    base = _fingerprint(config) if runtime.is_main else ""
+    if recall_reference(data, run_dir, runtime, base if source is None else None):
         return
     if source is not None:
         load_origin(engine, config.model)
         without_adapters(engine)
-    remember_reference(config, engine, runtime, data, run_dir)
+    remember_reference(config, engine, runtime, data, run_dir, base)
     if source is not None:
         restore(engine, source, hashes=False)
 
 
-def recall_reference(data: Data, run_dir: Path, runtime: Runtime) -> bool:
-    """Take the reference's log-probabilities from the run directory; false if they are not there, or are of other data.
-    Collective."""
+def recall_reference(data: Data, run_dir: Path, runtime: Runtime, base: str | None = None) -> bool:
+    """Take the reference's log-probabilities from the run directory; false if they are not there, or are of other data or of
+    another model than `base`. Collective.
+
+    Args:
+        base: a fingerprint; None: any, since a run that is resumed keeps the reference that it began with.
+    """
     parts = _parts(data)
-    found = _read(run_dir / FILE, parts) if runtime.is_main else None
+    found = _read(run_dir / FILE, parts, base) if runtime.is_main else None
     found = runtime.gather(found)[0]
     for name, part in parts.items() if found is not None else ():
         part.reference = found[name]
@@ -69,7 +76,9 @@ def recall_reference(data: Data, run_dir: Path, runtime: Runtime) -> bool:
 
 
 @torch.no_grad()
-def remember_reference(config: Config, engine: Engine, runtime: Runtime, data: Data, run_dir: Path) -> None:
+def remember_reference(
+    config: Config, engine: Engine, runtime: Runtime, data: Data, run_dir: Path, base: str = ""
+) -> None:
     """Take the model as it is for the reference, and write down what it says of every answer. Collective."""
     parts, width = _parts(data), config.train.micro_batch_size
     engine.model.eval()
@@ -98,7 +107,7 @@ def remember_reference(config: Config, engine: Engine, runtime: Runtime, data: D
     if runtime.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         arrays = {name: part.reference for name, part in parts.items() if part.reference is not None}
-        replace_file(run_dir / FILE, save(arrays, {"pairs": _digest(parts)}))
+        replace_file(run_dir / FILE, save(arrays, {"pairs": f"{_digest(parts)} {base}"}))
     runtime.barrier()
 
 
@@ -123,15 +132,26 @@ def _digest(parts: dict[str, PackedPairs]) -> str:
     return digest.hexdigest()
 
 
-def _read(file: Path, parts: dict[str, PackedPairs]) -> dict[str, np.ndarray] | None:
+def _fingerprint(config: Config) -> str:
+    """By which a base is told apart from another one, or from what was in its place before; nothing of it is read."""
+    assert config.model.init_from is not None, "losses with a reference have a base"
+    directory, digest = Path(config.model.init_from).resolve(), hashlib.sha256()
+    for file in sorted(path for path in directory.glob("*") if path.suffix in (".safetensors", ".json")):
+        state = file.stat()
+        digest.update(repr((str(file), state.st_size, state.st_mtime_ns)).encode())
+    return digest.hexdigest()
+
+
+def _read(file: Path, parts: dict[str, PackedPairs], base: str | None) -> dict[str, np.ndarray] | None:
     from safetensors import safe_open
 
     if not file.is_file():
         return None
     try:
         with safe_open(file, "np") as content:
-            if (content.metadata() or {}).get("pairs") != _digest(parts):
-                return None
+            pairs, _, found = (content.metadata() or {}).get("pairs", "").partition(" ")
+        if pairs != _digest(parts) or (base is not None and found != base):
+            return None
         return load_file(file)
     except SafetensorError as error:
         raise UserError(f"file {file} is damaged ({error}): delete it, and it is made from model.init_from") from error
