@@ -7,8 +7,9 @@ no pass over the files before the one that loads them.
 
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -69,13 +70,21 @@ def digest_file(path: Path) -> FileRecord:
         UserError: it cannot be read.
     """
     digest = Digest()
+    with reading(path), open(path, "rb") as file:
+        while chunk := file.read(BLOCK):
+            digest.update(chunk)
+    return digest.record()
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What a file system says of a file that is read, as one sentence: a `UserError`."""
     try:
-        with open(path, "rb") as file:
-            while chunk := file.read(BLOCK):
-                digest.update(chunk)
+        yield
+    except FileNotFoundError:
+        raise UserError(f"file {path} is missing: {REMEDY}") from None
     except OSError as error:
         raise UserError(f"file {path} cannot be read ({error.strerror}): {REMEDY}") from error
-    return digest.record()
 
 
 class DigestedFile:
@@ -119,15 +128,12 @@ class CheckedFile:
         Raises:
             UserError: the file is shorter, cannot be read, or holds other bytes than were written.
         """
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                for start, part in _by_block(offset, view) if self._unread else [(offset, view)]:
-                    if start // BLOCK in self._unread:
-                        self._read_block(file, start, part)
-                    else:
-                        _fill(file, start, part)
-        except OSError as error:
-            raise UserError(f"file {self.path} cannot be read ({error.strerror}): {REMEDY}") from error
+        with reading(self.path), open(self.path, "rb", buffering=0) as file:
+            for start, part in _by_block(offset, view) if self._unread else [(offset, view)]:
+                if start // BLOCK in self._unread:
+                    self._read_block(file, start, part)
+                else:
+                    _fill(file, start, part)
 
     def _read_block(self, file: io.FileIO, start: int, part: memoryview) -> None:
         number = start // BLOCK

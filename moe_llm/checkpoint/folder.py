@@ -14,9 +14,9 @@ missing or wrong, they come from each checkpoint's own state.json, if that is wh
 What a file system may refuse without harm (links, deletion, fsync of a directory) is tried, and reported once.
 """
 
+import contextlib
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -25,18 +25,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moe_llm.atomic import TEMPORARY, write_atomically
+from moe_llm.atomic import TEMPORARY, rename_directory, sync_directory, try_or_report, write_atomically
 from moe_llm.checkpoint.manifest import MANIFEST, check_file, verify_loadable
 from moe_llm.checkpoint.safetensors_io import read_json
 from moe_llm.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 STATE = "trainer/state.json"
 INDEX = "checkpoints.json"
 LATEST, BEST = "latest", "best"
 _COMPLETE = re.compile(r"step-(\d+)(\.old)?")
-_reported: set[tuple[str, int | None]] = set()
 
 
 def step_name(step: int) -> str:
@@ -140,8 +137,7 @@ def publish(tmp: Path, final: Path) -> None:
         if old.is_dir():  # it could not be deleted, and its name is needed
             os.rename(old, _unused(old))
         os.rename(final, old)
-    os.rename(tmp, final)
-    sync_directory(final.parent)
+    rename_directory(tmp, final)
     point(final.parent, LATEST, final.name)
     if old.is_dir():
         delete(old)
@@ -150,7 +146,7 @@ def publish(tmp: Path, final: Path) -> None:
 def record(root: Path, saved: Path, best_step: int | None = None) -> None:
     """Write checkpoints.json after a save, and let `best` point to the best one."""
     best = None if best_step is None else step_name(best_step)
-    try_or_report("checkpoints.json", lambda: _write_index(root, best))
+    _try("checkpoints.json", lambda: _write_index(root, best))
     if best is not None:
         point(root, BEST, best)
 
@@ -184,7 +180,7 @@ def remove_leftovers(root: Path) -> None:
         if superseded:
             delete(path)
         elif path.name.startswith(TEMPORARY):
-            try_or_report("deletion", partial(_remove, path))
+            _try("deletion", partial(_remove, path))
 
 
 def free_name(tmp: Path) -> None:
@@ -213,7 +209,7 @@ def delete(path: Path) -> None:
         os.rename(path, doomed)
         shutil.rmtree(doomed)
 
-    try_or_report("deletion", work)
+    _try("deletion", work)
 
 
 def _remove(path: Path) -> None:
@@ -226,22 +222,12 @@ def _remove(path: Path) -> None:
 _WITHOUT = {
     "deletion": "an old checkpoint or a left-over stays, and takes space",
     "link": "checkpoints/latest and checkpoints/best are not renewed; resuming does not need them",
-    "fsync": "names of new files reach the disk when the system brings them there",
     INDEX: "the order of checkpoints is read from each of them",
 }
 
 
-def try_or_report(kind: str, work: Callable[[], None]) -> bool:
-    """Do what a run can do without; a failure of the file system is reported once for each kind and reason."""
-    try:
-        work()
-    except OSError as error:
-        if (kind, error.errno) not in _reported:
-            _reported.add((kind, error.errno))
-            where = f" ({error.filename})" if error.filename else ""
-            logger.warning("%s failed: %s%s: %s", kind, error.strerror or error, where, _WITHOUT[kind])
-        return False
-    return True
+def _try(kind: str, work: Callable[[], None]) -> bool:
+    return try_or_report(kind, work, _WITHOUT[kind])
 
 
 def point(root: Path, name: str, target: str) -> None:
@@ -253,21 +239,8 @@ def point(root: Path, name: str, target: str) -> None:
         link.symlink_to(target)
         os.replace(link, root / name)
 
-    if try_or_report("link", work):
+    if _try("link", work):
         sync_directory(root)
-
-
-def sync_directory(path: Path) -> None:
-    """Bring the names in a directory to the disk, where the file system can be asked to."""
-
-    def work() -> None:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-    try_or_report("fsync", work)
 
 
 def link_or_copy(file: Path, link: Path) -> None:
@@ -293,8 +266,8 @@ def probe(root: Path) -> None:
     renamed = _unused(trial)
     os.rename(trial, renamed)
     sync_directory(renamed)
-    try_or_report("link", lambda: (renamed / "link").symlink_to("nothing"))
-    try_or_report("deletion", lambda: shutil.rmtree(renamed))
+    _try("link", lambda: (renamed / "link").symlink_to("nothing"))
+    _try("deletion", lambda: shutil.rmtree(renamed))
 
 
 def check_checkpoint_directory(checkpoint: str | Path) -> None:
@@ -304,10 +277,41 @@ def check_checkpoint_directory(checkpoint: str | Path) -> None:
     Raises:
         UserError: no config.json there; or, of a run's checkpoint, a missing, truncated or altered file.
     """
-    directory = Path(checkpoint)
-    if not (directory / "config.json").is_file():
-        newest = next(iter(complete_checkpoints(directory / "checkpoints")), None)
-        name = f"such as {newest}" if newest else "such as RUN/checkpoints/step-00000020"
-        raise UserError(f"checkpoint {str(checkpoint)!r} holds no config.json: name a checkpoint directory, {name}")
-    if (directory / MANIFEST).is_file():
-        verify_loadable(directory)
+    model_config_file(checkpoint, f"checkpoint {str(checkpoint)!r}")
+    if (Path(checkpoint) / MANIFEST).is_file():
+        verify_loadable(Path(checkpoint))
+
+
+def model_config_file(directory: str | Path, named: str, other: str = "") -> Path:
+    """config.json of a model's directory.
+
+    Args:
+        named: what the user calls the directory, and its value. other: what may be named besides, for the sentence.
+
+    Raises:
+        UserError: there is none; the sentence says what is there, and names a checkpoint nearby.
+    """
+    directory = Path(directory)
+    if (directory / "config.json").is_file():
+        return directory / "config.json"
+    if not directory.exists():
+        what = f"is a link to {os.readlink(directory)}, which is gone" if directory.is_symlink() else "does not exist"
+    elif not directory.is_dir():
+        what = "is a file"
+    else:
+        inside = sorted(path.name for path in directory.iterdir())
+        there = ", ".join(inside[:4]) + (", ..." if len(inside) > 4 else "")
+        what = f"holds no config.json but {there}" if inside else "is empty"
+    raise UserError(f"{named} {what}: name a checkpoint directory, such as {checkpoint_near(directory)}{other}")
+
+
+def checkpoint_near(directory: Path) -> Path | str:
+    """A run's checkpoint that a directory is a part of, or that is near it; else how such a path looks."""
+    for place in (directory, *list(directory.absolute().parents)[:3]):
+        if (place / MANIFEST).is_file():
+            return place
+        for root in (place, place / "checkpoints"):
+            with contextlib.suppress(OSError):
+                if found := complete_checkpoints(root):
+                    return found[0]
+    return "RUN/checkpoints/step-00000020"

@@ -8,7 +8,7 @@ import torch
 
 from moe_llm.checkpoint.plan import is_trained, pieces_of
 from moe_llm.checkpoint.weights import Weights
-from moe_llm.distributed.state import ParameterShard, StoredOriginal, TrainedState
+from moe_llm.distributed.state import EMA, ParameterShard, StoredOriginal, TrainedState
 
 
 def read_trained(entry: ParameterShard, source: Weights) -> torch.Tensor:
@@ -28,21 +28,15 @@ def write_trained(state: TrainedState, entry: ParameterShard, kind: str, source:
     is read. Collective."""
     span = state.share(entry.name, kind)
     if span is None or entry.trained_experts is not None:
-        state.write(entry.name, kind, read_trained(entry, source))
+        whole = read_trained(entry, source)
+        if kind == EMA and entry.trained_experts is not None:  # the average of what is not trained is the weights
+            weight = state.read(entry.name, "weight")
+            for row, expert in enumerate(entry.experts or ()):
+                if not entry.trains(expert):
+                    whole[row] = weight[row]
+        state.write(entry.name, kind, whole)
     else:
         state.write_share(entry.name, kind, source.read_span(entry.name, entry.shape, entry.first_expert, span))
-
-
-def read_average(state: TrainedState, entry: ParameterShard, source: Weights) -> torch.Tensor:
-    """The average of a parameter as this rank holds it, fp32, once the weights are there: of experts that are not
-    trained it is the weights. Collective."""
-    average = read_trained(entry, source)
-    if entry.trained_experts is not None:
-        weight = state.read(entry.name, "weight")
-        for row, expert in enumerate(entry.experts or ()):
-            if not entry.trains(expert):
-                average[row] = weight[row]
-    return average
 
 
 def write_weight(state: TrainedState, entry: ParameterShard, model: Weights, masters: Weights) -> None:

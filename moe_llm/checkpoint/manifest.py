@@ -9,7 +9,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from moe_llm.checkpoint.digests import DamagedFile, Digest, FileRecord, digest_file
+from moe_llm.checkpoint.digests import DamagedFile, Digest, FileRecord, digest_file, reading
 from moe_llm.checkpoint.ranks import ALONE, Ranks, together
 from moe_llm.checkpoint.safetensors_io import read_json
 from moe_llm.errors import UserError
@@ -146,20 +146,18 @@ def check_file(directory: Path, name: str) -> None:
     record = read_manifest(directory).get(name)
     if record is None:
         raise UserError(f"file {directory / MANIFEST} is damaged: it does not list {name}: use another checkpoint")
-    _check_size(directory / name, record)
     _check_hash(directory / name, record)
 
 
 def _check_hash(path: Path, record: FileRecord) -> None:
+    _check_size(path, record)
     if digest_file(path).sha256 != record.sha256:
         raise DamagedFile(path)
 
 
 def _check_size(path: Path, record: FileRecord) -> None:
-    try:
+    with reading(path):
         size = path.stat().st_size
-    except FileNotFoundError:
-        raise UserError(f"file {path} is missing: use another checkpoint") from None
     if size != record.size:
         what = "truncated" if size < record.size else "damaged"
         raise UserError(f"file {path} is {what}: it has {size} bytes instead of {record.size}: use another checkpoint")

@@ -202,13 +202,11 @@ def stream(state: TrainedState, dtype: torch.dtype, average: bool = False, famil
         weight, change = state.read(entry.name, "weight"), _low_rank(entry, state)
         stacked = in_one(family, entry.name) and not entry.adapter
         omitted = family.omits(entry.name)
+        exported = _exported(entry, weight, change)
         if stacked:
-            yield from _in_one(state, entry, family, MODEL, _exported(entry, weight, change))
+            yield from _in_one(state, entry, family, MODEL, exported)
         for piece in pieces if not (entry.adapter or stacked or omitted) else ():
-            kept = entry.kept.get(piece.name)
-            original = None if kept is None else kept.original
-            own = weight[piece.index] if original is None else original
-            yield MODEL, family.stored_name(piece.name), own if change is None else own.float() + change[piece.index]
+            yield MODEL, family.stored_name(piece.name), exported[piece.index]
         pieces = [piece for piece in pieces if omitted or is_trained(entry, piece)]
         tensors = {MASTER: weight}
         if average and entry.trainable:
@@ -222,7 +220,7 @@ def stream(state: TrainedState, dtype: torch.dtype, average: bool = False, famil
             for piece in pieces:
                 yield OPTIMIZER, f"{kind}.{piece.name}", tensor[piece.index]
             del tensor
-        del weight, change, tensors
+        del weight, change, exported, tensors
 
 
 def _exported(entry: ParameterShard, weight: torch.Tensor, change: torch.Tensor | None) -> torch.Tensor:

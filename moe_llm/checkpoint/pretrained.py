@@ -12,8 +12,9 @@ from typing import Any, Self
 
 import torch
 
+from moe_llm.atomic import sync_directory
 from moe_llm.checkpoint.export import DTYPES, token_ids, write_model_files
-from moe_llm.checkpoint.folder import sync_directory
+from moe_llm.checkpoint.folder import model_config_file
 from moe_llm.checkpoint.manifest import write_json
 from moe_llm.checkpoint.plan import MODEL, ShardSet, file_set
 from moe_llm.checkpoint.safetensors_io import Spec, TensorFiles, parse_size, read_json
@@ -52,9 +53,7 @@ class MoEForCausalLM(MoEDecoder):
             UserError: no such directory, another architecture, or missing, damaged, unexpected or misshapen
                 tensors.
         """
-        config_file = Path(directory) / "config.json"
-        if not config_file.is_file():
-            raise UserError(f"{str(directory)!r} has no config.json: give a checkpoint directory")
+        config_file = model_config_file(directory, repr(str(directory)))
         content = read_json(config_file)
         config = hf.from_transformers_config(content, str(config_file))
         weights = Weights(TensorFiles(directory, MODEL))
@@ -63,7 +62,7 @@ class MoEForCausalLM(MoEDecoder):
         buffers = {hf.published_name(name) for name in hf.buffer_shapes(config)}
         model.to(_as_dtype(dtype) or weights.widest_dtype(without=buffers))
         materialize(model)
-        _fill(model, weights, None)
+        _fill(model, weights)
         return model.eval()
 
     def save_pretrained(
@@ -96,19 +95,6 @@ class MoEForCausalLM(MoEDecoder):
             _replace_files(directory, new)
 
 
-def load_weights(model: MoEDecoder, directory: str | Path, experts: range | None = None) -> None:
-    """Fill a model's parameters from a checkpoint directory, one matrix at a time, cast to what they are.
-
-    Args:
-        model: with this package's parameter names; of expert parameters it holds `experts` alone.
-        experts: held here; None: all. No other expert's tensors are read.
-
-    Raises:
-        UserError: missing, damaged, unexpected or misshapen tensors, before anything is changed.
-    """
-    _fill(model, Weights(TensorFiles(directory, MODEL)), experts)
-
-
 def check_weights(weights: Weights, shapes: Mapping[str, tuple[int, ...]], optional: Iterable[str] = ()) -> None:
     """Demand a whole model's tensors; beside tied embeddings, a head of their values is no mistake.
 
@@ -127,29 +113,22 @@ def check_weights(weights: Weights, shapes: Mapping[str, tuple[int, ...]], optio
 
 
 @torch.no_grad()
-def _fill(model: MoEDecoder, weights: Weights, experts: range | None) -> None:
+def _fill(model: MoEDecoder, weights: Weights) -> None:
+    """Give a whole model its parameters, one matrix at a time, cast to what they are.
+
+    Raises:
+        UserError: missing, damaged, unexpected or misshapen tensors.
+    """
     parameters = dict(model.named_parameters()) | dict(model.named_buffers())
-    shapes = {name: _whole_shape(name, parameter, model) for name, parameter in parameters.items()}
-    whole = hf.parameter_shapes(model.config).items()
-    shapes |= {name: shape for name, shape in whole if hf.expert_of(name) is not None}  # other ranks' too
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     stored = weights.without_unused(shapes, architecture_of(model.config).dispensable)
     check_weights(weights, stored)
     for name, parameter in tracked(parameters.items(), "loading"):
         if name not in stored:  # what only training needs begins where a new model's does
             parameter.zero_()
             continue
-        stacked = hf.is_expert(name) and hf.expert_of(name) is None
-        held = experts if stacked and experts is not None else range(shapes[name][0])
-        assert len(held) == parameter.shape[0], f"{name} holds {parameter.shape[0]} experts, not {held}"
-        for index, part in weights.parts(name, tuple(parameter.shape), held.start):
+        for index, part in weights.parts(name, shapes[name], 0):
             parameter[index] = part
-
-
-def _whole_shape(name: str, parameter: torch.Tensor, model: MoEDecoder) -> tuple[int, ...]:
-    """Shape over all ranks."""
-    shape = tuple(parameter.shape)
-    stacked = hf.is_expert(name) and hf.expert_of(name) is None
-    return (model.config.num_local_experts, *shape[1:]) if stacked else shape
 
 
 def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

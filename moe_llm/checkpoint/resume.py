@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from moe_llm.checkpoint import folder
+from moe_llm.checkpoint.digests import reading
 from moe_llm.checkpoint.manifest import verify
 from moe_llm.checkpoint.ranks import ALONE, Ranks
 from moe_llm.config import Config
-from moe_llm.config.load import parse_yaml, read_yaml, validate
+from moe_llm.config.load import parse_yaml, validate
 from moe_llm.errors import UserError
 
 # What a run may change when it goes on: a section, or one key. All else decides what is learned from what.
@@ -90,38 +91,33 @@ def check_same_run(old_config_text: str, new: Config) -> None:
         UserError: the first key that differs and may not, with both values and the remedy.
     """
     origin = f"the configuration saved in {new.run.dir}"
-    raw = parse_yaml(old_config_text, origin)
-    try:
-        old = validate(raw if isinstance(raw, dict) else {})
-    except UserError as error:
-        raise UserError(f"{origin} cannot be read by this version ({error}): set another run.dir") from error
-    before, now = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    before, now = _both(old_config_text, origin, new, "set another run.dir")
     # to be taken from the tokenizer, which is compared itself
     if new.model.vocab_size is None or new.model.resize_embeddings:
         before.pop("model.vocab_size", None)
         now.pop("model.vocab_size", None)
     for key in _differing(before, now):
-        if new.data.allow_changed and _within(key, ("data",)):
-            continue
-        raise UserError(
-            f"{key}={_show(now, key)} differs from {_show(before, key)}, with which the run in "
-            f"{new.run.dir} was started: set it back"
-            + (", allow it with data.allow_changed=true" if _within(key, ("data",)) else "")
-            + ", or set another run.dir"
-        )
+        of_data = _within(key, ("data",))
+        if not (of_data and new.data.allow_changed):
+            raise UserError(
+                f"{key}={_show(now, key)} differs from {_show(before, key)}, with which the run in "
+                f"{new.run.dir} was started: set it back"
+                + (", allow it with data.allow_changed=true" if of_data else "")
+                + ", or set another run.dir"
+            )
 
 
 def compare_with_checkpoint(path: Path, new: Config) -> list[str]:
-    """What differs between the configuration of a checkpoint that is named by its path and that of the run that resumes
-    from it, one clause for each setting that may.
+    """What differs between the configuration of a checkpoint and that of the run that resumes from it, one clause for
+    each setting that may.
 
     Raises:
         UserError: a setting differs that decides what the model is or what it reads.
     """
     file = path / "trainer/config.yaml"
-    raw = read_yaml(file, "a checkpoint's configuration")
-    old = validate(raw if isinstance(raw, dict) else {})
-    before, now = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    with reading(file):
+        text = file.read_text(encoding="utf-8", errors="replace")
+    before, now = _both(text, f"file {file}", new, "use the version of moe_llm that wrote it")
     changed = []
     for key in _differing(before, now):
         clause = f"{key}={_show(now, key)} in place of {_show(before, key)}"
@@ -135,10 +131,18 @@ def compare_with_checkpoint(path: Path, new: Config) -> list[str]:
             if _within(key, ("data",))
             else f"or begin another run from its weights with model.init_from={path}"
         )
-        raise UserError(
-            f"checkpoint.resume={str(path)!r} is of a run with another setting: {clause}: set it back, {remedy}"
-        )
+        raise UserError(f"checkpoint {str(path)!r} is of a run with another setting: {clause}: set it back, {remedy}")
     return changed
+
+
+def _both(old: str, origin: str, new: Config, remedy: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of a saved configuration, which is YAML, and of a run's, by dotted keys."""
+    raw = parse_yaml(old, origin)
+    try:
+        saved = validate(raw if isinstance(raw, dict) else {})
+    except UserError as error:
+        raise UserError(f"{origin} cannot be read by this version ({error}): {remedy}") from error
+    return _flat(saved.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
 
 
 def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from moe_llm.checkpoint.digests import REMEDY, CheckedFile, DigestedFile, FileRecord
+from moe_llm.checkpoint.digests import REMEDY, CheckedFile, DigestedFile, FileRecord, reading
 from moe_llm.errors import UserError
 from moe_llm.families import mxfp4
 
@@ -41,7 +41,6 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 _WORDS = {dtype: word for word, dtype in _DTYPES.items()}
-_MOST_HEADER = 10**8  # bytes: the library's own limit
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -276,31 +275,7 @@ class TensorFiles:
 
 
 def _read_header(path: Path) -> dict[str, _Stored]:
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            text = file.read(min(length, _MOST_HEADER))
-    except FileNotFoundError:
-        raise UserError(f"file {path} is missing: {REMEDY}") from None
-    except OSError as error:
-        raise UserError(f"file {path} cannot be read ({error.strerror}): {REMEDY}") from error
-    if size < 8 + length:
-        raise UserError(
-            f"file {path} is truncated or damaged: it has {size} bytes and says that its header has {length}: {REMEDY}"
-        )
-    header = _parse_header(path, text)
-    unknown = sorted({item["dtype"] for item in header.values()} - set(_DTYPES))
-    if unknown:
-        raise UserError(f"file {path} has tensors of dtype {unknown[0]}, which cannot be read: convert them first")
-    return {
-        name: _Stored(path, _DTYPES[item["dtype"]], tuple(item["shape"]), 8 + length + item["data_offsets"][0])
-        for name, item in header.items()
-    }
-
-
-def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
-    """The entry of each tensor, after the library has found that shapes, dtypes, offsets and the size of the file fit.
+    """The tensors of a file, after the library has found that shapes, dtypes, offsets and its size fit.
 
     The library hides where a tensor begins, which ranks that read their own rows need, and takes the last of two
     tensors of one name; the text is parsed once more for these.
@@ -313,13 +288,19 @@ def _parse_header(path: Path, text: bytes) -> dict[str, Any]:
         return content
 
     try:
-        with safe_open(path, framework="pt"):
-            pass
-        header = json.loads(text, object_pairs_hook=without_repetition)
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        with reading(path), open(path, "rb") as file, safe_open(path, framework="pt"):
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length), object_pairs_hook=without_repetition)
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise UserError(f"file {path} is truncated or damaged ({error}): {REMEDY}") from error
     header.pop("__metadata__", None)
-    return header
+    unknown = sorted({item["dtype"] for item in header.values()} - set(_DTYPES))
+    if unknown:
+        raise UserError(f"file {path} has tensors of dtype {unknown[0]}, which cannot be read: convert them first")
+    return {
+        name: _Stored(path, _DTYPES[item["dtype"]], tuple(item["shape"]), 8 + length + item["data_offsets"][0])
+        for name, item in header.items()
+    }
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -329,12 +310,9 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: missing, unreadable or no object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"file {path} is missing: {REMEDY}") from None
-    except OSError as error:
-        raise UserError(f"file {path} cannot be read ({error.strerror}): {REMEDY}") from error
-    except ValueError as error:
+        with reading(path):
+            content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"file {path} is damaged: it is not JSON: {REMEDY}") from error
     if not isinstance(content, dict):
         raise UserError(f"file {path} is damaged: it is no JSON object: {REMEDY}")

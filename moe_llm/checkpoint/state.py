@@ -34,12 +34,13 @@ from typing import Any
 import torch
 import yaml
 
+from moe_llm.atomic import sync_directory
 from moe_llm.checkpoint import folder
 from moe_llm.checkpoint.adapters import adapter_shapes, check_base, has_adapters
 from moe_llm.checkpoint.background import Background
 from moe_llm.checkpoint.digests import DamagedCheckpoint, FileRecord
 from moe_llm.checkpoint.export import DTYPES, token_ids, write_model_files
-from moe_llm.checkpoint.frozen import read_average, write_trained, write_weight
+from moe_llm.checkpoint.frozen import write_trained, write_weight
 from moe_llm.checkpoint.manifest import read_manifest, verify, write_file, write_json, write_manifest
 from moe_llm.checkpoint.plan import MASTER, MODEL, OPTIMIZER, Named, ShardSet, WritePlan, make_plan, stream
 from moe_llm.checkpoint.ranks import Ranks, together
@@ -137,8 +138,8 @@ def save_checkpoint(
             folder.link_or_copy(tmp / file, tmp / link)
             small[link] = records[file]
         write_manifest(tmp, records | small)
-        for directory in (*(path for path in tmp.iterdir() if path.is_dir()), tmp):
-            folder.sync_directory(directory)
+        for directory in filter(Path.is_dir, tmp.rglob("*")):
+            sync_directory(directory)
         folder.publish(tmp, final)
         folder.record(root, final, best_step)
         if keep_last is not None:
@@ -307,8 +308,8 @@ def load_checkpoint(path: str | Path, state: TrainedState, *, hashes: bool = Tru
         for kind in entry.kinds_among(state.kinds):
             write_trained(state, entry, kind, sources[kind])
         if EMA in sources and entry.trainable:
-            average = apart.get(entry.name, sources)[EMA]
-            state.write(entry.name, EMA, read_average(state, entry, average))
+            write_trained(state, entry, EMA, apart.get(entry.name, sources)[EMA])
+    state.spread_weights()
     found = [sentence for sentence in state.gather(str(failures[0]) if failures else None) if sentence]
     if found:  # told now: reading is collective, and other ranks would have waited for one that had stopped
         raise DamagedCheckpoint(found[0])

@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_llm.checkpoint.folder import model_config_file
 from moe_llm.checkpoint.manifest import MANIFEST, read_manifest, verify
 from moe_llm.checkpoint.safetensors_io import TensorFiles
 from moe_llm.checkpoint.weights import check_finite
-from moe_llm.errors import UserError
 from moe_llm.progress import progress, tracked
 
 _SPAN = 1 << 24  # elements that are looked at together
@@ -33,8 +33,7 @@ def verify_checkpoint(directory: str | Path) -> Verified:
         UserError: a missing, truncated or altered file, or a tensor with NaN or infinity; the sentence names it.
     """
     root = Path(directory)
-    if not (root / "config.json").is_file():
-        raise UserError(f"checkpoint {str(root)!r} holds no config.json: name a checkpoint directory")
+    model_config_file(root, f"checkpoint {str(root)!r}")
     files = 0
     if (root / MANIFEST).is_file():
         with progress("hashing"):

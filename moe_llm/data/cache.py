@@ -13,6 +13,7 @@ entry in another order (`moe_llm.data.similar`). A directory that has its name i
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -32,7 +33,8 @@ from moe_llm.config import SourceConfig
 from moe_llm.data.chat import Example, read_examples
 from moe_llm.data.chat_template import ChatEncoder
 from moe_llm.data.documents import DocumentEncoder, SpecialText
-from moe_llm.data.files import publish_resumable, replace_file, user_error_on_disk
+from moe_llm.data.files import publish_resumable, remember, user_error_on_disk
+from moe_llm.data.hashes import state_of
 from moe_llm.data.pieces import Piece
 from moe_llm.data.portions import JOURNAL, Kept, Portion, append_portion, recover
 from moe_llm.data.preference import Continuation, Side, SideEncoder, read_pairs
@@ -40,6 +42,7 @@ from moe_llm.data.sharded_array import ShardedArray
 from moe_llm.data.sources import read_documents, read_token_documents
 from moe_llm.data.split import HoldOut
 from moe_llm.data.token_files import TokenFileEncoder
+from moe_llm.errors import UserError
 from moe_llm.locks import tell
 
 if TYPE_CHECKING:
@@ -106,7 +109,8 @@ class Tokens(NamedTuple):
 class Encoding:
     """All that turns a source into tokens, apart from where they go; it can be sent to another process.
 
-    special: special tokens whose text is counted where it is encoded as text.
+    special: special tokens whose text is counted where it is encoded as text. states: of the source's files as they were
+    when the tokens got their name.
     """
 
     source: SourceConfig
@@ -114,6 +118,7 @@ class Encoding:
     holdout: HoldOut
     encoder: DocumentEncoder | ChatEncoder | SideEncoder | TokenFileEncoder
     special: SpecialText | None = None
+    states: Mapping[Path, list[int]] = dataclasses.field(default_factory=dict)
 
     @property
     def chat(self) -> bool:
@@ -137,11 +142,23 @@ class Encoding:
             owner: of what is unfinished, where several may write at once.
 
         Raises:
-            UserError: unreadable text, or no space left; nothing of the directory remains then.
+            UserError: unreadable text, a file that has changed meanwhile, or no space left; nothing of the directory
+                remains then.
         """
         read = _sides if isinstance(self.encoder, SideEncoder) else _examples if self.chat else _texts
         with publish_resumable(directory, "data.cache_dir", JOURNAL, owner) as temporary:
             self.build(read(self, pieces), temporary, threads, advance)
+            self._check_unchanged(pieces)
+
+    def _check_unchanged(self, pieces: Sequence[Piece]) -> None:
+        """Refuse files that were written to while they were read: their tokens would go by the name of another content."""
+        read = {piece.path for piece in pieces} & self.states.keys() or self.states.keys()
+        changed = [path for path in read if not path.is_file() or state_of(path) != self.states[path]]
+        if changed:
+            raise UserError(
+                f"{self.field}: {min(changed)} has changed while it was tokenised: start again when nothing writes to it "
+                "any more"
+            )
 
     def build(self, pieces: Iterable["_Piece"], directory: Path, threads: int, advance: Callable[[int], None]) -> None:
         """Tokenise into a directory that is there."""
@@ -193,7 +210,7 @@ def _what_is_wrong(directory: Path) -> str | None:
     """One clause about the first file that is not what was written; None where all are."""
     try:
         files = {str(n): (int(r["size"]), str(r["sha256"])) for n, r in read_meta(directory)["files"].items()}
-        states = {name: _state_of(directory / name) for name in files}
+        states = {name: state_of(directory / name) for name in files}
     except OSError as error:
         return f"{os.path.relpath(error.filename or directory, directory)} cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -213,7 +230,7 @@ def _what_is_wrong(directory: Path) -> str | None:
                 pool.shutdown(wait=False, cancel_futures=True)
                 return f"the content of {name} is not what was written (SHA-256)"
     if large:
-        replace_file(verified, json.dumps(states).encode())
+        remember(verified, json.dumps(states).encode())
     return None
 
 
@@ -226,14 +243,8 @@ def mark_verified(directory: Path) -> None:
     """Spare a large entry that has just been written the comparison."""
     files = read_meta(directory)["files"]
     if sum(record["size"] for record in files.values()) > COMPARED_BYTES:
-        states = {name: _state_of(directory / name) for name in files}
-        replace_file(directory / VERIFIED, json.dumps(states).encode())
-
-
-def _state_of(file: Path) -> list[int]:
-    """Size, time of modification and inode of a file."""
-    stat = file.stat()
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        states = {name: state_of(directory / name) for name in files}
+        remember(directory / VERIFIED, json.dumps(states).encode())
 
 
 def read_meta(directory: Path) -> dict[str, Any]:

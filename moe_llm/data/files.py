@@ -3,17 +3,14 @@
 import contextlib
 import errno
 import hashlib
-import logging
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe_llm.atomic import write_atomically
+from moe_llm.atomic import rename_directory, sync_directory, try_or_report, write_atomically
 from moe_llm.errors import UserError
 from moe_llm.locks import Waiting, process_with_lock
-
-logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -54,11 +51,9 @@ def publish(directory: Path, field: str) -> Iterator[Path]:
         try:
             temporary.mkdir()
             yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    _flush(file)
-            temporary.rename(directory)
-            _flush_names(directory.parent)
+            for path in temporary.rglob("*"):
+                sync_directory(path) if path.is_dir() else _flush(path)
+            rename_directory(temporary, directory)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -81,8 +76,7 @@ def publish_resumable(directory: Path, field: str, journal: str, owner: str = ""
             (temporary / journal).unlink(missing_ok=True)
             for file in temporary.iterdir():
                 _flush(file)
-            temporary.rename(directory)
-            _flush_names(directory.parent)
+            rename_directory(temporary, directory)
         except Exception:  # raised again; an interrupt is none, and leaves what it has for the next start to resume
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -95,20 +89,20 @@ def replace_file(file: Path, content: bytes) -> None:
         write_atomically(file, content)
 
 
+def remember(file: Path, content: bytes) -> None:
+    """Write a small file of the cache that saves time and nothing else, if the disk takes it: prepared data may lie on one
+    that is only read."""
+
+    def work() -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, content)
+
+    try_or_report("writing to data.cache_dir", work, "what is remembered there is found again at each start")
+
+
 def _flush(file: Path) -> None:
     with file.open("rb+") as stream:
         os.fsync(stream.fileno())
-
-
-def _flush_names(directory: Path) -> None:
-    """Bring a new name to the disk, where the file system can be asked to."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        logger.debug("%s cannot be flushed: %s", directory, error)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

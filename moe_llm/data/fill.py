@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_llm.config import Config
-from moe_llm.data.files import replace_file
+from moe_llm.data.files import remember
 from moe_llm.data.sources import list_files, named_sources, named_validation_sources, source_settings
 from moe_llm.errors import UserError
 
@@ -21,7 +21,7 @@ def remember_fill(config: Config, fill: float) -> None:
     """Note the share in the cache, where it is not noted already."""
     file = _file(config)
     if file is not None and known_fill(config) != fill:
-        replace_file(file, json.dumps(fill).encode())
+        remember(file, json.dumps(fill).encode())
 
 
 def known_fill(config: Config) -> float | None:

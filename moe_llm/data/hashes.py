@@ -1,5 +1,6 @@
 """SHA-256 of source files, computed once for each state of a file where there is much of it."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -7,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from moe_llm.data.files import building, replace_file
+from moe_llm.data.files import building, remember
 from moe_llm.errors import UserError
 from moe_llm.locks import tell
 
@@ -22,12 +23,17 @@ def file_hashes(files: Sequence[Path], field: str, cache: Path) -> list[str]:
         UserError: a file that cannot be read.
     """
     try:
-        states = [_state(path) for path in files]
+        states = [state_of(path) for path in files]
         if sum(state[0] for state in states) <= REMEMBERED_BYTES:
             return [_hash(path) for path in files]
         names = [str(path.resolve()) for path in files]
         memo = cache / f"hashes-{hashlib.sha256(json.dumps(names).encode()).hexdigest()[:24]}.json"
-        with building(cache, memo.stem):  # ranks of a host would each read everything
+        known = _remembered(memo)
+        if all(known.get(name, [])[:3] == state for name, state in zip(names, states)):
+            return [known[name][3] for name in names]
+        with (
+            building(cache, memo.stem) if _takes_files(cache) else contextlib.nullcontext()
+        ):  # one rank of a host reads
             known = _remembered(memo)
             missing = [i for i, name in enumerate(names) if known.get(name, [])[:3] != states[i]]
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -35,7 +41,7 @@ def file_hashes(files: Sequence[Path], field: str, cache: Path) -> list[str]:
                     tell(f"reading {files[i]}")
                     known[names[i]] = [*states[i], digest]
             if missing:
-                replace_file(memo, json.dumps(known).encode())
+                remember(memo, json.dumps(known).encode())
         return [known[name][3] for name in names]
     except OSError as error:
         raise UserError(f"{field}: {error.filename} cannot be read: {error.strerror}") from error
@@ -50,7 +56,13 @@ def _remembered(memo: Path) -> dict[str, list]:
         return {}
 
 
-def _state(path: Path) -> list[int]:
+def _takes_files(cache: Path) -> bool:
+    """Whether there is anything that another process could wait for: prepared data may lie on a disk that is only read."""
+    return os.access(next(path for path in [cache, *cache.absolute().parents] if path.exists()), os.W_OK)
+
+
+def state_of(path: Path) -> list[int]:
+    """Size, time of modification and inode of a file."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 

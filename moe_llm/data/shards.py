@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from moe_llm.atomic import rename_directory
 from moe_llm.config import SourceConfig
 from moe_llm.config.data import DataConfig
 from moe_llm.data.cache import (
@@ -45,10 +46,11 @@ from moe_llm.data.cache import (
 from moe_llm.data.chat_template import ChatEncoder, own_template
 from moe_llm.data.documents import DocumentEncoder, SpecialText
 from moe_llm.data.files import building, user_error_on_disk
+from moe_llm.data.hashes import state_of
 from moe_llm.data.pieces import Piece
 from moe_llm.data.preference import SideEncoder
 from moe_llm.data.shard_worker import ShardTask, make_shard
-from moe_llm.data.sources import fingerprint, holds_tokens, no_text, shards_of, source_bytes
+from moe_llm.data.sources import files_here, fingerprint, holds_tokens, no_text, shards_of, source_bytes
 from moe_llm.data.split import HoldOut
 from moe_llm.data.token_files import TokenFileEncoder
 from moe_llm.data.tokenizer import content_hash
@@ -149,6 +151,7 @@ def entry_of(
     parse_special_tokens: bool,
 ) -> "Entry":
     """Where a source's tokens are, or will be, and what makes them."""
+    states = {path: state_of(path) for path in files_here(source, field)}
     inputs = [_VERSION, fingerprint(source, field, cache), holdout.key(), content_hash(tokenizer), len(tokenizer)]
     encoder: DocumentEncoder | ChatEncoder | SideEncoder | TokenFileEncoder
     special = None
@@ -166,7 +169,7 @@ def entry_of(
             encoder, special = TokenFileEncoder(tokenizer, field, encoder.bos, encoder.eos, encoder.dtype), None
     kind = "stream" if source.streaming else "tokens"
     name = f"{kind}-{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]}"
-    return Entry(cache, name, Encoding(source, field, holdout, encoder, special))
+    return Entry(cache, name, Encoding(source, field, holdout, encoder, special, states))
 
 
 class Entry(NamedTuple):
@@ -390,7 +393,7 @@ def _assemble(entry: Entry, count: int) -> None:
         meta["files"] = files
         put_meta(folder, meta)
         mark_verified(folder)
-        folder.rename(entry.directory)
+        rename_directory(folder, entry.directory)
 
 
 class _Joined:

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from scipy.sparse import csr_array
 
 from moe_llm.data.cache import (
     SplitWriter,
@@ -90,6 +89,8 @@ def document_vectors(text: TokenizedText, begin: int, end: int) -> np.ndarray:
     ids = np.concatenate([text.tokens_N[start:stop] for start, stop in spans]).astype(np.int32)
     ends = np.cumsum([0] + [stop - start for start, stop in spans])
     width = int(ids.max(initial=0)) + 1
+    from scipy.sparse import csr_array  # a third of a second, which starts without it need not wait for
+
     counts = csr_array((np.ones(len(ids)), ids, ends), shape=(end - begin, width))
     counts.sum_duplicates()
     having = np.bincount(counts.indices, minlength=width)

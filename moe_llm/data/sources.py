@@ -8,6 +8,7 @@ import contextlib
 import glob
 import hashlib
 import json
+import logging
 import lzma
 import os
 import sysconfig
@@ -18,13 +19,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moe_llm.config import Config, SourceConfig
-from moe_llm.data.files import replace_file
+from moe_llm.data.files import remember
 from moe_llm.data.hashes import file_hashes
 from moe_llm.data.kinds import beside_tokens, companion, file_kind, looks_like_rows, token_kind
 from moe_llm.data.pieces import Piece, Place, grouped, shard_bytes
 from moe_llm.data.rows import divided, documents_of, first_line, records_of, text_key, text_of, tokens_of
 from moe_llm.data.stream import DocumentStream, stream_files
 from moe_llm.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -52,12 +55,22 @@ def check_sources(config: Config) -> None:
         if source.streaming and source.type == "files":
             stream_files(source, field)
         elif source.type != "hub":
-            list_files(source, field)
+            _report_read_twice(list_files(source, field), field)
         if holds_tokens(source, field) and config.tokenizer.path is None:
             raise UserError(
                 f"{field} holds tokens, and their tokenizer is not known: set tokenizer.path to the one that they were made "
                 "with"
             )
+
+
+def _report_read_twice(files: Sequence[Path], field: str) -> None:
+    """Warn of a file that is named twice, as by a link beside it: what it holds then counts twice."""
+    names: dict[Path, Path] = {}
+    for path in files:
+        other = names.setdefault(path.resolve(), path)
+        if other != path:
+            logger.warning("%s: %s and %s are one file, which is read twice: name it once", field, other, path)
+            return
 
 
 def _path_key(field: str) -> str:
@@ -89,11 +102,22 @@ def _expand(pattern: str, field: str) -> list[Path]:
     if path.is_dir():
         example = f"{pattern.rstrip('/')}/**/*.txt"
         raise UserError(f"{_path_key(field)}={pattern} is a directory: name its files, such as {example}")
-    if path.exists():
+    if path.is_file():
         return [path]
+    if path.exists():
+        raise UserError(
+            f"{_path_key(field)}={pattern} is a pipe or a device, which can be read only once: write what it gives to a file"
+        )
     if not glob.has_magic(pattern):
         raise UserError(f"{_path_key(field)}={pattern} does not exist: give a file or a pattern like data/*.txt")
-    files = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+    found = sorted(map(Path, glob.glob(str(path), recursive=True)))
+    gone = next((p for p in found if p.is_symlink() and not p.exists()), None)
+    if gone is not None:
+        raise UserError(
+            f"{_path_key(field)}={pattern} matches {gone}, a link to {os.readlink(gone)}, which is not there: bring it "
+            "back, or remove the link"
+        )
+    files = [p for p in found if p.is_file()]
     if not files:
         raise UserError(
             f"{_path_key(field)}={pattern} matches no file: check the pattern (** goes into subdirectories)"
@@ -162,20 +186,24 @@ def fingerprint(source: SourceConfig, field: str, cache: Path) -> list:
 
 def file_records(source: SourceConfig, field: str, cache: Path) -> list[tuple[str, int, str]]:
     """Name, size and SHA-256 of each file of a source that lies on this machine."""
+    files, folder = files_here(source, field), local_dataset(source)
+    names = [path.name if folder is None else path.relative_to(folder).as_posix() for path in files]
+    hashes = file_hashes(files, field, cache)
+    return [(name, path.stat().st_size, digest) for name, path, digest in zip(names, files, hashes)]
+
+
+def files_here(source: SourceConfig, field: str) -> list[Path]:
+    """The files of this machine that a source is read from: those of a local dataset, and indices of token files too."""
     folder = local_dataset(source)
     if folder is not None:
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        hashes = file_hashes(files, field, cache)
-        return [
-            (path.relative_to(folder).as_posix(), path.stat().st_size, digest) for path, digest in zip(files, hashes)
-        ]
+        return sorted(path for path in folder.rglob("*") if path.is_file())
+    if source.type == "hub" or source.streaming:
+        return []
     files = list_files(source, field)
-    if holds_tokens(source, field):
-        files = [
-            file for path in files for file in (path, companion(path, file_kind(path, source.format))) if file.is_file()
-        ]
-    hashes = file_hashes(files, field, cache)
-    return [(path.name, path.stat().st_size, digest) for path, digest in zip(files, hashes)]
+    if not holds_tokens(source, field):
+        return files
+    both = [file for path in files for file in (path, companion(path, file_kind(path, source.format)))]
+    return [file for file in both if file.is_file()]
 
 
 def local_dataset(source: SourceConfig) -> Path | None:
@@ -201,7 +229,7 @@ def hub_listing(source: SourceConfig, field: str, cache: Path) -> list[str]:
         builder = datasets.load_dataset_builder(str(source.path), name=source.name)
         files = builder.config.data_files or {}
     addresses = sorted(str(address) for split, found in files.items() if split == source.split for address in found)
-    replace_file(file, json.dumps(addresses).encode())
+    remember(file, json.dumps(addresses).encode())
     return addresses
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from moe_llm.config import Config, SourceConfig
 from moe_llm.data.chat import read_examples
-from moe_llm.data.files import replace_file
+from moe_llm.data.files import remember
 from moe_llm.data.pieces import Piece
 from moe_llm.data.preference import read_pairs
 from moe_llm.data.sources import fingerprint, named_sources, named_validation_sources, read_documents
@@ -105,7 +105,7 @@ def find_holdout(config: Config) -> HoldOut:
     else:
         divisible = ((t, s.content == "text") for f, s in named_sources(config) for t in read_texts(s, f))
         holdout = _choose(divisible, data.validation_fraction)
-    replace_file(file, json.dumps(holdout.key()).encode())
+    remember(file, json.dumps(holdout.key()).encode())
     return holdout
 
 

@@ -9,6 +9,7 @@ bounded. What a window holds follows from where its stream was at its begin, whi
 resumes exactly, without what came before, at any number of ranks. Processes of one machine share the windows.
 """
 
+import contextlib
 import json
 import shutil
 import threading
@@ -68,14 +69,16 @@ class Windows:
             UserError: text that cannot be read, or no space left.
         """
         directory, begin = self._directory(number), json.loads(json.dumps(cursor))
-        if not self._is_there(directory, begin):
-            with building(self.cache, self.name):
-                if not self._is_there(directory, begin):
-                    remove_damaged(directory)
-                    self._make(directory, cursor)
-        meta = read_meta(directory)
-        text = {split: open_split(directory, split) for split in SPLITS}
-        return Window(text, Cursor(*meta["next"]), str(text["train"].digest))
+        while True:
+            if not self._is_there(directory, begin):
+                with building(self.cache, self.name):
+                    if not self._is_there(directory, begin):
+                        remove_damaged(directory)
+                        self._make(directory, cursor)
+            with contextlib.suppress(FileNotFoundError):  # another run, which is further, has just deleted it
+                meta = read_meta(directory)
+                text = {split: open_split(directory, split) for split in SPLITS}
+                return Window(text, Cursor(*meta["next"]), str(text["train"].digest))
 
     def forget(self, below: int) -> None:
         """Delete the windows before a number, apart from the first. They can be made again."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_llm.atomic import write_atomically
+from moe_llm.checkpoint.folder import model_config_file
 from moe_llm.config import SourceConfig
 from moe_llm.data.chat_template import own_template, render_prompt
 from moe_llm.data.documents import DocumentEncoder, check_rows, plain_backend, prompt_ids
@@ -104,8 +105,7 @@ def write_answers(teacher: str | Path, prompts: str | list[str], out: str | Path
     directory, out = Path(teacher).expanduser(), Path(out)
     if out.exists():
         raise UserError(f"--out {out} exists: name another file, or remove it")
-    if not (directory / "config.json").is_file():
-        raise UserError(f"TEACHER {str(teacher)!r} has no config.json: give a checkpoint directory")
+    model_config_file(directory, f"TEACHER {str(teacher)!r}")
     tokenizer = load_tokenizer(directory)
     writer = _writer(options)
     source = SourceConfig(type="files", path=prompts, content="text" if options.continued else "chat")

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_llm.checkpoint.export import DTYPES
+from moe_llm.checkpoint.folder import model_config_file
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.checkpoint.safetensors_io import read_json
 from moe_llm.config import Config
@@ -278,9 +279,7 @@ def _described(teacher: TeacherConfig, field: str) -> dict:
     """What a teacher's config.json says, if transformers has a causal language model for it."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    file = Path(teacher.path).expanduser() / "config.json"
-    if not file.is_file():
-        raise UserError(f"{field}.path={teacher.path!r} has no config.json: give a checkpoint directory")
+    file = model_config_file(Path(teacher.path).expanduser(), f"{field}.path={teacher.path!r}")
     content = read_json(file)
     if content.get("model_type") == OWN.model_type:  # loading it tells what is wrong with it
         return content

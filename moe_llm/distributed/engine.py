@@ -380,6 +380,9 @@ class LocalEngine(_NamedState):
     def write_share(self, name: str, kind: str, flat: Tensor) -> None:
         raise AssertionError("one process holds all of a tensor")
 
+    def spread_weights(self) -> None:
+        return
+
     @torch.no_grad()
     def write(self, name: str, kind: str, tensor: Tensor) -> None:
         parameter = self._parameters[name]
@@ -532,7 +535,7 @@ class DeepSpeedEngine(_NamedState):
         contract.write_full(parameter, kind, value.float())
 
     def share(self, name: str, kind: str) -> range | None:
-        return contract.held_span(self._parameters[name], kind, self.engine.optimizer)
+        return contract.held_span(self._parameters[name], self.engine.optimizer)
 
     def write_share(self, name: str, kind: str, flat: Tensor) -> None:
         parameter, value = self._parameters[name], flat.to(self._runtime.device)
@@ -544,6 +547,9 @@ class DeepSpeedEngine(_NamedState):
             value, left_over = split(value)
             contract.write_span(parameter, COMPENSATION, left_over)
         contract.write_span(parameter, kind, value)
+
+    def spread_weights(self) -> None:
+        contract.spread_weights(self.engine.optimizer)
 
     def _stepped(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
         optimizer = self.engine.optimizer

@@ -32,8 +32,8 @@ PARTS = ("embed_tokens", "attention", "router", "experts", "shared_experts", "de
 
 @dataclass
 class Change:
-    """Of a group of matrices: how many, of how many elements, and how many are the same to the byte, or in value but
-    stored in another dtype. Sums are over squares: norm of the base and of the change."""
+    """Of a group of matrices: how many, of how many elements, and how many are the same to the byte, and in value, in
+    whichever dtypes they are stored. Sums are over squares: norm of the base and of the change."""
 
     matrices: int = 0
     elements: int = 0
@@ -84,7 +84,8 @@ def diff(base: str | Path, tuned: str | Path, *, layers: bool = False, experts: 
 def _open_both(base: str | Path, tuned: str | Path) -> list[tuple[ModelConfig, Weights]]:
     for directory in (base, tuned):
         check_checkpoint_directory(directory)
-    configs = [_described(directory) for directory in (base, tuned)]
+    files = [Path(directory) / "config.json" for directory in (base, tuned)]
+    configs = [hf.from_transformers_config(read_json(file), str(file)) for file in files]
     shapes = [_shapes(config) for config in configs]
     for name in [*shapes[0], *shapes[1]]:
         if shapes[0].get(name) != shapes[1].get(name):
@@ -107,13 +108,6 @@ def _shown(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else str(list(shape))
 
 
-def _described(directory: str | Path) -> ModelConfig:
-    file = Path(directory) / "config.json"
-    if not file.is_file():
-        raise UserError(f"{str(directory)!r} has no config.json: give a checkpoint directory")
-    return hf.from_transformers_config(read_json(file), str(file))
-
-
 def _changes(name: str, shape: tuple[int, ...], before: Weights, after: Weights) -> Iterator[tuple[int | None, Change]]:
     """(expert, change) of a parameter, an expert at a time where it has them."""
     if not hf.is_expert(name):
@@ -125,7 +119,7 @@ def _changes(name: str, shape: tuple[int, ...], before: Weights, after: Weights)
 
 
 def compare(base: torch.Tensor, tuned: torch.Tensor) -> Change:
-    """Two tensors of one shape; a NaN equals no value, but may be the same byte for byte."""
+    """Two tensors of one shape; NaN are the same where they are so byte for byte."""
     assert base.shape == tuned.shape, (base.shape, tuned.shape)
     change = Change(1, base.numel())
     same_values = True
@@ -135,7 +129,7 @@ def compare(base: torch.Tensor, tuned: torch.Tensor) -> Change:
         change.base_square += a.square().sum().item()
         change.change_square += (b - a).square().sum().item()
     same_bytes = base.dtype == tuned.dtype and torch.equal(_bytes(base), _bytes(tuned))
-    change.same_bytes, change.same_values = int(same_bytes), int(same_values and not same_bytes)
+    change.same_bytes, change.same_values = int(same_bytes), int(same_values or same_bytes)
     return change
 
 

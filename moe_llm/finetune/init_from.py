@@ -170,11 +170,10 @@ def _without_resized(given: dict[str, Any], said: dict[str, Any], there: ModelCo
 
 def _described(directory: str) -> ModelConfig:
     """The model that a checkpoint's config.json describes."""
+    from moe_llm.checkpoint.folder import model_config_file
     from moe_llm.checkpoint.safetensors_io import read_json
 
-    file = Path(directory).expanduser() / "config.json"
-    if not file.is_file():
-        raise UserError(f"model.init_from={directory!r} has no config.json: give a checkpoint directory")
+    file = model_config_file(Path(directory).expanduser(), f"model.init_from={directory!r}")
     return hf.from_transformers_config(read_json(file), f"model.init_from: {file}")
 
 

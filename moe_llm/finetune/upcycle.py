@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from moe_llm.checkpoint.export import DTYPES, token_ids, write_model_files
+from moe_llm.checkpoint.folder import model_config_file
 from moe_llm.checkpoint.manifest import write_json
 from moe_llm.checkpoint.plan import MODEL, ShardSet, file_set
 from moe_llm.checkpoint.safetensors_io import Spec, TensorFiles, parse_size, read_json
@@ -93,9 +94,7 @@ def upcycle(dense: str | Path, out: str | Path, recipe: Recipe) -> ModelConfig:
     dense, out = Path(dense), Path(out)
     if out.exists():
         raise UserError(f"OUT={str(out)!r} exists: name a new directory, or remove it")
-    if not (dense / "config.json").is_file():
-        raise UserError(f"DENSE_DIR={str(dense)!r} holds no config.json: name a checkpoint directory")
-    content = read_json(dense / "config.json")
+    content = read_json(model_config_file(dense, f"DENSE_DIR={str(dense)!r}"))
     model = upcycled_config(content, recipe, str(dense / "config.json"))
     files = TensorFiles(dense)
     _check_tensors(files, content, model, recipe)

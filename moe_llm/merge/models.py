@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from moe_llm.checkpoint.folder import check_checkpoint_directory
+from moe_llm.checkpoint.folder import check_checkpoint_directory, model_config_file
 from moe_llm.checkpoint.plan import MODEL
 from moe_llm.checkpoint.safetensors_io import TensorFiles, read_json
 from moe_llm.checkpoint.weights import Weights, check_finite
@@ -223,12 +223,9 @@ def find(reference: str) -> Path:
     if (path / "config.json").is_file():
         return path
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", reference):
-        what = (
-            "adds a LoRA: merge it into its base first"
-            if "+" in reference
-            else ("is no checkpoint directory: give one with config.json and safetensors, or a hub name")
-        )
-        raise UserError(f"model {reference!r} {what}")
+        if "+" in reference and not path.exists():
+            raise UserError(f"model {reference!r} adds a LoRA: merge it into its base first")
+        return model_config_file(path, f"model {reference!r}", ", or a hub name").parent
     return _fetch(*reference.partition("@")[::2])
 
 

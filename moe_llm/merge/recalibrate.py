@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from moe_llm.atomic import rename_directory
+from moe_llm.checkpoint.manifest import write_file
 from moe_llm.checkpoint.plan import MODEL
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.checkpoint.safetensors_io import TensorFiles
@@ -67,10 +69,10 @@ def merge_recalibrated(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.tmp-", dir=parent) as folder:
         candidate = Path(folder) / "candidate"
         merge_recipe(plain, candidate, max_shard_size, say)
-        (candidate / RECIPE_FILE).write_text(recipe_text(recipe), encoding="utf-8")
+        write_file(candidate / RECIPE_FILE, recipe_text(recipe))
         outcome = recalibrate(candidate, settings)
         out.parent.mkdir(parents=True, exist_ok=True)
-        candidate.rename(out)
+        rename_directory(candidate, out)
     what = "recalibrated" if outcome.kept else "as merged, for the fit does not help"
     say(f"routers {what}: loss on text that was not fitted {outcome.before:.4f} before, {outcome.after:.4f} after")
     return outcome

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_llm.checkpoint.ranks import together
 from moe_llm.checkpoint.resume import compare_with_checkpoint
 from moe_llm.checkpoint.state import read_provenance
 from moe_llm.config import Config
@@ -48,10 +49,19 @@ def provenance_of(
     _compare_ranks(runtime, found)
     if source is None:
         return found
+    # ranks may find the directory in different states, and none may wait for one that has refused it
+    found.changes, clauses = together(runtime, lambda: _compare_with(source, config, found))
+    for clause in clauses:
+        found.changes.append({"step": step, "change": clause})
+        if runtime.is_main:
+            logger.warning("resumed at step %d with a change: %s", step, clause)
+    return found
+
+
+def _compare_with(source: Path, config: Config, found: Provenance) -> tuple[list[dict[str, Any]], list[str]]:
+    """What had been changed before a checkpoint was written, and one clause for each change since."""
     before = read_provenance(source)
-    found.changes = list(before.get("changes", []))
-    named = config.checkpoint.resume not in ("auto", "never")
-    changed = compare_with_checkpoint(source, config) if named else []
+    changed = compare_with_checkpoint(source, config)
     if before.get("tokenizer", found.tokenizer) != found.tokenizer:
         raise UserError(
             f"checkpoint {source} was trained with another tokenizer than that of this run: set tokenizer.path={source}"
@@ -62,11 +72,7 @@ def provenance_of(
             f"checkpoint {source} was trained on other data: {sources[0]}: bring the data back, or allow it with "
             "data.allow_changed=true"
         )
-    for clause in [*changed, *sources]:
-        found.changes.append({"step": step, "change": clause})
-        if runtime.is_main:
-            logger.warning("resumed at step %d with a change: %s", step, clause)
-    return found
+    return list(before.get("changes", [])), [*changed, *sources]
 
 
 def _compare_ranks(runtime: Runtime, found: Provenance) -> None:

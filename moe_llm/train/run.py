@@ -5,13 +5,14 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from moe_llm.atomic import TEMPORARY
 from moe_llm.checkpoint.digests import DamagedCheckpoint
-from moe_llm.checkpoint.folder import complete_checkpoints
-from moe_llm.checkpoint.manifest import verify
+from moe_llm.checkpoint.folder import checkpoint_near, complete_checkpoints, model_config_file
+from moe_llm.checkpoint.manifest import MANIFEST, verify
 from moe_llm.checkpoint.ranks import is_disk_full, together
 from moe_llm.checkpoint.resume import check_same_run, find_resumable, passed_over
 from moe_llm.checkpoint.state import check_space, read_trainer_state
@@ -138,7 +139,7 @@ def _set_up(
     check_vocab(config, tokenizer)
     for callback in callbacks.values():
         callback.validate_tokenizer(config, tokenizer)
-    saved = {} if source is None else read_trainer_state(source)
+    saved = {} if source is None else together(runtime, partial(read_trainer_state, source))
     show_progress = runtime.is_main and config.logging.console != "off"
     place = {"rank": runtime.rank, "world_size": runtime.world_size}
     data = together(
@@ -242,8 +243,12 @@ def _check_resume(run_dir: Path, config: Config) -> None:
             f"checkpoint.resume=never, but run.dir={str(run_dir)!r} holds checkpoints: "
             "name another run.dir, or delete them"
         )
-    if resume not in ("auto", "never") and not Path(resume).is_dir():
-        raise UserError(f"checkpoint.resume={resume!r} is no checkpoint directory: give auto, never or a path")
+    if resume not in ("auto", "never") and not (Path(resume) / MANIFEST).is_file():
+        model_config_file(resume, f"checkpoint.resume={resume!r}")
+        raise UserError(
+            f"checkpoint.resume={resume!r} is no training checkpoint, for it has no {MANIFEST}: name one, such as "
+            f"{checkpoint_near(Path(resume))}, or begin a run from these weights with model.init_from"
+        )
 
 
 def _resume_source(config: Config, run_dir: Path, runtime: Runtime) -> Path | None:

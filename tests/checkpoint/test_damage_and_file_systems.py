@@ -10,6 +10,7 @@ import pytest
 from support.checkpoints import FakeState, random_tensors, save_arguments
 from support.training import MODEL
 
+from moe_llm import atomic
 from moe_llm.checkpoint import folder
 from moe_llm.checkpoint.folder import complete_checkpoints
 from moe_llm.checkpoint.resume import find_resumable
@@ -22,7 +23,7 @@ CONFIG = ModelConfig(**MODEL)
 
 @pytest.fixture(autouse=True)
 def nothing_reported_yet(monkeypatch):
-    monkeypatch.setattr(folder, "_reported", set())
+    monkeypatch.setattr(atomic, "_reported", set())
 
 
 def save(root, step: int, **changes):
@@ -107,9 +108,9 @@ def refuse(code: int):
 
 FAULTS = {
     "links": (os, "symlink", errno.EPERM),
-    "fsync of directories": (folder.os, "fsync", errno.EINVAL),
-    "deletion": (folder.shutil, "rmtree", errno.ENOTEMPTY),
-    "busy deletion": (folder.shutil, "rmtree", errno.EBUSY),
+    "fsync of directories": (os, "fsync", errno.EINVAL),
+    "deletion": (shutil, "rmtree", errno.ENOTEMPTY),
+    "busy deletion": (shutil, "rmtree", errno.EBUSY),
 }
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -147,6 +148,35 @@ def test_truncated_gzip_and_missing_parquet_column(tmp_path):
     pq.write_table(pa.table({"body": ["a"]}), tmp_path / "c.parquet")
     with pytest.raises(UserError, match=r"text_field=text is no column of .*c\.parquet: it has body"):
         read(tmp_path / "c.parquet")
+
+
+@pytest.mark.parametrize("pattern", ["pipe.txt", "/dev/null", "/dev/zero"])
+def test_pipes_and_devices_are_refused_before_anything_waits_for_them(tmp_path, make_config, pattern):
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "a.txt").write_text("text")
+    paths = [str(tmp_path / "a.txt"), str(tmp_path / pattern)]
+    with pytest.raises(UserError, match=rf"{pattern} is a pipe or a device"):
+        check_sources(make_config([{"type": "files", "path": paths}]))
+
+
+def test_a_pattern_that_matches_a_link_to_nothing_names_it_and_passes_over_pipes_and_folders(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.txt").mkdir()
+    os.mkfifo(tmp_path / "c.txt")
+    assert read(tmp_path / "*.txt") == ["text"]
+    (tmp_path / "d.txt").symlink_to("gone")
+    with pytest.raises(UserError, match=r"\*\.txt matches .*d\.txt, a link to gone, which is not there"):
+        read(tmp_path / "*.txt")
+
+
+def test_a_file_under_two_names_is_reported(tmp_path, make_config, caplog):
+    (tmp_path / "a.txt").write_text("text")
+    check_sources(make_config([{"type": "files", "path": [str(tmp_path / "a.txt"), str(tmp_path / "*.txt")]}]))
+    assert not caplog.records, "one name given twice is one file"
+    (tmp_path / "b.txt").symlink_to("a.txt")
+    check_sources(make_config([{"type": "files", "path": str(tmp_path / "*.txt")}]))
+    assert "a.txt and " in caplog.text
+    assert "b.txt are one file, which is read twice" in caplog.text
 
 
 def test_check_is_about_existence_and_directories(tmp_path, make_config):

@@ -2,6 +2,7 @@
 held out."""
 
 import json
+import shutil
 from pathlib import Path
 
 import fsspec
@@ -70,6 +71,22 @@ def steps(data, position, count, world=1, batch=8):
 
 def windows(config):
     return sorted(int(path.name) for path in Path(config.data.cache_dir).glob("stream-*/[0-9]*"))
+
+
+def test_a_window_that_another_run_has_just_deleted_is_made_again(config, tokenizer, monkeypatch):
+    """Runs of one machine share the windows of a stream, and delete what lies behind them."""
+    alone = steps(load(config, tokenizer), 0, 6)
+    true, left = streamed_blocks.open_split, [3]
+
+    def deleted(directory, split):
+        if left[0]:
+            left[0] -= 1
+            shutil.rmtree(directory)
+        return true(directory, split)
+
+    monkeypatch.setattr(streamed_blocks, "open_split", deleted)
+    assert steps(load(elsewhere(config), tokenizer), 0, 6) == alone
+    assert not left[0]
 
 
 def test_samples_are_the_same_for_any_number_of_ranks(config, tokenizer):

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
+from moe_llm import atomic
 from moe_llm.config import SourceConfig
 from moe_llm.data import cache as cache_module
+from moe_llm.data import files, hashes
 from moe_llm.data.cache import DocumentEncoder
 from moe_llm.data.shards import cached_tokens
 from moe_llm.data.sources import read_documents
@@ -159,3 +162,51 @@ def test_killed_in_the_middle_then_two_at_once(source, tokenizer, tmp_path):
     assert len(set(writers)) == 1
     assert len(entries(cache_dir)) == 1
     assert entries(cache_dir)[0].startswith("tokens-")
+
+
+@pytest.mark.parametrize("how", ["grows", "disappears"])
+def test_a_file_that_changes_while_it_is_read_is_named_and_its_tokens_are_not_kept(
+    source, tokenizer, tmp_path, monkeypatch, how
+):
+    """Their name in the cache is that of the content before."""
+    victim, write = tmp_path / "corpus/07.txt", cache_module.SplitWriter.write
+
+    def change(*arguments):
+        if how == "disappears":
+            victim.unlink(missing_ok=True)
+        else:
+            with victim.open("a") as file:
+                file.write("more\n")
+        write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module.SplitWriter, "write", change)
+        with pytest.raises(UserError, match=r"07\.txt (has changed while it was tokenised|cannot be read)"):
+            cached_tokens(source, FIELD, HoldOut(), tokenizer, cache_dir=str(tmp_path / "c"))
+    assert not [name for name in entries(tmp_path / "c") if "tokens-" in name and not name.startswith("locks-")]
+    text = cached_tokens(source, FIELD, HoldOut(), tokenizer, cache_dir=str(tmp_path / "c"))["train"]
+    assert text.documents == (39 if how == "disappears" else 40)
+
+
+def test_what_is_prepared_is_read_from_a_disk_that_is_only_read(source, tokenizer, tmp_path, monkeypatch, caplog):
+    def read() -> list[int]:
+        return cached_tokens(source, FIELD, HoldOut(), tokenizer, cache_dir=str(tmp_path / "c"))[
+            "train"
+        ].tokens_N.tolist()
+
+    def refused(*arguments, **options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(hashes, "REMEMBERED_BYTES", 0)
+    monkeypatch.setattr(cache_module, "COMPARED_BYTES", 0)
+    expected = read()
+    monkeypatch.setattr(atomic, "_reported", set())
+    monkeypatch.setattr(files, "write_atomically", refused)
+    monkeypatch.setattr(FileLock, "acquire", refused)
+    monkeypatch.setattr(os, "access", lambda *arguments: False)
+    assert read() == expected
+    for remembered in [*(tmp_path / "c").glob("hashes-*.json"), *(tmp_path / "c").rglob("verified.json")]:
+        remembered.unlink()
+    assert read() == expected
+    assert len(caplog.records) == 1
+    assert "Read-only file system" in caplog.text

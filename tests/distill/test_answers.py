@@ -182,7 +182,7 @@ def test_an_interrupted_answering_goes_on_to_the_same_file(texts, dense, tmp_pat
     [
         (["TEACHER", "PROMPTS"], "has no chat template to answer with"),
         (["TEACHER", "PROMPTS", "--temperature", "1"], "add --beams 1"),
-        (["missing", "PROMPTS"], "has no config.json"),
+        (["missing", "PROMPTS"], "does not exist: name a checkpoint directory"),
         (["TEACHER", "missing.jsonl"], "missing.jsonl does not exist"),
         (["TEACHER", "PROMPTS", "--continue", "4", "--max-new-tokens", "100"], "none has an answer"),
     ],

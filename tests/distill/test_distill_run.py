@@ -173,7 +173,7 @@ def broken(tmp_path, mixtures, dense) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("name", "words", "sentence"),
     [
-        ("missing", [], "has no config.json"),
+        ("missing", [], "does not exist: name a checkpoint directory"),
         ("missing", ["distill.cache_top_k=4"], "no cache of what it said"),
         ("short", [], "reads 8 positions, fewer than data.sequence_length=32"),
         ("words", [], "has another vocabulary"),

@@ -68,4 +68,4 @@ def test_shipped_configurations_are_read(name, capsys):
             )
             == 2
         )
-        assert "'nothing' has no config.json" in capsys.readouterr().err
+        assert "'nothing' does not exist" in capsys.readouterr().err

@@ -92,7 +92,7 @@ def test_the_command_line_refuses_before_anything_is_loaded(models, text, tmp_pa
     assert "both CHECKPOINT and --ensemble" in run(*evaluate, "--ensemble", "e", "--", "c", capsys=capsys)
     assert "does not exist" in run(*generate, "--ensemble", str(tmp_path / "none.yaml"), capsys=capsys)
     gone = write(tmp_path / "gone.yaml", "linear", members(a, str(tmp_path / "gone")))
-    assert "gone' is no checkpoint directory" in run(*generate, "--ensemble", gone, capsys=capsys)
+    assert "gone' does not exist" in run(*generate, "--ensemble", gone, capsys=capsys)
     for name in ("tpu:9", "meta"):
         device = write(tmp_path / "device.yaml", "linear", members(a, b, device=["cpu", name]))
         assert f"members.1.device={name!r} cannot be used" in run(*generate, "--ensemble", device, capsys=capsys)

@@ -73,7 +73,7 @@ def test_the_shipped_file_survives_a_dump(base):
     [
         (["finetune.trainable=[no.such.*]"], "finetune.trainable='no.such.*' matches no parameter"),
         (["finetune.experts=[9]"], "names expert 9"),
-        (["model.init_from=/nowhere"], "model.init_from='/nowhere' has no config.json"),
+        (["model.init_from=/nowhere"], "model.init_from='/nowhere' does not exist"),
         (["model.hidden_size=8"], "model.hidden_size=8 contradicts"),
     ],
 )

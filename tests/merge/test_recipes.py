@@ -67,8 +67,8 @@ BAD = {
     "no models": ({"merge_method": "linear"}, "exactly one of models and slices"),
     "both": (two() | stack((0, 1)), "exactly one of models and slices"),
     "no list": (["a"], "is no recipe"),
-    "a missing model": (two(other="nowhere"), "model 'nowhere' is no checkpoint directory"),
-    "an empty directory": (two(other="empty"), "model 'empty' is no checkpoint directory"),
+    "a missing model": (two(other="nowhere"), "model 'nowhere' does not exist"),
+    "an empty directory": (two(other="empty"), "model 'empty' is empty"),
     "a LoRA": (two(other="b+c"), "adds a LoRA"),
     "a hub name offline": (two(other="someone/model"), "someone/model.*cannot be fetched"),
     "a filter for nothing": (

@@ -89,8 +89,8 @@ class ThreadRank:
 class FakeState:
     """A `TrainedState`: dense tensors whole, experts shared out over `ep` neighbouring ranks.
 
-    Collective calls are checked to be the same on all ranks. `sliced`: it needs only a slice of each optimizer tensor. With tensors of kind `EMA` there is an average, of as many
-    updates as `averaged`.
+    Collective calls are checked to be the same on all ranks. `sliced`: it needs only a slice of each tensor. With
+    tensors of kind `EMA` there is an average, of as many updates as `averaged`.
     """
 
     sliced = False
@@ -138,7 +138,7 @@ class FakeState:
 
     def share(self, name, kind):
         """As under ZeRO: of a tensor that all ranks hold, each keeps an equal slice; the last one's may be short."""
-        if not self.sliced or kind == "weight":
+        if not self.sliced:
             return None
         count = self.held[name, kind].numel()
         size = -(-count // self.world_size)
@@ -149,6 +149,9 @@ class FakeState:
         span = self.share(name, kind)
         assert (flat.shape, flat.dtype) == ((len(span),), torch.float32)
         self.held[name, kind].view(-1)[span.start : span.stop] = flat
+
+    def spread_weights(self):
+        assert len(set(self.gather("spread"))) == 1
 
     def make_average(self, updates):
         self.averaged = updates

@@ -15,11 +15,10 @@ class Ranks:
     def __init__(self, size: int):
         self.size = size
         context = mp.get_context("spawn")
-        port = _free_port()
         self._pipes, self._processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, size, port), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, rank, size), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -27,8 +26,9 @@ class Ranks:
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
         """The results of `function(*args)` on every rank; an exception on any rank fails the test with its trace."""
+        port = _free_port()  # where a group is that is made now: the store of one that was ended may still be there
         for pipe in self._pipes:
-            pipe.send((function, args))
+            pipe.send((function, args, port))
         results, failures = [], []
         for rank, pipe in enumerate(self._pipes):
             assert pipe.poll(timeout), f"rank {rank} gave no answer in {timeout} s"
@@ -52,14 +52,13 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _serve(pipe, rank: int, size: int, port: int) -> None:
+def _serve(pipe, rank: int, size: int) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(size),
         LOCAL_WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
         ACCELERATE_USE_CPU="true",
     )
@@ -67,7 +66,8 @@ def _serve(pipe, rank: int, size: int, port: int) -> None:
 
     torch.set_num_threads(1)
     while (work := pipe.recv()) is not None:
-        function, args = work
+        function, args, port = work
+        os.environ["MASTER_PORT"] = str(port)
         try:
             pipe.send((False, function(*args)))
         except BaseException:  # noqa: BLE001 - the test fails with it

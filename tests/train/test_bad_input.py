@@ -63,7 +63,10 @@ IN_THE_FILE = {
     "run.dir that cannot be": (["run.dir=/proc/none"], "run.dir='/proc/none' cannot be "),
     "no unit": (["checkpoint.max_shard_size=5"], "checkpoint.max_shard_size=5 is not a size: write it like 5GB"),
     "one beta": (["optim.betas=0.9"], "optim.betas=0.9 is refused: it must be a list, such as [0.9, 0.95]"),
-    "no such checkpoint": (["checkpoint.resume=none"], "checkpoint.resume='none' is no checkpoint directory: give "),
+    "no such checkpoint": (
+        ["checkpoint.resume=none"],
+        "checkpoint.resume='none' does not exist: name a checkpoint directory",
+    ),
     "no such tokenizer": (
         ["tokenizer.path=./none.model", "model.vocab_size=null"],
         "tokenizer.path=./none.model does not exist: ",
@@ -188,7 +191,7 @@ def test_resuming_from_what_is_no_training_checkpoint(refused, finished_run, mak
     shutil.copytree(finished_run / "checkpoints/latest", tmp_path / "exported")
     shutil.rmtree(tmp_path / "exported/trainer")
     sentence = refused(["train", str(make_config("new")), f"checkpoint.resume={tmp_path / 'exported'}"], tmp_path)
-    assert f"{tmp_path / 'exported'} is no training checkpoint, for it has no trainer/manifest.json" in sentence
+    assert f"{str(tmp_path / 'exported')!r} is no training checkpoint, for it has no trainer/manifest.json" in sentence
 
 
 def test_resuming_from_another_architecture(refused, finished_run, make_config, tmp_path):

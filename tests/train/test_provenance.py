@@ -98,6 +98,18 @@ def test_what_may_change_from_a_named_checkpoint_on_is_recorded(tmp_path, text):
     assert any(entry["change"].startswith("optim.lr=0.0001 in place of") for entry in changes)
 
 
+def test_other_settings_are_compared_with_the_checkpoint_itself_and_recorded_where_allowed(held, capsys):
+    config = str(held.parent / "held.yaml")
+    (held / "config.yaml").unlink()
+    assert more(config, "model.router_aux_loss_coef=0.5") == 2
+    assert "is of a run with another setting: model.router_aux_loss_coef=0.5 in place of" in capsys.readouterr().err
+    assert more(config, "data.sequence_length=16") == 2
+    assert "data.allow_changed=true" in capsys.readouterr().err
+    assert more(config, "data.sequence_length=16", "data.allow_changed=true") == 0
+    changes = read_provenance(held / "checkpoints/latest")["changes"]
+    assert changes == [{"step": 6, "change": "data.sequence_length=16 in place of 32"}]
+
+
 @pytest.mark.grid
 def test_ranks_that_read_different_files_do_not_train(tmp_path, text):
     """Each rank has a path of its own, as on nodes with a half-synchronised copy."""

@@ -231,7 +231,7 @@ def test_what_is_no_checkpoint_is_one_sentence(command, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert err == (
-        "moe-llm: error: checkpoint 'none' holds no config.json: name a checkpoint directory, "
+        "moe-llm: error: checkpoint 'none' does not exist: name a checkpoint directory, "
         "such as RUN/checkpoints/step-00000020\n"
     )
 
