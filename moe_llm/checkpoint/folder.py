@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_llm.atomic import TEMPORARY, rename_directory, sync_directory, try_or_report, write_atomically
-from moe_llm.checkpoint.manifest import MANIFEST, check_file, verify_loadable
+from moe_llm.checkpoint.manifest import MANIFEST, check_file, has_manifest, verify_loadable
 from moe_llm.checkpoint.safetensors_io import read_json
 from moe_llm.errors import UserError
 
@@ -180,7 +180,7 @@ def remove_leftovers(root: Path) -> None:
         if superseded:
             delete(path)
         elif path.name.startswith(TEMPORARY):
-            _try("deletion", partial(_remove, path))
+            _try("deletion", partial(shutil.rmtree, path) if path.is_dir() and not path.is_symlink() else path.unlink)
 
 
 def free_name(tmp: Path) -> None:
@@ -212,10 +212,6 @@ def delete(path: Path) -> None:
     _try("deletion", work)
 
 
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
 # What a file system may refuse
 
 
@@ -244,14 +240,11 @@ def point(root: Path, name: str, target: str) -> None:
 
 
 def link_or_copy(file: Path, link: Path) -> None:
-    """The same bytes under a second name: a hard link, a symbolic one, or a copy, as the file system allows."""
+    """The same bytes under a second name: a hard link or, where the file system has none, a copy."""
     try:
         os.link(file, link)
     except OSError:
-        try:
-            link.symlink_to(os.path.relpath(file, link.parent))
-        except OSError:
-            shutil.copyfile(file, link)
+        shutil.copyfile(file, link)
 
 
 def probe(root: Path) -> None:
@@ -278,7 +271,7 @@ def check_checkpoint_directory(checkpoint: str | Path) -> None:
         UserError: no config.json there; or, of a run's checkpoint, a missing, truncated or altered file.
     """
     model_config_file(checkpoint, f"checkpoint {str(checkpoint)!r}")
-    if (Path(checkpoint) / MANIFEST).is_file():
+    if has_manifest(Path(checkpoint)):
         verify_loadable(Path(checkpoint))
 
 
@@ -298,6 +291,8 @@ def model_config_file(directory: str | Path, named: str, other: str = "") -> Pat
         what = f"is a link to {os.readlink(directory)}, which is gone" if directory.is_symlink() else "does not exist"
     elif not directory.is_dir():
         what = "is a file"
+    elif (directory / MANIFEST).is_file():
+        what = "has lost its config.json"
     else:
         inside = sorted(path.name for path in directory.iterdir())
         there = ", ".join(inside[:4]) + (", ..." if len(inside) > 4 else "")
@@ -308,10 +303,10 @@ def model_config_file(directory: str | Path, named: str, other: str = "") -> Pat
 def checkpoint_near(directory: Path) -> Path | str:
     """A run's checkpoint that a directory is a part of, or that is near it; else how such a path looks."""
     for place in (directory, *list(directory.absolute().parents)[:3]):
-        if (place / MANIFEST).is_file():
+        if (place / MANIFEST).is_file() and (place / "config.json").is_file():
             return place
         for root in (place, place / "checkpoints"):
             with contextlib.suppress(OSError):
-                if found := complete_checkpoints(root):
+                if found := [path for path in complete_checkpoints(root) if (path / "config.json").is_file()]:
                     return found[0]
     return "RUN/checkpoints/step-00000020"

@@ -72,6 +72,20 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
     return records
 
 
+def has_manifest(directory: Path) -> bool:
+    """Whether a checkpoint's files can be compared with what was written: not those of a model that is nobody's run.
+
+    Raises:
+        UserError: a run's checkpoint has lost its manifest.
+    """
+    if not (directory / MANIFEST).is_file() and (directory / MANIFEST).parent.is_dir():
+        raise UserError(
+            f"file {directory / MANIFEST} is missing: copy it again, or remove {directory / 'trainer'} to use the weights "
+            "without a comparison"
+        )
+    return (directory / MANIFEST).is_file()
+
+
 def _record(size: Any, sha256: Any, blocks: str = "") -> FileRecord:
     """A file's record; a key that none has, as a flipped bit makes one, is a `TypeError`."""
     return FileRecord(int(size), str(sha256), tuple(wrap(blocks, _DIGITS)))
@@ -120,7 +134,8 @@ _LOADED = re.compile(r"(.*/)?([^/]*\.safetensors(\.index\.json)?|tokenizer\.(jso
 
 
 def verify_loadable(directory: Path) -> None:
-    """Compare the files that loading reads with the manifest: all sizes, and the hashes of those that are quickly read.
+    """Compare the files that loading reads with the manifest: all sizes, and the hashes of those that are quickly read. Of
+    the others, which people may edit, none may be missing but pages.
 
     Reading everything again would cost as much as loading, so files above `HASHED_BYTES` in all are compared by size
     alone; `verify` compares every hash.
@@ -128,9 +143,12 @@ def verify_loadable(directory: Path) -> None:
     Raises:
         UserError: a missing, truncated or altered file.
     """
-    records = {name: record for name, record in read_manifest(directory).items() if _LOADED.fullmatch(name)}
     room = HASHED_BYTES
-    for name, record in sorted(records.items(), key=lambda item: (item[1].size, item[0])):
+    for name, record in sorted(read_manifest(directory).items(), key=lambda item: (item[1].size, item[0])):
+        if not _LOADED.fullmatch(name):
+            if not (directory / name).exists() and not name.endswith(".md"):
+                raise UserError(f"file {directory / name} is missing: copy it again or use another checkpoint")
+            continue
         _check_size(directory / name, record)
         room -= record.size
         if room >= 0:

@@ -17,9 +17,10 @@ from moe_llm.checkpoint.export import DTYPES, token_ids, write_model_files
 from moe_llm.checkpoint.folder import model_config_file
 from moe_llm.checkpoint.manifest import write_json
 from moe_llm.checkpoint.plan import MODEL, ShardSet, file_set
-from moe_llm.checkpoint.safetensors_io import Spec, TensorFiles, parse_size, read_json
+from moe_llm.checkpoint.safetensors_io import Spec, TensorFiles, read_json
 from moe_llm.checkpoint.weights import Weights
 from moe_llm.config import ModelConfig
+from moe_llm.config.base import parse_size
 from moe_llm.errors import UserError
 from moe_llm.families import hf, layout
 from moe_llm.families.architectures import architecture_of

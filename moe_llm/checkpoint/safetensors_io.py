@@ -11,7 +11,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +40,6 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 _WORDS = {dtype: word for word, dtype in _DTYPES.items()}
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 @dataclass(frozen=True)
@@ -55,14 +53,6 @@ class Spec:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "5GB", "200MB" or "1.5KB" (powers of 1000, as transformers counts)."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(KB|MB|GB)", text)
-    if match is None or float(match[1]) == 0:
-        raise UserError(f"max_shard_size={text!r} is no size: write a number and KB, MB or GB, as in 5GB")
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def split_shards(specs: Sequence[Spec], max_bytes: int) -> list[list[Spec]]:

@@ -9,7 +9,7 @@ from moe_llm.checkpoint.export import DTYPES
 from moe_llm.checkpoint.folder import probe
 from moe_llm.checkpoint.plan import WritePlan, make_plan
 from moe_llm.checkpoint.ranks import describe, is_disk_full, together
-from moe_llm.checkpoint.safetensors_io import parse_size
+from moe_llm.config.base import parse_size
 from moe_llm.distributed.state import TrainedState
 from moe_llm.errors import UserError
 

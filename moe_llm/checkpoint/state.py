@@ -44,11 +44,11 @@ from moe_llm.checkpoint.frozen import write_trained, write_weight
 from moe_llm.checkpoint.manifest import read_manifest, verify, write_file, write_json, write_manifest
 from moe_llm.checkpoint.plan import MASTER, MODEL, OPTIMIZER, Named, ShardSet, WritePlan, make_plan, stream
 from moe_llm.checkpoint.ranks import Ranks, together
-from moe_llm.checkpoint.resume import check_same_run, find_resumable
-from moe_llm.checkpoint.safetensors_io import TensorFiles, parse_size, read_json
-from moe_llm.checkpoint.space import check_room, check_space, naming_failure
+from moe_llm.checkpoint.safetensors_io import TensorFiles, read_json
+from moe_llm.checkpoint.space import check_room, naming_failure
 from moe_llm.checkpoint.weights import Weights
 from moe_llm.config import ModelConfig
+from moe_llm.config.base import parse_size
 from moe_llm.distributed.state import EMA, TrainedState
 from moe_llm.errors import UserError
 from moe_llm.families import hf
@@ -56,16 +56,6 @@ from moe_llm.families.architectures import architecture_of
 from moe_llm.families.card import model_card, newest_record
 from moe_llm.families.family import Family
 from moe_llm.families.layout import stored_shapes
-
-__all__ = [
-    "check_same_run",
-    "check_space",
-    "find_resumable",
-    "load_checkpoint",
-    "read_provenance",
-    "read_trainer_state",
-    "save_checkpoint",
-]
 
 FORMAT = 1
 _AHEAD = 1 << 30  # bytes that a rank has read and not yet written

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_llm.checkpoint.folder import model_config_file
-from moe_llm.checkpoint.manifest import MANIFEST, read_manifest, verify
+from moe_llm.checkpoint.manifest import has_manifest, read_manifest, verify
 from moe_llm.checkpoint.safetensors_io import TensorFiles
 from moe_llm.checkpoint.weights import check_finite
 from moe_llm.progress import progress, tracked
@@ -30,12 +30,12 @@ def verify_checkpoint(directory: str | Path) -> Verified:
         directory: of a training checkpoint, or as transformers saves a model.
 
     Raises:
-        UserError: a missing, truncated or altered file, or a tensor with NaN or infinity; the sentence names it.
+        UserError: a missing, truncated or altered file, the manifest among them, or a tensor with NaN or infinity; the sentence names it.
     """
     root = Path(directory)
     model_config_file(root, f"checkpoint {str(root)!r}")
     files = 0
-    if (root / MANIFEST).is_file():
+    if has_manifest(root):
         with progress("hashing"):
             verify(root)
         files = len(read_manifest(root))

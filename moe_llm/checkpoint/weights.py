@@ -57,7 +57,7 @@ class Weights:
             experts: the only ones that are stored; None: all.
 
         Raises:
-            UserError: names the tensors that are missing, unexpected or of another shape.
+            UserError: names the tensors that are missing, unexpected, of another shape or no floating-point numbers.
         """
         expected, allowed = dict[str, tuple[int, ...]](), set(optional)
         for name, shape in shapes.items():
@@ -77,12 +77,18 @@ class Weights:
             for name, shape in expected.items()
             if name in self._stored and self.files.shape(self._stored[name]) != shape
         ]
+        whole_numbers = [
+            f"{name} ({self.files.dtype(self._stored[name])})"
+            for name in expected
+            if name in self._stored and not self.files.dtype(self._stored[name]).is_floating_point
+        ]
         problems = [
             f"{what} {_some(names)}"
             for what, names in (
                 ("missing", missing),
                 ("unexpected", unexpected),
                 ("of another shape", misshapen),
+                ("of whole numbers", whole_numbers),
             )
             if names
         ]

@@ -1,6 +1,7 @@
 """What every section of a configuration shares."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from os.path import expanduser
 from typing import Annotated, Any, NoReturn, get_args
@@ -8,6 +9,8 @@ from typing import Annotated, Any, NoReturn, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
+
+from moe_llm.errors import UserError
 
 # a path in which ~ is the home directory, as a shell has it
 HomePath = Annotated[str, AfterValidator(expanduser)]
@@ -41,6 +44,24 @@ class Section(BaseModel):
 def fields_by_key(section: type[BaseModel]) -> dict[str, FieldInfo]:
     """The fields of a section by the keys that a user writes."""
     return {field.alias or name: field for name, field in section.model_fields.items()}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB", "200MB" or "1.5KB" (powers of 1000, as transformers counts).
+
+    Raises:
+        UserError: it is no such size.
+    """
+    size = size_in_bytes(text)
+    if size is None:
+        raise UserError(f"max_shard_size={text} is not a size: write it like 5GB or 500MB")
+    return size
+
+
+def size_in_bytes(text: str) -> int | None:
+    """As `parse_size`; None for what is no size."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(KB|MB|GB)", text)
+    return int(float(found[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[found[2]]) or None if found else None
 
 
 def invalid(field: str, value: Any, problem: str, remedy: str) -> NoReturn:

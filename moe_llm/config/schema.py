@@ -1,13 +1,12 @@
 """What a run is: one pydantic model per section of the YAML file."""
 
 import math
-import re
 from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from moe_llm.config.adversarial import AdversarialConfig
-from moe_llm.config.base import HomePath, Section, invalid
+from moe_llm.config.base import HomePath, Section, invalid, size_in_bytes
 from moe_llm.config.data import DataConfig
 from moe_llm.config.distill import DistillConfig, with_teachers_tokenizer
 from moe_llm.config.ema import EmaConfig
@@ -228,8 +227,7 @@ class CheckpointConfig(Section):
 
     @model_validator(mode="after")
     def _size_is_readable(self):
-        size = re.fullmatch(r"(\d+(?:\.\d+)?)(KB|MB|GB)", self.max_shard_size)
-        if size is None or float(size[1]) == 0:
+        if size_in_bytes(self.max_shard_size) is None:
             invalid("max_shard_size", self.max_shard_size, "is not a size", "write it like 5GB or 500MB")
         return self
 

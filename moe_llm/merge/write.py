@@ -14,7 +14,8 @@ import torch
 
 from moe_llm.checkpoint.manifest import write_file, write_json
 from moe_llm.checkpoint.plan import MODEL, FileSet, ShardSet, file_set
-from moe_llm.checkpoint.safetensors_io import Spec, parse_size
+from moe_llm.checkpoint.safetensors_io import Spec
+from moe_llm.config.base import parse_size
 from moe_llm.data.files import publish
 from moe_llm.data.tokenizer import GENERATION_FILE, copy_tokenizer, save_tokenizer
 from moe_llm.errors import UserError

@@ -15,7 +15,8 @@ from moe_llm.checkpoint.folder import checkpoint_near, complete_checkpoints, mod
 from moe_llm.checkpoint.manifest import MANIFEST, verify
 from moe_llm.checkpoint.ranks import is_disk_full, together
 from moe_llm.checkpoint.resume import check_same_run, find_resumable, passed_over
-from moe_llm.checkpoint.state import check_space, read_trainer_state
+from moe_llm.checkpoint.space import check_space
+from moe_llm.checkpoint.state import read_trainer_state
 from moe_llm.config import Config
 from moe_llm.data.loader import load_data
 from moe_llm.data.sources import check_sources
@@ -224,8 +225,10 @@ def _check_run_dir(run_dir: Path, config: Config) -> None:
     held = run_dir / "config.yaml"
     if held.exists():
         check_same_run(held.read_text(encoding="utf-8", errors="replace"), config)
-    elif run_dir.is_dir() and (
-        others := {path.name for path in run_dir.iterdir() if not path.name.startswith(TEMPORARY)} - _OF_A_RUN
+    elif (
+        run_dir.is_dir()
+        and not complete_checkpoints(run_dir / "checkpoints")
+        and (others := {path.name for path in run_dir.iterdir() if not path.name.startswith(TEMPORARY)} - _OF_A_RUN)
     ):
         raise UserError(
             f"run.dir={str(run_dir)!r} holds {min(others)!r} and is no run's directory: name a new or an empty one"

@@ -14,7 +14,8 @@ from moe_llm import atomic
 from moe_llm.checkpoint import folder
 from moe_llm.checkpoint.folder import complete_checkpoints
 from moe_llm.checkpoint.resume import find_resumable
-from moe_llm.checkpoint.state import check_space, load_checkpoint, save_checkpoint
+from moe_llm.checkpoint.space import check_space
+from moe_llm.checkpoint.state import load_checkpoint, save_checkpoint
 from moe_llm.config import ModelConfig
 from moe_llm.errors import UserError
 

@@ -2,12 +2,14 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from support.checkpoints import FakeState, random_tensors, save_arguments, small_config
 
 from moe_llm.checkpoint.folder import check_checkpoint_directory
 from moe_llm.checkpoint.state import save_checkpoint
+from moe_llm.checkpoint.verify import verify_checkpoint
 from moe_llm.errors import UserError
 
 CONFIG = small_config(num_hidden_layers=1, num_local_experts=2)
@@ -48,6 +50,19 @@ def test_what_is_no_checkpoint_is_described_and_one_nearby_is_named(run, given, 
     sentence = str(raised.value)
     assert sentence.startswith(f"checkpoint {str(run / given)!r} {what}")
     assert sentence.endswith(f": name a checkpoint directory, such as {run / near}")
+
+
+@pytest.mark.parametrize("read", [check_checkpoint_directory, verify_checkpoint])
+@pytest.mark.parametrize(
+    "file", ["config.json", "generation_config.json", "trainer/config.yaml", "trainer/manifest.json"]
+)
+def test_a_small_file_that_a_checkpoint_has_lost_is_named_and_no_page(run, tmp_path, file, read):
+    whole = Path(shutil.copytree(run / "checkpoints/latest", tmp_path / "checkpoint"))
+    (whole / "README.md").unlink()
+    check_checkpoint_directory(whole)
+    (whole / file).unlink()
+    with pytest.raises(UserError, match=f"has lost its {file}" if file == "config.json" else f"{file} is missing"):
+        read(whole)
 
 
 def test_where_none_is_near_it_says_how_one_looks(tmp_path):

@@ -227,7 +227,7 @@ def test_another_architecture_or_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(UserError, match=r"model_type='llama' is no family .* mixtral, qwen2_moe"):
         complete({"model": {"init_from": str(tmp_path)}})
-    with pytest.raises(UserError, match=r"model\.init_from='nowhere' has no config\.json"):
+    with pytest.raises(UserError, match=r"model\.init_from='nowhere' does not exist"):
         complete({"model": {"init_from": "nowhere"}})
 
 
