@@ -56,13 +56,19 @@ def test_what_is_no_checkpoint_is_described_and_one_nearby_is_named(run, given, 
 @pytest.mark.parametrize(
     "file", ["config.json", "generation_config.json", "trainer/config.yaml", "trainer/manifest.json"]
 )
-def test_a_small_file_that_a_checkpoint_has_lost_is_named_and_no_page(run, tmp_path, file, read):
+def test_a_small_file_that_a_checkpoint_has_lost_is_named(run, tmp_path, file, read):
     whole = Path(shutil.copytree(run / "checkpoints/latest", tmp_path / "checkpoint"))
-    (whole / "README.md").unlink()
-    check_checkpoint_directory(whole)
     (whole / file).unlink()
     with pytest.raises(UserError, match=f"has lost its {file}" if file == "config.json" else f"{file} is missing"):
         read(whole)
+
+
+def test_a_page_may_be_missing_or_another(run, tmp_path):
+    whole = Path(shutil.copytree(run / "checkpoints/latest", tmp_path / "checkpoint"))
+    (whole / "README.md").write_text("mine")
+    check_checkpoint_directory(whole)
+    (whole / "README.md").unlink()
+    check_checkpoint_directory(whole)
 
 
 def test_where_none_is_near_it_says_how_one_looks(tmp_path):
