@@ -230,6 +230,8 @@ def point(root: Path, name: str, target: str) -> None:
     """Make the link `name` point to a checkpoint, in one step, where the file system has links."""
 
     def work() -> None:
+        if (root / name).is_dir() and not (root / name).is_symlink():  # where a run was copied without its links
+            os.rename(root / name, root / f"{name}.copy")
         link = root / f"{TEMPORARY}{name}"
         link.unlink(missing_ok=True)
         link.symlink_to(target)

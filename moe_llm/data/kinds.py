@@ -75,6 +75,12 @@ def _begin(path: Path) -> bytes:
     return _peek(path).lstrip(b"\xef\xbb\xbf \t\r\n")
 
 
+def holds_zero_bytes(path: Path) -> bool:
+    """Whether a file's begin is what no text in UTF-8 is, though it can be decoded: tokens, or UTF-16 of plain letters."""
+    begin = _peek(path)
+    return begin.count(0) * 10 >= max(len(begin), 1)
+
+
 def looks_like_rows(path: Path) -> tuple[str, str] | None:
     """What the first lines of a file that is taken for text look like: the format, and words for it. None for text."""
     begin = _begin(path)

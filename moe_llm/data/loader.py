@@ -315,6 +315,12 @@ def _mixed(config: Config, train: list[PackedBlocks], augmentations: Mapping[int
         samples = math.ceil(wanted)
         for _ in range(8):
             samples = math.ceil(wanted / mixed.fill_of(samples))
+    unreached = next((n for n, (begin, _) in enumerate(stages) if begin >= samples), None)
+    if unreached is not None:
+        logger.warning(
+            "data.stages.%d.from_step=%d is not reached: the run has %d steps",
+            unreached, config.data.stages[unreached].from_step, math.ceil(samples / batch),
+        )  # fmt: skip
     return TrainBlocks(train, weights or None, seed, bootstrap_seed, stages, samples, augmentations)
 
 

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from moe_llm.config import SourceConfig
-from moe_llm.data.kinds import TOKEN_KINDS, file_kind, looks_like_rows, open_unpacked, packing_of, token_kind
+from moe_llm.data.kinds import (
+    TOKEN_KINDS,
+    file_kind,
+    holds_zero_bytes,
+    looks_like_rows,
+    open_unpacked,
+    packing_of,
+    token_kind,
+)
 from moe_llm.data.pieces import Piece, Place, bounds, by_bytes, by_items
 from moe_llm.data.token_files import divided_tokens, token_documents
 from moe_llm.errors import UserError
@@ -47,6 +55,11 @@ def documents_of(piece: Piece, source: SourceConfig, field: str) -> Iterator[str
     if source.type == "python_stdlib":
         return _segments(piece)
     if kind == "text":
+        if source.format == "auto" and not piece.begin and holds_zero_bytes(path):
+            raise UserError(
+                f"{field}: {path} holds a zero byte in every tenth place or more, as tokens and UTF-16 do and text in UTF-8 "
+                f"does not: convert it, bring the .idx of Megatron's tokens, or {_as_format(field, 'text')} to read it as it is"
+            )
         rows = looks_like_rows(path) if source.format == "auto" and not piece.begin else None
         if rows is not None and "text_field" in source.model_fields_set:
             raise UserError(

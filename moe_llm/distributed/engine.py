@@ -535,7 +535,7 @@ class DeepSpeedEngine(_NamedState):
         contract.write_full(parameter, kind, value.float())
 
     def share(self, name: str, kind: str) -> range | None:
-        return contract.held_span(self._parameters[name], kind, self.engine.optimizer)
+        return contract.held_span(self._parameters[name], self.engine.optimizer)
 
     def write_share(self, name: str, kind: str, flat: Tensor) -> None:
         parameter, value = self._parameters[name], flat.to(self._runtime.device)
@@ -549,7 +549,7 @@ class DeepSpeedEngine(_NamedState):
         contract.write_span(parameter, kind, value)
 
     def spread_weights(self) -> None:
-        return
+        contract.spread_weights(self.engine.optimizer)
 
     def _stepped(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
         optimizer = self.engine.optimizer

@@ -63,7 +63,7 @@ class Runtime:
 
     def close(self) -> None:
         """Leave the group, and return what memory was kept for the next step; this process can then load models on
-        its own."""
+        its own, or join another group."""
         host_memory.trim()
         if self.deepspeed:
             from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -71,7 +71,13 @@ class Runtime:
             # Otherwise transformers would load every model together with all ranks, as ZeRO-3 asks it to.
             unset_hf_deepspeed_config()
         if self.world_size > 1:
-            dist.destroy_process_group()
+            from accelerate.state import AcceleratorState, GradientState
+
+            from moe_llm.distributed.deepspeed import leave_group
+
+            leave_group()
+            AcceleratorState._reset_state(reset_partial_state=True)  # it would take the group for one that is there
+            GradientState._reset_state()
 
 
 def world_size_from_environment() -> int:

@@ -138,6 +138,15 @@ def test_what_a_file_system_refuses_is_reported_once_and_ends_nothing(tmp_path, 
     assert find_resumable(tmp_path, report=pytest.fail) == path
 
 
+def test_a_copy_of_a_run_that_has_followed_its_links_gets_links_again(tmp_path):
+    save(tmp_path / "run", 1)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    assert not (tmp_path / "copy/latest").is_symlink()
+    path = save(tmp_path / "copy", 2)
+    assert (tmp_path / "copy/latest").resolve() == path
+    assert (tmp_path / "copy/latest.copy/config.json").is_file(), "what was there is kept"
+
+
 def test_what_a_save_cannot_do_without_is_refused_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(folder.os, "rename", refuse(errno.EPERM))
     with pytest.raises(UserError, match=r"cannot be written.*Operation not permitted"):

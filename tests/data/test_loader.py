@@ -272,6 +272,19 @@ def test_load_data_end_to_end(make_config, tokenizer, make_text, tmp_path):
     }
 
 
+@pytest.mark.parametrize(("begin", "told"), [(4, False), (5, True)])
+def test_a_stage_behind_the_end_of_the_run_is_reported(
+    make_config, tokenizer, make_text, tmp_path, caplog, begin, told
+):
+    sources = []
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_text(make_text(number, 400))
+        sources.append({"type": "files", "path": str(tmp_path / f"{number}.txt")})
+    stages = [{"weights": [1, 1]}, {"from_step": begin, "weights": [1, 0]}]
+    load_data(make_config(sources, data={"stages": stages}, train={"max_steps": 5}), tokenizer, show_progress=False)
+    assert (f"data.stages.1.from_step={begin} is not reached: the run has 5 steps" in caplog.text) == told
+
+
 def test_data_bootstrap_seed_resamples_the_blocks_of_training_alone(make_config, tokenizer, make_text, tmp_path):
     a = corpus(tmp_path, make_text, "a", 30)
     found = {}

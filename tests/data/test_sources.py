@@ -119,6 +119,8 @@ BAD = {
     "only blank lines": ("a.txt", b"\n\n", {"document": "line"}, r"holds no text"),
     "undecodable": ("a.txt", b"abc\xe9", {}, r"a\.txt is not UTF-8 at byte 3: "),
     "undecodable line": ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', {}, r"is not UTF-8 at line 2: "),
+    "UTF-16 without a mark": ("a.txt", "some text".encode("utf-16-le"), {}, r"a\.txt holds a zero byte in every tenth"),
+    "tokens without an index": ("a.bin", bytes([7, 0, 9, 0]) * 50, {}, r"a\.bin holds a zero byte .*\.idx"),
     "not json": ("a.jsonl", b'{"text": "a"}\n{"text": \n', {}, r"a\.jsonl, line 2 is not valid JSON"),
     "not an object": ("a.jsonl", b"[1]\n", {}, r"is no JSON object"),
     "no column": ("a.jsonl", b'{"id": 1, "body": "a"}\n', {}, r"text_field=text .*line 1: it has id, body"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from support.ranks import fresh_accelerate
 
+from moe_llm.checkpoint.state import read_provenance
 from moe_llm.cli import main
 from moe_llm.config import SourceConfig, load_config
 from moe_llm.data import cache as cache_module
@@ -127,3 +128,17 @@ def test_two_ranks_resume_what_a_kill_has_left_and_know_a_copy_by_its_content(
     copy = Path(shutil.copy(text, tmp_path / "elsewhere"))
     os.utime(copy, (1, 1))
     assert two_ranks.run(_tokens, str(copy), folder, cache) == [(0, expected)] * 2
+
+
+@pytest.mark.grid
+def test_the_same_ranks_may_refuse_other_text_and_then_be_allowed_it(resumable, held, text, two_ranks_of_a_run):
+    """A start that is refused leaves nothing that the next one in the same processes would wait for."""
+    text.write_text("".join(text.read_text(encoding="utf-8").splitlines(keepends=True)[40:]), encoding="utf-8")
+    assert two_ranks_of_a_run.run(_train, [str(resumable)]) == [2, 2]
+    assert two_ranks_of_a_run.run(_train, [str(resumable), "data.allow_changed=true"]) == [0, 0]
+    assert {entry["step"] for entry in read_provenance(held / "checkpoints/latest")["changes"]} == {6}
+
+
+def _train(arguments: list[str]) -> int:
+    fresh_accelerate()
+    return main(["train", *arguments, "train.max_steps=7", "logging.console=off"])
