@@ -17,10 +17,14 @@ from moe_llm.locks import Waiting, process_with_lock
 def building(cache: Path, key: str) -> Iterator[None]:
     """Only one process of this host (of all hosts, where the file system locks) is inside for a key.
 
-    The lock goes with the process, so one that was killed does not block the next.
+    The lock goes with the process, so one that was killed does not block the next. Where no files can be made, as in prepared
+    data on a disk that is only read, nothing can be built, and there is no lock.
     """
     from filelock import FileLock, Timeout
 
+    if not os.access(next(path for path in [cache, *cache.absolute().parents] if path.exists()), os.W_OK):
+        yield
+        return
     with user_error_on_disk("data.cache_dir", cache):
         cache.mkdir(parents=True, exist_ok=True)
         lock = FileLock(cache / f"{key}.lock")
@@ -86,7 +90,8 @@ def replace_file(file: Path, content: bytes) -> None:
     """Write a small file of the cache in one step."""
     with user_error_on_disk("data.cache_dir", file.parent):
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, content)
+        if not file.is_file() or file.read_bytes() != content:  # the same may lie on a disk that is only read
+            write_atomically(file, content)
 
 
 def remember(file: Path, content: bytes) -> None:

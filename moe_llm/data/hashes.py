@@ -1,6 +1,5 @@
 """SHA-256 of source files, computed once for each state of a file where there is much of it."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -31,9 +30,7 @@ def file_hashes(files: Sequence[Path], field: str, cache: Path) -> list[str]:
         known = _remembered(memo)
         if all(known.get(name, [])[:3] == state for name, state in zip(names, states)):
             return [known[name][3] for name in names]
-        with (
-            building(cache, memo.stem) if _takes_files(cache) else contextlib.nullcontext()
-        ):  # one rank of a host reads
+        with building(cache, memo.stem):  # one rank of a host reads
             known = _remembered(memo)
             missing = [i for i, name in enumerate(names) if known.get(name, [])[:3] != states[i]]
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -54,11 +51,6 @@ def _remembered(memo: Path) -> dict[str, list]:
         return {name: [*map(int, entry[:3]), str(entry[3])] for name, entry in found.items()}
     except (OSError, ValueError, TypeError, AttributeError, IndexError):
         return {}
-
-
-def _takes_files(cache: Path) -> bool:
-    """Whether there is anything that another process could wait for: prepared data may lie on a disk that is only read."""
-    return os.access(next(path for path in [cache, *cache.absolute().parents] if path.exists()), os.W_OK)
 
 
 def state_of(path: Path) -> list[int]:
