@@ -11,8 +11,9 @@ context beat the best constants.
 bagging: three models on resampled blocks against one on all, and Monte-Carlo dropout of that one. Predicted: the mean of
 three beats each of them; where members disagree more, losses are higher (rank correlation over blocks).
 edits: a model trained with `augment: edits` restores corrupted code; share of words that are the original's, before and
-after rounds. Predicted: none, for a model this small.
-chain: two models that restore, one after the other, with one output passed on or several; the same share of words.
+after rounds, and the loss that the model gives the original when it sees the text. Predicted: no gain, for a model this
+small.
+chain: two models that restore, one after the other, with one output passed on or several; the same measures.
 Predicted: no more than one restoration, for models this small.
 merging: one base that is trained further on code and on prose, and every method of `moe-llm merge` that takes several
 models, at its defaults; loss on both texts, on code and on prose. Predicted: what goes half way is best on both together.
@@ -217,43 +218,50 @@ def corrupted(bench: Bench) -> tuple[list[str], list[str]]:
 
 
 GREEDY = {"max_new_tokens": 32, "do_sample": False}
+RESTORE = "{draft}\n=>\n"  # what a restorer continues
+
+
+def restored(scorer: Any, told: str, found: list[str], lines: list[str], calls: int) -> dict[str, Any]:
+    """A row of a table: how much of the original a text has, and how much of it a model can tell from the text."""
+    losses = [
+        -continuation_log_probability(scorer, fill(RESTORE, draft=text), line) for text, line in zip(found, lines)
+    ]
+    return {
+        "text": told,
+        "words that are the original's": likeness(found, lines),
+        "loss of the original, given the text": sum(losses) / len(losses),
+        "calls": calls,
+    }
 
 
 def edits(bench: Bench) -> list[dict[str, Any]]:
     model = restorer(bench)
     [loaded] = load_models([Member(model=str(model))])
     lines, drafts = corrupted(bench)
-    rows: list[dict[str, Any]] = [
-        {"text": "corrupted, 30% of the words", "words that are the original's": likeness(drafts, lines), "calls": 0}
-    ]
+    rows = [restored(loaded, "corrupted, 30% of the words", drafts, lines, 0)]
     for rounds in (1, 2):
         recipe = EditsRecipe(
-            method="edits", members=[Member(model=str(model))], rounds=rounds, rate=0.2, template="{draft}\n=>\n"
+            method="edits", members=[Member(model=str(model))], rounds=rounds, rate=0.2, template=RESTORE
         )
-        found = []
-        for draft in drafts:
-            prompt = fill(recipe.template, draft=draft)
-            said = refine_by_edits(recipe, [loaded], prompt, GREEDY, lambda _: None)
-            found.append(said)
+        found = [
+            refine_by_edits(recipe, [loaded], fill(RESTORE, draft=draft), GREEDY, lambda _: None) for draft in drafts
+        ]
         told = f"restored, and {rounds} more round{'s' * (rounds > 1)} of edits"
-        rows.append({"text": told, "words that are the original's": likeness(found, lines), "calls": 1 + rounds})
+        rows.append(restored(loaded, told, found, lines, 1 + rounds))
     return rows
 
 
 def chain(bench: Bench) -> list[dict[str, Any]]:
     paths = [restorer(bench), restorer(bench, "edits-again", seed=1)]
     loaded, (lines, drafts) = load_models([Member(model=str(path)) for path in paths]), corrupted(bench)
-    rows: list[dict[str, Any]] = [
-        {"text": "corrupted, 30% of the words", "words that are the original's": likeness(drafts, lines), "calls": 0}
-    ]
+    rows = [restored(loaded[0], "corrupted, 30% of the words", drafts, lines, 0)]
     for steps, n_best in ((1, 1), (2, 1), (2, 3)):
         members = [{"model": str(path), "template": "{output}\n=>\n"} for path in paths[:steps]]
         recipe = parse_recipe({"method": "chain", "members": members, "n_best": n_best})
         assert isinstance(recipe, ChainRecipe)
         found = [answer_by_chain(recipe, loaded[:steps], draft, GREEDY, lambda _: None) for draft in drafts]
         told = "one model restores" if steps == 1 else f"and another its answer, {n_best} passed on"
-        calls = 1 + n_best * (steps - 1)
-        rows.append({"text": told, "words that are the original's": likeness(found, lines), "calls": calls})
+        rows.append(restored(loaded[0], told, found, lines, 1 + n_best * (steps - 1)))
     return rows
 
 

@@ -2,6 +2,8 @@
 those of no placement, and a move that is cut off costs no checkpoint."""
 
 import itertools
+import statistics
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,9 +58,9 @@ def test_of_small_cases_the_plan_is_close_to_the_best_there_is():
         assert max(rank_loads(load, plan_placement(load, list(range(6)), 2), 2)) <= 1.1 * best
 
 
-def on_ranks(stage: int, root: str, body) -> dict:
+def on_ranks(stage: int, root: str, body, cfg=None) -> dict:
     """Build the engine and give it to `body` with a function that trains one step."""
-    cfg = run_of(2, stage)
+    cfg = cfg or run_of(2, stage)
     fresh_accelerate()
     runtime = start(cfg)
     engine, _ = build_trained(cfg, runtime, None)
@@ -106,14 +108,36 @@ def shuffled(cfg, engine, train, save, result) -> None:
     save(STEPS)
 
 
+def plant_skew(engine) -> list[MoELayer]:
+    """Experts 0 to 3, all of one rank, are asked for most; the layers with experts."""
+    biases = torch.tensor([5.0, 4.5, 4.0, 3.5, 0.0, 0.0, 0.0, 0.0])
+    layers = [module for module in engine.model.modules() if isinstance(module, MoELayer)]
+    for layer in layers:
+        plain = layer.gate.logits
+        layer.gate.logits = lambda x_BSD, plain=plain: plain(x_BSD) + biases
+    return layers
+
+
+def clocked(cfg, engine, train, save, result) -> None:
+    """Steps with experts at home and as planned, in turn, and the CPU time that each costs this rank: that of waiting is
+    none, and other processes have none of it."""
+    plant_skew(engine)
+    experts = ExpertPlacement(engine)
+    planned = experts.plan(train(0).tokens_per_expert_E)
+    result["seconds"] = {"home": [], "planned": []}
+    for step in range(1, 11):
+        where = "planned" if step % 2 else "home"
+        experts.move(planned if step % 2 else [experts.home for _ in experts.layers])
+        begin = time.process_time()
+        train(step)
+        result["seconds"][where].append(time.process_time() - begin)
+
+
 def skewed(cfg, engine, train, save, result) -> None:
     """Experts 0 to 3, all of one rank, are asked for most; the callback moves them, and rows are counted where they
     arrive. Then a save, with experts at home, and a move that is cut off."""
-    biases = torch.tensor([5.0, 4.5, 4.0, 3.5, 0.0, 0.0, 0.0, 0.0])
     rows: list[int] = []
-    for layer in (m for m in engine.model.modules() if isinstance(m, MoELayer)):
-        plain = layer.gate.logits
-        layer.gate.logits = lambda x_BSD, plain=plain: plain(x_BSD) + biases
+    for layer in plant_skew(engine):
         layer.experts.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     raw = cfg.model_dump(mode="json")
     parallel = {**raw["parallel"], "placement": "dynamic", "placement_every_steps": 2}
@@ -189,6 +213,16 @@ def test_of_a_planted_skew_the_busiest_rank_gets_at_least_30_percent_fewer_rows(
     assert remark["busiest_after"] < 0.7 * remark["busiest_before"]
     assert all(rank["cut_off"] for rank in found)
     assert len(resumed(found[0]["saved"])) == 1
+
+
+@pytest.mark.grid
+def test_where_experts_are_most_of_the_work_a_step_of_the_busiest_rank_takes_less_time(two_ranks, tmp_path):
+    """Experts of 24 x 2048 and 768 tokens a rank; the rank with most to do sets the pace."""
+    cfg = config(64, 1, 2, ep=2, model={**_MODEL, "intermediate_size": 2048}, checkpoint={"ema": {"decay": 0.9}})
+    found = two_ranks.run(on_ranks, 1, str(tmp_path), clocked, cfg)
+    home, planned = (max(statistics.median(rank["seconds"][where]) for rank in found) for where in ("home", "planned"))
+    print(f"busiest rank: {home:.3f} s a step with experts at home, {planned:.3f} s as planned")
+    assert planned < 0.8 * home
 
 
 @pytest.mark.parametrize(
