@@ -207,6 +207,10 @@ class LimitedSettings(RouterSettings):
             )
         if self.initial_capacity_factor is not None and self.capacity_factor is None:
             invalid("capacity_factor", None, "is what initial_capacity_factor has to go to", "give both")
+        if self.capacity_order == "choice" and self.capacity_factor is None:
+            invalid(
+                "capacity_order", "choice", "shares out no room without a limit", "set capacity_factor, or remove it"
+            )
         return self
 
     @property
@@ -230,7 +234,8 @@ class LimitedSettings(RouterSettings):
         return self.capacity_factor is not None
 
     def unlimited(self) -> dict[str, Any]:
-        return {"capacity_factor": None, "initial_capacity_factor": None, "capacity_decay_steps": 0}
+        order = {"capacity_order": "position"} if self.capacity_order == "choice" else {}
+        return {"capacity_factor": None, "initial_capacity_factor": None, "capacity_decay_steps": 0, **order}
 
     def quiet(self) -> dict[str, Any]:
         return {"warmup_steps": 0}

@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from moe_llm.config.base import invalid
 from moe_llm.config.router_base import ModelSizes, OverflowSettings, RouterSettings, Shapes, check_sizes
@@ -114,6 +114,17 @@ class ReinforceSettings(RouterSettings):
     learns_from_loss: ClassVar[bool] = True
     follows_targets: ClassVar[bool] = True
     weighs: ClassVar[str] = "all experts of a token weigh the same"
+
+    @model_validator(mode="after")
+    def _settings_act(self):
+        for name, acts, needed in (
+            ("baseline_coef", self.baseline == "learned", "baseline: learned"),
+            ("load_rate", self.load_coef > 0, "load_coef"),
+        ):
+            value = getattr(self, name)
+            if not acts and value != type(self).model_fields[name].default:
+                invalid(name, value, f"does nothing without {needed}", f"set {needed}, or remove it")
+        return self
 
     def check(self, model: ModelSizes) -> None:
         check_sizes("router.cost_coef", self.cost_coef, model)

@@ -122,6 +122,12 @@ def refusal(*overrides: str) -> str:
         (["model.router={type: bias_balanced, time_share: 0.1}"], "tells experts by their width, and all have one"),
         (["model.router={type: bias_balanced, loss_share: 1.1}"], "loss_share"),
         (["model.router={type: reinforce, capacity_factor: 1.0}"], "capacity_factor"),
+        (["model.router={type: reinforce, load_rate: 0.3}"], "load_rate=0.3 does nothing without load_coef"),
+        (
+            ["model.router={type: reinforce, baseline: leave_one_out, baseline_coef: 0.1}"],
+            "baseline_coef=0.1 does nothing without baseline: learned",
+        ),
+        (["model.router.capacity_order=choice"], "capacity_order=choice shares out no room without a limit"),
         (["model.router={type: em, form: softer}"], "form"),
         (["model.router={type: em}", "model.mlp_only_layers=[3]"], "needs experts in the last block, which is dense"),
     ],

@@ -54,6 +54,13 @@ def test_assignment_equals_the_greedy_one_in_each_document(seed, proposals, top_
                 begin += size
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_of_factors_beyond_measure_the_small_leave_room_for_one_and_the_large_for_all(tokens):
+    groups = Groups.of(torch.ones(1, tokens, dtype=torch.bool))
+    assert groups.capacity(1e-300, 2, 4).tolist() == [[1] * tokens]
+    assert groups.capacity(1e300, 2, 4).tolist() == [[tokens] * tokens]
+
+
 def test_capacity_is_the_even_share_times_the_factor():
     assert capacity_of(1.0, 64, 2, 8) == 16
     assert capacity_of(1.25, 64, 2, 8) == 20

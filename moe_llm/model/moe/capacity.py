@@ -21,8 +21,9 @@ def capacity_of(factor: float, tokens: int, top_k: int, num_experts: int) -> int
 
 def _share(factor: float, top_k: int, num_experts: int) -> Fraction:
     """Rows of an expert for each token of a group, as the fraction that the factor is written as: exact in whole numbers,
-    on every device alike."""
-    return Fraction(factor).limit_denominator(1_000_000) * top_k / num_experts
+    on every device alike. Never 0, so that rounded up there is room for one."""
+    written = Fraction(factor).limit_denominator(1_000_000) or Fraction(1, 1_000_000)
+    return written * top_k / num_experts
 
 
 class Groups(NamedTuple):
@@ -61,7 +62,7 @@ class Groups(NamedTuple):
 
     def capacity(self, factor: float, top_k: int, num_experts: int) -> Tensor:
         """`capacity_of` the group of each position, int64 (B, S)."""
-        share = _share(factor, top_k, num_experts)
+        share = min(_share(factor, top_k, num_experts), Fraction(1))  # beyond all tokens there are none to take
         return -(-share.numerator * self.tokens_BS).div(share.denominator, rounding_mode="floor")
 
     def order(self, score_BS: Tensor) -> Tensor:
