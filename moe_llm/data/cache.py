@@ -52,7 +52,6 @@ logger = logging.getLogger(__name__)
 
 VERIFIED = "verified.json"
 COMPARED_BYTES = 1 << 30  # of an entry whose hashes are compared each time: about a second
-_VERSION, _CHAT_VERSION = 2, 2
 _BATCH_BYTES = 256 * 1024
 _PORTION_BYTES = 64 * 2**20  # of text: the most that a kill can cost
 SPLITS = ("train", "validation")

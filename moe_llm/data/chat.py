@@ -1,12 +1,13 @@
 """Rows of chat, checked and reported by file and line; `shapes.py` says which shapes they may have.
 
-A turn may have `tool_calls`, `reasoning_content`, `name` and `tool_call_id`, a row `tools`: chat templates get them as they
-are. `weight: 0` or `train: false`, of a turn or of a row, keeps it from being learned.
+A turn may have `tool_calls`, `reasoning_content`, `name`, `tool_call_id` and fields of its own, a row `tools`, `documents`
+and `chat_template_kwargs`: chat templates get them as they are. `weight: 0`, `train: false` or a turn's `loss: false` keeps
+a turn or a row from being learned; so does a place in the prompt of a row of prompt and completion.
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from moe_llm.config import SourceConfig
@@ -16,8 +17,20 @@ from moe_llm.data.sources import read_records
 from moe_llm.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# Fields of a turn that templates may write, besides role and content.
-_PASSED = ("tool_calls", "reasoning_content", "reasoning", "thinking", "name", "tool_call_id")
+# Fields of a turn that templates are known to write, besides role and content.
+PASSED = ("tool_calls", "reasoning_content", "reasoning", "thinking", "name", "tool_call_id")
+# Those that say what is learned, and no template gets.
+_MARKS = ("weight", "train", "training", "loss")
+_REFUSED = {
+    "function_call": "give its call as tool_calls",
+    "train_detail": "mark whole turns with train",
+    "training_detail": "mark whole turns with train",
+}
+# Arguments of apply_chat_template that a row cannot set.
+_RESERVED = (
+    "conversation", "conversations", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "return_dict", "return_assistant_tokens_mask",
+)  # fmt: skip
 Message = dict[str, Any]
 
 
@@ -28,7 +41,8 @@ class Example:
     messages: role and content of each turn, and what templates may write besides (`tool_calls`, `reasoning_content`,
     `name`). where: file and line, for errors. text: the turns as JSON, always the same for the same turns; examples are
     told apart by it. tools: those that the assistant may call. masked: turns of the assistant that are not learned.
-    shape: of its row, a key of `shapes.SHAPES`.
+    shape: of its row, a key of `shapes.SHAPES`. options: what else the template gets: `documents`, and what the row's
+    `chat_template_kwargs` say.
     """
 
     messages: list[Message]
@@ -37,6 +51,7 @@ class Example:
     tools: list[Any] | None = None
     masked: frozenset[int] = frozenset()
     shape: str = "messages"
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def plain(self) -> str:
@@ -60,10 +75,17 @@ def example(
     tools: list[Any] | None = None,
     masked: frozenset[int] = frozenset(),
     shape: str = "messages",
+    options: Mapping[str, Any] | None = None,
 ) -> Example:
-    content: Any = messages if tools is None else [messages, tools]
-    text = json.dumps(content, ensure_ascii=False, sort_keys=True, default=str)
-    return Example(messages, where, text, tools, masked, shape)
+    known = [{name: value for name, value in m.items() if name in ("role", "content", *PASSED)} for m in messages]
+    content: Any = known if tools is None else [known, tools]
+    if options:
+        content = [known, tools, dict(options)]
+    return Example(messages, where, _as_text(content), tools, masked, shape, options or {})
+
+
+def _as_text(content: Any) -> str:
+    return json.dumps(content, ensure_ascii=False, sort_keys=True, default=str)
 
 
 def read_examples(source: SourceConfig, field: str, pieces: Sequence[Piece] | None = None) -> Iterator[Example]:
@@ -114,45 +136,106 @@ def to_example(record: dict[str, Any], where: Place | str, field: str) -> Exampl
             f"{', '.join(name for name, value in record.items() if value is not None) or 'nothing'}: "
             f"say which is which in {field}.columns, or set {field}.content=text"
         )
-    turns = turns_of(record, shape)
+    turns, read = turns_of(record, shape)
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{origin}: messages is {_short(turns)}: give it a list of turns, each with role and content")
+    for name in ("images", "videos", "audios"):
+        if record.get(name):
+            raise UserError(f"{origin} has {name}, and text alone is learned from here: remove that row")
     messages = [_message(turn, number, origin) for number, turn in enumerate(turns, start=1)]
-    masked = frozenset(i for i, turn in enumerate(turns) if not is_learned(turn, origin._replace(turn=i + 1)))
+    masked = frozenset(i for i, turn in enumerate(turns) if not is_learned(turn, origin._replace(turn=i + 1), _MARKS))
     assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not assistants:
-        raise UserError(f"{origin} has no turn of the assistant, so there is nothing to learn: remove that row")
+    answers = [i for i in assistants if i >= read]
+    if not answers:
+        raise UserError(
+            f"{origin} has no turn of the assistant{' behind its prompt' * bool(assistants)}, so there is nothing to learn: "
+            "remove that row"
+        )
     unwanted = shape == "prompt and completion" and record.get("label") is False  # TRL's unpaired preferences
-    if unwanted or not is_learned(record, origin) or masked.issuperset(assistants):
+    if unwanted or not is_learned(record, origin) or masked.issuperset(answers):
         return None
-    tools = record.get("tools")
-    if isinstance(tools, str):
-        tools = _parsed_tools(tools, origin)
-    if tools is not None and not isinstance(tools, list):
-        raise UserError(f"{origin}: tools is {_short(tools)}: give it a list of tools")
-    return example(messages, where, tools or None, masked & frozenset(assistants), shape)
+    tools = _listed_or_null(record.get("tools"), "tools", origin)
+    found = example(messages, where, tools, (masked | {*range(read)}) & {*assistants}, shape, _options(record, origin))
+    _check_unicode(found, origin)
+    return found
 
 
-def _parsed_tools(text: str, origin: _Origin) -> Any:
+def _listed_or_null(value: Any, name: str, origin: _Origin) -> list[Any] | None:
+    """Tools or documents, which may be JSON text."""
+    if isinstance(value, str):
+        value = _parsed(value, name, origin)
+    if value is not None and not isinstance(value, list):
+        raise UserError(f"{origin}: {name} is {_short(value)}: give it a list of {name}")
+    return value or None
+
+
+def _options(record: dict[str, Any], origin: _Origin) -> Mapping[str, Any]:
+    """What else the template gets, as `apply_chat_template` has it."""
+    given = record.get("chat_template_kwargs")
+    if isinstance(given, str):
+        given = _parsed(given, "chat_template_kwargs", origin)
+    if given is not None and not isinstance(given, dict):
+        raise UserError(f"{origin}: chat_template_kwargs is {_short(given)}: give it an object")
+    given = _without_nulls(given or {})
+    if reserved := [name for name in given if name in _RESERVED]:
+        raise UserError(f"{origin}: chat_template_kwargs sets {reserved[0]}, which a row cannot: remove it")
+    documents = _listed_or_null(record.get("documents"), "documents", origin)
+    return given if documents is None else given | {"documents": documents}
+
+
+def _check_unicode(found: Example, origin: _Origin) -> None:
+    """Refuse halves of surrogate pairs, wherever they stand."""
+    if half_of_a_pair(found.text) is None:
+        return
+    for number, message in enumerate(found.messages, start=1):
+        content = half_of_a_pair(message["content"])
+        if content is not None or half_of_a_pair(_as_text(message)) is not None:
+            at = f" at character {content}" if content is not None else ""
+            raise UserError(
+                f"{origin}: turn {number} holds half of a surrogate pair{at}, which is no Unicode text: repair or remove "
+                "that row"
+            )
+    raise UserError(f"{origin} holds half of a surrogate pair, which is no Unicode text: repair or remove that row")
+
+
+def half_of_a_pair(text: str) -> int | None:
+    """Where a text holds half of a surrogate pair, which no encoding has; None for Unicode text."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
+def _parsed(text: str, name: str, origin: _Origin) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # the latter where it is nested too deeply
-        raise UserError(f"{origin}: tools is {_short(text)}, which is no JSON: give it a list of tools") from error
+        raise UserError(f"{origin}: {name} is {_short(text)}, which is no JSON: repair or remove that row") from error
 
 
-def is_learned(given: dict[str, Any], where: object) -> bool:
-    """By `weight` (0 or 1) and `train`, of a row or of a turn."""
-    weight, train = given.get("weight"), given.get("train", given.get("training"))
-    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        raise UserError(f"{where} has the weight {_short(weight)}: use 1 to learn it and 0 not to, or remove it")
-    if train is not None and not isinstance(train, bool):
-        raise UserError(f"{where} has train={_short(train)}: use true to learn it and false not to, or remove it")
-    return weight != 0 and train is not False
+def is_learned(given: dict[str, Any], where: object, marks: Sequence[str] = ("weight", "train", "training")) -> bool:
+    """By `weight` (0 or 1), `train` and its other names, of a row or of a turn."""
+    for mark in marks:
+        value = given.get(mark)
+        if value is None:
+            continue
+        if mark == "weight" and (isinstance(value, bool) or value not in (0, 1)):
+            raise UserError(f"{where} has the weight {_short(value)}: use 1 to learn it and 0 not to, or remove it")
+        if mark != "weight" and not isinstance(value, bool):
+            raise UserError(f"{where} has {mark}={_short(value)}: use true to learn it and false not to, or remove it")
+    return not any(given.get(mark) in (0, False) for mark in marks if given.get(mark) is not None)
 
 
 def _message(turn: Any, number: int, origin: _Origin) -> Message:
-    passed = {name: turn[name] for name in _PASSED if turn.get(name) is not None} if isinstance(turn, dict) else {}
-    calls = passed.get("tool_calls") or None
+    given = turn.items() if isinstance(turn, dict) else ()
+    passed = {name: value for name, value in given if value is not None and name not in ("role", "content", *_MARKS)}
+    calls = _calls(passed.get("tool_calls"), number, origin)
+    if isinstance(passed.get("tool_calls"), str):
+        passed["tool_calls"] = calls or []
+    for name, remedy in _REFUSED.items():
+        if name in passed:
+            raise UserError(f"{origin}: turn {number} has {name}, which no template writes here: {remedy}")
     if not isinstance(turn, dict) or "role" not in turn or ("content" not in turn and calls is None):
         raise UserError(f"{origin}: turn {number} is {_short(turn)}: give it role and content")
     role, content = turn["role"], turn.get("content")
@@ -164,16 +247,21 @@ def _message(turn: Any, number: int, origin: _Origin) -> Message:
         content = ""
     if not isinstance(content, str):
         raise UserError(f"{origin}: turn {number} has the content {_short(content)}: give it text, or remove that row")
-    if role == "assistant" and not content.strip() and calls is None:
+    learned = is_learned(turn, origin._replace(turn=number), _MARKS)
+    if role == "assistant" and learned and not content.strip() and calls is None:
         raise UserError(f"{origin}: turn {number}, the assistant's, is empty: give it text, or remove that row")
-    try:
-        content.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{origin}: turn {number} holds half of a surrogate pair at character {error.start}, which is no Unicode "
-            "text: repair or remove that row"
-        ) from error
     return {"role": role, "content": content, **_without_nulls(passed)}
+
+
+def _calls(calls: Any, number: int, origin: _Origin) -> list[Any] | None:
+    """The tool calls of a turn, which may be JSON text; None where there are none."""
+    if isinstance(calls, str):
+        calls = _parsed(calls, "tool_calls", origin._replace(turn=number)) if calls.strip() else None
+    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        raise UserError(
+            f"{origin}: turn {number} has the tool_calls {_short(calls)}: give it a list of objects, each with a function"
+        )
+    return calls or None
 
 
 def _joined(parts: list[Any], number: int, origin: _Origin) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from moe_llm.config import Config
-from moe_llm.data.chat import Example, Message, example
+from moe_llm.data.chat import PASSED, Example, Message, example, half_of_a_pair
 from moe_llm.data.documents import plain_backend, vocabulary_size
 from moe_llm.errors import UserError
 
@@ -129,6 +129,11 @@ class ChatEncoder:
         """
         with _rendering:
             rendered = [self.render(found) for found in examples]
+        for found, (text, _) in zip(examples, rendered):
+            if half_of_a_pair(text) is not None:  # in a field that this template alone writes
+                raise self._refusal(
+                    found, "writes half of a surrogate pair, which is no Unicode text", "repair that row"
+                )
         encodings = self._backend.encode_batch([text for text, _ in rendered], add_special_tokens=False)
         return [
             self._tokens(encoding, spans, found) for encoding, (_, spans), found in zip(encodings, rendered, examples)
@@ -203,12 +208,14 @@ class ChatEncoder:
 
     def _report_what_is_ignored(self, found: Example) -> None:
         """Warn once of each field that rows have and the template does not write."""
-        fields = {name for message in found.messages for name in message} - {"role", "content"}
-        fields |= {"tools"} if found.tools else set()
+        fields = {name for message in found.messages for name in message if name in PASSED}
+        fields |= ({"tools"} if found.tools else set()) | {*found.options}
         for name in sorted(fields - self._looked_at):
             self._looked_at.add(name)
             messages = [{key: value for key, value in m.items() if key != name} for m in found.messages]
-            without = Example(messages, found.where, found.text, None if name == "tools" else found.tools, found.masked)
+            options = {key: value for key, value in found.options.items() if key != name}
+            tools = None if name == "tools" else found.tools
+            without = replace(found, messages=messages, tools=tools, options=options)
             try:
                 ignored = self._call(found, found.messages) == self._call(without, messages)
             except (
@@ -294,7 +301,7 @@ class ChatEncoder:
                 chat_template=self.template,
                 add_generation_prompt=prompt,
                 return_assistant_tokens_mask=marks,
-                **self._names,
+                **{**self._names, **found.options},
             )
         except TemplateSyntaxError as error:
             raise UserError(

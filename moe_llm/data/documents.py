@@ -9,6 +9,7 @@ that it does not spell out itself, since it is to be continued.
 
 import json
 import logging
+import re
 from array import array
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
+
+_ELEMENT = re.compile(r"</?[a-z]+>")
 
 
 def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:
@@ -160,18 +163,29 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerFast", prompt: str, begin: bool = 
 
 
 class SpecialText:
-    """The texts of a tokenizer's special tokens, to be found in documents."""
+    """The texts of a tokenizer's special tokens, to be found in documents.
+
+    Those that are elements of HTML too, such as <s>, count only where a line begins or ends with one, as what a chat
+    template writes does: sources of programs and web pages have them within lines.
+    """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast"):
         special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
         self._by_head: dict[str, list[str]] = {}  # a document without the head is searched for none of them
+        self._edges: dict[str, re.Pattern[str]] = {}
         for text in special:
             if len(text) > 1:
                 self._by_head.setdefault(text[:3], []).append(text)
+            if _ELEMENT.fullmatch(text):
+                escaped = re.escape(text)
+                self._edges[text] = re.compile(rf"^[ \t]*{escaped}|{escaped}[ \t\r]*$", re.MULTILINE)
 
     def within(self, document: str) -> Iterable[str]:
         """Those that stand in a document, each once."""
-        return [text for head, texts in self._by_head.items() if head in document for text in texts if text in document]
+        texts = [
+            text for head, texts in self._by_head.items() if head in document for text in texts if text in document
+        ]
+        return [text for text in texts if text not in self._edges or self._edges[text].search(document)]
 
 
 def report_special_text(name: str, seen: Mapping[str, int], documents: int, remedy: str) -> None:

@@ -11,7 +11,34 @@ from pathlib import Path
 from typing import IO, Any
 
 _PACKINGS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
-_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz"}
+_MAGIC = (
+    (rb"\x1f\x8b\x08", "gzip"), (rb"\x28\xb5\x2f\xfd", "zstd"), (rb"BZh[1-9](1AY&SY|\x17rE8P)", "bz2"),
+    (rb"\xfd7zXZ\x00", "xz"),
+)  # fmt: skip
+# First bytes of files that hold neither text nor rows that are read here: words for them, and what to do with them.
+_FOREIGN = (
+    (rb"PK\x03\x04|PK\x05\x06", "a zip archive", "unpack it"),
+    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it"),
+    (rb"Rar!\x1a\x07", "a rar archive", "unpack it"),
+    (rb"(?s).{257}ustar", "a tar archive", "unpack it"),
+    (rb"\x04\x22M\x18", "packed with lz4", "unpack it, or pack it with gzip or zstd"),
+    (rb"\xff\x06\x00\x00sNaPpY", "packed with snappy", "unpack it, or pack it with gzip or zstd"),
+    (rb"\x1f[\x9d\xa0]", "packed with compress", "unpack it, or pack it with gzip or zstd"),
+    (
+        rb"ARROW1\x00\x00|\xff\xff\xff\xff",
+        "an Arrow file",
+        "write it as parquet, or read the dataset's folder with type: hub",
+    ),
+    (rb"ORC[^ -~]", "an ORC file", "write it as parquet"),
+    (rb"Obj\x01", "an Avro file", "write it as parquet"),
+    (rb"\x89HDF", "an HDF5 file", "write it as parquet"),
+    (rb"SQLite format 3", "a SQLite database", "write its rows as parquet or jsonl"),
+    (rb"\x93NUMPY", "a NumPy array", "write its rows as parquet or jsonl"),
+    (rb"\x80[\x02-\x05]", "a pickle", "write its rows as parquet or jsonl"),
+    (rb"%PDF-", "a PDF", "extract its text"),
+    (rb"\xd0\xcf\x11\xe0", "an old Office document", "extract its text"),
+    (rb"\xff\xfe|\xfe\xff", "UTF-16 text", "convert it to UTF-8, e.g. with iconv"),
+)
 _BY_SUFFIX = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -22,6 +49,8 @@ _BY_SUFFIX = {
 }
 TOKEN_KINDS = ("megatron", "datatrove")
 _PEEKED = 1 << 16  # bytes by which a file's content is recognised
+_BLANK = b"\xef\xbb\xbf \t\r\n"  # a byte order mark and white space, before the first row
+_ROWS_OF_JSON = re.compile(rb'(\[\s*)?\{\s*"')
 _NAME = re.compile(r"[A-Za-z_][\w .-]{0,39}")  # of a column
 
 
@@ -52,10 +81,28 @@ def file_kind(path: Path, format: str = "auto") -> str:
     tokens = token_kind(path, format)
     if format != "auto" or tokens is not None:
         return tokens or format
-    kind = kind_by_name(path.name)
+    kind, begin = kind_by_name(path.name), _peek(path)
+    if begin.startswith(b"PAR1"):
+        return "parquet"
+    begin = begin.lstrip(_BLANK)
     if kind in ("json", "jsonl"):  # an array of rows or lines of them, whatever its name says
-        return "json" if _begin(path).startswith(b"[") else "jsonl"
-    return "parquet" if kind == "text" and _peek(path).startswith(b"PAR1") else kind
+        return "json" if begin.startswith(b"[") else "jsonl"
+    if kind != "text" and _ROWS_OF_JSON.match(begin):
+        return "json" if begin.startswith(b"[") else "jsonl"
+    return kind
+
+
+def foreign_kind(path: Path) -> tuple[str, str] | None:
+    """Words for a file that holds neither text nor rows that are read here, and what to do with it; None for others."""
+    begin = _peek(path)
+    for first, words, remedy in _FOREIGN:
+        if re.match(first, begin):
+            return words, remedy
+    if _packing(begin) is not None:
+        return "packed twice", "unpack it once"
+    if begin.count(b"\0") * 3 > len(begin):
+        return "UTF-16 text or no text at all (a third of its bytes are zero)", "convert it to UTF-8, e.g. with iconv"
+    return None
 
 
 def kind_by_name(name: str) -> str:
@@ -72,7 +119,7 @@ def _peek(path: Path) -> bytes:
 
 
 def _begin(path: Path) -> bytes:
-    return _peek(path).lstrip(b"\xef\xbb\xbf \t\r\n")
+    return _peek(path).lstrip(_BLANK)
 
 
 def holds_zero_bytes(path: Path) -> bool:
@@ -118,13 +165,23 @@ def _is_table(lines: list[bytes], separator: str) -> bool:
 
 
 def packing_of(path: Path) -> str | None:
-    """How a file is packed: by its ending, or else by its first bytes; None for one that is not."""
-    packing = _PACKINGS.get(path.suffix.lower())
-    if packing is None:
-        with path.open("rb") as file:
-            first = file.read(6)
-        packing = next((name for magic, name in _MAGIC.items() if first.startswith(magic)), None)
-    return packing
+    """How a file is packed: by its first bytes, or else by its ending; None for one that is not. One that its ending calls
+    packed and that begins as text was unpacked on its way here, as browsers do it."""
+    with path.open("rb") as file:
+        first = file.read(16)
+    named = _PACKINGS.get(path.suffix.lower())
+    return _packing(first) or (None if first and _is_text(first) else named)
+
+
+def _packing(first: bytes) -> str | None:
+    return next((name for magic, name in _MAGIC if re.match(magic, first)), None)
+
+
+def _is_text(first: bytes) -> bool:
+    """Whether bytes are printable UTF-8, the last character of which may be cut."""
+    text = first.decode("utf-8", errors="ignore").lstrip("\ufeff")
+    whole = len(first) - len(first.decode("utf-8", errors="ignore").encode("utf-8")) < 4
+    return whole and all(character.isprintable() or character in "\t\r\n" for character in text)
 
 
 def open_unpacked(path: Path) -> IO[bytes]:

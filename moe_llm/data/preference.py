@@ -27,7 +27,8 @@ from moe_llm.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_COLUMNS = ("prompt", "chosen", "rejected", "tools", "weight")
+_PASSED = ("tools", "documents", "chat_template_kwargs", "images", "videos", "audios")
+_COLUMNS = ("prompt", "chosen", "rejected", "weight", *_PASSED)
 logger = logging.getLogger(__name__)
 
 
@@ -122,7 +123,8 @@ def _conversations(
     # UltraFeedback gives the prompt beside whole conversations that begin with it
     if any(isinstance(turn, dict) and turn.get("role") == "user" for turn in turns[0]):
         before = []
-    made = [to_example({"messages": [*before, *side], "tools": record.get("tools")}, where, field) for side in turns]
+    passed = {name: record.get(name) for name in _PASSED}
+    made = [to_example({"messages": [*before, *side], **passed}, where, field) for side in turns]
     both = [side for side in made if side is not None]
     if len(both) < 2:
         return None

@@ -92,7 +92,7 @@ def manifest(config: Config, data: Data, tokenizer_hash: str) -> dict[str, Any]:
         "hash": digest,
         "tokenizer": tokenizer_hash,
         "sources": [
-            entry | ({"bytes": part.bytes, "blocks": part.blocks} if part is not None else {})
+            entry | ({} if part is None else {name: getattr(part, name) for name in _COUNTED})
             for entry in prints
             for part in [blocks.get((entry["source"], entry["split"]))]
         ],
@@ -113,11 +113,16 @@ def _files(source: SourceConfig, field: str, cache: Path) -> list[dict[str, Any]
     return [{"name": name, "size": size, "sha256": digest} for name, size, digest in file_records(source, field, cache)]
 
 
+_COUNTED = ("bytes", "blocks", "dropped", "truncated")
+
+
 def format_manifest(found: dict[str, Any]) -> str:
     """A line for each source and split, and where the manifest is."""
     lines = [
         f"{part['source']} ({part['split']}): {part['documents']:,} documents, {part['tokens']:,} tokens"
         + (f", {part['blocks']:,} blocks" if "blocks" in part else "")
+        + (f", {part['dropped']:,} left out, longer than a block" if part.get("dropped") else "")
+        + (f", {part['truncated']:,} cut to a block" if part.get("truncated") else "")
         for part in found["sources"]
     ]
     return "\n".join([*lines, f"manifest {found['hash'][:12]}: {found['path']}"])

@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from moe_llm.config import SourceConfig
 from moe_llm.data.kinds import (
     TOKEN_KINDS,
     file_kind,
+    foreign_kind,
     holds_zero_bytes,
     looks_like_rows,
     open_unpacked,
@@ -23,6 +25,7 @@ from moe_llm.data.kinds import (
     token_kind,
 )
 from moe_llm.data.pieces import Piece, Place, bounds, by_bytes, by_items
+from moe_llm.data.shapes import from_table, shape_of
 from moe_llm.data.token_files import divided_tokens, token_documents
 from moe_llm.errors import UserError
 
@@ -36,12 +39,16 @@ def records_of(
 ) -> Iterator[tuple[Place | str, dict[str, Any]]]:
     """(where it stands, row) of each row of a piece."""
     path = piece.path
+    _check_readable(piece, field)
     kind = file_kind(path, source.format)
     if kind == "text" and source.format == "auto" and (rows := looks_like_rows(path)):
         kind, _ = rows
     if kind == "text" or kind in TOKEN_KINDS:
         raise UserError(f"{field}: {path} holds no rows: set {field}.format to jsonl, json, csv or parquet")
-    return _rows(piece, kind, columns, field)
+    found = _rows(piece, kind, columns, field)
+    if kind in ("csv", "tsv"):
+        return ((where, from_table(record, source.columns)) for where, record in found)
+    return found
 
 
 def documents_of(piece: Piece, source: SourceConfig, field: str) -> Iterator[str]:
@@ -54,6 +61,7 @@ def documents_of(piece: Piece, source: SourceConfig, field: str) -> Iterator[str
         )
     if source.type == "python_stdlib":
         return _segments(piece)
+    _check_readable(piece, field)
     if kind == "text":
         if source.format == "auto" and not piece.begin and holds_zero_bytes(path):
             raise UserError(
@@ -76,6 +84,12 @@ def documents_of(piece: Piece, source: SourceConfig, field: str) -> Iterator[str
     return (text_of(record, column, where, field) for where, record in found)
 
 
+def _check_readable(piece: Piece, field: str) -> None:
+    foreign = None if piece.begin else foreign_kind(piece.path)
+    if foreign is not None:
+        raise UserError(f"{field}: {piece.path} is {foreign[0]}, which is not read here: {foreign[1]}")
+
+
 def tokens_of(piece: Piece, source: SourceConfig, field: str) -> Iterator[str]:
     """The documents of a piece of a token file, as text of ids."""
     return token_documents(piece, file_kind(piece.path, source.format), field)
@@ -86,7 +100,7 @@ def _rows(piece: Piece, kind: str, columns: Sequence[str], field: str) -> Iterat
         return _parquet(piece, columns, field)
     if kind == "jsonl":
         return _jsonl(piece, field)
-    return _json_array(piece.path, field) if kind == "json" else _csv(piece.path, field)
+    return _json_array(piece.path, field) if kind == "json" else _csv(piece.path, kind, field)
 
 
 def _decode(data: bytes, offset: int, place: Place | None = None) -> str:
@@ -151,7 +165,9 @@ def _jsonl(piece: Piece, field: str) -> Iterator[tuple[Place, dict[str, Any]]]:
     for place, line in _placed_lines(piece):
         if not line.strip():
             continue
-        record = _parsed(line, place, field, "repair that line")
+        ends_open = line.rstrip() in ("{", "[") or line.rstrip().endswith((",", "{", "["))
+        remedy = "give each row a line of its own, or a JSON array of rows" if ends_open else "repair that line"
+        record = _parsed(line, place, field, remedy)
         if not isinstance(record, dict):
             raise UserError(f"{field}: {place} is no JSON object: give it named columns")
         yield place, record
@@ -181,15 +197,18 @@ def _json_array(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{path}, row {number}", record
 
 
-def _csv(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _csv(path: Path, kind: str, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a table whose first line names the columns; separated by commas or, by its content, tabs or semicolons."""
     with open_unpacked(path) as file:
-        first = file.readline().decode("utf-8", errors="replace")
-    separator = max(",\t;", key=first.count)
+        first = re.sub('"[^"]*"', "", file.readline().decode("utf-8", errors="replace"))
+    separator = "\t" if kind == "tsv" and "\t" in first else max(",\t;", key=first.count)
     csv.field_size_limit(2**31 - 1)
     with open_unpacked(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
         reader = csv.DictReader(text, delimiter=separator)
         try:
+            names = list(reader.fieldnames or [])
+            if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+                raise UserError(f"{field}: {path} has the column {twice[0]!r} more than once: give each its own name")
             for record in reader:
                 where = f"{path}, line {reader.line_num}"
                 if None in record or None in record.values():
@@ -197,6 +216,9 @@ def _csv(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield where, record
         except csv.Error as error:
             raise UserError(f"{field}: {path}, line {reader.line_num} is no CSV ({error}): repair that line") from error
+        except UnicodeDecodeError as error:
+            error.reason = f"line {reader.line_num + 1} or soon behind it"
+            raise
 
 
 def text_of(record: dict, text_field: str, where: Place | str, field: str) -> str:
@@ -223,7 +245,7 @@ def _as_format(field: str, format: str) -> str:
 
 
 def _no_column(where: Place | str, text_field: str, columns: list[str], field: str) -> UserError:
-    chat = "messages" in columns or {"prompt", "completion"} <= set(columns)
+    chat = shape_of(dict.fromkeys(map(str, columns), True)) is not None
     return UserError(
         f"{text_key(field)}={text_field} is no column of {where}: "
         f"it has {', '.join(map(str, columns)) or 'none'}, choose one of them"

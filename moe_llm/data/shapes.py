@@ -6,9 +6,11 @@
 {"prompt": ..., "chosen": ..., "rejected": ...}         preferences, of which the chosen answer is learned
 {"instruction": "...", "input": "...", "output": "..."}                               Alpaca
 
-A row may have a `system` prompt beside these, and Alpaca's rows a `history` of earlier questions and answers.
+A row may have a `system` prompt beside these, and Alpaca's rows a `history` of earlier questions and answers. Lists of turns
+may also be JSON text, as tables have them.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +25,10 @@ SHAPES: dict[str, tuple[frozenset[str], str]] = {
     "instruction and output": (frozenset({"instruction", "output"}), "Alpaca's instruction and output"),
 }
 # Columns that a row need not have.
-_OPTIONAL = ("rejected", "input", "system", "history", "tools", "weight", "train", "training", "label")
+_OPTIONAL = (
+    "rejected", "input", "system", "history", "tools", "weight", "train", "training", "label", "documents",
+    "chat_template_kwargs", "images", "videos", "audios",
+)  # fmt: skip
 COLUMNS = (*dict.fromkeys(name for needed, _ in SHAPES.values() for name in sorted(needed)), *_OPTIONAL)
 TURN_FIELDS = ("role", "content")
 ROLES = {
@@ -80,6 +85,27 @@ def shape_of(record: Mapping[str, Any]) -> str | None:
     return next((shape for shape, (needed, _) in SHAPES.items() if needed <= given), None)
 
 
+def from_table(record: Mapping[str, Any], columns: Mapping[Any, str] | None) -> dict[str, Any]:
+    """A row of a file in which every value is text: numbers and truth values as these, and null for what is empty.
+
+    Args:
+        columns: `data.sources.N.columns`, by which columns may have other names.
+    """
+    row = dict(record)
+    for name in _OPTIONAL:
+        own = (columns or {}).get(name, name)
+        value = row.get(own)
+        if not isinstance(value, str):
+            continue
+        if not value.strip():
+            row[own] = None
+        elif name in ("train", "training", "label"):
+            row[own] = {"true": True, "false": False}.get(value.strip().lower(), value)
+        elif name == "weight":
+            row[own] = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}.get(value.strip(), value)
+    return row
+
+
 def describe_shapes(counts: Mapping[str, int]) -> str:
     """One clause: how many rows are of which shape.
 
@@ -89,33 +115,57 @@ def describe_shapes(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} rows read as {SHAPES[shape][1]}" for shape, count in counts.items())
 
 
-def turns_of(record: Mapping[str, Any], shape: str) -> Any:
-    """The turns of a row, not yet checked."""
-    turns, system = _turns(record, shape), record.get("system")
+def turns_of(record: Mapping[str, Any], shape: str) -> tuple[Any, int]:
+    """The turns of a row, not yet checked, and how many of the first ones are its prompt, which is read and not learned."""
+    (turns, read), system = _turns(record, shape), record.get("system")
     begun = isinstance(turns, list) and turns and isinstance(turns[0], dict) and turns[0].get("role") == "system"
     if isinstance(turns, list) and isinstance(system, str) and system.strip() and not begun:
-        return [{"role": "system", "content": system}, *turns]
-    return turns
+        return [{"role": "system", "content": system}, *turns], read + 1
+    return turns, read
 
 
-def _turns(record: Mapping[str, Any], shape: str) -> Any:
+def _turns(record: Mapping[str, Any], shape: str) -> tuple[Any, int]:
     if shape in ("messages", "conversations"):
-        given = record[shape]
-        return [_from_sharegpt(turn) for turn in given] if isinstance(given, list) else given
+        given = _listed(record[shape])
+        return [_from_sharegpt(turn) for turn in given] if isinstance(given, list) else given, 0
     if shape == "prompt and completion":
-        return [*_said(record["prompt"], "user"), *_said(record["completion"], "assistant")]
+        prompt = _said(record["prompt"], "user")
+        return [*prompt, *_said(record["completion"], "assistant")], len(prompt)
     if shape == "chosen":
-        prompt = record.get("prompt")
-        chosen = _said(record["chosen"], "assistant")
-        begun = any(isinstance(turn, dict) and turn.get("role") == "user" for turn in chosen)
-        return chosen if prompt is None or begun else [*_said(prompt, "user"), *chosen]
+        return _chosen(record)
     more = record.get("input")
     question = record["instruction"] if not more else f"{record['instruction']}\n\n{more}"
-    return [*_earlier(record.get("history")), *_said(question, "user"), *_said(record["output"], "assistant")]
+    asked = [*_earlier(_listed(record.get("history"))), *_said(question, "user")]
+    return [*asked, *_said(record["output"], "assistant")], 0
+
+
+def _chosen(record: Mapping[str, Any]) -> tuple[list[Any], int]:
+    """The chosen conversation, and how much of it is its prompt: what stands apart, or what both sides begin with."""
+    prompt, chosen = record.get("prompt"), _said(record["chosen"], "assistant")
+    if not any(isinstance(turn, dict) and turn.get("role") == "user" for turn in chosen):
+        before = [] if prompt is None else _said(prompt, "user")
+        return [*before, *chosen], len(before)
+    rejected = _listed(record.get("rejected"))
+    both = zip(chosen, rejected) if isinstance(rejected, list) else ()
+    return chosen, next((i for i, (one, other) in enumerate(both) if one != other), len(chosen) - 1)
 
 
 def _said(value: Any, role: str) -> list[Any]:
-    return value if isinstance(value, list) else [{"role": role, "content": value}]
+    listed = _listed(value)
+    return listed if isinstance(listed, list) else [{"role": role, "content": value}]
+
+
+def _listed(value: Any) -> Any:
+    """A list of turns or pairs that is given as JSON text, as that list; anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return (
+        found if isinstance(found, list) and found and all(isinstance(turn, dict | list) for turn in found) else value
+    )
 
 
 def _earlier(history: Any) -> list[Any]:

@@ -304,6 +304,11 @@ def no_text(source: SourceConfig, field: str) -> UserError:
         return UserError(
             f"{where} holds no pairs to learn from: name files with rows whose chosen and rejected answers differ"
         )
+    if source.content == "chat":
+        return UserError(
+            f"{where} holds no row that is learned: name files with conversations that their weight, train and label do not "
+            "leave out"
+        )
     return UserError(f"{where} holds no text: name files with non-empty documents")
 
 

@@ -241,3 +241,96 @@ def test_a_run_says_at_its_start_that_no_learned_turn_ends(tokenizer, tmp_path, 
     }
     load_data(validate(raw), with_template(tokenizer, template), show_progress=False)
     assert ("will not learn to stop" in caplog.text) != stops
+
+
+LISTED = turns("a", "one", "b")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": LISTED, "completion": [{"role": "assistant", "content": "two"}]}, "two<|im_end|>"),
+        ({"prompt": LISTED, "completion": "two", "system": "be kind"}, "two<|im_end|>"),
+        ({"prompt": LISTED, "chosen": "two", "rejected": "no"}, "two<|im_end|>"),
+        ({"chosen": turns("a", "one", "b", "two"), "rejected": turns("a", "one", "b", "no")}, "two<|im_end|>"),
+        ({"chosen": turns("a", "one", "b", "two")}, "two<|im_end|>"),
+        ({"messages": turns("a", "one", "b", "two")}, "one<|im_end|>|two<|im_end|>"),
+    ],
+)
+def test_answers_within_a_prompt_are_read_and_not_learned(tokenizer, tmp_path, row, expected):
+    """As TRL learns rows of prompt and completion."""
+    assert learned_texts(with_template(tokenizer, CHATML), chat(tmp_path, [row])) == [expected]
+
+
+def test_a_completion_without_an_answer_is_named(tmp_path):
+    row = {"prompt": LISTED, "completion": [{"role": "user", "content": "more"}]}
+    with pytest.raises(UserError, match="line 1 has no turn of the assistant behind its prompt"):
+        list(read_examples(chat(tmp_path, [row]), FIELD))
+
+
+@pytest.mark.parametrize("mark", [{"loss": False}, {"train": None, "training": False}, {"weight": 0.0}])
+def test_other_names_of_marks_are_honoured(tokenizer, tmp_path, mark):
+    messages = turns("a", "", "b", "two")  # what is not learned may be empty
+    messages[1] |= mark
+    assert learned_texts(with_template(tokenizer, CHATML), chat(tmp_path, [{"messages": messages}])) == [
+        "two<|im_end|>"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"messages": turns("a", "b", loss=0.5)}, r"turn 2 has loss=0\.5: use true"),
+        ({"messages": turns("a", "b", training_detail=[])}, "turn 2 has training_detail.*mark whole turns with train"),
+        ({"messages": turns("a", None, function_call={"name": "f"})}, "has function_call.*give its call as tool_calls"),
+        (
+            {"messages": turns("a", "b", tool_calls=["f"])},
+            r"turn 2 has the tool_calls \[\"f\"\]: give it a list of objects",
+        ),
+        ({"messages": turns("a", "b", tool_calls="f")}, r"turn 2: tool_calls is \"f\", which is no JSON"),
+        ({"messages": turns("a", "b"), "images": ["a.png"]}, "line 1 has images, and text alone"),
+        ({"messages": turns("a", "b"), "chat_template_kwargs": ["x"]}, "chat_template_kwargs is .*give it an object"),
+        ({"messages": turns("a", "b"), "chat_template_kwargs": {"tools": []}}, "chat_template_kwargs sets tools"),
+        ({"messages": turns("a", "b"), "documents": 1}, "documents is 1: give it a list of documents"),
+        ({"messages": turns("a", "b", reasoning_content="\ud800")}, "turn 2 holds half of a surrogate pair"),
+        ({"messages": turns("a", "b"), "tools": [{"name": "\ud800"}]}, "line 1 holds half of a surrogate pair"),
+    ],
+)
+def test_what_cannot_be_learned_as_it_is_meant_is_refused_by_name(tmp_path, row, words):
+    with pytest.raises(UserError, match=words):
+        list(read_examples(chat(tmp_path, [row]), FIELD))
+
+
+def test_the_template_gets_all_that_apply_chat_template_gets(tokenizer, tmp_path, caplog):
+    """Fields of turns that no other template knows, the row's own arguments and documents."""
+    template = (
+        "{% if enable_thinking is defined and not enable_thinking %}[calm]{% endif %}{% for d in documents or [] %}"
+        "{{ d.text }}{% endfor %}{% for m in messages %}<|im_start|>{{ m.channel or 'main' }}{{ m.content }}<|im_end|>"
+        "{% endfor %}"
+    )
+    messages = turns("a", "b", channel="side")
+    row = {"chat_template_kwargs": {"enable_thinking": False, "unread": 1}, "documents": [{"text": "page"}]}
+    tokenizer = with_template(tokenizer, template)
+    [found] = read_examples(chat(tmp_path, [{"messages": messages, **row}]), FIELD)
+    expected = tokenizer.apply_chat_template(
+        messages, documents=row["documents"], return_dict=False, **row["chat_template_kwargs"]
+    )
+    assert ChatEncoder(tokenizer, FIELD).encode([found])[0][0].tolist() == expected
+    assert "[calm]page" in tokenizer.decode(expected)
+    assert [r.getMessage().split("rows have ")[1].split(",")[0] for r in caplog.records] == ["unread"]
+
+
+def test_half_a_character_in_a_field_that_the_template_alone_writes_is_refused(tokenizer, tmp_path):
+    [found] = read_examples(chat(tmp_path, [{"messages": turns("a", "b", channel="\udc00")}]), FIELD)
+    tokenizer = with_template(tokenizer, CHATML.replace("{{ m.role }}", "{{ m.role }}{{ m.channel }}"))
+    with pytest.raises(UserError, match="line 1: the chat template writes half of a surrogate pair"):
+        ChatEncoder(tokenizer, FIELD).encode([found])
+
+
+def test_a_source_of_which_no_row_is_learned_says_so(tokenizer, tmp_path):
+    from moe_llm.data.shards import cached_tokens
+    from moe_llm.data.split import HoldOut
+
+    source = chat(tmp_path, [{"messages": turns("a", "b"), "weight": 0}])
+    with pytest.raises(UserError, match="holds no row that is learned"):
+        cached_tokens(source, FIELD, HoldOut(), with_template(tokenizer, CHATML), cache_dir=str(tmp_path / "c"))

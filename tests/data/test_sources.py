@@ -127,7 +127,7 @@ BAD = {
     "not text": ("a.jsonl", b'{"text": null}\n', {}, r"line 1: 'text' holds null where text is expected"),
     "half a surrogate": ("a.jsonl", b'{"text": "a\\ud800"}\n', {}, r"half of a surrogate .* character 1"),
     "not parquet": ("a.parquet", b"PAR1nonsense", {}, r"a\.parquet is not a readable parquet file"),
-    "not gzip": ("a.txt.gz", b"plain text", {}, r"a\.txt\.gz cannot be read .*gzip"),
+    "not gzip": ("a.txt.gz", b"\x00\x01\x02", {}, r"a\.txt\.gz cannot be read .*gzip"),
 }
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moe_llm.cli import main
 from moe_llm.config import SourceConfig
-from moe_llm.data.documents import DocumentEncoder, begins_with_bos, prompt_ids
+from moe_llm.data.documents import DocumentEncoder, SpecialText, begins_with_bos, prompt_ids
 from moe_llm.data.loader import load_data, load_evaluation
 from moe_llm.data.shards import cached_tokens
 from moe_llm.data.split import HoldOut
@@ -162,3 +162,22 @@ def test_a_token_beyond_the_rows_is_a_sentence(tokenizer, tmp_path, make_text):
         with pytest.raises(UserError, match=rf"with the id {last}, and the model has {last} rows.*resize_embeddings"):
             refused()
     assert read_prompt(tokenizer, make_text(1), rows=last + 1) is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("<s>[INST] a [/INST] b</s>", True),
+        ("a\n<s> b\n", True),
+        ("a word</s>\r\nb", True),
+        ("r'(?P<s>x)'", False),
+        ("<p><s>gone</s> now</p>", False),
+    ],
+)
+def test_elements_of_html_are_told_of_only_at_the_edge_of_a_line(tokenizer, text, told):
+    assert bool(SpecialText(tokenizer).within(text)) == told
+
+
+def test_tokens_of_turns_are_told_of_anywhere(byte_level):
+    byte_level.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    assert SpecialText(byte_level).within("within <|im_end|> a line") == ["<|im_end|>"]
