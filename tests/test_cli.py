@@ -359,3 +359,13 @@ def test_yaml_without_end_is_refused(text, tmp_path, capsys):
 def test_a_run_directory_may_begin_with_a_tilde(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert load_config(QUICKSTART, ["run.dir=~/x"]).run.dir == str(tmp_path / "x")
+
+
+def test_the_package_itself_runs_as_the_command(monkeypatch, capsys):
+    import runpy
+
+    monkeypatch.setattr("sys.argv", ["moe-llm", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("moe_llm", run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.strip()

@@ -84,6 +84,10 @@ class SourceConfig(Section):
             invalid("augment", self.augment.kind, f"does not apply to content: {self.content}", "remove it")
         if self.content != "chat" and self.columns is not None:
             invalid("columns", self.columns, "applies to content: chat", "use text_field for the column of text")
+        for of_turns in (False, True):
+            own = [column for name, column in (self.columns or {}).items() if (name in ("role", "content")) == of_turns]
+            if len(set(own)) < len(own):
+                invalid("columns", self.columns, "names a column for two things", "give each a column of its own")
         return self
 
 

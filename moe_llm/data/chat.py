@@ -7,12 +7,12 @@ a turn or a row from being learned; so does a place in the prompt of a row of pr
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from moe_llm.config import SourceConfig
 from moe_llm.data.pieces import Piece, Place
-from moe_llm.data.shapes import renamed, shape_of, turns_of, wanted_columns
+from moe_llm.data.shapes import TURN_FIELDS, renamed, shape_of, turns_of, wanted_columns
 from moe_llm.data.sources import read_records
 from moe_llm.errors import UserError
 
@@ -26,6 +26,8 @@ _REFUSED = {
     "train_detail": "mark whole turns with train",
     "training_detail": "mark whole turns with train",
 }
+_OF_PICTURES = ("images", "videos", "audios")
+_ANY_ANSWER = "an answer"
 # Arguments of apply_chat_template that a row cannot set.
 _RESERVED = (
     "conversation", "conversations", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
@@ -98,14 +100,21 @@ def read_examples(source: SourceConfig, field: str, pieces: Sequence[Piece] | No
     Raises:
         UserError: a row that is broken, by file and line; no row at all.
     """
-    count = 0
+    count, unseen = 0, {own for name, own in (source.columns or {}).items() if name not in TURN_FIELDS}
     for where, record in read_records(source, field, wanted_columns(source.columns), pieces):
         count += 1
+        unseen -= record.keys()
         found = to_example(renamed(record, source.columns, _Origin(field, where), field), where, field)
         if found is not None:
             yield found
     if not count and pieces is None:
         raise UserError(f"{field}: {source.path} holds no rows: name files that hold some")
+    if unseen and pieces is None:
+        name = next(name for name, own in (source.columns or {}).items() if own in unseen)
+        raise UserError(
+            f"{field}.columns.{name} names the column {(source.columns or {})[name]!r}, which no row of {source.path} has: "
+            "correct or remove it"
+        )
 
 
 class _Origin(NamedTuple):
@@ -134,12 +143,18 @@ def to_example(record: dict[str, Any], where: Place | str, field: str) -> Exampl
         raise UserError(
             f"{origin} has neither messages nor prompt and completion, but "
             f"{', '.join(name for name, value in record.items() if value is not None) or 'nothing'}: "
-            f"say which is which in {field}.columns, or set {field}.content=text"
+            + (
+                "call its columns so, or leave --chat out"
+                if field.startswith("--")
+                else f"say which is which in {field}.columns, or set {field}.content=text"
+            )
         )
     turns, read = turns_of(record, shape)
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{origin}: messages is {_short(turns)}: give it a list of turns, each with role and content")
-    for name in ("images", "videos", "audios"):
+    if record.get("functions"):
+        raise UserError(f"{origin} has functions, which no template writes here: give them as tools")
+    for name in _OF_PICTURES:
         if record.get(name):
             raise UserError(f"{origin} has {name}, and text alone is learned from here: remove that row")
     messages = [_message(turn, number, origin) for number, turn in enumerate(turns, start=1)]
@@ -158,6 +173,49 @@ def to_example(record: dict[str, Any], where: Place | str, field: str) -> Exampl
     found = example(messages, where, tools, (masked | {*range(read)}) & {*assistants}, shape, _options(record, origin))
     _check_unicode(found, origin)
     return found
+
+
+class Question(NamedTuple):
+    """What a row asks, without its last answer, and that answer; empty where it has none. single: a prompt as text alone."""
+
+    example: Example
+    answer: str
+    single: bool
+
+
+_LACKING = {"prompt": "completion", "instruction": "output"}
+
+
+def to_question(record: dict[str, Any], where: Place | str, field: str) -> Question | None:
+    """A row of any shape, with an answer or without, as what is asked; None for a row of another kind.
+
+    Raises:
+        UserError: the row is broken, by file and line.
+    """
+    shape, answered = shape_of(record), True
+    if shape is None:
+        lacking = [answer for asked, answer in _LACKING.items() if record.get(asked) is not None]
+        if not lacking:
+            return None
+        record, answered = record | {lacking[0]: _ANY_ANSWER}, False
+        shape = shape_of(record)
+    assert shape is not None, "the row has its answer now"
+    turns, _ = turns_of(record, shape)
+    if not isinstance(turns, list) or not turns:
+        raise UserError(
+            f"{field}: {where}: messages is {_short(turns)}: give it a list of turns, each with role and content"
+        )
+    last = turns[-1] if isinstance(turns[-1], dict) else {}
+    if last.get("role") != "assistant" or not (last.get("content") or last.get("tool_calls")):
+        asked = turns[:-1] if last.get("role") == "assistant" else turns  # an empty answer is one to be given
+        turns, answered = [*asked, {"role": "assistant", "content": _ANY_ANSWER}], False
+    turns = [{k: v for k, v in t.items() if k not in _MARKS} if isinstance(t, dict) else t for t in turns]
+    passed = {name: record.get(name) for name in ("tools", "documents", "chat_template_kwargs", *_OF_PICTURES)}
+    found = to_example({"messages": turns, **passed}, where, field)
+    assert found is not None, "its turns are not masked"
+    single = isinstance(record.get("prompt"), str) and len(turns) == 2 and shape == "prompt and completion"
+    answer = found.messages[-1]["content"] if answered else ""
+    return Question(replace(found, messages=found.messages[:-1]), answer, single)
 
 
 def _listed_or_null(value: Any, name: str, origin: _Origin) -> list[Any] | None:

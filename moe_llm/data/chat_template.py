@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -61,7 +61,7 @@ def template_setting(config: Config) -> str | None:
     if name in ("auto", "tokenizer", "mixtral"):
         return name
     try:
-        return Path(name).expanduser().read_text(encoding="utf-8")
+        return Path(name).expanduser().read_text(encoding="utf-8-sig")  # a byte order mark is none of its text
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"data.chat_template={name} cannot be read ({getattr(error, 'strerror', None) or 'it is no UTF-8'}): "
@@ -76,8 +76,14 @@ def write_template(config: Config, tokenizer: "PreTrainedTokenizerFast", directo
         UserError: the tokenizer has no template where its own is asked for.
     """
     setting = template_setting(config)
-    if setting is None or (setting in ("auto", "tokenizer") and own_template(tokenizer) is not None):
+    own = setting in ("auto", "tokenizer")
+    if setting is None or (own and own_template(tokenizer) is not None):
         return
+    if own and tokenizer.chat_template:
+        raise UserError(
+            f"data.chat_template={setting}, but none of the tokenizer's chat templates, {', '.join(tokenizer.chat_template)}, "
+            "is called default: use mixtral, or give a file with one of them"
+        )
     if setting == "tokenizer":
         raise UserError(
             "data.chat_template=tokenizer, but the tokenizer has no chat template: use mixtral, or give a file"
@@ -161,15 +167,21 @@ class ChatEncoder:
             text, marked = self._call(found, found.messages, marks=True)
             if learned == assistants:
                 return text, marked
-            if len(marked) != len(assistants):
-                raise self._refusal(
-                    found,
-                    f"marks {len(marked)} spans for {len(assistants)} turns of the assistant, not all of which are learned",
-                    "use a template with one {% generation %} for each",
-                )
-            return text, [span for span, turn in zip(marked, assistants) if turn in learned]
+            return text, self._marked_within(found, text, marked, learned, assistants)
         text, _ = self._call(found, found.messages)
         return text, [self._span(found, text, turn) for turn in learned]
+
+    def _marked_within(
+        self, found: Example, text: str, marked: Spans, learned: list[int], assistants: list[int]
+    ) -> Spans:
+        """Of what the template marks, that within the turns that are learned; a turn may have several marks or none."""
+        try:
+            spans = [self._span(found, text, turn) for turn in learned]
+        except UserError:  # turns that cannot be told apart but by their marks, one for each
+            if len(marked) != len(assistants):
+                raise
+            return [span for span, turn in zip(marked, assistants) if turn in learned]
+        return [(a, b) for a, b in marked if any(max(a, c) < min(b, d) for c, d in spans)]
 
     def _with_fitting_arguments(self, found: Example) -> Example:
         """An example whose calls have their arguments as the template takes them: as they are, if it does; else as
@@ -243,6 +255,8 @@ class ChatEncoder:
         Mistral's puts the tools before the last question. The turn is found by other words in its place; it begins behind
         what the template asks an answer with, and ends as it does where it is the last one."""
         place = self._place(found, text, found.messages, turn)
+        if place is None and self._leaves_out(found, text, turn):
+            return 0, 0
         if place is None:
             raise self._refusal(
                 found,
@@ -272,21 +286,28 @@ class ChatEncoder:
     ) -> tuple[int, int] | None:
         """Where the words of a turn, or the name of its first call, stand in the text that a conversation is written as;
         None if they cannot be told."""
-        mark = "qXzq7Jvw"
-        turns = [copy.deepcopy(message) for message in messages]
-        if content := turns[turn]["content"]:
-            thought, end, said = content.rpartition("</think>")  # which templates take out of the content
-            turns[turn]["content"] = thought + end + mark if said.strip() else mark
-        else:
-            calls = turns[turn].get("tool_calls")
-            if not calls or not isinstance(calls[0], dict) or not isinstance(calls[0].get("function"), dict):
-                return None
-            calls[0]["function"]["name"] = mark
+        turns = _with_other_words(messages, turn)
+        if turns is None:
+            return None
         other, _ = self._call(found, turns, prompt=prompt)
-        before, found_mark, behind = other.partition(mark)
-        if not found_mark or mark in behind or not (text.startswith(before) and text.endswith(behind)):
+        before, found_mark, behind = other.partition(_OTHER_WORDS)
+        if not found_mark or _OTHER_WORDS in behind or not (text.startswith(before) and text.endswith(behind)):
             return None
         return len(before), len(text) - len(behind)
+
+    def _leaves_out(self, found: Example, text: str, turn: int) -> bool:
+        """Whether the template writes nothing of a turn, as Mistral's second format does with calls that have been answered.
+        A warning says so once."""
+        turns = _with_other_words(found.messages, turn)
+        if turns is None or self._call(found, turns)[0] != text:
+            return False
+        if "turns" not in self._looked_at:
+            self._looked_at.add("turns")
+            logger.warning(
+                "%s: the chat template writes nothing of some turns of the assistant that others follow, so that they are "
+                "not learned", self._field,
+            )  # fmt: skip
+        return True
 
     def _call(
         self, found: Example, messages: list[Message], *, prompt: bool = False, marks: bool = False
@@ -315,6 +336,24 @@ class ChatEncoder:
 
     def _refusal(self, found: Example, what: str, remedy: str) -> UserError:
         return UserError(f"{self._field}: {found.where}: the chat template {what}: {remedy}")
+
+
+_OTHER_WORDS = "qXzq7Jvw"
+
+
+def _with_other_words(messages: list[Message], turn: int) -> list[Message] | None:
+    """A conversation with other words in place of what a turn says, or of the name of its first call; None if it has
+    neither."""
+    turns = copy.deepcopy(messages)
+    if content := turns[turn]["content"]:
+        thought, end, said = content.rpartition("</think>")  # which templates take out of the content
+        turns[turn]["content"] = thought + end + _OTHER_WORDS if said.strip() else _OTHER_WORDS
+        return turns
+    calls = turns[turn].get("tool_calls")
+    if not calls or not isinstance(calls[0], dict) or not isinstance(calls[0].get("function"), dict):
+        return None
+    calls[0]["function"]["name"] = _OTHER_WORDS
+    return turns
 
 
 def _common(one: str, other: str) -> int:
@@ -352,11 +391,18 @@ def _as_json(arguments: Any) -> Any:
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
-def render_prompt(tokenizer: Any, messages: list[Message], where: str) -> str:
+def render_prompt(
+    tokenizer: Any,
+    messages: list[Message],
+    where: str,
+    *,
+    tools: list[Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> str:
     """A conversation as the text that the assistant is to go on from, by the tokenizer's chat template.
 
     Args:
-        where: of whom errors speak.
+        where: of whom errors speak. tools, options: as those of an `Example`.
 
     Raises:
         UserError: the template refuses it.
@@ -364,7 +410,9 @@ def render_prompt(tokenizer: Any, messages: list[Message], where: str) -> str:
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=True, tokenize=False, **(options or {})
+        )
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{where}: the chat template refuses it ({reason}): change it, or the template") from error

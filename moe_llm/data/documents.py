@@ -3,8 +3,8 @@
 One rule holds for every command. A document that is trained on or scored begins with the start of text, bos, once, and ends
 with the end of text, eos, once, whatever `add_eos_token` says; where the tokenizer has no bos, or `add_bos_token` is false,
 it begins with eos, which separates it from the document before. A prompt begins with bos, once, if the tokenizer puts it
-there: as `add_bos_token` says or, where that is not said, as tokenizer.json's post-processor does. It never ends with an eos
-that it does not spell out itself, since it is to be continued.
+there: as `add_bos_token` says or, where that is not said, as tokenizer.json's post-processor does, which may put other tokens
+there. It never ends with an eos that it does not spell out itself, since it is to be continued.
 """
 
 import json
@@ -109,10 +109,17 @@ def plain_backend(tokenizer: "PreTrainedTokenizerFast", parse_special_tokens: bo
     return backend
 
 
+def begin_of(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
+    """The tokens that the tokenizer's post-processor puts before a text, most often bos or none
+    (`obey_add_bos_token` has made it so)."""
+    backend = tokenizer.backend_tokenizer
+    whole, text = (backend.encode("a", add_special_tokens=special).ids for special in (True, False))
+    return next((whole[:at] for at in range(len(whole)) if text and whole[at : at + len(text)] == text), [])
+
+
 def begins_with_bos(tokenizer: "PreTrainedTokenizerFast") -> bool:
-    """Whether a prompt begins with bos, as the tokenizer's post-processor does it (`obey_add_bos_token` has made it so)."""
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer.backend_tokenizer.encode("a").ids[:1] == [bos]
+    """Whether a prompt begins with bos."""
+    return tokenizer.bos_token_id is not None and begin_of(tokenizer)[:1] == [tokenizer.bos_token_id]
 
 
 def has_no_bos(tokenizer: "PreTrainedTokenizerFast") -> bool:
@@ -122,25 +129,31 @@ def has_no_bos(tokenizer: "PreTrainedTokenizerFast") -> bool:
 
 def obey_add_bos_token(tokenizer: "PreTrainedTokenizerFast", said: object) -> None:
     """Make the post-processor follow `add_bos_token` of tokenizer_config.json, which transformers ignores beside a
-    tokenizer.json; a copy of the tokenizer then says the same in its tokenizer.json.
+    tokenizer.json; a copy of the tokenizer then says the same in its tokenizer.json. A token that the post-processor puts
+    before each text is bos, also where no file calls it so.
 
     Args:
         said: the key's value; other than true and false, it says nothing.
     """
+    begin = begin_of(tokenizer)
+    if said is not False and tokenizer.bos_token_id is None and len(begin) == 1:
+        tokenizer.bos_token = tokenizer.convert_ids_to_tokens(begin[0])
     bos = tokenizer.bos_token_id
     if isinstance(said, bool):
         tokenizer.init_kwargs["add_bos_token"] = said
-    if not isinstance(said, bool) or bos is None or said == begins_with_bos(tokenizer):
+    if not isinstance(said, bool) or said == bool(begin) or (said and bos is None):
         return
     from tokenizers import processors
 
     backend = tokenizer.backend_tokenizer
     ends = tokenizer.eos_token_id is not None and backend.encode("a").ids[-1:] == [tokenizer.eos_token_id]
-    begin, end = [tokenizer.bos_token] * said, [tokenizer.eos_token] * ends
-    known = {tokenizer.bos_token: bos} | ({tokenizer.eos_token: tokenizer.eos_token_id} if ends else {})
+    first, end = [tokenizer.bos_token] * said, [tokenizer.eos_token] * ends
+    known = ({tokenizer.bos_token: bos} if said else {}) | (
+        {tokenizer.eos_token: tokenizer.eos_token_id} if ends else {}
+    )
     template = processors.TemplateProcessing(
-        single=[*begin, "$A", *end],
-        pair=[*begin, "$A", *end, *begin, "$B", *end],
+        single=[*first, "$A", *end],
+        pair=[*first, "$A", *end, *first, "$B", *end],
         special_tokens=[(token, number) for token, number in known.items()],
     )
     given = json.loads(backend.to_str())["post_processor"] or {}
@@ -153,13 +166,12 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerFast", prompt: str, begin: bool = 
     """A prompt's tokens by the rule above; the text of special tokens becomes these tokens.
 
     Args:
-        begin: put bos before it where a text begins with bos and the prompt does not; False: it is one that a chat
-            template has rendered.
+        begin: put bos, or what else the tokenizer begins a text with, before it where the prompt does not begin with it;
+            False: it is one that a chat template has rendered.
     """
     ids = plain_backend(tokenizer, True).encode(prompt, add_special_tokens=False).ids
-    if begin and begins_with_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]:
-        return [tokenizer.bos_token_id, *ids]
-    return ids
+    first = begin_of(tokenizer) if begin else []
+    return ids if ids[: len(first)] == first else [*first, *ids]
 
 
 class SpecialText:

@@ -98,11 +98,7 @@ def foreign_kind(path: Path) -> tuple[str, str] | None:
     for first, words, remedy in _FOREIGN:
         if re.match(first, begin):
             return words, remedy
-    if _packing(begin) is not None:
-        return "packed twice", "unpack it once"
-    if begin.count(b"\0") * 3 > len(begin):
-        return "UTF-16 text or no text at all (a third of its bytes are zero)", "convert it to UTF-8, e.g. with iconv"
-    return None
+    return None if _packing(begin) is None else ("packed twice", "unpack it once")
 
 
 def kind_by_name(name: str) -> str:

@@ -39,7 +39,7 @@ def records_of(
 ) -> Iterator[tuple[Place | str, dict[str, Any]]]:
     """(where it stands, row) of each row of a piece."""
     path = piece.path
-    _check_readable(piece, field)
+    _check_readable(piece, source, field)
     kind = file_kind(path, source.format)
     if kind == "text" and source.format == "auto" and (rows := looks_like_rows(path)):
         kind, _ = rows
@@ -61,7 +61,7 @@ def documents_of(piece: Piece, source: SourceConfig, field: str) -> Iterator[str
         )
     if source.type == "python_stdlib":
         return _segments(piece)
-    _check_readable(piece, field)
+    _check_readable(piece, source, field)
     if kind == "text":
         if source.format == "auto" and not piece.begin and holds_zero_bytes(path):
             raise UserError(
@@ -84,8 +84,8 @@ def documents_of(piece: Piece, source: SourceConfig, field: str) -> Iterator[str
     return (text_of(record, column, where, field) for where, record in found)
 
 
-def _check_readable(piece: Piece, field: str) -> None:
-    foreign = None if piece.begin else foreign_kind(piece.path)
+def _check_readable(piece: Piece, source: SourceConfig, field: str) -> None:
+    foreign = None if piece.begin or source.format == "text" else foreign_kind(piece.path)
     if foreign is not None:
         raise UserError(f"{field}: {piece.path} is {foreign[0]}, which is not read here: {foreign[1]}")
 
@@ -249,7 +249,8 @@ def _no_column(where: Place | str, text_field: str, columns: list[str], field: s
     return UserError(
         f"{text_key(field)}={text_field} is no column of {where}: "
         f"it has {', '.join(map(str, columns)) or 'none'}, choose one of them"
-        + (f" or set {field}.content=chat" if chat and not field.startswith("--") else "")
+        + (" or " + ("evaluate with --chat" if field.startswith("--") else f"set {field}.content=chat"))
+        * chat
     )
 
 

@@ -27,7 +27,7 @@ SHAPES: dict[str, tuple[frozenset[str], str]] = {
 # Columns that a row need not have.
 _OPTIONAL = (
     "rejected", "input", "system", "history", "tools", "weight", "train", "training", "label", "documents",
-    "chat_template_kwargs", "images", "videos", "audios",
+    "chat_template_kwargs", "images", "videos", "audios", "functions",
 )  # fmt: skip
 COLUMNS = (*dict.fromkeys(name for needed, _ in SHAPES.values() for name in sorted(needed)), *_OPTIONAL)
 TURN_FIELDS = ("role", "content")
@@ -184,4 +184,17 @@ def _from_sharegpt(turn: Any) -> Any:
     if not isinstance(turn, dict) or not isinstance(turn.get("from"), str) or "role" in turn:
         return turn
     rest = {name: value for name, value in turn.items() if name not in ("from", "value")}
+    if turn["from"] == "function_call" and (calls := _calls_of(turn.get("value"))):
+        return {"role": "assistant", "content": "", "tool_calls": calls, **rest}
     return {"role": ROLES.get(turn["from"], turn["from"]), "content": turn.get("value"), **rest}
+
+
+def _calls_of(value: Any) -> list[Any]:
+    """The calls of a turn whose text is one, or a list of them, as LLaMA-Factory's rows have it; none for another text."""
+    try:
+        given = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return []
+    calls = given if isinstance(given, list) else [given]
+    whole = all(isinstance(call, dict) and "name" in call and "arguments" in call for call in calls)
+    return [{"type": "function", "function": call} for call in calls] if whole else []

@@ -165,9 +165,9 @@ def convert(model: bytes, exact: bool = False) -> "Tokenizer":
     )
     special = [piece.piece for piece in proto.pieces if piece.type in (_UNKNOWN, _CONTROL)]
     tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
-    tokenizer.add_tokens(
-        [AddedToken(piece.piece, normalized=False) for piece in proto.pieces if piece.type == _USER_DEFINED]
-    )
+    # One with U+2581 is found where spaces are that already, as in sentencepiece, which never finds one with a space.
+    symbols = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED and " " not in piece.piece]
+    tokenizer.add_tokens([AddedToken(symbol, normalized=SPACE in symbol) for symbol in symbols])
     escapes = _ESCAPES if exact else []
     # The first Metaspace puts one space before the text even where it starts with spaces, since those are
     # U+2581 by then; one Metaspace alone would not, and a leading space would be lost.
@@ -188,6 +188,19 @@ def convert(model: bytes, exact: bool = False) -> "Tokenizer":
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab[bos])]
         )
     return tokenizer
+
+
+def with_dummy_prefix(model: bytes, wanted: bool) -> bytes:
+    """A model that puts a space before a text, or does not (tokenizer_config.json's `add_prefix_space`)."""
+    proto = _parse(model)
+    proto.normalizer_spec.add_dummy_prefix = wanted
+    return proto.SerializeToString(deterministic=True)
+
+
+def texts_of_symbols(model: bytes, most: int = 200) -> list[str]:
+    """Texts with the first of a model's user-defined symbols within words and between spaces, to compare ids on."""
+    found = [piece.piece.replace(SPACE, " ") for piece in _parse(model).pieces if piece.type == _USER_DEFINED][:most]
+    return [*(f"a{text}b" for text in found), *(f" {text} " for text in found)]
 
 
 def _merges(proto) -> list[tuple[str, str]]:

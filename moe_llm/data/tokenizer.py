@@ -1,6 +1,5 @@
 """The run's tokenizer: built once, saved where `AutoTokenizer` finds it, and used from there."""
 
-import functools
 import hashlib
 import json
 import logging
@@ -26,11 +25,11 @@ from moe_llm.data.sources import (
     source_settings,
 )
 from moe_llm.data.split import find_holdout, training_texts
+from moe_llm.data.tokenizer_folder import PROBES, converted, from_sentencepiece, from_tekken, json_of
 from moe_llm.errors import UserError
 from moe_llm.progress import progress
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
@@ -41,16 +40,6 @@ _PADDING = 256  # a vocabulary may be rounded up to a multiple of this
 READ_WHOLE_BYTES = 256 * 2**20  # of a source; of a larger one, some shards are read for the sample
 _SPREAD_SHARDS = 16
 _LONG_TEXT = 65536  # characters; longer documents are sampled in part, shorter ones whole or not at all
-_PROBES = [
-    "",
-    " ",
-    "  two  spaces ",
-    "def f(x):\n    return x  # comment\n\n\n\tpass",
-    "1234567 3.14 0x1F",
-    "naïve Ω 漢字 😀 \u200b e\u0301",
-    "(" * 40 + " " * 40 + "=" * 40,
-    "the quick brown fox, the lazy dog's",
-]
 
 
 def build_tokenizer(config: Config, directory: Path) -> "PreTrainedTokenizerFast":
@@ -82,6 +71,10 @@ def build_tokenizer(config: Config, directory: Path) -> "PreTrainedTokenizerFast
     return load_tokenizer(directory)
 
 
+# Files of which a folder with a tokenizer has at least one.
+_VOCABULARIES = ("*tokenizer*", "tekken.json", "vocab.*", "*.model", "*.tiktoken")
+
+
 def load_tokenizer(directory: Path | str, needs_eos: bool = True) -> "PreTrainedTokenizerFast":
     """A saved tokenizer, checked to be one that this package can train with.
 
@@ -94,9 +87,12 @@ def load_tokenizer(directory: Path | str, needs_eos: bool = True) -> "PreTrained
     from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
     local = Path(directory).expanduser()
-    if (local / "tokenizer.model").is_file() and not (local / "tokenizer.json").is_file():
-        tokenizer = _from_sentencepiece(local)
-        obey_add_bos_token(tokenizer, _json_of(local / "tokenizer_config.json").get("add_bos_token"))
+    vocabularies = (("tokenizer.model", from_sentencepiece), ("tekken.json", from_tekken))
+    alone = next((read for name, read in vocabularies if (local / name).is_file()), None)
+    if alone is not None and not (local / "tokenizer.json").is_file():
+        tokenizer = alone(local)
+        begins = True if alone is from_tekken else None  # mistral-common begins a text with bos
+        obey_add_bos_token(tokenizer, json_of(local / "tokenizer_config.json").get("add_bos_token", begins))
         _check_usable(tokenizer, directory, needs_eos)
         return tokenizer
     # No code beside the files is run, nor is it asked whether it may be. What has our own model's code beside it has a
@@ -104,7 +100,7 @@ def load_tokenizer(directory: Path | str, needs_eos: bool = True) -> "PreTrained
     options: dict = {"trust_remote_code": False}
     # As tokenizer.json says. The Auto class would take mistral-common's tokenizer beside tekken.json, and would build
     # LlamaTokenizer by rules of its own, with other ids for spaces, wherever config.json is not there to prevent it.
-    named = _json_of(local / "tokenizer_config.json")
+    named = json_of(local / "tokenizer_config.json")
     plain = (local / "tokenizer.json").is_file() and "auto_map" not in named
     generic = plain and ("eos_token" in named or (local / "tekken.json").is_file())  # else the class may know the end
     loader: Any = PreTrainedTokenizerFast if generic else AutoTokenizer
@@ -114,10 +110,13 @@ def load_tokenizer(directory: Path | str, needs_eos: bool = True) -> "PreTrained
         tokenizer = loader.from_pretrained(str(local if local.is_dir() else directory), **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"tokenizer {str(directory)!r} cannot be loaded ({reason}): "
-            "give a tokenizer directory, a sentencepiece .model file or a reachable hub name"
-        ) from error
+        remedy = "give a tokenizer directory, a sentencepiece .model file or a reachable hub name"
+        if local.is_dir() and not any(file for pattern in _VOCABULARIES for file in local.glob(pattern)):
+            reason = "it holds no tokenizer.json, tokenizer.model, tekken.json or vocab.json"
+        elif "auto_map" in named and (local / "tokenizer.json").is_file():
+            reason = "its tokenizer_config.json names code of its own, auto_map, and no such code is run"
+            remedy = "remove auto_map from it, and tokenizer.json is read as it is"
+        raise UserError(f"tokenizer {str(directory)!r} cannot be loaded ({reason}): {remedy}") from error
     _check_usable(tokenizer, directory, needs_eos)
     obey_add_bos_token(tokenizer, named.get("add_bos_token"))
     return tokenizer
@@ -128,118 +127,6 @@ def _check_usable(tokenizer: "PreTrainedTokenizerFast", directory: Path | str, n
         raise UserError(f"tokenizer {str(directory)!r} has no tokenizer.json: convert it or use another one")
     if needs_eos and tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {str(directory)!r} has no eos_token: set one in its tokenizer_config.json")
-
-
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-
-
-def _from_sentencepiece(directory: Path) -> "PreTrainedTokenizerFast":
-    """A directory whose only vocabulary is tokenizer.model: sentencepiece's own ids, and whatever the files beside it say
-    of added tokens, special tokens and chat templates.
-
-    transformers' own conversion gives other ids for some models ("hello world" has other tokens than sentencepiece's).
-
-    Raises:
-        UserError: a model or a file that cannot be used, or added tokens with a gap before them.
-    """
-    from tokenizers import AddedToken
-    from transformers import PreTrainedTokenizerFast
-
-    model = (directory / "tokenizer.model").read_bytes()
-    backend = _converted(model, str(directory), exact=False)
-    settings, special = _json_of(directory / "tokenizer_config.json"), _json_of(directory / "special_tokens_map.json")
-    names = dict(spm.special_tokens(model))
-    for key in _SPECIAL_TOKENS:
-        for values in (special, settings):
-            if values.get(key) is not None:
-                names[key] = _content(values[key])
-    listed: dict[int, AddedToken] = {}
-    for token, number in _json_of(directory / "added_tokens.json").items():
-        listed[int(number)] = AddedToken(token, normalized=False, special=token in names.values())
-    for number, spec in settings.get("added_tokens_decoder", {}).items():
-        flags = {
-            flag: bool(spec.get(flag, False)) for flag in ("single_word", "lstrip", "rstrip", "normalized", "special")
-        }
-        listed[int(number)] = AddedToken(spec["content"], **flags)
-    backend = _with_added(backend, listed, str(directory))
-    more = {
-        key: settings[key]
-        for key in ("model_max_length", "padding_side", "truncation_side")
-        if settings.get(key) is not None
-    }
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, clean_up_tokenization_spaces=False, name_or_path=str(directory), **names, **more
-    )
-    templates = _chat_templates(directory, settings)
-    if templates is not None:
-        tokenizer.chat_template = templates
-    return tokenizer
-
-
-def _with_added(backend: "Tokenizer", listed: dict[int, Any], origin: str) -> "Tokenizer":
-    """A backend with tokens added at the ids that they are to have; ids may have holes.
-
-    Raises:
-        UserError: an id or a text that the vocabulary has otherwise.
-    """
-    from tokenizers import Tokenizer
-
-    tokens = {number: token for token, number in backend.get_vocab().items()}
-    content = json.loads(backend.to_str())
-    added = {entry["id"]: entry for entry in content["added_tokens"]}
-    for number, token in sorted(listed.items()):
-        known = backend.token_to_id(token.content)
-        if known != number if known is not None else number in tokens:
-            there = tokens.get(number, f"no token, and {token.content!r} has the id {known}")
-            raise UserError(
-                f"tokenizer {origin!r}: the added token {token.content!r} has the id {number}, at which its model has "
-                f"{there!r}: correct its added_tokens"
-            )
-        content["model"]["vocab"][token.content] = number
-        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-        added[number] = {
-            "id": number, "content": token.content, **{flag: getattr(token, flag) for flag in flags},
-        }  # fmt: skip
-    content["added_tokens"] = [added[number] for number in sorted(added)]
-    return Tokenizer.from_str(json.dumps(content)) if listed else backend
-
-
-def _chat_templates(directory: Path, settings: dict) -> str | dict[str, str] | None:
-    """The chat template, or the named ones, as transformers stores them: in files, or in tokenizer_config.json."""
-    found: dict[str, str] = {}
-    inside = settings.get("chat_template")
-    if isinstance(inside, str):
-        found["default"] = inside
-    elif isinstance(inside, list):
-        found |= {str(item["name"]): str(item["template"]) for item in inside}
-    in_json = _json_of(directory / "chat_template.json").get("chat_template")
-    if isinstance(in_json, str):
-        found["default"] = in_json
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        found["default"] = file.read_text(encoding="utf-8")
-    for file in sorted((directory / "additional_chat_templates").glob("*.jinja")):
-        found[file.stem] = file.read_text(encoding="utf-8")
-    if set(found) == {"default"}:
-        return found["default"]
-    return found or None
-
-
-def _content(value: object) -> str:
-    return str(value["content"]) if isinstance(value, dict) else str(value)
-
-
-def _json_of(file: Path) -> dict:
-    """The object in a JSON file; empty where there is none."""
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"file {file} is damaged ({error}): replace it") from error
-    if not isinstance(found, dict):
-        raise UserError(f"file {file} is damaged: it holds no JSON object: replace it")
-    return found
 
 
 GENERATION_FILE = "generation_config.json"
@@ -261,7 +148,7 @@ def save_tokenizer(tokenizer: Any, directory: Path) -> None:
     file, origin = directory / _SETTINGS_FILE, tokenizer_directory(tokenizer)
     if file.is_file():
         settings = json.loads(file.read_text(encoding="utf-8"))
-        given = {} if origin is None else _json_of(origin / _SETTINGS_FILE)
+        given = {} if origin is None else json_of(origin / _SETTINGS_FILE)
         _write_settings(directory, settings | {key: given[key] for key in _DROPPED if key in given})
     if origin is not None and (origin / "tokenizer.model").is_file() and not (directory / "tokenizer.model").exists():
         shutil.copyfile(origin / "tokenizer.model", directory / "tokenizer.model")
@@ -285,13 +172,13 @@ def _settle_class(directory: Path, tokenizer: "PreTrainedTokenizerFast") -> None
     rules of their own in place of those in tokenizer.json."""
     from transformers import AutoTokenizer
 
-    settings = _json_of(directory / _SETTINGS_FILE)
+    settings = json_of(directory / _SETTINGS_FILE)
     if settings.get("tokenizer_class") in (None, _PLAIN_CLASS):
         return
     try:
         named = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
         same = all(
-            named.encode(t, add_special_tokens=False) == tokenizer.encode(t, add_special_tokens=False) for t in _PROBES
+            named.encode(t, add_special_tokens=False) == tokenizer.encode(t, add_special_tokens=False) for t in PROBES
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
         same = False  # a class that is not there, or cannot be built from these files
@@ -309,7 +196,7 @@ def base_generation(tokenizer: Any) -> dict:
     """The generation_config.json beside a tokenizer: that of the model that it came with, whose end tokens and sampling
     defaults a model trained from it keeps. Empty where there is none."""
     origin = tokenizer_directory(tokenizer)
-    return {} if origin is None else _json_of(origin / GENERATION_FILE)
+    return {} if origin is None else json_of(origin / GENERATION_FILE)
 
 
 def end_token_ids(tokenizer: Any) -> list[int]:
@@ -411,15 +298,15 @@ def _write_ends(config: Config, tokenizer: "PreTrainedTokenizerFast", directory:
                 raise UserError(f"tokenizer.end_tokens: {token!r} is no token of the tokenizer: name one of its tokens")
         ends = [vocabulary[token] for token in config.tokenizer.end_tokens]
     elif config.model.init_from is not None and not file.is_file():
-        ends = _json_of(Path(config.model.init_from).expanduser() / "config.json").get("eos_token_id")
+        ends = json_of(Path(config.model.init_from).expanduser() / "config.json").get("eos_token_id")
     if ends is not None:
-        file.write_text(json.dumps(_json_of(file) | {"eos_token_id": ends}, indent=2) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(json_of(file) | {"eos_token_id": ends}, indent=2) + "\n", encoding="utf-8")
 
 
 def _save_model(model: bytes, target: Path, origin: str, exact: bool, length: int | None = None) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    backend = _converted(model, origin, exact)
+    backend = converted(model, origin, exact)
     more = {} if length is None else {"model_max_length": length}
     names = spm.special_tokens(model)
     if exact and "pad_token" not in names:
@@ -427,35 +314,6 @@ def _save_model(model: bytes, target: Path, origin: str, exact: bool, length: in
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names, **more)
     save_tokenizer(tokenizer, target)
     (target / "tokenizer.model").write_bytes(model)
-
-
-@functools.lru_cache(maxsize=4)
-def _converted_json(model: bytes, exact: bool) -> str:
-    """The conversion takes most of a second, and commands read the same folder several times."""
-    return spm.convert(model, exact).to_str()
-
-
-def _converted(model: bytes, origin: str, exact: bool) -> "Tokenizer":
-    """A sentencepiece model as a backend of `tokenizers` with the same ids.
-
-    Raises:
-        UserError: it cannot be one.
-    """
-    from tokenizers import Tokenizer
-
-    try:
-        backend = Tokenizer.from_str(_converted_json(model, exact))
-    except ValueError as error:
-        raise UserError(
-            f"tokenizer.path={origin} is not a usable sentencepiece model: {error}, give another model or "
-            "a directory with tokenizer.json"
-        ) from error
-    if not spm.same_ids(backend, model, _PROBES):
-        raise UserError(
-            f"tokenizer.path={origin} has rules that tokenizer.json cannot express: "
-            "give a directory with tokenizer.json"
-        )
-    return backend
 
 
 def _trained_model(config: Config, cache: Path) -> bytes:

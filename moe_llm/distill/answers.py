@@ -19,9 +19,11 @@ import torch
 from moe_llm.atomic import write_atomically
 from moe_llm.checkpoint.folder import model_config_file
 from moe_llm.config import SourceConfig
+from moe_llm.data.chat import Example, to_question
 from moe_llm.data.chat_template import own_template, render_prompt
 from moe_llm.data.documents import DocumentEncoder, check_rows, plain_backend, prompt_ids
 from moe_llm.data.files import user_error_on_disk
+from moe_llm.data.shapes import wanted_columns
 from moe_llm.data.sources import list_files, read_documents, read_records
 from moe_llm.data.tokenizer import end_token_ids, load_tokenizer
 from moe_llm.ensemble.causal_lm import generate_plainly, load_causal_lm
@@ -79,7 +81,7 @@ class _Prompt:
         if not text.strip():
             return None
         if self.answer == "messages":
-            return {"messages": [*self.row["messages"], {"role": "assistant", "content": text}]}
+            return self.row | {"messages": [*self.row["messages"], {"role": "assistant", "content": text}]}
         return {**self.row, self.answer: self.row.get(self.answer, "") + text}
 
 
@@ -305,26 +307,27 @@ def _of_chat(source: SourceConfig, tokenizer: "PreTrainedTokenizerFast") -> Iter
             "TEACHER has no chat template to answer with: add --continue N, for PROMPTS that are texts, or "
             "save a template beside its tokenizer"
         )
-    for where, record in read_records(source, _FIELD, ("messages", "prompt", "completion")):
-        turns = record.get("messages")
-        if turns is None and isinstance(record.get("prompt"), str):
-            messages, row, answer = _as_turn(record["prompt"]), {"prompt": record["prompt"]}, "completion"
-            gold = record.get("completion")
-        elif isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
-            messages = turns[:-1] if turns[-1].get("role") == "assistant" else turns
-            row, answer = {"messages": messages}, "messages"
-            gold = turns[-1].get("content") if len(messages) < len(turns) else None
-        else:
+    for where, record in read_records(source, _FIELD, wanted_columns(None)):
+        question = to_question(record, where, _FIELD)
+        if question is None:
             raise UserError(
                 f"{_FIELD}: {where} has neither messages nor a prompt: rename its columns, or add "
                 "--continue N for rows of text"
             )
-        text = render_prompt(tokenizer, messages, f"{_FIELD}: {where}")
-        asked = str(messages[-1].get("content", "")) if messages else ""
-        yield _Prompt(
-            prompt_ids(tokenizer, text, begin=False), row, answer, asked, gold if isinstance(gold, str) else ""
-        )
+        found = question.example
+        text = render_prompt(tokenizer, found.messages, f"{_FIELD}: {where}", tools=found.tools, options=found.options)
+        asked = found.messages[-1]["content"] if found.messages else ""
+        if question.single:
+            row, answer = {"prompt": asked, **_passed(found)}, "completion"
+        else:
+            row, answer = {"messages": found.messages, **_passed(found)}, "messages"
+        yield _Prompt(prompt_ids(tokenizer, text, begin=False), row, answer, asked, question.answer)
 
 
-def _as_turn(prompt: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": prompt}]
+def _passed(found: Example) -> dict[str, Any]:
+    """What the template gets besides turns, for the row that is written."""
+    arguments = {name: value for name, value in found.options.items() if name != "documents"}
+    given = {
+        "tools": found.tools, "documents": found.options.get("documents"), "chat_template_kwargs": arguments,
+    }  # fmt: skip
+    return {name: value for name, value in given.items() if value}

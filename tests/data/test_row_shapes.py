@@ -148,3 +148,17 @@ def test_packed_files_and_parquet_are_known_by_their_first_bytes(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": ["two"]}), tmp_path / "shard-0")
     paths = [str(tmp_path / "packed.jsonl"), str(tmp_path / "shard-0")]
     assert list(read_documents(SourceConfig(type="files", path=paths), FIELD)) == ["one", "two"]
+
+
+def test_an_optional_column_that_no_row_has_is_named(tmp_path):
+    rows = [{"q": "hi", "a": "yes"}, {"q": "hi", "a": "no", "w": 0}]
+    names = {"prompt": "q", "completion": "a"}
+    assert said(source(tmp_path, rows, names | {"weight": "w"})) == [ASKED]
+    with pytest.raises(UserError, match=r"data\.sources\.0\.columns\.weight names the column 'wieght', which no row"):
+        said(source(tmp_path, rows, names | {"weight": "wieght"}))
+
+
+def test_a_column_for_two_things_is_refused():
+    with pytest.raises(ValueError, match="names a column for two things"):
+        SourceConfig(type="files", path="x.jsonl", content="chat", columns={"prompt": "q", "completion": "q"})
+    SourceConfig(type="files", path="x.jsonl", content="chat", columns={"messages": "content", "content": "content"})

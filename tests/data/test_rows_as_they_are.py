@@ -288,6 +288,7 @@ def test_other_names_of_marks_are_honoured(tokenizer, tmp_path, mark):
             r"turn 2 has the tool_calls \[\"f\"\]: give it a list of objects",
         ),
         ({"messages": turns("a", "b", tool_calls="f")}, r"turn 2: tool_calls is \"f\", which is no JSON"),
+        ({"messages": turns("a", "b"), "functions": [{"name": "f"}]}, "line 1 has functions.*give them as tools"),
         ({"messages": turns("a", "b"), "images": ["a.png"]}, "line 1 has images, and text alone"),
         ({"messages": turns("a", "b"), "chat_template_kwargs": ["x"]}, "chat_template_kwargs is .*give it an object"),
         ({"messages": turns("a", "b"), "chat_template_kwargs": {"tools": []}}, "chat_template_kwargs sets tools"),
@@ -334,3 +335,54 @@ def test_a_source_of_which_no_row_is_learned_says_so(tokenizer, tmp_path):
     source = chat(tmp_path, [{"messages": turns("a", "b"), "weight": 0}])
     with pytest.raises(UserError, match="holds no row that is learned"):
         cached_tokens(source, FIELD, HoldOut(), with_template(tokenizer, CHATML), cache_dir=str(tmp_path / "c"))
+
+
+TWO_MARKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% endgeneration %}{% generation %}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LAST_MARK = TWO_MARKS.replace("m.role == 'assistant'", "m.role == 'assistant' and loop.last")
+
+
+@pytest.mark.parametrize(
+    ("template", "options"), [(TWO_MARKS, {}), (TWO_MARKS, {"train_on": "last"}), (LAST_MARK, {"train_on": "last"})]
+)
+def test_marks_that_are_not_one_for_each_turn_are_those_within_learned_turns(tokenizer, tmp_path, template, options):
+    messages = turns("a", "one", "b", "two")
+    messages[1] |= {} if options else {"weight": 0}
+    source = chat(tmp_path, [{"messages": messages}])
+    assert learned_texts(with_template(tokenizer, template), source, **options) == ["two<|im_end|>"]
+
+
+def test_llama_factorys_calls_are_calls(tmp_path):
+    talk = [
+        ("human", "1+1?"),
+        ("function_call", '{"name": "add", "arguments": {"a": 1}}'),
+        ("observation", "2"),
+        ("gpt", "two"),
+    ]
+    row = {"conversations": [{"from": name, "value": text} for name, text in talk], "tools": json.dumps(TOOLS)}
+    [found] = read_examples(chat(tmp_path, [row]), FIELD)
+    assert [turn["role"] for turn in found.messages] == ["user", "assistant", "tool", "assistant"]
+    assert found.messages[1]["tool_calls"] == CALL
+    assert found.tools == TOOLS
+    row["conversations"][1]["value"] = "add 1"
+    with pytest.raises(UserError, match='turn 2 has the role "function_call"'):
+        list(read_examples(chat(tmp_path, [row]), FIELD))
+
+
+def test_a_template_files_byte_order_mark_is_none_of_its_text(tmp_path):
+    from moe_llm.config.load import validate
+    from moe_llm.data.chat_template import template_setting
+
+    (tmp_path / "x.jinja").write_bytes(b"\xef\xbb\xbf" + CHATML.encode())
+    raw = {
+        "data": {
+            "sources": [{"type": "files", "path": "x", "content": "chat"}],
+            "chat_template": str(tmp_path / "x.jinja"),
+        },
+        "tokenizer": {"path": "x"},
+        "train": {"max_steps": 1},
+    }
+    assert template_setting(validate(raw)) == CHATML

@@ -261,6 +261,42 @@ def test_templates_that_trl_and_mergekit_ship_are_read_as_transformers_reads_the
     assert agreed >= 3 or "image" in template
 
 
+# As transformers' tests have them, by what is learned of PLAIN behind a system turn, made by hand.
+TESTED = {
+    "role and content": (
+        "{% for message in messages %}{{message['role'] + message['content']}}{% endfor %}",
+        "assistantI am a model.\n  Indented.",
+    ),
+    "loop controls": (
+        "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{{ m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        "I am a model.\n  Indented.<|im_end|>",
+    ),
+    "the day": (
+        "{{ strftime_now('%Y') }}{% for m in messages %}{{ '<|im_start|>' + m.role + m.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}",
+        "I am a model.\n  Indented.<|im_end|>",
+    ),
+    "only the last turn": (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.last %}"
+        "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}"
+        "{% endfor %}",
+        "I am a model.\n  Indented.<|im_end|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_templates_of_transformers_tests_are_learned_as_the_table_says(tokenizers, name):
+    template, learned = TESTED[name]
+    tokenizer = deepcopy(tokenizers["bytes"])
+    tokenizer.chat_template = template
+    messages = [{"role": "system", "content": "Be brief."}, *PLAIN]
+    [(ids, targets)] = ChatEncoder(tokenizer, "s").encode([example(messages, "row 1")])
+    assert ids.tolist() == tokenizer.apply_chat_template(messages, return_dict=False)
+    assert tokenizer.decode(ids[targets == 1]) == learned
+
+
 @pytest.mark.parametrize(("given", "written"), [("objects", "as JSON"), ("JSON", "as objects")])
 def test_arguments_of_calls_are_given_as_the_template_takes_them(tokenizers, caplog, given, written):
     takes = {

@@ -109,9 +109,17 @@ def byte_level(origin, folder: Path) -> None:
     whole(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>"), folder)
 
 
+def unnamed_bos(origin, folder: Path) -> None:
+    """What the post-processor puts before a text has no name in any file."""
+    whole(origin, folder)
+    given = json.loads((folder / "tokenizer_config.json").read_text())
+    write(folder, "tokenizer_config.json", {name: value for name, value in given.items() if name != "bos_token"})
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+
+
 FOLDERS = [
     whole, bare, bare_with_files, bare_with_a_gap, named_class, beside_tekken, named_templates, listed_templates,
-    flags_against_the_file, holes, byte_level,
+    flags_against_the_file, holes, byte_level, unnamed_bos,
 ]  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """All commands read a tokenizer folder alike, its ids may have holes, and copies of it are whole."""
 
+import copy
 import json
 import shutil
 
@@ -93,7 +94,7 @@ def test_the_column_of_evaluated_text_is_given_or_named_as_the_remedy(tokenizer,
     plain.write_text(json.dumps({"text": make_text(1)}) + "\n")
     given = load_evaluation(str(rows), tokenizer, sequence_length=16, text_field="body")
     assert given.num_targets == load_evaluation(str(plain), tokenizer, sequence_length=16).num_targets
-    with pytest.raises(UserError, match=r"^--text-field=text is no column of .*it has body, choose one of them"):
+    with pytest.raises(UserError, match=r"^--text-field=text is no column of .*it has body, choose one of them$"):
         load_evaluation(str(rows), tokenizer, sequence_length=16)
 
 
@@ -101,3 +102,15 @@ def test_the_command_line_offers_the_remedy(capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", "--help"])
     assert "--text-field" in capsys.readouterr().out
+
+
+def test_evaluation_offers_chat_for_rows_of_chat_and_text_for_others(tokenizer, tmp_path, make_text):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"messages": []}) + "\n")
+    with pytest.raises(UserError, match=r"it has messages, choose one of them or evaluate with --chat$"):
+        load_evaluation(str(rows), tokenizer, sequence_length=16)
+    talking = copy.deepcopy(tokenizer)
+    talking.chat_template = "{{ messages }}"
+    rows.write_text(json.dumps({"body": make_text(1)}) + "\n")
+    with pytest.raises(UserError, match=r"neither messages .* but body: call its columns so, or leave --chat out$"):
+        load_evaluation(str(rows), talking, sequence_length=16, chat=True)
