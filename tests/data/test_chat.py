@@ -162,7 +162,8 @@ def test_a_broken_row_is_named_by_file_and_line(tokenizer, tmp_path, rows, sente
         ("{% for %}", "the chat template is no jinja template (line 1: "),
         ("{{ messages[7]['content'] }}", "row 1: the chat template refuses it ("),
         ("always the same", "row 1: the chat template leaves nothing of what the assistant says"),
-        ("{{ messages|length }} {{ messages[-1]['content'] }}", "row 1: the chat template writes turn 2 otherwise"),
+        ("{{ messages|length }}{% for m in messages %}{{ m.content|length }}{% endfor %}",
+         "row 1: the chat template writes turn 2 otherwise"),
         (None, "the tokenizer has no chat template"),
     ],
 )  # fmt: skip
@@ -171,6 +172,13 @@ def test_a_template_that_does_not_serve_is_refused(tokenizer, template, sentence
         encode(with_template(tokenizer, template), talk("a", "b", "c", "d"))
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_turns_that_a_template_leaves_out_are_not_learned_and_reported_once(tokenizer, caplog):
+    made = with_template(tokenizer, "{{ messages|length }} {{ messages[-1]['content'] }}")
+    for tokens, targets in ChatEncoder(made, "s").encode([example(talk("a", "b", "c", "d"), "row 1")] * 2):
+        assert tokenizer.decode(tokens[targets == 1].tolist()).strip() == "d"
+    assert caplog.text.count("writes nothing of some turns of the assistant") == 1
 
 
 def test_rows_of_every_kind_of_file_are_the_same(tmp_path):
