@@ -287,7 +287,10 @@ class _Walk:
         m, size, tokens = self.model, self.size, self.tokens
         hidden = tokens * m.hidden_size * size
         heads, groups, d = m.num_attention_heads, m.kv_heads, m.attention_head_dim
+        if m.attention_sinks:  # eight more elements a head, and a mask over all pairs of a block: `ops.attention_sinks`
+            d += 8
         attention = hidden + 2 * tokens * (heads + groups) * d * size + 4 * tokens * heads
+        attention += tokens * self.config.data.sequence_length * (size + 1) * m.attention_sinks  # as bools too
         norms = 2 * hidden + 8 * tokens
         # logits and probabilities of the router; indices and weights of the choices
         router = tokens * (8 * m.num_local_experts * m.router.parts_per_token + 60 * m.router.active_experts(m))
