@@ -10,6 +10,7 @@ from moe_llm.config import Config, SourceConfig
 from moe_llm.data.chat import example, read_examples
 from moe_llm.data.chat_template import ChatEncoder
 from moe_llm.data.documents import DocumentEncoder
+from moe_llm.data.preference import read_pairs
 from moe_llm.data.sources import named_sources, named_validation_sources, read_documents
 from moe_llm.data.tokenizer import build_tokenizer
 from moe_llm.doctor.shrink import replace
@@ -41,7 +42,7 @@ def small_data(user: Config, small: Config, directory: Path) -> tuple[Config, li
         },
     )
     config = _with_tokenizer(user, config, train, directory, notes)
-    if user.data.has_chat:
+    if user.data.has_chat and not user.data.has_preference:
         config = _with_chat(user, config, notes)
     encoder = DocumentEncoder(build_tokenizer(config, Path(config.run.dir) / "tokenizer"))
     tokens = 0.75 * config.max_steps * config.train.global_batch_size * config.data.sequence_length
@@ -131,6 +132,8 @@ def _documents(field: str, source: SourceConfig, budget: int) -> list[str]:
 def _texts(source: SourceConfig, field: str) -> Iterator[str]:
     if source.content == "text":
         return read_documents(source, field)
+    if source.content == "preference":
+        return (side.plain for pair in read_pairs(source, field) for side in pair)
     return (found.plain for found in read_examples(source, field))
 
 

@@ -8,13 +8,17 @@ from typing import Any
 from pydantic_core import PydanticCustomError
 
 from moe_llm.config import Config, ModelConfig
+from moe_llm.config.data import DataConfig
 from moe_llm.config.distill import DistillConfig
 from moe_llm.config.load import validate
+from moe_llm.config.preference import PreferenceConfig
 
 LENGTH, WIDTH, LAYERS, HEAD, KV_HEADS, EXPERTS, ROUNDS, MICRO = 40, 96, 2, 8, 2, 64, 2, 2
 # On the user's own ranks and devices: parameters in all, tokens of all ranks' micro-batches, the shortest blocks
 PARAMETERS, TOKENS, SHORTEST = 50_000_000, 8192, 64
 _INIT_LIMIT = 0.2
+# keys of which a change goes without saying, or is said in a note
+_UNTOLD = ("device", "max_tokens", "on_nan", "early_stopping", "sources", "validation_sources", "overlong", "chat_template")
 # the layout of one process
 ALONE = {"expert_parallel_size": 1, "sequence_parallel_size": 1, "zero_stage": 1, "engine": "auto"}
 
@@ -82,14 +86,31 @@ def shrink(config: Config, ranks: int, steps: int, *, as_wide: bool = False) -> 
         notes.append(
             "distill is left out here, since the copy has a vocabulary of its own: its loss is that of the text alone"
         )
+    if config.data.has_preference:
+        changed |= _without_pairs(config, changed["data"])
+        notes.append(
+            f"preference.loss={config.preference.loss} is left out here: the copy learns from the texts of the pairs, and "
+            "the loss of pairs is not judged"
+        )
     changes = {
         f"{section}.{key}": (raw[section][key], value)
         for section in ("model", "data", "train", "parallel")
         for key, value in changed[section].items()
-        if _said(raw[section][key]) != _said(value) and key not in ("device", "max_tokens", "on_nan", "early_stopping")
+        if _said(raw[section][key]) != _said(value) and key not in _UNTOLD
     }
     small = validate({name: {**raw[name], **changed.get(name, {})} for name in raw})
     return Small(small, one_process(small, ranks), changes, notes)
+
+
+def _without_pairs(config: Config, data: dict[str, Any]) -> dict[str, Any]:
+    """The sections in which a run on pairs of answers is one on text; which text that is is decided elsewhere."""
+    text = [{"type": "python_stdlib", "weight": source.weight} for source in config.data.sources]
+    held_out = [{"type": "python_stdlib"} for _ in config.data.validation_sources]
+    plain = {key: DataConfig.model_fields[key].default for key in ("overlong", "chat_template")}
+    return {
+        "data": {**data, **plain, "sources": text, "validation_sources": held_out},
+        "preference": PreferenceConfig().model_dump(mode="json"),
+    }
 
 
 def _said(value: Any) -> Any:
