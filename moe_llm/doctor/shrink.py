@@ -18,7 +18,16 @@ LENGTH, WIDTH, LAYERS, HEAD, KV_HEADS, EXPERTS, ROUNDS, MICRO = 40, 96, 2, 8, 2,
 PARAMETERS, TOKENS, SHORTEST = 50_000_000, 8192, 64
 _INIT_LIMIT = 0.2
 # keys of which a change goes without saying, or is said in a note
-_UNTOLD = ("device", "max_tokens", "on_nan", "early_stopping", "sources", "validation_sources", "overlong", "chat_template")
+_UNTOLD = (
+    "device",
+    "max_tokens",
+    "on_nan",
+    "early_stopping",
+    "sources",
+    "validation_sources",
+    "overlong",
+    "chat_template",
+)
 # the layout of one process
 ALONE = {"expert_parallel_size": 1, "sequence_parallel_size": 1, "zero_stage": 1, "engine": "auto"}
 

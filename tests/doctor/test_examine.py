@@ -72,6 +72,7 @@ VARIANTS = {
         "parallel.zero_stage=2",
         "parallel.expert_parallel_size=2",
     ],
+    "moments of 8 bits, blocks that ranks cut": ["optim.name=adamw_8bit", "parallel.expert_parallel_size=2"],
     "transformers' balance loss, accumulation, no clipping": [
         "model.router_aux_loss_scope=transformers",
         "train.global_batch_size=64",

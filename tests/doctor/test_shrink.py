@@ -184,3 +184,20 @@ def test_turns_are_seen_in_few_steps():
     made = small("train.adversarial={epsilon: 0.1, router_every: 50}").config
     assert made.train.adversarial.router_every == 2
     assert made.train.adversarial.epsilon == 0.1
+
+
+def test_a_run_on_pairs_of_answers_is_one_on_their_texts(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    source = f"{{type: files, content: preference, path: {tmp_path}/pairs.jsonl}}"
+    found = small(
+        f"data.sources=[{source}]",
+        f"data.validation_sources=[{source}]",
+        "data.overlong=truncate",
+        f"model.init_from={tmp_path}",
+        "preference.loss=ipo",
+        "optim.name=adamw_8bit",
+    )
+    assert not found.config.data.has_preference
+    assert found.config.optim.name == "adamw_8bit"
+    assert len(found.config.data.validation_sources) == 1
+    assert any("preference.loss=ipo is left out here" in sentence for sentence in found.notes)
