@@ -525,7 +525,7 @@ class DeepSpeedEngine(_NamedState):
     def write(self, name: str, kind: str, tensor: Tensor) -> None:
         parameter, value = self._parameters[name], tensor.to(self._runtime.device)
         if self._packer(kind) is not None:
-            span = contract.held_span(parameter, kind, self.engine.optimizer)
+            span = contract.held_span(parameter, self.engine.optimizer)
             assert span is not None, "no rank has all of an optimizer's tensor"
             self.write_share(name, kind, value.flatten()[span.start : span.stop])
             return
