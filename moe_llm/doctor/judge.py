@@ -20,8 +20,10 @@ from moe_llm.train import trainer
 
 _UPDATES = 2e-4  # of what training has changed so far: rounding of torch's fused and plain optimizers
 _MOMENTS = 1e-4
+_EIGHT_BITS = 0.1  # moments in 8 bits have a relative error of some per cent
 _SOURCE = {
     "adamw": "torch's AdamW",
+    "adamw_8bit": "torch's AdamW",
     "sgd": "torch's SGD",
     "muon": "torch's Muon",
     "lion": "Lion's algorithm",
@@ -329,10 +331,12 @@ def _weights_apart(
 
 
 def _update_tolerance(config: Config) -> float:
-    return ORTHOGONAL if config.optim.name == "muon" else _UPDATES
+    return {"muon": ORTHOGONAL, "adamw_8bit": _EIGHT_BITS}.get(config.optim.name, _UPDATES)
 
 
 def _moments_tolerance(config: Config) -> float:
+    if config.optim.name == "adamw_8bit":
+        return _EIGHT_BITS
     return _MOMENTS if config.optim.master_weights == "fp32" else _NARROW_MOMENTS
 
 

@@ -40,7 +40,7 @@ FAULTS = [
     (faults.a_frozen_router_moves, "frozen", "in the optimizer", ["finetune.trainable=experts"], 2),
     (faults.an_expert_gets_no_gradient, "reference_gradients", "of the experts alone", [], 2),
     (faults.the_last_block_of_an_epoch_is_never_read, "oracle_text", "never targets", [], 2),
-    (faults.held_out_losses_are_averaged_over_batches, "val_loss", "held-out", [], 2),
+    (faults.held_out_losses_are_averaged_over_batches, "val_loss", "held-out", [], 4),
     (faults.dropout_acts_while_evaluating, "noise_val", "while evaluating", [DROPOUT], 2),
     (faults.schedules_begin_again_with_a_resumed_run, "resume_one_loss", "schedule", [], 4),
     (faults.moments_begin_again_with_a_resumed_run, "resume_one_state", "misses or misplaces", [], 2),

@@ -18,7 +18,7 @@ from moe_llm.doctor.oracle import updates
 
 Tensors = Mapping[str, np.ndarray]
 
-KINDS = ("adamw", "sgd", "muon", "lion", "schedule_free")
+KINDS = ("adamw", "adamw_8bit", "sgd", "muon", "lion", "schedule_free")
 _TENSORS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "z")
 
 
