@@ -242,11 +242,14 @@ def point(root: Path, name: str, target: str) -> None:
 
 
 def link_or_copy(file: Path, link: Path) -> None:
-    """The same bytes under a second name: a hard link or, where the file system has none, a copy."""
+    """The same bytes under a second name: a hard link, a symbolic one, or a copy, as the file system allows."""
     try:
         os.link(file, link)
     except OSError:
-        shutil.copyfile(file, link)
+        try:
+            link.symlink_to(os.path.relpath(file, link.parent))
+        except OSError:
+            shutil.copyfile(file, link)
 
 
 def probe(root: Path) -> None:
@@ -297,8 +300,9 @@ def model_config_file(directory: str | Path, named: str, other: str = "") -> Pat
         what = "has lost its config.json"
     else:
         inside = sorted(path.name for path in directory.iterdir())
-        there = ", ".join(inside[:4]) + (", ..." if len(inside) > 4 else "")
-        what = f"holds no config.json but {there}" if inside else "is empty"
+        what = (
+            f"holds no config.json but {', '.join(inside[:4])}{', ...' * (len(inside) > 4)}" if inside else "is empty"
+        )
     raise UserError(f"{named} {what}: name a checkpoint directory, such as {checkpoint_near(directory)}{other}")
 
 

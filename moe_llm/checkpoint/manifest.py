@@ -80,8 +80,7 @@ def has_manifest(directory: Path) -> bool:
     """
     if not (directory / MANIFEST).is_file() and (directory / MANIFEST).parent.is_dir():
         raise UserError(
-            f"file {directory / MANIFEST} is missing: copy it again, or remove {directory / 'trainer'} to use the weights "
-            "without a comparison"
+            f"file {directory / MANIFEST} is missing: copy it again, or remove trainer/ to use the weights unchecked"
         )
     return (directory / MANIFEST).is_file()
 
