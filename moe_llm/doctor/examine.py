@@ -24,7 +24,7 @@ from moe_llm.doctor.findings import FAIL, Finding, exact, note, within
 from moe_llm.doctor.launched import LaunchedRanks, take_part
 from moe_llm.doctor.observe import Observation, expected_samples, made_ready, observe, read_data
 from moe_llm.doctor.oracle.family import comparable
-from moe_llm.doctor.oracle.transformer import Reference
+from moe_llm.doctor.oracle.parts import FullReference
 from moe_llm.doctor.ranks import LocalRanks, Plant, RankError, no_plant
 from moe_llm.doctor.sample import small_data
 from moe_llm.doctor.shrink import ALONE, in_fp32, one_process, replace, shrink
@@ -184,7 +184,7 @@ class _Case:
         self.user, self.directory, self.pool, self.plant, self.ranks = user, directory, pool, plant, ranks
         self.findings, self.say = findings, say
         trained = any(".mlp.gate." in name for name in trained_names(config))
-        self.reference = Reference(config.model, moves=trained) if comparable(config.model) else None
+        self.reference = FullReference(config.model, moves=trained) if comparable(config.model) else None
         self.config = self._with_active_clip(config)
         self.allowed = self._tolerances(self.config)
         self.expected, _ = expected_samples(self.config)

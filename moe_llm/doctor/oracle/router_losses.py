@@ -4,7 +4,7 @@ Dimensions: L layers, T real tokens, E experts, K choices of a token.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -197,3 +197,13 @@ def added(seen: Sums | None, more: Sums) -> Sums:
     if seen is None:
         return more.each(lambda mine: mine.detach(), tokens=more.tokens)
     return seen.each(lambda all_, mine: all_ + mine.detach(), more, tokens=seen.tokens + more.tokens)
+
+
+@dataclass
+class Seen:
+    """What routers made of the rounds up to the present one, or of all of them."""
+
+    chosen: list[torch.Tensor] = field(default_factory=list)
+    own: Sums | None = None
+    lowest: list[tuple[torch.Tensor, int]] = field(default_factory=list)
+    tied: bool = False

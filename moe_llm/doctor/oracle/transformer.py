@@ -6,9 +6,9 @@ Dimensions: B documents, S longest of them, T real tokens, E experts, L layers.
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from moe_llm.doctor.oracle.family import (
 )
 from moe_llm.doctor.oracle.router_losses import (
     Routed,
+    Seen,
     Sums,
     added,
     balance_part,
@@ -57,16 +58,6 @@ class Expected:
     own: dict[str, float] = field(default_factory=dict)
     unsure: frozenset[str] = frozenset()
     buffers: dict[str, np.ndarray] = field(default_factory=dict)
-
-
-@dataclass
-class _Seen:
-    """What routers made of the rounds up to the present one, or of all of them."""
-
-    chosen: list[torch.Tensor] = field(default_factory=list)
-    own: Sums | None = None
-    lowest: list[tuple[torch.Tensor, int]] = field(default_factory=list)
-    tied: bool = False
 
 
 class Reference:
@@ -112,8 +103,7 @@ class Reference:
     ) -> tuple | None:
         """Writes down what transformers' router made of its tokens; where the router's paper has another choice or other
         weights, these take their place."""
-        top_k = self.config.num_experts_per_tok
-        router: Any = self.config.router
+        top_k, router = self.config.num_experts_per_tok, cast(Any, self.config.router)
         logits_TE, weight_TK, expert_TK = output
         if router.type in ("mixtral", "bias_balanced") or self.model.config.model_type == "deepseek_v2":
             kind = router.score if router.type == "bias_balanced" else "softmax"
@@ -135,13 +125,12 @@ class Reference:
         self._load(weights)
         for parameter in [*self.model.parameters(), *self.noise_weights]:
             parameter.grad = None
-        sums, own_values, seen = torch.zeros(3), torch.zeros(len(self.own)), _Seen()
+        sums, own_values, seen = torch.zeros(3), torch.zeros(len(self.own)), Seen()
         for parts in self._rounds(rounds, seen):
             (parts @ self._coefficients()).backward()
             sums += parts[:3].detach()
             own_values = parts[3:].detach()  # those of all that has been seen
-        gradients = {name: _gradient(stored) for name, stored in self.stored.items()}
-        lm, aux, z = sums.tolist()
+        gradients, (lm, aux, z) = {n: _gradient(stored) for n, stored in self.stored.items()}, sums.tolist()
         if self.moves:
             with torch.no_grad():
                 assert seen.own is not None
@@ -156,7 +145,7 @@ class Reference:
             {name: buffer.numpy().copy() for name, buffer in self._buffers().items()},
         )
 
-    def _rounds(self, rounds: Sequence["Batch"], seen: "_Seen") -> Iterator[torch.Tensor]:
+    def _rounds(self, rounds: Sequence["Batch"], seen: "Seen") -> Iterator[torch.Tensor]:
         """Each round's share of the step's losses: cross-entropy, balance, z and the router's own."""
         parts_per_token = self.config.router.parts_per_token
         targets = sum(int((batch.labels_BS != -100).sum()) for batch in rounds)
@@ -184,41 +173,8 @@ class Reference:
 
     def _coefficients(self) -> torch.Tensor:
         """Of the losses in the order of `_rounds`."""
-        config = self.config
-        own = [loss.coefficient for loss in self.own]
-        return torch.tensor([1.0, config.router_aux_loss_coef, config.router_z_loss_coef, *own])
-
-    def shares(
-        self, weights: Mapping[str, np.ndarray], rounds: Sequence["Batch"]
-    ) -> dict[tuple[int, str], dict[str, np.ndarray]]:
-        """What each loss of each round adds to the gradients of a step, by the round's number and the loss's name, of the
-        losses that have a coefficient."""
-        self.begun = False
-        self._load(weights)
-        titles = ["language-model loss", "balance loss", "z-loss", *(loss.name for loss in self.own)]
-        parameters = {n: s.tensor for n, s in self.stored.items() if isinstance(s.tensor, torch.nn.Parameter)}
-        found = {}
-        for number, parts in enumerate(self._rounds(rounds, _Seen())):
-            for title, part, coefficient in zip(titles, parts, self._coefficients().tolist()):
-                if coefficient:
-                    slopes = torch.autograd.grad(
-                        coefficient * part, list(parameters.values()), retain_graph=True, allow_unused=True
-                    )
-                    found[number, title] = {
-                        name: self.stored[name].as_ours(torch.zeros_like(p) if slope is None else slope).numpy().copy()
-                        for (name, p), slope in zip(parameters.items(), slopes)
-                    }
-        return found
-
-    @torch.no_grad()
-    def held_out(self, weights: Mapping[str, np.ndarray], batches: Iterable["Batch"]) -> float:
-        """Cross-entropy of these rows, over all of their targets. Routers' buffers are those behind the last step."""
-        self._load(weights)
-        loss_sum, targets = 0.0, 0
-        for batch in batches:
-            loss_sum += float(self._forward(batch)[0])
-            targets += int((batch.labels_BS != -100).sum())
-        return loss_sum / targets
+        aux, z = self.config.router_aux_loss_coef, self.config.router_z_loss_coef
+        return torch.tensor([1.0, aux, z, *(loss.coefficient for loss in self.own)])
 
     def _buffers(self) -> dict[str, torch.Tensor]:
         """Of routers, in the order of the layers."""
