@@ -27,7 +27,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ from moe_llm.families.family import Family
 from moe_llm.families.layout import stored_shapes
 
 FORMAT = 1
+_VERSIONED = ("torch", "transformers", "deepspeed", "moe_llm")  # packages of which a checkpoint says the version
 _AHEAD = 1 << 30  # bytes that a rank has read and not yet written
 
 
@@ -236,17 +237,10 @@ def _trainer_head(
         **({"base": state.base_files} if has_adapters(state) else {}),
         "ema_updates": state.averaged,
         "written_by": {"world_size": state.world_size, "python": platform.python_version()}
-        | {d.name: d.version for d in map(_installed, ("torch", "transformers", "deepspeed", "moe_llm")) if d},
+        | {d.name: d.version for name in _VERSIONED for d in distributions(name=name)},
     }
     # A TypeError now rather than after the tensors; and training may go on to change what it gave us.
     return json.loads(json.dumps(head))
-
-
-def _installed(package: str) -> Distribution | None:
-    try:
-        return distribution(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _assert_whole(plan: WritePlan, model: ModelConfig) -> None:
