@@ -24,10 +24,11 @@ RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))
     && pip install -c constraints.txt -r requirements.txt
 
 COPY README.md LICENSE ./
+# the wheel holds the configurations too
+COPY configs configs
 COPY moe_llm moe_llm
 # hadolint ignore=DL3013
 RUN pip install --no-deps . && rm -rf moe_llm build
-COPY configs configs
 COPY scripts scripts
 
 # Any user may run it, so that files in a mounted run directory belong to whoever started it. Such a user has

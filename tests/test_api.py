@@ -74,6 +74,28 @@ def test_training_in_python_writes_what_the_command_writes(finished_run, make_co
         moe_llm.load_config(tmp_path / "run.yaml", ["train.max_steps=0"])
 
 
+ONE_AFTER_THE_OTHER = """
+import sys, moe_llm
+config, *layouts = sys.argv[1:]
+for i, overrides in enumerate(layouts):
+    moe_llm.train(moe_llm.load_config(config, [f"run.dir={config}-{i}", *overrides.split()]))
+"""
+
+
+def test_runs_of_any_engine_follow_one_another_in_a_process(make_config):
+    config = make_config(train={"max_steps": 1}, evaluate={"every_steps": None})
+    python(
+        "-c",
+        ONE_AFTER_THE_OTHER,
+        config,
+        "parallel.engine=deepspeed",
+        "",
+        "parallel.engine=deepspeed train.precision=bf16",
+    )
+    first, second = (runs.records(config.with_name(f"{config.name}-{i}")) for i in (0, 1))
+    assert first[0]["loss"] == pytest.approx(second[0]["loss"], rel=1e-5)
+
+
 def test_the_examples_run(make_config, tmp_path):
     trained = python(EXAMPLES / "train_and_generate.py", make_config(train={"max_steps": 2}))
     assert "bits per byte of this file: " in trained

@@ -70,14 +70,14 @@ class Runtime:
 
             # Otherwise transformers would load every model together with all ranks, as ZeRO-3 asks it to.
             unset_hf_deepspeed_config()
-        if self.world_size > 1:
-            from accelerate.state import AcceleratorState, GradientState
-
+        if self.deepspeed or self.world_size > 1:
             from moe_llm.distributed.deepspeed import leave_group
 
             leave_group()
-            AcceleratorState._reset_state(reset_partial_state=True)  # it would take the group for one that is there
-            GradientState._reset_state()
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)  # it would take the group for one that is there
+        GradientState._reset_state()
 
 
 def world_size_from_environment() -> int:

@@ -194,5 +194,5 @@ def _forget_accelerator() -> None:
     """Let the next Accelerator of this process be configured otherwise; the process group stays."""
     from accelerate.state import AcceleratorState, GradientState
 
-    AcceleratorState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

@@ -106,6 +106,7 @@ VARIANTS = {
     "bf16 weights with Kahan sums, ZeRO-3": [
         "train.precision=bf16",
         "optim.master_weights=kahan",
+        "parallel.gradient_dtype=bf16",
         "parallel.zero_stage=3",
         "parallel.expert_parallel_size=2",
     ],
