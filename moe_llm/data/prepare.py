@@ -36,7 +36,7 @@ def prepare(config: Config, *, show_progress: bool = True) -> dict[str, Any]:
         UserError: unusable sources, a tokenizer that does not fit, or no space left.
     """
     check_sources(config)
-    tokenizer = build_tokenizer(config, Path(config.run.dir) / "tokenizer")
+    tokenizer = build_tokenizer(config, Path(config.run.dir) / "tokenizer", same_sources=True)
     config = resolve_vocab(config, tokenizer)
     check_vocab(config, tokenizer)
     data = load_data(config, tokenizer, show_progress=show_progress)
@@ -57,7 +57,7 @@ def prepare_share(config: Config, share: tuple[int, int]) -> list[dict[str, Any]
         UserError: as `prepare`.
     """
     check_sources(config)
-    tokenizer = build_tokenizer(config, Path(config.run.dir) / "tokenizer")
+    tokenizer = build_tokenizer(config, Path(config.run.dir) / "tokenizer", same_sources=True)
     config = resolve_vocab(config, tokenizer)
     holdout = find_holdout(config)
     parts = [(field, source, holdout) for field, source in named_sources(config)]

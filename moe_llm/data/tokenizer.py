@@ -42,13 +42,17 @@ _SPREAD_SHARDS = 16
 _LONG_TEXT = 65536  # characters; longer documents are sampled in part, shorter ones whole or not at all
 
 
-def build_tokenizer(config: Config, directory: Path) -> "PreTrainedTokenizerFast":
+def build_tokenizer(config: Config, directory: Path, *, same_sources: bool = False) -> "PreTrainedTokenizerFast":
     """The tokenizer of a run, in `directory`; built if it is not there yet.
 
     Either `tokenizer.path` (a directory, a sentencepiece `.model` file or a hub name), or sentencepiece BPE
     trained on the training part of `data.sources`. Returns `AutoTokenizer.from_pretrained(directory)`.
     A directory keeps its tokenizer when the text changes later on, since a model depends on it. Safe to
     call from several processes at once.
+
+    Args:
+        same_sources: also refuse a trained run's tokenizer of other `data.sources`, which nothing else compares where no
+            run resumes, unless `data.allow_changed`.
 
     Raises:
         UserError: unusable tokenizer or text, or `directory` holds one built with other settings.
@@ -58,7 +62,7 @@ def build_tokenizer(config: Config, directory: Path) -> "PreTrainedTokenizerFast
     cache = Path(config.data.cache_dir).expanduser()
     with building(cache, "tokenizer-" + hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:24]):
         if directory.exists() and any(directory.iterdir()):
-            _check_built_from(directory, key)
+            _check_built_from(directory, key, same_sources and not config.data.allow_changed)
         else:
             with publish(directory, field="run.dir") as temporary:
                 _build(config, cache, temporary)
@@ -237,16 +241,15 @@ def _model_settings(config: Config) -> dict:
     }
 
 
-def _check_built_from(directory: Path, key: dict) -> None:
+def _check_built_from(directory: Path, key: dict, same_sources: bool) -> None:
     try:
         found = json.loads((directory / _KEY_FILE).read_text())
     except (OSError, ValueError) as error:
         raise UserError(
             f"{directory} exists and holds no tokenizer of a run: choose another run.dir or remove it"
         ) from error
-    ignored = (
-        ["sources"] if any((directory.parent / "checkpoints").glob("step-*")) else []
-    )  # these are compared by content
+    trained = any((directory.parent / "checkpoints").glob("step-*"))
+    ignored = ["sources"] if trained and not same_sources else []  # these are compared by content
     differing = [name for name in {**key, **found} if key.get(name) != found.get(name) and name not in ignored]
     if not differing:
         return

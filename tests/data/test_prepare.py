@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from support import runs
 
 from moe_llm.cli import main
 from moe_llm.config import SourceConfig
@@ -152,3 +153,16 @@ def test_what_is_prepared_is_told_by_source(config_file, capsys):
     assert "data.sources.0 (train): " in out
     assert "data.sources.1 (validation): " in out
     assert "manifest " in out
+
+
+def test_another_runs_directory_lends_no_tokenizer(finished_run, corpus, tmp_path, capsys):
+    """A copy of a configuration in which only the sources are others, of a run that has been trained."""
+    run = runs.copy_run(finished_run, tmp_path / "run")
+    other = shutil.copy(corpus, tmp_path / "other.txt")
+    command = ["prepare", str(run / "config.yaml"), f"run.dir={run}", f"data.sources.0.path={other}"]
+    assert main(command) == 2
+    err = capsys.readouterr().err
+    assert "holds a tokenizer built with sources=" in err
+    assert "choose another run.dir" in err
+    assert main([*command, "data.allow_changed=true"]) == 0
+    assert main(["prepare", str(run / "config.yaml"), f"run.dir={run}"]) == 0

@@ -190,7 +190,7 @@ def clone(finished_run, corpus, tmp_path_factory) -> Path:
     for folder in ("texts", "more"):
         (root / folder).mkdir()
         shutil.copy(corpus, root / folder / "a.txt")
-    raw = runs.sections(root / "texts/a.txt", root / "cache", root / "runs/my", train={"max_steps": 1})
+    raw = runs.sections(root / "texts/a.txt", root / "cache", root / "runs/mine", train={"max_steps": 1})
     runs.write_yaml(root / "my.yaml", raw | {"checkpoint": {"every_steps": 1}})
     return root
 
