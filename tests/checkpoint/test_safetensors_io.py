@@ -18,10 +18,10 @@ from moe_llm.checkpoint.safetensors_io import (
     ShardWriter,
     Spec,
     TensorFiles,
-    parse_size,
     shard_name,
     split_shards,
 )
+from moe_llm.config.base import parse_size
 from moe_llm.errors import UserError
 
 TENSORS = {

@@ -100,11 +100,12 @@ ROW = b'{"text": "one"}\n'
     ("name", "content"),
     [
         ("unpacked.jsonl.gz", ROW),  # as a browser saves it
-        ("gzip.jsonl.zst", gzip.compress(ROW)),
+        ("gzip.jsonl.zst", gzip.compress(ROW, mtime=0)),
         ("lines.csv", ROW),
         ("array.csv", b"[" + ROW + b"]"),
         ("lines.parquet", ROW),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_content_decides_against_a_wrong_name(tmp_path, name, content):
     assert list(read_documents(source(tmp_path, name, content), FIELD)) == ["one"]
@@ -145,10 +146,11 @@ def feather() -> bytes:
         ("x.tar", tarred("w"), "a tar archive"),
         ("x.tar.gz", tarred("w:gz"), "a tar archive"),
         ("x.arrow", feather(), "an Arrow file, which is not read here: write it as parquet"),
-        ("x.txt.gz", gzip.compress(gzip.compress(b"words")), "packed twice"),
+        ("x.txt.gz", gzip.compress(gzip.compress(b"words", mtime=0), mtime=0), "packed twice"),
         ("x.txt", "words".encode("utf-16"), "UTF-16 text"),
         ("x.pdf", b"%PDF-1.4\nwords", "a PDF"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_files_of_other_kinds_are_refused_by_what_they_are(tmp_path, name, content, words):
     with pytest.raises(UserError, match=rf"{name} is {words}"):
