@@ -66,8 +66,8 @@ print(moe_llm.generate(checkpoint, "def ", max_new_tokens=24, temperature=0))
 # %%
 # ## The report
 #
-# The page has the losses, the load of every expert over time, and the alarms that were raised. The pictures are also
-# written as PNG files into `plots/` of the run.
+# The page has the losses, the load of every expert over time, and the alarms that were raised. It is `report.html` in
+# the run, and the same plots are PNG files in `report_plots/` beside it.
 
 command("report", str(RUN))
 
