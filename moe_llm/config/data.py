@@ -116,7 +116,8 @@ class DataConfig(Section):
         0.01,
         gt=0,
         lt=1,
-        description="share of the documents held out, chosen by a hash of their text; unused with validation_sources",
+        description="share of the documents held out, chosen by a hash of their text; where that chooses none, or too few (a "
+        "few large documents), the end of the largest document is held out; unused with validation_sources",
     )
     sequence_length: int = Field(1024, ge=2, description="tokens a block")
     isolate_documents: bool = Field(
