@@ -495,8 +495,10 @@ def _settings(value: Any) -> Any:
         invalid(
             "type",
             kind,
-            "is no router",
-            f"did you mean {near[0]}?" if near else f"use one of {', '.join(ROUTER_SETTINGS)}",
+            "is no known router",
+            (f"did you mean {near[0]}?" if near else f"use one of {', '.join(ROUTER_SETTINGS)}")
+            + f"{' If' if near else '; if'} it is your own, run the command by a script that imports its module, as "
+            "docs/guides/own-router.md shows",
         )
     known = fields_by_key(ROUTER_SETTINGS[kind])
     for key in value:

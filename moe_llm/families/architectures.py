@@ -202,6 +202,8 @@ def _validated(content: Mapping[str, Any], fields: dict[str, Any], origin: str) 
         first = error.errors()[0]
         field = ".".join([*map(str, first["loc"]), *filter(None, [first.get("ctx", {}).get("field")])])
         value = first.get("ctx", {}).get("value", content.get(field, first["input"]))
+        if first["type"] == "invalid_field":  # its message says what is wrong, and what to do
+            raise UserError(f"{origin}: {field}={value!r} {first['msg']}") from error
         raise UserError(f"{origin}: {field}={value!r} is not valid: {first['msg']}") from error
 
 

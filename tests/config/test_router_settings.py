@@ -25,8 +25,11 @@ def refusal(*overrides: str) -> str:
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        (["model.router.type=swich"], "model.router.type=swich is no router: did you mean switch?"),
-        (["model.router.type=hash"], "model.router.type=hash is no router: use one of mixtral, dense, noisy_top_k"),
+        (["model.router.type=swich"], "model.router.type=swich is no known router: did you mean switch?"),
+        (
+            ["model.router.type=hash"],
+            "model.router.type=hash is no known router: use one of mixtral, dense, noisy_top_k",
+        ),
         (["model.router.p=0.5"], "model.router.p=0.5 is no setting of type mixtral but of top_p"),
         (["model.router.capacity_facto=2"], "did you mean model.router.capacity_factor?"),
         (

@@ -173,3 +173,15 @@ def test_what_the_model_cannot_be_is_refused_in_one_sentence(changes, named):
 def test_dropout_is_warned_of():
     with pytest.warns(UserWarning, match=r"attention_dropout=0\.1"):
         hf.from_transformers_config(MISTRAL | {"attention_dropout": 0.1})
+
+
+def test_a_router_that_is_not_imported_is_refused_with_the_remedy():
+    content = json.loads(json.dumps(exported(small_config(router={"type": "top_p"}))))
+    content["moe_llm"]["router"]["type"] = "sigmoid"
+    with pytest.raises(UserError) as raised:
+        hf.from_transformers_config(content, "c/config.json")
+    told = str(raised.value)
+    assert told.startswith("c/config.json: router.type='sigmoid' is no known router: use one of mixtral, ")
+    assert told.endswith(
+        "; if it is your own, run the command by a script that imports its module, as docs/guides/own-router.md shows"
+    )

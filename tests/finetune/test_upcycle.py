@@ -158,7 +158,7 @@ def test_the_seed_decides_and_bf16_and_the_tokenizer_are_kept(tmp_path):
         ({"attention_bias": True}, {}, "attention_bias=true cannot be upcycled"),
         ({"mlp_bias": True}, {}, "mlp_bias=true cannot be upcycled"),
         ({"hidden_act": "gelu"}, {}, "hidden_act='gelu' of mixtral is not supported"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, {}, "rope_parameters.factor=None is not valid: is missing, and rope_type=llama3 needs it"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, {}, "rope_parameters.factor=None is missing, and rope_type=llama3 needs it"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, {}, "rope_parameters.rope_type='default' contradicts 'linear'"),
         ({"quantization_config": {"bits": 4}}, {}, "quantization_config is set"),
         ({"num_hidden_layers": 3}, {}, "missing model.layers.2.input_layernorm.weight and 8 more"),
