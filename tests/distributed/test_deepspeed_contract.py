@@ -1,7 +1,10 @@
 """DeepSpeed's private contract for expert parallelism, point by point: what fails here has moved in DeepSpeed."""
 
+import importlib
 import inspect
+from types import SimpleNamespace
 
+import deepspeed
 import pytest
 import torch
 from support.ranks import fresh_accelerate
@@ -26,6 +29,31 @@ def test_the_engine_still_finds_layers_by_class_and_hands_them_their_group():
         list(inspect.signature(AutoEPMoELayer.set_deepspeed_parallelism).parameters)[1:]
         == list(inspect.signature(contract._EngineContract.set_deepspeed_parallelism).parameters)[1:]
     )
+
+
+def test_that_its_collectives_are_built_is_not_printed_and_all_else_is(monkeypatch, capsys):
+    communication = importlib.import_module("deepspeed.comm.torch")
+
+    class Builder:
+        NAME = next(iter(deepspeed.ops.__compatible_ops__))
+
+        def load(self):
+            print("a warning of the builder's")
+            communication.print("a warning of the module's")
+            return "module"
+
+        def absolute_name(self):
+            return "deepspeed.ops.comm.deepspeed_shm_comm_op"
+
+    monkeypatch.setitem(deepspeed.ops.__compatible_ops__, Builder.NAME, True)
+    accelerator = SimpleNamespace(create_op_builder=lambda name: Builder())
+    monkeypatch.setattr(communication, "get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(communication, "print", print, raising=False)
+    assert communication.build_shm_op() == "module"
+    assert "built successfully" in capsys.readouterr().out, "DeepSpeed prints it no more: remove _silence_success"
+    contract._silence_success()
+    assert communication.build_shm_op() == "module"
+    assert capsys.readouterr().out == "a warning of the builder's\na warning of the module's\n"
 
 
 def test_deepspeeds_own_muon_is_imported_without_torchs_compiler(two_ranks):
