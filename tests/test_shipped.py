@@ -5,6 +5,7 @@ import types
 from pathlib import Path
 
 import pytest
+import yaml
 
 from moe_llm.cli import main
 from moe_llm.cli.shipped import find, shipped
@@ -19,6 +20,17 @@ def test_every_configuration_of_the_clone_is_shipped():
     }
 
 
+def test_no_loss_of_the_routers_acts_where_they_stay_as_they_are():
+    seen = set()
+    for path in (ROOT / "configs/finetune").glob("*.yaml"):
+        content = yaml.safe_load(path.read_text())
+        if "finetune" in content:
+            seen.add(path.stem)
+            losses = [content["model"][f"router_{name}_loss_coef"] for name in ("aux", "z")]
+            assert losses == [0.0, 0.0], path
+    assert {"experts_only", "lora", "qwen3_30b_a3b"} <= seen
+
+
 def test_list_names_them_and_copy_writes_one(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["config", "list"]) == 0
@@ -30,8 +42,20 @@ def test_list_names_them_and_copy_writes_one(tmp_path, monkeypatch, capsys):
 
 
 def test_a_mistyped_name_is_answered_with_the_nearest():
-    with pytest.raises(UserError, match="did you mean quickstart"):
-        find("quikstart")
+    for name, meant in {
+        "quikstart": "quickstart",
+        "quikstart.yaml": "quickstart",
+        "routng/top-p": "routing/top_p",
+        "top_p": "routing/top_p",
+    }.items():
+        with pytest.raises(UserError, match=rf"did you mean {meant}\?$"):
+            find(name)
+
+
+@pytest.mark.parametrize("name", ["routing/nope", "nope/em", "finetune/zzz.yaml"])
+def test_a_name_that_is_near_to_none_is_answered_with_the_list(name):
+    with pytest.raises(UserError, match=r"is shipped: moe-llm config list names those that are$"):
+        find(name)
 
 
 def test_quickstart_trains_the_shipped_file_with_overrides(monkeypatch):

@@ -10,6 +10,7 @@ from moe_llm.errors import UserError
 
 # in a clone a link to configs/, in a wheel a folder
 _FOLDER = Path(__file__).parents[1] / "shipped_configs"
+_CLOSE = 0.6  # as of mistyped commands and options
 
 
 def shipped() -> dict[str, Path]:
@@ -28,8 +29,15 @@ def find(name: str) -> Path:
     known = shipped()
     found = known.get(name) or known.get(f"{name}.yaml")
     if found is None:
-        near = difflib.get_close_matches(name, [*known, *(key.removesuffix(".yaml") for key in known)], n=1)
-        hint = f"did you mean {near[0]}?" if near else "moe-llm config list names them"
+        # by the last part of a name: a folder that is right says nothing for a file of it
+        folder, _, stem = name.removesuffix(".yaml").rpartition("/")
+        rivals: dict[str, list[str]] = {}
+        for key in known:
+            parent, _, own = key.removesuffix(".yaml").rpartition("/")
+            if not folder or difflib.SequenceMatcher(None, folder, parent).ratio() >= _CLOSE:
+                rivals.setdefault(own, []).append(key.removesuffix(".yaml"))
+        near = difflib.get_close_matches(stem, rivals, n=1, cutoff=_CLOSE)
+        hint = f"did you mean {rivals[near[0]][0]}?" if near else "moe-llm config list names those that are"
         raise UserError(f"no configuration {name!r} is shipped: {hint}")
     return found
 
