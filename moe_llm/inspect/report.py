@@ -7,6 +7,8 @@ from typing import Any
 
 from moe_llm.errors import UserError
 
+_FEWEST_UNITS = 3  # of each source: of five units in all, no p is below 0.1
+
 
 def format_report(report: dict[str, Any]) -> str:
     """The main numbers, layer by layer."""
@@ -20,6 +22,12 @@ def format_report(report: dict[str, Any]) -> str:
             f"({found['permutations']} permutations of {found['units']} documents or pieces: "
             f"p = {found['overall_p_value']:.3g})"
         )
+    if found is None:
+        lines.append("bits and p compare sources of text, and here is one: name a second with --data")
+    elif found["units"] < _FEWEST_UNITS * len(report["sources"]):
+        lines.append("too few documents to tell bits from chance: give more of each source, or raise --max-tokens")
+    if removal is None:
+        lines.append("the dearest expert is not looked for with --removal-rows 0")
     lines += [
         f"repeated by the next token, by chance: first choice {repeated['chance_first']:.1%}, first or second "
         f"{repeated['chance_first_or_second']:.1%}",
@@ -27,8 +35,8 @@ def format_report(report: dict[str, Any]) -> str:
         f"{'layer':>5} {'busiest':>8} {'bits':>9} {'p':>7} {'first':>7} {'1st/2nd':>8} {'dearest expert':>15}",
     ]
     for layer, (block, load) in enumerate(zip(report["blocks"], report["load"], strict=True)):
-        bits, p = ("", "") if found is None else (f"{found['bits'][layer]:.5f}", f"{found['p_value'][layer]:.3f}")
-        dearest = ""
+        bits, p = ("-", "-") if found is None else (f"{found['bits'][layer]:.5f}", f"{found['p_value'][layer]:.3f}")
+        dearest = "-"
         if removal is not None:
             cost = removal["cost"][layer]
             dearest = f"{max(range(len(cost)), key=cost.__getitem__)} ({max(cost):+.4f})"

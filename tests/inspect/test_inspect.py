@@ -187,7 +187,16 @@ def test_files_of_a_report(tmp_path, capsys):
     row = inline["shown"][0]
     assert np.array(row["experts"]).shape == (2, len(row["tokens"]), 2)
     assert cli.main(["inspect", str(saved), "--data", *data]) == 0
-    assert "specialisation by source" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "specialisation by source" in told
+    assert "too few" not in told
+    few = ["--max-tokens", "20", "--removal-rows", "0"]
+    assert cli.main(["inspect", str(saved), "--data", data[0], *few]) == 0
+    told = capsys.readouterr().out
+    assert "bits and p compare sources of text, and here is one: name a second with --data" in told
+    assert [line.split()[2:4] + line.split()[-1:] for line in told.splitlines()[-2:]] == [["-"] * 3] * 2
+    assert cli.main(["inspect", str(saved), "--data", *data, *few]) == 0
+    assert "too few documents to tell bits from chance" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("case", ["no checkpoint", "architecture", "missing", "binary", "short", "twice", "out"])
