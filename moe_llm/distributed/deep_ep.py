@@ -26,6 +26,7 @@ from moe_llm.model.moe.routing import Routing
 from moe_llm.model.recomputation import exchanged, is_second_pass
 
 PACKAGE = "deep_ep"
+ALL_TO_ALL = "torch's all-to-all"  # what the exchange goes by elsewhere
 _chosen: ModuleType | None = None
 _buffers: dict[tuple[dist.ProcessGroup, int], Any] = {}
 
@@ -47,7 +48,7 @@ def choose(config: Config, device: torch.device) -> None:
 
 def chosen() -> str:
     """What the exchange goes by, for the records of a run."""
-    return "torch's all-to-all" if _chosen is None else "DeepEP's"
+    return ALL_TO_ALL if _chosen is None else "DeepEP's"
 
 
 def _obstacle(config: Config, device: torch.device) -> str | None:

@@ -4,6 +4,7 @@ import json
 import logging
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -27,6 +28,8 @@ from moe_llm.ops.products import mm
 
 logger = logging.getLogger(__name__)
 
+_NATIVE, _ELEMENTWISE, _FUSED_NORM = "our own for CPUs", "torch's elementwise operations", "torch's fused"
+_UNCOMPILED = "nothing"
 _PACKAGES = ("moe_llm", "torch", "transformers", "deepspeed")
 
 
@@ -64,8 +67,8 @@ def _kernels(config: Config, device: torch.device) -> dict[str, str]:
     tokens = config.train.micro_batch_size * config.data.sequence_length * model.num_experts_per_tok
     shape = tokens, model.num_local_experts, model.expert_hidden_size, model.intermediate_size
     like = torch.empty(1, dtype=dtype, device=device)
-    ours = "our own for CPUs" if native.fits(like) else "torch's elementwise operations"
-    norm = "torch's fused" if fused_on_cuda(like) else ours
+    ours = _NATIVE if native.fits(like) else _ELEMENTWISE
+    norm = _FUSED_NORM if fused_on_cuda(like) else ours
     query = torch.empty(1, 1, 1, model.attention_head_dim, dtype=dtype, device=device)
     runs = f"{variable_length_kernel()}'s, of variable length" if variable_length_fits(query) else "one call a document"
     return {
@@ -75,8 +78,22 @@ def _kernels(config: Config, device: torch.device) -> dict[str, str]:
         "loss": "liger-kernel's" if liger.use("cross_entropy", like) else ours,
         "documents": ours if native.fits(query) else runs,
         "exchange": deep_ep.chosen() if config.parallel.expert_parallel_size > 1 else "none",
-        "compiled": "between products" if compiled.on else "nothing",
+        "compiled": "between products" if compiled.on else _UNCOMPILED,
     }
+
+
+def unusual_kernels(kernels: Mapping[str, str], device: torch.device) -> dict[str, str]:
+    """Those of a run's kernels (`_kernels`) that are other than a run on such a device has by default."""
+    cpu = device.type == "cpu"
+    usual = {
+        "norm": _NATIVE if cpu else _FUSED_NORM,
+        "rotary": _NATIVE if cpu else _ELEMENTWISE,
+        "loss": _NATIVE if cpu else _ELEMENTWISE,
+        "exchange": "none" if kernels["exchange"] == "none" else deep_ep.ALL_TO_ALL,
+        "compiled": _UNCOMPILED,
+    }
+    # what computes experts and attention of documents follows from the device
+    return {part: name for part, name in kernels.items() if name != usual.get(part, name)}
 
 
 def write_facts(path: Path, facts: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from moe_llm.finetune.init_from import rows_there
 from moe_llm.finetune.selection import describe
 from moe_llm.model.moe.routers import router_losses
 from moe_llm.train.callbacks.base import TrainingRun
+from moe_llm.train.facts import unusual_kernels
 from moe_llm.train.metrics import read_metrics
 
 
@@ -55,8 +56,11 @@ def announce(run: TrainingRun) -> None:
             if now != before
             else f"model.resize_embeddings: the {before:,} rows are enough, and none is added"
         )
-    if run.facts is not None:
-        run.say("kernels: " + ", ".join(f"{part}: {name}" for part, name in run.facts["start"]["kernels"].items()))
+    unusual = {} if run.facts is None else unusual_kernels(run.facts["start"]["kernels"], run.runtime.device)
+    if unusual:
+        run.say(
+            "kernels other than the usual ones: " + ", ".join(f"{name} for {part}" for part, name in unusual.items())
+        )
     if not config.finetune.whole:
         run.say(describe(config))
     losses = {"load balance": config.model.router_aux_loss_coef, "z-loss": config.model.router_z_loss_coef}
@@ -74,11 +78,7 @@ def announce(run: TrainingRun) -> None:
         run.say(noted)
     router, rounds = config.model.router, config.accumulation_steps(world)
     if config.model.balance_over == "micro_batches" and rounds > 1 and _balances(config.model):
-        run.say(
-            f"model.balance_over=micro_batches: the routers' losses of a micro-batch go by the choices of the step's "
-            f"{rounds} micro-batches so far, so they depend on train.micro_batch_size: moe-llm doctor says by how much, "
-            "and step makes them exact"
-        )
+        run.say("the routers' losses depend on train.micro_batch_size, and with model.balance_over: step they do not")
     if not router.causal:
         run.say(
             f"model.router.type={router.type} is not causal in training: {router.looks_ahead}; evaluation and "
@@ -121,9 +121,11 @@ def announce(run: TrainingRun) -> None:
     if position.step >= config.max_steps:
         run.say(f"nothing is left to train: the run has {position.step} of {config.max_steps} steps")
     elif config.optim.warmup_steps >= config.max_steps:
+        length = "train.max_tokens" if config.train.max_steps is None else "train.max_steps"
         run.say(
             f"the learning rate does not reach optim.lr={config.optim.lr:g}: its warm-up takes "
-            f"{config.optim.warmup_steps} steps of {config.max_steps}"
+            f"{config.optim.warmup_steps} steps of {config.max_steps}: lower optim.warmup_steps, or raise "
+            f"{length}"
         )
 
 

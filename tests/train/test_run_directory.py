@@ -248,4 +248,6 @@ def test_a_run_at_its_end_says_so(held, capsys):
 
 def test_a_rate_that_is_never_reached_is_told(make_config, capsys):
     assert main(["train", str(make_config("warm")), "train.max_steps=2", "optim.warmup_steps=2"]) == 0
-    assert "the learning rate does not reach optim.lr" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "the learning rate does not reach optim.lr" in err
+    assert "of 2: lower optim.warmup_steps, or raise train.max_steps\n" in err

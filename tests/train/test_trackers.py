@@ -6,12 +6,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from support import runs
 from support.training import MODEL, config
 
 from moe_llm.cli import main
 from moe_llm.errors import UserError
 from moe_llm.train.callbacks.console import BLOCKS, Console, load_map, rate_limit
+from moe_llm.train.facts import unusual_kernels
 from moe_llm.train.trackers import Wandb, check_trackers, distributions, load_image, scalars
 
 MOE = {
@@ -147,6 +149,19 @@ def test_facts_of_each_start_are_kept(train):
     }
     assert facts["parameters"] == sum(facts["parts"].values())
     assert facts["data"][0]["tokens"] > 1000
+
+
+def test_kernels_are_told_where_they_are_not_the_usual_ones():
+    usual = {"experts": "fused", "exchange": "none", "compiled": "nothing", "documents": "one call a document"}
+    on_cpus = usual | dict.fromkeys(("norm", "rotary", "loss"), "our own for CPUs")
+    assert unusual_kernels(on_cpus, torch.device("cpu")) == {}
+    assert unusual_kernels(on_cpus | {"compiled": "between products"}, torch.device("cpu")) == {
+        "compiled": "between products"
+    }
+    assert unusual_kernels(on_cpus | {"exchange": "torch's all-to-all"}, torch.device("cpu")) == {}
+    slow = dict.fromkeys(("rotary", "loss"), "torch's elementwise operations")
+    assert unusual_kernels(on_cpus | slow, torch.device("cpu")) == slow
+    assert unusual_kernels(usual | slow | {"norm": "torch's fused"}, torch.device("cuda")) == {}
 
 
 def test_names_are_grouped_and_the_step_is_the_axis():
