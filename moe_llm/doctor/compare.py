@@ -266,14 +266,15 @@ class Unsure:
         self._seen: dict[str, np.ndarray] = {}
 
     def add(self, found: Whole, expected: Whole) -> None:
-        """A step's gradients in two layouts."""
+        """A step's gradients in two layouts; of a parameter of which more are apart than by chance, none."""
         for name, value in expected.items():
-            self._seen[name] = self._seen.get(name, False) | (np.abs(found[name] - value) > 1e-3 * np.abs(value))
+            now = np.abs(found[name] - value) > 1e-3 * np.abs(value)
+            if now.mean() <= 0.01:
+                self._seen[name] = self._seen.get(name, False) | now
 
     def elements(self, name: str, like: np.ndarray) -> np.ndarray:
-        """Of a parameter; none where they are too many for chance."""
-        seen = self._seen.get(name)
-        return seen if seen is not None and seen.mean() <= 0.01 else np.zeros(like.shape, bool)
+        """Of a parameter, in all steps so far."""
+        return self._seen.get(name, np.zeros(like.shape, bool))
 
 
 def apart(found: np.ndarray, expected: np.ndarray, change: np.ndarray, steps: int = 2, eps: float = FP32_EPS) -> float:

@@ -97,6 +97,8 @@ def test_a_gradient_that_rounding_decides_is_set_aside_and_many_are_not():
     assert np.flatnonzero(unsure.elements("a", due)).tolist() == [0, 1, 2]
     assert not unsure.elements("b", due).any()
     assert not unsure.elements("frozen", due).any()
+    unsure.add({"a": -due}, {"a": due})  # as where a step has begun from weights that were apart there
+    assert np.flatnonzero(unsure.elements("a", due)).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("rate", "failed"), [(0.5, False), (0.25, True)])
