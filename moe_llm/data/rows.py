@@ -246,12 +246,20 @@ def _as_format(field: str, format: str) -> str:
 
 def _no_column(where: Place | str, text_field: str, columns: list[str], field: str) -> UserError:
     chat = shape_of(dict.fromkeys(map(str, columns), True)) is not None
-    return UserError(
-        f"{text_key(field)}={text_field} is no column of {where}: "
-        f"it has {', '.join(map(str, columns)) or 'none'}, choose one of them"
-        + (" or " + ("evaluate with --chat" if field.startswith("--") else f"set {field}.content=chat"))
-        * chat
-    )
+    otherwise = " or " + ("evaluate with --chat" if field.startswith("--") else f"set {field}.content=chat")
+    key, there = text_key(field), ", ".join(map(str, columns))
+    if not there:
+        problem, remedy = (
+            f"{field}: {where} has no column {text_field!r}, and no other",
+            "give rows with a column of text",
+        )
+    elif text_field == SourceConfig.model_fields["text_field"].default:  # which the user need not have asked for
+        problem = f"{field}: {where} has no column {text_field!r}"
+        remedy = f"{'give' if field.startswith('--') else 'set'} {key} {'with' if field.startswith('--') else 'to'} "
+        remedy += f"one of {there}" if len(columns) > 1 else there
+    else:
+        problem, remedy = f"{key}={text_field} is no column of {where}", f"it has {there}, choose one of them"
+    return UserError(f"{problem}: {remedy}" + otherwise * chat)
 
 
 def _parquet(piece: Piece, columns: Sequence[str], field: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -94,7 +94,17 @@ def test_the_column_of_evaluated_text_is_given_or_named_as_the_remedy(tokenizer,
     plain.write_text(json.dumps({"text": make_text(1)}) + "\n")
     given = load_evaluation(str(rows), tokenizer, sequence_length=16, text_field="body")
     assert given.num_targets == load_evaluation(str(plain), tokenizer, sequence_length=16).num_targets
-    with pytest.raises(UserError, match=r"^--text-field=text is no column of .*it has body, choose one of them$"):
+    with pytest.raises(
+        UserError, match=r"^--data: .*rows\.jsonl, line 1 has no column 'text': give --text-field with body$"
+    ):
+        load_evaluation(str(rows), tokenizer, sequence_length=16)
+    with pytest.raises(UserError, match=r"^--text-field=txt is no column of .*: it has body, choose one of them$"):
+        load_evaluation(str(rows), tokenizer, sequence_length=16, text_field="txt")
+    rows.write_text(json.dumps({"id": 1, "body": make_text(1)}) + "\n")
+    with pytest.raises(UserError, match=r" has no column 'text': give --text-field with one of id, body$"):
+        load_evaluation(str(rows), tokenizer, sequence_length=16)
+    rows.write_text("{}\n")
+    with pytest.raises(UserError, match=r" has no column 'text', and no other: give rows with a column of text$"):
         load_evaluation(str(rows), tokenizer, sequence_length=16)
 
 
