@@ -106,13 +106,18 @@ def from_table(record: Mapping[str, Any], columns: Mapping[Any, str] | None) -> 
     return row
 
 
-def describe_shapes(counts: Mapping[str, int]) -> str:
+def describe_shapes(counts: Mapping[str, int], held_out: int = 0) -> str:
     """One clause: how many rows are of which shape.
 
     Args:
-        counts: by key of `SHAPES`.
+        counts: by key of `SHAPES`, of all rows.
+        held_out: how many of them are.
     """
-    return ", ".join(f"{count:,} rows read as {SHAPES[shape][1]}" for shape, count in counts.items())
+    told = ", ".join(
+        f"{count:,} row{'s' if count > 1 else ''} read as {SHAPES[shape][1]}" for shape, count in counts.items()
+    )
+    verb = "is" if held_out == 1 else "are"
+    return told + (f", of which {held_out:,} {verb} held out" if held_out else "")
 
 
 def turns_of(record: Mapping[str, Any], shape: str) -> tuple[Any, int]:

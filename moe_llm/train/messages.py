@@ -1,5 +1,6 @@
 """First and last words of a run."""
 
+from collections import Counter
 from pathlib import Path
 
 from moe_llm.checkpoint import folder
@@ -37,7 +38,8 @@ def announce(run: TrainingRun) -> None:
     )
     for part in data.statistics:
         if part.shapes and part.split == "train":
-            run.say(f"{part.name}: {describe_shapes(part.shapes)}")
+            beside = next((p.shapes for p in data.statistics if p.name == part.name and p.split != "train"), {})
+            run.say(f"{part.name}: {describe_shapes(Counter(part.shapes) + Counter(beside), sum(beside.values()))}")
         if config.data.packing == "best_fit" and part.split == "train":
             run.say(
                 f"{part.name}: best_fit cuts {part.cut / max(part.documents, 1):.1%} of the documents and leaves "

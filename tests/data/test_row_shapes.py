@@ -107,6 +107,8 @@ def test_a_run_names_the_shapes_at_each_start(make_config, tokenizer, tmp_path):
         found = {part.split: dict(part.shapes) for part in load_data(config, tokenizer, show_progress=False).statistics}
         total = {shape: found["train"].get(shape, 0) + found["validation"].get(shape, 0) for shape in found["train"]}
         assert total == {"instruction and output": 12, "conversations": 6}
+    assert describe_shapes({"messages": 5}, 1) == "5 rows read as lists of messages, of which 1 is held out"
+    assert describe_shapes({"messages": 1200}, 12) == "1,200 rows read as lists of messages, of which 12 are held out"
     line = describe_shapes(total)
     assert line == "12 rows read as Alpaca's instruction and output, 6 rows read as ShareGPT's conversations"
 
