@@ -285,6 +285,13 @@ def load_data(
             "raise data.validation_fraction"
         )
     names = [name for name, split, _ in blocks if split == "validation"]
+    unheld = [name for name, part in zip(names, held_out) if not len(part)]
+    if rank == 0 and unheld and not data.validation_sources and any(map(len, held_out)):
+        logger.warning(
+            "of %s nothing is held out, so that validation measures the other sources alone: raise "
+            "data.validation_fraction (%g), add text or set data.validation_sources",
+            ", ".join(unheld), data.validation_fraction,
+        )  # fmt: skip
     validation = ValidationBlocks(held_out, config.evaluate.max_blocks, names)
     augmentations = {
         number: Augmentation(source.augment, tokenizer, field)
