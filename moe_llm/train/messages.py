@@ -1,11 +1,13 @@
 """First and last words of a run."""
 
+import logging
 from collections import Counter
 from pathlib import Path
 
 from moe_llm.checkpoint import folder
 from moe_llm.checkpoint.state import read_trainer_state
 from moe_llm.config import Config, ModelConfig
+from moe_llm.data.loader import Data
 from moe_llm.data.shapes import describe_shapes
 from moe_llm.families.architectures import export_note
 from moe_llm.finetune.init_from import rows_there
@@ -14,6 +16,11 @@ from moe_llm.model.moe.routers import router_losses
 from moe_llm.train.callbacks.base import TrainingRun
 from moe_llm.train.facts import unusual_kernels
 from moe_llm.train.metrics import read_metrics
+
+logger = logging.getLogger(__name__)
+
+_MANY_TIMES = 10  # readings of a source from which on they are told of
+_NAMED = 3  # sources in one sentence
 
 
 def _balances(model: ModelConfig) -> bool:
@@ -122,13 +129,40 @@ def announce(run: TrainingRun) -> None:
         run.say(f"resuming from {source} at step {position.step}")
     if position.step >= config.max_steps:
         run.say(f"nothing is left to train: the run has {position.step} of {config.max_steps} steps")
-    elif config.optim.warmup_steps >= config.max_steps:
+        return
+    repeated = many_readings(config, data)
+    if repeated is not None:
+        logger.warning(repeated)
+    if config.optim.warmup_steps >= config.max_steps:
         length = "train.max_tokens" if config.train.max_steps is None else "train.max_steps"
         run.say(
             f"the learning rate does not reach optim.lr={config.optim.lr:g}: its warm-up takes "
             f"{config.optim.warmup_steps} steps of {config.max_steps}: lower optim.warmup_steps, or raise "
             f"{length}"
         )
+
+
+def many_readings(config: Config, data: Data) -> str | None:
+    """One sentence on sources that the run's planned steps read many times; None where there is none. Of a source that
+    streams nobody knows how long it is."""
+    parts = [part for part in data.statistics if part.split == "train"]
+    progress = data.train.progress(config.max_steps * config.train.global_batch_size)
+    found = [
+        f"{part.name} has {part.tokens:,} tokens and is read {readings['epochs']:.0f} times"
+        for part, source, readings in zip(parts, config.data.sources, progress, strict=True)
+        if readings["epochs"] > _MANY_TIMES and not source.streaming
+    ]
+    if not found:
+        return None
+    others = f" and so on, {len(found)} sources in all," if len(found) > _NAMED else ""
+    length = "max_tokens" if config.train.max_steps is None else "max_steps"
+    remedy = f"lower train.{length} or bring more data"
+    if config.data.stages or any(source.weight is not None for source in config.data.sources):
+        remedy = f"lower train.{length}, bring more data or give a source less weight"
+    return (
+        f"{', '.join(found[:_NAMED])}{others} in train.{length}={getattr(config.train, length)}: a model learns such text by "
+        f"heart, so {remedy}"
+    )
 
 
 def farewell(config: Config, run_dir: Path, checkpoint: Path | None, finished: bool) -> None:

@@ -123,7 +123,12 @@ BAD = {
     "tokens without an index": ("a.bin", bytes([7, 0, 9, 0]) * 50, {}, r"a\.bin holds a zero byte .*\.idx"),
     "not json": ("a.jsonl", b'{"text": "a"}\n{"text": \n', {}, r"a\.jsonl, line 2 is not valid JSON"),
     "not an object": ("a.jsonl", b"[1]\n", {}, r"is no JSON object"),
-    "no column": ("a.jsonl", b'{"id": 1, "body": "a"}\n', {}, r"line 1 has no column .text.: set .*text_field to one of id, body"),
+    "no column": (
+        "a.jsonl",
+        b'{"id": 1, "body": "a"}\n',
+        {},
+        r"line 1 has no column .text.: set .*text_field to one of id, body",
+    ),
     "not text": ("a.jsonl", b'{"text": null}\n', {}, r"line 1: 'text' holds null where text is expected"),
     "half a surrogate": ("a.jsonl", b'{"text": "a\\ud800"}\n', {}, r"half of a surrogate .* character 1"),
     "not parquet": ("a.parquet", b"PAR1nonsense", {}, r"a\.parquet is not a readable parquet file"),

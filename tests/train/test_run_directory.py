@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -251,3 +252,33 @@ def test_a_rate_that_is_never_reached_is_told(make_config, capsys):
     err = capsys.readouterr().err
     assert "the learning rate does not reach optim.lr" in err
     assert "of 2: lower optim.warmup_steps, or raise train.max_steps\n" in err
+    assert "heart" not in err
+    assert "nothing is held out" not in err
+    assert "kernels" not in err
+
+
+def test_a_source_read_many_times_or_not_held_out_is_told(make_config, corpus, tmp_path, capsys):
+    small = tmp_path / "small.txt"
+    small.write_text("def f(x):\n    return x + 1\n" * 2)
+    sources = [
+        {"type": "files", "path": str(corpus), "document": "line", "weight": 0.1},
+        {"type": "files", "path": str(small), "weight": 0.9},
+    ]
+    data = {"sources": sources, "sequence_length": 32, "validation_fraction": 0.1, "num_workers": 1}
+    steps = {"max_steps": 2, "micro_batch_size": 32, "global_batch_size": 64, "precision": "fp32", "device": "cpu"}
+    assert main(["train", str(make_config("small", data=data | {"cache_dir": str(tmp_path / "c")}, train=steps))]) == 0
+    err = capsys.readouterr().err
+    assert re.search(
+        r"^data\.sources\.1 has \d+ tokens and is read \d\d times in train\.max_steps=2: a model learns such text by "
+        r"heart, so lower train\.max_steps, bring more data or give a source less weight$",
+        err,
+        re.MULTILINE,
+    )
+    assert err.count("heart") == 1
+    assert (
+        "of data.sources.1 nothing is held out, so that validation measures the other sources alone: raise "
+        "data.validation_fraction (0.1), add text or set data.validation_sources\n"
+    ) in err
+    assert (
+        "the routers' losses depend on train.micro_batch_size, and with model.balance_over: step they do not\n" in err
+    )
