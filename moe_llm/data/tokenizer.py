@@ -51,8 +51,8 @@ def build_tokenizer(config: Config, directory: Path, *, same_sources: bool = Fal
     call from several processes at once.
 
     Args:
-        same_sources: also refuse a trained run's tokenizer of other `data.sources`, which nothing else compares where no
-            run resumes, unless `data.allow_changed`.
+        same_sources: warn of a trained run's tokenizer of other `data.sources`, which nothing else compares where no run
+            resumes.
 
     Raises:
         UserError: unusable tokenizer or text, or `directory` holds one built with other settings.
@@ -62,7 +62,7 @@ def build_tokenizer(config: Config, directory: Path, *, same_sources: bool = Fal
     cache = Path(config.data.cache_dir).expanduser()
     with building(cache, "tokenizer-" + hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:24]):
         if directory.exists() and any(directory.iterdir()):
-            _check_built_from(directory, key, same_sources and not config.data.allow_changed)
+            _check_built_from(directory, key, same_sources)
         else:
             with publish(directory, field="run.dir") as temporary:
                 _build(config, cache, temporary)
@@ -249,7 +249,12 @@ def _check_built_from(directory: Path, key: dict, same_sources: bool) -> None:
             f"{directory} exists and holds no tokenizer of a run: choose another run.dir or remove it"
         ) from error
     trained = any((directory.parent / "checkpoints").glob("step-*"))
-    ignored = ["sources"] if trained and not same_sources else []  # these are compared by content
+    ignored = ["sources"] if trained else []  # these are compared by content
+    if trained and same_sources and key.get("sources") != found.get("sources"):
+        logger.warning(
+            "%s is of a run on other data.sources and is used for these: give a run.dir of its own to what is another run",
+            directory,
+        )
     differing = [name for name in {**key, **found} if key.get(name) != found.get(name) and name not in ignored]
     if not differing:
         return

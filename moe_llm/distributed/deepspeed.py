@@ -373,14 +373,14 @@ def write_full(parameter: Any, kind: str, value: torch.Tensor) -> None:
         parameter.data.copy_(value.view(parameter.shape))
 
 
-def held_span(parameter: Any, optimizer: Any) -> range | None:
-    """The elements of a parameter's fp32 weight or optimizer tensor that this rank keeps; None: with ZeRO-1 and 2 every
-    rank keeps all of what is not trained."""
+def held_span(parameter: Any, kind: str, optimizer: Any) -> range | None:
+    """The elements of a trained parameter's fp32 weight or optimizer tensor that this rank keeps; None: with ZeRO-1 and 2
+    every rank has the model's own copy of the weight, and needs all of it."""
     if hasattr(parameter, "ds_id"):  # ZeRO-3: equal slices, the last one padded
         size, count = parameter.ds_tensor.numel(), parameter.ds_numel
         start = min(optimizer._get_param_partition_rank(parameter) * size, count)
         return range(start, min(start + size, count))
-    if not parameter.requires_grad:
+    if kind == "weight":
         return None
     if parameter._hp_mapping is None:  # all of it is on other ranks
         return range(0)
@@ -399,13 +399,6 @@ def write_span(parameter: Any, kind: str, flat: torch.Tensor) -> None:
             parameter.ds_tensor.data.copy_(piece)
     elif parameter._hp_mapping is not None:
         parameter._hp_mapping.get_hp_fragment(optim_state_key=key).view(-1).copy_(flat)
-
-
-def spread_weights(optimizer: Any) -> None:
-    """Bring what ranks keep of the fp32 weights into the model's own copy on all of them. With ZeRO-3 there is no other
-    copy. Collective."""
-    if hasattr(optimizer, "update_lp_params"):
-        optimizer.update_lp_params()
 
 
 @torch.no_grad()

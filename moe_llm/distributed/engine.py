@@ -525,7 +525,7 @@ class DeepSpeedEngine(_NamedState):
     def write(self, name: str, kind: str, tensor: Tensor) -> None:
         parameter, value = self._parameters[name], tensor.to(self._runtime.device)
         if self._packer(kind) is not None:
-            span = contract.held_span(parameter, self.engine.optimizer)
+            span = contract.held_span(parameter, kind, self.engine.optimizer)
             assert span is not None, "no rank has all of an optimizer's tensor"
             self.write_share(name, kind, value.flatten()[span.start : span.stop])
             return
@@ -535,7 +535,7 @@ class DeepSpeedEngine(_NamedState):
         contract.write_full(parameter, kind, value.float())
 
     def share(self, name: str, kind: str) -> range | None:
-        return contract.held_span(self._parameters[name], self.engine.optimizer)
+        return contract.held_span(self._parameters[name], kind, self.engine.optimizer)
 
     def write_share(self, name: str, kind: str, flat: Tensor) -> None:
         parameter, value = self._parameters[name], flat.to(self._runtime.device)
@@ -549,7 +549,7 @@ class DeepSpeedEngine(_NamedState):
         contract.write_span(parameter, kind, value)
 
     def spread_weights(self) -> None:
-        contract.spread_weights(self.engine.optimizer)
+        return
 
     def _stepped(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
         optimizer = self.engine.optimizer

@@ -205,7 +205,7 @@ def test_mistakes_are_one_sentence(tmp_path, capsys, case):
     data.write_text("w1 w2 " * 40)
     paths = [str(data)]
     if case == "no checkpoint":
-        saved, word = tmp_path / "nowhere", "config.json"
+        saved, word = tmp_path / "nowhere", "does not exist"
     elif case == "architecture":
         content = json.loads((saved / "config.json").read_text()) | {"model_type": "llama"}
         (saved / "config.json").write_text(json.dumps(content))
