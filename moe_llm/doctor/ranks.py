@@ -4,12 +4,14 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,24 @@ def no_plant(rank: int | None) -> AbstractContextManager:
     return contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Be told to stop only behind this: a process that is half started would print a trace of its own."""
+    if threading.current_thread() is not threading.main_thread():  # which alone handles signals
+        yield
+        return
+    came: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    held = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+    for arrived in came:
+        signal.raise_signal(arrived)
+
+
 class LocalRanks:
     """`size` processes with the environment that a launcher gives. A context manager; after a `RankError` the
     processes are gone and the next `run` starts new ones. What they print goes to files that nobody sees but a
@@ -72,7 +92,8 @@ class LocalRanks:
             ours, theirs = context.Pipe()
             arguments = (theirs, rank, self._environment(rank, port), self._print_file(rank))
             process = context.Process(target=_serve, args=arguments, daemon=True)
-            process.start()
+            with _signals_wait():
+                process.start()
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)

@@ -117,7 +117,7 @@ def test_the_command_line_offers_the_remedy(capsys):
 def test_evaluation_offers_chat_for_rows_of_chat_and_text_for_others(tokenizer, tmp_path, make_text):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"messages": []}) + "\n")
-    with pytest.raises(UserError, match=r"it has messages, choose one of them or evaluate with --chat$"):
+    with pytest.raises(UserError, match=r"no column 'text': give --text-field with messages or evaluate with --chat$"):
         load_evaluation(str(rows), tokenizer, sequence_length=16)
     talking = copy.deepcopy(tokenizer)
     talking.chat_template = "{{ messages }}"
