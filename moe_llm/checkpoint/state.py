@@ -293,7 +293,6 @@ def load_checkpoint(path: str | Path, state: TrainedState, *, hashes: bool = Tru
             write_trained(state, entry, kind, sources[kind])
         if EMA in sources and entry.trainable:
             write_trained(state, entry, EMA, apart.get(entry.name, sources)[EMA])
-    state.spread_weights()
     found = [sentence for sentence in state.gather(str(failures[0]) if failures else None) if sentence]
     if found:  # told now: reading is collective, and other ranks would have waited for one that had stopped
         raise DamagedCheckpoint(found[0])

@@ -380,9 +380,6 @@ class LocalEngine(_NamedState):
     def write_share(self, name: str, kind: str, flat: Tensor) -> None:
         raise AssertionError("one process holds all of a tensor")
 
-    def spread_weights(self) -> None:
-        return
-
     @torch.no_grad()
     def write(self, name: str, kind: str, tensor: Tensor) -> None:
         parameter = self._parameters[name]
@@ -547,9 +544,6 @@ class DeepSpeedEngine(_NamedState):
             value, left_over = split(value)
             contract.write_span(parameter, COMPENSATION, left_over)
         contract.write_span(parameter, kind, value)
-
-    def spread_weights(self) -> None:
-        return
 
     def _stepped(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
         optimizer = self.engine.optimizer

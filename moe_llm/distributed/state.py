@@ -135,11 +135,7 @@ class TrainedState(Protocol):
         `write_share` sets; None: `write` is to be used, since all of them are needed here."""
 
     def write_share(self, name: str, kind: str, flat: torch.Tensor) -> None:
-        """Set the elements `share`, (len(share),) fp32; other ranks set theirs. Of weights the model's own copy follows
-        with `spread_weights`. Collective."""
-
-    def spread_weights(self) -> None:
-        """Bring the weights that `write_share` has set into the model's own copy, on all ranks. Collective."""
+        """Set the elements `share`, (len(share),) fp32; other ranks set theirs. For trainable parameters. Collective."""
 
     def make_average(self, updates: int) -> None:
         """Set `averaged`; where it is not 0 the average is there to be written, and else it is forgotten."""

@@ -31,9 +31,8 @@ class Tolerances:
 
     loss, norm: relative. gradient: the largest value of the difference over that of the tensor; in bf16, where a token
     that goes to another expert spoils single values, root mean squares. gates: of the gradients of routers, where that is
-    more. weights: root mean square relative to
-    that of what training has changed. routing: share of the routed tokens. rounding: see `apart`. moments: of what
-    a resumed run reads, over the largest; 0: equal to the bit.
+    more. weights: root mean square relative to that of what training has changed. routing: share of the routed tokens.
+    rounding: see `apart`. moments: of what a resumed run reads, over the largest; 0: equal to the bit.
     """
 
     loss: tuple[float, float]

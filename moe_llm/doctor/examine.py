@@ -334,7 +334,7 @@ class _Case:
     def _compare_held_out(self, key: str, title: str, one: Observation) -> None:
         """Where evaluation routes as training does and by the weights that are trained."""
         router, optim = self.config.model.router.type, self.config.optim.name
-        if router in ("expert_choice",) or OPTIMIZERS[optim].switches or self.config.data.has_preference:
+        if router == "expert_choice" or OPTIMIZERS[optim].switches or self.config.data.has_preference:
             return
         assert self.reference is not None
         weights = adapters.merged(compare.whole([one.weights[-1]]), self.config)

@@ -41,7 +41,8 @@ def extract_lora(
         Of each matrix the share of the difference (Frobenius norm) that the adapter leaves out; 0 where there is none.
 
     Raises:
-        UserError: patterns that take nothing, models that differ in more than values, a bias that has changed, or an output that is in the way.
+        UserError: patterns that take nothing, models that differ in more than values, a bias that has changed, or an output
+            that is in the way.
     """
     out = Path(out)
     check_output(out)

@@ -150,9 +150,6 @@ class FakeState:
         assert (flat.shape, flat.dtype) == ((len(span),), torch.float32)
         self.held[name, kind].view(-1)[span.start : span.stop] = flat
 
-    def spread_weights(self):
-        assert len(set(self.gather("spread"))) == 1
-
     def make_average(self, updates):
         self.averaged = updates
 
