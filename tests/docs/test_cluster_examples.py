@@ -73,17 +73,8 @@ def test_kubernetes_starts_each_pod_with_its_number(tmp_path, rank):
     assert mounts == {volume["name"] for volume in JOB["spec"]["template"]["spec"]["volumes"]}
 
 
+@pytest.mark.neighbours
 def test_kubernetes_knows_every_field():
     validate = pytest.importorskip("kubernetes_validate")
     for part in KUBERNETES:
         validate.validate(part, validate.latest_version(), strict=True)
-
-
-def test_skypilot_knows_every_field():
-    schemas, jsonschema = pytest.importorskip("sky.utils.schemas"), pytest.importorskip("jsonschema")
-    for content, schema in (
-        (SKYPILOT, schemas.get_task_schema()),
-        (SKYPILOT["resources"], schemas.get_resources_schema()),
-        (SKYPILOT["file_mounts"]["/runs"], schemas.get_storage_schema()),
-    ):
-        jsonschema.Draft7Validator(schema).validate(content)
