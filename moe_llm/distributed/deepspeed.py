@@ -57,7 +57,7 @@ def prepare_environment(cpu: bool, world_size: int) -> None:
     extension_locks.install()
     _import_muon_uncompiled()
     _allow_experts_alone()
-    _silence_success()
+    _build_no_collectives()
     logger.setLevel(logging.ERROR)  # it warns of every optimizer that is not its own
     # DeepSpeed calls collectives by names that torch is about to change: a line for each of them, every step
     warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
@@ -74,16 +74,12 @@ def _import_muon_uncompiled() -> None:
         setattr(torch, "compile", compiling)  # noqa: B010
 
 
-def _silence_success() -> None:
-    """Each rank of a group on CPUs prints that DeepSpeed's shared-memory collectives have been built. That line alone is
-    left out. May be called again."""
+def _build_no_collectives() -> None:
+    """On a CPU DeepSpeed compiles an all-reduce of its own over shared memory when a group starts: half a minute of all
+    cores, and a lock that other starts wait for. Only its inference and its tensor parallelism call it, so that nothing
+    here ever would; without it they take torch's. May be called again."""
     communication = importlib.import_module("deepspeed.comm.torch")
-
-    def print_others(*values: Any, **named: Any) -> None:
-        if not (len(values) == 1 and str(values[0]).endswith(" built successfully")):
-            print(*values, **named)
-
-    setattr(communication, "print", print_others)  # noqa: B010 - which type checkers let pass
+    setattr(communication, "build_shm_op", lambda: None)  # noqa: B010 - which type checkers let pass
 
 
 def leave_group() -> None:

@@ -2,9 +2,7 @@
 
 import importlib
 import inspect
-from types import SimpleNamespace
 
-import deepspeed
 import pytest
 import torch
 from support.ranks import fresh_accelerate
@@ -31,29 +29,20 @@ def test_the_engine_still_finds_layers_by_class_and_hands_them_their_group():
     )
 
 
-def test_that_its_collectives_are_built_is_not_printed_and_all_else_is(monkeypatch, capsys):
-    communication = importlib.import_module("deepspeed.comm.torch")
+def test_no_collectives_are_compiled_at_a_start_and_training_would_not_call_them(two_ranks):
+    assert hasattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op"), "DeepSpeed has moved it"
+    assert two_ranks.run(_collectives, config(1, 1, 2)) == [(None, 2.0)] * 2
 
-    class Builder:
-        NAME = next(iter(deepspeed.ops.__compatible_ops__))
 
-        def load(self):
-            print("a warning of the builder's")
-            communication.print("a warning of the module's")
-            return "module"
+def _collectives(cfg) -> tuple[object, float]:
+    """DeepSpeed's own operator, and a sum over ranks by the call that would have taken it."""
+    fresh_accelerate()
+    start(cfg)
+    import deepspeed.comm as communication
 
-        def absolute_name(self):
-            return "deepspeed.ops.comm.deepspeed_shm_comm_op"
-
-    monkeypatch.setitem(deepspeed.ops.__compatible_ops__, Builder.NAME, True)
-    accelerator = SimpleNamespace(create_op_builder=lambda name: Builder())
-    monkeypatch.setattr(communication, "get_accelerator", lambda: accelerator)
-    monkeypatch.setattr(communication, "print", print, raising=False)
-    assert communication.build_shm_op() == "module"
-    assert "built successfully" in capsys.readouterr().out, "DeepSpeed prints it no more: remove _silence_success"
-    contract._silence_success()
-    assert communication.build_shm_op() == "module"
-    assert capsys.readouterr().out == "a warning of the builder's\na warning of the module's\n"
+    total = torch.ones(())
+    communication.inference_all_reduce(total)
+    return communication.comm.cdb.shm_comm_op, total.item()
 
 
 def test_deepspeeds_own_muon_is_imported_without_torchs_compiler(two_ranks):
