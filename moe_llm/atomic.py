@@ -1,5 +1,6 @@
 """Files and directories that are replaced in one step: a reader, or a crash at any moment, finds the old or the new."""
 
+import errno
 import logging
 import os
 from collections.abc import Callable
@@ -70,3 +71,14 @@ def try_or_report(kind: str, work: Callable[[], None], instead: str) -> bool:
             logger.warning("%s failed: %s%s: %s", kind, error.strerror or error, where, instead)
         return False
     return True
+
+
+def is_full(error: OSError) -> bool:
+    """Whether there is no space left on a disk, or for its user."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_refusal(error: OSError) -> bool:
+    """Whether a file system does not take what it is given, be there space or not."""
+    refusals = (errno.EFBIG, errno.EIO, errno.ESTALE, errno.EROFS, errno.EACCES, errno.EPERM)
+    return error.errno in refusals

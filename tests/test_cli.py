@@ -1,5 +1,6 @@
 """The command line: what it loads, what it prints, how it exits."""
 
+import errno
 import json
 import os
 import shlex
@@ -90,6 +91,22 @@ def test_interrupts_exit_quietly_and_faults_do_not():
     assert cli.run_command(interrupt) == 130
     with pytest.raises(ValueError, match="ours"):
         cli.run_command(fault)
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "sentence"),
+    [
+        (errno.ENOSPC, None, "a file of this command: No space left on device: free some, or write elsewhere"),
+        (errno.EFBIG, "out.html", "out.html: File too large: see to the file system and its permissions"),
+        (errno.EIO, "out.html", "out.html: Input/output error: see to the file system and its permissions"),
+    ],
+)
+def test_a_disk_that_refuses_is_one_line_whatever_the_command_writes(number, name, sentence, capsys):
+    def refused():
+        raise OSError(number, os.strerror(number), name)
+
+    assert cli.run_command(refused) == 2
+    assert capsys.readouterr().err == f"moe-llm: error: {sentence}\n"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """What checkpoints need of the ranks: that all of them learn what happened on one."""
 
-import errno
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar, overload
 
@@ -81,7 +80,3 @@ def describe(error: Exception) -> str:
         where = f"file {error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}"
     return f"{type(error).__name__}: {error}"
-
-
-def is_disk_full(error: Exception) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

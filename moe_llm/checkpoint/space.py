@@ -5,10 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from moe_llm.atomic import is_full
 from moe_llm.checkpoint.export import DTYPES
 from moe_llm.checkpoint.folder import probe
 from moe_llm.checkpoint.plan import WritePlan, make_plan
-from moe_llm.checkpoint.ranks import describe, is_disk_full, together
+from moe_llm.checkpoint.ranks import describe, together
 from moe_llm.config.base import parse_size
 from moe_llm.distributed.state import TrainedState
 from moe_llm.errors import UserError
@@ -62,7 +63,7 @@ def naming_failure(root: Path, final: Path, plan: WritePlan, work: Callable[[], 
         try:
             return work()
         except OSError as error:
-            if is_disk_full(error):
+            if is_full(error):
                 free = shutil.disk_usage(root).free
                 raise UserError(_no_space(final.name, root, plan.nbytes + _SMALL_FILES, free)) from error
             raise UserError(

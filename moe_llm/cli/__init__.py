@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from moe_llm.atomic import is_full, is_refusal
 from moe_llm.cli.pages import page_for
 from moe_llm.cli.registry import parse
 from moe_llm.errors import Stopped, TrainingFailure, UserError
@@ -72,9 +73,13 @@ def run_command(command: Callable[[], int | None], name: str = "train") -> int:
         return EXIT_INTERRUPTED
     except OSError as error:
         failed = None if error.filename else _output_failure(again="\n")
-        if failed is None:  # something else than the output has failed
+        if failed is not None:
+            return failed
+        if not is_full(error) and not is_refusal(error):
             raise
-        return failed
+        remedy = "free some, or write elsewhere" if is_full(error) else "see to the file system and its permissions"
+        logger.error("%s: %s: %s", error.filename or "a file of this command", error.strerror, remedy)
+        return EXIT_USER_ERROR
     return _output_failure() or code
 
 

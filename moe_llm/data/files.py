@@ -4,11 +4,12 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe_llm.atomic import rename_directory, sync_directory, try_or_report, write_atomically
+from moe_llm.atomic import is_full, is_refusal, rename_directory, sync_directory, try_or_report, write_atomically
 from moe_llm.errors import UserError
 from moe_llm.locks import Waiting, process_with_lock
 
@@ -110,16 +111,32 @@ def _flush(file: Path) -> None:
         os.fsync(stream.fileno())
 
 
+_RUST = re.compile(r"\(os error (\d+)\)")
+
+
 @contextlib.contextmanager
 def user_error_on_disk(field: str, path: Path) -> Iterator[None]:
-    """Turn a full, read-only or forbidden disk into a sentence; other errors pass."""
+    """Turn a full, failing, read-only or forbidden disk into a sentence; other errors pass."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             raise UserError(f"{field}: no space left for {path}: free some or choose another directory") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if is_refusal(error) or error.errno in (errno.ENOTDIR, errno.EEXIST):
             raise UserError(
                 f"{field}: {path} cannot be written ({error.strerror}): choose another directory"
             ) from error
         raise
+
+
+@contextlib.contextmanager
+def errors_of_rust() -> Iterator[None]:
+    """Let failures of the file system inside `tokenizers` and `safetensors`, which raise their own, be `OSError`."""
+    try:
+        yield
+    except Exception as error:
+        found = None if isinstance(error, OSError | UserError) else _RUST.search(str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number)) from error

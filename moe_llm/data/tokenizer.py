@@ -14,7 +14,7 @@ from moe_llm.config import Config, SourceConfig
 from moe_llm.data import spm
 from moe_llm.data.chat_template import template_setting, turn_end_id, write_template
 from moe_llm.data.documents import has_no_bos, obey_add_bos_token, vocabulary_size
-from moe_llm.data.files import building, publish, replace_file
+from moe_llm.data.files import building, errors_of_rust, publish, replace_file
 from moe_llm.data.pieces import Piece
 from moe_llm.data.sources import (
     fingerprint,
@@ -148,7 +148,8 @@ def save_tokenizer(tokenizer: Any, directory: Path) -> None:
     that transformers 4 does not know gets the name of the one that it does, which reads the same ids from the same
     tokenizer.json.
     """
-    tokenizer.save_pretrained(str(directory))
+    with errors_of_rust():
+        tokenizer.save_pretrained(str(directory))
     file, origin = directory / _SETTINGS_FILE, tokenizer_directory(tokenizer)
     if file.is_file():
         settings = json.loads(file.read_text(encoding="utf-8"))

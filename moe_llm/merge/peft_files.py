@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_llm.checkpoint.manifest import write_json
-from moe_llm.data.files import publish
+from moe_llm.data.files import errors_of_rust, publish
 
 STACKED = ("gate_up_proj", "down_proj")
 EXPERTS = re.compile(rf"(.*\.mlp\.experts)\.({'|'.join(STACKED)})")
@@ -34,7 +34,7 @@ class PeftAdapter:
 
     def write(self, out: Path, base: str) -> None:
         """base: the directory or repository that is adapted."""
-        with publish(out, "output") as temporary:
+        with publish(out, "output") as temporary, errors_of_rust():
             save_file(self._tensors(), temporary / "adapter_model.safetensors", metadata={"format": "pt"})
             write_json(temporary / "adapter_config.json", self._configuration(base))
 

@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from moe_llm.atomic import TEMPORARY
+from moe_llm.atomic import TEMPORARY, is_full
 from moe_llm.checkpoint.digests import DamagedCheckpoint
 from moe_llm.checkpoint.folder import checkpoint_near, complete_checkpoints, model_config_file
 from moe_llm.checkpoint.manifest import MANIFEST, verify
-from moe_llm.checkpoint.ranks import is_disk_full, together
+from moe_llm.checkpoint.ranks import together
 from moe_llm.checkpoint.resume import check_same_run, find_resumable, passed_over
 from moe_llm.checkpoint.space import check_space
 from moe_llm.checkpoint.state import read_trainer_state
@@ -114,7 +114,7 @@ def _check_and_train(config: Config) -> Path:
     except OSError as error:
         if not run_dir.is_dir():
             raise UserError(f"run.dir={str(run_dir)!r} cannot be made ({error.strerror}): name another") from error
-        if not is_disk_full(error):
+        if not is_full(error):
             raise
         where = f" for {error.filename}" if error.filename else f" for run.dir={config.run.dir!r}"
         raise UserError(f"no space left{where}: free some, or set another run.dir") from error

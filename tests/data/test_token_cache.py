@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from moe_llm.data.cache import DocumentEncoder
 from moe_llm.data.shards import cached_tokens
 from moe_llm.data.sources import read_documents
 from moe_llm.data.split import HoldOut, choose_holdout
-from moe_llm.data.tokenizer import load_tokenizer
+from moe_llm.data.tokenizer import load_tokenizer, save_tokenizer
 from moe_llm.errors import UserError
 
 FIELD = "data.sources.0"
@@ -112,6 +113,31 @@ def test_no_space_left_is_one_sentence_and_leaves_nothing(source, tokenizer, tmp
     with pytest.raises(UserError, match=r"^data\.cache_dir: no space left for .*: free some or choose another"):
         cached_tokens(source, FIELD, HoldOut(), tokenizer, cache_dir=str(tmp_path / "c"))
     assert entries(tmp_path / "c") == []
+
+
+@pytest.fixture
+def small_files_only():
+    """No file of this process may grow beyond a page."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_limit_on_the_size_of_files_is_one_sentence_and_leaves_nothing(source, tokenizer, tmp_path, small_files_only):
+    with pytest.raises(UserError, match=r"^data\.cache_dir: .* cannot be written \(File too large\): choose another"):
+        cached_tokens(source, FIELD, HoldOut(), tokenizer, cache_dir=str(tmp_path / "c"))
+    assert entries(tmp_path / "c") == []
+
+
+def test_a_tokenizer_that_the_disk_does_not_take_is_one_sentence(tokenizer, tmp_path, small_files_only):
+    """`tokenizers` raises errors of its own."""
+    with (
+        pytest.raises(UserError, match=r"^run\.dir: .* cannot be written \(File too large\): choose another"),
+        files.publish(tmp_path / "tokenizer", "run.dir") as temporary,
+    ):
+        save_tokenizer(tokenizer, temporary)
+    assert not (tmp_path / "tokenizer").exists()
 
 
 def test_a_cache_directory_that_cannot_be_is_one_sentence(source, tokenizer, tmp_path):
