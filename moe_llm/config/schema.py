@@ -360,7 +360,9 @@ class Config(Section):
         """
         if self.parallel.reduce_bucket_size != "auto":
             return self.parallel.reduce_bucket_size
-        counts = self.model.parameter_counts()
+        # before the tokenizer is read its number of tokens may be unknown: Mixtral's serves, for it matters little
+        known = self.model if self.model.vocab_size else self.model.model_copy(update={"vocab_size": 32_000})
+        counts = known.parameter_counts()
         held = sum(counts.values()) - counts["experts"] + counts["experts"] // self.parallel.expert_parallel_size
         return min(500_000_000, max(5_000_000, held // 16))
 

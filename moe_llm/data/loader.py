@@ -192,6 +192,12 @@ class Data:
             if isinstance(source, StreamedBlocks):
                 source.resume((streams or {}).get(str(number)))
 
+    @property
+    def restarted_streams(self) -> list[str]:
+        """Sources that give other text than when the run was saved, and are read from their begin."""
+        found = enumerate(self.train.sources)
+        return [f"data.sources.{n}" for n, source in found if isinstance(source, StreamedBlocks) and source.restarted]
+
     def progress(self, samples: int) -> dict[str, dict[str, float]]:
         """Of each training source, by name, tokens and epochs of the first samples."""
         names = [part.name for part in self.statistics if part.split == "train"]
@@ -260,7 +266,7 @@ def load_data(
         if split == "validation" or field not in windows:
             return packed(text)
         number = int(field.rpartition(".")[2])
-        return StreamedBlocks(windows[field], packed(text), packed, config.run.seed, number + 1)
+        return StreamedBlocks(windows[field], packed(text), packed, config.run.seed, number + 1, data.allow_changed)
 
     blocks = [(field, split, blocks_of(field, split, text)) for field, split, text in parts]
     if rank == 0:

@@ -23,8 +23,8 @@ from moe_llm.data.files import remember
 from moe_llm.data.hashes import file_hashes
 from moe_llm.data.kinds import beside_tokens, companion, file_kind, looks_like_rows, token_kind
 from moe_llm.data.pieces import Piece, Place, grouped, shard_bytes
-from moe_llm.data.rows import divided, documents_of, first_line, records_of, text_key, text_of, tokens_of
-from moe_llm.data.stream import DocumentStream, stream_files
+from moe_llm.data.rows import divided, documents_of, records_of, text_key, text_of, tokens_of
+from moe_llm.data.stream import DocumentStream, loading, stream_files
 from moe_llm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -225,7 +225,7 @@ def hub_listing(source: SourceConfig, field: str, cache: Path) -> list[str]:
         return list(json.loads(file.read_text(encoding="utf-8")))
     import datasets
 
-    with _loading(source, field):
+    with loading(source, field):
         builder = datasets.load_dataset_builder(str(source.path), name=source.name)
         files = builder.config.data_files or {}
     addresses = sorted(str(address) for split, found in files.items() if split == source.split for address in found)
@@ -291,7 +291,7 @@ def stream_texts(stream: DocumentStream, source: SourceConfig, field: str) -> It
     Raises:
         UserError: rows without text, or a stream that cannot be read.
     """
-    with _loading(source, field):
+    with loading(source, field):
         for row, record in enumerate(stream.read_epoch()):
             text = text_of(record, source.text_field, f"{source.path}, row {row} of those read here", field)
             if text:
@@ -375,7 +375,7 @@ def _hub_documents(source: SourceConfig, field: str, pieces: Sequence[Piece] | N
 def _hub_records(
     source: SourceConfig, field: str, pieces: Sequence[Piece] | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    with _loading(source, field):
+    with loading(source, field):
         rows = _hub_rows(source)
         if pieces is None:
             for row, record in enumerate(rows):
@@ -408,7 +408,7 @@ def _hub_rows(source: SourceConfig) -> Any:
 def _hub_shards(source: SourceConfig, field: str) -> list[list[Piece]]:
     """One for each file that the dataset is stored as, or, of what is saved locally, for equal shares of its rows."""
     path = Path(str(source.path))
-    with _loading(source, field):
+    with loading(source, field):
         rows = _hub_rows(source)
         if not hasattr(rows, "select"):
             return (
@@ -420,26 +420,3 @@ def _hub_shards(source: SourceConfig, field: str) -> list[list[Piece]]:
         count = max(1, min(len(rows), round(size / shard_bytes(size))))
         edges = [len(rows) * i // count for i in range(count + 1)]
         return [[Piece(path, size // count, a, b)] for a, b in pairwise(edges)] if count > 1 else [[Piece(path, size)]]
-
-
-@contextlib.contextmanager
-def _loading(source: SourceConfig, field: str) -> Iterator[None]:
-    import datasets
-    import pyarrow
-
-    try:
-        yield
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        RuntimeError,
-        EOFError,
-        pyarrow.ArrowException,
-        datasets.exceptions.DatasetsError,
-    ) as error:
-        raise UserError(
-            f"{field}.path={source.path} (name={source.name}, split={source.split}) cannot be loaded "
-            f"({type(error).__name__}: {first_line(error)}): check the name and the connection, "
-            "or use local files"
-        ) from error

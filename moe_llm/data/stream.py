@@ -2,7 +2,10 @@
 knows. Nothing but the position is kept: `datasets` says where a stream is, exactly, and goes on from there.
 """
 
+import contextlib
 import glob
+import lzma
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,8 +44,40 @@ def stream_files(source: SourceConfig, field: str) -> list[tuple[str, int]]:
         files = [info for info in infos if info["type"] == "file"]
         if not files:
             raise UserError(f"{field}.path={pattern} matches no file: check the pattern")
+        files = [info for info in files if info.get("size") != 0]  # `datasets` stops at an empty one; None is unknown
+        if not files:
+            raise UserError(f"{field}.path={pattern} matches empty files alone: name files that hold text")
         found |= {system.unstrip_protocol(info["name"]): int(info.get("size") or 0) for info in files}
     return list(found.items())
+
+
+@contextlib.contextmanager
+def loading(source: SourceConfig, field: str) -> Iterator[None]:
+    """Turn what `datasets` cannot read into a sentence."""
+    import datasets
+    import pyarrow
+
+    try:
+        yield
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        RuntimeError,
+        EOFError,
+        StopIteration,
+        zlib.error,
+        lzma.LZMAError,
+        pyarrow.ArrowException,
+        datasets.exceptions.DatasetsError,
+    ) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200] or 'no reason given'}"
+        if source.type == "files":
+            what, remedy = f"{field}.path={source.path}", "repair or remove the file that this is of"
+        else:
+            what = f"{field}.path={source.path} (name={source.name}, split={source.split})"
+            remedy = "check the name and the connection, or use local files"
+        raise UserError(f"{what} cannot be loaded ({reason}): {remedy}") from error
 
 
 class DocumentStream:
@@ -55,9 +90,10 @@ class DocumentStream:
 
     def __init__(self, source: SourceConfig, field: str, cursor: Cursor = Cursor()):  # noqa: B008 - it is immutable
         self._source, self._field, self.epoch = source, field, cursor.epoch
-        self._rows = _open(source, field)
-        if cursor.state is not None:
-            self._rows.load_state_dict(cursor.state)
+        with loading(source, field):
+            self._rows = _open(source, field)
+            if cursor.state is not None:
+                self._rows.load_state_dict(cursor.state)
 
     def read_epoch(self) -> Iterator[dict[str, Any]]:
         """The rows that are left of this epoch; the next one begins behind them."""

@@ -11,6 +11,7 @@ resumes exactly, without what came before, at any number of ranks. Processes of 
 
 import contextlib
 import json
+import logging
 import shutil
 import threading
 from collections.abc import Callable
@@ -36,6 +37,8 @@ from moe_llm.data.packing import PackedBlocks
 from moe_llm.data.sources import no_text, stream_texts
 from moe_llm.data.stream import Cursor, DocumentStream
 from moe_llm.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 WINDOW_BYTES = 16 * 2**20  # of text
 _KEPT = 2  # windows behind the newest, for ranks that are behind
@@ -72,7 +75,7 @@ class Windows:
         while True:
             if not self._is_there(directory, begin):
                 with building(self.cache, self.name):
-                    if not self._is_there(directory, begin):
+                    if not self._is_there(directory, begin, logger.debug):
                         remove_damaged(directory)
                         self._make(directory, cursor)
             with contextlib.suppress(FileNotFoundError):  # another run, which is further, has just deleted it
@@ -89,8 +92,8 @@ class Windows:
     def _directory(self, number: int) -> Path:
         return self.cache / self.name / f"{number:06d}"
 
-    def _is_there(self, directory: Path, begin: Any) -> bool:
-        return is_whole(directory) and read_meta(directory).get("begin") == begin
+    def _is_there(self, directory: Path, begin: Any, report: Callable[[str], None] = logger.warning) -> bool:
+        return is_whole(directory, report) and read_meta(directory).get("begin") == begin
 
     def _make(self, directory: Path, cursor: Cursor) -> None:
         encoding = self.encoding
@@ -134,6 +137,8 @@ class StreamedBlocks(PackedBlocks):
     Args:
         pack: text as blocks.
         stream: number of the source, for the order.
+        allow_changed: as `data.allow_changed`; a stream that gives other text than when a checkpoint was written is read
+            from its begin, and is `restarted`.
     """
 
     def __init__(
@@ -143,22 +148,47 @@ class StreamedBlocks(PackedBlocks):
         pack: Callable[[TokenizedText], PackedBlocks],
         seed: int,
         stream: int,
+        allow_changed: bool = False,
     ):
         super().__init__(first.text, first.sequence_length, first.isolate_documents, first.pad)
         self._windows, self._first, self._pack, self._seed, self._stream = windows, first, pack, seed, stream
+        self._allow_changed = allow_changed
         self._lock = threading.RLock()
         self._ahead: threading.Thread | None = None
         self.resume(None)
 
     def resume(self, state: dict[str, Any] | None) -> None:
-        """Go on from `state` of a checkpoint; None: from the begin."""
+        """Go on from `state` of a checkpoint; None: from the begin.
+
+        Raises:
+            UserError: the stream gives other text than when the checkpoint was written, and may not.
+        """
         with self._lock:
             self._known: list[_Known] = []
             self._next, self._at, self._begin = Cursor(), 0, 0
-            self._expected: str | None = None
-            if state is not None:
-                self._next, self._at, self._begin = Cursor(*state["cursor"]), state["window"], state["begin"]
-                self._expected = state.get("sha256")
+            self.restarted = False
+            if state is None:
+                return
+            self._next, self._at, self._begin = Cursor(*state["cursor"]), state["window"], state["begin"]
+            if "sha256" in state:
+                self._compare(state["sha256"])
+                self._enter()
+
+    def _compare(self, sha256: str) -> None:
+        """Find the text of the checkpoint again, or go to the begin of the stream."""
+        field = self._windows.encoding.field
+        try:
+            if self._windows.open(self._at, self._next).sha256 == sha256:
+                return
+        except UserError:  # it may have become shorter than it was
+            if not self._allow_changed:
+                raise
+        if not self._allow_changed:
+            raise UserError(
+                f"{field}: the stream gives other text than when the checkpoint was written: bring the data back, or have it "
+                "read from its begin with data.allow_changed=true"
+            )
+        self._next, self._at, self.restarted = Cursor(), 0, True
 
     def __len__(self) -> int:
         return len(self._first)
@@ -183,9 +213,6 @@ class StreamedBlocks(PackedBlocks):
     def state(self, block: int) -> dict[str, Any]:
         """What a run that goes on with this block needs to know."""
         with self._lock:
-            if block == self._begin:
-                known = {} if self._expected is None else {"sha256": self._expected}
-                return {"window": self._at, "begin": self._begin, "cursor": list(self._next), **known}
             window = self._find(block)
             cursor = list(window.cursor)
             return {"window": window.number, "begin": window.begin, "cursor": cursor, "sha256": window.sha256}
@@ -206,12 +233,6 @@ class StreamedBlocks(PackedBlocks):
         """Reach the next window."""
         epoch = self._next.epoch
         window = self._windows.open(self._at, self._next)
-        if self._expected not in (None, window.sha256):
-            raise UserError(
-                f"{self._windows.encoding.field}: the stream gives other text than when the checkpoint was written: bring "
-                "the data back, or start another run.dir"
-            )
-        self._expected = None
         blocks = self._pack(window.text["train"])
         end = self._begin + len(blocks)
         if not len(blocks) and window.next.epoch > epoch + 1:

@@ -88,7 +88,7 @@ def load_tokenizer(directory: Path | str, needs_eos: bool = True) -> "PreTrained
     Raises:
         UserError: it cannot be read, or it has no `tokenizers` backend or end-of-text token.
     """
-    from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     local = Path(directory).expanduser()
     vocabularies = (("tokenizer.model", from_sentencepiece), ("tekken.json", from_tekken))
@@ -107,9 +107,13 @@ def load_tokenizer(directory: Path | str, needs_eos: bool = True) -> "PreTrained
     named = json_of(local / "tokenizer_config.json")
     plain = (local / "tokenizer.json").is_file() and "auto_map" not in named
     generic = plain and ("eos_token" in named or (local / "tekken.json").is_file())  # else the class may know the end
-    loader: Any = PreTrainedTokenizerFast if generic else AutoTokenizer
-    if not generic and _model_type(Path(directory) / "config.json") == "moe_llm":
-        options["config"] = PreTrainedConfig()  # a class of its own would keep it, and could not be saved
+    loader: Any = PreTrainedTokenizerFast
+    if not generic:  # the Auto class takes a third of a second to import
+        from transformers import AutoTokenizer, PreTrainedConfig
+
+        loader = AutoTokenizer
+        if _model_type(Path(directory) / "config.json") == "moe_llm":
+            options["config"] = PreTrainedConfig()  # a class of its own would keep it, and could not be saved
     try:
         tokenizer = loader.from_pretrained(str(local if local.is_dir() else directory), **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:

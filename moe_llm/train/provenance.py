@@ -51,7 +51,7 @@ def provenance_of(
         return found
     # ranks may find the directory in different states, and none may wait for one that has refused it
     found.changes, clauses = together(runtime, lambda: _compare_with(source, config, found))
-    for clause in clauses:
+    for clause in [*clauses, *(f"{name} is another stream, read from its begin" for name in data.restarted_streams)]:
         found.changes.append({"step": step, "change": clause})
         if runtime.is_main:
             logger.warning("resumed at step %d with a change: %s", step, clause)

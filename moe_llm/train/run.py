@@ -162,8 +162,8 @@ def _set_up(
         logger.warning(passed_over(damaged, error))
         source = _newest(run_dir, runtime, before=damaged)
         assert source is not None, "a run with checkpoints has a sound one or is refused"
-        provenance = provenance_from(source)
         data.resume_streams(read_trainer_state(source).get("streams"))
+        provenance = provenance_from(source)
         return source
 
     engine, position = build_trained(config, runtime, source, instead)

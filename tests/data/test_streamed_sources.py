@@ -1,7 +1,9 @@
 """A source that streams: same samples at any number of ranks and after any resume, bounded disk, nothing learned that is
 held out."""
 
+import gzip
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -153,17 +155,41 @@ def test_validation_is_the_same_later_on(config, tokenizer):
     assert rows[0]
 
 
-def test_a_stream_that_has_changed_is_not_resumed(config, tokenizer, addresses):
+@pytest.mark.parametrize("change", ["other words", "fewer files"])
+def test_a_changed_stream_is_refused_or_where_allowed_read_from_its_begin(config, tokenizer, addresses, change):
     data = load(config, tokenizer)
     steps(data, 0, 8)
     state = data.streams(64 + 1)
-    assert "sha256" in next(iter(state.values()))
     system = fsspec.filesystem("memory")
+    if change == "fewer files":
+        system.rm("/bucket/part-2.jsonl")
+        system.rm("/bucket/part-1.jsonl")
     for path in system.ls("/bucket", detail=False):
         system.pipe(path, system.cat(path).replace(b"router", b"routes"))
-    again = load(elsewhere(config), tokenizer, state)
-    with pytest.raises(UserError, match=r"data\.sources\.0: the stream gives other text"):
-        steps(again, 64 + 1, 1)
+    with pytest.raises(UserError, match=r"data\.sources\.0: the stream gives other text.*data\.allow_changed=true"):
+        load(elsewhere(config), tokenizer, state)
+    allowed = elsewhere(config)
+    allowed = allowed.model_copy(update={"data": allowed.data.model_copy(update={"allow_changed": True})})
+    again = load(allowed, tokenizer, state)
+    assert again.restarted_streams == ["data.sources.0"]
+    begin = next(iter(state.values()))["begin"]
+    new = load(allowed, tokenizer)
+    assert not new.restarted_streams
+    assert {steps(again, n, 1, batch=1)[0][0] for n in range(begin, begin + 8)} <= {
+        row for (row,) in steps(new, 0, 64, batch=1)
+    }
+    saved = again.streams(begin + 3)
+    resumed = load(allowed, tokenizer, saved)
+    assert steps(resumed, begin + 3, 8, batch=1) == steps(again, begin + 3, 8, batch=1)
+    assert not resumed.restarted_streams
+
+
+def test_a_checkpoint_at_the_edge_of_a_window_knows_the_next_text_too(config, tokenizer):
+    data = load(config, tokenizer)
+    steps(data, 0, 8)
+    edges = [known.begin for known in data.train.sources[0]._known[:3]]
+    assert len(set(edges)) == 3
+    assert all("sha256" in next(iter(data.streams(edge).values())) for edge in edges)
 
 
 def test_streams_and_files_are_mixed_by_their_weights(addresses, make_config, tokenizer, tmp_path, make_text):
@@ -197,6 +223,28 @@ def test_a_missing_address_is_one_sentence_before_any_work(make_config, tokenize
     source = {"type": "files", "path": "memory://nowhere/*.jsonl", "streaming": True}
     with pytest.raises(UserError, match=r"data\.sources\.0\.path=memory://nowhere/\*\.jsonl matches no file"):
         check_sources(make_config([source], tokenizer={"path": tokenizer.name_or_path}))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("empty.jsonl", b"", r"matches empty files alone: name files that hold text"),
+        ("half.jsonl.gz", gzip.compress(os.urandom(4000).hex().encode())[:2000], r"cannot be loaded \(.*repair or remove"),
+        ("half.jsonl", b'{"text": "a"}\n{"text": "b', r"cannot be loaded \(.*repair or remove"),
+    ],
+)
+def test_a_file_of_a_stream_that_cannot_be_read_is_one_sentence(make_config, tokenizer, tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    source = {"type": "files", "path": str(tmp_path / name), "streaming": True}
+    config = make_config([source], tokenizer={"path": tokenizer.name_or_path}, train={"max_steps": 9})
+    with pytest.raises(UserError, match=r"^data\.sources\.0\.path=.*" + sentence):
+        load(config, tokenizer)
+
+
+def test_an_empty_file_of_a_stream_is_passed_over(config, tokenizer):
+    before = steps(load(config, tokenizer), 0, 4)
+    fsspec.filesystem("memory").pipe("/bucket/a.jsonl", b"")
+    assert steps(load(elsewhere(config), tokenizer), 0, 4) == before
 
 
 STREAM = {"type": "files", "path": "memory://a/*.jsonl", "streaming": True}
