@@ -229,11 +229,17 @@ def test_a_missing_address_is_one_sentence_before_any_work(make_config, tokenize
     ("name", "content", "sentence"),
     [
         ("empty.jsonl", b"", r"matches empty files alone: name files that hold text"),
-        ("half.jsonl.gz", gzip.compress(os.urandom(4000).hex().encode())[:2000], r"cannot be loaded \(.*repair or remove"),
+        (
+            "half.jsonl.gz",
+            gzip.compress(os.urandom(4000).hex().encode())[:2000],
+            r"cannot be loaded \(.*repair or remove",
+        ),
         ("half.jsonl", b'{"text": "a"}\n{"text": "b', r"cannot be loaded \(.*repair or remove"),
     ],
 )
-def test_a_file_of_a_stream_that_cannot_be_read_is_one_sentence(make_config, tokenizer, tmp_path, name, content, sentence):
+def test_a_file_of_a_stream_that_cannot_be_read_is_one_sentence(
+    make_config, tokenizer, tmp_path, name, content, sentence
+):
     (tmp_path / name).write_bytes(content)
     source = {"type": "files", "path": str(tmp_path / name), "streaming": True}
     config = make_config([source], tokenizer={"path": tokenizer.name_or_path}, train={"max_steps": 9})

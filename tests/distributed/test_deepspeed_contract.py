@@ -154,7 +154,9 @@ def test_bucket_sizes_overlap_and_communication_dtype_reach_the_engine():
     assert found()["communication_data_type"] == "fp32"
     cfg = config(2, 1, 2)
     unknown = cfg.model_copy(update={"model": cfg.model.model_copy(update={"vocab_size": None})})
-    assert engine_config(unknown, 2)["zero_optimization"]["reduce_bucket_size"] == 5_000_000, "before the tokenizer is read"
+    assert engine_config(unknown, 2)["zero_optimization"]["reduce_bucket_size"] == 5_000_000, (
+        "before the tokenizer is read"
+    )
     zero = found(reduce_bucket_size=123, overlap_comm=True)["zero_optimization"]
     assert (zero["reduce_bucket_size"], zero["overlap_comm"]) == (123, True)
     assert found(communication_dtype="bf16")["communication_data_type"] == "bf16"
