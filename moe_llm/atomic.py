@@ -79,6 +79,7 @@ def is_full(error: OSError) -> bool:
 
 
 def is_refusal(error: OSError) -> bool:
-    """Whether a file system does not take what it is given, be there space or not."""
-    refusals = (errno.EFBIG, errno.EIO, errno.ESTALE, errno.EROFS, errno.EACCES, errno.EPERM)
-    return error.errno in refusals
+    """Whether a file system does not do what it is asked, be there space or not: it fails, forbids it, or has a file where a
+    directory is due."""
+    failing, forbidden = (errno.EFBIG, errno.EIO, errno.ESTALE), (errno.EROFS, errno.EACCES, errno.EPERM)
+    return error.errno in (*failing, *forbidden, errno.EISDIR, errno.ENOTDIR)

@@ -97,8 +97,9 @@ def test_interrupts_exit_quietly_and_faults_do_not():
     ("number", "name", "sentence"),
     [
         (errno.ENOSPC, None, "a file of this command: No space left on device: free some, or write elsewhere"),
-        (errno.EFBIG, "out.html", "out.html: File too large: see to the file system and its permissions"),
-        (errno.EIO, "out.html", "out.html: Input/output error: see to the file system and its permissions"),
+        (errno.EFBIG, "out.html", "out.html: File too large: see to it, or to the file system"),
+        (errno.EISDIR, "run/metrics.jsonl", "run/metrics.jsonl: Is a directory: see to it, or to the file system"),
+        (errno.EIO, "out.html", "out.html: Input/output error: see to it, or to the file system"),
     ],
 )
 def test_a_disk_that_refuses_is_one_line_whatever_the_command_writes(number, name, sentence, capsys):

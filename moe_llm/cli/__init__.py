@@ -77,7 +77,7 @@ def run_command(command: Callable[[], int | None], name: str = "train") -> int:
             return failed
         if not is_full(error) and not is_refusal(error):
             raise
-        remedy = "free some, or write elsewhere" if is_full(error) else "see to the file system and its permissions"
+        remedy = "free some, or write elsewhere" if is_full(error) else "see to it, or to the file system"
         logger.error("%s: %s: %s", error.filename or "a file of this command", error.strerror, remedy)
         return EXIT_USER_ERROR
     return _output_failure() or code

@@ -34,7 +34,7 @@ from moe_llm.data.chat import Example, read_examples
 from moe_llm.data.chat_template import ChatEncoder
 from moe_llm.data.documents import DocumentEncoder, SpecialText
 from moe_llm.data.files import publish_resumable, remember, user_error_on_disk
-from moe_llm.data.hashes import state_of
+from moe_llm.data.hashes import stamp_of, state_of
 from moe_llm.data.pieces import Piece
 from moe_llm.data.portions import JOURNAL, Kept, Portion, append_portion, recover
 from moe_llm.data.preference import Continuation, Side, SideEncoder, read_pairs
@@ -209,7 +209,7 @@ def _what_is_wrong(directory: Path) -> str | None:
     """One clause about the first file that is not what was written; None where all are."""
     try:
         files = {str(n): (int(r["size"]), str(r["sha256"])) for n, r in read_meta(directory)["files"].items()}
-        states = {name: state_of(directory / name) for name in files}
+        states = {name: stamp_of(directory / name) for name in files}
     except OSError as error:
         return f"{os.path.relpath(error.filename or directory, directory)} cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -242,7 +242,7 @@ def mark_verified(directory: Path) -> None:
     """Spare a large entry that has just been written the comparison."""
     files = read_meta(directory)["files"]
     if sum(record["size"] for record in files.values()) > COMPARED_BYTES:
-        states = {name: state_of(directory / name) for name in files}
+        states = {name: stamp_of(directory / name) for name in files}
         remember(directory / VERIFIED, json.dumps(states).encode())
 
 

@@ -122,7 +122,7 @@ def user_error_on_disk(field: str, path: Path) -> Iterator[None]:
     except OSError as error:
         if is_full(error):
             raise UserError(f"{field}: no space left for {path}: free some or choose another directory") from error
-        if is_refusal(error) or error.errno in (errno.ENOTDIR, errno.EEXIST):
+        if is_refusal(error) or error.errno == errno.EEXIST:
             raise UserError(
                 f"{field}: {path} cannot be written ({error.strerror}): choose another directory"
             ) from error

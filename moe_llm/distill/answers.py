@@ -23,6 +23,7 @@ from moe_llm.data.chat import Example, to_question
 from moe_llm.data.chat_template import own_template, render_prompt
 from moe_llm.data.documents import DocumentEncoder, check_rows, plain_backend, prompt_ids
 from moe_llm.data.files import user_error_on_disk
+from moe_llm.data.hashes import stamp_of
 from moe_llm.data.shapes import wanted_columns
 from moe_llm.data.sources import list_files, read_documents, read_records
 from moe_llm.data.tokenizer import end_token_ids, load_tokenizer
@@ -137,7 +138,7 @@ def _writer(options: AnswerOptions) -> Callable[[_Prompt, list[str]], Any]:
 def _settings(directory: Path, source: SourceConfig, options: AnswerOptions) -> str:
     """A line that is the same for the same answers."""
     files = [
-        [str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
+        [str(file.resolve()), *stamp_of(file)]
         for file in [*list_files(source, _FIELD), directory / "config.json", *sorted(directory.glob("*.safetensors"))]
     ]
     return json.dumps({"options": asdict(options), "files": files}) + "\n"

@@ -16,7 +16,6 @@ Dimensions: N positions, K named tokens, V vocabulary, C positions of a chunk.
 
 import hashlib
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +26,7 @@ import torch
 from moe_llm.config import Config
 from moe_llm.config.distill import TeacherConfig
 from moe_llm.data.files import building, publish, replace_file
+from moe_llm.data.hashes import is_recent, stamp_of
 from moe_llm.data.packing import IGNORED, Batch
 from moe_llm.distill.teachers import Ensemble, named_teachers
 from moe_llm.errors import UserError
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _VERSION = 1
-_COARSE_NS = 2 * 10**9
 _CHUNK_ELEMENTS = 4 * 2**20
 _FIELD = "data.cache_dir"
 
@@ -202,20 +201,14 @@ def _recorded(root: Path, said: dict[str, Any], field: str, teacher: TeacherConf
 
 
 def teacher_hash(directory: Path, root: Path) -> str:
-    """SHA-256 over config.json and the weights; of files that have not changed since, as it was computed then.
-
-    A program can set a file's time of modification back, but not the time of its last change (ctime), which the file
-    system keeps; a file that has changed within the last seconds is read again, since that clock may be coarse.
-    """
+    """SHA-256 over config.json and the weights; of files that have not changed since, as it was computed then."""
     memory = root / "teacher-hashes.json"
     known = json.loads(memory.read_text()) if memory.exists() else {}
     files = sorted([directory / "config.json", *directory.glob("*.safetensors"), *directory.glob("*.bin")])
     digests = []
     for file in files:
-        status = file.stat()
-        name = str(file.resolve())
-        stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-        recent = time.time_ns() - status.st_ctime_ns < _COARSE_NS
+        name, stamp = str(file.resolve()), stamp_of(file)
+        recent = is_recent(stamp)
         found = known.get(name, [])
         if found[:-1] != stamp:
             with file.open("rb") as stream:

@@ -17,13 +17,13 @@ LOCK_FILES = (".lock", ".lock-owner.json")
 class RunLock:
     """The lock of a run directory, which the operating system releases when its owner dies, however that happens.
 
-    .lock is locked (flock); .lock-owner.json says by whom, for the sentence that refuses the next one.
+    .lock is locked (flock); .lock-owner.json says by whom, for the sentence that refuses the next one. Where `checkpoints`
+    is a link, which another run directory may have too, what it leads to is locked as well.
     """
 
     def __init__(self, run_dir: Path):
         self._directory = run_dir
-        self._owner_file = run_dir / LOCK_FILES[1]
-        self._lock: FileLock | None = None
+        self._held: list[tuple[Path, FileLock]] = []
         self._made: list[Path] = []
 
     def acquire(self) -> None:
@@ -34,37 +34,49 @@ class RunLock:
         """
         self._made = [path for path in (self._directory, *self._directory.absolute().parents) if not path.exists()]
         self._directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self._directory / LOCK_FILES[0])
+        elsewhere = self._directory / "checkpoints"
+        try:
+            for directory in [self._directory] + [elsewhere.resolve()] * (elsewhere.is_symlink() and elsewhere.is_dir()):
+                self._lock(directory)
+        except UserError:
+            self.release()
+            raise
+
+    def _lock(self, directory: Path) -> None:
+        lock = FileLock(directory / LOCK_FILES[0])
         try:
             lock.acquire(timeout=0)
         except Timeout:
+            what = "" if directory == self._directory else f" saves into {directory}, which"
             raise UserError(
-                f"run.dir={str(self._directory)!r} is in use by {self._owner()}: wait for it, stop it, or name another "
-                "run.dir"
+                f"run.dir={str(self._directory)!r}{what} is in use by {_owner(directory)}: wait for it, stop it, or name "
+                "another run.dir"
             ) from None
         except (NotImplementedError, OSError) as error:
             logger.warning("run.dir=%s cannot be locked (%s): start no second run in it", self._directory, error)
             return
-        self._lock = lock
+        self._held.append((directory, lock))
         owner = {"host": socket.gethostname(), "pid": os.getpid()}
-        self._owner_file.write_text(json.dumps(owner) + "\n", encoding="utf-8")
+        (directory / LOCK_FILES[1]).write_text(json.dumps(owner) + "\n", encoding="utf-8")
 
     def release(self) -> None:
         """Let the next run have it, and leave nothing of the lock behind; nothing where it is not held."""
-        if self._lock is None:
+        if not self._held:
             return
-        self._owner_file.unlink(missing_ok=True)
-        # while it is held: who has opened it meanwhile finds that the file has no name any more, and opens the next one
-        (self._directory / LOCK_FILES[0]).unlink(missing_ok=True)
-        self._lock.release()
-        self._lock = None
+        while self._held:
+            directory, lock = self._held.pop()
+            (directory / LOCK_FILES[1]).unlink(missing_ok=True)
+            # while it is held: who has opened it meanwhile finds that the file has no name any more, and opens the next
+            (directory / LOCK_FILES[0]).unlink(missing_ok=True)
+            lock.release()
         for path in self._made:  # a run that was refused leaves no directory behind
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
 
-    def _owner(self) -> str:
-        try:
-            owner = json.loads(self._owner_file.read_text(encoding="utf-8"))
-            return f"process {owner['pid']} on {owner['host']}"
-        except (OSError, ValueError, KeyError, TypeError):
-            return "another process"
+
+def _owner(directory: Path) -> str:
+    try:
+        owner = json.loads((directory / LOCK_FILES[1]).read_text(encoding="utf-8"))
+        return f"process {owner['pid']} on {owner['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import subprocess
 import sys
@@ -242,9 +243,10 @@ def test_a_worker_ends_with_the_process_that_sends_to_it():
     worker.stdout.close()
 
 
-@pytest.mark.parametrize("edit", ["copy", "content"])
+@pytest.mark.parametrize("edit", ["copy", "content", "content of the same size and time"])
 def test_large_files_are_known_by_content_and_read_once(tmp_path, monkeypatch, edit):
     monkeypatch.setattr(hashes, "REMEMBERED_BYTES", 10)
+    monkeypatch.setattr(hashes, "COARSE_NS", 0)
     (tmp_path / "a").mkdir()
     path = tmp_path / "a/text.txt"
     path.write_text("one text of many bytes")
@@ -260,7 +262,11 @@ def test_large_files_are_known_by_content_and_read_once(tmp_path, monkeypatch, e
         copy.write_bytes(path.read_bytes())
         assert fingerprint(SourceConfig(type="files", path=str(copy)), FIELD, tmp_path / "c") == before
     else:
-        path.write_text("one text of fewer byte")
+        times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+        path.write_text("one text of fewer byte" if edit == "content" else "ten texts of any bytes")
+        if edit != "content":
+            assert path.stat().st_size == 22
+            os.utime(path, ns=times)
         assert fingerprint(source, FIELD, tmp_path / "c") != before
 
 

@@ -2,6 +2,7 @@
 
 import os
 
+from moe_llm.data import hashes
 from moe_llm.distill import cache
 from moe_llm.distill.cache import teacher_hash
 
@@ -13,8 +14,8 @@ def make(directory, byte: bytes):
 
 
 def test_a_file_of_the_same_size_whose_time_is_set_back_is_another_teacher(tmp_path, monkeypatch):
-    for coarse in (0, cache._COARSE_NS):  # whether the clock of the file system is to be trusted at once
-        monkeypatch.setattr(cache, "_COARSE_NS", coarse)
+    for coarse in (0, hashes.COARSE_NS):  # whether the clock of the file system is to be trusted at once
+        monkeypatch.setattr(hashes, "COARSE_NS", coarse)
         make(tmp_path / "teacher", b"a")
         first = teacher_hash(tmp_path / "teacher", tmp_path)
         assert teacher_hash(tmp_path / "teacher", tmp_path) == first
@@ -26,7 +27,7 @@ def test_a_file_of_the_same_size_whose_time_is_set_back_is_another_teacher(tmp_p
 
 
 def test_files_that_have_not_changed_for_some_time_are_read_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "_COARSE_NS", 0)
+    monkeypatch.setattr(hashes, "COARSE_NS", 0)
     make(tmp_path / "teacher", b"a")
     first = teacher_hash(tmp_path / "teacher", tmp_path)
 

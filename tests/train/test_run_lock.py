@@ -56,3 +56,19 @@ sys.stdin.read()
         with pytest.raises(UserError, match="in use by another process"):
             RunLock(tmp_path).acquire()
         owner.stdin.close()
+
+
+def test_two_runs_that_save_into_one_directory_by_links_do_not_train_together(tmp_path):
+    (tmp_path / "shared").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "checkpoints").symlink_to(tmp_path / "shared")
+    first, second = RunLock(tmp_path / "a"), RunLock(tmp_path / "b")
+    first.acquire()
+    with pytest.raises(UserError, match=rf"b' saves into {tmp_path}/shared, which is in use by process {os.getpid()}"):
+        second.acquire()
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["checkpoints"]
+    first.release()
+    assert not list(tmp_path.rglob(".lock*"))
+    second.acquire()
+    second.release()

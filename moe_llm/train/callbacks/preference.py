@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save
 from moe_llm.config import Config
 from moe_llm.data.blocks import ValidationBlocks
 from moe_llm.data.files import replace_file
+from moe_llm.data.hashes import stamp_of
 from moe_llm.data.loader import Data
 from moe_llm.data.packing import Batch, model_inputs
 from moe_llm.data.pairs import PackedPairs
@@ -137,8 +138,7 @@ def _fingerprint(config: Config) -> str:
     assert config.model.init_from is not None, "losses with a reference have a base"
     directory, digest = Path(config.model.init_from).resolve(), hashlib.sha256()
     for file in sorted(path for path in directory.glob("*") if path.suffix in (".safetensors", ".json")):
-        state = file.stat()
-        digest.update(repr((str(file), state.st_size, state.st_mtime_ns)).encode())
+        digest.update(repr((str(file), *stamp_of(file))).encode())
     return digest.hexdigest()
 
 
