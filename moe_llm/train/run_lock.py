@@ -36,7 +36,9 @@ class RunLock:
         self._directory.mkdir(parents=True, exist_ok=True)
         elsewhere = self._directory / "checkpoints"
         try:
-            for directory in [self._directory] + [elsewhere.resolve()] * (elsewhere.is_symlink() and elsewhere.is_dir()):
+            for directory in [self._directory] + [elsewhere.resolve()] * (
+                elsewhere.is_symlink() and elsewhere.is_dir()
+            ):
                 self._lock(directory)
         except UserError:
             self.release()
