@@ -1,4 +1,4 @@
-"""How OpenMP's threads wait for each other, decided before torch is loaded."""
+"""How many threads compute on a CPU, and how they wait for each other."""
 
 import os
 
@@ -12,3 +12,14 @@ def wait_briefly() -> None:
     chosen how they wait. It acts on threads of an OpenMP library that is loaded later."""
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = SPINS
+
+
+def may_be_chosen() -> bool:
+    """Whether the number of threads may follow what other processes leave: not where the user, or a launcher of several
+    ranks, has set it."""
+    return "OMP_NUM_THREADS" not in os.environ and len(cores()) > 1
+
+
+def cores() -> set[int]:
+    """The cores that this process may use; none where the system does not tell."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()

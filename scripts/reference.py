@@ -233,7 +233,8 @@ def _markdown(docstring: str) -> str:
 
 ENVIRONMENT: dict[str, dict[str, str]] = {
     "Yours to set": {
-        "OMP_NUM_THREADS": "CPU threads of each process; `accelerate launch` and `torchrun` set it to 1 where it is unset",
+        "OMP_NUM_THREADS": "CPU threads of each process; `accelerate launch` and `torchrun` set it to 1 where it is unset. Where it is "
+        "unset, a run of one process takes one thread less for each core that other processes keep busy",
         "OMP_WAIT_POLICY": "how OpenMP's threads wait; where neither this nor `GOMP_SPINCOUNT` is set, commands let them sleep soon",
         "GOMP_SPINCOUNT": "see `OMP_WAIT_POLICY`; commands set 10000",
         "MOE_LLM_NATIVE": "`0`: do without the C++ kernels for CPUs, which are compiled at their first use",

@@ -61,7 +61,7 @@ def bench(config: Config, *, steps: int = 5, trace: str | Path | None = None) ->
     try:
         engine, _ = build_trained(config, runtime, None)
         with synthetic_loader(config, runtime, steps + _WARM_UP + _PROFILED + 1) as loader:
-            step = _stepper(config, engine, runtime, loader)
+            step = stepper(config, engine, runtime, loader)
             seconds = [_timed(step, runtime.device) for _ in range(_WARM_UP + steps)][_WARM_UP:]
             parts = _profile(step, engine, runtime, trace if runtime.is_main else None)
             batches = next(loader)
@@ -93,7 +93,7 @@ def synthetic_loader(config: Config, runtime: Runtime, steps: int) -> TrainLoade
     )
 
 
-def _stepper(config: Config, engine: Engine, runtime: Runtime, loader: TrainLoader) -> Callable[[], None]:
+def stepper(config: Config, engine: Engine, runtime: Runtime, loader: TrainLoader) -> Callable[[], None]:
     """One step of `train_loop`, in its parts."""
     done = 0
 

@@ -130,7 +130,8 @@ class TrainConfig(Section):
     )
     deterministic: bool = Field(
         False,
-        description="on a GPU, bit-reproducible sums in place of faster ones (torch.use_deterministic_algorithms); see "
+        description="on a GPU, bit-reproducible sums in place of faster ones (torch.use_deterministic_algorithms), on a CPU the same "
+        "number of threads whatever else runs there; see "
         "docs/guides/gpu.md for the routers that need it",
     )
     device: Literal["auto", "cpu"] = Field("auto", description="auto: a GPU where there is one")

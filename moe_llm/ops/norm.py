@@ -7,6 +7,8 @@ from torch.autograd.function import once_differentiable
 from moe_llm.ops import liger, native
 
 _FUSED = "_fused_rms_norm_backward"
+# The weight's gradient on a CPU is summed in runs of rows, so many at most, whatever the number of threads
+_ROWS_OF_A_RUN, _RUNS = 32, 256
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -92,9 +94,22 @@ def _backward(
     if native.fits(x, grad, weight_D, grad_sum):
         rows, width = _rows(x)
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-        partial = torch.empty(torch.get_num_threads(), width)
+        partial = torch.empty(min(max(rows // _ROWS_OF_A_RUN, 1), _RUNS), width)
         kept = [grad.contiguous(), x.contiguous(), None if grad_sum is None else grad_sum.contiguous()]
-        native.call("norm_backward", x.dtype, kept[0], kept[1], weight_D, scale, kept[2], grad_x, partial, rows, width)
+        native.call(
+            "norm_backward",
+            x.dtype,
+            kept[0],
+            kept[1],
+            weight_D,
+            scale,
+            kept[2],
+            grad_x,
+            partial,
+            len(partial),
+            rows,
+            width,
+        )
         return grad_x if needs_x else None, partial.sum(0).to(weight_D.dtype) if needs_weight else None
     if fused_on_cuda(x, grad, weight_D):
         grad_x, grad_weight = torch.ops.aten._fused_rms_norm_backward(

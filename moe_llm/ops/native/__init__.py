@@ -40,7 +40,7 @@ _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 # p pointer, q int64, f float, i int; the last int of each is the number of threads and is filled in by `call`
 _SIGNATURES = {
     "norm_forward": "ppppppqqfi",
-    "norm_backward": "pppppppqqi",
+    "norm_backward": "pppppppqqqi",
     "swiglu_forward": "pppqqi",
     "swiglu_backward": "ppppppqqi",
     "cross_entropy": "pppqqii",

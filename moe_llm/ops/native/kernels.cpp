@@ -1,8 +1,8 @@
 // The elementwise parts of a training step on a CPU, each in one pass over memory, in fp32 inside.
 //
 // Plain C++ behind a C interface: no header of torch's, so that it compiles in seconds on the user's machine.
-// Rows are independent; a function cuts them into one run for each thread, so that results depend on the number of
-// threads at most in the order of a sum. T is float or bf16; every pointer is to contiguous memory.
+// Rows are independent, and what is summed over rows is summed in runs that the number of rows alone decides: results do
+// not depend on the number of threads. T is float or bf16; every pointer is to contiguous memory.
 
 #include <algorithm>
 #include <cmath>
@@ -43,17 +43,17 @@ static void norm_forward(const T* x, const T* delta, const T* weight, T* sum, T*
     }
 }
 
-// grad_x = the norm's gradient plus grad_sum (may be null); partial: (threads, width), their sum is the weight's.
+// grad_x = the norm's gradient plus grad_sum (may be null); partial: (runs, width), their sum is the weight's.
 template <typename T>
 static void norm_backward(const T* grad, const T* x, const T* weight, const float* scale, const T* grad_sum, T* grad_x,
-                          float* partial, i64 rows, i64 width, int threads) {
+                          float* partial, i64 runs, i64 rows, i64 width, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int thread = 0; thread < threads; thread++) {
-        float* own = partial + thread * width;
+    for (i64 run = 0; run < runs; run++) {
+        float* own = partial + run * width;
         std::vector<float> buffer(width);
         float* g = buffer.data();
         for (i64 i = 0; i < width; i++) own[i] = 0;
-        for (i64 row = rows * thread / threads; row < rows * (thread + 1) / threads; row++) {
+        for (i64 row = rows * run / runs; row < rows * (run + 1) / runs; row++) {
             const T *in = x + row * width, *gy = grad + row * width;
             float s = scale[row], dot = 0;
 #pragma omp simd reduction(+ : dot)
@@ -285,8 +285,8 @@ static void rotate(const T* x, const T* cosine, const T* sine, T* out, i64 token
 #define P(T) (const T* x, const T* delta, const T* weight, T* sum, T* y, float* scale, i64 rows, i64 width, float eps, int threads)
 BOTH(norm_forward, P, (x, delta, weight, sum, y, scale, rows, width, eps, threads))
 #undef P
-#define P(T) (const T* grad, const T* x, const T* weight, const float* scale, const T* grad_sum, T* grad_x, float* partial, i64 rows, i64 width, int threads)
-BOTH(norm_backward, P, (grad, x, weight, scale, grad_sum, grad_x, partial, rows, width, threads))
+#define P(T) (const T* grad, const T* x, const T* weight, const float* scale, const T* grad_sum, T* grad_x, float* partial, i64 runs, i64 rows, i64 width, int threads)
+BOTH(norm_backward, P, (grad, x, weight, scale, grad_sum, grad_x, partial, runs, rows, width, threads))
 #undef P
 #define P(T) (const T* gate_up, const float* weight, T* hidden, i64 rows, i64 width, int threads)
 BOTH(swiglu_forward, P, (gate_up, weight, hidden, rows, width, threads))

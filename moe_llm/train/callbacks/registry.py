@@ -9,6 +9,7 @@ from typing import Any
 from moe_llm.config import Config
 from moe_llm.config.schema import CallbackConfig
 from moe_llm.errors import UserError
+from moe_llm.threads import may_be_chosen
 from moe_llm.train.callbacks.base import Callback
 
 GROUP = "moe_llm.callbacks"
@@ -18,6 +19,7 @@ _OWN: list[tuple[str, str, Callable[[Config], bool]]] = [
     ("watchdog", "WatchdogCallback", lambda config: True),
     ("console", "ConsoleCallback", lambda config: config.logging.console != "off"),
     ("recorder", "Recorder", lambda config: True),
+    ("shared_cores", "SharedCores", lambda config: may_be_chosen() and not config.train.deterministic),
     ("alternating_updates", "AlternatingUpdates", lambda config: config.train.adversarial.router_every is not None),
     ("expert_sources", "ExpertSources", lambda config: config.finetune.expert_sources is not None),
     ("preference", "PreferenceTuning", lambda config: config.data.has_preference),
