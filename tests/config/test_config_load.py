@@ -104,7 +104,7 @@ def test_shipped_configurations_load_and_survive_a_dump(path):
     assert config.accumulation_steps(1) >= 1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(text=st.text(min_size=1, max_size=12) | st.from_regex(r"[-+.0-9eE_:xo]{1,6}", fullmatch=True))
 def test_any_text_survives_a_dump(text):
     config = validate(minimal(run={"dir": text}))
@@ -113,7 +113,7 @@ def test_any_text_survives_a_dump(text):
     assert yaml.safe_load(dumped)["run"]["dir"] == text  # plain YAML readers see the same
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(lr=st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False))
 def test_any_number_survives_a_dump(lr):
     config = validate(minimal(optim={"lr": lr}))

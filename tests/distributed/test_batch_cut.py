@@ -102,7 +102,7 @@ def test_for_every_router(kind):
     assert_same([train_steps(run_of(kind, 2), steps)], train_steps(run_of(kind, 8), steps))
 
 
-@pytest.mark.parametrize(("held", "forward"), [(1, 15), (3, 13), (8, 8), (20, 8)])
+@pytest.mark.parametrize(("held", "forward"), dear([(1, 15), (3, 13), (8, 8), (20, 8)], (3, 13), (20, 8)))
 def test_activations_may_be_held_so_that_fewer_micro_batches_are_computed_twice(monkeypatch, held, forward):
     """Held or not, recomputation and noise of the router included, the step is the same."""
     from moe_llm.distributed.engine import LocalEngine

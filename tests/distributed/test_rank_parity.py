@@ -78,8 +78,10 @@ FEATURES = {
 }
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize(
+    ("feature", "stage"),
+    dear(itertools.product(FEATURES, (1, 3)), *((feature, (1, 3)[i % 2]) for i, feature in enumerate(FEATURES))),
+)
 def test_features_do_not_depend_on_the_layout(two_ranks, feature, stage):
     model = {**MODEL, **FEATURES[feature]}
     expected = train_steps(config(MICRO * 2, 2, 1, model=model), 5)
@@ -91,8 +93,15 @@ def test_features_do_not_depend_on_the_layout(two_ranks, feature, stage):
         assert largest(per_rank["aux"], expected["aux"]) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["full", "selective"])
-@pytest.mark.parametrize(("stage", "chunks"), [(1, 1), (2, 2), (3, 1), (3, 3)])
+@pytest.mark.parametrize(
+    ("stage", "chunks", "kind"),
+    dear(
+        [(*layout, kind) for layout in [(1, 1), (2, 2), (3, 1), (3, 3)] for kind in ("full", "selective")],
+        (1, 1, "selective"),
+        (2, 2, "full"),
+        (3, 3, "selective"),
+    ),
+)
 def test_recomputation_and_exchange_in_parts_under_expert_parallelism(two_ranks, stage, chunks, kind):
     train = {"activation_checkpointing": kind}
     expected = train_steps(config(MICRO * 2, 1, 1), 5)

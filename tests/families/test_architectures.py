@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.checkpoints import small_config
+from support.ci import dear
 from transformers import AutoModelForCausalLM
 
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
@@ -191,7 +192,7 @@ def without_the_package(script: str, folder: Path, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("kind", ["balanced", "lory", "expert_choice"])
+@pytest.mark.parametrize("kind", dear(["balanced", "lory", "expert_choice"], "lory"))
 def test_the_code_beside_the_weights_stands_alone_and_generates(tmp_path, kind):
     """In a process that cannot import the package; with the cache it says what it says without."""
     model_of(kind, {}, SHARED).save_pretrained(tmp_path / "model")
@@ -233,7 +234,9 @@ assert all(p.grad is not None for p in model.parameters())
 """
 
 
-@pytest.mark.parametrize(("kind", "cache"), [("soft_moe", "no cache"), ("multi_head", "cache")])
+@pytest.mark.parametrize(
+    ("kind", "cache"), dear([("soft_moe", "no cache"), ("multi_head", "cache")], ("multi_head", "cache"))
+)
 def test_what_is_routed_in_the_tokens_place_generates_by_default(tmp_path, kind, cache):
     """What whole passes say, one after the other, also with padding on the left."""
     model_of(kind, {}, SHARED).save_pretrained(tmp_path / "model")

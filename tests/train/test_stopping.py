@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from support import runs
+from support.ci import dear
 
 from moe_llm.cli import main
 
@@ -27,7 +28,7 @@ def saved_step(run_dir) -> int:
     return int(checkpoint.name[5:])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", dear([signal.SIGTERM, signal.SIGINT], signal.SIGTERM))
 def test_a_signal_saves_and_going_on_equals_uninterrupted(make_config, tmp_path, number):
     # the learning rate must not depend on the length, which is another one after the stop
     constant = {**LONG, "optim": {"lr": 3e-3, "schedule": "constant"}}
