@@ -146,7 +146,7 @@ class Encoding:
         """
         read = _sides if isinstance(self.encoder, SideEncoder) else _examples if self.chat else _texts
         with publish_resumable(directory, "data.cache_dir", JOURNAL, owner) as temporary:
-            self.build(read(self, pieces), temporary, threads, advance)
+            self.build(read(self, pieces), temporary, directory, threads, advance)
             self._check_unchanged(pieces)
 
     def _check_unchanged(self, pieces: Sequence[Piece]) -> None:
@@ -159,9 +159,11 @@ class Encoding:
                 "any more"
             )
 
-    def build(self, pieces: Iterable["_Piece"], directory: Path, threads: int, advance: Callable[[int], None]) -> None:
-        """Tokenise into a directory that is there."""
-        _build(pieces, self._encode, self._look, self.encoder.dtype, self.chat, directory, threads, advance)
+    def build(
+        self, pieces: Iterable["_Piece"], directory: Path, final: Path, threads: int, advance: Callable[[int], None]
+    ) -> None:
+        """Tokenise into a directory that is there, and will have the name `final`."""
+        _build(pieces, self._encode, self._look, self.encoder.dtype, self.chat, directory, final, threads, advance)
 
     def pieces_of(self, text: str) -> Iterator["_Piece"]:
         """Each part of a document."""
@@ -208,7 +210,10 @@ def remove_damaged(directory: Path) -> None:
 def _what_is_wrong(directory: Path) -> str | None:
     """One clause about the first file that is not what was written; None where all are."""
     try:
-        files = {str(n): (int(r["size"]), str(r["sha256"])) for n, r in read_meta(directory)["files"].items()}
+        meta, own = read_meta(directory), _entry_of(directory)
+        if meta.get("entry", own) != own:  # a version before had no names
+            return f"it is {meta['entry']} under another name"
+        files = {str(n): (int(r["size"]), str(r["sha256"])) for n, r in meta["files"].items()}
         states = {name: stamp_of(directory / name) for name in files}
     except OSError as error:
         return f"{os.path.relpath(error.filename or directory, directory)} cannot be read ({error.strerror})"
@@ -246,6 +251,12 @@ def mark_verified(directory: Path) -> None:
         remember(directory / VERIFIED, json.dumps(states).encode())
 
 
+def _entry_of(directory: Path) -> str:
+    """What an entry of the cache, or a shard or window in one, is called: it tells one text and tokenizer from another."""
+    folder = directory.parent.name.removeprefix(".").removesuffix(".unfinished")
+    return f"{folder}/{directory.name}" if directory.name.isdecimal() else directory.name
+
+
 def read_meta(directory: Path) -> dict[str, Any]:
     """meta.json, whose own last member is the SHA-256 of the others."""
     meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
@@ -262,9 +273,13 @@ def _meta_digest(meta: dict[str, Any]) -> str:
 def shard_checksums(directory: Path) -> dict[str, str]:
     """SHA-256 of each shard of an entry by its name, over the checksums of its files; of an entry of one shard, `.`."""
     meta = read_meta(directory)
-    if "shards" not in meta:
-        return {".": _meta_digest(meta)}
-    return {shard["name"]: meta["files"][f"{shard['name']}/meta.json"]["sha256"] for shard in meta["shards"]}
+    names = [shard["name"] for shard in meta.get("shards", [])]
+    of: dict[str, dict[str, Any]] = {name: {} for name in names or ["."]}
+    for file, found in meta["files"].items():
+        shard = Path(file).parent.name or "."
+        if shard in of and not file.endswith("meta.json"):  # that holds the name of the entry, and thus of all its text
+            of[shard][file] = found
+    return {name: _meta_digest(files) for name, files in of.items()}
 
 
 def open_split(directory: Path, split: str) -> TokenizedText:
@@ -367,6 +382,7 @@ def _build(
     dtype: np.dtype,
     chat: bool,
     directory: Path,
+    final: Path,
     threads: int,
     advance: Callable[[int], None],
 ) -> None:
@@ -392,7 +408,7 @@ def _build(
                 files = {name: end for writer in writers.values() for name, end in writer.end_portion().items()}
                 append_portion(directory, Portion(done, read, totals, files))
                 recorded = read
-        write_meta(directory, dtype, chat, writers)
+        write_meta(directory, final, dtype, chat, writers)
 
 
 def split_arrays(chat: bool) -> list[str]:
@@ -400,15 +416,16 @@ def split_arrays(chat: bool) -> list[str]:
     return ["tokens", "starts", "bytes", *(["targets"] if chat else [])]
 
 
-def write_meta(directory: Path, dtype: np.dtype, chat: bool, writers: dict[str, SplitWriter]) -> None:
+def write_meta(directory: Path, final: Path, dtype: np.dtype, chat: bool, writers: dict[str, SplitWriter]) -> None:
     """What `open_split` reads; before the writers' files are closed."""
     meta = {"dtype": dtype.name, "chat": chat} | {split: writer.totals for split, writer in writers.items()}
     meta["files"] = {name: record for writer in writers.values() for name, record in writer.records().items()}
-    put_meta(directory, meta)
+    put_meta(directory, meta, final)
 
 
-def put_meta(directory: Path, meta: dict[str, Any]) -> None:
-    """Write meta.json with its own SHA-256."""
+def put_meta(directory: Path, meta: dict[str, Any], final: Path) -> None:
+    """Write meta.json, with the name that its entry will have and with its own SHA-256."""
+    meta["entry"] = _entry_of(final)
     meta["sha256"] = _meta_digest(meta)
     (directory / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 

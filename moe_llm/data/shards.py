@@ -391,7 +391,7 @@ def _assemble(entry: Entry, count: int) -> None:
             meta[split]["seen"] = dict(sum((Counter(m[split]["seen"]) for m in metas), Counter()))
         meta["shards"] = [{"name": name} | {split: m[split] for split in SPLITS} for name, m in zip(names, metas)]
         meta["files"] = files
-        put_meta(folder, meta)
+        put_meta(folder, meta, entry.directory)
         mark_verified(folder)
         rename_directory(folder, entry.directory)
 

@@ -54,18 +54,18 @@ def in_similar_order(text: TokenizedText, seed: int, cache_dir: str) -> Tokenize
             if not is_whole(directory):
                 remove_damaged(directory)
                 with publish(directory, field="data.cache_dir") as temporary:
-                    _write(text, seed, temporary)
+                    _write(text, seed, temporary, directory)
     return open_split(directory, "train")
 
 
-def _write(text: TokenizedText, seed: int, directory: Path) -> None:
+def _write(text: TokenizedText, seed: int, directory: Path, final: Path) -> None:
     with contextlib.ExitStack() as stack:
         writer = SplitWriter(directory, "train", False, stack)
         for order_P in similar_order(text, seed):
             for document in order_P:
                 ids = text.tokens_N[text.starts[document] : text.starts[document + 1]]
                 writer.write(Tokens(ids, None), int(text.sizes[document]))
-        write_meta(directory, text.tokens_N.dtype, False, {"train": writer})
+        write_meta(directory, final, text.tokens_N.dtype, False, {"train": writer})
 
 
 def similar_order(text: TokenizedText, seed: int, portion: int = PORTION) -> Iterator[np.ndarray]:

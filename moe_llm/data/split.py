@@ -105,14 +105,24 @@ def find_holdout(config: Config) -> HoldOut:
     else:
         divisible = ((t, s.content == "text") for f, s in named_sources(config) for t in read_texts(s, f))
         holdout = _choose(divisible, data.validation_fraction)
-    remember(file, json.dumps(holdout.key()).encode())
+    key = holdout.key()
+    remember(file, json.dumps([*key, _checksum(key)]).encode())
     return holdout
+
+
+def _checksum(key: list) -> str:
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
 
 def _remembered(file: Path) -> HoldOut | None:
     """The answer in a file of the cache; None where there is none, or a damaged one, which is found anew."""
     try:
-        _, below, listed, tail = json.loads(file.read_text(encoding="utf-8"))
+        *key, checksum = json.loads(file.read_text(encoding="utf-8"))
+        if len(key) == 3:  # of a version before, which had no checksum
+            return None
+        if checksum != _checksum(key):
+            raise ValueError("SHA-256")
+        _, below, listed, tail = key
         return HoldOut(int(below), frozenset(map(int, listed)), (int(tail[0]), int(tail[1])) if tail else None)
     except FileNotFoundError:
         return None

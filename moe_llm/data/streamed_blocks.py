@@ -101,9 +101,9 @@ class Windows:
         texts = _of_window(stream, encoding)
         with publish(directory, "data.cache_dir") as temporary:
             pieces = (piece for text in texts for piece in encoding.pieces_of(text))
-            encoding.build(pieces, temporary, self.threads, lambda size: None)
+            encoding.build(pieces, temporary, directory, self.threads, lambda size: None)
             meta = read_meta(temporary)
-            put_meta(temporary, meta | {"begin": cursor, "next": stream.cursor()})
+            put_meta(temporary, meta | {"begin": cursor, "next": stream.cursor()}, directory)
 
 
 def _of_window(stream: DocumentStream, encoding: Encoding):

@@ -341,8 +341,12 @@ def _trained_model(config: Config, cache: Path) -> bytes:
         None if config.data.validation_sources else config.data.validation_fraction,
     ]
     file = cache / f"tokenizer-{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:24]}.model"
-    if file.exists():
-        return file.read_bytes()
+    written = file.with_suffix(".sha256")
+    if file.exists() and written.exists():  # a version before had no checksums
+        model = file.read_bytes()
+        if hashlib.sha256(model).hexdigest() == written.read_text(encoding="utf-8", errors="replace"):
+            return model
+        logger.warning("the tokenizer in %s is not what was written (SHA-256); it is trained again", file)
     logger.info("training a tokenizer of %d tokens", config.model.resolved_vocab_size)
     with progress("training the tokenizer"):
         model = spm.train_model(
@@ -352,6 +356,7 @@ def _trained_model(config: Config, cache: Path) -> bytes:
             config.tokenizer.character_coverage,
             config.run.seed,
         )
+    replace_file(written, hashlib.sha256(model).hexdigest().encode())
     replace_file(file, model)
     return model
 

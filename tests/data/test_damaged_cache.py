@@ -9,6 +9,7 @@ import pytest
 
 from moe_llm.config import SourceConfig
 from moe_llm.data import cache as cache_module
+from moe_llm.data import pieces
 from moe_llm.data.shards import cached_tokens
 from moe_llm.data.split import HoldOut
 
@@ -81,6 +82,29 @@ def test_damaged_caches_are_named_and_made_again(source, tokenizer, tmp_path, ca
         assert not differs or str(directory) in named[0]
 
 
+@pytest.mark.parametrize("shard_bytes", [1 << 24, 500])
+def test_an_entry_of_other_text_under_this_name_is_named_and_made_again(
+    source, tokenizer, tmp_path, make_text, caplog, monkeypatch, shard_bytes
+):
+    """Whole, with checksums that are right: copied by hand, or by a tool that has mixed up directories."""
+    monkeypatch.setattr(pieces, "SHARD_BYTES", shard_bytes)
+    (tmp_path / "other.txt").write_text(make_text(4, 400), encoding="utf-8")
+    other = SourceConfig(type="files", path=str(tmp_path / "other.txt"), document="line")
+
+    def load(source):
+        return cached_tokens(source, FIELD, HoldOut(), tokenizer, cache_dir=str(tmp_path / "c"), num_workers=1)
+
+    expected = load(source)["train"].digest
+    [directory] = (tmp_path / "c").glob("tokens-????????????????????????")
+    assert load(other)["train"].digest != expected
+    [entry] = set((tmp_path / "c").glob("tokens-????????????????????????")) - {directory}
+    assert (directory / "00001").is_dir() == (shard_bytes < 1 << 24)
+    shutil.rmtree(directory)
+    shutil.copytree(entry, directory)
+    assert load(source)["train"].digest == expected
+    assert f"tokenised data {directory} is damaged: it is {entry.name} under another name" in caplog.text
+
+
 def test_a_large_entry_is_compared_once_for_each_state_of_its_files(source, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module, "COMPARED_BYTES", 0)
     compared = []
@@ -91,7 +115,9 @@ def test_a_large_entry_is_compared_once_for_each_state_of_its_files(source, toke
     assert len(compared) == len(set(compared)) > 0
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"[1, 2, 3]", b"\0\0\0", b'[1, "x", [], null]'])
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"[1, 2, 3]", b"\0\0\0", b'[1, "x", [], null]', b"[1, 1844674407370955264, [], null]"]
+)
 def test_a_damaged_split_is_found_anew(tmp_path, source, content):
     from moe_llm.config.load import validate
     from moe_llm.data.split import find_holdout

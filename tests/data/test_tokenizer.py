@@ -140,6 +140,23 @@ def test_training_is_deterministic_and_bounded():
     assert len(consumed) < 80
 
 
+def test_a_damaged_model_in_the_cache_is_named_and_trained_again(make_config, tmp_path, make_text, caplog):
+    (tmp_path / "a.txt").write_text("".join(make_text(seed) for seed in range(20)), encoding="utf-8")
+    config = make_config([{"type": "files", "path": str(tmp_path / "a.txt"), "document": "line"}])
+    first = build_tokenizer(config, tmp_path / "first")
+    [file] = Path(config.data.cache_dir).glob("tokenizer-*.model")
+    whole = file.read_bytes()
+    assert build_tokenizer(config, tmp_path / "second").get_vocab() == first.get_vocab()
+    assert "trained again" not in caplog.text
+    for damaged in (b"", whole[: len(whole) // 2], whole.replace(b"e", b"o", 1)):
+        caplog.clear()
+        file.write_bytes(damaged)
+        shutil.rmtree(tmp_path / "second")
+        assert build_tokenizer(config, tmp_path / "second").get_vocab() == first.get_vocab()
+        assert f"the tokenizer in {file} is not what was written (SHA-256); it is trained again" in caplog.text
+        assert file.read_bytes() == whole
+
+
 def test_held_out_text_does_not_train_the_tokenizer(make_config, tmp_path):
     (tmp_path / "a.txt").write_text("aaaa bbbb\n" * 500 + "ЖЖЖЖ ЮЮЮЮ\n" * 60)
     source = {"type": "files", "path": str(tmp_path / "a.txt")}
