@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar
 
 T = TypeVar("T")
+LIBRARIES = "loading libraries"  # torch and transformers take seconds to import
 _quiet = False
 
 
 def be_quiet(quiet: bool = True) -> None:
-    """Show no bars from now on, or show them again."""
+    """Show no bars from now on, or show them again; those of the hub and of `datasets` are off from then on."""
     global _quiet
     _quiet = quiet
+    if quiet:  # read when these libraries are imported
+        os.environ |= dict.fromkeys(("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"), "1")
 
 
 def is_shown() -> bool:
@@ -47,7 +50,9 @@ def progress(task: str, total: float | None = None, in_bytes: bool = False) -> I
         *(counts if in_bytes or total is not None else ()),
         bars.TimeElapsedColumn() if total is None else bars.TimeRemainingColumn(),
     )
-    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    # only a terminal's output has to be kept out of the bar's line; a file's or a pipe's goes there as ever
+    console, shared = Console(stderr=True), sys.stdout.isatty()
+    with bars.Progress(*columns, console=console, transient=True, redirect_stdout=shared) as bar:
         number = bar.add_task(task, total=total)
         yield lambda amount: bar.advance(number, amount)
 

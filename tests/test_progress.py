@@ -48,6 +48,13 @@ def test_bars_may_be_shown_inside_another():
     assert "inner" in stderr.getvalue()
 
 
+def test_what_is_printed_during_a_bar_goes_to_the_output_and_not_to_the_terminal(capsys):
+    with terminal() as stderr, progress.progress("working"):
+        print("a result")
+    assert capsys.readouterr().out == "a result\n"
+    assert "a result" not in stderr.getvalue()
+
+
 @pytest.mark.parametrize("why", ["quiet", "rank", "no terminal"])
 def test_no_bar(why, monkeypatch):
     progress.be_quiet(why == "quiet")
@@ -73,10 +80,11 @@ def commands(checkpoint: str, text: str, out) -> dict[str, tuple[list[str], str]
         "merge": (["merge", str(recipe), str(out / "merged")], "merging"),
         "evaluate": (["evaluate", checkpoint, "--data", text, "--max-blocks", "2"], "evaluating"),
         "inspect": (["inspect", checkpoint, "--data", text, "--max-tokens", "64"], "removing each expert"),
+        "generate": (["generate", checkpoint, "--prompt", "a", "--max-new-tokens", "2"], "generating"),
     }
 
 
-@pytest.mark.parametrize("command", ["verify", "diff", "merge", "evaluate", "inspect"])
+@pytest.mark.parametrize("command", ["verify", "diff", "merge", "evaluate", "inspect", "generate"])
 def test_commands_show_progress_and_none_with_quiet(command, checkpoint, corpus, tmp_path, capsys):
     argv, expected = commands(checkpoint, str(corpus), tmp_path)[command]
     with terminal() as stderr:

@@ -26,7 +26,7 @@ from moe_llm.families import hf, layout
 from moe_llm.families.architectures import architecture_of
 from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.init import materialize
-from moe_llm.progress import tracked
+from moe_llm.progress import progress, tracked
 
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -43,6 +43,7 @@ class MoEForCausalLM(MoEDecoder):
         self.token_ids = token_ids(ids)
 
     @classmethod
+    @progress("loading the model")
     def from_pretrained(cls, directory: str | Path, dtype: torch.dtype | str | None = None) -> Self:
         """A model on the CPU, in evaluation mode as transformers gives it.
 

@@ -20,7 +20,7 @@ from moe_llm.cli.parser import CommandParser
 from moe_llm.cli.shipped import add_list_and_copy
 from moe_llm.errors import UserError
 from moe_llm.ops.accelerators import ACCELERATORS
-from moe_llm.progress import progress
+from moe_llm.progress import LIBRARIES, progress
 
 
 def add_config(parser: CommandParser) -> CommandParser:
@@ -189,8 +189,9 @@ def add_doctor(parser: CommandParser) -> CommandParser:
 def _doctor(args: argparse.Namespace) -> int:
     """1 where it finds a fault."""
     config = load(args)
-    from moe_llm.doctor.examine import examine, examine_launched
-    from moe_llm.doctor.report import as_json, print_report
+    with progress(LIBRARIES):
+        from moe_llm.doctor.examine import examine, examine_launched
+        from moe_llm.doctor.report import as_json, print_report
 
     def say(sentence: str) -> None:
         if not args.quiet:
@@ -227,7 +228,8 @@ def add_bench(parser: CommandParser) -> CommandParser:
 def _bench(args: argparse.Namespace) -> None:
     config = load(args)
     with redirect_stdout(sys.stderr):  # libraries print and log to stdout, which is for the report alone
-        from moe_llm.bench.run import bench, format_report
+        with progress(LIBRARIES):
+            from moe_llm.bench.run import bench, format_report
 
         with progress("timing"):
             report = bench(config, steps=args.steps, trace=args.trace)
@@ -246,7 +248,8 @@ def add_verify(parser: CommandParser) -> CommandParser:
 def _verify(args: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    from moe_llm.checkpoint.verify import verify_checkpoint
+    with progress(LIBRARIES):
+        from moe_llm.checkpoint.verify import verify_checkpoint
 
     found = verify_checkpoint(args.checkpoint)
     if args.json:

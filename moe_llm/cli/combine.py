@@ -4,6 +4,7 @@ import argparse
 
 from moe_llm.cli.arguments import at_least
 from moe_llm.cli.parser import CommandParser
+from moe_llm.progress import LIBRARIES, progress
 
 
 def add_merge(parser: CommandParser) -> CommandParser:
@@ -16,19 +17,23 @@ def add_merge(parser: CommandParser) -> CommandParser:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    from moe_llm.merge.recipe import SoupRecipe, load_recipe
+    with progress(LIBRARIES):
+        from moe_llm.merge.recipe import SoupRecipe, load_recipe
 
     recipe = load_recipe(args.recipe)
     if isinstance(recipe, SoupRecipe):
-        from moe_llm.merge.soup import format_decisions, greedy_soup
+        with progress(LIBRARIES):
+            from moe_llm.merge.soup import format_decisions, greedy_soup
 
         print(format_decisions(greedy_soup(recipe, args.out, args.max_shard_size)))
     elif recipe.recalibrate is not None:
-        from moe_llm.merge.recalibrate import merge_recalibrated
+        with progress(LIBRARIES):
+            from moe_llm.merge.recalibrate import merge_recalibrated
 
         merge_recalibrated(recipe, args.out, args.max_shard_size)
     else:
-        from moe_llm.merge.run import merge
+        with progress(LIBRARIES):
+            from moe_llm.merge.run import merge
 
         merge(args.recipe, args.out, args.max_shard_size)
     print(f"written: {args.out}")
@@ -53,7 +58,8 @@ def add_extract_lora(parser: CommandParser) -> CommandParser:
 
 
 def _extract_lora(args: argparse.Namespace) -> None:
-    from moe_llm.merge.extract_lora import extract_lora
+    with progress(LIBRARIES):
+        from moe_llm.merge.extract_lora import extract_lora
 
     names = ("rank", "sv_epsilon", "include", "exclude")
     left_out = extract_lora(args.base, args.tuned, args.out, **{name: getattr(args, name) for name in names})
@@ -73,7 +79,8 @@ def add_export_adapter(parser: CommandParser) -> CommandParser:
 
 
 def _export_adapter(args: argparse.Namespace) -> None:
-    from moe_llm.finetune.export_adapter import export_adapter
+    with progress(LIBRARIES):
+        from moe_llm.finetune.export_adapter import export_adapter
 
     print(f"written: {args.out} ({export_adapter(args.checkpoint, args.out)} weights adapted)")
 
@@ -94,6 +101,7 @@ def add_ensemble(parser: CommandParser) -> CommandParser:
 
 
 def _fit(args: argparse.Namespace) -> None:
-    from moe_llm.ensemble.run import fit_command
+    with progress(LIBRARIES):
+        from moe_llm.ensemble.run import fit_command
 
     print(fit_command(args.file, args.out, args.data, max_blocks=args.max_blocks, batch_size=args.batch_size))

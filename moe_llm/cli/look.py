@@ -8,7 +8,7 @@ from pathlib import Path
 from moe_llm.cli.arguments import add_json, add_model, at_least, check_one_model, print_json, print_table, share
 from moe_llm.cli.parser import CommandParser
 from moe_llm.errors import UserError
-from moe_llm.progress import progress
+from moe_llm.progress import LIBRARIES, progress
 
 
 def add_generate(parser: CommandParser) -> CommandParser:
@@ -65,11 +65,13 @@ def _generate(args: argparse.Namespace) -> None:
         given = [f"--{name}" for name in ("stop", "no-cache") if getattr(args, name.replace("-", "_"))]
         if given:
             raise UserError(f"{given[0]} is for one checkpoint, and --ensemble is given: leave it out")
-        from moe_llm.ensemble.run import generate_command
+        with progress(LIBRARIES):
+            from moe_llm.ensemble.run import generate_command
 
         texts = [generate_command(args.ensemble, prompt, **options) for prompt in prompts]
     else:
-        from moe_llm.inference.generate import generate_texts
+        with progress(LIBRARIES):
+            from moe_llm.inference.generate import generate_texts
 
         options |= {"stop": args.stop, "batch_size": args.batch_size, "use_cache": not args.no_cache}
         texts = generate_texts(args.checkpoint, prompts, **options)
@@ -109,10 +111,11 @@ def add_chat(parser: CommandParser) -> CommandParser:
 
 
 def _chat(args: argparse.Namespace) -> None:
-    import torch
+    with progress(LIBRARIES):
+        import torch
 
-    from moe_llm.inference.chat import HELP, Conversation, talk
-    from moe_llm.inference.generate import load
+        from moe_llm.inference.chat import HELP, Conversation, talk
+        from moe_llm.inference.generate import load
 
     conversation = Conversation(
         load(args.checkpoint, quantize_experts=args.quantize_experts),
@@ -162,19 +165,22 @@ def _evaluate(args: argparse.Namespace) -> None:
         raise UserError("--quantize-experts applies to --data, which is not given: name files")
     options |= _quantize(args)
     if args.ensemble is not None:
-        from moe_llm.ensemble.evaluate import format_table
-        from moe_llm.ensemble.run import evaluate_command
+        with progress(LIBRARIES):
+            from moe_llm.ensemble.evaluate import format_table
+            from moe_llm.ensemble.run import evaluate_command
 
         table = evaluate_command(args.ensemble, args.data, **options)
         print_json(table) if args.json else print(format_table(table))
         return
     result: dict[str, float] = {}
     if args.data:
-        from moe_llm.evaluation.evaluate import evaluate_files
+        with progress(LIBRARIES):
+            from moe_llm.evaluation.evaluate import evaluate_files
 
         result |= evaluate_files(args.checkpoint, args.data, **options)
     if args.tasks:
-        from moe_llm.evaluation.tasks import evaluate_tasks
+        with progress(LIBRARIES):
+            from moe_llm.evaluation.tasks import evaluate_tasks
 
         result |= evaluate_tasks(
             args.checkpoint,
@@ -227,7 +233,8 @@ def _inspect(args: argparse.Namespace) -> None:
 
     if args.out:
         check_out(args.out)
-    from moe_llm.inspect.inspect import Settings, inspect_checkpoint
+    with progress(LIBRARIES):
+        from moe_llm.inspect.inspect import Settings, inspect_checkpoint
 
     settings = Settings(
         max_tokens=args.max_tokens,
@@ -238,7 +245,9 @@ def _inspect(args: argparse.Namespace) -> None:
     )
     report = inspect_checkpoint(args.checkpoint, args.data, settings)
     if args.out:
-        print(f"written: {write_report(report, args.out)}", file=sys.stderr)
+        with progress("drawing"):
+            page = write_report(report, args.out)
+        print(f"written: {page}", file=sys.stderr)
     if args.json:
         print_json({key: value for key, value in report.items() if key != "shown"})
     else:
@@ -257,7 +266,8 @@ def add_diff(parser: CommandParser) -> CommandParser:
 
 
 def _diff(args: argparse.Namespace) -> None:
-    from moe_llm.finetune.diff import as_table, diff
+    with progress(LIBRARIES):
+        from moe_llm.finetune.diff import as_table, diff
 
     rows = diff(args.base, args.tuned, layers=args.layers, experts=args.experts)
     print_json(rows) if args.json else print_table(as_table(rows))
@@ -272,7 +282,8 @@ def add_report(parser: CommandParser) -> CommandParser:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from moe_llm.report.report import report
+    with progress(LIBRARIES):
+        from moe_llm.report.report import report
 
     with progress("drawing"):
         page, *pictures = report(args.runs, args.out)
@@ -290,6 +301,7 @@ def add_push(parser: CommandParser) -> CommandParser:
 
 
 def _push(args: argparse.Namespace) -> None:
-    from moe_llm.hub import push
+    with progress(LIBRARIES):
+        from moe_llm.hub import push
 
     print(push(args.checkpoint, args.repository, private=args.private))

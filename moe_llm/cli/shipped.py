@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moe_llm.cli.parser import CommandParser
 from moe_llm.errors import UserError
+from moe_llm.progress import LIBRARIES, progress
 
 # in a clone a link to configs/, in a wheel a folder
 _FOLDER = Path(__file__).parents[1] / "shipped_configs"
@@ -51,7 +52,9 @@ def add_quickstart(parser: CommandParser) -> CommandParser:
 
 def _quickstart(args: argparse.Namespace) -> None:
     from moe_llm.api import load_config
-    from moe_llm.train.run import train
+
+    with progress(LIBRARIES):
+        from moe_llm.train.run import train
 
     train(load_config(find("quickstart"), args.overrides))
 

@@ -4,6 +4,7 @@ import argparse
 
 from moe_llm.cli.arguments import add_configuration, at_least, load, positive, print_json, share_of, share_or_zero
 from moe_llm.cli.parser import CommandParser
+from moe_llm.progress import LIBRARIES, progress
 
 
 def add_train(parser: CommandParser) -> CommandParser:
@@ -22,7 +23,8 @@ def _train(args: argparse.Namespace) -> None:
     from moe_llm.distributed.launcher import check_local_rank
 
     check_local_rank(args.local_rank)
-    from moe_llm.train.run import train
+    with progress(LIBRARIES):
+        from moe_llm.train.run import train
 
     train(config)
 
@@ -36,7 +38,8 @@ def add_tokenizer(parser: CommandParser) -> CommandParser:
 
 def _tokenizer(args: argparse.Namespace) -> None:
     config = load(args)
-    from moe_llm.cli.tokenizer import build_tokenizer_command
+    with progress(LIBRARIES):
+        from moe_llm.cli.tokenizer import build_tokenizer_command
 
     print(build_tokenizer_command(config))
 
@@ -54,7 +57,8 @@ def add_prepare(parser: CommandParser) -> CommandParser:
 
 def _prepare(args: argparse.Namespace) -> None:
     config = load(args)
-    from moe_llm.data.prepare import format_manifest, format_share, prepare, prepare_share
+    with progress(LIBRARIES):
+        from moe_llm.data.prepare import format_manifest, format_share, prepare, prepare_share
 
     if args.share is not None:
         told = prepare_share(config, args.share)
@@ -85,7 +89,8 @@ def add_upcycle(parser: CommandParser) -> CommandParser:
 
 
 def _upcycle(args: argparse.Namespace) -> None:
-    from moe_llm.finetune.upcycle import Recipe, upcycle
+    with progress(LIBRARIES):
+        from moe_llm.finetune.upcycle import Recipe, upcycle
 
     recipe = Recipe(
         args.num_local_experts, args.num_experts_per_tok, args.noise, args.reinit, args.granularity, args.seed
@@ -143,16 +148,19 @@ def add_generate_dataset(parser: CommandParser) -> CommandParser:
 def _generate_dataset(args: argparse.Namespace) -> None:
     from dataclasses import fields
 
-    from moe_llm.distill.answers import AnswerOptions, write_answers
+    with progress(LIBRARIES):
+        from moe_llm.distill.answers import AnswerOptions, write_answers
 
     options = AnswerOptions(**{field.name: getattr(args, field.name) for field in fields(AnswerOptions)})
     if args.pairs_out is not None:
-        from moe_llm.distill.drafts import check_pairs
+        with progress(LIBRARIES):
+            from moe_llm.distill.drafts import check_pairs
 
         check_pairs(args.pairs_out, options.reward, options.drafts)
     written = write_answers(args.teacher, args.prompts, args.out, options)
     if args.pairs_out is not None:
-        from moe_llm.distill.drafts import write_pairs
+        with progress(LIBRARIES):
+            from moe_llm.distill.drafts import write_pairs
 
         print(f"{args.pairs_out}: {write_pairs(args.out, args.pairs_out):,} pairs of drafts")
     print(f"{args.out}: {written.rows:,} answers, {written.left_out:,} prompts left out")

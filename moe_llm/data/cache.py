@@ -44,6 +44,7 @@ from moe_llm.data.split import HoldOut
 from moe_llm.data.token_files import TokenFileEncoder
 from moe_llm.errors import UserError
 from moe_llm.locks import tell
+from moe_llm.progress import progress
 
 if TYPE_CHECKING:
     pass
@@ -226,10 +227,15 @@ def _what_is_wrong(directory: Path) -> str | None:
     large = sum(size for size, _ in files.values()) > COMPARED_BYTES
     if large and verified.is_file() and verified.read_text(encoding="utf-8") == json.dumps(states):
         return None
-    with ThreadPoolExecutor(min(8, available_cores())) as pool:
+    nbytes = sum(size for size, _ in files.values())
+    with (
+        progress("comparing tokens with their checksums", nbytes, in_bytes=True) as advance,
+        ThreadPoolExecutor(min(8, available_cores())) as pool,
+    ):
         found = pool.map(lambda name: _digest_of(directory / name), files)
-        for (name, (_, digest)), now in zip(files.items(), found):
+        for (name, (size, digest)), now in zip(files.items(), found):
             tell(f"comparing {directory / name} with its checksum")
+            advance(size)
             if now != digest:
                 pool.shutdown(wait=False, cancel_futures=True)
                 return f"the content of {name} is not what was written (SHA-256)"

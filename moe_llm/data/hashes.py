@@ -11,6 +11,7 @@ from pathlib import Path
 from moe_llm.data.files import building, remember
 from moe_llm.errors import UserError
 from moe_llm.locks import tell
+from moe_llm.progress import progress
 
 COARSE_NS = 2 * 10**9  # of the clocks of file systems
 REMEMBERED_BYTES = 64 * 2**20  # of files; less is read again each time, which takes less than a tenth of a second
@@ -36,10 +37,15 @@ def file_hashes(files: Sequence[Path], field: str, cache: Path) -> list[str]:
             known = _remembered(memo)
             missing = [i for i, name in enumerate(names) if known.get(name, [])[:-1] != stamps[i]]
             kept = {names[i] for i in range(len(names)) if not is_recent(stamps[i])}
-            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            nbytes = sum(stamps[i][0] for i in missing)
+            with (
+                progress(f"hashing {field}", nbytes, in_bytes=True) as advance,
+                ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+            ):
                 for i, digest in zip(missing, pool.map(lambda i: _hash(files[i]), missing)):
                     tell(f"reading {files[i]}")
                     known[names[i]] = [*stamps[i], digest]
+                    advance(stamps[i][0])
             if missing:
                 remember(memo, json.dumps({name: known[name] for name in names if name in kept}).encode())
         return [known[name][-1] for name in names]

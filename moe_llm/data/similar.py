@@ -27,6 +27,7 @@ from moe_llm.data.cache import (
 )
 from moe_llm.data.files import building, publish
 from moe_llm.data.order import mix
+from moe_llm.progress import progress
 
 _VERSION = 1
 PORTION, FEATURES = 4096, 1024
@@ -61,7 +62,9 @@ def in_similar_order(text: TokenizedText, seed: int, cache_dir: str) -> Tokenize
 def _write(text: TokenizedText, seed: int, directory: Path, final: Path) -> None:
     with contextlib.ExitStack() as stack:
         writer = SplitWriter(directory, "train", False, stack)
+        advance = stack.enter_context(progress("ordering documents by likeness", text.documents))
         for order_P in similar_order(text, seed):
+            advance(len(order_P))
             for document in order_P:
                 ids = text.tokens_N[text.starts[document] : text.starts[document + 1]]
                 writer.write(Tokens(ids, None), int(text.sizes[document]))

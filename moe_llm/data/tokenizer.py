@@ -79,6 +79,7 @@ def build_tokenizer(config: Config, directory: Path, *, same_sources: bool = Fal
 _VOCABULARIES = ("*tokenizer*", "tekken.json", "vocab.*", "*.model", "*.tiktoken")
 
 
+@progress("loading the tokenizer")
 def load_tokenizer(directory: Path | str, needs_eos: bool = True) -> "PreTrainedTokenizerFast":
     """A saved tokenizer, checked to be one that this package can train with.
 

@@ -11,8 +11,10 @@ from moe_llm.data.documents import check_rows, prompt_ids
 from moe_llm.data.tokenizer import end_token_ids
 from moe_llm.errors import UserError
 from moe_llm.families.architectures import OWN
+from moe_llm.progress import progress
 
 
+@progress("loading the model")
 def load_causal_lm(checkpoint: str | Path, dtype: torch.dtype | str = "auto", called: str = "checkpoint") -> Any:
     """A causal language model of transformers, or of our modelling code for it, on the CPU, in evaluation mode, every
     tensor from the checkpoint.

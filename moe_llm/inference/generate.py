@@ -26,6 +26,7 @@ from moe_llm.errors import UserError, require_package
 from moe_llm.families.architectures import OWN
 from moe_llm.families.hf import from_transformers_config
 from moe_llm.model import quantized
+from moe_llm.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -157,9 +158,11 @@ def generate_texts(
     torch.manual_seed(seed)
     texts = []
     size = 1 if isinstance(loaded.model, MoEForCausalLM) else batch_size
-    for batch in (asked[at : at + size] for at in range(0, len(asked), size)):
-        new = _new_tokens(loaded, batch, max_new_tokens, temperature, top_p, stop, use_cache)
-        texts += [_text(loaded, read, ids, chat, stop) for read, ids in zip(batch, new)]
+    with progress("generating", len(asked)) as advance:
+        for batch in (asked[at : at + size] for at in range(0, len(asked), size)):
+            new = _new_tokens(loaded, batch, max_new_tokens, temperature, top_p, stop, use_cache)
+            texts += [_text(loaded, read, ids, chat, stop) for read, ids in zip(batch, new)]
+            advance(len(batch))
     return texts
 
 

@@ -29,6 +29,7 @@ from moe_llm.finetune.selection import trained_names
 from moe_llm.finetune.targets import check_lora
 from moe_llm.logs import show_messages
 from moe_llm.ops import host_memory
+from moe_llm.progress import progress
 from moe_llm.train.build import build_trained
 from moe_llm.train.callbacks.registry import build_callbacks
 from moe_llm.train.facts import gather_facts
@@ -94,7 +95,8 @@ def _check_and_train(config: Config) -> Path:
         check_origin(config)
     try:
         with StopRequest() as stop:
-            runtime = start(config)
+            with progress("joining the other ranks" if world_size_from_environment() > 1 else "starting"):
+                runtime = start(config)
             try:
                 with on_main_locked(runtime, run_dir):
                     checkpoint, finished = _train(config, run_dir, runtime, stop, callbacks)
@@ -166,7 +168,8 @@ def _set_up(
         provenance = provenance_from(source)
         return source
 
-    engine, position = build_trained(config, runtime, source, instead)
+    with progress("building the model"):
+        engine, position = build_trained(config, runtime, source, instead)
     if config.data.has_preference:
         from moe_llm.train.callbacks.preference import prepare_reference
 
