@@ -30,8 +30,14 @@ def main() -> None:
     if (checkpoint / "tokenizer.model").is_file():
         from conversion.base import TextModel
 
-        TextModel._set_vocab_gpt2 = TextModel._set_vocab_sentencepiece
-        TextModel._set_vocab_glm = TextModel._set_vocab_sentencepiece
+        settings = json.loads((checkpoint / "tokenizer_config.json").read_text(encoding="utf-8"))
+
+        def sentencepiece(model: TextModel) -> None:
+            model._set_vocab_sentencepiece()
+            if settings.get("add_prefix_space") is not None:  # as the converter has it for Mixtral
+                model.gguf_writer.add_add_space_prefix(settings["add_prefix_space"])
+
+        TextModel._set_vocab_gpt2 = TextModel._set_vocab_glm = sentencepiece
     sys.argv = [str(converter), str(checkpoint), "--outfile", str(out), *sys.argv[4:]]
     runpy.run_path(str(converter), run_name="__main__")
 

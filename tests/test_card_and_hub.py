@@ -3,9 +3,12 @@
 import fnmatch
 
 import pytest
+import yaml
 from support import runs
+from support.checkpoints import small_config
 
 from moe_llm import hub
+from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.cli import main
 from moe_llm.config import ModelConfig
 from moe_llm.errors import UserError
@@ -63,6 +66,27 @@ def test_a_base_with_a_name_on_the_hub_and_a_licence_are_metadata_and_paths_are_
     assert str(tmp_path) not in text
 
 
+def test_what_is_made_of_several_models_names_those_that_a_hub_knows(tmp_path):
+    text = model_card("LlamaForCausalLM", made="merged: ties", sources=["a/b", "c/d", "a/b", str(tmp_path)])
+    metadata, body = text.removeprefix("---\n").split("---\n", 1)
+    assert yaml.safe_load(metadata)["base_model"] == ["a/b", "c/d"]
+    assert body.startswith("\n# LlamaForCausalLM\n")
+    assert "- merged: ties\n- a/b\n- c/d\n- a checkpoint that has no name on a hub" in body
+
+
+def test_the_card_of_an_upcycled_model_says_how_it_was_made(tmp_path):
+    dense = MoEForCausalLM(small_config(num_local_experts=1, num_experts_per_tok=1))
+    dense.save_pretrained(tmp_path / "dense")
+    assert (
+        main(["upcycle", str(tmp_path / "dense"), str(tmp_path / "out"), "--num-local-experts", "4", "--noise", "0.1"])
+        == 0
+    )
+    text = (tmp_path / "out/README.md").read_text()
+    assert "4 copies of its feed-forward layers, with noise of 0.1 deviations" in text
+    assert "a checkpoint that has no name on a hub" in text
+    assert str(tmp_path) not in text
+
+
 @pytest.fixture
 def uploads(monkeypatch):
     """What would have been uploaded: (repository, relative paths)."""
@@ -101,7 +125,10 @@ def test_what_a_merge_says_of_its_sources_paths_stays_here(uploads, tmp_path):
     merged(recipe, tmp_path / "out")
     assert main(["push", str(tmp_path / "out"), "me/merged"]) == 0
     [(_, files)] = uploads
-    assert {"config.json", "expert_matching.png"} <= files.keys()
+    assert {"config.json", "expert_matching.png", "README.md"} <= files.keys()
+    card = files["README.md"].decode()
+    assert "merged: linear" in card
+    assert "2 checkpoints that have no names on a hub" in card
     assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
 
 

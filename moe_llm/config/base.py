@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from os.path import expanduser
-from typing import Annotated, Any, NoReturn, get_args
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
@@ -36,7 +36,10 @@ class Section(BaseModel):
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Python counts `True` as 1; a user who writes `true` for a number has mistaken the field."""
         annotation = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+        kinds = (annotation, *get_args(annotation))
+        # words are compared as they are, and the error then lists them
+        words = any(get_origin(kind) is Literal and all(isinstance(w, str) for w in get_args(kind)) for kind in kinds)
+        if isinstance(value, bool) and bool not in kinds and not words:
             raise PydanticCustomError("bool_given", "it takes no true or false")
         return value
 

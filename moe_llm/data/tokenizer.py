@@ -159,15 +159,39 @@ def save_tokenizer(tokenizer: Any, directory: Path) -> None:
     if file.is_file():
         settings = json.loads(file.read_text(encoding="utf-8"))
         given = {} if origin is None else json_of(origin / _SETTINGS_FILE)
-        _write_settings(directory, settings | {key: given[key] for key in _DROPPED if key in given})
+        settings |= {key: given[key] for key in _DROPPED if key in given}
+        # other classes build rules from this key
+        if settings.get("tokenizer_class") in _PLAIN_CLASSES and _begins_without_space(tokenizer):
+            settings.setdefault("add_prefix_space", False)
+        _write_settings(directory, settings)
     if origin is not None and (origin / "tokenizer.model").is_file() and not (directory / "tokenizer.model").exists():
         shutil.copyfile(origin / "tokenizer.model", directory / "tokenizer.model")
+
+
+def _begins_without_space(tokenizer: Any) -> bool:
+    """Whether conversations begin with a special token, and no space is put in after it.
+
+    transformers reads that from tokenizer.json. llama.cpp puts a space in after every special token, or at no place:
+    its converter looks for `add_prefix_space`, which changes no ids in transformers.
+    """
+    if getattr(tokenizer, "chat_template", None) is None or getattr(tokenizer, "backend_tokenizer", None) is None:
+        return False
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    except Exception:  # noqa: BLE001  a template of others, which may ask for anything
+        return False
+    first = next((token for token in tokenizer.all_special_tokens if text.startswith(token)), None)
+    if first is None:
+        return False
+    alone, after = (tokenizer.encode(text, add_special_tokens=False) for text in ("x", f"{first}x"))
+    return alone != after[1:]
 
 
 _SETTINGS_FILE = "tokenizer_config.json"
 # Of tokenizer_config.json, what transformers 5 does not write again.
 _DROPPED = ("tokenizer_class", "add_bos_token", "add_eos_token", "legacy", "spaces_between_special_tokens")
 _PLAIN_CLASS = "PreTrainedTokenizerFast"
+_PLAIN_CLASSES = ("TokenizersBackend", _PLAIN_CLASS)
 
 
 def _write_settings(directory: Path, settings: dict[str, Any]) -> None:

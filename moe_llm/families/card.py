@@ -4,7 +4,7 @@ It names no directory of the machine that trained it. This file needs no torch.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,33 +24,38 @@ _LOSSES = {
 
 
 def model_card(
-    model: ModelConfig,
+    model: ModelConfig | str,
     *,
     run: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
     record: Mapping[str, Any] | None = None,
+    made: str = "",
+    sources: Sequence[str] = (),
 ) -> str:
     """The text of a card: YAML metadata, then Markdown.
 
     Args:
-        run: the run's configuration as nested dictionaries. provenance: as in `read_provenance`. record: of metrics.jsonl,
-            with the losses of the saved step.
+        model: or the class in transformers of a dense model that has no configuration here. run: the run's configuration as nested dictionaries. provenance: as in `read_provenance`. record: of metrics.jsonl,
+            with the losses of the saved step. made: how a checkpoint that no run has trained came about. sources: the
+            models that it is made of, by name or directory.
     """
     run = run if run is not None and "train" in run else {}
-    base = _hub_name(run.get("model", {}).get("init_from"))
+    bases = _hub_names([run.get("model", {}).get("init_from")] if run else sources)
     license = run.get("checkpoint", {}).get("license") or "unknown"
-    dense = architecture_of(model) is MISTRAL
+    dense = isinstance(model, str) or architecture_of(model) is MISTRAL
     metadata: dict[str, Any] = {
         "license": license,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["moe_llm"] if dense else ["moe", "mixture-of-experts", "moe_llm", f"router-{model.router.type}"],
+        "tags": ["moe_llm"],
     }
-    metadata |= {} if base is None else {"base_model": base}
+    if not isinstance(model, str) and not dense:
+        metadata["tags"] = ["moe", "mixture-of-experts", "moe_llm", f"router-{model.router.type}"]
+    metadata |= {"base_model": bases[0] if len(bases) == 1 else bases} if bases else {}
     parts = [
-        *_opening(model, dense),
+        *_opening(model, dense, "made" if made else "trained"),
         *_section("Loading", [_loading(model)]),
-        *_section("Base", [_base(run, base)] if run else []),
+        *_section("Base", _base(run, made, sources, bases)),
         *_section("Data", _data(run, provenance or {})),
         *_section("Training", _training(run)),
         *_section(
@@ -64,13 +69,15 @@ def model_card(
     return f"---\n{head}---\n\n" + "\n\n".join(parts) + "\n"
 
 
-def _opening(model: ModelConfig, dense: bool) -> list[str]:
+def _opening(model: ModelConfig | str, dense: bool, verb: str) -> list[str]:
+    if isinstance(model, str):
+        return [f"# {model}", f"A dense language model, {verb} with moe_llm."]
     name, total, active = architecture_of(model).architecture, model.num_params(), model.num_params(active=True)
     if dense:
-        return [f"# {name}", f"A dense language model of {total:,} parameters, trained with moe_llm."]
+        return [f"# {name}", f"A dense language model of {total:,} parameters, {verb} with moe_llm."]
     return [
         f"# {name} with {model.num_local_experts} experts",
-        f"A mixture-of-experts language model of {total:,} parameters, about {active:,} of which work on a token, trained with moe_llm.",
+        f"A mixture-of-experts language model of {total:,} parameters, about {active:,} of which work on a token, {verb} with moe_llm.",
         *_section("Routing", _routing(model)),
     ]
 
@@ -109,7 +116,9 @@ def _routing(model: ModelConfig) -> list[str]:
     ]
 
 
-def _loading(model: ModelConfig) -> str:
+def _loading(model: ModelConfig | str) -> str:
+    if isinstance(model, str):
+        return "transformers, 4.57 and 5, without remote code"
     family = architecture_of(model)
     if family.code:
         return "transformers 5.17 or newer, with `trust_remote_code=True`: the modelling code is beside the weights"
@@ -123,10 +132,20 @@ def _hub_name(name: Any) -> str | None:
     return name
 
 
-def _base(run: Mapping[str, Any], base: str | None) -> str:
-    if run.get("model", {}).get("init_from") is None:
-        return "trained from scratch"
-    return base or "a checkpoint that has no name on a hub"
+def _hub_names(names: Iterable[Any]) -> list[str]:
+    return list(dict.fromkeys(name for name in map(_hub_name, names) if name))
+
+
+def _base(run: Mapping[str, Any], made: str, sources: Sequence[str], bases: Sequence[str]) -> list[str]:
+    if run and run.get("model", {}).get("init_from") is None:
+        return ["trained from scratch"]
+    unnamed = 1 if run and not bases else len(dict.fromkeys(source for source in sources if _hub_name(source) is None))
+    there = {0: [], 1: ["a checkpoint that has no name on a hub"]}
+    return [
+        *filter(None, [made]),
+        *bases,
+        *there.get(unnamed, [f"{unnamed} checkpoints that have no names on a hub"]),
+    ]
 
 
 def _data(run: Mapping[str, Any], provenance: Mapping[str, Any]) -> list[str]:

@@ -36,6 +36,7 @@ from moe_llm.data.files import publish
 from moe_llm.data.tokenizer import copy_tokenizer
 from moe_llm.errors import UserError
 from moe_llm.families import hf
+from moe_llm.families.card import model_card
 from moe_llm.progress import tracked
 
 _ARCHITECTURES = {"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}
@@ -101,9 +102,24 @@ def upcycle(dense: str | Path, out: str | Path, recipe: Recipe) -> ModelConfig:
     _check_tensors(files, content, model, recipe)
     with publish(out, field="OUT") as temporary:
         _write_weights(temporary, files, model, recipe)
-        write_model_files(temporary, model, token_ids(content), _word(files.dtype(_EMBEDDING)))
+        card = model_card(model, made=_made(recipe), sources=[str(dense)])
+        write_model_files(temporary, model, token_ids(content), _word(files.dtype(_EMBEDDING)), card=card)
         copy_tokenizer(dense, temporary)
     return model
+
+
+def _made(recipe: Recipe) -> str:
+    """What the model card says."""
+    parts = {
+        "each cut into {granularity}": recipe.granularity > 1,
+        "with noise of {noise:g} deviations": recipe.noise > 0,
+        "{reinit:g} of the hidden units drawn anew": recipe.reinit > 0,
+    }
+    told = [
+        "upcycled from a dense model: {experts} copies of its feed-forward layers",
+        *(p for p, yes in parts.items() if yes),
+    ]
+    return ", ".join(told).format(**vars(recipe))
 
 
 def upcycled_config(content: Mapping[str, Any], recipe: Recipe, origin: str) -> ModelConfig:

@@ -11,19 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from moe_llm.checkpoint.manifest import write_file, write_json
 from moe_llm.checkpoint.plan import MODEL, FileSet, ShardSet, file_set
-from moe_llm.checkpoint.safetensors_io import Spec
+from moe_llm.checkpoint.safetensors_io import Spec, read_json
 from moe_llm.config.base import parse_size
 from moe_llm.data.files import publish
 from moe_llm.data.tokenizer import GENERATION_FILE, copy_tokenizer, save_tokenizer
 from moe_llm.errors import UserError
 from moe_llm.families import hf
 from moe_llm.families.architectures import FAMILIES
+from moe_llm.families.card import CARD, model_card
 from moe_llm.merge.job import Copy, Job
 from moe_llm.merge.matching import write_matching
-from moe_llm.merge.models import pieces
+from moe_llm.merge.models import KINDS, pieces
 from moe_llm.merge.plan import MergePlan
 from moe_llm.merge.vocabulary import load_tokenizer
 from moe_llm.progress import progress
@@ -65,6 +67,7 @@ def write(plan: MergePlan, out: Path, recipe_text: str, max_shard_size: str = "5
         if plan.aligner is not None and plan.aligner.matches:
             write_matching(plan.aligner.matches, temporary)
         write_file(temporary / RECIPE_FILE, recipe_text)
+        write_file(temporary / CARD, _card(plan, recipe_text, temporary / "config.json"))
 
 
 def _check_space(out: Path, nbytes: int) -> None:
@@ -131,6 +134,14 @@ def _write_beside(plan: MergePlan, directory: Path) -> None:
         generation = json.loads((directory / "generation_config.json").read_text(encoding="utf-8"))
         write_json(directory / "generation_config.json", generation | _token_ids(plan, generation))
     write_json(directory / "config.json", content)
+
+
+def _card(plan: MergePlan, recipe_text: str, config: Path) -> str:
+    """The model card, of the models by their names on a hub alone."""
+    method = yaml.safe_load(recipe_text).get("merge_method", "experts of dense models")
+    known = plan.kind in FAMILIES
+    model = hf.from_transformers_config(read_json(config), str(config)) if known else KINDS[plan.kind]
+    return model_card(model, made=f"merged: {method}", sources=[model.reference for model in plan.models])
 
 
 def _token_ids(plan: MergePlan, content: dict[str, Any]) -> dict[str, Any]:

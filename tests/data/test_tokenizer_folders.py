@@ -152,6 +152,28 @@ def test_the_class_is_one_that_transformers_4_knows(bare, tmp_path):
     assert load_tokenizer(tmp_path / "out").encode("hello world") == load_tokenizer(bare).encode("hello world")
 
 
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{{ bos_token }}{% for m in messages %} [INST] {{ m.content }} [/INST]{% endfor %}", True),
+        ("{% for m in messages %}User: {{ m.content }}{% endfor %}", False),  # its beginning gets a space everywhere
+        (None, False),
+    ],
+)
+def test_llama_cpps_converter_is_told_that_no_space_follows_a_special_token(bare, tmp_path, template, told):
+    tokenizer = load_tokenizer(bare)
+    tokenizer.chat_template = template
+    save_tokenizer(tokenizer, tmp_path / "out")
+    written = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert written.get("add_prefix_space", "absent") == (False if told else "absent")
+    served = AutoTokenizer.from_pretrained(tmp_path / "out")  # to transformers it changes nothing
+    for text in [*TEXTS, "<s> [INST] hi [/INST] yes</s> no"]:
+        assert served(text)["input_ids"] == tokenizer(text)["input_ids"]
+    save_tokenizer(load_tokenizer(tmp_path / "out"), tmp_path / "again")
+    again = json.loads((tmp_path / "again/tokenizer_config.json").read_text())
+    assert again.get("add_prefix_space", "absent") == written.get("add_prefix_space", "absent")
+
+
 GENERATION = {"eos_token_id": [2, 17], "repetition_penalty": 5.0, "temperature": 0.3, "do_sample": True}
 
 

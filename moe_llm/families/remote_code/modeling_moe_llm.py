@@ -12,9 +12,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
+
+try:
+    from transformers import initialization as init
+except ImportError as error:
+    raise ImportError(
+        f"this checkpoint's modelling code needs transformers 5.17 or newer, and {transformers.__version__} is installed: "
+        "pip install -U transformers"
+    ) from error
 from transformers import DynamicCache, MixtralForCausalLM
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
