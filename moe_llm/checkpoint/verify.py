@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moe_llm.checkpoint.folder import model_config_file
 from moe_llm.checkpoint.manifest import has_manifest, read_manifest, verify
-from moe_llm.checkpoint.safetensors_io import TensorFiles
+from moe_llm.checkpoint.safetensors_io import TensorFiles, read_json
 from moe_llm.checkpoint.weights import check_finite
 from moe_llm.progress import progress, tracked
 
@@ -33,7 +33,7 @@ def verify_checkpoint(directory: str | Path) -> Verified:
         UserError: a missing, truncated or altered file, the manifest among them, or a tensor with NaN or infinity; the sentence names it.
     """
     root = Path(directory)
-    model_config_file(root, f"checkpoint {str(root)!r}")
+    read_json(model_config_file(root, f"checkpoint {str(root)!r}"))
     files = 0
     if has_manifest(root):
         with progress("hashing"):

@@ -1,11 +1,13 @@
 """Any causal LM that transformers knows, from a directory, and how it is sampled from."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from moe_llm.checkpoint.safetensors_io import read_json
+from moe_llm.checkpoint.weights import check_finite
 from moe_llm.data.chat_template import own_template, render_prompt
 from moe_llm.data.documents import check_rows, prompt_ids
 from moe_llm.data.tokenizer import end_token_ids
@@ -33,6 +35,7 @@ def load_causal_lm(checkpoint: str | Path, dtype: torch.dtype | str = "auto", ca
     from transformers.utils import logging
 
     _check_not_quantized(checkpoint, called)
+    _check_numbers(checkpoint, called)
     logging.disable_progress_bar()
     unset_hf_deepspeed_config()  # under ZeRO-3 transformers would cut the model up among the ranks
     verbosity = logging.get_verbosity()
@@ -58,6 +61,9 @@ def load_causal_lm(checkpoint: str | Path, dtype: torch.dtype | str = "auto", ca
             f"{called}={str(checkpoint)!r} lacks {lost[0]}, or has it in another shape: "
             "use a causal language model's checkpoint"
         )
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            check_finite(parameter.detach(), name, Path(checkpoint))
     _take_any_width(model)
     return model.eval()
 
@@ -99,6 +105,25 @@ def _check_not_quantized(checkpoint: str | Path, called: str) -> None:
             f"{called}={str(checkpoint)!r} is quantised ({method}), which needs a GPU: give a checkpoint in fp32, bf16 or "
             "fp16"
         )
+
+
+def _check_numbers(checkpoint: str | Path, called: str) -> None:
+    """Refuse numbers in config.json with which transformers makes a model, and fails or gives NaN when it is asked."""
+    file = Path(checkpoint) / "config.json"
+    content = read_json(file) if file.is_file() else {}
+    bad = next((key for key, value in content.items() if isinstance(value, float) and not math.isfinite(value)), None)
+    experts = next((content[key] for key in _EXPERTS if isinstance(content.get(key), int)), None)
+    active = content.get("num_experts_per_tok")
+    if experts is not None and isinstance(active, int) and not 0 < active <= experts:
+        bad = "num_experts_per_tok"
+    if bad is not None:
+        raise UserError(
+            f"{called}={str(checkpoint)!r}: {bad}={content[bad]} in its config.json is not possible: correct it, or use "
+            "another checkpoint"
+        )
+
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 def _config_of(checkpoint: str | Path) -> Any:

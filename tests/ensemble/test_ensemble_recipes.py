@@ -1,5 +1,6 @@
 """What an ensemble's file may say, and how mistakes in it are told."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,17 @@ def test_a_damaged_member_is_refused(models, text, tmp_path, capsys):
     del whole[name]
     save_file(whole, damaged / "model.safetensors", {"format": "pt"})
     assert f"lacks {name}" in run("evaluate", "--ensemble", file, "--data", text, capsys=capsys)
+    whole = load_file(Path(models["a"], "model.safetensors"))
+    whole[name].view(-1)[-1] = float("inf")
+    save_file(whole, damaged / "model.safetensors", {"format": "pt"})
+    said = run("evaluate", "--ensemble", file, "--data", text, capsys=capsys)
+    assert f"tensor {name} of {damaged} holds NaN or infinity" in said
+    assert f"tensor {name} of {damaged} holds NaN" in run("generate", str(damaged), "--prompt", "a", capsys=capsys)
+    config = json.loads((damaged / "config.json").read_text())
+    for key, value in (("rms_norm_eps", float("nan")), ("num_experts_per_tok", 5)):
+        (damaged / "config.json").write_text(json.dumps(config | {"num_local_experts": 4, key: value}))
+        said = run("generate", str(damaged), "--prompt", "a", capsys=capsys)
+        assert f"{key}={value} in its config.json is not possible" in said
     twice = write(tmp_path / "twice.yaml", "cascade",
                   members(models["a"], models["a"], role=["small", "large"]), threshold=0.5)  # fmt: skip
     assert "give a cascade two checkpoints" in run("evaluate", "--ensemble", twice, "--data", text, capsys=capsys)
