@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -38,7 +39,7 @@ from moe_llm.train.metrics import read_metrics
 from moe_llm.train.optim import check_library
 from moe_llm.train.precision import settle_precision
 from moe_llm.train.provenance import Provenance, provenance_of
-from moe_llm.train.run_lock import LOCK_FILES, RunLock
+from moe_llm.train.run_lock import LOCK_FILES, RunLock, written_by_owner
 from moe_llm.train.signals import StoppedEarly, StopRequest
 from moe_llm.train.start_watch import StartWatch
 from moe_llm.train.trainer import Trainer
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_LAUNCHER_SECONDS = 1.0  # in which a launcher notices that a rank has ended, and ends the others
 # what may be in a run directory before its config.yaml is: of a run that was ended early, and of `moe-llm tokenizer`
 _OF_A_RUN = {
     "tokenizer",
@@ -84,15 +86,16 @@ def _check_and_train(config: Config) -> Path:
     check_launcher(config, logger.warning)
     run_dir = Path(config.run.dir)
     config.check_layout(world_size_from_environment())
-    check_sources(config)
-    trained_names(config)  # refuses what names nothing
-    check_lora(config)
-    check_library(config.optim)
-    callbacks = build_callbacks(config)
-    _check_resume(run_dir, config)
-    _check_run_dir(run_dir, config)
-    if config.checkpoint.resume in ("auto", "never") and not any((run_dir / "checkpoints").glob("step-*")):
-        check_origin(config)
+    with _told_by_its_machine():
+        check_sources(config)
+        trained_names(config)  # refuses what names nothing
+        check_lora(config)
+        check_library(config.optim)
+        callbacks = build_callbacks(config)
+        _check_resume(run_dir, config)
+        _check_run_dir(run_dir, config)
+        if config.checkpoint.resume in ("auto", "never") and not any((run_dir / "checkpoints").glob("step-*")):
+            check_origin(config)
     try:
         with StopRequest() as stop:
             with progress("joining the other ranks" if world_size_from_environment() > 1 else "starting"):
@@ -120,6 +123,20 @@ def _check_and_train(config: Config) -> Path:
             raise
         where = f" for {error.filename}" if error.filename else f" for run.dir={config.run.dir!r}"
         raise UserError(f"no space left{where}: free some, or set another run.dir") from error
+
+
+@contextmanager
+def _told_by_its_machine() -> Iterator[None]:
+    """Report what is wrong before ranks are joined on another rank than the first, which may see other files: nobody else
+    would. Where the first rank of a machine meets it too, its launcher ends the others before they repeat it."""
+    try:
+        yield
+    except UserError as error:
+        if rank_from_environment():
+            if os.environ.get("LOCAL_RANK") != "0":
+                time.sleep(_LAUNCHER_SECONDS)
+            logger.error("rank %d: %s", rank_from_environment(), error)
+        raise
 
 
 def _train(
@@ -209,10 +226,18 @@ def on_main(runtime: Runtime, do: Callable[[], T]) -> T:
 
 @contextmanager
 def on_main_locked(runtime: Runtime, run_dir: Path) -> Iterator[None]:
-    """Hold the run directory's lock, on the main rank, while the body runs; all ranks are refused where it is taken."""
+    """Hold the run directory's lock, on the main rank, while the body runs; all ranks are refused where it is taken, or
+    where the directory is not one for all of them."""
     lock = RunLock(run_dir)
     on_main(runtime, lock.acquire)
     try:
+        seen = runtime.gather(written_by_owner(run_dir))
+        alone = [rank for rank, other in enumerate(seen) if other != seen[0]]
+        if alone:
+            raise UserError(
+                f"rank {alone[0]} does not see what rank 0 writes to run.dir={str(run_dir)!r}: name a directory that all "
+                "machines share"
+            )
         yield
     finally:
         lock.release()

@@ -76,9 +76,17 @@ class RunLock:
                 path.rmdir()
 
 
+def written_by_owner(directory: Path) -> str | None:
+    """What the owner of a lock has written beside it; None where nothing is seen."""
+    try:
+        return (directory / LOCK_FILES[1]).read_text(encoding="utf-8")
+    except OSError:
+        return None
+
+
 def _owner(directory: Path) -> str:
     try:
-        owner = json.loads((directory / LOCK_FILES[1]).read_text(encoding="utf-8"))
+        owner = json.loads(written_by_owner(directory) or "")
         return f"process {owner['pid']} on {owner['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return "another process"

@@ -132,5 +132,9 @@ def test_ranks_that_read_different_files_do_not_train(tmp_path, text):
     with runs.started(command) as process:
         _, err = process.communicate(timeout=120)
     assert "rank 1 reads other data than rank 0: data.sources.0" in err
+    (tmp_path / "node1/text.txt").unlink()
+    with runs.started(command) as process:
+        _, err = process.communicate(timeout=120)
+    assert "rank 1: data.sources.0.path=text.txt does not exist" in err
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))
     assert yaml.safe_load(config.read_text())["data"]["sources"][0]["path"] == "text.txt"

@@ -9,8 +9,10 @@ import sys
 import pytest
 from support import runs
 
+from moe_llm.checkpoint.ranks import Alone
 from moe_llm.cli import main
 from moe_llm.errors import UserError
+from moe_llm.train.run import on_main_locked
 from moe_llm.train.run_lock import RunLock
 
 
@@ -41,6 +43,7 @@ def test_a_lock_whose_owner_file_is_unreadable_still_refuses(tmp_path):
     code = f"""
 import sys
 from pathlib import Path
+from moe_llm.train.run import on_main_locked
 from moe_llm.train.run_lock import RunLock
 lock = RunLock(Path({str(tmp_path)!r}))
 lock.acquire()
@@ -72,3 +75,30 @@ def test_two_runs_that_save_into_one_directory_by_links_do_not_train_together(tm
     assert not list(tmp_path.rglob(".lock*"))
     second.acquire()
     second.release()
+
+
+@pytest.mark.parametrize("other", [None, '{"host": "elsewhere", "pid": 1}\n'])
+def test_a_run_directory_of_each_machine_is_refused_before_training(tmp_path, other):
+    """What rank 1 finds beside the lock: nothing, or what another run has left there."""
+
+    class TwoMachines(Alone):
+        is_main = True
+
+        def gather(self, value):
+            return [value, value if isinstance(value, tuple) else other]
+
+    with (
+        pytest.raises(UserError, match=r"rank 1 does not see what rank 0 writes to run\.dir="),
+        on_main_locked(TwoMachines(), tmp_path / "run"),
+    ):
+        pytest.fail("too late")
+    assert not (tmp_path / "run").exists(), "a run that was refused leaves nothing"
+    with on_main_locked(TwoMachinesThatShare(), tmp_path / "run"):
+        assert (tmp_path / "run/.lock").exists()
+
+
+class TwoMachinesThatShare(Alone):
+    is_main = True
+
+    def gather(self, value):
+        return [value, value]
