@@ -283,7 +283,8 @@ ENVIRONMENT: dict[str, dict[str, str]] = {
     },
     "Set for the package's own child processes": {
         "PYTHONPATH": "extended, so that processes that tokenise find what the command imported",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "`1` in the doctor's ranks",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "`1` in the doctor's ranks and with `--quiet`",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "`1` with `--quiet`",
         "TQDM_DISABLE": "`1` in the doctor's ranks",
     },
 }
