@@ -27,7 +27,9 @@ def add_configuration(command: argparse.ArgumentParser) -> None:
 def add_model(command: argparse.ArgumentParser) -> None:
     """CHECKPOINT, or several models in its place."""
     command.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help="a checkpoint directory")
-    command.add_argument("--ensemble", metavar="FILE", help="instead of CHECKPOINT: a YAML file that names several")
+    command.add_argument(
+        "--ensemble", metavar="FILE", help="instead of CHECKPOINT: a YAML file that names several models"
+    )
 
 
 def add_json(command: argparse.ArgumentParser) -> None:

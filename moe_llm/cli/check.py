@@ -26,7 +26,9 @@ from moe_llm.progress import LIBRARIES, progress
 def add_config(parser: CommandParser) -> CommandParser:
     """`config schema`, `show`, `list` and `copy`."""
     example = "moe-llm config show configs/quickstart.yaml optim.lr=1e-3"
-    config = parser.add_command("config", "the configuration's schema, or one as resolved", example)
+    config = parser.add_command(
+        "config", "show a configuration as resolved, or the schema; list and copy those of the package", example
+    )
     config.add_command(
         "schema",
         "print the JSON schema, for editors",
@@ -55,7 +57,7 @@ def _config_show(args: argparse.Namespace) -> None:
 
 
 def add_params(parser: CommandParser) -> CommandParser:
-    summary = "total and active parameters by part, without allocating any"
+    summary = "count total and active parameters by part, without allocating any"
     command = parser.add_command(
         "params", summary, "moe-llm params configs/mixtral_8x7b.yaml --parallel 8", _params, quick=True
     )
@@ -89,26 +91,30 @@ def _params(args: argparse.Namespace) -> None:
 
 
 def add_plan(parser: CommandParser) -> CommandParser:
-    summary = "memory and time of each layout on given GPUs, by arithmetic, before a launch"
+    summary = "compute memory and time of each layout on given GPUs, before a launch"
     example = "moe-llm plan configs/mixtral_8x7b.yaml --gpus 64 --gpu-memory 80GiB"
     command = parser.add_command("plan", summary, example, _plan, quick=True)
     add_configuration(command)
     count = at_least(int, 1)
-    command.add_argument("--gpus", type=count, required=True, metavar="N", help="GPUs in all")
+    command.add_argument("--gpus", type=count, required=True, metavar="N", help="number of GPUs in total")
     command.add_argument(
-        "--gpu-memory", type=size_in_bytes, required=True, metavar="SIZE", help="of one GPU, such as 80GiB"
+        "--gpu-memory", type=size_in_bytes, required=True, metavar="SIZE", help="memory of one GPU, such as 80GiB"
     )
     command.add_argument(
         "--host-memory",
         type=size_in_bytes,
         metavar="SIZE",
-        help="of one machine, which offloaded optimizer tensors may take",
+        help="memory of one machine that offloaded optimizer tensors may take",
     )
-    command.add_argument("--nodes", type=count, metavar="N", help="machines (default: 8 GPUs on each)")
-    command.add_argument("--gpu", choices=tuple(ACCELERATORS), default="h100", help="its speeds (default h100)")
-    command.add_argument("--peak-tflops", type=positive, metavar="X", help="dense bf16, in place of the GPU's")
-    command.add_argument("--node-bandwidth", type=positive, metavar="GB/s", help="that a GPU sends within its node")
-    command.add_argument("--network-bandwidth", type=positive, metavar="GB/s", help="and to other nodes")
+    command.add_argument("--nodes", type=count, metavar="N", help="number of machines (default: one for each 8 GPUs)")
+    command.add_argument(
+        "--gpu", choices=tuple(ACCELERATORS), default="h100", help="the kind of GPU, for its speeds (default h100)"
+    )
+    command.add_argument(
+        "--peak-tflops", type=positive, metavar="X", help="peak of dense bf16 products, instead of that kind's"
+    )
+    command.add_argument("--node-bandwidth", type=positive, metavar="GB/s", help="bandwidth of a GPU within its node")
+    command.add_argument("--network-bandwidth", type=positive, metavar="GB/s", help="bandwidth of a GPU to other nodes")
     command.add_argument("--mfu", type=share, metavar="X", help="share of the peak that products reach")
     command.add_argument("--imbalance", type=positive, metavar="X", help="rows of the busiest rank over its even share")
     command.add_argument(
@@ -172,7 +178,7 @@ def _times(value: float | None, unit: float) -> float | None:
 
 
 def add_doctor(parser: CommandParser) -> CommandParser:
-    summary = "run a small copy on local ranks and in one process, and compare"
+    summary = "run a small copy of a run on local ranks and in one process, and compare them"
     command = parser.add_command("doctor", summary, "moe-llm doctor configs/quickstart.yaml --ranks 2", _doctor)
     add_configuration(command)
     command.add_argument("--ranks", type=at_least(int, 2), metavar="N", help="local processes (default 2)")

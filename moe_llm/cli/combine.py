@@ -8,11 +8,13 @@ from moe_llm.progress import LIBRARIES, progress
 
 
 def add_merge(parser: CommandParser) -> CommandParser:
-    summary = "several models into one, by a recipe in mergekit's vocabulary"
+    summary = "merge several models into one, by a recipe in mergekit's vocabulary"
     command = parser.add_command("merge", summary, "moe-llm merge recipe.yaml merged", _merge)
     command.add_argument("recipe", metavar="RECIPE", help="a YAML file")
     command.add_argument("out", metavar="OUT", help="the checkpoint directory to write")
-    command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights (default 5GB)")
+    command.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="largest file of weights (default 5GB)"
+    )
     return command
 
 
@@ -40,13 +42,15 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def add_extract_lora(parser: CommandParser) -> CommandParser:
-    summary = "the difference between a fine-tune and its base as low-rank adapters for PEFT"
+    summary = "write the difference between a fine-tune and its base as a low-rank adapter for PEFT"
     example = "moe-llm extract-lora models/base models/tuned adapter --rank 32"
     command = parser.add_command("extract-lora", summary, example, _extract_lora)
     command.add_argument("base", metavar="BASE", help="a checkpoint directory")
     command.add_argument("tuned", metavar="TUNED", help="a fine-tune of it")
     command.add_argument("out", metavar="OUT", help="the adapter directory to write")
-    command.add_argument("--rank", type=at_least(int, 1), default=128, metavar="N", help="of each matrix (default 128)")
+    command.add_argument(
+        "--rank", type=at_least(int, 1), default=128, metavar="N", help="rank of each matrix (default 128)"
+    )
     command.add_argument(
         "--sv-epsilon", type=at_least(float, 0), default=0.0, metavar="X", help="leave out singular values up to this"
     )
@@ -70,7 +74,7 @@ def _extract_lora(args: argparse.Namespace) -> None:
 
 
 def add_export_adapter(parser: CommandParser) -> CommandParser:
-    summary = "the adapter of a run with finetune.lora, for PEFT"
+    summary = "write the adapter of a run with finetune.lora, for PEFT"
     example = "moe-llm export-adapter runs/lora/checkpoints/latest adapter"
     command = parser.add_command("export-adapter", summary, example, _export_adapter)
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint as training wrote it")
@@ -88,14 +92,19 @@ def _export_adapter(args: argparse.Namespace) -> None:
 def add_ensemble(parser: CommandParser) -> CommandParser:
     """`ensemble fit`."""
     example = "moe-llm ensemble fit ensemble.yaml fitted.yaml --data validation.txt"
-    ensemble = parser.add_command("ensemble", "several models that answer together: fit their weights", example)
-    command = ensemble.add_command("fit", "weights, lambda or threshold of an ensemble, from text", example, _fit)
+    ensemble = parser.add_command("ensemble", "fit the weights of several models that answer together", example)
+    command = ensemble.add_command("fit", "fit weights, lambda or threshold of an ensemble on text", example, _fit)
     command.add_argument("file", metavar="FILE", help="the ensemble's YAML file")
-    command.add_argument("out", metavar="OUT", help="the same with the numbers found; must not exist")
+    command.add_argument("out", metavar="OUT", help="the same file with the fitted numbers, which must not exist")
     command.add_argument("--data", required=True, nargs="+", metavar="FILE_OR_GLOB", help="text, jsonl or parquet")
-    command.add_argument("--batch-size", type=at_least(int, 1), default=8, metavar="N", help="blocks a batch")
     command.add_argument(
-        "--max-blocks", type=at_least(int, 1), metavar="N", help="blocks in all; documents for requests"
+        "--batch-size", type=at_least(int, 1), default=8, metavar="N", help="blocks per batch (default 8)"
+    )
+    command.add_argument(
+        "--max-blocks",
+        type=at_least(int, 1),
+        metavar="N",
+        help="use only the first N blocks, or documents for requests",
     )
     return ensemble
 

@@ -15,31 +15,49 @@ def add_generate(parser: CommandParser) -> CommandParser:
     example = "moe-llm generate runs/quickstart/checkpoints/latest --prompt 'def main'"
     command = parser.add_command("generate", "continue a text with a checkpoint", example, _generate)
     add_model(command)
-    command.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="to continue; may be repeated")
-    command.add_argument("--prompt-file", metavar="FILE", help="one prompt a line")
+    command.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be repeated"
+    )
+    command.add_argument("--prompt-file", metavar="FILE", help="a file with one prompt per line")
     command.add_argument(
         "--chat", action="store_true", help="the prompt is a user's turn, by the chat template; prints the answer"
     )
     _add_sampling(command, 128)
     _add_quantize(command)
-    command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated")
+    command.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="text before which to stop; may be repeated"
+    )
     command.add_argument(
         "--batch-size", type=at_least(int, 1), default=8, metavar="N", help="prompts at once (default 8)"
     )
-    command.add_argument("--no-cache", action="store_true", help="compute earlier tokens anew: the same, more slowly")
+    command.add_argument(
+        "--no-cache", action="store_true", help="compute earlier tokens again: the same text, more slowly"
+    )
     add_json(command)
     return command
 
 
 def _add_sampling(command: CommandParser, length: int) -> None:
-    command.add_argument("--max-new-tokens", type=at_least(int, 1), default=length, metavar="N", help="at most")
     command.add_argument(
-        "--temperature", type=at_least(float, 0), default=0.8, metavar="T", help="0: the likeliest token"
+        "--max-new-tokens", type=at_least(int, 1), default=length, metavar="N", help=f"most tokens (default {length})"
     )
     command.add_argument(
-        "--top-p", type=share, default=0.95, metavar="P", help="sample from the likeliest tokens of mass P"
+        "--temperature",
+        type=at_least(float, 0),
+        default=0.8,
+        metavar="T",
+        help="0: always the likeliest token (default 0.8)",
     )
-    command.add_argument("--seed", type=at_least(int, 0), default=0, metavar="N", help="of the sampling")
+    command.add_argument(
+        "--top-p",
+        type=share,
+        default=0.95,
+        metavar="P",
+        help="sample from the likeliest tokens of total probability P (default 0.95)",
+    )
+    command.add_argument(
+        "--seed", type=at_least(int, 0), default=0, metavar="N", help="seed of the sampling (default 0)"
+    )
 
 
 def _add_quantize(command: CommandParser) -> None:
@@ -100,13 +118,15 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 
 def add_chat(parser: CommandParser) -> CommandParser:
-    summary = "talk to a checkpoint, by its chat template"
+    summary = "chat with a checkpoint, by its chat template"
     command = parser.add_command("chat", summary, "moe-llm chat runs/chat/checkpoints/latest", _chat)
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint directory with a chat template")
     command.add_argument("--system", metavar="TEXT", help="a system turn before the first one")
     _add_sampling(command, 512)
     _add_quantize(command)
-    command.add_argument("--no-cache", action="store_true", help="compute earlier turns anew: the same, more slowly")
+    command.add_argument(
+        "--no-cache", action="store_true", help="compute earlier turns again: the same text, more slowly"
+    )
     return command
 
 
@@ -134,17 +154,19 @@ def _chat(args: argparse.Namespace) -> None:
 
 def add_evaluate(parser: CommandParser) -> CommandParser:
     example = "moe-llm evaluate runs/quickstart/checkpoints/latest --data 'texts/*.txt'"
-    command = parser.add_command("evaluate", "loss, perplexity and bits per byte on text", example, _evaluate)
+    command = parser.add_command("evaluate", "measure loss, perplexity and bits per byte on text", example, _evaluate)
     add_model(command)
     command.add_argument("--data", nargs="+", metavar="FILE_OR_GLOB", help="text, jsonl or parquet")
     command.add_argument("--tasks", nargs="+", metavar="NAME", help="tasks of lm_eval, with or without --data")
     command.add_argument("--tasks-path", metavar="DIR", help="task files of your own")
     command.add_argument("--num-fewshot", type=at_least(int, 0), metavar="N", help="examples before each question")
     command.add_argument("--limit", type=at_least(int, 1), metavar="N", help="documents of each task")
-    command.add_argument("--batch-size", type=at_least(int, 1), default=8, metavar="N", help="blocks a batch")
+    command.add_argument(
+        "--batch-size", type=at_least(int, 1), default=8, metavar="N", help="blocks per batch (default 8)"
+    )
     command.add_argument("--chat", action="store_true", help="the files hold chat: score the assistant's turns")
     _add_reading(command)
-    command.add_argument("--max-blocks", type=at_least(int, 1), metavar="N", help="blocks in all")
+    command.add_argument("--max-blocks", type=at_least(int, 1), metavar="N", help="use only the first N blocks")
     _add_quantize(command)
     add_json(command)
     return command
@@ -200,21 +222,23 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _add_reading(command: CommandParser) -> None:
     """How text is read from files."""
-    command.add_argument("--text-field", metavar="COLUMN", help="of files with rows: the text's column (text)")
     command.add_argument(
-        "--parse-special-tokens", action="store_true", help="text of special tokens becomes these tokens"
+        "--text-field", metavar="COLUMN", help="for files with rows: the column that holds the text (default text)"
+    )
+    command.add_argument(
+        "--parse-special-tokens", action="store_true", help="read the text of special tokens as these tokens"
     )
 
 
 def add_inspect(parser: CommandParser) -> CommandParser:
     example = "moe-llm inspect runs/quickstart/checkpoints/latest --data code.txt prose.txt --out inspected"
-    command = parser.add_command("inspect", "which tokens of a text go to which experts", example, _inspect)
+    command = parser.add_command("inspect", "show which tokens of a text go to which experts", example, _inspect)
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint directory")
     command.add_argument(
         "--data", required=True, nargs="+", metavar="FILE_OR_GLOB", help="text, jsonl or parquet; each is one source"
     )
     _add_reading(command)
-    command.add_argument("--max-tokens", type=at_least(int, 1), metavar="N", help="read of each source at most")
+    command.add_argument("--max-tokens", type=at_least(int, 1), metavar="N", help="most tokens to read of each source")
     command.add_argument(
         "--removal-rows",
         type=at_least(int, 0),
@@ -222,7 +246,7 @@ def add_inspect(parser: CommandParser) -> CommandParser:
         metavar="N",
         help="pieces of each source on which every expert is removed in turn (default 4; 0: not at all)",
     )
-    command.add_argument("--seed", type=at_least(int, 0), default=0, metavar="N", help="of the permutations")
+    command.add_argument("--seed", type=at_least(int, 0), default=0, metavar="N", help="seed of the permutations")
     add_json(command)
     command.add_argument("--out", metavar="DIR", help="write inspect.json, inspect.html and the plots there")
     return command
@@ -255,10 +279,10 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def add_diff(parser: CommandParser) -> CommandParser:
-    summary = "what has changed between two checkpoints of one model, by part"
+    summary = "show what has changed between two checkpoints of one model, by part"
     command = parser.add_command("diff", summary, "moe-llm diff BASE TUNED --layers", _diff)
     command.add_argument("base", metavar="BASE", help="a checkpoint directory")
-    command.add_argument("tuned", metavar="TUNED", help="another, of the same shapes")
+    command.add_argument("tuned", metavar="TUNED", help="another checkpoint of the same shapes")
     command.add_argument("--layers", action="store_true", help="a row for each layer")
     command.add_argument("--experts", action="store_true", help="a row for each expert")
     add_json(command)
@@ -274,7 +298,7 @@ def _diff(args: argparse.Namespace) -> None:
 
 
 def add_report(parser: CommandParser) -> CommandParser:
-    summary = "what runs have recorded, as one HTML page and as pictures"
+    summary = "draw what runs have recorded, as one HTML page and as pictures"
     command = parser.add_command("report", summary, "moe-llm report runs/a runs/b --out compared.html", _report)
     command.add_argument("runs", metavar="RUN", nargs="+", help="a run directory; several are compared")
     command.add_argument("--out", metavar="FILE", help="the page (default: report.html in the first RUN)")
@@ -295,7 +319,7 @@ def add_push(parser: CommandParser) -> CommandParser:
     example = "moe-llm push runs/quickstart/checkpoints/latest OWNER/NAME"
     command = parser.add_command("push", summary, example, _push)
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint directory")
-    command.add_argument("repository", metavar="REPO", help="OWNER/NAME; it is made where there is none")
+    command.add_argument("repository", metavar="REPO", help="OWNER/NAME, which is created if it does not exist")
     command.add_argument("--private", action="store_true", help="make a new repository private")
     return command
 

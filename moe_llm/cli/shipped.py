@@ -64,8 +64,10 @@ def add_list_and_copy(config: CommandParser) -> None:
     config.add_command("list", "name the configurations that come with the package", "moe-llm config list", _list)
     example = "moe-llm config copy routing/top_p top_p.yaml"
     copy = config.add_command("copy", "write one of them to a file, to change it", example, _copy)
-    copy.add_argument("name", metavar="NAME", help="as config list has it, with or without .yaml")
-    copy.add_argument("out", metavar="FILE", nargs="?", help="default: its name, here")
+    copy.add_argument("name", metavar="NAME", help="a name of config list, with or without .yaml")
+    copy.add_argument(
+        "out", metavar="FILE", nargs="?", help="the file to write (default: its name, in the working directory)"
+    )
 
 
 def _list(args: argparse.Namespace) -> None:

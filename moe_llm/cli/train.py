@@ -8,7 +8,7 @@ from moe_llm.progress import LIBRARIES, progress
 
 
 def add_train(parser: CommandParser) -> CommandParser:
-    summary = "train, or resume what the run directory holds"
+    summary = "train a model, or resume the run in its run directory"
     command = parser.add_command("train", summary, "moe-llm train configs/quickstart.yaml optim.lr=3e-4", _train)
     add_configuration(command)
     # the launcher `deepspeed` gives it, and so do older ones
@@ -30,7 +30,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def add_tokenizer(parser: CommandParser) -> CommandParser:
-    summary = "train or fetch the tokenizer only"
+    summary = "train or fetch only the tokenizer"
     command = parser.add_command("tokenizer", summary, "moe-llm tokenizer configs/quickstart.yaml", _tokenizer)
     add_configuration(command)
     return command
@@ -45,7 +45,7 @@ def _tokenizer(args: argparse.Namespace) -> None:
 
 
 def add_prepare(parser: CommandParser) -> CommandParser:
-    summary = "tokenise and check all of a run's text before it is trained on"
+    summary = "tokenise and check a run's text before training"
     command = parser.add_command("prepare", summary, "moe-llm prepare configs/quickstart.yaml", _prepare)
     add_configuration(command)
     command.add_argument("--json", action="store_true", help="print the manifest")
@@ -69,22 +69,34 @@ def _prepare(args: argparse.Namespace) -> None:
 
 
 def add_upcycle(parser: CommandParser) -> CommandParser:
-    summary = "make a Mixtral checkpoint of a dense Mistral or Llama one"
+    summary = "turn a dense Mistral or Llama checkpoint into a Mixtral one"
     example = "moe-llm upcycle path/to/mistral out --num-local-experts 8"
     command = parser.add_command("upcycle", summary, example, _upcycle)
     command.add_argument("dense", metavar="DENSE_DIR", help="a checkpoint directory as transformers saves it")
     command.add_argument("out", metavar="OUT", help="the new checkpoint directory, which must not exist")
     count = at_least(int, 1)
-    command.add_argument("--num-local-experts", type=count, default=8, metavar="N", help="copies of each feed-forward")
-    command.add_argument("--num-experts-per-tok", type=count, default=2, metavar="K", help="copies a token takes")
-    command.add_argument("--granularity", type=count, default=1, metavar="M", help="cut each copy into M experts")
     command.add_argument(
-        "--noise", type=at_least(float, 0), default=0.0, metavar="S", help="noise, a share of a matrix's deviation"
+        "--num-local-experts", type=count, default=8, metavar="N", help="copies of each feed-forward layer (default 8)"
     )
     command.add_argument(
-        "--reinit", type=share_or_zero, default=0.0, metavar="R", help="share of units that are initialised anew"
+        "--num-experts-per-tok", type=count, default=2, metavar="K", help="copies that a token is sent to (default 2)"
     )
-    command.add_argument("--seed", type=at_least(int, 0), default=0, metavar="N", help="of router, noise and reinit")
+    command.add_argument(
+        "--granularity", type=count, default=1, metavar="M", help="divide each copy into M experts (default 1)"
+    )
+    command.add_argument(
+        "--noise",
+        type=at_least(float, 0),
+        default=0.0,
+        metavar="S",
+        help="add noise of S times a matrix's standard deviation",
+    )
+    command.add_argument(
+        "--reinit", type=share_or_zero, default=0.0, metavar="R", help="initialise a share R of the hidden units again"
+    )
+    command.add_argument(
+        "--seed", type=at_least(int, 0), default=0, metavar="N", help="seed of router, noise and reinitialised units"
+    )
     return command
 
 
@@ -103,7 +115,7 @@ def _upcycle(args: argparse.Namespace) -> None:
 
 
 def add_generate_dataset(parser: CommandParser) -> CommandParser:
-    summary = "let a model answer prompts, as text for another to learn"
+    summary = "let a model answer prompts, to train another model on the answers"
     example = "moe-llm generate-dataset TEACHER prompts.jsonl --out answers.jsonl"
     command = parser.add_command("generate-dataset", summary, example, _generate_dataset)
     count = at_least(int, 1)
@@ -111,7 +123,7 @@ def add_generate_dataset(parser: CommandParser) -> CommandParser:
     command.add_argument(
         "prompts", nargs="+", metavar="PROMPTS", help="files or globs: rows with messages or prompt, or texts"
     )
-    command.add_argument("--out", required=True, metavar="FILE.jsonl", help="what is written; it must not exist")
+    command.add_argument("--out", required=True, metavar="FILE.jsonl", help="the file to write, which must not exist")
     command.add_argument(
         "--continue",
         dest="continued",
@@ -119,12 +131,12 @@ def add_generate_dataset(parser: CommandParser) -> CommandParser:
         metavar="N",
         help="PROMPTS are texts: continue the first N tokens of each; without it they are chat",
     )
-    command.add_argument("--max-new-tokens", type=count, default=256, metavar="N", help="of an answer")
-    command.add_argument("--beams", type=count, default=5, metavar="N", help="of the search (default 5)")
+    command.add_argument("--max-new-tokens", type=count, default=256, metavar="N", help="longest answer (default 256)")
+    command.add_argument("--beams", type=count, default=5, metavar="N", help="beams of the search (default 5)")
     command.add_argument("--temperature", type=positive, metavar="T", help="sample answers instead, with --beams 1")
-    command.add_argument("--batch-size", type=count, default=8, metavar="N", help="prompts at once")
-    command.add_argument("--limit", type=count, metavar="N", help="prompts in all")
-    command.add_argument("--seed", type=at_least(int, 0), default=0, metavar="N", help="of the sampling")
+    command.add_argument("--batch-size", type=count, default=8, metavar="N", help="prompts at once (default 8)")
+    command.add_argument("--limit", type=count, metavar="N", help="use only the first N prompts")
+    command.add_argument("--seed", type=at_least(int, 0), default=0, metavar="N", help="seed of the sampling")
     command.add_argument(
         "--drafts",
         type=count,
@@ -132,12 +144,12 @@ def add_generate_dataset(parser: CommandParser) -> CommandParser:
         help="PROMPTS have answers: write N of TEACHER's as drafts, each with the answer, for a model that rewrites them",
     )
     command.add_argument(
-        "--template", metavar="TEXT", help="of drafts: what that model reads, with {input} and {output}"
+        "--template", metavar="TEXT", help="for drafts: the text that that model reads, with {input} and {output}"
     )
     command.add_argument(
         "--reward",
         metavar="overlap|CHECKPOINT",
-        help="of drafts: words shared with the answer, or how likely it makes it",
+        help="score of drafts: the words shared with the answer, or a checkpoint's probability of the answer after the draft",
     )
     command.add_argument(
         "--pairs-out", metavar="FILE.jsonl", help="with --reward: each prompt's best and worst draft, as preferences"
