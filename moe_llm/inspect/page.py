@@ -66,7 +66,7 @@ show();
 
 def page(report: dict[str, Any], plots: list[Path]) -> str:
     """The whole page."""
-    title = html.escape(f"Routing of {Path(report['checkpoint']).name}")
+    title = html.escape(f"Routing of {report['checkpoint']}")
     data = {
         "experts": report["experts"],
         "blocks": report["blocks"],
@@ -124,7 +124,7 @@ def _specialisation(report: dict[str, Any]) -> str:
         for layer in range(report["layers"])
     ]
     return (
-        f"<h2>Specialisation by source</h2><p>Mutual information of source and expert, in bits, beside "
+        f"<h2>Specialisation by source</h2><p>Mutual information of source and expert, in bits, compared with "
         f"{found['permutations']} permutations of {found['units']} documents or pieces of them; over all layers "
         f"p = {found['overall_p_value']:.3g}</p>"
         + _table(["layer", "observed", "chance", "chance, 95%", "by the token alone", "p"], rows)

@@ -39,6 +39,14 @@ def _save(figure, path: Path) -> Path:
 LAYER = "layer with experts"
 
 
+def _count_whole(*axes: Any) -> None:
+    """Layers and experts are numbered by whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in axes:
+        axis.set_major_locator(MaxNLocator(integer=True))
+
+
 def _heat(path: Path, table_LE: list, label: str, colours: str, centred: bool = False) -> Path:
     from matplotlib import pyplot
 
@@ -48,6 +56,7 @@ def _heat(path: Path, table_LE: list, label: str, colours: str, centred: bool = 
     image = axes.imshow(values, aspect="auto", cmap=colours, vmin=-most if centred else 0, vmax=most)
     figure.colorbar(image, label=label)
     axes.set(xlabel="expert", ylabel=LAYER)
+    _count_whole(axes.xaxis, axes.yaxis)
     return _save(figure, path)
 
 
@@ -64,7 +73,8 @@ def _sources(path: Path, report: dict[str, Any]) -> Path:
     for index, axis in enumerate(axes[0]):
         image = axis.imshow(lift_LES[..., index], aspect="auto", cmap="RdBu_r", vmin=-2, vmax=2)
         axis.set(xlabel="expert", ylabel=LAYER, title=Path(report["sources"][index]["name"]).name)
-    figure.colorbar(image, ax=axes, label="log2 of the share over the expert's share of all")
+        _count_whole(axis.xaxis, axis.yaxis)
+    figure.colorbar(image, ax=axes, label="log2 of the relative share")
     return _save(figure, path)
 
 
@@ -72,7 +82,7 @@ def _specialisation(directory: Path, report: dict[str, Any]) -> Path:
     found = report["specialisation"]
     return _lines(
         directory / "specialisation.png",
-        "bits that source and expert tell of each other",
+        "mutual information of source and expert, bits",
         {
             "observed": found["bits"],
             "chance, mean": found["chance_bits"],
@@ -91,7 +101,7 @@ def _repetition(path: Path, found: dict[str, Any]) -> Path:
             "same first choice": first,
             "chance": [found["chance_first"]] * len(first),
             "common among first two": both,
-            "chance of that": [found["chance_first_or_second"]] * len(both),
+            "chance, first two": [found["chance_first_or_second"]] * len(both),
         },
     )
 
@@ -103,6 +113,7 @@ def _lines(path: Path, label: str, series: dict[str, list[float]]) -> Path:
     for name, values in series.items():
         axes.plot(range(len(values)), values, "--" if name.startswith("chance") else "o-", label=name)
     axes.set(xlabel=LAYER, ylabel=label, ylim=(0, None))
+    _count_whole(axes.xaxis)
     axes.grid(alpha=0.3)
     axes.legend()
     return _save(figure, path)
@@ -119,4 +130,5 @@ def _heat_square(path: Path, values: np.ndarray) -> Path:
     image = axes.imshow(values, cmap="RdBu_r", vmin=0, vmax=2)
     figure.colorbar(image, label="chosen together, over independent choices")
     axes.set(xlabel="expert", ylabel="expert")
+    _count_whole(axes.xaxis, axes.yaxis)
     return _save(figure, path)
