@@ -53,7 +53,7 @@ def evaluate(
     max_blocks: int | None = None,
     chat: bool = False,
 ) -> dict[str, float]:
-    """Loss (nats a token), perplexity and bits per byte of a checkpoint on text.
+    """Loss (nats per token), perplexity and bits per byte of a checkpoint on text.
 
     Args:
         checkpoint: a checkpoint directory.

@@ -37,7 +37,7 @@ def test_the_card_is_read_by_the_hubs_library_and_says_what_the_run_was(checkpoi
         "trained from scratch",
         "text.txt: ",
         "6 steps, 4 blocks of 32 tokens a step, fp32",
-        f"validation loss, nats a token: {last['val_loss']:.4f}",
+        f"validation loss, nats per token: {last['val_loss']:.4f}",
         "4.57 and 5, without remote code",
     ):
         assert words in card.text, words

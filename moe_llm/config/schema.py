@@ -59,7 +59,7 @@ class EarlyStoppingConfig(Section):
         description="evaluations in a row without a new best validation loss that end the run; the best checkpoint is "
         "kept, whatever `checkpoint.keep_last`, as checkpoints/best; null: off",
     )
-    min_delta: float = Field(0.0, ge=0, description="nats a token by which a new best has to be below the last one")
+    min_delta: float = Field(0.0, ge=0, description="nats per token by which a new best has to be below the last one")
 
     @model_validator(mode="after")
     def _applies(self):

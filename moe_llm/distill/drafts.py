@@ -19,7 +19,7 @@ OVERLAP = "overlap"
 class DraftWriter:
     """Args:
         template: what the second model reads, with {input} and {output}; None: that of `method: stacking`.
-        reward: of a draft. overlap: F1 of its words and the answer's; a checkpoint: the mean log-probability, nats a token,
+        reward: of a draft. overlap: F1 of its words and the answer's; a checkpoint: the mean log-probability, nats per token,
             that this second model gives the answer behind the filled template; None: none is written.
 
     Raises:
@@ -69,7 +69,7 @@ def overlap(draft: str, gold: str) -> float:
 
 
 def continuation_log_probability(model: Any, prompt: str, text: str) -> float:
-    """The mean log-probability that a model gives the tokens of a text behind a prompt, nats a token."""
+    """The mean log-probability that a model gives the tokens of a text behind a prompt, nats per token."""
     import torch
 
     from moe_llm.ensemble.causal_lm import read_prompt

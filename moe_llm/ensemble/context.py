@@ -65,7 +65,7 @@ def recent_losses(log_probs: list[Tensor], ids_RT: Tensor, mask_RT: Tensor, wind
 
 
 def fit_gate(log_probs_NU: Tensor, context_NF: Tensor, constant_U: Tensor, penalty: float) -> tuple[Gate, float]:
-    """The gate that gives the targets the highest likelihood, begun at the best constant weights; its loss, nats a token,
+    """The gate that gives the targets the highest likelihood, begun at the best constant weights; its loss, nats per token,
     which is never above theirs.
 
     Args:

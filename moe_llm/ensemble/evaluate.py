@@ -28,8 +28,8 @@ def evaluate(
     """Exact, over the whole vocabulary.
 
     Returns:
-        loss (nats a token of the main model), perplexity, bits_per_byte, tokens, active_parameters of a token, of a
-        cascade asked (share of the tokens for which the large model is), of mixed members disagreement (nats a token,
+        loss (nats per token of the main model), perplexity, bits_per_byte, tokens, active_parameters of a token, of a
+        cascade asked (share of the tokens for which the large model is), of mixed members disagreement (nats per token,
         `LinearMixture.disagreement`), members (the same of each, with its role or
         weight), and vocabularies of members whose tokens differ, if any. Their losses are those of their
         distributions over the main model's tokens.
@@ -103,5 +103,5 @@ def format_table(result: dict[str, Any]) -> str:
         for row in rows
     ]
     if "disagreement" in result:
-        lines.append(f"the members disagree by {result['disagreement']:.4f} nats a token")
+        lines.append(f"the members disagree by {result['disagreement']:.4f} nats per token")
     return "\n".join([*lines, f"on {result['tokens']:,} tokens"])

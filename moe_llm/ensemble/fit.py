@@ -28,15 +28,17 @@ from moe_llm.errors import UserError
 CACHE_BYTES = 1 << 30  # of distributions kept for a log-linear fit; beyond it, positions are thinned out evenly
 _CHUNK_BYTES = 32 << 20
 _LEAST = -1e4  # as in a rule
-_ROUNDING = 1e-7  # nats a token: what the distributions' fp32 can hide
+_ROUNDING = 1e-7  # nats per token: what the distributions' fp32 can hide
 _FIRST_STEPS = 8
-_SHORT = "the fit ended about %.1e nats a token from the optimum, where %.0e is wanted: give more text or other members"
+_SHORT = (
+    "the fit ended about %.1e nats per token from the optimum, where %.0e is wanted: give more text or other members"
+)
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A recipe with its numbers. tokens: that they were fitted on. loss: on those, nats a token; before: that of the
+    """A recipe with its numbers. tokens: that they were fitted on. loss: on those, nats per token; before: that of the
     numbers that the recipe had, where it had any; of weights by context, that of the best constant ones. alone: each member's. asked: a cascade's share for the large one. excluded:
     tokens that no member gives a probability, which were left out."""
 
@@ -108,11 +110,11 @@ def mixture_weights(
     optimum sums to 1 (Bertsekas 1982; Kim et al. 2020, "mixsqp"); where one gains nothing, another of the former, which
     always does: by themselves they need thousands where members are alike. The likelihood is
     concave, so that it lies below its tangents: with g_u the mean of p_u / mixture, the best one is at most max g - 1
-    nats a token above the present one, which ends the iteration.
+    nats per token above the present one, which ends the iteration.
 
     Args:
         log_probs_NU: of each target, by each model. Targets that all of them exclude say nothing and are left out.
-        tolerance: nats a token from the optimum; where it is not reached, that is reported.
+        tolerance: nats per token from the optimum; where it is not reached, that is reported.
 
     Returns:
         (U,) weights that sum to 1, and the mean log-likelihood before each step, which never falls.
@@ -173,7 +175,7 @@ def log_linear_weights(
     expectation of the l_u under the ensemble less that under the text, its Hessian their covariance.
 
     Args:
-        tolerance: half of Newton's decrement, nats a token.
+        tolerance: half of Newton's decrement, nats per token.
 
     Returns:
         theta, and the loss at each step, which never rises; where the tolerance is not reached, that is reported.

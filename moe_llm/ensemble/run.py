@@ -83,7 +83,7 @@ def generate_command(
     if isinstance(ensemble.rule, Cascade):
         say(f"{ensemble.models[1].name} was asked for {processor.asked} of {processor.rows} tokens")
     if isinstance(ensemble.rule, (LinearMixture, Contextual)) and processor.rows and len(ensemble.models) > 1:
-        say(f"the members disagree by {processor.disagreement / processor.rows:.3f} nats a token (0: not at all)")
+        say(f"the members disagree by {processor.disagreement / processor.rows:.3f} nats per token (0: not at all)")
     return said(main.tokenizer, output[0], inputs["input_ids"].shape[1] if chat else 0)
 
 
@@ -157,7 +157,7 @@ def report(fitted: Fitted) -> list[str]:
     if isinstance(recipe, CascadeRecipe):
         what = "requests" if recipe.per == "request" else "tokens"
         return [f"threshold {recipe.threshold:.6g}: the large model for {fitted.asked:.2%} of {fitted.tokens:,} {what}"]
-    lines = [f"loss {fitted.loss:.4f} nats a token, on the {fitted.tokens:,} tokens that were fitted on"]
+    lines = [f"loss {fitted.loss:.4f} nats per token, on the {fitted.tokens:,} tokens that were fitted on"]
     if fitted.excluded:
         lines.append(f"{fitted.excluded:,} more tokens, to which no member gives a probability, were left out")
     if isinstance(recipe, ContextualRecipe):

@@ -13,7 +13,7 @@ from moe_llm.ensemble.requests import Say, answer, answer_confidence, answers, f
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A text on its way through a chain. score: the sum over the steps so far of the mean log-probability, nats a token,
+    """A text on its way through a chain. score: the sum over the steps so far of the mean log-probability, nats per token,
     that each step's model gives its output."""
 
     text: str

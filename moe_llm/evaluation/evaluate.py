@@ -36,7 +36,7 @@ def preference_inputs(config: Config, batch: Batch) -> dict[str, Any]:
 def validation_loss(
     config: Config, engine: Engine, runtime: Runtime, data: Data, heartbeat: Callable[[str], None] = lambda phase: None
 ) -> dict[str, Any]:
-    """Cross-entropy over the held-out blocks (nats a token) and bits per byte, and, where there are several sources, that
+    """Cross-entropy over the held-out blocks (nats per token) and bits per byte, and, where there are several sources, that
     of each; the same on every rank. Of pairs of answers `val_loss` is their loss, and there are `val_accuracy` (share of
     pairs whose chosen answer is ahead), `val_margin` and the answers' mean log-probabilities in place of bits per byte.
 
@@ -87,7 +87,7 @@ def evaluate_files(
     parse_special_tokens: bool = False,
     quantize_experts: Literal["int8", "nf4"] | None = None,
 ) -> dict[str, float]:
-    """Loss (nats a token), perplexity and bits per byte of a checkpoint on text files.
+    """Loss (nats per token), perplexity and bits per byte of a checkpoint on text files.
 
     Args:
         text_field: the column that holds the text, of files with rows; None: `text`.

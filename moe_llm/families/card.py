@@ -17,7 +17,7 @@ CARD = "README.md"
 _LOSSES = {
     "loss": "training loss",
     "lm_loss": "language-model loss",
-    "val_loss": "validation loss, nats a token",
+    "val_loss": "validation loss, nats per token",
     "val_bits_per_byte": "validation bits per byte",
     "val_accuracy": "share of held-out pairs whose chosen answer is ahead",
 }

@@ -97,7 +97,7 @@ def _summary(report: dict[str, Any]) -> str:
     rows = [[s["name"], f"{s['tokens']:,}", f"{s['loss']:.4f}"] for s in report["sources"]]
     return (
         f"<p>{report['layers']} layers, {report['experts_per_token']} of {report['experts']} experts for each token</p>"
-        + _table(["source", "tokens", "loss, nats a token"], rows)
+        + _table(["source", "tokens", "loss, nats per token"], rows)
     )
 
 

@@ -20,7 +20,11 @@ def write_plots(report: dict[str, Any], directory: Path) -> list[Path]:
     if report["removal"] is not None:
         written.append(
             _heat(
-                directory / "removal.png", report["removal"]["cost"], "loss added, nats a token", "RdBu_r", centred=True
+                directory / "removal.png",
+                report["removal"]["cost"],
+                "loss added, nats per token",
+                "RdBu_r",
+                centred=True,
             )
         )
     if report["co_selection"] is not None:

@@ -41,7 +41,7 @@ _HELD_OUT = 8  # one batch of so many judges
 
 
 class Outcome(NamedTuple):
-    """Losses (nats a token) on the batches that were not fitted, before and after, and whether the fit is kept."""
+    """Losses (nats per token) on the batches that were not fitted, before and after, and whether the fit is kept."""
 
     before: float
     after: float

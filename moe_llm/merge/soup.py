@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Decision:
-    """One model's turn. alone: its loss (nats a token). together: that of the average with it. kept: in the soup."""
+    """One model's turn. alone: its loss (nats per token). together: that of the average with it. kept: in the soup."""
 
     model: str
     alone: float

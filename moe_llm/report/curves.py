@@ -16,7 +16,7 @@ def charts(runs: list[Run]) -> list[dict[str, Any]]:
         _chart(
             "Loss",
             "cross-entropy on training text (line) and on held-out text (dots)",
-            "nats a token",
+            "nats per token",
             False,
             [curve for i, run in enumerate(runs) for curve in (_line(i, run, _value("lm_loss")), _dots(i, run))],
         ),

@@ -93,14 +93,14 @@ def _summary(run: Run) -> dict[str, str]:
         "bits per byte": _bits(measured),
         "training loss, last record": "not a number" if last.get("lm_loss") is None else f"{last['lm_loss']:.4f}",
         "parameters": count(model.num_params()),
-        "active a token": count(model.num_params(active=True)),
+        "active per token": count(model.num_params(active=True)),
         "steps": f"{last['step']:,}",
         "training tokens": count(last["tokens"]),
         "training FLOPs": count(last["tokens"] * run.flops_per_token),
         "training time": duration(seconds),
-        "tokens a second": f"{speed:,.0f}",
+        "tokens per second": f"{speed:,.0f}",
         "FLOP/s": count(rate),
-        "of the hardware's limit": f"{rate / run.peak:.1%}" if run.peak else "not known",
+        "share of the hardware's limit": f"{rate / run.peak:.1%}" if run.peak else "not known",
         "alarms": str(sum(len(record.get("alarms", [])) for record in run.records)),
     }
 

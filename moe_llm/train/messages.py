@@ -87,7 +87,7 @@ def announce(run: TrainingRun) -> None:
         run.say(noted)
     router, rounds = config.model.router, config.accumulation_steps(world)
     if config.model.balance_over == "micro_batches" and rounds > 1 and _balances(config.model):
-        run.say("the routers' losses depend on train.micro_batch_size, and with model.balance_over: step they do not")
+        run.say("the routers' losses depend on train.micro_batch_size: set model.balance_over=step if they should not")
     if not router.causal:
         run.say(
             f"model.router.type={router.type} is not causal in training: {router.looks_ahead}; evaluation and "

@@ -22,7 +22,7 @@ def plot_run(run_dir: Path) -> list[Path]:
     axes.plot([r["step"] for r in records], [r["lm_loss"] for r in records], lw=0.8, label="training")
     measured = [r for r in records if r.get("val_loss") is not None]
     axes.plot([r["step"] for r in measured], [r["val_loss"] for r in measured], "o-", label="validation")
-    axes.set(xlabel="optimizer step", ylabel="cross-entropy, nats a token", title=str(run_dir))
+    axes.set(xlabel="optimizer step", ylabel="cross-entropy, nats per token", title=str(run_dir))
     axes.grid(alpha=0.3)
     axes.legend()
     loss_path = directory / "loss.png"

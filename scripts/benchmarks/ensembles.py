@@ -122,7 +122,7 @@ def mixture(arguments, models: dict[str, Path], texts: dict) -> list[dict]:
 
 
 def written_losses(ensemble: Ensemble, judges: dict[str, Ensemble], arguments) -> dict[str, float]:
-    """Losses of models on samples that an ensemble writes, nats a token."""
+    """Losses of models on samples that an ensemble writes, nats per token."""
     texts = []
     for seed in range(arguments.samples):
         torch.manual_seed(seed)

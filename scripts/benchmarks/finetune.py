@@ -249,7 +249,7 @@ def as_markdown(results: dict) -> str:
             for r in results["memory"]
         ]
     if results.get("quality"):
-        told += ["", f"Base: {results['base_loss']:.4f} nats a token on the same held-out blocks.", ""]
+        told += ["", f"Base: {results['base_loss']:.4f} nats per token on the same held-out blocks.", ""]
         told += [
             "| trained | recipe | blocks a step, rate | validation loss, by seed | mean | deviation | router KL |",
             "|---|---|---|---|---|---|---|",

@@ -157,7 +157,7 @@ def context(bench: Bench) -> list[dict[str, Any]]:
         if ensemble.recipe.to_fit:
             fit(ensemble, bench.file("fit"), max_blocks=bench.args.blocks)
         loss = evaluate(ensemble, bench.file("both"), max_blocks=bench.args.blocks)["loss"]
-        rows.append({"model": name, "loss, nats a token": loss, "passes a token": len(ensemble.models)})
+        rows.append({"model": name, "loss, nats per token": loss, "passes a token": len(ensemble.models)})
     return rows
 
 
@@ -178,7 +178,7 @@ def bagging(bench: Bench) -> list[dict[str, Any]]:
         rows.append(
             {
                 "model": name,
-                "loss, nats a token": found["loss"],
+                "loss, nats per token": found["loss"],
                 "members' mean loss": sum(m["loss"] for m in found["members"]) / len(found["members"]),
                 "disagreement": found["disagreement"],
                 "rank correlation with the loss": by_block(ensemble, bench),
@@ -336,7 +336,7 @@ def deliberation(bench: Bench) -> list[dict[str, Any]]:
             losses[name].append(-continuation_log_probability(models[model], prompt, gold))
     calls = dict(zip(names, ("1 pass", "1 pass", "1 pass, and one call of generate()")))
     return [
-        {"model": name, "loss of the answer, nats a token": sum(found) / len(found), "cost": calls[name]}
+        {"model": name, "loss of the answer, nats per token": sum(found) / len(found), "cost": calls[name]}
         for name, found in losses.items()
     ]
 

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def train(config: Path, run_dir: Path, *words: str) -> float:
-    """A run's last validation loss, nats a token; a run that has ended is not repeated."""
+    """A run's last validation loss, nats per token; a run that has ended is not repeated."""
     code = moe_llm(["train", str(config), f"run.dir={run_dir}", "logging.console=off", *words])
     if code:
         raise SystemExit(code)
@@ -135,7 +135,7 @@ def as_markdown(results: dict) -> str:
         "",
         f"Teachers: {', '.join(f'{loss:.4f}' for loss in results['teachers'])}; their mean of probabilities: "
         f"{results['ensemble']:.4f}. The ensemble's student is below the text's by "
-        f"{statistics.mean(gains):+.4f} nats a token ({', '.join(f'{gain:+.4f}' for gain in gains)} by seed).",
+        f"{statistics.mean(gains):+.4f} nats per token ({', '.join(f'{gain:+.4f}' for gain in gains)} by seed).",
     ]
     return "\n".join(told) + "\n"
 

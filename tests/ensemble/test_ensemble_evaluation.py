@@ -78,7 +78,7 @@ def test_fitted_weights_are_written_and_beat_both_members(models, text, tmp_path
         out = str(tmp_path / f"{method}.fitted.yaml")
         said = run("ensemble", "fit", file, out, *data, capsys=capsys)
         found = json.loads(run("evaluate", "--ensemble", out, *data, "--json", capsys=capsys))
-        assert f"loss {found['loss']:.4f} nats a token" in said
+        assert f"loss {found['loss']:.4f} nats per token" in said
         assert found["loss"] <= min(member["loss"] for member in found["members"]) + 1e-6
         recipe = load_recipe(out)
         assert recipe.to_fit is None

@@ -94,11 +94,11 @@ def test_weights_of_members_that_are_nearly_alike_are_within_the_tolerance(membe
 def test_a_fit_that_ends_short_of_the_optimum_says_so(caplog):
     log_probs = torch.stack([random_log_probs(500, 2, seed)[:, 0] for seed in (0, 1, 2)], 1)
     mixture_weights(log_probs, max_iterations=2)
-    assert "nats a token from the optimum" in caplog.text
+    assert "nats per token from the optimum" in caplog.text
     caplog.clear()
     kept = kept_scores((1.3, -0.5), positions=200)
     log_linear_weights(kept, torch.zeros(2).double(), torch.eye(2).double(), max_iterations=1)
-    assert "nats a token from the optimum" in caplog.text
+    assert "nats per token from the optimum" in caplog.text
 
 
 def test_targets_that_every_member_excludes_change_no_weight():

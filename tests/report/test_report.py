@@ -49,7 +49,7 @@ def test_the_page_in_a_browser(one, other, tmp_path):
         )
         page.move(*box)
         tip = page.value("document.getElementById('tip').textContent")
-        assert re.search(r"step 1\d\n.* nats a token\nheld-out at", tip)
+        assert re.search(r"step 1\d\n.* nats per token\nheld-out at", tip)
         colours = [page.value("getComputedStyle(document.body).backgroundColor")]
         page.open(one / "report.html", 1200, scheme="dark")
         assert colours != [page.value("getComputedStyle(document.body).backgroundColor")]

@@ -280,5 +280,5 @@ def test_a_source_read_many_times_or_not_held_out_is_told(make_config, corpus, t
         "data.validation_fraction (0.1), add text or set data.validation_sources\n"
     ) in err
     assert (
-        "the routers' losses depend on train.micro_batch_size, and with model.balance_over: step they do not\n" in err
+        "the routers' losses depend on train.micro_batch_size: set model.balance_over=step if they should not\n" in err
     )
