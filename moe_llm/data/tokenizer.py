@@ -14,7 +14,7 @@ from moe_llm.config import Config, SourceConfig
 from moe_llm.data import spm
 from moe_llm.data.chat_template import template_setting, turn_end_id, write_template
 from moe_llm.data.documents import has_no_bos, obey_add_bos_token, vocabulary_size
-from moe_llm.data.files import building, errors_of_rust, publish, replace_file
+from moe_llm.data.files import building, errors_of_rust, publish, remember
 from moe_llm.data.pieces import Piece
 from moe_llm.data.sources import (
     fingerprint,
@@ -381,8 +381,8 @@ def _trained_model(config: Config, cache: Path) -> bytes:
             config.tokenizer.character_coverage,
             config.run.seed,
         )
-    replace_file(written, hashlib.sha256(model).hexdigest().encode())
-    replace_file(file, model)
+    remember(written, hashlib.sha256(model).hexdigest().encode())
+    remember(file, model)
     return model
 
 

@@ -1,5 +1,6 @@
 """The saved tokenizer: sentencepiece's ids, any text round-trips, and the directory stays what it was."""
 
+import errno
 import json
 import shutil
 import string
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, MixtralConfig
 
 from moe_llm.config import SourceConfig
-from moe_llm.data import spm
+from moe_llm.data import files, spm
 from moe_llm.data.cache import DocumentEncoder
 from moe_llm.data.sources import read_documents
 from moe_llm.data.tokenizer import build_tokenizer, check_vocab, load_tokenizer, resolve_vocab
@@ -140,7 +141,7 @@ def test_training_is_deterministic_and_bounded():
     assert len(consumed) < 80
 
 
-def test_a_damaged_model_in_the_cache_is_named_and_trained_again(make_config, tmp_path, make_text, caplog):
+def test_a_damaged_model_in_the_cache_is_named_and_trained_again(make_config, tmp_path, make_text, caplog, monkeypatch):
     (tmp_path / "a.txt").write_text("".join(make_text(seed) for seed in range(20)), encoding="utf-8")
     config = make_config([{"type": "files", "path": str(tmp_path / "a.txt"), "document": "line"}])
     first = build_tokenizer(config, tmp_path / "first")
@@ -155,6 +156,10 @@ def test_a_damaged_model_in_the_cache_is_named_and_trained_again(make_config, tm
         assert build_tokenizer(config, tmp_path / "second").get_vocab() == first.get_vocab()
         assert f"the tokenizer in {file} is not what was written (SHA-256); it is trained again" in caplog.text
         assert file.read_bytes() == whole
+    file.with_suffix(".sha256").unlink()  # as a version before left it, here on a disk that is only read
+    monkeypatch.setattr(files, "write_atomically", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
+    shutil.rmtree(tmp_path / "second")
+    assert build_tokenizer(config, tmp_path / "second").get_vocab() == first.get_vocab()
 
 
 def test_held_out_text_does_not_train_the_tokenizer(make_config, tmp_path):
