@@ -39,7 +39,7 @@ from moe_llm.train.metrics import read_metrics
 from moe_llm.train.optim import check_library
 from moe_llm.train.precision import settle_precision
 from moe_llm.train.provenance import Provenance, provenance_of
-from moe_llm.train.run_lock import LOCK_FILES, RunLock, written_by_owner
+from moe_llm.train.run_lock import LOCK_FILES, RunLock, is_seen, written_by_owner
 from moe_llm.train.signals import StoppedEarly, StopRequest
 from moe_llm.train.start_watch import StartWatch
 from moe_llm.train.trainer import Trainer
@@ -231,11 +231,11 @@ def on_main_locked(runtime: Runtime, run_dir: Path) -> Iterator[None]:
     lock = RunLock(run_dir)
     on_main(runtime, lock.acquire)
     try:
-        seen = runtime.gather(written_by_owner(run_dir))
-        alone = [rank for rank, other in enumerate(seen) if other != seen[0]]
-        if alone:
+        owner = runtime.gather(written_by_owner(run_dir))[0]
+        seen = runtime.gather(is_seen(run_dir, owner))
+        if not all(seen):
             raise UserError(
-                f"rank {alone[0]} does not see what rank 0 writes to run.dir={str(run_dir)!r}: name a directory that all "
+                f"rank {seen.index(False)} does not see what rank 0 writes to run.dir={str(run_dir)!r}: name a directory that all "
                 "machines share"
             )
         yield

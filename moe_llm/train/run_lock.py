@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import socket
+import time
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -12,6 +13,7 @@ from moe_llm.errors import UserError
 
 logger = logging.getLogger(__name__)
 LOCK_FILES = (".lock", ".lock-owner.json")
+_SHARED_SECONDS = 60.0  # for which a client of NFS may keep what it knows of a directory
 
 
 class RunLock:
@@ -82,6 +84,16 @@ def written_by_owner(directory: Path) -> str | None:
         return (directory / LOCK_FILES[1]).read_text(encoding="utf-8")
     except OSError:
         return None
+
+
+def is_seen(directory: Path, written: str | None) -> bool:
+    """Whether what a lock's owner has written is seen here too; NFS may show a directory as it was for a while."""
+    end = time.monotonic() + _SHARED_SECONDS
+    while written_by_owner(directory) != written:
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def _owner(directory: Path) -> str:

@@ -12,6 +12,7 @@ from support import runs
 from moe_llm.checkpoint.ranks import Alone
 from moe_llm.cli import main
 from moe_llm.errors import UserError
+from moe_llm.train import run_lock
 from moe_llm.train.run import on_main_locked
 from moe_llm.train.run_lock import RunLock
 
@@ -43,6 +44,7 @@ def test_a_lock_whose_owner_file_is_unreadable_still_refuses(tmp_path):
     code = f"""
 import sys
 from pathlib import Path
+from moe_llm.train import run_lock
 from moe_llm.train.run import on_main_locked
 from moe_llm.train.run_lock import RunLock
 lock = RunLock(Path({str(tmp_path)!r}))
@@ -77,15 +79,13 @@ def test_two_runs_that_save_into_one_directory_by_links_do_not_train_together(tm
     second.release()
 
 
-@pytest.mark.parametrize("other", [None, '{"host": "elsewhere", "pid": 1}\n'])
-def test_a_run_directory_of_each_machine_is_refused_before_training(tmp_path, other):
-    """What rank 1 finds beside the lock: nothing, or what another run has left there."""
+def test_a_run_directory_of_each_machine_is_refused_before_training(tmp_path):
 
     class TwoMachines(Alone):
         is_main = True
 
         def gather(self, value):
-            return [value, value if isinstance(value, tuple) else other]
+            return [value, False if isinstance(value, bool) else value]
 
     with (
         pytest.raises(UserError, match=r"rank 1 does not see what rank 0 writes to run\.dir="),
@@ -102,3 +102,17 @@ class TwoMachinesThatShare(Alone):
 
     def gather(self, value):
         return [value, value]
+
+
+def test_a_directory_may_be_seen_late_but_not_as_another(tmp_path, monkeypatch):
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    written = run_lock.written_by_owner(tmp_path)
+    assert run_lock.is_seen(tmp_path, written)
+    stale = iter([None, '{"host": "elsewhere", "pid": 1}', written])
+    monkeypatch.setattr(run_lock, "written_by_owner", lambda _: next(stale))
+    assert run_lock.is_seen(tmp_path, written)
+    monkeypatch.setattr(run_lock, "written_by_owner", lambda _: None)
+    monkeypatch.setattr(run_lock, "_SHARED_SECONDS", 0)
+    assert not run_lock.is_seen(tmp_path, written)
+    lock.release()
