@@ -6,12 +6,15 @@ import pytest
 import yaml
 from support import runs
 from support.checkpoints import small_config
+from support.families import CASES, MIXTRAL
+from transformers import GptOssConfig
 
 from moe_llm import hub
 from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.cli import main
 from moe_llm.config import ModelConfig
 from moe_llm.errors import UserError
+from moe_llm.families import hf
 from moe_llm.families.card import model_card
 
 
@@ -48,6 +51,21 @@ def test_cards_of_other_routers_name_the_versions_and_the_code_that_they_need():
     assert "transformers 5.17 or newer, with `trust_remote_code=True`" in model_card(model)
 
 
+def test_cards_say_where_transformers_4_computes_otherwise():
+    cards = {name: model_card(hf.from_transformers_config(config.to_dict())) for name, config in CASES.items()}
+    newer = {name for name, text in cards.items() if "- transformers 5, without remote code: 4.57 reads it too" in text}
+    assert newer == {"qwen2-windows", "gpt-oss-no-bias", "deepseek2-groups"}  # compared with 4.57.6
+    assert all("- transformers, 4.57 and 5, without remote code" in cards[name] for name in cards.keys() - newer)
+
+
+def test_where_transformers_4_scales_positions_by_default_it_is_told_not_to():
+    config = GptOssConfig(**MIXTRAL, rope_parameters={"rope_type": "default", "rope_theta": 100.0})
+    model = hf.from_transformers_config(config.to_dict())
+    content = hf.to_transformers_config(model, dtype="fp32", bos_token_id=None, eos_token_id=None)
+    assert content["rope_scaling"] is None
+    assert hf.from_transformers_config(content) == model
+
+
 def test_a_base_with_a_name_on_the_hub_and_a_licence_are_metadata_and_paths_are_not(tmp_path):
     run = {
         "model": {"init_from": "mistralai/Mixtral-8x7B-v0.1"},
@@ -64,6 +82,35 @@ def test_a_base_with_a_name_on_the_hub_and_a_licence_are_metadata_and_paths_are_
     text = model_card(ModelConfig(vocab_size=64), run=run)
     assert "base_model" not in text
     assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize(
+    ("finetune", "line", "absent"),
+    [
+        ({"trainable": "all", "lora": {"rank": 4, "targets": ["attention", "experts"]}},
+         "- low-rank adapters of rank 4 in attention, experts, merged into the weights", "trained parts"),
+        ({"trainable": "experts", "experts": [1, 3], "lora": {"rank": None}, "quantize_frozen": "nf4"},
+         "- trained parts: experts\n- trained experts of each layer: 1, 3\n- frozen experts held in nf4", "low-rank"),
+        ({"trainable": ["a", "b"]}, "- trained parts: a, b", "frozen"),
+    ],
+)  # fmt: skip
+def test_the_card_says_what_was_trained_and_by_which_loss(finetune, line, absent):
+    run = {
+        "finetune": finetune,
+        "preference": {"loss": "ipo", "beta": 0.25},
+        "distill": {"teachers": [{"path": "me/teacher"}, {"path": "/models/other"}]},
+        "data": {"sources": [{"type": "files", "path": "p.jsonl", "content": "preference"}], "sequence_length": 8},
+        "train": {"max_steps": 3, "max_tokens": None, "global_batch_size": 2, "precision": "bf16"},
+        "optim": {"name": "adamw", "lr": 1e-3, "schedule": "wsd", "weight_decay": 0.1},
+    }
+    text = model_card(ModelConfig(vocab_size=64), run=run)
+    assert line in text
+    assert absent not in text
+    assert "- pairs of a chosen and a rejected answer, by ipo with beta 0.25" in text
+    assert "- p.jsonl (preference)" in text
+    assert "- teachers of the distillation: me/teacher, 1 without a name on a hub" in text
+    run["data"]["sources"][0]["content"] = "chat"
+    assert "rejected" not in model_card(ModelConfig(vocab_size=64), run=run)
 
 
 def test_what_is_made_of_several_models_names_those_that_a_hub_knows(tmp_path):

@@ -122,7 +122,11 @@ def _loading(model: ModelConfig | str) -> str:
     family = architecture_of(model)
     if family.code:
         return "transformers 5.17 or newer, with `trust_remote_code=True`: the modelling code is beside the weights"
-    return "transformers, 4.57 and 5, without remote code" if family.native else "moe_llm alone"
+    if not family.native:
+        return "moe_llm alone"
+    if part := family.newer(model):
+        return f"transformers 5, without remote code: 4.57 reads it too, but computes otherwise ({part})"
+    return "transformers, 4.57 and 5, without remote code"
 
 
 def _hub_name(name: Any) -> str | None:
@@ -159,6 +163,8 @@ def _data(run: Mapping[str, Any], provenance: Mapping[str, Any]) -> list[str]:
         path = source.get("path")
         names = [path] if isinstance(path, str) else path or [source["type"]]
         shown = ", ".join(name if source["type"] == "hub" and _hub_name(name) else Path(name).name for name in names)
+        kind = source.get("content", "text")
+        shown = shown if kind == "text" else f"{shown} ({kind})"
         lines.append(": ".join(filter(None, [shown, counted.get(f"data.sources.{i}", "")])))
     return lines
 
@@ -168,9 +174,42 @@ def _training(run: Mapping[str, Any]) -> list[str]:
         return []
     data, train, optim = run["data"], run["train"], run["optim"]
     length = f"{train['max_steps']:,} steps" if train["max_steps"] else f"{train['max_tokens']:,} tokens"
-    tuned = {key: value for key, value in run.get("finetune", {}).items() if key == "trainable" and value}
     return [
         f"{length}, {train['global_batch_size']} blocks of {data['sequence_length']} tokens a step, {train['precision']}",
         f"{optim['name']}, learning rate {optim['lr']:g}, {optim['schedule']}, weight decay {optim['weight_decay']:g}",
-        *(f"trained parts: {value}" for value in tuned.values()),
+        *_trained_parts(run.get("finetune", {})),
+        *_preference(run),
+        *_teachers(run.get("distill") or {}),
     ]
+
+
+def _teachers(distill: Mapping[str, Any]) -> list[str]:
+    teachers = [teacher["path"] for teacher in distill.get("teachers") or []]
+    named = _hub_names(teachers)
+    unnamed = len(teachers) - len([teacher for teacher in teachers if _hub_name(teacher)])
+    told = [*named, *([f"{unnamed} without a name on a hub"] if unnamed else [])]
+    return [f"teachers of the distillation: {_listed(told)}"] if told else []
+
+
+def _trained_parts(tuned: Mapping[str, Any]) -> list[str]:
+    lora = tuned.get("lora") or {}
+    if lora.get("rank"):
+        lines = [f"low-rank adapters of rank {lora['rank']} in {_listed(lora['targets'])}, merged into the weights"]
+    elif tuned.get("trainable"):
+        lines = [f"trained parts: {_listed(tuned['trainable'])}"]
+        lines += [f"trained experts of each layer: {_listed(tuned['experts'])}"] if tuned.get("experts") else []
+    else:
+        lines = []
+    bits = tuned.get("quantize_frozen")
+    return lines + ([f"frozen experts held in {bits}, whose values the weights here have"] if bits else [])
+
+
+def _preference(run: Mapping[str, Any]) -> list[str]:
+    if not any(source.get("content") == "preference" for source in run["data"].get("sources", [])):
+        return []
+    settings = run.get("preference", {})
+    return [f"pairs of a chosen and a rejected answer, by {settings.get('loss')} with beta {settings.get('beta'):g}"]
+
+
+def _listed(values: Any) -> str:
+    return ", ".join(map(str, values)) if isinstance(values, list) else str(values)

@@ -130,6 +130,7 @@ FAMILY = Family(
         "dense": ("none", "first"),
     },
     also=_pairs_are_neighbours,
+    newer=lambda model: "mscale_all_dim of its rotary embeddings" if model.rope_parameters.mscale_all_dim else None,
     only={"moe_layer_freq": 1, "scoring_func": "softmax", "norm_topk_prob": False, "mlp_bias": False},
     renamed={"num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"},
     names=BY_PROJECTION,

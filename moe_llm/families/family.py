@@ -107,6 +107,7 @@ class Family:
     embeddings. write: the keys for a model, beside the same.
     can: for each part of a decoder (`parts_of`) the values that the family computes; of parts that are not named, that of
     a plain Mixtral. also: names a further key that it cannot express, None where there is none.
+    newer: the part of a model that transformers 4 reads and computes otherwise, None where there is none.
     only: keys of which one value alone is supported. renamed: other names of keys in `defaults`.
     harmless: keys of config.json that change nothing.
     names: changes of Mixtral's published names into those in its files, regular expressions, in this order.
@@ -124,6 +125,7 @@ class Family:
     write: Callable[[ModelConfig], dict[str, Any]]
     can: Mapping[str, Collection[Any]] = field(default_factory=dict)
     also: Callable[[ModelConfig], str | None] = lambda model: None
+    newer: Callable[[ModelConfig], str | None] = lambda model: None
     only: Mapping[str, Any] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     harmless: Collection[str] = ()

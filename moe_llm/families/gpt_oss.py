@@ -83,6 +83,7 @@ FAMILY = Family(
         "sinks": (True,),
         "experts": ("clamped with biases",),
     },
+    newer=lambda model: None if (model.swiglu_limit, model.swiglu_alpha) == (7.0, 1.702) else "other clamps of experts",
     renamed={"num_experts": "num_local_experts"},
     harmless=("initial_context_length", "experts_per_token", "quantization_config"),
     names=((r"\.block_sparse_moe\.gate\.", ".mlp.router."), (r"\.block_sparse_moe\.", ".mlp.")),

@@ -28,7 +28,7 @@ from moe_llm.config import ModelConfig
 from moe_llm.config.shapes import buffer_shapes as buffer_shapes
 from moe_llm.config.shapes import parameter_shapes as parameter_shapes
 from moe_llm.families.architectures import architecture_of, from_content
-from moe_llm.families.family import OURS, SAME
+from moe_llm.families.family import OURS, SAME, Family
 
 EXPERT_PARAMETER = re.compile(
     r"(?P<layer>.*)\.mlp\.experts\.((?P<own>\d+)\.)?(?P<kind>gate_up_proj|down_proj)(?P<factor>_lora_[AB]|_bias)?"
@@ -158,7 +158,7 @@ def to_transformers_config(
         "hidden_act": "silu",
         "rope_theta": model.rope_theta,
         "rope_parameters": {"rope_theta": model.rope_theta, **rope},
-        **({} if rope["rope_type"] == "default" else {"rope_scaling": {**rope, "type": rope["rope_type"]}}),
+        **_rope_scaling(rope, architecture),
         "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,
@@ -170,6 +170,13 @@ def to_transformers_config(
         **architecture.write(model),
         OURS: model.model_dump(mode="json", exclude={*same, *_NOT_BESIDE}),
     }
+
+
+def _rope_scaling(rope: Mapping[str, Any], architecture: Family) -> dict[str, Any]:
+    """The key of transformers 4, which scales by a default of its own in some families where it is not there."""
+    if rope["rope_type"] != "default":
+        return {"rope_scaling": {**rope, "type": rope["rope_type"]}}
+    return {} if architecture.rope is None else {"rope_scaling": None}
 
 
 def generation_config(

@@ -98,6 +98,7 @@ FAMILY = Family(
         "windows": ("none", "all", "some"),
         "dense": ("none", "first", "any"),
     },
+    newer=lambda model: None if model.sliding_window is None else "sliding windows",
     renamed={"num_local_experts": "num_experts"},
     names=(*BY_PROJECTION, (r"\.shared_experts\.", ".shared_expert.")),
 )
