@@ -8,11 +8,14 @@ moe/...     routing, by layer
 import os
 import secrets
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from pydantic import ValidationError
 
 from moe_llm.config import Config
 from moe_llm.errors import UserError
@@ -42,23 +45,52 @@ class Tracker(Protocol):
 
 
 def check_trackers(config: Config) -> None:
-    """Refuse what is not installed, and wandb online without a login.
+    """Refuse what is not installed, settings in the environment that wandb cannot read, and wandb online without a login.
 
     Raises:
-        UserError: it names the package, or how to log in.
+        UserError: it names the package, the variable, or how to log in.
     """
     for key, (module, package) in _NEEDS.items():
         if getattr(config.logging, key) and find_spec(module) is None:
             raise UserError(f"logging.{key}=true needs the package {module}: pip install {package}, or set it to false")
-    if config.logging.wandb == "off" or wandb_mode(config) != "online":
+    if config.logging.wandb == "off":
         return
     import wandb
 
+    _check_wandb_settings(wandb, config.logging.project)
+    if wandb_mode(config) not in ("online", "run", "shared"):
+        return
     # other ranks may be on machines on which no one has logged in
-    if os.environ.get("RANK", "0") == "0" and not wandb.login(prompt=sys.stdin.isatty(), verify=False):
+    if os.environ.get("RANK", "0") != "0":
+        return
+    with _as_user_error(wandb, "the login (WANDB_API_KEY, or ~/.netrc)", "use logging.wandb=offline"):
+        there = wandb.login(prompt=sys.stdin.isatty(), verify=False)
+    if not there:
         raise UserError(
             "logging.wandb=online needs a login: run `wandb login`, set WANDB_API_KEY, or use logging.wandb=offline"
         )
+
+
+def _check_wandb_settings(wandb: Any, project: str | None) -> None:
+    """Have wandb read its variables and our project's name: it tells of them in many lines, and at times only when the run
+    begins."""
+    given = {name: value for name, value in sorted(os.environ.items()) if name.startswith("WANDB_")}
+    for name, value in given.items():
+        shown = name if "KEY" in name else f"{name}={value}"
+        with _as_user_error(wandb, f"{shown} in the environment", f"unset {name}"):
+            wandb.Settings().update_from_env_vars({name: value})
+    if project is not None:
+        with _as_user_error(wandb, f"logging.project={project}", "leave it out"):
+            wandb.Settings(project=project)
+
+
+@contextmanager
+def _as_user_error(wandb: Any, what: str, otherwise: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, wandb.Error) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error).splitlines()[0]
+        raise UserError(f"{what} cannot be read by wandb ({reason}): correct it, or {otherwise}") from error
 
 
 def wandb_mode(config: Config) -> Any:
@@ -139,7 +171,7 @@ class _Tracker:
 
 
 class Wandb(_Tracker):
-    """A wandb run, in the run directory, under one id across resumes."""
+    """A wandb run, in the run directory unless WANDB_DIR is set, under one id across resumes."""
 
     def __init__(self, config: Config, run_dir: Path):
         import wandb
@@ -150,7 +182,7 @@ class Wandb(_Tracker):
             self._run = wandb.init(
                 # where the configuration leaves it open, what wandb reads from the environment counts
                 project=config.logging.project or os.environ.get("WANDB_PROJECT") or _PROJECT,
-                dir=run_dir,
+                dir=os.environ.get("WANDB_DIR") or run_dir,
                 mode=mode,
                 id=os.environ.get("WANDB_RUN_ID") or _identity(run_dir / "wandb_id"),
                 resume="allow",

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import wandb
 from support import runs
 from support.training import MODEL, config
 
@@ -184,7 +185,8 @@ def wandb_start(tmp_path, monkeypatch):
         fake = SimpleNamespace(
             init=lambda **arguments: given.update(arguments) or SimpleNamespace(define_metric=lambda *a, **b: None),
             login=lambda prompt, verify: False,
-            Error=ValueError,
+            Error=wandb.Error,
+            Settings=wandb.Settings,
         )
         monkeypatch.setitem(sys.modules, "wandb", fake)
         settings = config(1, 1, 1, logging={"wandb": "online", **logging})
@@ -201,11 +203,13 @@ def test_wandb_online_without_a_login_is_one_sentence(wandb_start):
 
 
 def test_the_environment_of_wandb_wins_over_defaults(wandb_start, monkeypatch, tmp_path):
-    for name, value in {"MODE": "offline", "PROJECT": "theirs", "NAME": "seventh", "RUN_ID": "abc"}.items():
+    there = {"MODE": "offline", "PROJECT": "theirs", "NAME": "seventh", "RUN_ID": "abc", "DIR": "/elsewhere"}
+    for name, value in there.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     given = wandb_start()
-    assert {key: given[key] for key in ("mode", "project", "name", "id")} == {
+    assert {key: given[key] for key in ("mode", "project", "name", "id", "dir")} == {
         "mode": "offline",
+        "dir": "/elsewhere",
         "project": "theirs",
         "name": "seventh",
         "id": "abc",
@@ -215,3 +219,25 @@ def test_the_environment_of_wandb_wins_over_defaults(wandb_start, monkeypatch, t
         monkeypatch.delenv(f"WANDB_{name}")
     given = wandb_start()
     assert (given["project"], given["name"]) == ("moe_llm", tmp_path.name)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("MODE", "bogus", "Input should be 'online', 'offline'"),
+        ("MODE", "", "Input should be"),
+        ("TAGS", "", "is empty"),
+        ("PROJECT", "a/b", "Invalid project name"),
+    ],
+)
+def test_what_wandb_cannot_read_in_the_environment_is_one_sentence(wandb_start, monkeypatch, name, value, why):
+    monkeypatch.setenv(f"WANDB_{name}", value)
+    with pytest.raises(
+        UserError, match=rf"^WANDB_{name}={value} in the environment cannot be read.*{why}.*unset WANDB_{name}$"
+    ):
+        wandb_start()
+
+
+def test_a_projects_name_that_wandb_refuses_is_refused_before_training(wandb_start):
+    with pytest.raises(UserError, match=r"^logging.project=a/b cannot be read by wandb \(Invalid project name"):
+        wandb_start(project="a/b", wandb="offline")
