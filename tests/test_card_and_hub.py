@@ -1,9 +1,11 @@
 """Every checkpoint has a model card that huggingface_hub reads; what is pushed holds no trainer state and no local path."""
 
 import fnmatch
+import json
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from support import runs
 from support.checkpoints import small_config
 from support.families import CASES, MIXTRAL
@@ -24,8 +26,6 @@ def checkpoint(finished_run):
 
 
 def test_the_card_is_read_by_the_hubs_library_and_says_what_the_run_was(checkpoint, finished_run):
-    from huggingface_hub import ModelCard
-
     card = ModelCard.load(checkpoint / "README.md")
     data = card.data.to_dict()
     assert (data["license"], data["library_name"], data["pipeline_tag"]) == (
@@ -177,6 +177,41 @@ def test_what_a_merge_says_of_its_sources_paths_stays_here(uploads, tmp_path):
     assert "merged: linear" in card
     assert "2 checkpoints that have no names on a hub" in card
     assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """As PEFT writes it, over a base on this machine."""
+    from merge.merge_fakes import make_model, save
+
+    base, tuned = (str(save(make_model(seed=seed), tmp_path / f"m{seed}")) for seed in (0, 1))
+    assert main(["extract-lora", base, tuned, str(tmp_path / "adapter"), "--rank", "2"]) == 0
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_is_pushed_for_peft_under_its_bases_name_on_the_hub(uploads, adapter, tmp_path):
+    before = runs.fingerprint(adapter)
+    assert main(["push", str(adapter), "me/adapter", "--base", "me/base"]) == 0
+    [(repository, files)] = uploads
+    assert repository == "me/adapter"
+    assert files.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.base_model, card.data.library_name) == ("me/base", "peft")
+    settings = json.loads(files["adapter_config.json"])
+    assert settings["base_model_name_or_path"] == "me/base"
+    assert files["adapter_model.safetensors"] == (adapter / "adapter_model.safetensors").read_bytes()
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+    assert runs.fingerprint(adapter) == before
+
+
+def test_an_adapter_of_a_directory_and_a_base_of_a_checkpoint_are_refused(uploads, adapter, checkpoint, capsys):
+    assert main(["push", str(adapter), "me/adapter"]) == 2
+    assert "which is no repository: name that of its base by --base OWNER/NAME" in capsys.readouterr().err
+    assert main(["push", str(checkpoint), "me/x", "--base", "me/base"]) == 2
+    assert "--base=me/base is for adapters" in capsys.readouterr().err
+    assert main(["push", str(adapter), "me/adapter", "--base", "no name"]) == 2
+    assert "--base=no name is no name of a repository" in capsys.readouterr().err
+    assert uploads == []
 
 
 def test_a_complete_run_is_pushed_and_one_that_goes_on_is_not(make_config, uploads):

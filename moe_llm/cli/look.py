@@ -318,9 +318,10 @@ def add_push(parser: CommandParser) -> CommandParser:
     summary = "upload a checkpoint to the Hugging Face hub, without trainer state"
     example = "moe-llm push runs/quickstart/checkpoints/latest OWNER/NAME"
     command = parser.add_command("push", summary, example, _push)
-    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint directory")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint directory, or one of an adapter")
     command.add_argument("repository", metavar="REPO", help="OWNER/NAME, which is created if it does not exist")
     command.add_argument("--private", action="store_true", help="make a new repository private")
+    command.add_argument("--base", metavar="OWNER/NAME", help="of an adapter: the repository of its model")
     return command
 
 
@@ -328,4 +329,4 @@ def _push(args: argparse.Namespace) -> None:
     with progress(LIBRARIES):
         from moe_llm.hub import push
 
-    print(push(args.checkpoint, args.repository, private=args.private))
+    print(push(args.checkpoint, args.repository, private=args.private, base=args.base))

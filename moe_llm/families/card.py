@@ -69,6 +69,18 @@ def model_card(
     return f"---\n{head}---\n\n" + "\n\n".join(parts) + "\n"
 
 
+def adapter_card(content: Mapping[str, Any], base: str) -> str:
+    """The card of an adapter in PEFT's files; content: of its adapter_config.json. base: its model's repository."""
+    metadata = {"base_model": base, "library_name": "peft", "license": "unknown", "tags": ["lora", "moe_llm"]}
+    parts = [*(content.get("target_modules") or []), *(content.get("target_parameters") or [])]
+    head = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+    lines = [f"rank {content.get('r')}, alpha {content.get('lora_alpha'):g}", f"adapted: {_listed(sorted(parts))}"]
+    return (
+        f"---\n{head}---\n\n# Low-rank adapter of {base}\n\nTrained with moe_llm; PEFT loads it over its base.\n\n"
+        + "".join(f"- {line}\n" for line in lines)
+    )
+
+
 def _opening(model: ModelConfig | str, dense: bool, verb: str) -> list[str]:
     if isinstance(model, str):
         return [f"# {model}", f"A dense language model, {verb} with moe_llm."]
@@ -129,7 +141,7 @@ def _loading(model: ModelConfig | str) -> str:
     return "transformers, 4.57 and 5, without remote code"
 
 
-def _hub_name(name: Any) -> str | None:
+def hub_name(name: Any) -> str | None:
     """A name that a hub would know; None for a directory of this machine."""
     if not isinstance(name, str) or name.count("/") > 1 or name.startswith((".", "~", "/")) or Path(name).exists():
         return None
@@ -137,13 +149,13 @@ def _hub_name(name: Any) -> str | None:
 
 
 def _hub_names(names: Iterable[Any]) -> list[str]:
-    return list(dict.fromkeys(name for name in map(_hub_name, names) if name))
+    return list(dict.fromkeys(name for name in map(hub_name, names) if name))
 
 
 def _base(run: Mapping[str, Any], made: str, sources: Sequence[str], bases: Sequence[str]) -> list[str]:
     if run and run.get("model", {}).get("init_from") is None:
         return ["trained from scratch"]
-    unnamed = 1 if run and not bases else len(dict.fromkeys(source for source in sources if _hub_name(source) is None))
+    unnamed = 1 if run and not bases else len(dict.fromkeys(source for source in sources if hub_name(source) is None))
     there = {0: [], 1: ["a checkpoint that has no name on a hub"]}
     return [
         *filter(None, [made]),
@@ -162,7 +174,7 @@ def _data(run: Mapping[str, Any], provenance: Mapping[str, Any]) -> list[str]:
     for i, source in enumerate(run.get("data", {}).get("sources", [])):
         path = source.get("path")
         names = [path] if isinstance(path, str) else path or [source["type"]]
-        shown = ", ".join(name if source["type"] == "hub" and _hub_name(name) else Path(name).name for name in names)
+        shown = ", ".join(name if source["type"] == "hub" and hub_name(name) else Path(name).name for name in names)
         kind = source.get("content", "text")
         shown = shown if kind == "text" else f"{shown} ({kind})"
         lines.append(": ".join(filter(None, [shown, counted.get(f"data.sources.{i}", "")])))
@@ -186,7 +198,7 @@ def _training(run: Mapping[str, Any]) -> list[str]:
 def _teachers(distill: Mapping[str, Any]) -> list[str]:
     teachers = [teacher["path"] for teacher in distill.get("teachers") or []]
     named = _hub_names(teachers)
-    unnamed = len(teachers) - len([teacher for teacher in teachers if _hub_name(teacher)])
+    unnamed = len(teachers) - len([teacher for teacher in teachers if hub_name(teacher)])
     told = [*named, *([f"{unnamed} without a name on a hub"] if unnamed else [])]
     return [f"teachers of the distillation: {_listed(told)}"] if told else []
 
