@@ -249,6 +249,7 @@ ENVIRONMENT: dict[str, dict[str, str]] = {
         "TRITON_INTERPRET": "`1`: liger-kernel's kernels run in Triton's interpreter, on a CPU, which the tests do",
         "TOKENIZERS_PARALLELISM": "set to `false` while the package's own processes tokenise, and for task evaluation",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "seconds that a launcher waits for ranks to save after a signal (default 30)",
+        "WANDB_API_KEY": "read by wandb, to log in",
         "WANDB_DIR": "directory of the files of Weights & Biases (default: the run directory)",
         "WANDB_MODE": "counts before `logging.wandb`",
         "WANDB_NAME": "name of the run at Weights & Biases (default: that of the run directory)",

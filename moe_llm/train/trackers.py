@@ -76,7 +76,7 @@ def _check_wandb_settings(wandb: Any, project: str | None) -> None:
     begins."""
     given = {name: value for name, value in sorted(os.environ.items()) if name.startswith("WANDB_")}
     for name, value in given.items():
-        shown = name if "KEY" in name else f"{name}={value}"
+        shown = name if name == "WANDB_API_KEY" else f"{name}={value}"
         with _as_user_error(wandb, f"{shown} in the environment", f"unset {name}"):
             wandb.Settings().update_from_env_vars({name: value})
     if project is not None:
