@@ -50,7 +50,7 @@ def test_one_flipped_exponent_bit_of_a_runs_checkpoint_is_refused(finished_run, 
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("command", ["evaluate", "inspect", "merge"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_weight_that_is_not_finite_is_named(finished_run, text, tmp_path, capsys, command, value):
     """Of a directory without a manifest, as merges and other programs write it."""
     other = finished_run / "checkpoints/latest"
