@@ -147,6 +147,17 @@ def sampling(temperature: float, top_p: float) -> dict[str, Any]:
     return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
 
 
+def refuse_no_number(ids_BS: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
+    """A logits processor of transformers that changes nothing.
+
+    Raises:
+        UserError: NaN or infinity among the logits, of which the likeliest token would be some token.
+    """
+    if bool(torch.isnan(logits_BV).any() | torch.isposinf(logits_BV).any()):
+        raise UserError("the checkpoint gives NaN or infinity for the next token: use another checkpoint")
+    return logits_BV
+
+
 def generate_plainly(model: Any, tokenizer: Any) -> None:
     """Give a model a generation_config of nothing but the tokens at which it stops, and whether it may cache: penalties
     and other defaults of its folder act only where they are asked for, so that temperature 0 is the likeliest token."""

@@ -8,7 +8,7 @@ import torch
 
 from moe_llm.data.chat_template import own_template, render_prompt
 from moe_llm.data.tokenizer import end_token_ids
-from moe_llm.ensemble.causal_lm import read_prompt, said, sampling
+from moe_llm.ensemble.causal_lm import read_prompt, refuse_no_number, said, sampling
 from moe_llm.errors import UserError
 from moe_llm.inference.generate import Loaded
 
@@ -78,6 +78,7 @@ class Conversation:
             use_cache=self._cached,
             return_dict_in_generate=True,
             streamer=streamer,
+            logits_processor=[refuse_no_number],
             **({"past_key_values": self._cache_of(ids)} if self._cached else {}),
             **sampling(self._how.get("temperature", 0.8), self._how.get("top_p", 0.95)),
         )

@@ -19,6 +19,7 @@ from moe_llm.ensemble.causal_lm import (
     generate_plainly,
     learned_positions,
     load_causal_lm,
+    refuse_no_number,
     said,
     sampling,
 )
@@ -205,6 +206,7 @@ def _new_tokens(
         attention_mask=mask_BS,
         max_new_tokens=max_new_tokens,
         use_cache=use_cache and loaded.caches,
+        logits_processor=[refuse_no_number],
         **sampling(temperature, top_p),
         **stops,
     )

@@ -75,6 +75,11 @@ def test_a_loss_that_is_not_finite_is_no_result(finished_run, text, tmp_path, ca
     out, err = capsys.readouterr()
     assert out == ""
     assert "no finite loss" in err
+    for how in ([], ["--temperature", "0"]):
+        assert main(["generate", str(copy), "--prompt", "some", "--max-new-tokens", "2", *how]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "gives NaN or infinity for the next token" in err
 
 
 @pytest.mark.parametrize("seeds", [range(12), pytest.param(range(12, 200), marks=pytest.mark.grid)])
