@@ -194,7 +194,9 @@ class Oracle:
             expected, note = found["ids"], " (and the end of text, which it appends)"
         if [ids[:-1] for ids in self.ids] == found["ids"]:
             expected, note = found["ids"], " (but for the end of the last turn, which it leaves open)"
-        unlike = sum(one != other for one, other in zip(found["ids"], expected, strict=True))
+        if len(found["ids"]) != len(expected):
+            return False, f"{len(found['ids'])} texts of {len(expected)}"
+        unlike = sum(one != other for one, other in zip(found["ids"], expected))
         apart = [abs(loss / self.loss(ids) - 1) for ids, loss in zip(found["ids"], found["losses"], strict=True)]
         worst = max(apart, key=lambda share: (math.isnan(share), share))
         words = "same ids" if not unlike else f"{unlike} of {len(expected)} texts have other ids"
