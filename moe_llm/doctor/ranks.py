@@ -87,16 +87,16 @@ class LocalRanks:
     def start(self) -> None:
         """Start the processes, which takes seconds; `send` does it where it has not been done."""
         context, port = multiprocessing.get_context("spawn"), _free_port()
-        self._prints = tempfile.TemporaryDirectory(prefix="moe-llm-doctor-ranks-")
-        for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            arguments = (theirs, rank, self._environment(rank, port), self._print_file(rank))
-            process = context.Process(target=_serve, args=arguments, daemon=True)
-            with _signals_wait():
+        with _signals_wait():  # until what is there is known to `close`
+            self._prints = tempfile.TemporaryDirectory(prefix="moe-llm-doctor-ranks-")
+            for rank in range(self.size):
+                ours, theirs = context.Pipe()
+                arguments = (theirs, rank, self._environment(rank, port), self._print_file(rank))
+                process = context.Process(target=_serve, args=arguments, daemon=True)
                 process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
+                theirs.close()
+                self._pipes.append(ours)
+                self._processes.append(process)
 
     def send(self, function: Callable[..., Any], *args: Any, plant: Plant = no_plant) -> None:
         """Have every rank begin `function(*args)`."""

@@ -15,6 +15,9 @@ from moe_llm.config.rope import with_one_spelling
 from moe_llm.errors import UserError
 
 OURS = "moe_llm"  # the key under which config.json holds what the family has no key for
+# Keys of dense models' config.json that a mixture's has not: whoever makes one looks at the first three by itself, and the
+# last one splits products without changing them
+DENSE_ALONE = ("attention_bias", "mlp_bias", "layer_types", "pretraining_tp")
 # Of every configuration in transformers: nothing that the logits depend on.
 _HARMLESS = frozenset(
     [

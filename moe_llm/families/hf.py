@@ -28,6 +28,7 @@ from moe_llm.config import ModelConfig
 from moe_llm.config.shapes import buffer_shapes as buffer_shapes
 from moe_llm.config.shapes import parameter_shapes as parameter_shapes
 from moe_llm.families.architectures import architecture_of, from_content
+from moe_llm.families.family import DENSE_ALONE as DENSE_ALONE
 from moe_llm.families.family import OURS, SAME, Family
 
 EXPERT_PARAMETER = re.compile(

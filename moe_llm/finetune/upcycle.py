@@ -57,8 +57,7 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _MAX_SHARD_SIZE = "5GB"
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
-# of a dense config.json: the first three are looked at by themselves, the last one splits products and changes none
-_WITHOUT_EFFECT = (hf.OURS, "attention_bias", "mlp_bias", "layer_types", "pretraining_tp")
+_WITHOUT_EFFECT = (hf.OURS, *hf.DENSE_ALONE)  # what of it matters is looked at by itself
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from moe_llm.errors import UserError
+from moe_llm.families import hf
 from moe_llm.merge.job import SPAN, Copy, seeded
 from moe_llm.merge.models import ATTENTION, DENSE, EMBEDDING, HEAD, NORM, Model, check_alike, layer_tensor, window
 from moe_llm.merge.plan import MergePlan, common_dtype, read_dtype
@@ -38,19 +39,27 @@ def make_mixture_plan(recipe: MixtureRecipe) -> MergePlan:
     dtype = read_dtype(recipe.dtype, "dtype") or common_dtype(
         [model.dtype(layer_tensor(0, GATE)) for model in models.values()]
     )
+    changes = _changes(recipe, base)
+    kept = {key: value for key, value in base.content.items() if key not in hf.DENSE_ALONE}
+    hf.from_transformers_config({**kept, **changes}, str(base.directory / "config.json"))  # refused now if at all
     gates_LED = _gates(recipe, base)
     return MergePlan(
         "mixtral",
         base,
         list(models.values()),
         list(_tensors(recipe, base, models, gates_LED, dtype)),
-        _changes(recipe, base),
+        changes,
+        left_out=hf.DENSE_ALONE,
         notes=notes,
     )
 
 
 def _check(base: Model, models: list[Model]) -> None:
     for model in models:
+        if len(set(model.content.get("layer_types") or ())) > 1:
+            raise UserError(
+                f"{model.reference} has layers of several layer_types, which a Mixtral has not: give another"
+            )
         if model.config is not None:
             raise UserError(f"{model.reference} is a mixture already: experts are made of Llama or Mistral models")
         if model.layers != base.layers:

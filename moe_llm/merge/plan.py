@@ -5,7 +5,7 @@ embedding comes from the first slice's sources, final norm and head from the las
 """
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,8 @@ DTYPES = {
 class MergePlan:
     """What is written: tensors in order, and what the files beside them are made from.
 
-    donor: whose config.json and tokenizer the output gets. changes: to that config.json. notes: sentences to say.
+    donor: whose config.json and tokenizer the output gets. changes: to that config.json, which loses the keys `left_out`.
+    notes: sentences to say.
     layers_from: (model, its layer) that settings of each layer of the output come from.
     """
 
@@ -46,6 +47,7 @@ class MergePlan:
     notes: list[str] = field(default_factory=list)
     layers_from: list[tuple[Model, int]] = field(default_factory=list)
     aligner: Aligner | None = None
+    left_out: Collection[str] = ()
 
 
 def read_dtype(text: str | None, field_name: str) -> torch.dtype | None:

@@ -112,7 +112,8 @@ def _cut(job: Job | Copy, parts: list[hf.Piece]) -> Iterator[tuple[hf.Piece, tor
 
 def _write_beside(plan: MergePlan, directory: Path) -> None:
     """config.json, generation_config.json and the tokenizer."""
-    content = {**plan.donor.content, **plan.changes, **_layer_settings(plan)}
+    given = {key: value for key, value in plan.donor.content.items() if key not in plan.left_out}
+    content = {**given, **plan.changes, **_layer_settings(plan)}
     dtypes = [job.out_dtype for job in plan.tensors]
     word = _WORDS[max(dtypes, key=lambda dtype: (dtypes.count(dtype), dtype.itemsize))]
     content |= {"dtype": word, "torch_dtype": word}

@@ -22,6 +22,9 @@ class DeepSpeedLayer(nn.Module):
 
     def __init__(self, shape, theirs: nn.Module, dtype: torch.dtype):
         super().__init__()
+        from moe_llm.distributed.deepspeed import prepare_environment
+
+        prepare_environment(cpu=not torch.cuda.is_available(), world_size=1)
         import deepspeed
         from deepspeed.moe.layer import MoE
 

@@ -21,6 +21,7 @@ def script(monkeypatch):
     sys.modules.pop("merging")
 
 
+@pytest.mark.grid
 def test_all_tables_come_out(script, tmp_path, monkeypatch):
     text = runs.write_text(tmp_path / "text.txt")
     raw = runs.sections(text, tmp_path / "cache", tmp_path / "base", train={"max_steps": 2}, logging={"console": "off"})

@@ -19,6 +19,7 @@ from moe_llm.data.documents import DocumentEncoder, vocabulary_size
 from moe_llm.data.tokenizer import build_tokenizer, end_token_ids, load_tokenizer, save_tokenizer
 from moe_llm.ensemble.causal_lm import read_prompt
 from moe_llm.errors import UserError
+from moe_llm.model.init import init_weights
 
 TEXTS = ["hello world", " two  spaces", "naïve Ω 漢字 😀", "def f(x):\n    return x\n", "12345 3.14", ""]
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -193,6 +194,7 @@ def test_a_penalty_of_the_folder_does_not_act_on_the_likeliest_token(bare, tmp_p
 
     settings(bare, "generation_config.json", {"eos_token_id": [2, 17], "repetition_penalty": 50.0})
     model = MoEForCausalLM(ModelConfig(**{**MODEL, "vocab_size": 32000}))
+    init_weights(model, 0)
     model.save_pretrained(tmp_path / "with", load_tokenizer(bare))
     shutil.copytree(tmp_path / "with", tmp_path / "without")
     settings(tmp_path / "without", "generation_config.json", {"eos_token_id": [2, 17]})

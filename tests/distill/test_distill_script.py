@@ -10,6 +10,7 @@ from moe_llm.cli import main
 from moe_llm.config import load_config
 
 
+@pytest.mark.grid
 def test_the_experiment_tells_losses_of_students_and_teachers(lessons, tmp_path):
     raw = runs.sections(lessons / "text.txt", tmp_path / "cache", tmp_path / "unused", logging={"console": "off"})
     config = runs.write_yaml(tmp_path / "config.yaml", raw)

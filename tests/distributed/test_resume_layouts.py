@@ -90,7 +90,8 @@ def _bf16_steps(cfg, steps_: int, how: dict) -> dict:
     ("layout", "dtype"),
     dear(
         [(layout, dtype) for layout in ("1", "2x2z1", "2x2z2", "2x2z3") for dtype in ("fp32", "bf16")],
-        *[("1", "fp32"), ("1", "bf16"), ("2x2z3", "bf16")],
+        ("1", "fp32"),
+        ("2x2z3", "bf16"),
     ),
 )
 def test_bf16_training_goes_on_from_its_fp32_masters(request, tmp_path, layout, dtype):

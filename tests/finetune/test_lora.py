@@ -197,7 +197,7 @@ def _ranks_gathering_all(cfg, how: dict) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("stage", "ep", "chunks"), dear([(1, 2, 1), (2, 2, 2), (3, 2, 3), (3, 1, 1)], (2, 2, 2), (3, 1, 1))
+    ("stage", "ep", "chunks"), dear([(1, 2, 1), (2, 2, 2), (3, 2, 3), (3, 1, 1)], (3, 1, 1), (2, 2, 2))
 )
 def test_ranks_equal_one_process_and_go_on_elsewhere(two_ranks, base, trained, tmp_path, stage, ep, chunks):
     """ZeRO-3 with recomputation; rows exchanged in parts by expert and by share; both ways between layouts."""

@@ -182,7 +182,7 @@ def test_what_cannot_be_upcycled_is_named(llama, changes, recipe, sentence, tmp_
 def test_a_failure_while_writing_leaves_nothing(llama, tmp_path, monkeypatch):
     from moe_llm.finetune import upcycle as module
 
-    def fail(*arguments):
+    def fail(*arguments, **named):
         raise RuntimeError("power")
 
     monkeypatch.setattr(module, "write_model_files", fail)

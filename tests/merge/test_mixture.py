@@ -5,6 +5,7 @@ import torch
 from merge_fakes import Words, load, make_model, merged, save
 from transformers import AutoModelForCausalLM
 
+from moe_llm.checkpoint.pretrained import MoEForCausalLM
 from moe_llm.errors import UserError
 
 
@@ -58,8 +59,11 @@ def test_equal_experts_compute_what_the_dense_model_does(dense, tmp_path):
         for path, kind in ((dense[0], None), (tmp_path / "out", "eager"))
     ]
     with torch.no_grad():
-        logits = [model(ids).logits for model in models]
+        logits = [model(ids).logits for model in models] + [
+            MoEForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
+        ]
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[2], logits[0], rtol=1e-4, atol=1e-4)
 
 
 def test_hidden_gates_are_hidden_states_of_the_base(dense, tmp_path):

@@ -45,7 +45,7 @@ def test_one_process_twice(precision):
 
 
 @pytest.mark.parametrize(
-    ("ep", "stage", "precision"), dear([(2, 1, "bf16"), (2, 2, "fp32"), (2, 3, "fp32")], (2, 1, "bf16"), (2, 3, "fp32"))
+    ("ep", "stage", "precision"), dear([(2, 1, "bf16"), (2, 2, "fp32"), (2, 3, "fp32")], (2, 1, "bf16"))
 )
 def test_two_ranks_twice(two_ranks, ep, stage, precision):
     found = two_ranks.run(twice, cfg_of(2, precision, ep, stage))
