@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,9 +45,6 @@ from moe_llm.data.token_files import TokenFileEncoder
 from moe_llm.errors import UserError
 from moe_llm.locks import tell
 from moe_llm.progress import progress
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 
