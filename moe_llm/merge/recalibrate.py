@@ -34,6 +34,7 @@ from moe_llm.families import hf
 from moe_llm.merge.recipe import AnyRecipe, Recalibration, SoupRecipe, recipe_text
 from moe_llm.merge.run import merge_recipe, plan_of
 from moe_llm.merge.write import RECIPE_FILE, check_output
+from moe_llm.progress import tracked
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ def _fit(model: MoEForCausalLM, batches: Sequence[Batch], settings: Recalibratio
     routers = [parameter for parameter in model.parameters() if parameter.requires_grad]
     masters = [parameter.detach().float().clone() for parameter in routers]
     optimizer = torch.optim.AdamW(masters, lr=settings.lr, weight_decay=0.0)
-    for step in range(settings.steps):
+    for step in tracked(range(settings.steps), "fitting routers"):
         batch = batches[step % len(batches)].to(device)
         StepLoss(model.config, runtime, [batch])(model(**model_inputs(batch))).total.backward()
         for parameter, master in zip(routers, masters, strict=True):
