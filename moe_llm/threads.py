@@ -23,3 +23,8 @@ def may_be_chosen() -> bool:
 def cores() -> set[int]:
     """The cores that this process may use; none where the system does not tell."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+
+
+def available_cores() -> int:
+    """How many cores this process may use."""
+    return len(cores()) or os.cpu_count() or 1

@@ -45,6 +45,7 @@ from moe_llm.data.token_files import TokenFileEncoder
 from moe_llm.errors import UserError
 from moe_llm.locks import tell
 from moe_llm.progress import progress
+from moe_llm.threads import available_cores
 
 logger = logging.getLogger(__name__)
 
@@ -500,8 +501,3 @@ def _one_thread_per_call() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

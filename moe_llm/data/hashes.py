@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from moe_llm.data.files import building, remember
 from moe_llm.errors import UserError
 from moe_llm.locks import tell
 from moe_llm.progress import progress
+from moe_llm.threads import available_cores
 
 COARSE_NS = 2 * 10**9  # of the clocks of file systems
 REMEMBERED_BYTES = 64 * 2**20  # of files; less is read again each time, which takes less than a tenth of a second
@@ -40,7 +40,7 @@ def file_hashes(files: Sequence[Path], field: str, cache: Path) -> list[str]:
             nbytes = sum(stamps[i][0] for i in missing)
             with (
                 progress(f"hashing {field}", nbytes, in_bytes=True) as advance,
-                ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+                ThreadPoolExecutor(min(8, available_cores())) as pool,
             ):
                 for i, digest in zip(missing, pool.map(lambda i: _hash(files[i]), missing)):
                     tell(f"reading {files[i]}")

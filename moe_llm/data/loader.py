@@ -18,7 +18,7 @@ from moe_llm.config import Config, SourceConfig
 from moe_llm.data.augment import Augmentation
 from moe_llm.data.best_fit import PackedDocuments
 from moe_llm.data.blocks import TrainBlocks, ValidationBlocks
-from moe_llm.data.cache import SPLITS, TokenizedText, available_cores
+from moe_llm.data.cache import SPLITS, TokenizedText
 from moe_llm.data.chat import read_examples
 from moe_llm.data.chat_template import ChatEncoder
 from moe_llm.data.documents import DocumentEncoder, SpecialText, check_rows, report_special_text
@@ -34,6 +34,7 @@ from moe_llm.data.stream import Cursor
 from moe_llm.data.streamed_blocks import StreamedBlocks, Windows
 from moe_llm.data.tokenizer import end_token_ids
 from moe_llm.errors import UserError
+from moe_llm.threads import available_cores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -35,7 +35,6 @@ from moe_llm.data.cache import (
     SPLITS,
     Encoding,
     TokenizedText,
-    available_cores,
     is_whole,
     mark_verified,
     open_split,
@@ -57,6 +56,7 @@ from moe_llm.data.tokenizer import content_hash
 from moe_llm.errors import TrainingFailure, UserError
 from moe_llm.locks import tell
 from moe_llm.progress import is_shown, progress
+from moe_llm.threads import available_cores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
