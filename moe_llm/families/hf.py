@@ -19,7 +19,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from types import EllipsisType
 from typing import Any
@@ -167,10 +167,15 @@ def to_transformers_config(
         "use_cache": not model.router.needs_past,
         "torch_dtype": _DTYPE_WORDS[dtype],
         "dtype": _DTYPE_WORDS[dtype],
-        "transformers_version": version("transformers"),
+        "transformers_version": _transformers_version(),
         **architecture.write(model),
         OURS: model.model_dump(mode="json", exclude={*same, *_NOT_BESIDE}),
     }
+
+
+@cache
+def _transformers_version() -> str:
+    return version("transformers")
 
 
 def _rope_scaling(rope: Mapping[str, Any], architecture: Family) -> dict[str, Any]:
@@ -194,7 +199,7 @@ def generation_config(
         "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,
-        "transformers_version": version("transformers"),
+        "transformers_version": _transformers_version(),
     }
 
 

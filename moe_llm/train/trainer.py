@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -261,6 +262,10 @@ class Trainer:
         with self.engine.weights_for_use():
             return validation_loss(self.config, self.engine, self.runtime, self.data, self.heartbeat)
 
+    @cached_property
+    def _config_text(self) -> str:
+        return dump_config(self.config)
+
     def save(self) -> None:
         """Write a checkpoint of the present weights. Collective."""
         config, position = self.config, self.position
@@ -274,7 +279,7 @@ class Trainer:
                 step=position.step,
                 trainer_state=position.state(),
                 model_config=config.model,
-                run_config_text=dump_config(config),
+                run_config_text=self._config_text,
                 tokenizer=self.tokenizer,
                 keep_last=config.checkpoint.keep_last,
                 best_step=position.best_step,
