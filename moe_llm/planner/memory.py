@@ -11,6 +11,7 @@ K experts per token, H query heads, G key-value heads, d head dimension, V vocab
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from moe_llm.config import Config
 from moe_llm.config.optim import OPTIMIZERS
@@ -107,10 +108,29 @@ class Memory:
         return max(self.host, self.host_at_start)
 
 
+class _This:
+    """A configuration as a key, by identity: it is frozen, and its lists have no hash."""
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    def __hash__(self) -> int:
+        return id(self.config)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _This) and self.config is other.config
+
+
 def held_parameters(config: Config, layout: Layout) -> tuple[int, int]:
     """(dense, expert) parameters of one rank, before ZeRO."""
-    counts = config.model.parameter_counts()
-    held = config.model.num_moe_layers * config.model.held_expert_parameters(layout.expert_parallel)
+    return _held_parameters(_This(config), layout.expert_parallel)
+
+
+@lru_cache(maxsize=16)
+def _held_parameters(this: _This, expert_parallel: int) -> tuple[int, int]:
+    model = this.config.model
+    counts = model.parameter_counts()
+    held = model.num_moe_layers * model.held_expert_parameters(expert_parallel)
     return sum(counts.values()) - counts["experts"], held
 
 
@@ -136,20 +156,26 @@ class Trained:
 def trained_parameters(config: Config, layout: Layout) -> Trained:
     """What `finetune` leaves to train. Where only some experts are (`finetune.experts`), stacked tensors are trained
     whole, as the engine does it."""
+    return _trained_parameters(_This(config), layout.expert_parallel)
+
+
+@lru_cache(maxsize=16)  # every layout of a plan asks for it several times
+def _trained_parameters(this: _This, expert_parallel: int) -> Trained:
+    config = this.config
     adapters = config.finetune.lora.rank is not None
     shapes = adapter_shapes(config) if adapters else whole_shapes(config)
     counts = dict.fromkeys(("dense", "expert", "head", "embeddings"), 0.0)
     for name in trained_names(config):
         count = math.prod(shapes[name])
         if is_expert(name):
-            counts["expert"] += count / layout.expert_parallel
+            counts["expert"] += count / expert_parallel
             continue
         counts["dense"] += count
         part = part_of(name)
         if part in ("lm_head", "embed_tokens"):
             counts["head" if part == "lm_head" else "embeddings"] += count
     model = config.model  # the rank that has the widest experts
-    counts["expert"] *= model.held_expert_parameters(layout.expert_parallel) * layout.expert_parallel
+    counts["expert"] *= model.held_expert_parameters(expert_parallel) * expert_parallel
     counts["expert"] /= model.held_expert_parameters(1)
     layers, of_layers = config.model.num_hidden_layers, counts["dense"] - counts["head"] - counts["embeddings"]
     return Trained(

@@ -115,8 +115,8 @@ def test_activations_may_be_held_so_that_fewer_micro_batches_are_computed_twice(
     assert_same([found], train_steps(run_of("mixtral", 1, **settings), 3))
 
 
-def on_ranks(layouts: list[tuple]) -> list[dict]:
-    return [train_steps(run_of(kind, micro, world, **more), STEPS) for kind, micro, world, more in layouts]
+def on_ranks(layouts: list[tuple], steps: int) -> list[dict]:
+    return [train_steps(run_of(kind, micro, world, **more), steps) for kind, micro, world, more in layouts]
 
 
 TWO_RANKS = [
@@ -127,10 +127,12 @@ TWO_RANKS = [
 TWO_RANKS += [("mixtral", 1, 2, {"ep": 2, "stage": stage, "held": 3, "recompute": stage == 2}) for stage in (1, 2)]
 
 
-@pytest.mark.parametrize("layouts", [TWO_RANKS[3:4], pytest.param(TWO_RANKS, marks=pytest.mark.grid)])
-def test_two_ranks_under_zero_stages_equal_one_batch_of_one_process(two_ranks: Ranks, layouts):
-    found = two_ranks.run(on_ranks, layouts)
-    whole = {kind: train_steps(run_of(kind, 8), STEPS) for kind in {kind for kind, *_ in layouts}}
+@pytest.mark.parametrize(
+    ("layouts", "steps"), [(TWO_RANKS[3:4], 5), pytest.param(TWO_RANKS, STEPS, marks=pytest.mark.grid)]
+)
+def test_two_ranks_under_zero_stages_equal_one_batch_of_one_process(two_ranks: Ranks, layouts, steps):
+    found = two_ranks.run(on_ranks, layouts, steps)
+    whole = {kind: train_steps(run_of(kind, 8), steps) for kind in {kind for kind, *_ in layouts}}
     for i, (kind, *_) in enumerate(layouts):
         assert_same([per_rank[i] for per_rank in found], whole[kind])
 
@@ -147,9 +149,9 @@ def test_the_grid_of_ranks_experts_and_micro_batches(request, kind):
             for recompute in (False, True)
         ]
         if world == 1:
-            found = [on_ranks(layouts)]
+            found = [on_ranks(layouts, STEPS)]
         else:
-            found = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[world]).run(on_ranks, layouts)
+            found = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[world]).run(on_ranks, layouts, STEPS)
         for i in range(len(layouts)):
             assert_same([per_rank[i] for per_rank in found], whole)
 
