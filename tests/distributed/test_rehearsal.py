@@ -19,7 +19,8 @@ from moe_llm.model.decoder import MoEDecoder
 from moe_llm.model.moe import routers
 from moe_llm.model.moe.experts import Experts, MoELayer
 from moe_llm.ops import attention, host
-from moe_llm.planner.memory import KERNELS, layout_of, step_memory
+from moe_llm.planner.layout import layout_of
+from moe_llm.planner.memory import KERNELS, step_memory
 
 SIZES, ROWS, COUNTS = "rows that each rank sends and receives", "rows of all tokens", "rows of each expert"
 SEGMENTS = "segments of a block"

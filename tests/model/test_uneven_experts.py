@@ -14,7 +14,7 @@ from moe_llm.config.load import validate
 from moe_llm.errors import UserError
 from moe_llm.model.init import init_weights
 from moe_llm.model.moe.experts import MoELayer
-from moe_llm.planner.memory import held_parameters
+from moe_llm.planner.layout import held_parameters
 
 SIZES = [8, 20, 33, 12]
 ACTIVATIONS = ["relu2", "silu", "gelu", "gelu_pytorch_tanh"]

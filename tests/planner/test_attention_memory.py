@@ -5,7 +5,8 @@ import torch
 from support.training import config
 
 from moe_llm.model.init import build_model
-from moe_llm.planner.memory import KERNELS, layout_of, offloaded_activations
+from moe_llm.planner.layout import layout_of
+from moe_llm.planner.memory import KERNELS, offloaded_activations
 
 LENGTH = 256
 LATENT = {

@@ -12,7 +12,8 @@ from support.ranks import fresh_accelerate
 from moe_llm import cli
 from moe_llm.config import load_config
 from moe_llm.errors import UserError
-from moe_llm.planner.memory import KERNELS, Layout, layout_of, step_memory, trained_parameters
+from moe_llm.planner.layout import Layout, layout_of, trained_parameters
+from moe_llm.planner.memory import KERNELS, step_memory
 from moe_llm.planner.plan import Request, hardware_named, layouts, plan, planned_config
 from moe_llm.planner.report import format_plan
 from moe_llm.planner.time import step_time, traffic
