@@ -178,15 +178,15 @@ MEMORY = [
 ]
 
 
-@pytest.mark.parametrize("saving", MEMORY)
+@pytest.mark.parametrize("saving", dear(MEMORY, MEMORY[0], MEMORY[3]))
 def test_the_plan_counts_offload_and_tiles(saving):
     check_plan(cluster_config(layers=4, stage=2, length=16384, **saving), 8)
 
 
-@pytest.mark.parametrize(
-    "optim",
-    [{"name": "adamw_8bit"}, *({"master_weights": masters} for masters in ("fp32", "kahan", "stochastic_rounding"))],
-)
+OPTIM = [{"name": "adamw_8bit"}, *({"master_weights": masters} for masters in ("fp32", "kahan", "stochastic_rounding"))]
+
+
+@pytest.mark.parametrize("optim", dear(OPTIM, OPTIM[0], OPTIM[2]))
 def test_the_plan_counts_narrow_gradients_weights_and_moments(optim):
     config = cluster_config(layers=4, stage=2, activation_checkpointing="full")
     check_plan(replace(config, parallel={"gradient_dtype": "bf16"}, optim=optim), 8)

@@ -145,7 +145,6 @@ VARIANTS = {
 
 IN_CI = (
     "bf16, ZeRO-3, recomputation, accumulation",
-    "ranks that share sequences, ZeRO-3, capacity",
     "losses and noise of the router's own",
 )
 
