@@ -124,7 +124,7 @@ def train(folder: Path) -> dict[str, dict[str, Any]]:
     rows = [{"messages": talk} for talk in CONVERSATIONS * 12]
     (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     model = {
-        "vocab_size": 400, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "vocab_size": 400, "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2,
         "initializer_range": 0.1, "max_position_embeddings": 128,
     }  # fmt: skip

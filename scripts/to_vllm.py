@@ -36,6 +36,12 @@ def main() -> None:
         raise SystemExit(
             f"{checkpoint} is of {content.get('model_type')} with qkv_bias={content.get('qkv_bias')}: vLLM takes it as it is"
         )
+    hidden, heads = content["hidden_size"], content["num_attention_heads"]
+    if content.get("head_dim") not in (None, hidden // heads):
+        raise SystemExit(
+            f"{checkpoint} has head_dim={content['head_dim']}, and vLLM's Qwen2-MoE takes hidden_size / num_attention_heads = "
+            f"{hidden // heads}: serve it by transformers or llama.cpp"
+        )
     weight_map, zeros = _weights(checkpoint)
     out.mkdir(parents=True)
     for file in checkpoint.iterdir():

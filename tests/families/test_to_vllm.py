@@ -55,3 +55,11 @@ def test_what_needs_no_biases_and_an_output_that_is_there_are_refused(checkpoint
         convert(monkeypatch, tmp_path / "out", tmp_path / "again")
     with pytest.raises(SystemExit, match="exists: name a new directory"):
         convert(monkeypatch, checkpoint, tmp_path / "out")
+
+
+def test_a_head_width_that_vllm_would_not_read_is_refused(checkpoint, tmp_path, monkeypatch):
+    content = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(content | {"head_dim": 2 * content.get("head_dim", 32)}))
+    with pytest.raises(SystemExit, match="vLLM's Qwen2-MoE takes hidden_size / num_attention_heads"):
+        convert(monkeypatch, checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
