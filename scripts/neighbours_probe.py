@@ -239,7 +239,7 @@ def llama_cpp(request: Request) -> Found:
 
 
 def vllm(request: Request) -> Found:
-    """`LLM` on the CPU: its own tokens, its log-probabilities of the prompts, and the adapter as a request of its own."""
+    """`LLM` on the CPU: its own tokens and log-probabilities of the prompts. Its adapters need Triton, which has no CPUs."""
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
     }  # fmt: skip
@@ -248,12 +248,10 @@ def vllm(request: Request) -> Found:
         checkpoint = str(Path(request["folder"]) / "with-biases")
         _convert([Path(__file__).with_name("to_vllm.py"), request["checkpoint"], checkpoint])
     from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
 
-    adapted = "adapter" in request
     llm = LLM(
-        request["base"] if adapted else checkpoint, tokenizer=checkpoint, dtype="float32", enforce_eager=True,
-        max_model_len=128, max_num_seqs=2, enable_lora=adapted, trust_remote_code=request["remote_code"],
+        checkpoint, dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=2,
+        trust_remote_code=request["remote_code"],
     )  # fmt: skip
     if "conversations" in request:
         rows = encoded(request, llm.get_tokenizer())["input_ids"]
@@ -261,9 +259,7 @@ def vllm(request: Request) -> Found:
     else:
         prompts = request["texts"]
     sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
-    adapter = LoRARequest("adapter", 1, request["adapter"]) if adapted else None
-    outputs = llm.generate(prompts, sampling, lora_request=adapter)
-    losses = []
+    outputs, losses = llm.generate(prompts, sampling), []
     for output in outputs:
         chosen = [entry[id_].logprob for entry, id_ in zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:])]
         losses.append(-sum(chosen) / len(chosen))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support.training import MODEL, config
 
-from moe_llm.doctor.compare import Unsure, resumed, tolerances
+from moe_llm.doctor.compare import Unsure, resumed, tolerances, weights
 from moe_llm.doctor.judge import explain_gradients, judge_random
 from moe_llm.doctor.observe import Held, Observation
 from moe_llm.doctor.oracle.initial import wrong_weights
@@ -111,3 +111,28 @@ def test_a_resumed_run_has_the_rates_of_one_that_was_not_interrupted(rate, faile
     found = resumed("resume", "key", [run(0, [1.0, 0.5])], [run(1, [rate])], [], tolerances(config(1, 1, 1)))
     assert found[-1].failed == failed
     assert found[-1].where == ("step 2, the learning rate" if failed else "")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "noise", "far", "failed"),
+    [
+        ("adamw", 0.0, 2e-3, True),
+        ("adamw", 5e-5, 2e-3, False),  # gradients of the second step follow a weight that rounding turned in the first
+        ("adamw", 1.0, 2e-2, True),
+        ("sgd", 5e-5, 2e-3, True),
+    ],
+)
+def test_weights_may_depart_by_what_a_later_gradient_does_and_no_more(optimizer, noise, far, failed):
+    """Root mean squares: every other gradient by `noise` of it, every weight by `far` of its change."""
+    value = DRAW.standard_normal(1000)
+    other = value * np.where(np.arange(1000) % 2, 1, 1 + noise * 2**0.5)
+
+    def seen(gradient, change):
+        states = [{"a": Held(None, value + change * step)} for step in (1, 2)]
+        gradients = [{"a": Held(None, one)} for one in (value, gradient)]
+        return SimpleNamespace(start={"weight": {"a": Held(None, value)}}, weights=states, gradients=gradients)
+
+    one, ranks = seen(value, 0.1), seen(other, 0.1)
+    ranks.weights[1]["a"] = Held(None, one.weights[1]["a"].value + 0.2 * far)
+    allowed = tolerances(config(1, 1, 1, optimizer=optimizer))
+    assert weights([ranks], one, allowed).failed == failed
