@@ -1,8 +1,12 @@
 """What launchers say in the environment is followed, reported or refused, and never dropped in silence."""
 
+import sys
+
 import pytest
+from support import runs
 from support.training import config
 
+from moe_llm import cli
 from moe_llm.distributed import launcher
 from moe_llm.distributed.launcher import check_launcher, check_local_rank
 from moe_llm.errors import UserError
@@ -102,3 +106,25 @@ def test_the_rank_that_the_deepspeed_launcher_gives_has_to_be_this_ones(monkeypa
     monkeypatch.delenv("LOCAL_RANK")
     with pytest.raises(UserError, match="leave it out"):
         check_local_rank(0)
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29763"],
+        ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+        ["accelerate.commands.accelerate_cli", "launch", "--config_file", "configs/accelerate/cpu_2.yaml"],
+    ],
+    ids=["deepspeed", "torchrun", "accelerate"],
+)
+def test_each_launcher_starts_the_same_two_ranks(make_config, tmp_path, words):
+    """By the commands of docs/guides/several-ranks.md; all train the same losses."""
+    path = make_config(parallel={"expert_parallel_size": 2}, train={"max_steps": 2})
+    done = runs.finish([sys.executable, "-m", *words, "scripts/train.py", str(path)], timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks (expert parallel 2, ZeRO-1)" in done.stdout + done.stderr
+    first = runs.records(tmp_path / "run")[0]["loss"]
+    one = make_config("alone", train={"max_steps": 1})
+    assert cli.main(["train", str(one)]) == 0
+    assert runs.records(tmp_path / "alone")[0]["loss"] == pytest.approx(first, rel=1e-5)
