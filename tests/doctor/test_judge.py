@@ -128,9 +128,10 @@ def test_weights_may_depart_by_what_a_later_gradient_does_and_no_more(optimizer,
     other = value * np.where(np.arange(1000) % 2, 1, 1 + noise * 2**0.5)
 
     def seen(gradient, change):
-        states = [{"a": Held(None, value + change * step)} for step in (1, 2)]
+        states = [{"a": Held(None, value + change * step), "frozen": Held(None, value)} for step in (1, 2)]
         gradients = [{"a": Held(None, one)} for one in (value, gradient)]
-        return SimpleNamespace(start={"weight": {"a": Held(None, value)}}, weights=states, gradients=gradients)
+        start = {"weight": {"a": Held(None, value), "frozen": Held(None, value)}}
+        return SimpleNamespace(start=start, weights=states, gradients=gradients)
 
     one, ranks = seen(value, 0.1), seen(other, 0.1)
     ranks.weights[1]["a"] = Held(None, one.weights[1]["a"].value + 0.2 * far)
