@@ -255,9 +255,8 @@ def weights(
         gradients = whole([rank.gradients[step] for rank in ranks]), whole([one.gradients[step]])
         unsure.add(*gradients)
         for name, value in expected.items():
-            if (
-                step and allowed.magnifies and name in gradients[1]
-            ):  # those of the first step are compared by themselves
+            # those of the first step are compared by themselves
+            if step and allowed.magnifies and name in gradients[1]:
                 noise[name] = max(noise.get(name, 0.0), _noise(*(of_all[name] for of_all in gradients)))
             tolerance = max(allowed.weights, _turned(noise.get(name, 0.0)))
             own = ~unsure.elements(name, value)
