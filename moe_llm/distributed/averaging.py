@@ -5,6 +5,7 @@ each rank averages what it holds and exchanges nothing, and whatever reads or wr
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ class Averaging(ABC):
     """The part of an engine that keeps the average: see `TrainedState` for `averages` and `averaged`."""
 
     kinds: tuple[str, ...]
+    _allocate: Callable[[Tensor], Tensor]  # room for what is kept of a weight: fp32, of its shape
 
     def _set_up_average(self, ema: EmaConfig) -> None:
         self.averages, self.averaged, self._ema = ema.decay is not None, 0, ema
@@ -37,7 +39,7 @@ class Averaging(ABC):
             if EMA in state:
                 state[EMA].lerp_(wide(weight, state), share)
             else:
-                state[EMA] = wide(weight.detach(), state).clone()
+                state[EMA] = self._allocate(weight).copy_(wide(weight.detach(), state))
 
     def make_average(self, updates: int) -> None:
         optimizer, weights = self._stepped()
@@ -45,4 +47,4 @@ class Averaging(ABC):
         for weight in weights:
             optimizer.state[weight].pop(EMA, None)
             if updates:
-                optimizer.state[weight][EMA] = torch.zeros_like(weight, dtype=torch.float32, requires_grad=False)
+                optimizer.state[weight][EMA] = self._allocate(weight).zero_()

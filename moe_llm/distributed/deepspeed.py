@@ -128,7 +128,7 @@ def engine_config(config: Config, world_size: int) -> dict:
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
     }
-    if config.parallel.offload_optimizer == "cpu":
+    if config.parallel.offload_optimizer != "none":  # files too are host memory to DeepSpeed
         zero["offload_optimizer"] = {
             "device": "cpu",
             "pin_memory": config.train.device != "cpu" and torch.cuda.is_available(),
@@ -410,6 +410,15 @@ def update_weights_in_place(optimizer: Any) -> None:
         rank = torch.distributed.get_rank(optimizer.real_dp_process_group[i])
         flat.data = optimizer.parallel_partitioned_bit16_groups[i][rank]
     optimizer._link_all_hp_params()
+
+
+@torch.no_grad()
+def replace_masters(optimizer: Any, moved: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Let the torch optimizer step on other tensors of the same values, which `moved` gives of one after the other."""
+    for flat in flat_parameters(optimizer):
+        flat.data = moved(flat.data)
+    if hasattr(optimizer, "_link_all_hp_params"):  # ZeRO-1 and 2
+        optimizer._link_all_hp_params()
 
 
 def flat_parameters(optimizer: Any) -> list[torch.Tensor]:

@@ -8,6 +8,7 @@ and implement `TrainedState`.
 from abc import abstractmethod
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from moe_llm.config.optim import OPTIMIZERS
 from moe_llm.distributed import deepspeed as contract
 from moe_llm.distributed.adamw_8bit import AdamW8bit
 from moe_llm.distributed.averaging import Averaging
+from moe_llm.distributed.mapped_state import MappedFiles
 from moe_llm.distributed.muon import Muon
 from moe_llm.distributed.runtime import Runtime
 from moe_llm.distributed.sequence import share_sequences
@@ -123,6 +125,7 @@ class _NamedState(Averaging, UpdatePhases):
         self._optimizer = OPTIMIZERS[config.optim.name]
         self.kinds, self.starts_as_weight = self._optimizer.tensors, self._optimizer.starts_as_weight
         own_kinds = {p: tuple(group["kinds"]) for group in groups if "kinds" in group for p in group["params"]}
+        self._allocate = partial(torch.empty_like, dtype=torch.float32, requires_grad=False)
         self._set_up_average(config.checkpoint.ema)
         self.rank, self.world_size = runtime.rank, runtime.world_size
         self._runtime = runtime
@@ -465,7 +468,6 @@ class DeepSpeedEngine(_NamedState):
             add_compensation(self.engine.optimizer.optimizer, contract.flat_parameters(self.engine.optimizer))
             contract.link_optimizer_state(self.engine.optimizer)
         super().__init__(model, runtime, config, given, replicas=runtime.world_size // ep, replica=runtime.rank // ep)
-
         if isinstance(optimizer, Muon | AdamW8bit):
             optimizer.share_of = contract.shares(self.engine.optimizer).__getitem__
 
@@ -548,6 +550,12 @@ class DeepSpeedEngine(_NamedState):
     def _stepped(self) -> tuple[torch.optim.Optimizer, list[Tensor]]:
         optimizer = self.engine.optimizer
         return optimizer.optimizer, contract.flat_parameters(optimizer)
+
+    def map_to_files(self, files: MappedFiles) -> None:
+        """Move the optimizer's fp32 weights, which are in host memory, into files, and make its other tensors there."""
+        self._allocate = files.empty_like
+        contract.replace_masters(self.engine.optimizer, lambda flat: files.empty_like(flat).copy_(flat))
+        self.make_optimizer_state(0)
 
     def make_optimizer_state(self, steps: int) -> None:
         optimizer = self.engine.optimizer

@@ -19,6 +19,7 @@ class UpdatePhases:
 
     kinds: tuple[str, ...]
     starts_as_weight: tuple[str, ...]
+    _allocate: Callable[[Tensor], Tensor]  # room for what is kept of a weight: fp32, of its shape
     _phase: UpdatePhase = "all"
 
     def _set_up_phases(self, settings: AdversarialConfig, groups: list[dict]) -> None:
@@ -55,5 +56,6 @@ class UpdatePhases:
             # a fused optimizer counts on the device
             state["step"] = torch.tensor(float(own), device=parameter.device)
             for kind in group.get("kinds", self.kinds):
-                start = parameter.detach().to(torch.float32, copy=True)
-                state[kind] = start if kind in self.starts_as_weight else start.zero_()
+                if kind not in state:
+                    state[kind] = self._allocate(parameter)
+                state[kind].copy_(parameter.detach()) if kind in self.starts_as_weight else state[kind].zero_()

@@ -16,3 +16,6 @@ RESERVED_BYTES, FRAGMENTS = 2 * 2**30, 0.05
 # of eight channels of DDR5-4800 are 614e9 by the makers' figures; a third of it is assumed), and of one GPU's PCIe 5.0
 # x16 link (64e9 by the standard). Assumed, not measured.
 HOST_BANDWIDTH, PCIE_BANDWIDTH = 200e9, 64e9
+# Of a machine's NVMe drives together, read and written by turns: one drive on four lanes of PCIe 4.0 (8e9 by the standard).
+# Assumed, not measured.
+NVME_BANDWIDTH = 5e9

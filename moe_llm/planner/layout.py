@@ -22,6 +22,7 @@ class Layout:
     offload: bool = False  # the optimizer's tensors in host memory
     selective: bool = False  # with recompute: all but attention and what exchanges brought
     sequence_parallel: int = 1  # ranks that share each sequence
+    nvme: bool = False  # with offload: in files of `parallel.nvme_path`
 
     @property
     def readers(self) -> int:
@@ -42,9 +43,10 @@ def layout_of(config: Config, ranks: int) -> Layout:
         config.parallel.zero_stage,
         config.train.micro_batch_size,
         config.train.recomputes,
-        config.parallel.offload_optimizer == "cpu",
+        config.parallel.offload_optimizer != "none",
         config.train.activation_checkpointing == "selective",
         config.parallel.sequence_parallel_size,
+        config.parallel.offload_optimizer == "nvme",
     )
 
 

@@ -54,6 +54,7 @@ class Memory:
     parts: dict[str, float]
     phase: str
     host: float = 0.0  # bytes of host memory that the rank's optimizer and activations take, with offload
+    disk: float = 0.0  # bytes of the rank's optimizer in files of `parallel.nvme_path`
     host_at_start: float = 0.0  # bytes of host memory in which the rank's weights are made before the device has them
 
     @property
@@ -115,7 +116,7 @@ class _Walk:
         self.sent = 2 if config.parallel.communication_dtype == "bf16" and self.size == 2 else 4
         self.overlaps = overlaps(config, layout, kernels)
         self.moments: list[Memory] = []
-        self.host = self.around_experts = 0.0
+        self.host = self.disk = self.around_experts = 0.0
 
     # what is held throughout
 
@@ -149,7 +150,11 @@ class _Walk:
         optimizer += second / self.layout.ranks
         offload = self.layout.offload
         parts["optimizer"] = 0.0 if offload else optimizer
-        self.host = optimizer + 4 * self.trained_shard if offload else 0.0
+        in_memory = (
+            kept * self.trained_shard + second / self.layout.ranks if self.config.optim.name == "adamw_8bit" else 0
+        )
+        self.disk = optimizer - in_memory if self.layout.nvme else 0.0
+        self.host = optimizer - self.disk + 4 * self.trained_shard if offload else 0.0
         if offload:  # accumulated in host memory; ZeRO-1 holds the micro-batches' sum until it is reduced
             parts["gradients"] = size * trained if stage == 1 else 0.0
         elif stage == 1:
@@ -425,7 +430,10 @@ class _Walk:
         )
         self.at("optimizer", static, {"gradients": self.left_behind(whole)}, self.optimizer_step())
         return replace(
-            max(self.moments, key=lambda moment: moment.total), host=self.host, host_at_start=self.made_on_host()
+            max(self.moments, key=lambda moment: moment.total),
+            host=self.host,
+            disk=self.disk,
+            host_at_start=self.made_on_host(),
         )
 
     @property

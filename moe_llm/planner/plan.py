@@ -136,7 +136,9 @@ def _check(config: Config, request: Request) -> None:
 def layouts(config: Config, gpus: int) -> Iterator[Layout]:
     """What can be launched on so many ranks: each expert-parallel size, ZeRO stage (one, where there is nothing to
     divide), micro-batch that divides the batch, with recomputation, whole or selective, and without, the optimizer's
-    tensors on the GPU or in host memory; long sequences whole or shared by ranks."""
+    tensors on the GPU or in host memory (in files, where the configuration says so); long sequences whole or shared by
+    ranks."""
+    nvme = config.parallel.offload_optimizer == "nvme"
     experts, batch = config.model.num_local_experts, config.train.global_batch_size
     offloads = config.parallel.gradient_dtype == "fp32"
     for size in (n for n in range(1, experts + 1) if experts % n == 0 and gpus % n == 0):
@@ -146,7 +148,9 @@ def layouts(config: Config, gpus: int) -> Iterator[Layout]:
                     for recompute, selective in ((False, False), (True, False), (True, True)):
                         # ZeRO-1 would hold whole gradients beside what is offloaded
                         for offload in (False, True) if offloads and (stage > 1 or gpus == 1) else (False,):
-                            yield Layout(gpus, size, stage, micro, recompute, offload, selective, shared)
+                            yield Layout(
+                                gpus, size, stage, micro, recompute, offload, selective, shared, nvme=nvme and offload
+                            )
 
 
 def _sequence_parallel_sizes(config: Config, gpus: int) -> list[int]:
@@ -191,6 +195,14 @@ def _needed(config: Config, request: Request, candidates: list[Candidate]) -> li
             f"{host.memory.host_needed * request.ranks_per_node / gib:.0f} GiB of host memory in each machine "
             f"({words(host.layout)}: {host.memory.total / gib:.1f} GiB of each GPU)"
         )
+    mapped = [_candidate(config, request, replace(c.layout, nvme=True)) for c in fitting if c.layout.offload]
+    if mapped and not any(c.layout.nvme for c in fitting):
+        least = min(mapped, key=lambda c: c.memory.host_needed)
+        host_memory, disk = (n * request.ranks_per_node / gib for n in (least.memory.host_needed, least.memory.disk))
+        found.append(
+            f"parallel.offload_optimizer=nvme, with {host_memory:.0f} GiB of host memory and {disk:.0f} GiB of disk in each "
+            f"machine ({words(least.layout)})"
+        )
     layers = _fewer_layers(config, request)
     if layers:
         given = config.model.num_hidden_layers
@@ -231,7 +243,7 @@ def _fewer_layers(config: Config, request: Request) -> int:
 def words(layout: Layout) -> str:
     again = f", sequences shared by {layout.sequence_parallel}" if layout.sequence_parallel > 1 else ""
     again += (", selective recomputation" if layout.selective else ", recomputation") if layout.recompute else ""
-    again += ", optimizer on the host" if layout.offload else ""
+    again += f", optimizer {'in files' if layout.nvme else 'on the host'}" if layout.offload else ""
     return f"EP {layout.expert_parallel}, ZeRO-{layout.zero_stage}, micro-batch {layout.micro_batch}{again}"
 
 
@@ -241,7 +253,8 @@ def planned_config(config: Config, layout: Layout) -> Config:
         update={
             "expert_parallel_size": layout.expert_parallel,
             "zero_stage": layout.zero_stage,
-            "offload_optimizer": "cpu" if layout.offload else "none",
+            "offload_optimizer": ("nvme" if layout.nvme else "cpu") if layout.offload else "none",
+            "nvme_path": config.parallel.nvme_path if layout.nvme else None,
             "sequence_parallel_size": layout.sequence_parallel,
         }
     )
@@ -269,6 +282,7 @@ def as_json(found: Plan) -> dict[str, Any]:
             "accumulation_steps": accumulation(found.config, candidate.layout),
             "memory": {**candidate.memory.parts, "total": candidate.memory.total, "when": candidate.memory.phase},
             "host_memory": candidate.memory.host,
+            "disk": candidate.memory.disk,
             "host_memory_at_start": candidate.memory.host_at_start,
             "traffic": {**asdict(candidate.traffic), "total": candidate.traffic.total},
             "seconds": {**asdict(candidate.time), "step": candidate.time.total},

@@ -107,10 +107,18 @@ def _arithmetic(found: Plan, best: Candidate) -> list[str]:
         *(
             [
                 f"  host memory of each machine: {best.memory.host * min(found.request.ranks_per_node, layout.ranks) / GIB:.0f} "
-                "GiB for masters, moments and gradients"
+                f"GiB for {'gradients' if layout.nvme else 'masters, moments and gradients'}"
                 + ("" if found.request.host_memory else "; name what there is with --host-memory")
             ]
             if layout.offload
+            else []
+        ),
+        *(
+            [
+                f"  disk of each machine: {best.memory.disk * min(found.request.ranks_per_node, layout.ranks) / GIB:.0f} GiB "
+                f"in {config.parallel.nvme_path} for masters and moments, which memory keeps too as far as it has room"
+            ]
+            if layout.nvme
             else []
         ),
         f"  at the start a machine holds {best.memory.host_at_start * min(found.request.ranks_per_node, layout.ranks) / GIB:.1f} GiB "

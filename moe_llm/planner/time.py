@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from moe_llm.config import Config
 from moe_llm.model.flops import train_flops_per_token
 from moe_llm.ops.accelerators import Accelerator
-from moe_llm.planner.hardware import HOST_BANDWIDTH, LINK_EFFICIENCY, PCIE_BANDWIDTH
+from moe_llm.planner.hardware import HOST_BANDWIDTH, LINK_EFFICIENCY, NVME_BANDWIDTH, PCIE_BANDWIDTH
 from moe_llm.planner.layout import Layout, held_parameters, trained_parameters
 from moe_llm.planner.memory import KERNELS, offloaded_activations
 
@@ -173,7 +173,7 @@ def _host_seconds(config: Config, layout: Layout, ranks_per_node: int) -> float:
     """The optimizer's update in host memory, with gradients on their way there in every micro-batch and weights back.
 
     AdamW reads 16 bytes a parameter and writes 12, and the processors' memory is the bound (Ren et al. 2021,
-    ZeRO-Offload, section 5).
+    ZeRO-Offload, section 5). In files it is the drive, which reads and writes all of them but the gradients.
     """
     activations = _activation_seconds(config, layout)
     if not layout.offload:
@@ -182,7 +182,9 @@ def _host_seconds(config: Config, layout: Layout, ranks_per_node: int) -> float:
     shard = trained.dense / layout.ranks + trained.expert / layout.replicas
     size = 4 if config.train.precision == "fp32" else 2
     moved = size * shard * (accumulation(config, layout) + 1) / (PCIE_BANDWIDTH * LINK_EFFICIENCY)
-    return activations + moved + 28 * shard / (HOST_BANDWIDTH / min(ranks_per_node, layout.ranks))
+    together = min(ranks_per_node, layout.ranks)
+    updated = 24 * shard / NVME_BANDWIDTH if layout.nvme else 28 * shard / HOST_BANDWIDTH
+    return activations + moved + updated * together
 
 
 def _activation_seconds(config: Config, layout: Layout) -> float:

@@ -1,14 +1,17 @@
 """The model under its engine, initialised from the seed, from `model.init_from` or from a checkpoint."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from moe_llm.checkpoint.digests import DamagedCheckpoint
+from moe_llm.checkpoint.ranks import together
 from moe_llm.checkpoint.state import load_checkpoint, read_trainer_state
 from moe_llm.config import Config
-from moe_llm.distributed.engine import Engine, Fill, build_engine, shard_experts
+from moe_llm.distributed.engine import DeepSpeedEngine, Engine, Fill, build_engine, shard_experts
+from moe_llm.distributed.mapped_state import MappedFiles
 from moe_llm.distributed.runtime import Runtime
 from moe_llm.finetune.freeze import freeze
 from moe_llm.finetune.init_from import load_origin
@@ -41,6 +44,9 @@ def build_trained(
     optim = config.optim
     groups = groups_by_part(model, parameter_groups(model, optim.weight_decay, optim.name), config)
     engine = build_engine(model, runtime, config, groups, lambda g: build_optimizer(g, optim), fill)
+    if config.parallel.nvme_path is not None:
+        assert isinstance(engine, DeepSpeedEngine), "offloading engages DeepSpeed"
+        together(engine, partial(engine.map_to_files, MappedFiles(config.parallel.nvme_path)))
     if config.model.init_from is not None and (source is None or config.finetune.lora.rank is not None):
         load_origin(engine, config.model)
     while source is not None:

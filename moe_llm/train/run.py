@@ -23,6 +23,7 @@ from moe_llm.data.loader import load_data
 from moe_llm.data.sources import check_sources
 from moe_llm.data.tokenizer import build_tokenizer, check_vocab, resolve_vocab
 from moe_llm.distributed.launcher import check_launcher
+from moe_llm.distributed.mapped_state import check_directory
 from moe_llm.distributed.runtime import Runtime, rank_from_environment, start, world_size_from_environment
 from moe_llm.errors import Stopped, UserError
 from moe_llm.finetune.init_from import check_origin
@@ -91,6 +92,8 @@ def _check_and_train(config: Config) -> Path:
         trained_names(config)  # refuses what names nothing
         check_lora(config)
         check_library(config.optim)
+        if config.parallel.nvme_path is not None:
+            check_directory(config.parallel.nvme_path)
         callbacks = build_callbacks(config)
         _check_resume(run_dir, config)
         _check_run_dir(run_dir, config)

@@ -340,22 +340,12 @@ def test_a_renamed_key_works_under_its_former_name_and_warns(section, old, caplo
         validate(raw)
 
 
-def test_nvme_offload_is_refused_with_its_reason():
-    raw = {
-        "model": {"vocab_size": 64},
-        "data": {"sources": [{"type": "python_stdlib"}]},
-        "train": {"max_steps": 1},
-        "parallel": {"offload_optimizer": "nvme"},
-    }
-    with pytest.raises(UserError, match=r"^parallel\.offload_optimizer=nvme .*under ZeRO-3 only.*: use cpu$"):
-        validate(raw)
-
-
-@pytest.mark.parametrize("key", ["run.dir", "checkpoint.resume", "evaluate.tasks_path"])
+@pytest.mark.parametrize("key", ["run.dir", "checkpoint.resume", "evaluate.tasks_path", "parallel.nvme_path"])
 def test_a_tilde_is_the_home_directory(monkeypatch, key):
     """A shell expands none behind an equals sign."""
     monkeypatch.setenv("HOME", "/home/someone")
-    config = load_config(QUICKSTART, [f"{key}=~/x", "evaluate.tasks=[hellaswag]"])
+    more = ["parallel.offload_optimizer=nvme"] if key == "parallel.nvme_path" else []
+    config = load_config(QUICKSTART, [f"{key}=~/x", "evaluate.tasks=[hellaswag]", *more])
     section, name = key.split(".")
     assert getattr(getattr(config, section), name) == "/home/someone/x"
 

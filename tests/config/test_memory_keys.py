@@ -36,6 +36,13 @@ def test_what_goes_together_is_taken():
     [
         ({**NARROW, "train": {"precision": "fp32"}}, "train.precision=fp32, which has fp32 gradients"),
         ({"parallel": {"gradient_dtype": "bf16", "offload_optimizer": "cpu"}}, "sums fp32 gradients in host memory"),
+        ({"parallel": {"offload_optimizer": "nvme"}}, "needs a directory for its files: set parallel.nvme_path"),
+        ({"parallel": {"nvme_path": "/tmp"}}, "holds nothing: set offload_optimizer: nvme"),
+        ({"parallel": {"offload_optimizer": "cpu", "nvme_path": "/tmp"}}, "holds nothing: set offload_optimizer: nvme"),
+        (
+            {"parallel": {"gradient_dtype": "bf16", "offload_optimizer": "nvme", "nvme_path": "/tmp"}},
+            "parallel.offload_optimizer=nvme, which sums fp32 gradients",
+        ),
         ({"optim": {"master_weights": "kahan"}}, "parallel.gradient_dtype=fp32, which is wider than the weights"),
         ({**KAHAN, "optim": {"master_weights": "kahan", "name": "sgd"}}, "optim.name=sgd, which knows no bf16 weights"),
         ({**KAHAN, "finetune": {"experts": [0]}, "model": {"init_from": "x"}}, "decays rows of stacked weights"),

@@ -1,5 +1,7 @@
 """Activations in host memory and tiles of feed-forward layers give one process's gradients on ranks of every ZeRO stage."""
 
+import tempfile
+
 import pytest
 from support.training import config, difference, train_steps
 
@@ -20,6 +22,7 @@ FOUR_RANKS = [
     *({"train": saving} for saving in SAVING),
     {"parallel": {"offload_optimizer": "cpu"}},
     {"parallel": {"offload_optimizer": "cpu"}, "train": SAVING[0]},
+    {"parallel": {"offload_optimizer": "nvme", "nvme_path": tempfile.gettempdir()}},
 ]
 
 

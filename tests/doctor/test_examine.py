@@ -97,6 +97,13 @@ VARIANTS = {
         "train.activation_offload=true",
         "train.tiled_mlp=2",
     ],
+    "optimizer in files, an average, ZeRO-3": [
+        "parallel.offload_optimizer=nvme",
+        f"parallel.nvme_path={tempfile.gettempdir()}",
+        "parallel.zero_stage=3",
+        "parallel.expert_parallel_size=2",
+        "checkpoint.ema.decay=0.9",
+    ],
     "bf16 weights by stochastic rounding, bf16 gradients": [
         "train.precision=bf16",
         "optim.master_weights=stochastic_rounding",

@@ -311,3 +311,27 @@ def test_recorded_loads_give_each_layout_its_imbalance_before_and_after_moves(tm
     assert "--loads has 3 layers of 8 experts, and the configuration 32 of 8" in capsys.readouterr().err
     assert cli.main([*arguments, "--loads", str(tmp_path / "none")]) == 2
     assert "has no record of experts' loads" in capsys.readouterr().err
+
+
+def test_files_take_masters_and_moments_out_of_host_memory():
+    dense, expert = 1_605_636_096, 45_097_156_608
+    shard = dense / 8 + expert / 8
+    poor = replace(request_for(8), host_memory=250 * GIB)
+    refused = plan(load_config(MIXTRAL, NODE), poor)
+    assert refused.best is None
+    [way] = [sentence for sentence in refused.needed if "nvme" in sentence]
+    assert way.startswith(
+        "parallel.offload_optimizer=nvme, with 174 GiB of host memory and 522 GiB of disk in each machine"
+    )
+    mapped = ["parallel.offload_optimizer=nvme", "parallel.nvme_path=/nvme"]
+    found = plan(load_config(MIXTRAL, [*NODE, *mapped]), poor)
+    assert found.best is not None
+    assert (found.best.memory.host, found.best.memory.disk) == (4 * shard, 12 * shard)
+    text = format_plan(found)
+    assert "host memory of each machine: 174 GiB for gradients" in text
+    assert "disk of each machine: 522 GiB in /nvme for masters and moments" in text
+    parallel = planned_config(found.config, found.best.layout).parallel
+    assert (parallel.offload_optimizer, parallel.nvme_path) == ("nvme", "/nvme")
+    rich = plan(load_config(MIXTRAL, NODE), replace(poor, host_memory=1500 * GIB))
+    assert rich.best is not None
+    assert found.best.time.host > 2 * rich.best.time.host, "a drive is slower than memory"

@@ -89,11 +89,11 @@ def padded_rows(cfg, runtime, step: int, rounds: int) -> list[Batch]:
 
 
 def train_steps(
-    cfg, steps: int, *, source: str | None = None, first: int = 0, save: str | None = None, read=padded_rows
+    cfg, steps: int, *, source: str | None = None, first: int = 0, save: str | None = None, read=padded_rows, see=None
 ) -> dict:
     """Losses and grad norms of some steps, gradients of the first, weights after the last.
 
-    Tensors are this rank's own; expert tensors come as (first expert, tensor).
+    Tensors are this rank's own; expert tensors come as (first expert, tensor). see: gives "seen" of the engine at the end.
     """
     fresh_accelerate()
     runtime = start(cfg)
@@ -131,6 +131,8 @@ def train_steps(
         loss, aux = (runtime.sum(shares) / runtime.world_size).tolist()
         result["losses"].append(loss)
         result["aux"].append(aux)
+    if see is not None:
+        result["seen"] = see(engine)
     result["weights"] = _named(engine, lambda name: engine.read(name, "weight"))
     for kind in engine.kinds:
         read_kind = partial(engine.read, kind=kind)
