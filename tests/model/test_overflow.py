@@ -131,7 +131,9 @@ def test_a_queue_is_served_by_the_same_experts_in_a_second_round(kind):
     for ours, theirs in zip(found["queue"][2], found["wide"][2], strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None:
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+            # sums are rounded in another order, by as much as their largest terms say
+            largest = max(1.0, theirs.abs().max().item())
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * largest)
     first_E, second_E = found["queue"][3]
     assert torch.equal(first_E, found["narrow"][3][0])
     assert torch.equal(first_E + second_E, found["wide"][3][0])
