@@ -83,8 +83,9 @@ def train(config: Config) -> Path:
 
 def _check_and_train(config: Config) -> Path:
     show_messages()
-    config = settle_precision(config, logger.warning)
-    check_launcher(config, logger.warning)
+    notes: list[str] = []  # told once nothing is refused any more, for a refusal is one sentence
+    config = settle_precision(config, notes.append)
+    check_launcher(config, notes.append)
     run_dir = Path(config.run.dir)
     config.check_layout(world_size_from_environment())
     with _told_by_its_machine():
@@ -99,6 +100,8 @@ def _check_and_train(config: Config) -> Path:
         _check_run_dir(run_dir, config)
         if config.checkpoint.resume in ("auto", "never") and not any((run_dir / "checkpoints").glob("step-*")):
             check_origin(config)
+    for note in notes:
+        logger.warning(note)
     try:
         with StopRequest() as stop:
             with progress("joining the other ranks" if world_size_from_environment() > 1 else "starting"):

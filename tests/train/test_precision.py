@@ -3,6 +3,7 @@
 import pytest
 from support.training import config
 
+from moe_llm import cli
 from moe_llm.ops import native
 from moe_llm.train.precision import settle_precision
 
@@ -46,3 +47,12 @@ def test_a_run_records_what_it_took(train, monkeypatch, capsys):
     run = train("laptop", train={"precision": "bf16"})
     assert "emulates bf16" in capsys.readouterr().err
     assert run
+
+
+def test_a_refusal_is_one_sentence_there_too(make_config, monkeypatch, capsys):
+    monkeypatch.setattr(native, "instructions", lambda: LAPTOP)
+    config = make_config(train={"precision": "bf16"}, finetune={"trainable": ["no.such.part"]})
+    assert cli.main(["train", str(config)]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "no.such.part" in told
