@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import math
 from typing import Any
 
 import torch
@@ -130,26 +129,3 @@ class _InTurns(torch.optim.Optimizer):
             return super().step(closure)
         finally:
             self.param_groups = groups
-
-
-def learning_rate(config: Config, step: int, total: int | None = None) -> float:
-    """The rate of optimizer step `step` (counted from 0): a pure function, so nothing of it needs saving.
-
-    Linear warm-up, then: cosine down to min_lr_ratio (Loshchilov and Hutter 2017); wsd: constant, then linear down
-    in the last decay_ratio of the steps (Hu et al. 2024); or constant.
-
-    total: steps of the run, where the caller knows them.
-    """
-    optim, total = config.optim, total or config.max_steps
-    if step < optim.warmup_steps:
-        return optim.lr * (step + 1) / optim.warmup_steps
-    floor = optim.min_lr_ratio
-    if optim.schedule == "cosine":
-        progress = (step - optim.warmup_steps) / max(1, total - optim.warmup_steps)
-        factor = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    elif optim.schedule == "wsd":
-        decay_steps = max(1, round(optim.decay_ratio * total))
-        factor = floor + (1 - floor) * min(1.0, max(0.0, (total - step) / decay_steps))
-    else:
-        factor = 1.0
-    return optim.lr * factor

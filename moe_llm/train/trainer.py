@@ -33,7 +33,6 @@ from moe_llm.train.callbacks.base import Callback
 from moe_llm.train.callbacks.registry import collect_states, restore_states
 from moe_llm.train.messages import announce
 from moe_llm.train.metrics import StepWindow, expert_gradient_norms, routing_metrics
-from moe_llm.train.optim import learning_rate
 from moe_llm.train.position import Position
 from moe_llm.train.signals import StopRequest
 
@@ -381,3 +380,26 @@ def seed_noise(seed: int, step: int, rank: int) -> None:
 
 def _due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
+
+
+def learning_rate(config: Config, step: int, total: int | None = None) -> float:
+    """The rate of optimizer step `step` (counted from 0): a pure function, so nothing of it needs saving.
+
+    Linear warm-up, then: cosine down to min_lr_ratio (Loshchilov and Hutter 2017); wsd: constant, then linear down
+    in the last decay_ratio of the steps (Hu et al. 2024); or constant.
+
+    total: steps of the run, where the caller knows them.
+    """
+    optim, total = config.optim, total or config.max_steps
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    floor = optim.min_lr_ratio
+    if optim.schedule == "cosine":
+        progress = (step - optim.warmup_steps) / max(1, total - optim.warmup_steps)
+        factor = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    elif optim.schedule == "wsd":
+        decay_steps = max(1, round(optim.decay_ratio * total))
+        factor = floor + (1 - floor) * min(1.0, max(0.0, (total - step) / decay_steps))
+    else:
+        factor = 1.0
+    return optim.lr * factor

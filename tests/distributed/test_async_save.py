@@ -18,7 +18,7 @@ from moe_llm.distributed.runtime import start
 from moe_llm.distributed.side_group import SideGroup
 from moe_llm.distributed.step_loss import StepLoss
 from moe_llm.train.build import build_trained
-from moe_llm.train.optim import learning_rate
+from moe_llm.train.trainer import learning_rate
 
 EXCHANGES = 200
 

@@ -16,7 +16,7 @@ from moe_llm.distributed.state import EMA
 from moe_llm.distributed.step_loss import StepLoss
 from moe_llm.train.build import build_trained, restore
 from moe_llm.train.callbacks.ema import averaged_weights
-from moe_llm.train.optim import learning_rate
+from moe_llm.train.trainer import learning_rate
 
 STEPS, DECAY = 4, 0.7
 AVERAGED = {"checkpoint": {"ema": {"decay": DECAY}}}

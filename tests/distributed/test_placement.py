@@ -25,7 +25,7 @@ from moe_llm.model.moe.experts import MoELayer
 from moe_llm.model.moe.router import begin_step, end_step
 from moe_llm.train.build import build_trained
 from moe_llm.train.callbacks.registry import own_callbacks
-from moe_llm.train.optim import learning_rate
+from moe_llm.train.trainer import learning_rate
 
 EXPERTS, STEPS = 8, 4
 _MODEL = {**MODEL, "num_local_experts": EXPERTS}

@@ -20,8 +20,7 @@ def learn(config) -> dict[str, Any]:
     from moe_llm.distributed.runtime import start
     from moe_llm.distributed.step_loss import StepLoss
     from moe_llm.train.build import build_trained
-    from moe_llm.train.optim import learning_rate
-    from moe_llm.train.trainer import seed_noise
+    from moe_llm.train.trainer import learning_rate, seed_noise
 
     fresh_accelerate()
     runtime = start(config)

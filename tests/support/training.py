@@ -15,8 +15,7 @@ from moe_llm.model.moe.router import begin_step, end_step
 from moe_llm.train.build import build_trained
 from moe_llm.train.callbacks.adversarial import find_perturbation
 from moe_llm.train.metrics import expert_gradient_norms
-from moe_llm.train.optim import learning_rate
-from moe_llm.train.trainer import seed_noise
+from moe_llm.train.trainer import learning_rate, seed_noise
 
 MODEL = {
     "vocab_size": 61,

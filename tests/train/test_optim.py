@@ -8,7 +8,8 @@ import torch
 from support.training import config
 
 from moe_llm.model.init import build_model
-from moe_llm.train.optim import build_optimizer, learning_rate, parameter_groups
+from moe_llm.train.optim import build_optimizer, parameter_groups
+from moe_llm.train.trainer import learning_rate
 
 TOTAL = 100
 
