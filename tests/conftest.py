@@ -98,7 +98,9 @@ def train(make_config, tmp_path):
 def finished_run(corpus, cache, tmp_path_factory) -> Path:
     """A run of 6 steps, saved at 3 and 6, evaluated at 2, 4 and 6. To look at, or to copy: not to be changed."""
     root = tmp_path_factory.mktemp("finished")
-    raw = runs.sections(corpus, cache, root / "run", evaluate={"every_steps": 2, "max_blocks": 4})
+    raw = runs.sections(
+        corpus, cache, root / "run", evaluate={"every_steps": 2, "max_blocks": 4}, logging={"plots": True}
+    )
     from moe_llm.cli import main
 
     assert main(["train", str(runs.write_yaml(root / "finished.yaml", raw))]) == 0

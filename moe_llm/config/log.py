@@ -33,4 +33,7 @@ class LoggingConfig(Section):
     image_every_steps: int = Field(
         50, ge=1, description="wandb and tensorboard get histograms and the load as an image at most so often"
     )
+    plots: bool = Field(
+        True, description="draw the losses and the experts' load in the run directory's `plots` when the run ends"
+    )
     alarms: AlarmsConfig = Field(AlarmsConfig(), description="when to say that experts are in trouble")

@@ -173,9 +173,11 @@ def farewell(config: Config, run_dir: Path, checkpoint: Path | None, finished: b
             again += " with checkpoint.resume=auto"
         print(f"stopped and saved: run {again} to go on from {checkpoint}")
         return
-    from moe_llm.train.plots import plot_run
+    plots = []
+    if config.logging.plots:
+        from moe_llm.train.plots import plot_run
 
-    plots = plot_run(run_dir)
+        plots = plot_run(run_dir)
     if checkpoint is None:
         return
     measured = [r for r in read_metrics(run_dir / "metrics.jsonl") if r.get("val_loss") is not None]
@@ -190,7 +192,8 @@ def farewell(config: Config, run_dir: Path, checkpoint: Path | None, finished: b
     best = _describe_best(config, run_dir, checkpoint)
     if best is not None:
         print(best)
-    print("plots: " + " ".join(str(p) for p in plots))
+    if plots:
+        print("plots: " + " ".join(str(p) for p in plots))
     if config.evaluate.sample_prompt is not None:
         from moe_llm.inference.generate import generate
 

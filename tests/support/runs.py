@@ -58,7 +58,7 @@ def sections(text: Path, cache: Path, run_dir: Path, **changes: dict[str, Any]) 
         "train": {"max_steps": 6, "micro_batch_size": 2, "global_batch_size": 4, "precision": "fp32", "device": "cpu"},
         "checkpoint": {"every_steps": 3},
         "evaluate": {"max_blocks": 4},
-        "logging": {"console": "plain"},
+        "logging": {"console": "plain", "plots": False},  # a picture costs more than such a run
     }
     for name, values in changes.items():
         raw[name] = {**raw.get(name, {}), **values}

@@ -130,7 +130,7 @@ def test_nothing_is_saved_where_nothing_was_learned(train, capsys):
 
 
 def test_skip_leaves_the_batch_out_and_says_so(train, capsys):
-    code, run_dir = train("train.on_nan=skip", bad=(0, BAD - 1))
+    code, run_dir = train("train.on_nan=skip", "logging.plots=true", bad=(0, BAD - 1))
     assert code == 0
     assert "its batch is left out (train.on_nan=skip)" in capsys.readouterr().err
     found = records(run_dir)

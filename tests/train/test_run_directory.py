@@ -67,6 +67,11 @@ def test_plots_are_pictures(finished_run):
         assert pixels[..., :3].std() > 0.01, "blank"
 
 
+def test_a_run_without_pictures_has_no_directory_for_them(train, capsys):
+    assert not (train("plain", train={"max_steps": 1}) / "plots").exists(), "logging.plots=false"
+    assert "plots:" not in capsys.readouterr().out
+
+
 def test_records_have_the_documented_keys(finished_run):
     records = runs.records(finished_run)
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
