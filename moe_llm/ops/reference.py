@@ -84,16 +84,15 @@ def attention_mask(
 ) -> Tensor:
     """(B, S, S) bool, element by element: may query i see key j?"""
     batch, length = shape_BS
-    sees = torch.zeros(batch, length, length, dtype=torch.bool)
-    for b in range(batch):
-        for i in range(length):
-            for j in range(i + 1):
-                sees[b, i, j] = (
-                    (sliding_window is None or i - j < sliding_window)
-                    and (document_ids_BS is None or bool(document_ids_BS[b, i] == document_ids_BS[b, j]))
-                    and (attention_mask_BS is None or bool(attention_mask_BS[b, j]))
-                )
-    return sees
+    documents = None if document_ids_BS is None else document_ids_BS.tolist()
+    real = None if attention_mask_BS is None else attention_mask_BS.bool().tolist()
+
+    def sees(b: int, i: int, j: int) -> bool:
+        near = j <= i and (sliding_window is None or i - j < sliding_window)
+        together = documents is None or documents[b][i] == documents[b][j]
+        return near and together and (real is None or real[b][j])
+
+    return torch.tensor([[[sees(b, i, j) for j in range(length)] for i in range(length)] for b in range(batch)])
 
 
 def attention(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, sees_BSS: Tensor) -> Tensor:
