@@ -14,7 +14,9 @@ class Ranks:
 
     def __init__(self, size: int):
         self.size = size
-        context = mp.get_context("spawn")
+        # forked from a process that has imported what all ranks need, and done nothing else
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["torch._dynamo", "deepspeed", "transformers", "moe_llm.train.run"])
         self._pipes, self._processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
