@@ -54,5 +54,9 @@ def check_directory(path: str) -> None:
     why = "does not exist" if not Path(path).exists() else "is no directory" if not Path(path).is_dir() else None
     if why is None and not os.access(path, os.W_OK | os.X_OK):
         why = os.strerror(errno.EACCES)
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        raise UserError(
+            "parallel.offload_optimizer=nvme needs a system that reserves room in files, as Linux does: use cpu"
+        )
     if why is not None:
         raise UserError(f"parallel.nvme_path={path!r} {why}: name a directory on a fast local disk")

@@ -14,6 +14,7 @@ from support.training import config, difference, rows, train_steps
 
 from moe_llm.config.optim import OPTIMIZERS
 from moe_llm.distributed import deepspeed as contract
+from moe_llm.distributed.mapped_state import check_directory
 from moe_llm.errors import UserError
 from moe_llm.train.run import train
 
@@ -149,6 +150,12 @@ def test_a_directory_that_cannot_be_used_is_refused_before_any_work(tmp_path, mo
     ):
         train(config(MICRO, 2, 1, run={"dir": str(tmp_path / "run")}, parallel=in_files(tmp_path / path)))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_system_that_reserves_no_room_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate")
+    with pytest.raises(UserError, match="needs a system that reserves room in files, as Linux does: use cpu"):
+        check_directory(str(tmp_path))
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
