@@ -335,3 +335,8 @@ def test_files_take_masters_and_moments_out_of_host_memory():
     rich = plan(load_config(MIXTRAL, NODE), replace(poor, host_memory=1500 * GIB))
     assert rich.best is not None
     assert found.best.time.host > 2 * rich.best.time.host, "a drive is slower than memory"
+    narrow = plan(load_config(MIXTRAL, [*NODE, *mapped, "optim.name=adamw_8bit"]), request_for(8)).candidates
+    assert any(c.memory.disk for c in narrow), "moments of 8 bits stay in memory, and masters do not"
+    for candidate in narrow:
+        if candidate.layout.nvme:
+            assert candidate.memory.disk < candidate.memory.host
